@@ -1,0 +1,116 @@
+"""Attention on the flash-attn package (CUDA, float16 and bfloat16): windows and documents inside the kernel.
+
+The package is an argument, not an import, so that the index arithmetic here is tested where it is not installed.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lckv.attention.visibility import Documents, Visibility
+
+
+class FlashAttn(Protocol):
+    """The two functions of the flash-attn package that are used here."""
+
+    def flash_attn_func(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        dropout_p: float,
+        softmax_scale: float,
+        causal: bool,
+        window_size: tuple[int, int],
+    ) -> Tensor:
+        """Attention over rows of equal length, [b, s, heads, d]."""
+        ...
+
+    def flash_attn_varlen_func(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        dropout_p: float,
+        softmax_scale: float,
+        causal: bool,
+        window_size: tuple[int, int],
+    ) -> Tensor:
+        """Attention over sequences of different lengths, one after the other in [tokens, heads, d]."""
+        ...
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visibility: Visibility,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    kernel: FlashAttn,
+) -> Tensor:
+    """Same contract as `reference.attend`; `kernel` is the flash_attn module."""
+    seen = None if visibility.window is None else visibility.window - visibility.exclude_self
+    if seen == 0 or (visibility.exclude_self and query.shape[2] == 1):
+        return torch.zeros_like(query)
+    # flash-attn counts a window's keys to the left of the diagonal, without the diagonal itself
+    options = {
+        "dropout_p": dropout,
+        "softmax_scale": scale,
+        "causal": True,
+        "window_size": (-1 if seen is None else seen - 1, 0),
+    }
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    if visibility.documents is not None:
+        output = _documents(query, key, value, visibility.documents, visibility.exclude_self, kernel, options)
+    elif visibility.exclude_self:
+        older = kernel.flash_attn_func(query[:, 1:], key[:, :-1], value[:, :-1], **options)  # type: ignore[arg-type]
+        output = pad(older, (0, 0, 0, 0, 1, 0))
+    else:
+        output = kernel.flash_attn_func(query, key, value, **options)  # type: ignore[arg-type]
+    return output.transpose(1, 2)
+
+
+def _documents(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Documents,
+    exclude_self: bool,
+    kernel: FlashAttn,
+    options: dict[str, object],
+) -> Tensor:
+    """[b, s, heads, d] in and out. Excluding self: each document without its first query and its last key."""
+    shape = query.shape
+    query, key, value = (tensor.flatten(0, 1) for tensor in (query, key, value))
+    cu_seqlens, longest, later = documents.cu_seqlens, documents.max_length, None
+    if exclude_self:
+        later, cu_seqlens = documents.without_first_tokens()
+        longest -= 1
+        if longest == 0:
+            return torch.zeros(shape, dtype=query.dtype, device=query.device)
+        query, key, value = query[later], key[later - 1], value[later - 1]
+    output = kernel.flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        **options,  # type: ignore[arg-type]
+    )
+    if later is not None:
+        output = torch.zeros(shape[0] * shape[1], *shape[2:], dtype=output.dtype, device=output.device).index_copy(
+            0, later, output
+        )
+    return output.view(shape)

@@ -1,0 +1,39 @@
+"""Attention as the formula says it, with the whole score matrix in memory: the oracle of every other backend."""
+
+import torch
+from torch import Tensor
+
+from lckv.attention.visibility import Visibility
+
+
+def visible(length: int, rows: int, visibility: Visibility, device: torch.device) -> Tensor:
+    """Which key each query sees: bool [rows or 1, length (query), length (key)]."""
+    query = torch.arange(length, device=device)[:, None]
+    key = torch.arange(length, device=device)[None, :]
+    seen = (key < query) if visibility.exclude_self else (key <= query)
+    if visibility.window is not None:
+        seen = seen & (key > query - visibility.window)
+    if visibility.documents is None:
+        return seen[None]
+    starts = torch.zeros(rows * length, dtype=torch.int64, device=device)
+    starts[visibility.documents.cu_seqlens[:-1].long()] = 1
+    document = starts.cumsum(0).view(rows, length)
+    return seen & (document[:, :, None] == document[:, None, :])
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, *, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """softmax(scale * query key^T) value over the visible keys; 0 for a query that sees none.
+
+    query [b, h, s, d], key and value [b, g, s, d] with h a multiple of g (query head i reads head i * g // h); result as query.
+    Scores are float32.
+    """
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    seen = visible(query.shape[2], query.shape[0], visibility, query.device)[:, None]
+    scores = (query @ key.transpose(-1, -2)).float() * scale
+    lowest = torch.finfo(scores.dtype).min
+    probabilities = torch.softmax(scores.masked_fill(~seen, lowest), dim=-1).masked_fill(~seen, 0.0)
+    probabilities = torch.nn.functional.dropout(probabilities, dropout)
+    return probabilities.to(value.dtype) @ value

@@ -1,0 +1,70 @@
+"""Attention on PyTorch's scaled_dot_product_attention: memory linear in the length, on CPU and CUDA.
+
+Nothing of size length x length is made. A query that must not see itself is one row further down: dropping the first query and the
+last key turns "keys < t" into plain causality. A window is walked in chunks of queries against the slice of keys they can see.
+Documents are attended one by one.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from lckv.attention.visibility import Visibility
+
+_CHUNK = 256
+"""Queries per chunk under a window: a mask has _CHUNK x (window + _CHUNK) entries."""
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, *, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """Same contract as `reference.attend`."""
+    if query.is_cuda and query.dtype == torch.float32:  # no fused CUDA kernel takes grouped heads in float32
+        group = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    documents, length = visibility.documents, query.shape[2]
+    if documents is None or len(documents.bounds) - 1 == query.shape[0]:
+        return _one_document(query, key, value, visibility, scale, dropout)
+    rows: list[list[Tensor]] = [[] for _ in range(query.shape[0])]
+    for row, start, stop in documents.spans(length):
+        part = (tensor[row : row + 1, :, start:stop] for tensor in (query, key, value))
+        rows[row].append(_one_document(*part, visibility, scale, dropout))
+    return torch.cat([torch.cat(parts, dim=2) for parts in rows])
+
+
+def _one_document(
+    query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, scale: float, dropout: float
+) -> Tensor:
+    if not visibility.exclude_self:
+        return _causal(query, key, value, visibility.window, scale, dropout)
+    window = None if visibility.window is None else visibility.window - 1
+    if query.shape[2] == 1 or window == 0:
+        return torch.zeros_like(query)
+    older = _causal(query[:, :, 1:], key[:, :, :-1], value[:, :, :-1], window, scale, dropout)
+    return pad(older, (0, 0, 1, 0))
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float, dropout: float) -> Tensor:
+    """Query t sees keys t - window + 1 .. t."""
+    length, grouped = query.shape[2], query.shape[1] != key.shape[1]
+    if window is None or window >= length:
+        return scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=grouped
+        )
+    outputs = []
+    for start in range(0, length, _CHUNK):
+        stop, first = min(start + _CHUNK, length), max(0, start - window + 1)
+        queries = torch.arange(start, stop, device=query.device)[:, None]
+        keys = torch.arange(first, stop, device=query.device)[None, :]
+        outputs.append(
+            scaled_dot_product_attention(
+                query[:, :, start:stop],
+                key[:, :, first:stop],
+                value[:, :, first:stop],
+                attn_mask=(keys <= queries) & (keys > queries - window),
+                scale=scale,
+                dropout_p=dropout,
+                enable_gqa=grouped,
+            )
+        )
+    return torch.cat(outputs, dim=2)

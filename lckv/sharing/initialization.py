@@ -1,0 +1,41 @@
+"""Key and value weights of a shared map from those of a plain model: copy or average.
+
+The average is the rule of MLKV (Zuhri et al. 2024): a layer that computes keys and values for others starts from the mean of the
+weights of all layers that will read it.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lckv.sharing.layer_types import LayerTypes
+
+Initialization = Literal["copy", "average"]
+
+
+def source_layers(layer_types: LayerTypes, layer: int, how: Initialization) -> tuple[int, ...]:
+    """Layers of the plain model whose key and value weights make those of `layer`."""
+    return layer_types.readers(layer) if how == "average" else (layer,)
+
+
+def initial_kv_weight(
+    layer_types: LayerTypes, layer: int, plain_weight: Callable[[int], Tensor], how: Initialization
+) -> Tensor:
+    """The key or value weight (or bias) of `layer`, which computes keys and values in `layer_types`.
+
+    `plain_weight(i)` gives that of layer i of the plain model, of any shape; the result has the same shape and dtype. The mean
+    is taken in float32. Raises ValueError for a layer that computes no keys and values.
+    """
+    if layer not in layer_types.kv_layers:
+        raise ValueError(f"layer {layer} computes no keys and values in {layer_types}: it has no such weights.")
+    sources = source_layers(layer_types, layer, how)
+    if len(sources) == 1:
+        return plain_weight(sources[0])
+    total: Tensor | None = None
+    for source in sources:
+        weight = plain_weight(source).to(torch.float32)
+        total = weight if total is None else total + weight
+    assert total is not None
+    return (total / len(sources)).to(plain_weight(sources[0]).dtype)

@@ -1,0 +1,341 @@
+"""The configuration of a training run: one frozen dataclass per section.
+
+Field names are Megatron's. The text under each field is its `--help`. A function takes the section that it needs, never the
+whole. Nothing here looks at the machine: whether values fit together and fit the machine is said by `validation.py`.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lckv.config import CompressionConfig
+
+
+@dataclass(frozen=True)
+class RopeScalingConfig:
+    """Stretching of the rotary position embedding to contexts longer than those of pretraining."""
+
+    type: Literal["none", "linear", "llama3"] = "none"
+    """none; linear: positions are divided by the factor; llama3: only low frequencies are (Llama 3.1 and later)."""
+
+    factor: float = 8.0
+    """By how much the context grows."""
+
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths above original_max_position_embeddings / low_freq_factor are scaled in full."""
+
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths below original_max_position_embeddings / high_freq_factor are not scaled."""
+
+    original_max_position_embeddings: int = 8192
+    """llama3: context of pretraining, in tokens."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Llama-family decoder: RMSNorm, SwiGLU, rotary positions, grouped-query attention."""
+
+    num_layers: int = 8
+    """Number of transformer layers."""
+
+    hidden_size: int = 256
+    """Width of the residual stream."""
+
+    ffn_hidden_size: int | None = None
+    """Width of the gated MLP. Default: 8/3 of hidden_size, rounded up to a multiple of 64."""
+
+    num_attention_heads: int = 4
+    """Number of query heads."""
+
+    num_query_groups: int | None = None
+    """Number of key/value heads (grouped-query attention). Default: num_attention_heads."""
+
+    kv_channels: int | None = None
+    """Channels of one head. Default: hidden_size / num_attention_heads."""
+
+    vocab_size: int | None = None
+    """True vocabulary size, in tokens, before padding. Default: that of the tokenizer."""
+
+    make_vocab_size_divisible_by: int = 128
+    """The embedding is padded to a multiple of this times tensor_model_parallel_size; padding is masked in loss and export."""
+
+    max_position_embeddings: int | None = None
+    """Longest context, in tokens. Default: train.seq_length."""
+
+    rotary_base: float = 10000.0
+    """Base of the rotary position embedding (theta)."""
+
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
+    """Scaling of the rotary position embedding."""
+
+    layernorm_epsilon: float = 1e-5
+    """Epsilon of every RMSNorm."""
+
+    untie_embeddings_and_output_weights: bool = True
+    """Separate weights for the embedding and the output layer; false: one matrix serves both."""
+
+    add_qkv_bias: bool = False
+    """Bias on the query, key and value projections (Qwen2)."""
+
+    qk_layernorm: bool = False
+    """RMSNorm on each query and key head before the rotary embedding (Qwen3)."""
+
+    attention_dropout: float = 0.0
+    """Dropout probability of attention weights."""
+
+    hidden_dropout: float = 0.0
+    """Dropout probability of the outputs of attention and MLP."""
+
+    init_method_std: float = 0.02
+    """Standard deviation of initial weights; output projections are divided by sqrt(2 * num_layers)."""
+
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Layers from Megatron's local modules or from Transformer Engine; auto: the latter where installed with CUDA."""
+
+    attention_backend: Literal["auto", "sdpa", "flash", "reference"] = "auto"
+    """Attention kernel: PyTorch's, flash-attn's, or the plain oracle. An explicit request never falls back."""
+
+    cross_entropy_chunk_size: int = 0
+    """Tokens whose logits are in memory at a time; logits of other chunks are recomputed in backward. 0: all at once."""
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_groups(self) -> int:
+        """Number of key/value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def ffn_size(self) -> int:
+        """Width of the gated MLP."""
+        return self.ffn_hidden_size or 64 * math.ceil(self.hidden_size * 8 / 3 / 64)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model and the batch are spread over processes. Data parallelism takes what the other sizes leave."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that split each weight matrix."""
+
+    pipeline_model_parallel_size: int = 1
+    """Ranks that split the layers. Keys and values shared across stages travel with the hidden states."""
+
+    sequence_parallel: bool = False
+    """Split activations between tensor-parallel regions along the sequence too."""
+
+    use_distributed_optimizer: bool = True
+    """Shard optimizer state and main weights over data-parallel ranks."""
+
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while backward still runs."""
+
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward already runs. Needs use_distributed_optimizer and overlap_grad_reduce."""
+
+    distributed_timeout_minutes: float = 10.0
+    """A collective that waits longer than this ends the run with an error instead of hanging."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch and numerics of the run."""
+
+    train_iters: int = 1000
+    """Number of optimizer steps."""
+
+    micro_batch_size: int = 1
+    """Sequences per forward pass and data-parallel rank."""
+
+    global_batch_size: int = 8
+    """Sequences per optimizer step, over all ranks and micro-batches."""
+
+    seq_length: int = 1024
+    """Tokens per sequence."""
+
+    seed: int = 1234
+    """Seed of weights, dropout and data order."""
+
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16: weights and activations in bfloat16 with float32 main weights and gradients; fp32: everything in float32."""
+
+    recompute_granularity: Literal["none", "selective", "full"] = "none"
+    """Activations recomputed in backward: none; selective: those of recompute_modules; full: whole layers."""
+
+    recompute_modules: tuple[str, ...] = ("core_attn",)
+    """What selective recomputes: core_attn, mlp, layernorm."""
+
+    recompute_num_layers: int | None = None
+    """full: how many layers of each pipeline stage are recomputed, from the bottom. Default: all."""
+
+    eval_interval: int = 0
+    """Evaluate every so many iterations and at the end; 0: never."""
+
+    eval_iters: int = 10
+    """Global batches per evaluation."""
+
+    deterministic: bool = False
+    """Choose deterministic kernels on CUDA, at some cost in speed; CPU runs always are."""
+
+    check_for_nan_in_loss: bool = True
+    """Stop when the loss is not finite, naming the iteration and the rank."""
+
+    exit_duration_minutes: float | None = None
+    """Save and exit cleanly after this long (for batch systems with time limits)."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = 3e-4
+    """Peak learning rate."""
+
+    min_lr: float = 0.0
+    """Learning rate at the end of decay."""
+
+    lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = "cosine"
+    """Shape of the schedule after warm-up; WSD: stable, then a decay of lr_wsd_decay_iters."""
+
+    lr_warmup_iters: int = 0
+    """Iterations of linear warm-up from 0."""
+
+    lr_decay_iters: int | None = None
+    """Iteration at which min_lr is reached. Default: train.train_iters."""
+
+    lr_wsd_decay_iters: int | None = None
+    """WSD: iterations of the final decay. Default: a tenth of lr_decay_iters."""
+
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine"] = "linear"
+    """WSD: shape of the final decay."""
+
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; norms and biases have none."""
+
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+
+    adam_beta2: float = 0.95
+    """Decay of the second moment."""
+
+    adam_eps: float = 1e-8
+    """Added to the denominator."""
+
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Indexed datasets, their blend, and the tokenizer that made them."""
+
+    data_path: tuple[str, ...] = ()
+    """Prefixes of .bin/.idx files: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ... (weights are fractions of the tokens)."""
+
+    split: str = "969,30,1"
+    """Shares of data_path's documents for training, validation and test."""
+
+    train_data_path: tuple[str, ...] = ()
+    """Like data_path, for training only (then give valid_data_path too, not data_path and split)."""
+
+    valid_data_path: tuple[str, ...] = ()
+    """Like data_path, for validation only."""
+
+    test_data_path: tuple[str, ...] = ()
+    """Like data_path, for test only."""
+
+    mock: bool = False
+    """Random documents instead of files, for dry runs; needs model.vocab_size or a tokenizer."""
+
+    data_cache_path: str | None = None
+    """Directory of the sample indices. Default: beside the dataset."""
+
+    index_timeout_minutes: float = 60.0
+    """How long the other ranks wait for the one that builds the sample indices."""
+
+    tokenizer_type: Literal["none", "huggingface", "sentencepiece", "tiktoken"] = "none"
+    """Kind of tokenizer; it must be the one that made the dataset (this is checked)."""
+
+    tokenizer_model: str | None = None
+    """Directory or file of the tokenizer."""
+
+    reset_position_ids: bool = False
+    """Positions start at 0 in every document of a sequence."""
+
+    reset_attention_mask: bool = False
+    """Keys of another document of the sequence are invisible, in every kind of layer."""
+
+    eod_mask_loss: bool = False
+    """No loss on predicting what follows an end-of-document token."""
+
+    num_workers: int = 2
+    """Processes per rank that read samples ahead; 0: read in the training process."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Where checkpoints are written and read."""
+
+    save: str | None = None
+    """Directory to write checkpoints into."""
+
+    load: str | None = None
+    """Directory to resume from, or one checkpoint in it. The newest good one is used."""
+
+    save_interval: int = 0
+    """Save every so many iterations, and at the end; 0: only at the end."""
+
+    keep_last: int | None = None
+    """How many checkpoints to keep; older ones are deleted after a successful save. Default: all."""
+
+    finetune: bool = False
+    """Load weights only: optimizer, schedule, iteration, data position and random state start afresh."""
+
+    verify_hashes: bool = True
+    """Check every file's hash on loading, not only its size."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is reported, and where."""
+
+    log_interval: int = 1
+    """Iterations between reports."""
+
+    metrics_file: str | None = None
+    """JSON lines, one object per report."""
+
+    tensorboard_dir: str | None = None
+    """Directory of TensorBoard event files."""
+
+    wandb_project: str | None = None
+    """Weights & Biases project (needs the extra `wandb`)."""
+
+    wandb_name: str | None = None
+    """Name of the run in Weights & Biases."""
+
+    wandb_mode: Literal["online", "offline", "disabled"] = "online"
+    """offline: write to disk only."""
+
+    progress_bar: bool = True
+    """Show a progress bar on rank 0."""
+
+    peak_tflops: float | None = None
+    """Dense peak of one device in TFLOP/s at the training precision, for MFU. Default: known for common GPUs, else no MFU."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

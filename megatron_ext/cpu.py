@@ -1,0 +1,134 @@
+"""Bridges that let unmodified megatron-core run without CUDA, on gloo and CPU tensors. The only file that patches anything.
+
+megatron-core calls `torch.cuda` and asks for CUDA tensors in many places. Where there is no CUDA, each bridge below replaces one such
+function by its CPU meaning. With CUDA present `install` does nothing.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_FACTORIES = (
+    "tensor",
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "arange",
+    "rand",
+    "randn",
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+)
+_MARK = "__lckv_cpu_bridge__"
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """One replacement: `owner.name` becomes `make(owner.name)`."""
+
+    owner: Any
+    name: str
+    make: Callable[[Callable[..., Any]], Callable[..., Any]]
+
+    @property
+    def installed(self) -> bool:
+        """Whether the replacement is in place."""
+        return hasattr(getattr(self.owner, self.name), _MARK)
+
+    def install(self) -> None:
+        """Put the replacement in place, once."""
+        if self.installed:
+            return
+        replacement = self.make(getattr(self.owner, self.name))
+        setattr(replacement, _MARK, True)
+        setattr(self.owner, self.name, replacement)
+
+
+def install() -> None:
+    """Install all bridges if there is no CUDA. May be called any number of times."""
+    if torch.cuda.is_available():
+        return
+    for bridge in bridges():
+        bridge.install()
+    # The CPU generator stands for the CUDA one, so drawing inside a tracked region always changes it.
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_keep_record)
+
+
+def bridges() -> list[Bridge]:
+    """All bridges, installed or not."""
+    from megatron.core.tensor_parallel import random as tensor_parallel_random
+
+    cpu = torch.device("cpu")
+    constants: dict[str, Any] = {
+        "current_device": cpu,
+        "set_device": None,
+        "synchronize": None,
+        "empty_cache": None,
+        "current_stream": None,
+    }
+    return [
+        *(Bridge(torch.cuda, name, _returning(value)) for name, value in constants.items()),
+        Bridge(torch.cuda, "get_rng_state", _ignoring_device(torch.get_rng_state)),
+        Bridge(torch.cuda, "set_rng_state", _ignoring_device(torch.set_rng_state)),
+        Bridge(torch.cuda, "manual_seed", _ignoring_device(torch.manual_seed)),
+        Bridge(torch.cuda.nvtx, "range_push", _returning(None)),
+        Bridge(torch.cuda.nvtx, "range_pop", _returning(None)),
+        Bridge(tensor_parallel_random, "_get_cuda_rng_state", _without_arguments(torch.get_rng_state)),
+        Bridge(tensor_parallel_random, "_set_cuda_rng_state", _ignoring_device(torch.set_rng_state)),
+        Bridge(torch.Tensor, "cuda", lambda original: lambda tensor, *args, **kwargs: tensor),
+        Bridge(torch.Tensor, "type", _type_named_after_cuda),
+        *(Bridge(torch, name, _factory_on_cpu) for name in _FACTORIES),
+    ]
+
+
+def _returning(value: Any) -> Callable[..., Callable[..., Any]]:
+    return lambda original: lambda *args, **kwargs: value
+
+
+def _without_arguments(function: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:
+    return lambda original: lambda *args, **kwargs: function()
+
+
+def _ignoring_device(function: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:
+    """Keep the first argument (a state or a seed), drop device and graph options."""
+    if function is torch.get_rng_state:
+        return _without_arguments(function)
+    return lambda original: lambda value, *args, **kwargs: function(value)
+
+
+def _factory_on_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A tensor asked for on CUDA, or in pinned memory, comes in ordinary CPU memory."""
+
+    @functools.wraps(original)
+    def factory(*args: Any, **kwargs: Any) -> Any:
+        device = kwargs.get("device")
+        if isinstance(device, str | torch.device) and torch.device(device).type == "cuda":
+            kwargs["device"] = "cpu"
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return original(*args, **kwargs)
+
+    return factory
+
+
+def _type_named_after_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The optimizers sort parameters by names such as "torch.cuda.FloatTensor"."""
+
+    @functools.wraps(original)
+    def type_(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original(tensor, *args, **kwargs)
+        if isinstance(result, str) and not result.startswith("torch.cuda."):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+    return type_
+
+
+def _keep_record(record: logging.LogRecord) -> bool:
+    return "CPU RNG state changed within GPU RNG context" not in record.getMessage()

@@ -1,0 +1,224 @@
+"""Self-attention over keys and values that may be another layer's.
+
+Shapes: s tokens, b micro-batch, h query heads and g KV heads of this tensor-parallel rank, d channels of a head.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
+from megatron.core.transformer.attention import Attention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from torch import Tensor
+
+from lckv.attention.backends import choose
+from lckv.attention.visibility import Documents, Visibility
+from lckv.policies.base import KeyValue, Statistics
+from lckv.policies.build import build_policy
+from lckv.rope import Rotation, rotate
+from megatron_ext.model.linear import QKVLinear
+from megatron_ext.model.transformer_config import SharedKVTransformerConfig
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionInputs:
+    """What every layer's attention needs to know of the micro-batch."""
+
+    angles: Rotation
+    """float32 [s, 1 or b, 1, d / 2]."""
+
+    documents: Documents | None
+    """Document boundaries, if keys of other documents are to be invisible."""
+
+
+class CoreAttention(MegatronModule):
+    """The attention of one layer, without projections: picks the kernel and knows what the layer's queries see."""
+
+    def __init__(
+        self,
+        config: SharedKVTransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        layer, compression = config.layer_types[layer_number - 1], config.compression
+        self.exclude_self = layer.cyclic or compression.force_nodiag
+        self.window = compression.sliding_window if layer.sliding else None
+        self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
+        """query [s, b, h, d], key and value [s, b, g, d] to [s, b, h * d]."""
+        backend = choose(
+            self.config.attention_kernel, device=query.device, dtype=query.dtype, head_dim=query.shape[-1]
+        )
+        visibility = Visibility(self.exclude_self, self.window, documents)
+        attend = partial(
+            backend.attend,
+            *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),
+            visibility,
+            scale=self.scale,
+        )
+        dropout = self.config.attention_dropout if self.training else 0.0
+        if dropout == 0.0 or self.config.sequence_parallel:  # the block has forked the random state already
+            output = attend(dropout=dropout)
+        else:
+            with tensor_parallel.get_cuda_rng_tracker().fork():
+                output = attend(dropout=dropout)
+        return output.permute(2, 0, 1, 3).flatten(2)
+
+
+class SharedKVAttention(Attention):
+    """Self-attention of one layer of a sharing map.
+
+    A layer that computes keys and values has Megatron's fused `linear_qkv`, laid out as everywhere in Megatron; a layer that only
+    reads has `linear_q` and no K/V weights.
+    """
+
+    def __init__(
+        self,
+        config: SharedKVTransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(
+            config=config,
+            submodules=submodules,
+            layer_number=layer_number,
+            attn_mask_type=AttnMaskType.causal,
+            attention_type="self",
+            cp_comm_type=cp_comm_type,
+            pg_collection=pg_collection,
+        )
+        self.layer_type = config.layer_types[layer_number - 1]
+        self.computes_kv = self.layer_type.index in config.layer_types.kv_layers
+        self.policy = build_policy(config.compression.policy)
+        self.head_dim = self.hidden_size_per_attention_head
+        self.query_heads = config.num_attention_heads // self.world_size
+        width = self.query_projection_size + (2 * self.kv_projection_size if self.computes_kv else 0)
+        projection = submodules.linear_qkv(
+            config.hidden_size,
+            width,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=config.add_qkv_bias,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="qkv",
+            tp_group=self.pg_collection.tp,
+        )
+        setattr(self, "linear_qkv" if self.computes_kv else "linear_q", projection)
+        self.q_layernorm = self._head_norm(submodules.q_layernorm)
+        self.k_layernorm = self._head_norm(submodules.k_layernorm) if self.computes_kv else None
+
+    def _head_norm(self, spec: object) -> torch.nn.Module | None:
+        if spec is None or not self.config.qk_layernorm:
+            return None
+        return build_module(
+            spec, config=self.config, hidden_size=self.head_dim, eps=self.config.layernorm_epsilon
+        )
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, shared: KeyValue | None, inputs: AttentionInputs
+    ) -> tuple[tuple[Tensor, Tensor | None], KeyValue | None, Statistics | None]:
+        """Attend from `hidden_states` [s, b, hidden] (normalised) to `shared`, or to the layer's own keys and values.
+
+        `shared` is given iff the layer reads another layer's. Returns Megatron's (output, bias), the layer's own keys and values if
+        it computes any, and its policy's statistics.
+        """
+        reads_own = self.layer_type.source == self.layer_type.index
+        if reads_own != (shared is None):
+            raise ValueError(
+                f"layer {self.layer_type.index} reads the keys and values of layer {self.layer_type.source}, which were "
+                f"{'not ' if shared is None else ''}given to it."
+            )
+        query, own, statistics = self._project(hidden_states, inputs)
+        key_value = own if shared is None else shared
+        assert key_value is not None
+        output = self._attend(query, key_value, inputs.documents)
+        return self.linear_proj(output), own, statistics
+
+    def keys_values(self, hidden_states: Tensor, inputs: AttentionInputs) -> tuple[KeyValue, Statistics | None]:
+        """The layer's keys and values alone, from `hidden_states` [s, b, hidden] (normalised)."""
+        cheap = (
+            isinstance(self.linear_qkv, QKVLinear)
+            and self.linear_qkv.can_project_kv_only()
+            and not self.policy.reads_query
+            and not self._groups_split_over_ranks
+        )
+        if not cheap:
+            _, own, statistics = self._project(hidden_states, inputs)
+            assert own is not None
+            return own, statistics
+        mixed, _ = self.linear_qkv(hidden_states, kv_only=(self.num_query_groups_per_partition, self.head_dim))
+        key, value = mixed.view(*mixed.shape[:2], -1, 2, self.head_dim).unbind(3)
+        return self._keys_values(None, key, value, inputs)
+
+    @property
+    def _groups_split_over_ranks(self) -> bool:
+        """Fewer KV heads than ranks: Megatron splits the rows of one KV head over several ranks."""
+        return self.config.num_query_groups < self.world_size
+
+    def _project(
+        self, hidden_states: Tensor, inputs: AttentionInputs
+    ) -> tuple[Tensor, KeyValue | None, Statistics | None]:
+        turn = partial(rotate, angles=inputs.angles)
+        if not self.computes_kv:
+            query, _ = self.linear_q(hidden_states)
+            query = self._normalise(self.q_layernorm, query.unflatten(-1, (-1, self.head_dim)))
+            return self.policy.query(query, turn), None, None
+        query, key, value = self._split(self.linear_qkv(hidden_states)[0])
+        query = self._normalise(self.q_layernorm, query)
+        own, statistics = self._keys_values(query, key, value, inputs)
+        return self.policy.query(query, turn), own, statistics
+
+    def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[s, b, rows of this rank] to query [s, b, h, d], key and value [s, b, g, d]."""
+        groups = self.num_query_groups_per_partition
+        if self._groups_split_over_ranks:
+            ranks_per_group = self.world_size // self.config.num_query_groups
+            mixed = all_gather_last_dim_from_tensor_parallel_region(mixed, group=self.pg_collection.tp)
+            mixed = mixed.chunk(self.config.num_query_groups, dim=-1)[self.pg_collection.tp.rank() // ranks_per_group]
+        mixed = mixed.unflatten(-1, (groups, -1, self.head_dim))
+        query, key, value = mixed[:, :, :, :-2].flatten(2, 3), mixed[:, :, :, -2], mixed[:, :, :, -1]
+        if self._groups_split_over_ranks:
+            query = query.chunk(ranks_per_group, dim=2)[self.pg_collection.tp.rank() % ranks_per_group]
+        return query, key, value
+
+    def _keys_values(
+        self, query: Tensor | None, key: Tensor, value: Tensor, inputs: AttentionInputs
+    ) -> tuple[KeyValue, Statistics | None]:
+        return self.policy.keys_values(
+            self._normalise(self.k_layernorm, key),
+            value,
+            partial(rotate, angles=inputs.angles),
+            query=query if self.policy.reads_query else None,
+            noise=None,
+            documents=inputs.documents,
+            training=self.training,
+        )
+
+    @staticmethod
+    def _normalise(norm: torch.nn.Module | None, heads: Tensor) -> Tensor:
+        return heads if norm is None else norm(heads)
+
+    def _attend(self, query: Tensor, key_value: KeyValue, documents: Documents | None) -> Tensor:
+        core = partial(self.core_attention, documents=documents)
+        if self.checkpoint_core_attention and torch.is_grad_enabled():
+            return tensor_parallel.checkpoint(core, False, query, key_value.key, key_value.value)
+        return core(query, key_value.key, key_value.value)
+
+    def get_query_key_value_tensors(self, *args: object, **kwargs: object) -> tuple[Tensor, ...]:
+        """Megatron's own seam, which has no place for another layer's keys and values."""
+        raise TypeError("SharedKVAttention projects through forward() and keys_values().")

@@ -1,0 +1,210 @@
+"""The stack of layers of one pipeline stage, run by the iteration plan of its sharing map.
+
+Keys and values are arguments and results here, never module state: recompute, several micro-batches in flight and pipeline stages
+cannot mix them up, and a source that is missing is an error.
+"""
+
+from contextlib import nullcontext
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor
+
+from lckv.policies.base import KeyValue, Statistics
+from lckv.sharing.plan import LayerGroup, cyclic_sources, layer_groups
+from megatron_ext.errors import ConfigError
+from megatron_ext.model.attention import AttentionInputs
+from megatron_ext.model.layer import LayerOutput, SharedKVLayer
+from megatron_ext.model.transformer_config import SharedKVTransformerConfig
+from megatron_ext.parallel.pipeline_payload import PipelinePayload, crossing_sources
+
+KeyValues = dict[int, KeyValue]
+"""Keys and values by the layer that computed them."""
+
+
+class SharedKVBlock(TransformerBlock):
+    """Megatron's TransformerBlock whose forward runs the plan."""
+
+    def __init__(
+        self,
+        config: SharedKVTransformerConfig,
+        spec: ModuleSpec,
+        pre_process: bool,
+        post_process: bool,
+        pg_collection: ProcessGroupCollection,
+        recompute_num_layers: int | None = None,
+    ) -> None:
+        super().__init__(
+            config=config,
+            spec=spec,
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=pg_collection,
+        )
+        self.layer_types = config.layer_types
+        self.first_layer = self.layers[0].layer_number - 1
+        self.end_layer = self.first_layer + len(self.layers)
+        self.groups = self._groups_of_stage()
+        self.payload_in = self._payload(self.first_layer)
+        self.payload_out = self._payload(self.end_layer)
+        everything = len(self.layers) if recompute_num_layers is None else recompute_num_layers
+        self.recomputed_layers = everything if config.recompute_granularity == "full" else 0
+
+    def _groups_of_stage(self) -> tuple[LayerGroup, ...]:
+        groups = []
+        for group in layer_groups(self.layer_types):
+            start, stop = max(group.start, self.first_layer), min(group.stop, self.end_layer)
+            if start >= stop:
+                continue
+            if group.iterated and (start, stop) != (group.start, group.stop):
+                raise ConfigError(
+                    f"compression.layer_types {self.layer_types} iterates layers {group.start} to {group.stop - 1} together, but "
+                    f"parallel.pipeline_model_parallel_size {self.config.pipeline_model_parallel_size} splits them over stages."
+                )
+            groups.append(LayerGroup(start, stop, group.iterated))
+        return tuple(groups)
+
+    def _payload(self, boundary: int) -> PipelinePayload:
+        ranks = self.pg_collection.tp.size()
+        return PipelinePayload(
+            sources=crossing_sources(self.layer_types, boundary),
+            hidden_size=self.config.hidden_size,
+            sequence_shards=ranks if self.config.sequence_parallel else 1,
+            kv_heads=max(1, self.config.num_query_groups // ranks),
+            head_dim=self.config.kv_channels,
+        )
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor | None, inputs: AttentionInputs, seq_length: int, micro_batch_size: int
+    ) -> tuple[Tensor, list[Statistics]]:
+        """Run the stage's layers.
+
+        hidden_states: [s / shards, b, hidden] from the embedding; on a later stage None, the input is what `set_input_tensor` got.
+        Returns normalised hidden states on the last stage and the next stage's input on others, with the statistics of the KV
+        policy of each layer that computes keys and values, from its last pass.
+        """
+        available: KeyValues = {}
+        if not self.pre_process:
+            hidden_states, available = self.payload_in.unpack(self.input_tensor, seq_length, micro_batch_size)
+        assert hidden_states is not None
+        statistics: dict[int, Statistics] = {}
+        forked = tensor_parallel.get_cuda_rng_tracker().fork() if self.config.sequence_parallel else nullcontext()
+        with forked:
+            for group in self.groups:
+                run = self._iterate if group.iterated else self._run
+                hidden_states, available = run(group, hidden_states, available, inputs, statistics)
+        if self.final_layernorm is not None:
+            hidden_states = self.final_layernorm(hidden_states)
+        if not self.post_process:
+            hidden_states = self.payload_out.pack(hidden_states, available)
+        return hidden_states, [statistics[layer] for layer in sorted(statistics)]
+
+    def _iterate(
+        self,
+        group: LayerGroup,
+        hidden_states: Tensor,
+        available: KeyValues,
+        inputs: AttentionInputs,
+        statistics: dict[int, Statistics],
+    ) -> tuple[Tensor, KeyValues]:
+        """All passes over a cyclic group; those before the last only make keys and values for the next."""
+        compression = self.config.compression
+        passes = compression.forward_passes + compression.backward_passes
+        previous: KeyValues | None = None
+        for number in range(passes - 1):
+            with torch.no_grad() if number < compression.forward_passes else nullcontext():
+                start = hidden_states if torch.is_grad_enabled() else hidden_states.detach()
+                previous = self._prepare(group, start, available, previous, inputs)
+        if previous is None:
+            previous = dict.fromkeys(cyclic_sources(self.layer_types, group), self._zeros(hidden_states))
+        return self._run(group, hidden_states, available, inputs, statistics, previous)
+
+    def _prepare(
+        self,
+        group: LayerGroup,
+        hidden_states: Tensor,
+        available: KeyValues,
+        previous: KeyValues | None,
+        inputs: AttentionInputs,
+    ) -> KeyValues:
+        """One pass that stops at the keys and values of the highest layer that cyclic layers read; returns theirs.
+
+        `previous` None is the first pass: zero keys and values, so that the attention of cyclic layers is exactly 0.
+        """
+        wanted = cyclic_sources(self.layer_types, group)
+        current: KeyValues = {}
+        for index in range(group.start, group.stop - 1):
+            layer, kind = self._layer(index), self.layer_types[index]
+            if kind.cyclic and previous is None:
+                if index in self.layer_types.kv_layers:
+                    current[index] = layer.keys_values(hidden_states, inputs)[0]
+                hidden_states = layer.feed_forward(hidden_states)
+                continue
+            source = self._source(index, available | current, previous)
+            hidden_states, own, _ = self._call(layer, hidden_states, source, inputs)
+            if own is not None:
+                current[index] = own
+        current[group.stop - 1] = self._layer(group.stop - 1).keys_values(hidden_states, inputs)[0]
+        return {index: current[index] for index in wanted}
+
+    def _run(
+        self,
+        group: LayerGroup,
+        hidden_states: Tensor,
+        available: KeyValues,
+        inputs: AttentionInputs,
+        statistics: dict[int, Statistics],
+        previous: KeyValues | None = None,
+    ) -> tuple[Tensor, KeyValues]:
+        """The pass over a group that is kept. Returns its hidden states and all keys and values that layers above it read."""
+        available = dict(available)
+        for index in range(group.start, group.stop):
+            layer = self._layer(index)
+            source = self._source(index, available, previous)
+            hidden_states, own, reported = self._call(layer, hidden_states, source, inputs)
+            if own is not None:
+                available[index] = own
+            if reported is not None:
+                statistics[index] = reported
+            available = {layer: kv for layer, kv in available.items() if self.layer_types.readers(layer)[-1] > index}
+        return hidden_states, available
+
+    def _layer(self, index: int) -> SharedKVLayer:
+        return self.layers[index - self.first_layer]
+
+    def _source(self, index: int, available: KeyValues, previous: KeyValues | None) -> KeyValue | None:
+        """What layer `index` reads; None where it reads its own."""
+        kind = self.layer_types[index]
+        if kind.source == index:
+            return None
+        pool = previous if kind.cyclic else available
+        if pool is None or kind.source not in pool:
+            raise ValueError(
+                f"layer {index} reads the keys and values of layer {kind.source}, but "
+                f"{'the previous pass' if kind.cyclic else 'this pipeline stage'} has those of {sorted(pool or ())}."
+            )
+        return pool[kind.source]
+
+    def _zeros(self, hidden_states: Tensor) -> KeyValue:
+        """Keys and values before the first pass."""
+        tokens, batch = hidden_states.shape[0] * self.payload_in.sequence_shards, hidden_states.shape[1]
+        zeros = hidden_states.new_zeros(tokens, batch, self.payload_in.kv_heads, self.payload_in.head_dim)
+        return KeyValue(zeros, zeros)
+
+    def _call(
+        self, layer: SharedKVLayer, hidden_states: Tensor, source: KeyValue | None, inputs: AttentionInputs
+    ) -> LayerOutput:
+        """The layer, recomputed in backward where the configuration asks for it."""
+        if layer.layer_number - 1 - self.first_layer >= self.recomputed_layers or not torch.is_grad_enabled():
+            return layer(hidden_states, source, inputs)
+
+        def flat(states: Tensor, *parts: Tensor | None) -> tuple[Tensor | None, ...]:
+            output = layer(states, None if parts[0] is None else KeyValue(*parts), inputs)
+            return output.hidden_states, *(output.own or (None,) * 3), *(output.statistics or (None,))
+
+        outputs = tensor_parallel.checkpoint(flat, False, hidden_states, *(source or (None,) * 3))
+        own = None if outputs[1] is None else KeyValue(*outputs[1:4])
+        return LayerOutput(outputs[0], own, None if outputs[4] is None else Statistics(outputs[4]))

@@ -1,0 +1,90 @@
+"""From the run's sections to a model that trains: this rank's pipeline stage, in the training precision, under Megatron's DDP."""
+
+import math
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from lckv.config import CompressionConfig
+from lckv.rope import LinearScaling, Llama3Scaling, inverse_frequencies
+from megatron_ext.config import ModelConfig, ParallelConfig, RopeScalingConfig, TrainConfig
+from megatron_ext.model.gpt import SharedKVGPTModel
+from megatron_ext.model.initialization import initialize_weights
+from megatron_ext.model.specs import block_submodules, choose_implementation
+from megatron_ext.model.transformer_config import transformer_config
+
+
+def padded_vocab_size(vocab_size: int, model: ModelConfig, parallel: ParallelConfig) -> int:
+    """The true size rounded up to a multiple of make_vocab_size_divisible_by * tensor_model_parallel_size."""
+    multiple = model.make_vocab_size_divisible_by * parallel.tensor_model_parallel_size
+    return multiple * math.ceil(vocab_size / multiple)
+
+
+def rope_scaling(config: RopeScalingConfig) -> Llama3Scaling | LinearScaling | None:
+    """`model.rope_scaling` for lckv.rope."""
+    if config.type == "linear":
+        return LinearScaling(config.factor)
+    if config.type == "llama3":
+        return Llama3Scaling(
+            config.factor,
+            config.low_freq_factor,
+            config.high_freq_factor,
+            config.original_max_position_embeddings,
+        )
+    return None
+
+
+def build_stage(
+    model: ModelConfig,
+    compression: CompressionConfig,
+    parallel: ParallelConfig,
+    train: TrainConfig,
+    *,
+    vocab_size: int,
+) -> SharedKVGPTModel:
+    """This rank's pipeline stage with initial weights, on this rank's device, in float32 or bfloat16. Needs process groups."""
+    config = transformer_config(model, compression, parallel, train)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    first = get_transformer_layer_offset(config, None, groups.pp.rank())
+    layers = range(first, first + get_num_layers_to_build(config, None, groups.pp.rank()))
+    implementation = choose_implementation(model.transformer_impl)
+    stage = SharedKVGPTModel(
+        config,
+        block_submodules(config.layer_types, layers, implementation.name),
+        frequencies=inverse_frequencies(model.head_dim, model.rotary_base, rope_scaling(model.rope_scaling)),
+        vocab_size=vocab_size,
+        padded_vocab_size=padded_vocab_size(vocab_size, model, parallel),
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        cross_entropy_chunk_size=model.cross_entropy_chunk_size,
+        recompute_num_layers=train.recompute_num_layers,
+        pg_collection=groups,
+    )
+    if torch.cuda.is_available():
+        stage.cuda(torch.cuda.current_device())
+    initialize_weights(stage, seed=train.seed, std=model.init_method_std)
+    return stage
+
+
+def wrap(stage: SharedKVGPTModel, parallel: ParallelConfig, train: TrainConfig) -> MegatronModule:
+    """The stage under Megatron's mixed precision and data parallelism; gradients are accumulated and reduced in float32."""
+    config = stage.config
+    module: MegatronModule = stage if train.precision == "fp32" else Float16Module(config, stage)
+    ddp = DistributedDataParallel(
+        config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+        ),
+        module,
+    )
+    ddp.broadcast_params()
+    return ddp

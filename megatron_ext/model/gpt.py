@@ -1,0 +1,141 @@
+"""The language model: Megatron's embedding and output layer around `SharedKVBlock`.
+
+Parameter names are those of Megatron's GPTModel; a plain map has exactly its parameters.
+"""
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor
+
+from lckv.attention.visibility import Documents
+from lckv.policies.base import Statistics
+from lckv.rope import rotation
+from megatron_ext.model.attention import AttentionInputs
+from megatron_ext.model.block import SharedKVBlock
+from megatron_ext.model.transformer_config import SharedKVTransformerConfig
+
+
+class SharedKVGPTModel(LanguageModule):
+    """One pipeline stage of a decoder with shared keys and values."""
+
+    def __init__(
+        self,
+        config: SharedKVTransformerConfig,
+        submodules: TransformerBlockSubmodules,
+        *,
+        frequencies: Tensor,
+        vocab_size: int,
+        padded_vocab_size: int,
+        pre_process: bool,
+        post_process: bool,
+        share_embeddings_and_output_weights: bool,
+        cross_entropy_chunk_size: int = 0,
+        recompute_num_layers: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        """`frequencies`: RoPE radians per position, float32 [D / 2]. `vocab_size` is the true one; ids from it to
+        `padded_vocab_size` are padding, which never receives probability."""
+        super().__init__(config=config, pg_collection=pg_collection)
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process, self.post_process = pre_process, post_process
+        self.share_embeddings_and_output_weights = share_embeddings_and_output_weights
+        self.vocab_size, self.padded_vocab_size = vocab_size, padded_vocab_size
+        self.cross_entropy_chunk_size = cross_entropy_chunk_size
+        self.frequencies = frequencies  # no buffer: bfloat16 conversion of the module must not reach it
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=padded_vocab_size,
+                max_sequence_length=0,
+                position_embedding_type="rope",
+                tp_group=self.pg_collection.tp,
+            )
+        self.decoder = SharedKVBlock(
+            config, submodules, pre_process, post_process, self.pg_collection, recompute_num_layers
+        )
+        if post_process:
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                config.hidden_size,
+                padded_vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                skip_bias_add=False,
+                gather_output=False,
+                skip_weight_param_allocation=pre_process and share_embeddings_and_output_weights,
+                tp_group=self.pg_collection.tp,
+            )
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: list[Tensor | None] | Tensor | None) -> None:
+        """Called by Megatron's schedules with what the previous stage sent."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        labels: Tensor | None = None,
+        documents: Documents | None = None,
+    ) -> tuple[Tensor, list[Statistics]]:
+        """tokens, position_ids and labels are int64 [b, s].
+
+        Returns, with the statistics of the KV policy: on the last stage the loss of each token, float32 [b, s] in nats, or without
+        labels this rank's part of the logits [b, s, padded vocabulary / TP]; on other stages what the next stage receives.
+        """
+        micro_batch_size, seq_length = tokens.shape
+        hidden_states = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
+        angles = rotation(self._rows(position_ids), self.frequencies.to(position_ids.device))
+        inputs = AttentionInputs(angles, documents)
+        hidden_states, statistics = self.decoder(hidden_states, inputs, seq_length, micro_batch_size)
+        if not self.post_process:
+            return hidden_states, statistics
+        if labels is None:
+            return self._logits(hidden_states).transpose(0, 1), statistics
+        return self._loss(hidden_states, labels.transpose(0, 1).contiguous()).transpose(0, 1), statistics
+
+    @staticmethod
+    def _rows(position_ids: Tensor) -> Tensor:
+        """Positions as [s, b, 1], to broadcast against heads."""
+        return position_ids.transpose(0, 1)[:, :, None]
+
+    def _loss(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of each token, float32 [s, b], of hidden states [s / shards, b, hidden] and labels [s, b]."""
+        chunk = self.cross_entropy_chunk_size // labels.shape[1] if self.cross_entropy_chunk_size else len(labels)
+        if chunk >= len(labels):
+            return tensor_parallel.vocab_parallel_cross_entropy(self._logits(hidden_states), labels)
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.pg_collection.tp)
+
+        def chunk_loss(states: Tensor, targets: Tensor) -> Tensor:
+            logits = self._logits(states, gathered=True)
+            return tensor_parallel.vocab_parallel_cross_entropy(logits, targets)
+
+        parts = zip(hidden_states.split(max(1, chunk)), labels.split(max(1, chunk)), strict=True)
+        return torch.cat([tensor_parallel.checkpoint(chunk_loss, False, states, part) for states, part in parts])
+
+    def _logits(self, hidden_states: Tensor, *, gathered: bool = False) -> Tensor:
+        """This rank's part of the logits, [s, b, padded vocabulary / TP]; padding is as low as the dtype goes."""
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        if gathered and self.config.sequence_parallel:
+            weight = self.output_layer.weight if weight is None else weight
+            logits = self._gathered_logits(hidden_states, weight)
+        else:
+            logits, _ = self.output_layer(hidden_states, weight=weight)
+        first = self.pg_collection.tp.rank() * logits.shape[-1]
+        true = min(max(self.vocab_size - first, 0), logits.shape[-1])
+        if true < logits.shape[-1]:
+            logits[..., true:] = torch.finfo(logits.dtype).min
+        return logits
+
+    def _gathered_logits(self, hidden_states: Tensor, weight: Tensor) -> Tensor:
+        """The output layer on hidden states that sequence parallelism has already gathered: the gather's backward sums their
+        gradient over ranks, so the projection must not."""
+        return torch.nn.functional.linear(hidden_states, weight)

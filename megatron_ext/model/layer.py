@@ -1,0 +1,54 @@
+"""A transformer layer of a sharing map: Megatron's layer, with keys and values as arguments and results."""
+
+from typing import NamedTuple
+
+from megatron.core import tensor_parallel
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from lckv.policies.base import KeyValue, Statistics
+from megatron_ext.model.attention import AttentionInputs
+
+
+class LayerOutput(NamedTuple):
+    """What a layer returns."""
+
+    hidden_states: Tensor
+    """[s, b, hidden]."""
+
+    own: KeyValue | None
+    """The layer's keys and values, if it computes any."""
+
+    statistics: Statistics | None
+    """What its KV policy reports."""
+
+
+class SharedKVLayer(TransformerLayer):
+    """Megatron's TransformerLayer (norms, MLP, residuals, recompute, sharding) around `SharedKVAttention`.
+
+    A pass of the plan may need the whole layer (`forward`), its keys and values alone (`keys_values`), or its MLP alone
+    (`feed_forward`).
+    """
+
+    def forward(self, hidden_states: Tensor, shared: KeyValue | None, inputs: AttentionInputs) -> LayerOutput:  # type: ignore[override]
+        """[s, b, hidden] to the same; `shared` is given iff the layer reads another layer's keys and values."""
+        residual = hidden_states
+        if self.recompute_input_layernorm:
+            norm: tensor_parallel.CheckpointWithoutOutput | None = tensor_parallel.CheckpointWithoutOutput()
+            normed = norm.checkpoint(self.input_layernorm, hidden_states)
+        else:
+            norm, normed = None, self.input_layernorm(hidden_states)
+        output_with_bias, own, statistics = self.self_attention(normed, shared, inputs)
+        if norm is not None:
+            norm.discard_output_and_register_recompute(output_with_bias[0])
+        add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
+        hidden_states = add(output_with_bias, residual, self.hidden_dropout)
+        return LayerOutput(self.feed_forward(hidden_states), own, statistics)
+
+    def keys_values(self, hidden_states: Tensor, inputs: AttentionInputs) -> tuple[KeyValue, Statistics | None]:
+        """The layer's keys and values alone, from its input [s, b, hidden]."""
+        return self.self_attention.keys_values(self.input_layernorm(hidden_states), inputs)
+
+    def feed_forward(self, hidden_states: Tensor) -> Tensor:
+        """The second half of the layer: [s, b, hidden] to the same."""
+        return self._forward_mlp(hidden_states)

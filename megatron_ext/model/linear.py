@@ -1,0 +1,44 @@
+"""The fused projection of queries, keys and values, which can also compute keys and values alone."""
+
+import torch
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    linear_with_grad_accumulation_and_async_allreduce,
+)
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from torch import Tensor
+
+
+class QKVLinear(ColumnParallelLinear):
+    """Megatron's fused projection. Rows of each KV head: its query heads, then its key, then its value.
+
+    A pass of a cyclic group that only serves the next one needs no queries of its top layer; `kv_only` multiplies with the rows of
+    keys and values alone. The slicing happens inside `forward`, after the hooks of overlapped weight gathering.
+    """
+
+    def forward(  # type: ignore[override]
+        self, input_: Tensor, weight: Tensor | None = None, *, kv_only: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[s, b, hidden] to [s, b, rows of this rank], or with `kv_only` = (KV heads of this rank, D) to [s, b, heads * 2 * D]."""
+        if kv_only is None:
+            return super().forward(input_, weight)
+        if not (self.allreduce_dgrad or self.sequence_parallel):
+            input_ = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
+        output = linear_with_grad_accumulation_and_async_allreduce(
+            input_,
+            _kv_rows(self.weight, *kv_only),
+            None if self.bias is None else _kv_rows(self.bias, *kv_only),
+            gradient_accumulation_fusion=False,
+            allreduce_dgrad=self.allreduce_dgrad,
+            sequence_parallel=self.sequence_parallel,
+            tp_group=self.tp_group,
+        )
+        return output, None
+
+    def can_project_kv_only(self) -> bool:
+        """Whether `kv_only` may be used now: fused accumulation writes gradients of whole weights only."""
+        return not (self.gradient_accumulation_fusion and torch.is_grad_enabled())
+
+
+def _kv_rows(rows: Tensor, heads: int, head_dim: int) -> Tensor:
+    return rows.view(heads, -1, *rows.shape[1:])[:, -2 * head_dim :].flatten(0, 1)

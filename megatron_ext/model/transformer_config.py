@@ -1,0 +1,85 @@
+"""From the run's sections to Megatron's TransformerConfig."""
+
+import importlib.util
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from lckv.config import CompressionConfig
+from lckv.sharing.layer_types import LayerTypes
+from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class SharedKVTransformerConfig(TransformerConfig):
+    """Megatron's TransformerConfig with the sharing map, so that every module built from a spec knows its layer's place."""
+
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
+    """Sharing map, passes, window and KV policy."""
+
+    attention_kernel: str = "auto"
+    """model.attention_backend: the backend of lckv.attention (Megatron's `attention_backend` is Transformer Engine's)."""
+
+    @property
+    def layer_types(self) -> LayerTypes:
+        """The sharing map."""
+        return self.compression.map(self.num_layers)
+
+
+def transformer_config(
+    model: ModelConfig, compression: CompressionConfig, parallel: ParallelConfig, train: TrainConfig
+) -> SharedKVTransformerConfig:
+    """Megatron's configuration of the model, for the machine at hand (fused kernels only with CUDA)."""
+    cuda = torch.cuda.is_available()
+    dtype = _DTYPES[train.precision]
+    granularity = None if train.recompute_granularity == "none" else train.recompute_granularity
+    full = granularity == "full"
+    return SharedKVTransformerConfig(
+        compression=compression,
+        attention_kernel=model.attention_backend,
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        kv_channels=model.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.layernorm_epsilon,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
+        attention_dropout=model.attention_dropout,
+        hidden_dropout=model.hidden_dropout,
+        init_method=_keep,
+        output_layer_init_method=_keep,
+        embedding_init_method=_keep,
+        init_method_std=model.init_method_std,
+        use_cpu_initialization=not cuda,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=train.precision == "bf16",
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        deterministic_mode=train.deterministic and cuda,
+        recompute_granularity=granularity,
+        recompute_method="uniform" if full else None,
+        recompute_num_layers=1 if full else None,
+        recompute_modules=list(train.recompute_modules) if granularity == "selective" else None,
+        bias_dropout_fusion=cuda,
+        bias_activation_fusion=cuda,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=cuda and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        calculate_per_token_loss=True,
+        hetereogenous_dist_checkpoint=True,
+        deallocate_pipeline_outputs=True,
+    )
+
+
+def _keep(weight: torch.Tensor) -> None:
+    """Megatron's modules leave their weights alone; `initialization.py` sets them, independently of the layout."""
