@@ -4,7 +4,11 @@ import math
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -87,4 +91,7 @@ def wrap(stage: SharedKVGPTModel, parallel: ParallelConfig, train: TrainConfig) 
         module,
     )
     ddp.broadcast_params()
+    config.finalize_model_grads_func = finalize_model_grads
+    if parallel.overlap_grad_reduce:
+        config.no_sync_func = ddp.no_sync
     return ddp

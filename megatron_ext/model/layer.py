@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
@@ -32,17 +31,10 @@ class SharedKVLayer(TransformerLayer):
 
     def forward(self, hidden_states: Tensor, shared: KeyValue | None, inputs: AttentionInputs) -> LayerOutput:  # type: ignore[override]
         """[s, b, hidden] to the same; `shared` is given iff the layer reads another layer's keys and values."""
-        residual = hidden_states
-        if self.recompute_input_layernorm:
-            norm: tensor_parallel.CheckpointWithoutOutput | None = tensor_parallel.CheckpointWithoutOutput()
-            normed = norm.checkpoint(self.input_layernorm, hidden_states)
-        else:
-            norm, normed = None, self.input_layernorm(hidden_states)
+        normed = self.input_layernorm(hidden_states)
         output_with_bias, own, statistics = self.self_attention(normed, shared, inputs)
-        if norm is not None:
-            norm.discard_output_and_register_recompute(output_with_bias[0])
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
-        hidden_states = add(output_with_bias, residual, self.hidden_dropout)
+        hidden_states = add(output_with_bias, hidden_states, self.hidden_dropout)
         return LayerOutput(self.feed_forward(hidden_states), own, statistics)
 
     def keys_values(self, hidden_states: Tensor, inputs: AttentionInputs) -> tuple[KeyValue, Statistics | None]:

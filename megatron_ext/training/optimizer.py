@@ -1,0 +1,51 @@
+"""Megatron's AdamW and its learning-rate schedule."""
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainConfig
+
+
+def build_optimizer(
+    optimizer: OptimizerConfig, parallel: ParallelConfig, train: TrainConfig, model: MegatronModule
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """The optimizer of `model` (under DDP) and its schedule, whose steps are iterations."""
+    bf16 = train.precision == "bf16"
+    config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.adam_beta1,
+        adam_beta2=optimizer.adam_beta2,
+        adam_eps=optimizer.adam_eps,
+        clip_grad=optimizer.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    built = get_megatron_optimizer(config, [model])
+    return built, _scheduler(built, optimizer, train)
+
+
+def _scheduler(built: MegatronOptimizer, config: OptimizerConfig, train: TrainConfig) -> OptimizerParamScheduler:
+    decay_iters = config.lr_decay_iters or train.train_iters
+    return OptimizerParamScheduler(
+        built,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.lr_warmup_iters,
+        lr_decay_steps=decay_iters,
+        lr_decay_style=config.lr_decay_style,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=train.train_iters,
+        wd_incr_style="constant",
+        wsd_decay_steps=config.lr_wsd_decay_iters or max(1, decay_iters // 10),
+        lr_wsd_decay_style=config.lr_wsd_decay_style,
+    )

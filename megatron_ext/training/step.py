@@ -1,0 +1,137 @@
+"""One optimizer step, and one evaluation: Megatron's schedules around the model's loss."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import get_attr_wrapped_model
+from torch import Tensor
+
+from lckv.attention.visibility import Documents
+from megatron_ext.config import TrainConfig
+from megatron_ext.data.batch import Batch
+
+Shapes = list[tuple[int, ...]]
+Samples = Iterator[Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    lm_loss: float
+    """Mean cross-entropy over the tokens of the global batch, in nats; the same on every rank."""
+
+    num_tokens: int
+    """Tokens that the loss is the mean of."""
+
+    grad_norm: float
+    """Global gradient norm before clipping."""
+
+    learning_rate: float
+    """That the step used."""
+
+
+def train_step(
+    model: MegatronModule,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    samples: Samples,
+    make_batch: Callable[[Mapping[str, Tensor]], Batch],
+    train: TrainConfig,
+) -> StepResult:
+    """Forward and backward of the global batch's micro-batches on this rank, gradient reduction, and the update."""
+    model.zero_grad_buffer()
+    optimizer.zero_grad()
+    losses = _run_schedule(model, samples, make_batch, train, forward_only=False)
+    learning_rate = optimizer.param_groups[0]["lr"]
+    _, grad_norm, _ = optimizer.step()
+    scheduler.step(increment=1)
+    loss, num_tokens = _mean_loss(losses)
+    return StepResult(loss, num_tokens, float(grad_norm or 0.0), float(learning_rate))
+
+
+@torch.no_grad()
+def evaluate(
+    model: MegatronModule,
+    samples: Samples,
+    make_batch: Callable[[Mapping[str, Tensor]], Batch],
+    train: TrainConfig,
+) -> float:
+    """Mean cross-entropy in nats over train.eval_iters global batches; the same on every rank."""
+    model.eval()
+    total, count = 0.0, 0
+    for _ in range(train.eval_iters):
+        loss, num_tokens = _mean_loss(_run_schedule(model, samples, make_batch, train, forward_only=True))
+        total, count = total + loss * num_tokens, count + num_tokens
+    model.train()
+    return total / max(count, 1)
+
+
+def micro_batches(train: TrainConfig) -> int:
+    """Micro-batches per rank and step."""
+    return train.global_batch_size // (train.micro_batch_size * parallel_state.get_data_parallel_world_size())
+
+
+def stage_shapes(model: MegatronModule, seq_length: int, micro_batch_size: int) -> Callable[[Shapes, Shapes], tuple[Shapes, Shapes]]:
+    """Megatron's hook for the shapes of tensors between stages: those of the payloads with shared keys and values."""
+    decoder = get_attr_wrapped_model(model, "decoder")
+    shapes = ([payload.shape(seq_length, micro_batch_size)] for payload in (decoder.payload_in, decoder.payload_out))
+    received, sent = shapes
+    return lambda _received, _sent: (received, sent)
+
+
+def _run_schedule(
+    model: MegatronModule,
+    samples: Samples,
+    make_batch: Callable[[Mapping[str, Tensor]], Batch],
+    train: TrainConfig,
+    *,
+    forward_only: bool,
+) -> list[Tensor]:
+    """Losses of this rank's micro-batches, float64 [2] each: sum and number of tokens. Empty before the last stage."""
+
+    def forward_step(iterator: Samples, stage: MegatronModule) -> tuple[Tensor, Callable[..., object]]:
+        batch = make_batch(next(iterator))
+        documents = None if batch.cu_seqlens is None else Documents(batch.cu_seqlens)
+        output, _ = stage(batch.tokens, batch.position_ids, batch.labels, documents)
+        return output, partial(token_loss, batch.loss_mask)
+
+    options = {}
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        options["adjust_tensor_shapes_fn"] = stage_shapes(model, train.seq_length, train.micro_batch_size)
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=samples,
+        model=[model],
+        num_microbatches=micro_batches(train),
+        seq_length=train.seq_length,
+        micro_batch_size=train.micro_batch_size,
+        forward_only=forward_only,
+        **options,
+    )
+
+
+def token_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the losses [b, s] of tokens with `loss_mask` [b, s], their number, and both for reporting, float64 [2]."""
+    count = loss_mask.sum()
+    total = (losses.float() * loss_mask).sum()
+    return total, count.to(torch.int), torch.stack((total.detach().double(), count.double()))
+
+
+def _mean_loss(losses: list[Tensor]) -> tuple[float, int]:
+    """Mean over all ranks' tokens and their number, on every rank."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    total = torch.stack(losses).sum(0) if losses else torch.zeros(2, dtype=torch.float64, device=device)
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast(total, last, group=parallel_state.get_pipeline_model_parallel_group())
+    return float(total[0] / total[1].clamp(min=1)), int(total[1])
