@@ -3,10 +3,11 @@
 A policy stands between the projections of a layer and its attention. The layer that computes keys and values asks it once per
 pass; every layer that reads them gets the result as tensors. A policy keeps no tensors: what it needs later it returns.
 
-Shapes: b batch rows, s tokens, h query heads, g KV heads (those of this rank), d channels of a head, k kept entries.
+Shapes: b batch rows, s tokens, h query heads, g KV heads (those of this rank), d channels of a head, n slots.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -19,20 +20,53 @@ class KeyValue(NamedTuple):
     """What readers of a layer attend to."""
 
     key: Tensor
-    """[s, b, g, d], rotated to absolute positions."""
+    """[s, b, g, d], rotated to absolute positions. Where the policy biases keys, channel d - 1 is the bias."""
 
     value: Tensor
     """[s, b, g, d]."""
-
-    key_bias: Tensor | None = None
-    """float32 [s, b, g], added to the scores of a key; None: no bias."""
 
 
 class Statistics(NamedTuple):
     """What a layer's policy reports of one micro-batch, as tensors through which its auxiliary loss is differentiated."""
 
-    kept: Tensor
-    """[s, b, g]: how much of each token opens an entry of its own (1 append, 0 merge)."""
+    merge_rate: Tensor
+    """float32 [b, g]: share of the row's tokens that were merged instead of appended, in 0 .. 1."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenContext:
+    """What a policy may need to know of the tokens whose keys and values it is given."""
+
+    rotate: Callable[[Tensor], Tensor]
+    """RoPE at the tokens' positions, [s, b, any heads, d] to the same."""
+
+    documents: Documents | None = None
+    """Document boundaries; None: every row is one document."""
+
+    counted: Tensor | None = None
+    """bool [s, b]: tokens that are not padding; None: all. Padding neither merges nor counts."""
+
+    noise: Tensor | None = None
+    """What `KVPolicy.draw_noise` returned for this layer and micro-batch, KV heads of this rank."""
+
+    training: bool = False
+    """Whether decisions are soft and noisy."""
+
+    progress: float = 1.0
+    """Share of training that is done, 0 .. 1."""
+
+
+class Slots(NamedTuple):
+    """What is kept of a layer's tokens so far, at inference."""
+
+    key: Tensor
+    """[n, b, g, d], ready to attend to; entries beyond a head's length are zeros."""
+
+    value: Tensor
+    """[n, b, g, d]."""
+
+    lengths: Tensor
+    """int64 [b, g]: slots in use."""
 
 
 class KVPolicy(Protocol):
@@ -43,34 +77,29 @@ class KVPolicy(Protocol):
     reads_query: bool
     """Whether keys and values depend on the queries of the layer that computes them."""
 
-    def draw_noise(self, shape: Sequence[int], device: torch.device, generator: torch.Generator) -> Tensor | None:
-        """Randomness of one layer and micro-batch with statistics of `shape` [s, b, g], drawn once from a tracked generator and
-        used in every pass of the plan and in recomputation; None if the policy is deterministic."""
+    biases_keys: bool
+    """Whether channel d - 1 of keys is a bias on their score and that of queries the constant that brings it there; a query's
+    newest visible key (its frontier) is seen without bias."""
+
+    def draw_noise(self, shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> Tensor | None:
+        """Randomness of one layer and micro-batch for `shape` [s, b, all KV heads], one seed per row.
+
+        It depends on nothing but the seeds, so that it is the same in every pass of the plan, in recomputation, after a resume
+        and in every layout. None if the policy is deterministic.
+        """
         ...
 
-    def query(self, query: Tensor, rotate: Callable[[Tensor], Tensor]) -> Tensor:
+    def query(self, query: Tensor, context: TokenContext) -> Tensor:
         """Queries [s, b, h, d] before RoPE to those that attend."""
         ...
 
     def keys_values(
-        self,
-        key: Tensor,
-        value: Tensor,
-        rotate: Callable[[Tensor], Tensor],
-        *,
-        query: Tensor | None,
-        noise: Tensor | None,
-        documents: Documents | None,
-        training: bool,
+        self, key: Tensor, value: Tensor, query: Tensor | None, context: TokenContext
     ) -> tuple[KeyValue, Statistics | None]:
         """Keys and values [s, b, g, d] before RoPE to what readers attend to. `query` [s, b, h, d] before RoPE is given iff
         `reads_query`."""
         ...
 
-    def auxiliary_loss(self, statistics: Sequence[Statistics], progress: float) -> Tensor | None:
-        """Loss per sample [b] from the statistics of all layers at `progress` 0 .. 1 of training; None: no loss."""
-        ...
-
-    def update_slots(self, slots: KeyValue | None, new: KeyValue, statistics: Statistics | None) -> KeyValue:
-        """The entries kept [k, b, g, d] after one more token's key and value [1, b, g, d] (inference, token by token)."""
+    def auxiliary_loss(self, merge_rate: Tensor, progress: float) -> Tensor | None:
+        """Loss of each row [b] from its merge rate [b], the mean over all layers and KV heads; None: no loss."""
         ...

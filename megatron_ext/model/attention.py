@@ -3,7 +3,6 @@
 Shapes: s tokens, b micro-batch, h query heads and g KV heads of this tensor-parallel rank, d channels of a head.
 """
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,22 +17,10 @@ from torch import Tensor
 
 from lckv.attention.backends import choose
 from lckv.attention.visibility import Documents, Visibility
-from lckv.policies.base import KeyValue, Statistics
+from lckv.policies.base import KeyValue, Statistics, TokenContext
 from lckv.policies.build import build_policy
-from lckv.rope import Rotation, rotate
 from megatron_ext.model.linear import QKVLinear
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionInputs:
-    """What every layer's attention needs to know of the micro-batch."""
-
-    angles: Rotation
-    """float32 [s, 1 or b, 1, d / 2]."""
-
-    documents: Documents | None
-    """Document boundaries, if keys of other documents are to be invisible."""
 
 
 class CoreAttention(MegatronModule):
@@ -130,7 +117,7 @@ class SharedKVAttention(Attention):
         )
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, shared: KeyValue | None, inputs: AttentionInputs
+        self, hidden_states: Tensor, shared: KeyValue | None, context: TokenContext
     ) -> tuple[tuple[Tensor, Tensor | None], KeyValue | None, Statistics | None]:
         """Attend from `hidden_states` [s, b, hidden] (normalised) to `shared`, or to the layer's own keys and values.
 
@@ -143,13 +130,13 @@ class SharedKVAttention(Attention):
                 f"layer {self.layer_type.index} reads the keys and values of layer {self.layer_type.source}, which were "
                 f"{'not ' if shared is None else ''}given to it."
             )
-        query, own, statistics = self._project(hidden_states, inputs)
+        query, own, statistics = self._project(hidden_states, context)
         key_value = own if shared is None else shared
         assert key_value is not None
-        output = self._attend(query, key_value, inputs.documents)
+        output = self._attend(query, key_value, context.documents)
         return self.linear_proj(output), own, statistics
 
-    def keys_values(self, hidden_states: Tensor, inputs: AttentionInputs) -> tuple[KeyValue, Statistics | None]:
+    def keys_values(self, hidden_states: Tensor, context: TokenContext) -> tuple[KeyValue, Statistics | None]:
         """The layer's keys and values alone, from `hidden_states` [s, b, hidden] (normalised)."""
         cheap = (
             isinstance(self.linear_qkv, QKVLinear)
@@ -158,12 +145,12 @@ class SharedKVAttention(Attention):
             and not self._groups_split_over_ranks
         )
         if not cheap:
-            _, own, statistics = self._project(hidden_states, inputs)
+            _, own, statistics = self._project(hidden_states, context)
             assert own is not None
             return own, statistics
         mixed, _ = self.linear_qkv(hidden_states, kv_only=(self.num_query_groups_per_partition, self.head_dim))
         key, value = mixed.view(*mixed.shape[:2], -1, 2, self.head_dim).unbind(3)
-        return self._keys_values(None, key, value, inputs)
+        return self._keys_values(None, key, value, context)
 
     @property
     def _groups_split_over_ranks(self) -> bool:
@@ -171,17 +158,16 @@ class SharedKVAttention(Attention):
         return self.config.num_query_groups < self.world_size
 
     def _project(
-        self, hidden_states: Tensor, inputs: AttentionInputs
+        self, hidden_states: Tensor, context: TokenContext
     ) -> tuple[Tensor, KeyValue | None, Statistics | None]:
-        turn = partial(rotate, angles=inputs.angles)
         if not self.computes_kv:
             query, _ = self.linear_q(hidden_states)
             query = self._normalise(self.q_layernorm, query.unflatten(-1, (-1, self.head_dim)))
-            return self.policy.query(query, turn), None, None
+            return self.policy.query(query, context), None, None
         query, key, value = self._split(self.linear_qkv(hidden_states)[0])
         query = self._normalise(self.q_layernorm, query)
-        own, statistics = self._keys_values(query, key, value, inputs)
-        return self.policy.query(query, turn), own, statistics
+        own, statistics = self._keys_values(query, key, value, context)
+        return self.policy.query(query, context), own, statistics
 
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[s, b, rows of this rank] to query [s, b, h, d], key and value [s, b, g, d]."""
@@ -197,17 +183,10 @@ class SharedKVAttention(Attention):
         return query, key, value
 
     def _keys_values(
-        self, query: Tensor | None, key: Tensor, value: Tensor, inputs: AttentionInputs
+        self, query: Tensor | None, key: Tensor, value: Tensor, context: TokenContext
     ) -> tuple[KeyValue, Statistics | None]:
-        return self.policy.keys_values(
-            self._normalise(self.k_layernorm, key),
-            value,
-            partial(rotate, angles=inputs.angles),
-            query=query if self.policy.reads_query else None,
-            noise=None,
-            documents=inputs.documents,
-            training=self.training,
-        )
+        key = self._normalise(self.k_layernorm, key)
+        return self.policy.keys_values(key, value, query if self.policy.reads_query else None, context)
 
     @staticmethod
     def _normalise(norm: torch.nn.Module | None, heads: Tensor) -> Tensor:

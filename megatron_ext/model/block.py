@@ -13,10 +13,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
-from lckv.policies.base import KeyValue, Statistics
+from lckv.policies.base import KeyValue, Statistics, TokenContext
 from lckv.sharing.plan import LayerGroup, cyclic_sources, layer_groups
 from megatron_ext.errors import ConfigError
-from megatron_ext.model.attention import AttentionInputs
 from megatron_ext.model.layer import LayerOutput, SharedKVLayer
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 from megatron_ext.parallel.pipeline_payload import PipelinePayload, crossing_sources
@@ -78,7 +77,7 @@ class SharedKVBlock(TransformerBlock):
         )
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Tensor | None, inputs: AttentionInputs, seq_length: int, micro_batch_size: int
+        self, hidden_states: Tensor | None, context: TokenContext, seq_length: int, micro_batch_size: int
     ) -> tuple[Tensor, list[Statistics]]:
         """Run the stage's layers.
 
@@ -95,7 +94,7 @@ class SharedKVBlock(TransformerBlock):
         with forked:
             for group in self.groups:
                 run = self._iterate if group.iterated else self._run
-                hidden_states, available = run(group, hidden_states, available, inputs, statistics)
+                hidden_states, available = run(group, hidden_states, available, context, statistics)
         if self.final_layernorm is not None:
             hidden_states = self.final_layernorm(hidden_states)
         if not self.post_process:
@@ -107,7 +106,7 @@ class SharedKVBlock(TransformerBlock):
         group: LayerGroup,
         hidden_states: Tensor,
         available: KeyValues,
-        inputs: AttentionInputs,
+        context: TokenContext,
         statistics: dict[int, Statistics],
     ) -> tuple[Tensor, KeyValues]:
         """All passes over a cyclic group; those before the last only make keys and values for the next."""
@@ -117,10 +116,10 @@ class SharedKVBlock(TransformerBlock):
         for number in range(passes - 1):
             with torch.no_grad() if number < compression.forward_passes else nullcontext():
                 start = hidden_states if torch.is_grad_enabled() else hidden_states.detach()
-                previous = self._prepare(group, start, available, previous, inputs)
+                previous = self._prepare(group, start, available, previous, context)
         if previous is None:
             previous = dict.fromkeys(cyclic_sources(self.layer_types, group), self._zeros(hidden_states))
-        return self._run(group, hidden_states, available, inputs, statistics, previous)
+        return self._run(group, hidden_states, available, context, statistics, previous)
 
     def _prepare(
         self,
@@ -128,7 +127,7 @@ class SharedKVBlock(TransformerBlock):
         hidden_states: Tensor,
         available: KeyValues,
         previous: KeyValues | None,
-        inputs: AttentionInputs,
+        context: TokenContext,
     ) -> KeyValues:
         """One pass that stops at the keys and values of the highest layer that cyclic layers read; returns theirs.
 
@@ -140,14 +139,14 @@ class SharedKVBlock(TransformerBlock):
             layer, kind = self._layer(index), self.layer_types[index]
             if kind.cyclic and previous is None:
                 if index in self.layer_types.kv_layers:
-                    current[index] = layer.keys_values(hidden_states, inputs)[0]
+                    current[index] = layer.keys_values(hidden_states, context)[0]
                 hidden_states = layer.feed_forward(hidden_states)
                 continue
             source = self._source(index, available | current, previous)
-            hidden_states, own, _ = self._call(layer, hidden_states, source, inputs)
+            hidden_states, own, _ = self._call(layer, hidden_states, source, context)
             if own is not None:
                 current[index] = own
-        current[group.stop - 1] = self._layer(group.stop - 1).keys_values(hidden_states, inputs)[0]
+        current[group.stop - 1] = self._layer(group.stop - 1).keys_values(hidden_states, context)[0]
         return {index: current[index] for index in wanted}
 
     def _run(
@@ -155,7 +154,7 @@ class SharedKVBlock(TransformerBlock):
         group: LayerGroup,
         hidden_states: Tensor,
         available: KeyValues,
-        inputs: AttentionInputs,
+        context: TokenContext,
         statistics: dict[int, Statistics],
         previous: KeyValues | None = None,
     ) -> tuple[Tensor, KeyValues]:
@@ -164,7 +163,7 @@ class SharedKVBlock(TransformerBlock):
         for index in range(group.start, group.stop):
             layer = self._layer(index)
             source = self._source(index, available, previous)
-            hidden_states, own, reported = self._call(layer, hidden_states, source, inputs)
+            hidden_states, own, reported = self._call(layer, hidden_states, source, context)
             if own is not None:
                 available[index] = own
             if reported is not None:
@@ -195,16 +194,16 @@ class SharedKVBlock(TransformerBlock):
         return KeyValue(zeros, zeros)
 
     def _call(
-        self, layer: SharedKVLayer, hidden_states: Tensor, source: KeyValue | None, inputs: AttentionInputs
+        self, layer: SharedKVLayer, hidden_states: Tensor, source: KeyValue | None, context: TokenContext
     ) -> LayerOutput:
         """The layer, recomputed in backward where the configuration asks for it."""
         if layer.layer_number - 1 - self.first_layer >= self.recomputed_layers or not torch.is_grad_enabled():
-            return layer(hidden_states, source, inputs)
+            return layer(hidden_states, source, context)
 
         def flat(states: Tensor, *parts: Tensor | None) -> tuple[Tensor | None, ...]:
-            output = layer(states, None if parts[0] is None else KeyValue(*parts), inputs)
-            return output.hidden_states, *(output.own or (None,) * 3), *(output.statistics or (None,))
+            output = layer(states, None if parts[0] is None else KeyValue(*parts), context)
+            return output.hidden_states, *(output.own or (None,) * 2), *(output.statistics or (None,))
 
-        outputs = tensor_parallel.checkpoint(flat, False, hidden_states, *(source or (None,) * 3))
-        own = None if outputs[1] is None else KeyValue(*outputs[1:4])
-        return LayerOutput(outputs[0], own, None if outputs[4] is None else Statistics(outputs[4]))
+        outputs = tensor_parallel.checkpoint(flat, False, hidden_states, *(source or (None,) * 2))
+        own = None if outputs[1] is None else KeyValue(*outputs[1:3])
+        return LayerOutput(outputs[0], own, None if outputs[3] is None else Statistics(outputs[3]))

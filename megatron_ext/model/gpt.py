@@ -3,6 +3,8 @@
 Parameter names are those of Megatron's GPTModel; a plain map has exactly its parameters.
 """
 
+from functools import partial
+
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -14,9 +16,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from lckv.attention.visibility import Documents
-from lckv.policies.base import Statistics
-from lckv.rope import rotation
-from megatron_ext.model.attention import AttentionInputs
+from lckv.policies.base import Statistics, TokenContext
+from lckv.rope import rotate, rotation
 from megatron_ext.model.block import SharedKVBlock
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 
@@ -93,8 +94,8 @@ class SharedKVGPTModel(LanguageModule):
         micro_batch_size, seq_length = tokens.shape
         hidden_states = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
         angles = rotation(self._rows(position_ids), self.frequencies.to(position_ids.device))
-        inputs = AttentionInputs(angles, documents)
-        hidden_states, statistics = self.decoder(hidden_states, inputs, seq_length, micro_batch_size)
+        context = TokenContext(partial(rotate, angles=angles), documents, training=self.training)
+        hidden_states, statistics = self.decoder(hidden_states, context, seq_length, micro_batch_size)
         if not self.post_process:
             return hidden_states, statistics
         if labels is None:

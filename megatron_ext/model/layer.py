@@ -5,8 +5,7 @@ from typing import NamedTuple
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from lckv.policies.base import KeyValue, Statistics
-from megatron_ext.model.attention import AttentionInputs
+from lckv.policies.base import KeyValue, Statistics, TokenContext
 
 
 class LayerOutput(NamedTuple):
@@ -29,17 +28,17 @@ class SharedKVLayer(TransformerLayer):
     (`feed_forward`).
     """
 
-    def forward(self, hidden_states: Tensor, shared: KeyValue | None, inputs: AttentionInputs) -> LayerOutput:  # type: ignore[override]
+    def forward(self, hidden_states: Tensor, shared: KeyValue | None, context: TokenContext) -> LayerOutput:  # type: ignore[override]
         """[s, b, hidden] to the same; `shared` is given iff the layer reads another layer's keys and values."""
         normed = self.input_layernorm(hidden_states)
-        output_with_bias, own, statistics = self.self_attention(normed, shared, inputs)
+        output_with_bias, own, statistics = self.self_attention(normed, shared, context)
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
         hidden_states = add(output_with_bias, hidden_states, self.hidden_dropout)
         return LayerOutput(self.feed_forward(hidden_states), own, statistics)
 
-    def keys_values(self, hidden_states: Tensor, inputs: AttentionInputs) -> tuple[KeyValue, Statistics | None]:
+    def keys_values(self, hidden_states: Tensor, context: TokenContext) -> tuple[KeyValue, Statistics | None]:
         """The layer's keys and values alone, from its input [s, b, hidden]."""
-        return self.self_attention.keys_values(self.input_layernorm(hidden_states), inputs)
+        return self.self_attention.keys_values(self.input_layernorm(hidden_states), context)
 
     def feed_forward(self, hidden_states: Tensor) -> Tensor:
         """The second half of the layer: [s, b, hidden] to the same."""

@@ -58,9 +58,7 @@ class PipelinePayload:
                     f"a later pipeline stage reads the keys and values of layer {source}, which this stage does not have; "
                     f"it has those of {sorted(key_values) or 'no layer'}."
                 )
-            if key_values[source].key_bias is not None:
-                raise ValueError(f"layer {source}: a key bias cannot cross pipeline stages in this payload.")
-            parts += key_values[source][:2]
+            parts += key_values[source]
         return torch.cat([part.reshape(-1) for part in parts])
 
     def unpack(self, tensor: Tensor, seq_length: int, micro_batch_size: int) -> tuple[Tensor, dict[int, KeyValue]]:

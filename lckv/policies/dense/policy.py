@@ -1,12 +1,11 @@
 """The dense policy: every token keeps its key and value."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lckv.attention.visibility import Documents
-from lckv.policies.base import KeyValue, Statistics
+from lckv.policies.base import KeyValue, Statistics, TokenContext
 
 
 class DensePolicy:
@@ -14,35 +13,22 @@ class DensePolicy:
 
     name = "dense"
     reads_query = False
+    biases_keys = False
 
-    def draw_noise(self, shape: Sequence[int], device: torch.device, generator: torch.Generator) -> Tensor | None:
+    def draw_noise(self, shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> Tensor | None:
         """Nothing is random."""
         return None
 
-    def query(self, query: Tensor, rotate: Callable[[Tensor], Tensor]) -> Tensor:
+    def query(self, query: Tensor, context: TokenContext) -> Tensor:
         """RoPE and nothing else."""
-        return rotate(query)
+        return context.rotate(query)
 
     def keys_values(
-        self,
-        key: Tensor,
-        value: Tensor,
-        rotate: Callable[[Tensor], Tensor],
-        *,
-        query: Tensor | None = None,
-        noise: Tensor | None = None,
-        documents: Documents | None = None,
-        training: bool = False,
+        self, key: Tensor, value: Tensor, query: Tensor | None, context: TokenContext
     ) -> tuple[KeyValue, Statistics | None]:
         """RoPE on the keys and nothing else."""
-        return KeyValue(rotate(key), value), None
+        return KeyValue(context.rotate(key), value), None
 
-    def auxiliary_loss(self, statistics: Sequence[Statistics], progress: float) -> Tensor | None:
+    def auxiliary_loss(self, merge_rate: Tensor, progress: float) -> Tensor | None:
         """No auxiliary loss."""
         return None
-
-    def update_slots(self, slots: KeyValue | None, new: KeyValue, statistics: Statistics | None = None) -> KeyValue:
-        """Append."""
-        if slots is None:
-            return new
-        return KeyValue(torch.cat((slots.key, new.key)), torch.cat((slots.value, new.value)))
