@@ -1,0 +1,137 @@
+"""Every attention backend against the plain oracle: causality, excluded self, windows, documents, grouped heads, gradients."""
+
+import types
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lckv.attention import flash, reference, sdpa
+from lckv.attention.backends import choose
+from lckv.attention.visibility import Documents, Visibility
+
+
+def stand_in() -> types.SimpleNamespace:
+    """flash-attn's two functions as its documentation defines them, in plain PyTorch: [.., heads, d], window counted to the left of
+    the diagonal, documents by cu_seqlens."""
+
+    def rows(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float, softmax_scale: float, causal: bool, window_size: tuple) -> Tensor:
+        assert causal
+        assert window_size[1] == 0
+        window = None if window_size[0] < 0 else window_size[0] + 1
+        parts = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        return reference.attend(*parts, Visibility(window=window), scale=softmax_scale).transpose(1, 2)
+
+    def packed(q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, **options: object) -> Tensor:
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+        assert cu_seqlens_q.dtype == torch.int32
+        lengths = cu_seqlens_q.diff()
+        assert lengths.max() == max_seqlen_q == max_seqlen_k
+        assert cu_seqlens_q[-1] == len(q)
+        pieces = [tensor.split(lengths.tolist()) for tensor in (q, k, v)]
+        done = [rows(*(piece[None] for piece in one), **options)[0] for one in zip(*pieces, strict=True) if len(one[0])]
+        return torch.cat(done)
+
+    return types.SimpleNamespace(flash_attn_func=rows, flash_attn_varlen_func=packed)
+
+
+BACKENDS = {"sdpa": sdpa.attend, "flash": partial(flash.attend, kernel=stand_in())}
+
+
+def cut(rows: int, length: int, cuts: list[int]) -> Documents:
+    """Documents that start at every row and at the positions `cuts` of the flattened batch."""
+    starts = {row * length for row in range(rows)} | {place % (rows * length) for place in cuts}
+    return Documents(torch.tensor([*sorted(starts), rows * length], dtype=torch.int32))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[int, int, int, int, Visibility]:
+    rows, length, kv_heads, group = (draw(st.integers(1, high)) for high in (3, 20, 2, 3))
+    window = draw(st.none() | st.integers(1, 24))
+    cuts = draw(st.none() | st.lists(st.integers(0, 60), max_size=6))
+    documents = None if cuts is None else cut(rows, length, cuts)
+    return rows, length, kv_heads, group, Visibility(draw(st.booleans()), window, documents)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=60)
+@given(case=cases())
+def test_output_and_gradients_equal_the_oracle(backend: str, case: tuple) -> None:
+    rows, length, kv_heads, group, visibility = case
+    torch.manual_seed(0)
+    leaves = [
+        torch.randn(rows, heads, length, 8, dtype=torch.float64, requires_grad=True)
+        for heads in (kv_heads * group, kv_heads, kv_heads)
+    ]
+    weight = torch.randn(rows, kv_heads * group, length, 8, dtype=torch.float64)
+    results = []
+    for attend in (reference.attend, BACKENDS[backend]):
+        output = attend(*leaves, visibility, scale=0.3)
+        gradients = torch.autograd.grad((output * weight).sum() + sum(leaf.sum() * 0 for leaf in leaves), leaves)
+        results.append((output, *gradients))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # the oracle's scores are float32
+
+
+def test_chunks_of_a_window_meet_seamlessly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sdpa, "_CHUNK", 4)
+    query, key, value = (torch.randn(2, 2, 33, 8) for _ in range(3))
+    for window in (1, 3, 4, 5, 32):
+        visibility = Visibility(exclude_self=True, window=window)
+        expected = reference.attend(query, key, value, visibility, scale=0.3)
+        torch.testing.assert_close(sdpa.attend(query, key, value, visibility, scale=0.3), expected)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "flash", "reference"])
+@pytest.mark.parametrize("documents", [None, cut(1, 6, [3])], ids=["rows", "documents"])
+def test_a_query_that_sees_nothing_gives_exactly_zero(backend: str, documents: Documents | None) -> None:
+    attend = {**BACKENDS, "reference": reference.attend}[backend]
+    query, key, value = (torch.randn(1, 1, 6, 4) for _ in range(3))
+    output = attend(query, key, value, Visibility(exclude_self=True, documents=documents), scale=1.0)
+    assert output[0, 0, 0].eq(0).all()
+    assert documents is None or output[0, 0, 3].eq(0).all()
+    assert output[0, 0, 2].ne(0).any()
+
+
+def test_a_document_across_a_row_is_refused() -> None:
+    documents = Documents(torch.tensor([0, 5, 8], dtype=torch.int32))
+    with pytest.raises(ValueError, match="document at tokens 0 to 4 crosses the end of a row of 4 tokens"):
+        documents.spans(4)
+
+
+def test_no_quadratic_tensor_under_a_window() -> None:
+    length = 4096
+    query = torch.randn(1, 1, length, 8, requires_grad=True)
+    biggest = 0
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal biggest
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                biggest = max(biggest, result.numel())
+            return result
+
+    with Watch():
+        sdpa.attend(query, query, query, Visibility(window=512), scale=1.0)
+    assert biggest < length * length / 16
+
+
+class TestChoice:
+    cpu = torch.device("cpu")
+
+    def test_auto_says_why(self) -> None:
+        choice = choose("auto", device=self.cpu, dtype=torch.float32, head_dim=64)
+        assert choice.name == "sdpa"
+        assert "the model is on cpu" in choice.reason
+
+    def test_an_explicit_request_never_falls_back(self) -> None:
+        with pytest.raises(ValueError, match=r"model\.attention_backend is flash, but .* Set model\.attention_backend to auto"):
+            choose("flash", device=self.cpu, dtype=torch.float32, head_dim=64)
+
+    def test_unknown_name(self) -> None:
+        with pytest.raises(ValueError, match="the backends are auto, sdpa, flash, reference"):
+            choose("fused", device=self.cpu, dtype=torch.float32, head_dim=64)

@@ -1,0 +1,55 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lckv.sharing.layer_types import LayerTypes
+from tests.golden.lckv_models import FOLDER
+
+RECORDED = json.loads((FOLDER / "plans.json").read_text())
+
+
+@pytest.mark.parametrize("entry", RECORDED["plans"], ids=lambda entry: entry["layer_types"])
+def test_maps_mean_what_the_official_code_says(entry: dict) -> None:
+    parsed = LayerTypes.parse(entry["layer_types"], entry["num_layers"])
+    assert parsed.any_cyclic == entry["any_cyclic"]
+    assert parsed.any_sliding == entry["any_sliding"]
+    for layer, recorded in zip(parsed, entry["layers"], strict=True):
+        assert layer.source == recorded["attends_to"]
+        assert layer.cyclic == recorded["attends_top"]
+        assert layer.sliding == recorded["sliding"]
+        assert (layer.index in parsed.kv_layers) == recorded["computes_kv"]
+
+
+@pytest.mark.parametrize("entry", RECORDED["invalid"], ids=lambda entry: repr(entry["layer_types"]))
+def test_what_the_official_code_rejects_is_rejected(entry: dict) -> None:
+    with pytest.raises(ValueError, match=r"compression\.layer_types"):
+        LayerTypes.parse(entry["layer_types"], entry["num_hidden_layers"])
+
+
+@pytest.mark.parametrize(
+    ("text", "num_layers", "said"),
+    [
+        ("0_1t_2", 3, r"entry 1 \(character 3\) is '1t'; an entry is the index of the layer"),
+        ("0_1_", 3, r"entry 2 \(character 5\) is empty"),
+        ("0_1_5", 3, r"entry 2 \(character 5\) reads layer 5, but the model has layers 0 to 2"),
+        ("0_1_2_3", 5, r"has 4 entries but model\.num_layers is 5"),
+        ("0_-1", 2, r"entry 1 \(character 3\) is '-1'"),
+    ],
+)
+def test_the_error_says_where_and_why(text: str, num_layers: int, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        LayerTypes.parse(text, num_layers)
+
+
+def test_no_map_is_the_plain_map() -> None:
+    assert str(LayerTypes.parse(None, 4)) == "0_1_2_3"
+
+
+@given(st.integers(1, 30).flatmap(lambda n: st.lists(st.tuples(st.integers(0, n - 1), st.booleans()), min_size=n, max_size=n)))
+def test_text_round_trip(entries: list[tuple[int, bool]]) -> None:
+    text = "_".join(f"{source}{'s' * sliding}" for source, sliding in entries)
+    parsed = LayerTypes.parse(text, len(entries))
+    assert str(parsed) == text
+    assert sorted(reader for source in parsed.kv_layers for reader in parsed.readers(source)) == list(range(len(entries)))

@@ -1,0 +1,74 @@
+"""The cost model: against operations counted while the Megatron model really runs, and against tensors' bytes."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lckv.config import CompressionConfig
+from lckv.cost import ModelShape, average_keys, kv_bytes_per_token, layer_costs, training_cost
+from lckv.sharing.layer_types import LayerTypes
+from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_ext.model.build import build_stage
+from megatron_ext.parallel.process_groups import initialize
+from tests.ranks import run_on_ranks
+
+MODEL = ModelConfig(
+    num_layers=6, hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=96, make_vocab_size_divisible_by=1
+)
+SHAPE = ModelShape(6, 32, 96, 4, 2, 8, vocab_size=40, seq_length=16)
+MAPS = ["0_1_2_3_4_5", "0_0_2_2_4_4", "0_4_4_4_4_5", "0_3_3_3_3_3", "1_1_3_3_5_5", "0_2_4_2_4_5", "5_5_5_5_5_5"]
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("layer_types", MAPS)
+def test_counted_operations(layer_types: str, recompute: str) -> None:
+    compression = CompressionConfig(layer_types=layer_types, forward_passes=3, backward_passes=2)
+    (counted,) = run_on_ranks(1, counted_flops_per_token, compression, recompute)
+    cost = training_cost(SHAPE, compression, recomputed_layers=6 if recompute == "full" else 0)
+    # the counter does not know PyTorch's attention on CPU: leave attention out on both sides
+    without = training_cost_without_attention(compression, 6 if recompute == "full" else 0)
+    assert counted == pytest.approx(without, rel=1e-9)
+    assert cost.hardware_flops > without
+
+
+def training_cost_without_attention(compression: CompressionConfig, recomputed_layers: int) -> float:
+    """The FLOPs that the cost model gives where queries see no keys (a window of 1 that excludes the query's own position)."""
+    blind = "_".join(f"{layer.source}s" for layer in compression.map(6))
+    settings = {**vars(compression), "layer_types": blind, "sliding_window": 1, "force_nodiag": True}
+    return training_cost(SHAPE, CompressionConfig(**settings), recomputed_layers=recomputed_layers).hardware_flops
+
+
+def counted_flops_per_token(compression: CompressionConfig, recompute: str) -> float:
+    initialize(ParallelConfig(), seed=1)
+    train = TrainConfig(precision="fp32", recompute_granularity=recompute)
+    stage = build_stage(MODEL, compression, ParallelConfig(), train, vocab_size=40)
+    tokens = torch.randint(0, 40, (2, 16))
+    with FlopCounterMode(display=False) as counter:
+        losses, _ = stage(tokens, torch.arange(16).expand(2, -1), tokens)
+        losses.mean().backward()
+    return counter.get_total_flops() / tokens.numel()
+
+
+@pytest.mark.parametrize("exclude_self", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 2, 5, 12, 40])
+def test_average_keys_counts_the_visible_entries(window: int | None, exclude_self: bool) -> None:
+    from lckv.attention.reference import visible
+    from lckv.attention.visibility import Visibility
+
+    seen = visible(12, 1, Visibility(exclude_self, window), torch.device("cpu"))
+    assert average_keys(12, exclude_self=exclude_self, window=window) == pytest.approx(seen.sum().item() / 12)
+
+
+def test_a_plain_map_costs_what_a_plain_model_costs() -> None:
+    assert training_cost(SHAPE, CompressionConfig()).ratio == 1.0
+
+
+def test_readers_have_no_key_value_operations() -> None:
+    costs = layer_costs(SHAPE, CompressionConfig(layer_types="0_0_2_2_2_5"))
+    assert [cost.keys_values > 0 for cost in costs] == [True, False, True, False, False, True]
+
+
+def test_cache_bytes() -> None:
+    key = torch.zeros(2, 8, dtype=torch.bfloat16)
+    layer_types = LayerTypes.parse("0_4_4_4_4_5", 6)
+    assert kv_bytes_per_token(SHAPE, layer_types) == 3 * 2 * key.numel() * key.element_size()
