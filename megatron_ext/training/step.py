@@ -1,5 +1,6 @@
 """One optimizer step, and one evaluation: Megatron's schedules around the model's loss."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +39,13 @@ class StepResult:
     learning_rate: float
     """That the step used."""
 
+    odd_ranks: tuple[int, ...]
+    """Ranks whose own loss was not finite."""
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss of a step is not a number, or infinite."""
+
 
 def train_step(
     model: MegatronModule,
@@ -51,11 +59,23 @@ def train_step(
     model.zero_grad_buffer()
     optimizer.zero_grad()
     losses = _run_schedule(model, samples, make_batch, train, forward_only=False)
+    scheduler.step(increment=1)  # before the update: the first step of a warm-up has a learning rate above 0
     learning_rate = optimizer.param_groups[0]["lr"]
     _, grad_norm, _ = optimizer.step()
-    scheduler.step(increment=1)
     loss, num_tokens = _mean_loss(losses)
-    return StepResult(loss, num_tokens, float(grad_norm or 0.0), float(learning_rate))
+    odd_ranks = () if math.isfinite(loss) else _ranks_of_odd_losses(losses)
+    return StepResult(loss, num_tokens, float(grad_norm or 0.0), float(learning_rate), odd_ranks)
+
+
+def require_finite(result: StepResult, iteration: int, train: TrainConfig) -> None:
+    """Raise NonFiniteLossError where the loss or the gradient norm of a step is not finite, if train.check_for_nan_in_loss."""
+    if train.check_for_nan_in_loss and not (math.isfinite(result.lm_loss) and math.isfinite(result.grad_norm)):
+        ranks = ", ".join(map(str, result.odd_ranks)) or "none"
+        raise NonFiniteLossError(
+            f"iteration {iteration}: the loss is {result.lm_loss} and the gradient norm {result.grad_norm} (ranks with such a loss: "
+            f"{ranks}). Nothing was saved after the last checkpoint. Resume from it with a lower optimizer.lr or other data, or set "
+            "train.check_for_nan_in_loss to false to go on regardless."
+        )
 
 
 @torch.no_grad()
@@ -124,6 +144,14 @@ def token_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tenso
     count = loss_mask.sum()
     total = (losses.float() * loss_mask).sum()
     return total, count.to(torch.int), torch.stack((total.detach().double(), count.double()))
+
+
+def _ranks_of_odd_losses(losses: list[Tensor]) -> tuple[int, ...]:
+    """Ranks whose micro-batches have losses that are not finite. Collective over all ranks."""
+    odd = not all(bool(loss.isfinite().all()) for loss in losses)
+    found: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(found, odd)
+    return tuple(rank for rank, is_odd in enumerate(found) if is_odd)
 
 
 def _mean_loss(losses: list[Tensor]) -> tuple[float, int]:

@@ -1,0 +1,30 @@
+"""The settings that define a model: a checkpoint of one set of them is not one of another."""
+
+from dataclasses import asdict
+from typing import Any
+
+from lckv.config import CompressionConfig
+from megatron_ext.config import ModelConfig
+
+
+def architecture(model: ModelConfig, compression: CompressionConfig, *, vocab_size: int) -> dict[str, Any]:
+    """What weights and outputs depend on, with defaults resolved; how often a plan iterates, kernels and dropout are left out."""
+    return {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.query_groups,
+        "kv_channels": model.head_dim,
+        "vocab_size": vocab_size,
+        "rotary_base": model.rotary_base,
+        "rope_scaling": asdict(model.rope_scaling) if model.rope_scaling.type != "none" else None,
+        "layernorm_epsilon": model.layernorm_epsilon,
+        "untie_embeddings_and_output_weights": model.untie_embeddings_and_output_weights,
+        "add_qkv_bias": model.add_qkv_bias,
+        "qk_layernorm": model.qk_layernorm,
+        "layer_types": str(compression.map(model.num_layers)),
+        "sliding_window": compression.sliding_window,
+        "force_nodiag": compression.force_nodiag,
+        "policy": compression.policy.name,
+    }

@@ -1,0 +1,92 @@
+"""What a run says while it trains, from rank 0: its summary, then progress and metrics."""
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from lckv.cost import ModelShape
+from megatron_ext.command_line import config_to_dict
+from megatron_ext.config import RunConfig
+from megatron_ext.parallel.process_groups import device_of_rank
+from megatron_ext.training.metrics import MetricsWriter, Value
+from megatron_ext.training.progress import Progress
+from megatron_ext.training.step import StepResult
+from megatron_ext.training.summary import cost_of, describe
+from megatron_ext.training.throughput import Throughput, memory_in_use, peak_tflops
+
+logger = logging.getLogger(__name__)
+
+
+class Report:
+    """Reports of a run; on ranks other than 0 `writer` and `progress` are None and nothing happens."""
+
+    def __init__(
+        self, run: RunConfig, throughput: Throughput, writer: MetricsWriter | None, progress: Progress | None
+    ) -> None:
+        self._run, self._throughput, self._writer, self._progress = run, throughput, writer, progress
+        self._iterations = 0
+        self._since = time.perf_counter()
+
+    def step(self, iteration: int, consumed_samples: int, consumed_tokens: int, result: StepResult) -> None:
+        """After an optimizer step: every `logging.log_interval` iterations, and at the end, report it."""
+        self._iterations += 1
+        if iteration % self._run.logging.log_interval and iteration != self._run.train.train_iters:
+            return
+        seconds = time.perf_counter() - self._since
+        tokens = self._iterations * self._run.train.global_batch_size * self._run.train.seq_length
+        values: dict[str, Value] = {
+            "lm_loss": result.lm_loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": result.learning_rate,
+            "consumed_samples": consumed_samples,
+            "consumed_tokens": consumed_tokens,
+            "iteration_seconds": seconds / self._iterations,
+            "memory_bytes": memory_in_use(),
+            **self._throughput.metrics(tokens, seconds),
+        }
+        self._write(iteration, values)
+        self.restart_clock()
+
+    def validation(self, iteration: int, consumed_tokens: int, loss: float) -> None:
+        """After an evaluation; its time does not count as training."""
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        self._write(
+            iteration,
+            {"validation_loss": loss, "validation_perplexity": perplexity, "consumed_tokens": consumed_tokens},
+        )
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Count time and iterations from now on."""
+        self._iterations, self._since = 0, time.perf_counter()
+
+    def _write(self, iteration: int, values: dict[str, Value]) -> None:
+        if self._writer is not None and self._progress is not None:
+            self._writer.write(iteration, values)
+            self._progress.report(iteration, values)
+
+
+@contextmanager
+def open_report(run: RunConfig, shape: ModelShape, *, parameters: int, start_iteration: int) -> Iterator[Report]:
+    """The reports of a run that goes on from `start_iteration`, beginning with its summary."""
+    device, world_size = device_of_rank(), dist.get_world_size()
+    cost = cost_of(run, shape)
+    peak = run.logging.peak_tflops
+    if peak is None and device.type == "cuda":
+        peak = peak_tflops(torch.cuda.get_device_name(device), run.train.precision)
+    throughput = Throughput(cost.model_flops, cost.hardware_flops, world_size, peak)
+    if dist.get_rank() != 0:
+        yield Report(run, throughput, None, None)
+        return
+    logger.info("\n%s", describe(run, shape, parameters=parameters, device=device, world_size=world_size))
+    with MetricsWriter(run.logging, resumed_iteration=start_iteration, settings=config_to_dict(run)) as writer:
+        progress = Progress(run.train.train_iters, start_iteration, run.logging.progress_bar)
+        try:
+            yield Report(run, throughput, writer, progress)
+        finally:
+            progress.close()
