@@ -1,0 +1,35 @@
+"""How programs talk to whoever started them: logging by rank, and errors without tracebacks where the user can mend them."""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable
+
+from megatron_ext.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def set_up_logging() -> None:
+    """Rank 0 says what happens, other ranks what goes wrong; what libraries remark on the way is left out."""
+    rank = os.environ.get("RANK", "0")
+    prefix = "" if rank == "0" else f"rank {rank}: "
+    level = logging.INFO if rank == "0" else logging.WARNING
+    logging.basicConfig(level=level, format=f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S", force=True)
+    for library in ("megatron.core", "torch.distributed"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
+def exit_status(program: Callable[[], None]) -> int:
+    """Run `program`: 0; 2 after a ConfigError, 1 after an ArithmeticError (a loss that is not finite), which are shown as one message."""
+    try:
+        program()
+    except ConfigError as error:
+        logger.error("error: %s", error)
+        return 2
+    except ArithmeticError as error:
+        logger.error("error: %s", error)
+        return 1
+    return 0

@@ -1,0 +1,64 @@
+"""A trained model for looking at: from a checkpoint, without optimizer, on any layout."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_ext.checkpointing.folders import find_candidates
+from megatron_ext.checkpointing.load import load_checkpoint
+from megatron_ext.command_line import config_from_dict
+from megatron_ext.config import ParallelConfig, RunConfig
+from megatron_ext.errors import ConfigError
+from megatron_ext.layout_validation import pipeline_problems, tensor_parallel_problems
+from megatron_ext.model.build import build_stage
+from megatron_ext.model.gpt import SharedKVGPTModel
+
+_SETTINGS = "config.json"
+
+
+@dataclass(frozen=True)
+class Restored:
+    """This rank's stage of a trained model, in evaluation mode, and the run that made it (with the layout of now)."""
+
+    stage: SharedKVGPTModel
+    run: RunConfig
+    iteration: int
+
+
+def saved_settings(path: Path) -> dict[str, Any]:
+    """The settings stored in the checkpoint that `path` means (one checkpoint, or a directory: the newest readable)."""
+    candidates = find_candidates(path).checkpoints
+    for checkpoint in candidates:
+        try:
+            return json.loads((checkpoint / _SETTINGS).read_bytes())
+        except (OSError, ValueError):
+            continue
+    raise ConfigError(f"{path}: no {_SETTINGS} can be read in {', '.join(map(str, candidates))}.")
+
+
+def restore(path: Path, parallel: ParallelConfig, *, verify_hashes: bool = True) -> Restored:
+    """Build this rank's stage on the layout `parallel` and load its weights. Needs process groups.
+
+    Sequence parallelism, which only saves memory in training and restricts lengths, is left out.
+
+    Raises ConfigError where the model does not fit the layout, and CheckpointError as `load_checkpoint` does.
+    """
+    saved = saved_settings(path)
+    defining = {"architecture": saved.pop("architecture")}
+    run = config_from_dict(saved)
+    parallel = replace(parallel, sequence_parallel=False)
+    run = replace(run, parallel=parallel, train=replace(run.train, recompute_granularity="none"))
+    problems = [*tensor_parallel_problems(run.model, parallel, run.train), *pipeline_problems(run)]
+    processes = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    if dist.get_world_size() % processes:
+        problems.append(f"{dist.get_world_size()} processes were started; the layout needs a multiple of {processes}.")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    vocab_size = defining["architecture"]["vocab_size"]
+    stage = build_stage(run.model, run.compression, parallel, run.train, vocab_size=vocab_size)
+    loaded = load_checkpoint(path, model=[stage], verify_hashes=verify_hashes, expected_model=defining)
+    stage.eval()
+    return Restored(stage, run, loaded.iteration)
