@@ -166,7 +166,7 @@ class TrainConfig:
     """Activations recomputed in backward: none; selective: those of recompute_modules; full: whole layers."""
 
     recompute_modules: tuple[str, ...] = ("core_attn",)
-    """What selective recomputes: core_attn, mlp, layernorm."""
+    """What selective recomputes: core_attn (attention without its projections), mlp."""
 
     recompute_num_layers: int | None = None
     """full: how many layers of each pipeline stage are recomputed, from the bottom. Default: all."""
@@ -201,7 +201,7 @@ class OptimizerConfig:
     """Shape of the schedule after warm-up; WSD: stable, then a decay of lr_wsd_decay_iters."""
 
     lr_warmup_iters: int = 0
-    """Iterations of linear warm-up from 0."""
+    """Iterations of linear warm-up from lr / lr_warmup_iters."""
 
     lr_decay_iters: int | None = None
     """Iteration at which min_lr is reached. Default: train.train_iters."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from lckv.attention import flash, reference, sdpa
 
 Attend = Callable[..., Tensor]
-"""attend(query, key, value, visibility, *, scale, dropout) as in `reference.attend`."""
+"""attend(query, key, value, visibility, *, scale, dropout, biased) as in `reference.attend`."""
 
 NAMES = ("sdpa", "flash", "reference")
 

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lckv.attention import biased as biased_keys
+from lckv.attention.flash_pairs import FlashAttnInterface, FlashAttnPair
 from lckv.attention.visibility import Documents, Visibility
 
 
 class FlashAttn(Protocol):
-    """The two functions of the flash-attn package that are used here."""
+    """What is used of the flash-attn package."""
+
+    flash_attn_interface: FlashAttnInterface
 
     def flash_attn_func(
         self,
@@ -56,9 +60,13 @@ def attend(
     *,
     scale: float,
     dropout: float = 0.0,
+    biased: bool = False,
     kernel: FlashAttn,
 ) -> Tensor:
     """Same contract as `reference.attend`; `kernel` is the flash_attn module."""
+    if biased:
+        pair = FlashAttnPair(kernel.flash_attn_interface)
+        return biased_keys.attend(query, key, value, visibility, scale=scale, dropout=dropout, pair=pair)
     seen = None if visibility.window is None else visibility.window - visibility.exclude_self
     if seen == 0 or (visibility.exclude_self and query.shape[2] == 1):
         return torch.zeros_like(query)

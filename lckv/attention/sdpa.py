@@ -2,13 +2,15 @@
 
 Nothing of size length x length is made. A query that must not see itself is one row further down: dropping the first query and the
 last key turns "keys < t" into plain causality. A window is walked in chunks of queries against the slice of keys they can see.
-Documents are attended one by one.
+Documents are attended one by one. Keys with a bias: `lckv.attention.biased`.
 """
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from lckv.attention import biased as biased_keys
+from lckv.attention.flash_pairs import choose_pair
 from lckv.attention.visibility import Visibility
 
 _CHUNK = 256
@@ -16,9 +18,19 @@ _CHUNK = 256
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, *, scale: float, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visibility: Visibility,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    biased: bool = False,
 ) -> Tensor:
     """Same contract as `reference.attend`."""
+    if biased:
+        pair = choose_pair(query)
+        return biased_keys.attend(query, key, value, visibility, scale=scale, dropout=dropout, pair=pair)
     if query.is_cuda and query.dtype == torch.float32:  # no fused CUDA kernel takes grouped heads in float32
         group = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)

@@ -36,7 +36,7 @@ def _scheduler(built: MegatronOptimizer, config: OptimizerConfig, train: TrainCo
     decay_iters = config.lr_decay_iters or train.train_iters
     return OptimizerParamScheduler(
         built,
-        init_lr=0.0,
+        init_lr=config.lr / max(1, config.lr_warmup_iters),  # not 0: the first step would do nothing
         max_lr=config.lr,
         min_lr=config.min_lr,
         lr_warmup_steps=config.lr_warmup_iters,

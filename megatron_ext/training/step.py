@@ -59,9 +59,9 @@ def train_step(
     model.zero_grad_buffer()
     optimizer.zero_grad()
     losses = _run_schedule(model, samples, make_batch, train, forward_only=False)
-    scheduler.step(increment=1)  # before the update: the first step of a warm-up has a learning rate above 0
     learning_rate = optimizer.param_groups[0]["lr"]
     _, grad_norm, _ = optimizer.step()
+    scheduler.step(increment=1)
     loss, num_tokens = _mean_loss(losses)
     odd_ranks = () if math.isfinite(loss) else _ranks_of_odd_losses(losses)
     return StepResult(loss, num_tokens, float(grad_norm or 0.0), float(learning_rate), odd_ranks)

@@ -10,6 +10,7 @@ import re
 import resource
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -64,6 +65,15 @@ def memory_in_use() -> int:
     """Largest memory so far, in bytes: allocated on this process's CUDA device, or resident in this process without CUDA."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    return _peak_resident_bytes()
+
+
+def _peak_resident_bytes() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():  # what getrusage says begins, on Linux, with the size of the parent process
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
+        if found is not None:
+            return int(found[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -1,0 +1,56 @@
+# One command per duty; each does the set-up that it needs. `make` lists them.
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+BENCHMARKS ?= $(basename $(notdir $(filter-out %/__init__.py,$(wildcard tools/benchmarks/*.py))))
+BENCH_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+GPU := $(shell nvidia-smi --list-gpus >/dev/null 2>&1 && echo yes)
+CONSTRAINTS := $(if $(GPU),,-c constraints-cpu.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint typecheck bench clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo '  Variables: PYTHON=$(PYTHON) VENV=$(VENV) PYTEST_ARGS="-k golden" BENCHMARKS="training_step"'
+
+setup: $(STAMP) ## Create .venv with the project and its development tools
+
+demo: $(STAMP) ## Build a corpus and a tokenizer, train an LCKV model on 2 processes, show the result
+	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo/run.sh
+
+test: $(STAMP) ## Run the tests (PYTEST_ARGS="..."); those that need a GPU run where there is one
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP) ## Check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+typecheck: $(STAMP) ## Check types only
+	$(BIN)/mypy
+
+bench: $(STAMP) ## Measure speed and memory (BENCHMARKS="NAME ..." BENCH_ARGS="...")
+	@set -e; for name in $(BENCHMARKS); do \
+	    echo "== $$name"; $(BIN)/python -m tools.benchmarks.$$name $(BENCH_ARGS); done
+
+clean: ## Remove .venv, caches and build products; runs and datasets stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A Python that its distributor stripped of ensurepip can still make a .venv, with its own pip.
+$(STAMP): setup.py pyproject.toml $(if $(GPU),,constraints-cpu.txt)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "$(PYTHON) is not Python 3.11 or newer; give one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then \
+	    $(PYTHON) -m venv $(VENV); \
+	elif $(PYTHON) -m pip --version >/dev/null 2>&1; then \
+	    $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; \
+	else \
+	    echo "$(PYTHON) has neither ensurepip nor pip; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; \
+	fi
+	$(BIN)/python -m pip install --editable '.[dev]' $(CONSTRAINTS)
+	@touch $@

@@ -1,0 +1,111 @@
+"""Merge decisions: from the last channel of keys and queries to what is merged, what is hidden, and what is counted (DESIGN 5).
+
+Shapes: s tokens, b rows, g KV heads, h query heads, d channels of a head. Everything here is float32, whatever the model's dtype.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid, pad
+
+from lckv.policies.base import TokenContext
+
+HIDDEN = -5e4
+"""Bias of a key that nobody may see. Not -inf, which would make 0 x inf in the gradient of queries."""
+
+
+class Decisions(NamedTuple):
+    """What becomes of each token."""
+
+    merge: Tensor
+    """[s, b, g]: 1 merges the token into the last slot, 0 opens a new one; between 0 and 1 in training."""
+
+    bias: Tensor
+    """[s, b, g]: log(1 - merge of the next token), at least `HIDDEN`: what a later query adds to the score of this token."""
+
+
+def decision_logits(key: Tensor, initial_bias: float) -> Tensor:
+    """x [s, b, g]: above 0 where a token shall be merged, from keys [s, b, g, d] before RoPE."""
+    return key[..., -1].float() - initial_bias
+
+
+def importance(query: Tensor, kv_heads: int, initial_bias: float, eps: float) -> Tensor:
+    """w [s, b, g]: weight of a token in its slot, the mean over the query heads of a group, from queries [s, b, h, d] before RoPE."""
+    return torch.sigmoid(query[..., -1].float().unflatten(-1, (kv_heads, -1)).mean(-1) + initial_bias) + eps
+
+
+def forced_openings(logits: Tensor, context: TokenContext) -> Tensor:
+    """bool [s, b]: tokens that open a slot whatever their decision is: the first of each document, padding, and what follows it."""
+    tokens, rows = logits.shape[:2]
+    opens = torch.zeros(rows, tokens, dtype=torch.bool, device=logits.device)
+    opens[:, 0] = True
+    if context.documents is not None:
+        opens.view(-1)[context.documents.cu_seqlens[:-1].long()] = True
+    opens = opens.transpose(0, 1)
+    if context.counted is not None:
+        padding = ~context.counted
+        opens = opens | padding | pad(padding[:-1], (0, 0, 1, 0))
+    return opens
+
+
+def soft_decisions(logits: Tensor, opens: Tensor, noise: Tensor | None, temperature: float) -> Decisions:
+    """Decisions of training, from x [s, b, g], `forced_openings` and noise [s, b, g] (none: 0)."""
+    noisy = (logits if noise is None else logits + noise) / temperature
+    noisy = noisy.masked_fill(opens[..., None], -torch.inf)
+    return Decisions(torch.sigmoid(noisy), _of_the_next(logsigmoid(-noisy).clamp(min=HIDDEN)))
+
+
+def hard_decisions(logits: Tensor, opens: Tensor) -> Decisions:
+    """Decisions of evaluation, 0 or 1, from x [s, b, g] and `forced_openings`."""
+    merge = ((logits > 0) & ~opens[..., None]).float()
+    return Decisions(merge, _of_the_next(merge * HIDDEN))
+
+
+def _of_the_next(bias: Tensor) -> Tensor:
+    return pad(bias[1:], (0, 0, 0, 0, 0, 1))
+
+
+def straight_through(merge: Tensor) -> Tensor:
+    """Decisions rounded to 0 or 1, with the gradient of `merge`."""
+    return (merge > 0.5).float() + (merge - merge.detach())
+
+
+def merge_rate(merge: Tensor, logits: Tensor, counted: Tensor | None) -> Tensor:
+    """[b, g]: share of the counted tokens (bool [s, b]; None: all) that are merged, differentiable in `merge` [s, b, g]; NaN where one
+    of the decision logits is not finite; 0 for a row of padding."""
+    merged = straight_through(merge)
+    if counted is None:
+        rate = merged.mean(0)
+    else:
+        rate = (merged * counted[..., None]).sum(0) / counted.sum(0).clamp(min=1)[:, None]
+    return rate + (logits.detach() * 0).sum(0)
+
+
+def draw_noise(shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> Tensor:
+    """The difference of two Gumbel variables, which is logistic, for `shape` [s, b, g]; row i depends on `seeds[i]` only."""
+    tokens, rows, heads = shape
+    if len(seeds) != rows:
+        raise ValueError(f"{len(seeds)} seeds for {rows} rows; every row needs one.")
+    generator = torch.Generator(device)
+    uniform = torch.empty(shape, device=device)
+    for row, seed in enumerate(seeds):
+        uniform[:, row] = torch.rand(tokens, heads, device=device, generator=generator.manual_seed(seed))
+    return torch.logit(uniform, eps=2.0**-24)  # the step of float32 below 1
+
+
+class NonFiniteDecisionError(ArithmeticError):
+    """A decision logit was infinite or not a number."""
+
+
+def check_finite(merge_rate: Tensor, layers: Sequence[int], iteration: int) -> None:
+    """Raises NonFiniteDecisionError with layer, KV head and iteration where a rate [len(layers), b, all KV heads] is not finite."""
+    wrong = (~merge_rate.isfinite()).any(1).nonzero().tolist()
+    if wrong:
+        places = ", ".join(f"layer {layers[layer]} KV head {head}" for layer, head in wrong[:8])
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise NonFiniteDecisionError(
+            f"iteration {iteration}: the decision logits of {places}{more} are not finite; "
+            "lower optimizer.lr, or resume from an earlier checkpoint."
+        )

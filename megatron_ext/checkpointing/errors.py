@@ -1,0 +1,41 @@
+"""What can go wrong with a checkpoint. Every rank raises the same error with the same message."""
+
+import errno
+
+from megatron_ext.errors import ConfigError
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint could not be written or read; the message says which, why, and the way out."""
+
+
+class DiskFullError(CheckpointError):
+    """There is not enough space for a checkpoint."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint is incomplete or its files are not the ones that were written."""
+
+
+class NoCheckpointError(CheckpointError):
+    """There is no checkpoint where one was to be loaded from."""
+
+
+class MismatchError(CheckpointError):
+    """A checkpoint belongs to another model, optimizer or schedule."""
+
+
+class MissingRanksError(TimeoutError):
+    """Some ranks did not come to a step that needs all of them; the message names the step and the ranks."""
+
+
+def disk_full_in(error: BaseException | None) -> OSError | None:
+    """The full disk (or quota) that an exception came from, if so.
+
+    torch.save reports a short write as "unexpected pos 704 vs 598", raised while handling the error that says why.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return error
+        error = error.__cause__ or error.__context__
+    return None

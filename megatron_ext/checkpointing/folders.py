@@ -1,0 +1,200 @@
+"""A directory of checkpoints: names, order, the pointer to the newest, publication and removal.
+
+    DIRECTORY/
+      latest                    one line: the name of the newest checkpoint
+      iter_0000100/             a checkpoint; it has a manifest from the moment it has this name
+      iter_0000200/
+      iter_0000200.replaced/    the older one of two saves at one iteration, for the moment of the exchange
+      .iter_0000300.tmp/        being written, or left by a crash
+      .iter_0000100.trash/      being deleted, or left by a crash
+
+All of this is done by rank 0.
+"""
+
+import dataclasses
+import logging
+import math
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ext.checkpointing import atomic
+from megatron_ext.checkpointing.errors import DamagedCheckpointError, DiskFullError, NoCheckpointError
+from megatron_ext.checkpointing.manifest import MANIFEST_NAME, Manifest, find_wrong_sizes, read_manifest
+
+POINTER_NAME = "latest"
+_CHECKPOINT = re.compile(r"iter_(\d{7,})(\.replaced)?")
+_LEFTOVER = re.compile(r"\.iter_.*\.(tmp|trash)")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """One checkpoint of a directory."""
+
+    path: Path
+    iteration: int
+    manifest: Manifest | None
+    """None where it cannot be read."""
+    problem: str | None
+    """Why it cannot be loaded, as far as names and sizes tell; hashes are checked on loading."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What there is to load, best first."""
+
+    checkpoints: tuple[Path, ...]
+    may_fall_back: bool
+    """Whether the next one may be taken when the first is damaged: not where one was asked for by name."""
+    pointer_problem: str | None
+
+
+def list_checkpoints(directory: Path) -> list[CheckpointInfo]:
+    """The checkpoints of a directory in the order in which they were saved; empty where there are none, or no directory.
+
+    Those whose manifest cannot be read come last, in order of their iteration.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        return []
+    return [_check_sizes(info) for info in _scan(directory)]
+
+
+def read_pointer(directory: Path) -> str | None:
+    """The name in `latest`, None where there is no such file. Raises DamagedCheckpointError when it is not a name."""
+    try:
+        name = (directory / POINTER_NAME).read_bytes().decode(errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DamagedCheckpointError(f"{POINTER_NAME} cannot be read: {error}") from error
+    if not _CHECKPOINT.fullmatch(name):
+        raise DamagedCheckpointError(f"{POINTER_NAME} holds {name[:40]!r}, which is not the name of a checkpoint")
+    return name
+
+
+def write_pointer(directory: Path, name: str) -> None:
+    """Moves `latest` to the checkpoint of this name."""
+    atomic.write_file(directory / POINTER_NAME, f"{name}\n".encode())
+
+
+def find_candidates(path: Path) -> Candidates:
+    """What `checkpoint.load` can mean: one checkpoint, or a directory of them - then `latest` first, then newest first.
+
+    Raises NoCheckpointError.
+    """
+    if not path.is_dir():
+        raise NoCheckpointError(
+            f"checkpoint.load: {path} is not a directory that exists; give a directory of checkpoints or one checkpoint"
+        )
+    if _CHECKPOINT.fullmatch(path.name) or (path / MANIFEST_NAME).exists():
+        return Candidates((path,), may_fall_back=False, pointer_problem=None)
+    newest_first = [info.path for info in reversed(_scan(path))]
+    if not newest_first:
+        raise NoCheckpointError(f"checkpoint.load: {path} holds no checkpoint (folders named iter_0000100 and so on)")
+    problem = None
+    try:
+        name = read_pointer(path)
+    except DamagedCheckpointError as error:
+        name, problem = None, str(error)
+    if name is not None and path / name not in newest_first:
+        name, problem = None, f"{POINTER_NAME} names {name}, which is not there"
+    if name is not None:
+        newest_first.sort(key=lambda checkpoint: checkpoint.name != name)
+    return Candidates(tuple(newest_first), may_fall_back=True, pointer_problem=problem)
+
+
+def prepare_staging(directory: Path, iteration: int, needed_bytes: int) -> tuple[Path, int]:
+    """Makes the temporary folder of a checkpoint, after removing what crashes have left; returns it and its sequence number.
+
+    Raises DiskFullError when the checkpoint will not fit.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in directory.iterdir():
+        if _LEFTOVER.fullmatch(path.name):
+            logger.warning("removing %s, left by a save that did not finish", path)
+            shutil.rmtree(path)
+    free_bytes = shutil.disk_usage(directory).free
+    if free_bytes < needed_bytes:
+        raise DiskFullError(explain_full_disk(directory, iteration, needed_bytes, free_bytes))
+    sequences = [info.manifest.sequence for info in _scan(directory) if info.manifest is not None]
+    staging = directory / f".{_name(iteration)}.tmp"
+    staging.mkdir()
+    return staging, 1 + max(sequences, default=0)
+
+
+def explain_full_disk(directory: Path, iteration: int, needed_bytes: int, free_bytes: int) -> str:
+    """The message of a DiskFullError."""
+    return (
+        f"checkpoint.save: no space for {_name(iteration)} in {directory}: it takes about {needed_bytes / 1e6:,.1f} MB, "
+        f"{free_bytes / 1e6:,.1f} MB are free. Earlier checkpoints and '{POINTER_NAME}' are as they were. Free some space, "
+        f"lower checkpoint.keep_last, or set checkpoint.save to another file system"
+    )
+
+
+def publish(staging: Path, iteration: int) -> Path:
+    """Gives a complete checkpoint its name and moves the pointer to it; returns its path."""
+    directory = staging.parent
+    target = directory / _name(iteration)
+    replaced = _replaced(target)
+    if target.exists():
+        if replaced.exists():
+            atomic.remove_tree(replaced, _trash(replaced))
+        atomic.move(target, replaced)
+    atomic.move(staging, target)
+    write_pointer(directory, target.name)
+    return target
+
+
+def remove_old(directory: Path, keep_last: int | None) -> None:
+    """Deletes all but the last `keep_last` checkpoints (None: none), and one that was replaced.
+
+    What cannot be read is not counted and not touched, nor is the one that `latest` points to. A failure is only logged: the
+    new checkpoint is safe.
+    """
+    kept = read_pointer(directory)
+    whole = [info.path for info in _scan(directory) if info.manifest is not None]
+    replaced = [path for path in whole if path.name.endswith(".replaced")]
+    regular = [path for path in whole if path not in replaced]
+    old = regular[:-keep_last] if keep_last is not None else []
+    for path in replaced + old:
+        if path.name == kept:
+            continue
+        try:
+            atomic.remove_tree(path, _trash(path))
+        except OSError as error:
+            logger.warning("the old checkpoint %s could not be deleted: %s", path, error)
+
+
+def _scan(directory: Path) -> list[CheckpointInfo]:
+    """The checkpoints in order of saving, those without a readable manifest last. Opens nothing but manifests."""
+    found = []
+    for path in directory.iterdir():
+        if match := _CHECKPOINT.fullmatch(path.name):
+            iteration = int(match.group(1))
+            try:
+                found.append(CheckpointInfo(path, iteration, read_manifest(path), None))
+            except DamagedCheckpointError as error:
+                found.append(CheckpointInfo(path, iteration, None, str(error)))
+    return sorted(found, key=lambda info: (info.manifest.sequence if info.manifest else math.inf, info.iteration))
+
+
+def _check_sizes(info: CheckpointInfo) -> CheckpointInfo:
+    if info.manifest is None:
+        return info
+    return dataclasses.replace(info, problem="; ".join(find_wrong_sizes(info.path, info.manifest)) or None)
+
+
+def _name(iteration: int) -> str:
+    return f"iter_{iteration:07d}"
+
+
+def _replaced(path: Path) -> Path:
+    return path.with_name(f"{path.name}.replaced")
+
+
+def _trash(path: Path) -> Path:
+    return path.with_name(f".{path.name}.trash")

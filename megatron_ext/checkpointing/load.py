@@ -1,0 +1,215 @@
+"""Finds the newest good checkpoint, checks it, and loads it on whatever layout this run has."""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_ext.checkpointing.agreement import Agreement, agreement
+from megatron_ext.checkpointing.errors import DamagedCheckpointError, MismatchError
+from megatron_ext.checkpointing.folders import find_candidates
+from megatron_ext.checkpointing.manifest import (
+    Layout,
+    Manifest,
+    find_wrong_hashes,
+    find_wrong_sizes,
+    read_manifest,
+    share_of_rank,
+)
+from megatron_ext.checkpointing.rng import reseed, restore_rng_states
+from megatron_ext.checkpointing.save import CONFIG_NAME, PROGRESS_NAME, SCHEDULER_NAME, current_layout, rng_file
+from megatron_ext.checkpointing.state import apply_state, check_fit, read_state, sharded_state
+
+logger = logging.getLogger(__name__)
+
+_SHOWN_PROBLEMS = 5
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """What was loaded."""
+
+    directory: Path
+    """Folder of the checkpoint."""
+    iteration: int
+    """Optimizer steps done when it was saved."""
+    progress: dict[str, Any]
+    """The counters given to `save_checkpoint`."""
+    config: dict[str, Any]
+    """The settings given to `save_checkpoint`."""
+    same_layout: bool
+    """Whether it was saved from this run's parallel layout, so that this run can go on bit for bit."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The JSON files of a checkpoint."""
+
+    progress: dict[str, Any]
+    config: dict[str, Any]
+    scheduler: dict[str, Any] | None
+
+
+def load_checkpoint(
+    path: Path,
+    *,
+    model: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer | None = None,
+    scheduler: OptimizerParamScheduler | None = None,
+    finetune: bool = False,
+    verify_hashes: bool = True,
+    expected_model: Mapping[str, Any],
+    seed: int = 0,
+    timeout_minutes: float = 30.0,
+) -> LoadedCheckpoint:
+    """Loads model, optimizer, schedule and random states in place. All ranks call it together.
+
+    `path` is one checkpoint, or a directory of them: then the one that `latest` names, and when that is damaged the newest good
+    one, with a warning. `expected_model` holds settings that must be equal in the checkpoint's config, under the same keys
+    (nested mappings are compared key by key; keys that an older checkpoint does not have are only reported).
+
+    With `finetune`, or without `optimizer`, only weights are loaded; an optimizer then takes its main weights from them.
+    Random states are restored where optimizer and layout are those of the saved run; on another layout all generators are
+    seeded from `seed` and the iteration.
+
+    Raises the same error on all ranks: NoCheckpointError, DamagedCheckpointError (with all that was tried) and MismatchError
+    before any weight is changed; MissingRanksError when a rank does not come to a step within `timeout_minutes`.
+    """
+    weights_only = finetune or optimizer is None
+    with agreement(timeout_minutes) as ranks:
+        checkpoint, manifest = _choose(ranks, Path(path), verify_hashes)
+        run = ranks.on_first("read the run's settings", lambda: _read_run(checkpoint, expected_model))
+        same_layout = manifest.layout == current_layout()
+
+        state = ranks.everywhere(
+            "prepare loading", lambda: sharded_state(model, None if weights_only else optimizer, is_loading=True)
+        )
+        check_fit(ranks, checkpoint, state)
+        state = read_state(ranks, checkpoint, state)
+
+        def apply() -> None:
+            apply_state(state, model, None if weights_only else optimizer)
+            if weights_only and optimizer is not None:
+                optimizer.reload_model_params()
+            if not weights_only:
+                if scheduler is not None and run.scheduler is not None:
+                    _load_scheduler(scheduler, run.scheduler)
+                _load_rng(checkpoint, manifest, same_layout, ranks.rank, seed)
+
+        ranks.everywhere("apply what was read", apply)
+    if ranks.rank == 0:
+        logger.info(
+            "loaded %s of %s (iteration %d)", "the weights" if weights_only else "all", checkpoint, manifest.iteration
+        )
+    return LoadedCheckpoint(checkpoint, manifest.iteration, run.progress, run.config, same_layout)
+
+
+def _choose(ranks: Agreement, path: Path, verify_hashes: bool) -> tuple[Path, Manifest]:
+    """The best checkpoint that is not damaged."""
+    candidates = ranks.on_first("look for checkpoints", lambda: find_candidates(path))
+    tried = [candidates.pointer_problem] if candidates.pointer_problem is not None else []
+    for checkpoint in candidates.checkpoints:
+        manifest, problem = _verify(ranks, checkpoint, verify_hashes)
+        if manifest is not None and problem is None:
+            if tried and ranks.rank == 0:
+                reasons = "; ".join(tried)
+                logger.warning(
+                    "checkpoint.load: %s. Falling back to %s (iteration %d)", reasons, checkpoint, manifest.iteration
+                )
+            return checkpoint, manifest
+        tried.append(f"{checkpoint} is damaged: {problem}")
+    if not candidates.may_fall_back:
+        raise DamagedCheckpointError(
+            f"checkpoint.load: {tried[0]}. Load another one, or the directory to take the newest good one"
+        )
+    raise DamagedCheckpointError("\n  ".join([f"checkpoint.load: no good checkpoint in {path}; tried:", *tried]))
+
+
+def _verify(ranks: Agreement, checkpoint: Path, verify_hashes: bool) -> tuple[Manifest | None, str | None]:
+    """(manifest, what is wrong). Ranks share the reading."""
+
+    def read() -> tuple[Manifest | None, list[str]]:
+        try:
+            manifest = read_manifest(checkpoint)
+        except DamagedCheckpointError as error:
+            return None, [str(error)]
+        return manifest, find_wrong_sizes(checkpoint, manifest)
+
+    manifest, problems = ranks.on_first("read the manifest", read)
+    if manifest is not None and not problems and verify_hashes:
+        sizes = {name: entry.bytes for name, entry in manifest.files.items()}
+        share = share_of_rank(sizes, ranks.rank, ranks.world_size)
+        found = ranks.gather("verify files", lambda: find_wrong_hashes(checkpoint, manifest, share))
+        problems = [problem for part in found for problem in part]
+    if not problems:
+        return manifest, None
+    more = f" and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
+    return manifest, ", ".join(problems[:_SHOWN_PROBLEMS]) + more
+
+
+def _read_run(checkpoint: Path, expected_model: Mapping[str, Any]) -> _Run:
+    config = _read_json(checkpoint / CONFIG_NAME)
+    expected = json.loads(json.dumps(expected_model))
+    differences = list(_differences(expected, config, ""))
+    if differences:
+        lines = [f"checkpoint.load: {checkpoint} is of another model:", *differences]
+        raise MismatchError("\n  ".join(lines) + "\nSet these fields as in the checkpoint, or load another one")
+    scheduler = checkpoint / SCHEDULER_NAME
+    return _Run(
+        progress=_read_json(checkpoint / PROGRESS_NAME),
+        config=config,
+        scheduler=_read_json(scheduler) if scheduler.exists() else None,
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DamagedCheckpointError(f"checkpoint.load: {path} is damaged: {error}") from error
+
+
+def _differences(expected: Any, stored: Any, field: str) -> Iterator[str]:
+    if isinstance(expected, dict) and isinstance(stored, dict):
+        for key, value in expected.items():
+            name = f"{field}.{key}" if field else key
+            if key in stored:
+                yield from _differences(value, stored[key], name)
+            else:
+                logger.warning("the checkpoint does not say what %s was; this run has %s", name, json.dumps(value))
+    elif expected != stored:
+        yield f"{field}: {json.dumps(stored)} in the checkpoint, {json.dumps(expected)} in this run"
+
+
+def _load_scheduler(scheduler: OptimizerParamScheduler, state: dict[str, Any]) -> None:
+    scheduler.num_steps = 0  # Megatron adds the saved steps to those already taken
+    try:
+        scheduler.load_state_dict(state)
+    except AssertionError as error:
+        raise MismatchError(
+            f"checkpoint.load: the learning-rate schedule differs from that of the saved run: {error}. Set the fields of "
+            f"`optimizer` and train.train_iters as they were, or use checkpoint.finetune to start a new schedule"
+        ) from error
+
+
+def _load_rng(checkpoint: Path, manifest: Manifest, same_layout: bool, rank: int, seed: int) -> None:
+    if same_layout:
+        restore_rng_states(safetensors.torch.load_file(checkpoint / rng_file(rank)))
+        return
+    reseed(seed, manifest.iteration)
+    if rank == 0:
+        logger.warning(_explain_reseeding(manifest.layout))
+
+
+def _explain_reseeding(saved: Layout) -> str:
+    return (
+        f"the checkpoint was saved by {saved}, this run has {current_layout()}: random states are seeded anew, and the run goes "
+        f"on within rounding instead of bit for bit"
+    )

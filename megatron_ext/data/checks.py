@@ -1,0 +1,177 @@
+"""What is wrong with the data of a run, found out before anything is built or any other rank waits."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ext.config import DataConfig
+from megatron_ext.data.blends import split_sources
+from megatron_ext.data.indexed import IndexInfo, read_index
+from megatron_ext.data.manifest import DatasetManifest, read_manifest
+from megatron_ext.data.tokenizers import load_tokenizer
+from megatron_ext.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_NEED_EOD = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
+_PROBES = 16
+_PROBE_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Size in tokens and end-of-document token of the vocabulary that datasets were made with; identity, if known."""
+
+    size: int
+    eod: int
+    fingerprint: str
+    origin: str
+    """Where this is known from, for messages."""
+
+
+def find_vocabulary(data: DataConfig) -> Vocabulary | None:
+    """The vocabulary of the configured tokenizer; without one that of the datasets, if their PREFIX.json agree; else None.
+
+    Raises ConfigError if the tokenizer cannot be loaded or the settings cannot be read.
+    """
+    if data.tokenizer_type != "none":
+        tokenizer = load_tokenizer(data.tokenizer_type, data.tokenizer_model)
+        origin = f"data.tokenizer_model={data.tokenizer_model}"
+        return Vocabulary(tokenizer.vocab_size, tokenizer.eod, tokenizer.fingerprint, origin)
+    if data.mock:
+        return None
+    found = {}
+    for prefix in _prefixes(data):
+        manifest = read_manifest(prefix)
+        if manifest is None:
+            return None
+        identity = (manifest.vocab_size, manifest.eod, manifest.tokenizer_fingerprint)
+        found[identity] = Vocabulary(*identity, origin=f"{prefix}.json")
+    return next(iter(found.values())) if len(found) == 1 else None
+
+
+def check_data(data: DataConfig, vocab_size: int) -> list[str]:
+    """All that is wrong with the settings, files and tokens of the data, a line each; nothing is built.
+
+    `vocab_size` is the model's, without padding. Looked at are: settings that contradict each other or cannot be read;
+    missing, truncated or damaged .bin and .idx files; PREFIX.json that disagrees with the files, with the configured
+    tokenizer or with other datasets; token ids outside the vocabulary (without PREFIX.json a sample of the tokens: the rest
+    is checked as it is read).
+    """
+    problems: list[str] = []
+    if data.mock:
+        paths = [
+            name
+            for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+            if getattr(data, name)
+        ]
+        return [f"data.mock=true and data.{paths[0]} are both given. Give one of them."] if paths else []
+    try:
+        prefixes = _prefixes(data)
+    except ConfigError as error:
+        return str(error).split("\n")
+    try:
+        expected = find_vocabulary(data) or _first_vocabulary(prefixes)
+    except ConfigError as error:
+        problems.append(str(error))
+        expected = None
+    for prefix in prefixes:
+        try:
+            problems += _dataset_problems(prefix, data, vocab_size, expected)
+        except ConfigError as error:
+            problems.append(str(error))
+    return list(dict.fromkeys(problems))
+
+
+def _prefixes(data: DataConfig) -> list[str]:
+    sources = [source for source in split_sources(data) if source is not None]
+    return list(dict.fromkeys(prefix for source in sources for prefix in source.blend.prefixes))
+
+
+def _first_vocabulary(prefixes: list[str]) -> Vocabulary | None:
+    """What the first dataset that says so was made with: the others have to agree with it."""
+    for prefix in prefixes:
+        if manifest := read_manifest(prefix):
+            return Vocabulary(manifest.vocab_size, manifest.eod, manifest.tokenizer_fingerprint, f"{prefix}.json")
+    return None
+
+
+def _dataset_problems(prefix: str, data: DataConfig, vocab_size: int, expected: Vocabulary | None) -> Iterator[str]:
+    info = read_index(prefix)
+    if not info.tokens:
+        yield f"dataset {prefix} holds no token."
+        return
+    manifest = read_manifest(prefix)
+    needs_eod = [name for name in _NEED_EOD if getattr(data, name)]
+    if manifest is None:
+        logger.warning(
+            "%s.json not found: whether the tokenizer is the one that made the dataset is not checked", prefix
+        )
+        yield from _token_problems(prefix, info, vocab_size, needs_eod[:1], expected)
+        return
+    if (manifest.dtype, manifest.documents, manifest.tokens) != (str(info.dtype), info.sequences, info.tokens):
+        yield (
+            f"{prefix}.json describes {manifest.documents} documents with {manifest.tokens} tokens ({manifest.dtype}), but the "
+            f"index has {info.sequences} with {info.tokens} ({info.dtype}): it belongs to other files. Copy all three again."
+        )
+    yield from _vocabulary_problems(prefix, manifest, vocab_size, expected)
+    if needs_eod and not manifest.append_eod:
+        yield _no_eod(needs_eod[0], prefix)
+
+
+def _vocabulary_problems(
+    prefix: str, manifest: DatasetManifest, vocab_size: int, expected: Vocabulary | None
+) -> Iterator[str]:
+    if expected is not None:
+        theirs = (manifest.tokenizer_fingerprint, manifest.vocab_size, manifest.eod)
+        ours = (expected.fingerprint, expected.size, expected.eod)
+        if theirs != ours:
+            names = ("fingerprint", "vocab_size", "eod")
+            differing = [f"{n} {a} instead of {b}" for n, a, b in zip(names, theirs, ours, strict=True) if a != b]
+            yield (
+                f"dataset {prefix} was made with another tokenizer than {expected.origin}: {', '.join(differing)}. Use the "
+                "tokenizer that made it, or make it again."
+            )
+    if manifest.max_token_id >= vocab_size:
+        yield _outside(prefix, manifest.max_token_id, vocab_size)
+    elif manifest.vocab_size > vocab_size:
+        yield (
+            f"model.vocab_size={vocab_size} is smaller than the vocabulary of dataset {prefix}, {manifest.vocab_size}. Leave "
+            "it unset, or set it to that."
+        )
+
+
+def _token_problems(
+    prefix: str, info: IndexInfo, vocab_size: int, needs_eod: list[str], expected: Vocabulary | None
+) -> Iterator[str]:
+    """Look at tokens spread evenly over a dataset."""
+    tokens = np.memmap(Path(f"{prefix}.bin"), info.dtype, "r")
+    eod_seen = False
+    for start in np.linspace(0, max(0, len(tokens) - _PROBE_TOKENS), _PROBES, dtype=np.int64):
+        probe = tokens[start : start + _PROBE_TOKENS]
+        lowest, highest = int(probe.min()), int(probe.max())
+        if lowest < 0 or highest >= vocab_size:
+            yield _outside(prefix, lowest if lowest < 0 else highest, vocab_size)
+            break
+        eod_seen = eod_seen or (expected is not None and bool((probe == expected.eod).any()))
+    if needs_eod and expected is None:
+        yield f"data.{needs_eod[0]}=true needs to know the end-of-document token. Set data.tokenizer_type and tokenizer_model."
+    elif needs_eod and not eod_seen:
+        yield _no_eod(needs_eod[0], prefix)
+
+
+def _no_eod(setting: str, prefix: str) -> str:
+    return (
+        f"data.{setting}=true would do nothing: the documents of {prefix} have no end-of-document token. Make it again with "
+        "--append-eod."
+    )
+
+
+def _outside(prefix: str, token: int, vocab_size: int) -> str:
+    return (
+        f"{prefix}.bin holds the token {token}, but the vocabulary has {vocab_size}. Set model.vocab_size to that of the "
+        "tokenizer that made the dataset."
+    )

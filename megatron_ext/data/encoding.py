@@ -1,0 +1,154 @@
+"""Tokenizing records in several processes, in the order of the input and in bounded memory.
+
+reader --(batches of records)--> worker processes --(token arrays)--> whoever writes them
+          at most two per worker in flight, so memory does not depend on the size of the input
+"""
+
+import functools
+import math
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_ext.data.indexed import token_dtype
+from megatron_ext.data.sources import BadRecordError, Position, Record, RecordReader, parse_texts
+from megatron_ext.data.tokenizers import Tokenizer, load_tokenizer
+
+_BATCH_BYTES = 1 << 19
+_BATCH_RECORDS = 4096
+
+
+@dataclass(frozen=True)
+class EncodingSettings:
+    """What a worker needs to know."""
+
+    tokenizer_type: str
+    tokenizer_model: str
+    json_keys: tuple[str, ...]
+    append_eod: bool
+    skip_bad_records: bool
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A batch's stretch of the input: where it ends, what was read from disk by then, and whether a shard ends with it."""
+
+    end: Position
+    disk_bytes: int
+    closes_shard: bool = False
+    final: bool = False
+    """Whether the input ends with it."""
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Tokens of the non-empty documents of a batch, one after the other, and their lengths (int32)."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch after tokenizing: documents for each key, and messages about the bad records that were skipped."""
+
+    by_key: tuple[Documents, ...]
+    bad: tuple[str, ...]
+
+
+EncodedStream = Generator[tuple[Stretch, Encoded], None, None]
+
+
+def encode_records(
+    reader: RecordReader, settings: EncodingSettings, *, workers: int, shard_text_bytes: int | None
+) -> EncodedStream:
+    """Tokenize all records of a reader. With one worker this process does it, else as many others do.
+
+    A shard ends with the record that reaches the next multiple of `shard_text_bytes` bytes of input text, and with the
+    input. Raises BadRecordError for the first bad record, unless they are skipped.
+    """
+    encode = functools.partial(_encode, settings)
+    batches = _batches(reader, shard_text_bytes)
+    if workers == 1:
+        return ((stretch, encode(records)) for records, stretch in batches)
+    return _in_order(batches, encode, workers)
+
+
+def _batches(reader: RecordReader, shard_text_bytes: int | None) -> Iterator[tuple[list[Record], Stretch]]:
+    def next_boundary(position: Position) -> float:
+        return (
+            math.inf if shard_text_bytes is None else (position.text_bytes // shard_text_bytes + 1) * shard_text_bytes
+        )
+
+    records: list[Record] = []
+    size, end = 0, reader.position
+    boundary = next_boundary(end)
+    for record in reader:
+        if end.text_bytes >= boundary:
+            yield records, Stretch(end, reader.disk_bytes, closes_shard=True)
+            records, size, boundary = [], 0, next_boundary(end)
+        records.append(record)
+        size, end = size + len(record.data), reader.position
+        if size >= _BATCH_BYTES or len(records) >= _BATCH_RECORDS:
+            yield records, Stretch(end, reader.disk_bytes)
+            records, size = [], 0
+    yield records, Stretch(reader.position, reader.disk_bytes, closes_shard=True, final=True)
+
+
+def _in_order(
+    batches: Iterator[tuple[list[Record], Stretch]], encode: Callable[[list[Record]], Encoded], workers: int
+) -> EncodedStream:
+    context = multiprocessing.get_context("spawn")  # a fork could copy a locked lock of a tokenizer library's threads
+    executor = ProcessPoolExecutor(workers, mp_context=context)
+    pending: deque[tuple[Stretch, Future[Encoded]]] = deque()
+    try:
+        for records, stretch in batches:
+            pending.append((stretch, executor.submit(encode, records)))
+            if len(pending) >= 2 * workers:
+                done, future = pending.popleft()
+                yield done, future.result()
+        while pending:
+            done, future = pending.popleft()
+            yield done, future.result()
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "a tokenizing process died, perhaps for lack of memory; use fewer --workers or a smaller --max-document-mib."
+        ) from error
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(kind: str, path: str) -> Tokenizer:
+    return load_tokenizer(kind, path)
+
+
+def _encode(settings: EncodingSettings, records: Sequence[Record]) -> Encoded:
+    tokenizer = _tokenizer(settings.tokenizer_type, settings.tokenizer_model)
+    dtype = token_dtype(tokenizer.vocab_size)
+    ending = [tokenizer.eod] if settings.append_eod else []
+    documents: list[list[np.ndarray]] = [[] for _ in settings.json_keys]
+    bad: list[str] = []
+    for record in records:
+        try:
+            texts = parse_texts(record, settings.json_keys)
+        except BadRecordError as error:
+            if not settings.skip_bad_records:
+                raise
+            bad.append(str(error))
+            continue
+        for of_key, text in zip(documents, texts, strict=True):
+            tokens = np.array(tokenizer.encode(text) + ending if text else [], dtype)
+            if len(tokens):
+                of_key.append(tokens)
+    return Encoded(tuple(_joined(of_key, dtype) for of_key in documents), tuple(bad))
+
+
+def _joined(documents: list[np.ndarray], dtype: np.dtype) -> Documents:
+    tokens = np.concatenate(documents) if documents else np.empty(0, dtype)
+    return Documents(tokens, np.array([len(document) for document in documents], np.int32))

@@ -1,0 +1,203 @@
+"""Writing and checking megatron's indexed datasets in bounded memory.
+
+PREFIX.bin holds the tokens of all documents, one after the other. PREFIX.idx tells where each begins, little-endian:
+
+    9 bytes  magic            int32 [n]    length of each sequence, in tokens
+    uint64   version, 1       int64 [n]    where each begins in PREFIX.bin, in bytes
+    uint8    code of dtype    int64 [d+1]  at which sequence each document begins, and the end
+    uint64   n
+    uint64   d + 1
+
+Here every document is one sequence. megatron's own builder keeps all lengths in Python lists (tens of bytes for each); this
+one keeps them in a temporary file. `megatron.core.datasets.indexed_dataset.IndexedDataset` reads what is written here.
+"""
+
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import numpy as np
+
+from megatron_ext.errors import ConfigError
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")
+_DTYPE_CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+_CHUNK = 1 << 16
+"""Entries of an index that are in memory at a time."""
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The type that megatron chooses for the tokens of a vocabulary: uint16 if they fit, else int32."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+@dataclass(frozen=True)
+class IndexInfo:
+    """Header of an index: type of a token, number of sequences and of documents, size of PREFIX.bin in tokens."""
+
+    dtype: np.dtype
+    sequences: int
+    documents: int
+    tokens: int
+
+
+class IndexedWriter:
+    """Writes PREFIX.bin and PREFIX.idx, under temporary names until `close`.
+
+    As a context manager it removes the temporary files if an exception passes.
+    """
+
+    def __init__(self, prefix: str, dtype: np.dtype) -> None:
+        self.dtype = dtype
+        self.documents = 0
+        self.tokens = 0
+        self._paths = {name: Path(f"{prefix}.{name}") for name in ("bin", "idx", "lengths")}
+        self._paths["bin"].parent.mkdir(parents=True, exist_ok=True)
+        self._bin = self._temporary("bin").open("wb")
+        self._lengths = self._temporary("lengths").open("wb+")
+
+    def _temporary(self, name: str) -> Path:
+        path = self._paths[name]
+        return path.with_name(f"{path.name}.tmp")
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents: `tokens` [sum of lengths] of all of them, `lengths` int32 [documents]."""
+        assert len(tokens) == lengths.sum()
+        assert tokens.dtype == self.dtype
+        self._bin.write(tokens.data)
+        self._lengths.write(lengths.astype("<i4", copy=False).data)
+        self.documents += len(lengths)
+        self.tokens += len(tokens)
+
+    def add_dataset(self, prefix: str) -> None:
+        """Append a whole indexed dataset of the same dtype; each of its sequences becomes a document."""
+        info = read_index(prefix)
+        if info.dtype != self.dtype:
+            raise ConfigError(f"{prefix}.bin holds {info.dtype}, the others {self.dtype}; they cannot be merged.")
+        with Path(f"{prefix}.bin").open("rb") as source:
+            shutil.copyfileobj(source, self._bin, 1 << 20)
+        for lengths in index_lengths(prefix):
+            self._lengths.write(lengths.data)
+        self.documents += info.sequences
+        self.tokens += info.tokens
+
+    def close(self) -> None:
+        """Write the index and give both files their names."""
+        _sync_and_close(self._bin)
+        with self._temporary("idx").open("wb") as index:
+            self._write_index(index)
+            index.flush()
+            os.fsync(index.fileno())
+        self._lengths.close()
+        self._temporary("lengths").unlink()
+        for name in ("bin", "idx"):
+            self._temporary(name).replace(self._paths[name])
+
+    def _write_index(self, index: BinaryIO) -> None:
+        code = next(code for code, name in _DTYPE_CODES.items() if self.dtype == np.dtype(name))
+        index.write(_HEADER.pack(_MAGIC, 1, code, self.documents, self.documents + 1))
+        self._lengths.seek(0)
+        shutil.copyfileobj(self._lengths, index, 4 * _CHUNK)
+        self._lengths.seek(0)
+        start = 0
+        while len(chunk := np.frombuffer(self._lengths.read(4 * _CHUNK), "<i4")):
+            ends = start + np.cumsum(chunk, dtype=np.int64) * self.dtype.itemsize
+            index.write(np.concatenate([[start], ends[:-1]]).astype("<i8").data)
+            start = int(ends[-1])
+        for first in range(0, self.documents + 1, _CHUNK):
+            index.write(np.arange(first, min(first + _CHUNK, self.documents + 1), dtype="<i8").data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bin.close()
+        self._lengths.close()
+        for name in self._paths:
+            self._temporary(name).unlink(missing_ok=True)
+
+
+def _sync_and_close(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+def read_index(prefix: str) -> IndexInfo:
+    """Header of PREFIX.idx, checked against the sizes of both files.
+
+    Raises ConfigError if a file is missing, is not of this format, or is not as long as it should be.
+    """
+    index_path, bin_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    missing = [str(path) for path in (bin_path, index_path) if not path.is_file()]
+    if missing:
+        hint = " A prefix has no .bin or .idx at its end." if prefix.endswith((".bin", ".idx")) else ""
+        raise ConfigError(f"dataset {prefix}: {' and '.join(missing)} not found.{hint} Make it with {_REMEDY}.")
+    with index_path.open("rb") as index:
+        header = index.read(_HEADER.size)
+    if len(header) < _HEADER.size or not header.startswith(_MAGIC):
+        raise ConfigError(f"{index_path}: not an index of a megatron dataset. Make it again with {_REMEDY}.")
+    _, version, code, sequences, boundaries = _HEADER.unpack(header)
+    if version != 1 or code not in _DTYPE_CODES or boundaries < 1:
+        raise ConfigError(
+            f"{index_path}: unknown version {version} or dtype code {code}. Make it again with {_REMEDY}."
+        )
+    needed = _HEADER.size + 12 * sequences + 8 * boundaries
+    size = index_path.stat().st_size
+    if size not in (needed, needed + sequences):  # multimodal datasets have one more byte for each sequence
+        raise ConfigError(
+            f"{index_path}: {size} bytes, but its header calls for {needed}. Make it again with {_REMEDY}."
+        )
+    dtype = np.dtype(_DTYPE_CODES[code])
+    tokens = _tokens_of(index_path, sequences, dtype)
+    if bin_path.stat().st_size != tokens * dtype.itemsize:
+        raise ConfigError(
+            f"{bin_path}: {bin_path.stat().st_size} bytes, but {index_path.name} calls for {tokens * dtype.itemsize}; it is "
+            f"truncated or belongs to another index. Copy both files again, or make them with {_REMEDY}."
+        )
+    return IndexInfo(dtype, sequences, boundaries - 1, tokens)
+
+
+_REMEDY = "tools/preprocess_data.py"
+
+
+def _tokens_of(index_path: Path, sequences: int, dtype: np.dtype) -> int:
+    """Size of PREFIX.bin in tokens: where the last sequence begins, plus its length."""
+    if not sequences:
+        return 0
+    with index_path.open("rb") as index:
+        index.seek(_HEADER.size + 4 * (sequences - 1))
+        length = int.from_bytes(index.read(4), "little")
+        index.seek(_HEADER.size + 12 * sequences - 8)
+        return int.from_bytes(index.read(8), "little") // dtype.itemsize + length
+
+
+def index_lengths(prefix: str) -> Iterator[np.ndarray]:
+    """Lengths of the sequences of a dataset in tokens, int32, chunk by chunk."""
+    with Path(f"{prefix}.idx").open("rb") as index:
+        sequences = _HEADER.unpack(index.read(_HEADER.size))[3]
+        for first in range(0, sequences, _CHUNK):
+            yield np.frombuffer(index.read(4 * min(_CHUNK, sequences - first)), "<i4")
+
+
+def token_chunks(prefix: str, info: IndexInfo, count: int = 1 << 22) -> Iterator[np.ndarray]:
+    """All tokens of a dataset in order, `count` at a time."""
+    with Path(f"{prefix}.bin").open("rb") as tokens:
+        while len(chunk := np.frombuffer(tokens.read(count * info.dtype.itemsize), info.dtype)):
+            yield chunk
+
+
+def merge_datasets(prefixes: Sequence[str], output: str) -> None:
+    """Append indexed datasets to one another into `output`, without loading them."""
+    with IndexedWriter(output, read_index(prefixes[0]).dtype) as writer:
+        for prefix in prefixes:
+            writer.add_dataset(prefix)
+        writer.close()

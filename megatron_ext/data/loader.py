@@ -1,0 +1,89 @@
+"""The samples of one data-parallel rank, micro-batch by micro-batch, read ahead by worker processes.
+
+The place in the data is one number for the whole run, the samples consumed so far. The next D * M samples (D data-parallel
+ranks, M sequences per micro-batch) are one micro-batch of each rank:
+
+    consumed | rank 0: M samples | rank 1: M samples | ... | rank D-1: M samples | then the next micro-batches
+
+So a step of G samples takes samples consumed .. consumed + G - 1, whatever D and M.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from megatron_ext.data.samples import SampleDataset
+from megatron_ext.errors import ConfigError
+
+READ_TIMEOUT_SECONDS = 600
+"""A batch that a worker has not read after this long (hanging storage) ends the run with an error."""
+
+_PREFETCHED_BATCHES = 4
+
+
+def build_data_iterator(
+    dataset: SampleDataset,
+    *,
+    consumed_samples: int,
+    micro_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    num_workers: int,
+    seed: int,
+) -> Iterator[dict[str, Tensor]]:
+    """Endless iterator over this rank's micro-batches: "tokens" and "labels", int64 [micro_batch_size, seq_length].
+
+    It begins at sample `consumed_samples` of the dataset and leaves the random state of the process alone; `seed` is that
+    of the workers, which draw nothing for the datasets of this package. Raises ConfigError when the samples are exhausted:
+    nothing is read twice unnoticed.
+    """
+    batches = _RankBatches(
+        samples=len(dataset),
+        consumed=consumed_samples,
+        micro_batch_size=micro_batch_size,
+        rank=data_parallel_rank,
+        ranks=data_parallel_size,
+    )
+    loader: DataLoader = DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_sampler=batches,
+        num_workers=num_workers,
+        prefetch_factor=_PREFETCHED_BATCHES if num_workers else None,
+        timeout=READ_TIMEOUT_SECONDS if num_workers else 0,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return _until_exhausted(loader, batches)
+
+
+class _RankBatches(Sampler[list[int]]):
+    """Numbers of the samples of each micro-batch of one rank."""
+
+    def __init__(self, *, samples: int, consumed: int, micro_batch_size: int, rank: int, ranks: int) -> None:
+        self.samples = samples
+        self._consumed = consumed
+        self._micro_batch_size = micro_batch_size
+        self._rank = rank
+        self._ranks = ranks
+
+    def __iter__(self) -> Iterator[list[int]]:
+        size = self._micro_batch_size
+        together = size * self._ranks
+        for start in range(self._consumed, self.samples - together + 1, together):
+            first = start + self._rank * size
+            yield list(range(first, first + size))
+
+
+def _until_exhausted(loader: DataLoader, batches: _RankBatches) -> Iterator[dict[str, Tensor]]:
+    try:
+        yield from loader
+    except RuntimeError as error:
+        error.add_note(f"while data.num_workers={loader.num_workers} processes read samples; with 0 this process does")
+        raise
+    raise ConfigError(
+        f"the dataset's {batches.samples} samples are exhausted, and another micro-batch is asked for. Build it with more "
+        "samples: train.train_iters * train.global_batch_size for training, train.eval_iters * train.global_batch_size for "
+        "an evaluation."
+    )

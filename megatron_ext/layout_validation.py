@@ -1,0 +1,148 @@
+"""What cannot work in the sizes of a model and in how they are spread over processes and time."""
+
+import math
+from collections.abc import Iterator
+
+from megatron_ext.config import ModelConfig, ParallelConfig, RopeScalingConfig, RunConfig, TrainConfig
+from megatron_ext.setting_rules import above_zero, at_least, fraction, multiple
+
+RECOMPUTE_MODULES = ("core_attn", "mlp")
+
+
+def model_problems(model: ModelConfig) -> Iterator[str]:
+    """Sizes of the model that are no sizes, or do not divide each other."""
+    yield from at_least(
+        "model", model, 1, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+        "kv_channels", "vocab_size", "make_vocab_size_divisible_by", "max_position_embeddings",
+    )  # fmt: skip
+    yield from at_least("model", model, 0, "cross_entropy_chunk_size")
+    yield from above_zero("model", model, "rotary_base", "layernorm_epsilon", "init_method_std")
+    yield from fraction("model", model, "attention_dropout", "hidden_dropout")
+    heads = model.num_attention_heads
+    if model.kv_channels is None:
+        way_out = "change one of them, or set model.kv_channels"
+        yield from multiple("model.hidden_size", model.hidden_size, "model.num_attention_heads", heads, way_out)
+    if model.num_query_groups is not None:
+        way_out = "every key/value head serves equally many query heads"
+        groups = model.num_query_groups
+        yield from multiple("model.num_attention_heads", heads, "model.num_query_groups", groups, way_out)
+
+
+def rope_problems(model: ModelConfig) -> Iterator[str]:
+    """What rotary embeddings and their scaling cannot do."""
+    heads = model.num_attention_heads
+    if model.kv_channels or (heads > 0 and model.hidden_size % heads == 0):
+        name = "model.kv_channels" if model.kv_channels else "model.hidden_size / model.num_attention_heads"
+        if model.head_dim % 2:
+            yield f"{name} is {model.head_dim}; it must be even, because rotary embeddings turn pairs of channels."
+    scaling = model.rope_scaling
+    if scaling.type != "none" and not 1 <= scaling.factor < math.inf:
+        yield f"model.rope_scaling.factor is {scaling.factor}; it must be a number of at least 1."
+    if scaling.type == "llama3":
+        yield from _llama3(scaling)
+
+
+def _llama3(scaling: RopeScalingConfig) -> Iterator[str]:
+    section = "model.rope_scaling"
+    yield from above_zero(section, scaling, "low_freq_factor", "original_max_position_embeddings")
+    if not scaling.low_freq_factor < scaling.high_freq_factor < math.inf:
+        yield (
+            f"{section}.high_freq_factor is {scaling.high_freq_factor} and {section}.low_freq_factor is "
+            f"{scaling.low_freq_factor}; the former must be greater than the latter (Llama 3.1 has 4 and 1)."
+        )
+
+
+def tensor_parallel_problems(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> Iterator[str]:
+    """What cannot be split over tensor-parallel ranks."""
+    size = parallel.tensor_model_parallel_size
+    name = "parallel.tensor_model_parallel_size"
+    yield from at_least("parallel", parallel, 1, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+    if size < 1:
+        return
+    way_out = "choose a tensor parallel size that divides it"
+    yield from multiple("model.num_attention_heads", model.num_attention_heads, name, size, way_out)
+    groups = model.num_query_groups
+    if groups is not None and groups > 0 and groups % size and size % groups:
+        yield (
+            f"model.num_query_groups is {groups} and {name} is {size}; one must be a multiple of the other: "
+            "every rank holds whole key/value heads, or a copy of one."
+        )
+    yield from multiple("model.ffn_hidden_size", model.ffn_size, name, size, way_out)
+    if parallel.sequence_parallel and size == 1:
+        yield f"parallel.sequence_parallel is true and {name} is 1; raise the latter, or set the former to false."
+    if parallel.sequence_parallel:
+        way_out = "with parallel.sequence_parallel every rank holds an equal part of the sequence"
+        yield from multiple("train.seq_length", train.seq_length, name, size, way_out)
+
+
+def pipeline_problems(run: RunConfig) -> Iterator[str]:
+    """What cannot be split into pipeline stages."""
+    size = run.parallel.pipeline_model_parallel_size
+    name = "parallel.pipeline_model_parallel_size"
+    way_out = "every stage has equally many layers"
+    yield from multiple("model.num_layers", run.model.num_layers, name, size, way_out)
+    if size > 1 and not run.compression.problems(run.model.num_layers):
+        layer_types = run.compression.map(run.model.num_layers)
+        if layer_types.any_cyclic:
+            yield (
+                f"compression.layer_types is {layer_types} and {name} is {size}; a map in which a layer reads the keys and "
+                f"values of a layer above it iterates over layers and does not run as a pipeline: set {name} to 1 and use "
+                "parallel.tensor_model_parallel_size, or choose a map without such layers."
+            )
+
+
+def data_parallel_problems(parallel: ParallelConfig, train: TrainConfig, world_size: int) -> Iterator[str]:
+    """How processes and batch do not divide, and what overlapping communication needs."""
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
+        yield (
+            "parallel.overlap_param_gather is true, parallel.use_distributed_optimizer is "
+            f"{_word(parallel.use_distributed_optimizer)} and parallel.overlap_grad_reduce is "
+            f"{_word(parallel.overlap_grad_reduce)}; the first needs the other two: set them to true."
+        )
+    yield from above_zero("parallel", parallel, "distributed_timeout_minutes")
+    if tensor < 1 or pipeline < 1:
+        return
+    if world_size % (tensor * pipeline):
+        yield (
+            f"{world_size} processes were started, parallel.tensor_model_parallel_size is {tensor} and "
+            f"parallel.pipeline_model_parallel_size is {pipeline}; the number of processes must be a multiple of their product "
+            f"{tensor * pipeline}: change one of the three (processes: torchrun --nproc-per-node and --nnodes)."
+        )
+    replicas = max(1, world_size // (tensor * pipeline))
+    samples, batch = train.micro_batch_size * replicas, train.global_batch_size
+    if samples > 0 and batch > 0 and batch % samples:
+        yield (
+            f"train.global_batch_size is {batch}, train.micro_batch_size is {train.micro_batch_size} and the data-parallel "
+            f"size is {replicas}; the first must be a multiple of the others' product {samples}, for instance "
+            f"{samples * math.ceil(batch / samples)}."
+        )
+
+
+def _word(value: bool) -> str:
+    return "true" if value else "false"
+
+
+def recompute_problems(train: TrainConfig, num_layers: int, stages: int) -> Iterator[str]:
+    """Settings of recomputation that contradict each other, for `num_layers` layers in `stages` pipeline stages."""
+    granularity, layers = train.recompute_granularity, train.recompute_num_layers
+    known = ", ".join(RECOMPUTE_MODULES)
+    unknown = [name for name in train.recompute_modules if name not in RECOMPUTE_MODULES]
+    if unknown:
+        yield f"train.recompute_modules has {', '.join(unknown)}; the modules that can be recomputed are {known}."
+    if granularity == "selective" and not train.recompute_modules:
+        yield (
+            "train.recompute_granularity is selective and train.recompute_modules is empty; name some of "
+            f"{known}, or set train.recompute_granularity to none."
+        )
+    if layers is not None and granularity != "full":
+        yield (
+            f"train.recompute_num_layers is {layers} and train.recompute_granularity is {granularity}; the former needs full: "
+            "set train.recompute_granularity to full, or leave train.recompute_num_layers out."
+        )
+    per_stage = num_layers // stages if stages > 0 else num_layers
+    if layers is not None and granularity == "full" and layers > per_stage > 0:
+        yield (
+            f"train.recompute_num_layers is {layers}; a pipeline stage has {per_stage} layers (model.num_layers / "
+            f"parallel.pipeline_model_parallel_size): set it to at most {per_stage}, or leave it out to recompute all."
+        )

@@ -1,0 +1,102 @@
+"""Small tokenizers and datasets for the tests of the data package and its tools."""
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ext.data.indexed import IndexedWriter, token_dtype
+from megatron_ext.data.manifest import DatasetManifest, write_manifest
+
+TEXTS = [f"hello world, document {number} of the corpus: {'word ' * (number % 7)}\n" for number in range(60)]
+FINGERPRINT = "0123456789abcdef"
+EOD = 0
+
+
+def train_sentencepiece(path: Path, vocab_size: int = 320) -> Path:
+    """A tiny SentencePiece model; unknown, begin and end of text are 0, 1, 2."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+def write_tokenizer_json(path: Path, special: Sequence[str] = ("<|endoftext|>",)) -> Path:
+    """A byte-level BPE tokenizer of the tokenizers library."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=list(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.save(str(path))
+    return path
+
+
+def write_ranks(path: Path) -> Path:
+    """A tiktoken file of the 256 bytes and three merges."""
+    tokens = [bytes([byte]) for byte in range(256)] + [b"he", b"ll", b"hell"]
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
+    return path
+
+
+def write_dataset(
+    prefix: Path | str,
+    documents: Sequence[Sequence[int]],
+    *,
+    vocab_size: int = 1000,
+    fingerprint: str = FINGERPRINT,
+    append_eod: bool = True,
+    manifest: bool = True,
+) -> str:
+    """An indexed dataset of these documents, by default with its PREFIX.json. Returns the prefix."""
+    dtype = token_dtype(vocab_size)
+    with IndexedWriter(str(prefix), dtype) as writer:
+        for document in documents:
+            writer.add(np.array(document, dtype), np.array([len(document)], np.int32))
+        writer.close()
+    if manifest:
+        description = DatasetManifest(
+            tokenizer_type="sentencepiece",
+            tokenizer_fingerprint=fingerprint,
+            vocab_size=vocab_size,
+            eod=EOD,
+            dtype=str(dtype),
+            append_eod=append_eod,
+            documents=len(documents),
+            tokens=sum(len(document) for document in documents),
+            max_token_id=max((max(document) for document in documents), default=-1),
+            json_key="text",
+            skipped_records=0,
+            sources=(),
+        )
+        write_manifest(str(prefix), description)
+    return str(prefix)
+
+
+def numbered_documents(lengths: Sequence[int], first: int = 1) -> list[list[int]]:
+    """Documents of these lengths, whose tokens count upwards through all of them; each ends with `EOD`."""
+    documents, token = [], first
+    for length in lengths:
+        documents.append([*range(token, token + length - 1), EOD])
+        token += length - 1
+    return documents

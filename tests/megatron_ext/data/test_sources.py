@@ -1,0 +1,147 @@
+import gzip
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_ext.data.sources import (
+    BadRecordError,
+    Record,
+    RecordReader,
+    find_sources,
+    parse_texts,
+    text_bytes,
+)
+from megatron_ext.errors import ConfigError
+
+LINES = b"".join(json.dumps({"text": f"document {number}"}).encode() + b"\n" for number in range(500))
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """The same 500 lines plain, as two gzip members and as two zstd frames, and texts in directories."""
+    folder = tmp_path / "corpus"
+    (folder / "inner" / ".hidden").mkdir(parents=True)
+    half = LINES.index(b"\n", len(LINES) // 2) + 1
+    (folder / "a.jsonl").write_bytes(LINES)
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(LINES[:half]) + gzip.compress(LINES[half:]))
+    compress = zstandard.ZstdCompressor(write_checksum=True).compress
+    (folder / "c.jsonl.zst").write_bytes(compress(LINES[:half]) + compress(LINES[half:]))
+    (folder / "inner" / "d.txt").write_text("a text\n")
+    (folder / "inner" / "e.md").write_text("# another\n")
+    (folder / "inner" / ".hidden" / "f.txt").write_text("hidden")
+    return folder
+
+
+def names(paths: list[str]) -> list[str]:
+    return [Path(path).name for path in paths]
+
+
+def test_directories_globs_and_files_in_order(corpus: Path) -> None:
+    found = find_sources([str(corpus)])
+    assert names([source.path for source in found]) == ["a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.txt", "e.md"]
+    assert [source.jsonl for source in found] == [True, True, True, False, False]
+    found = find_sources([str(corpus / "inner" / "*.md"), str(corpus / "[ba].*"), str(corpus / "c.jsonl.zst")])
+    assert names([source.path for source in found]) == ["e.md", "a.jsonl", "b.jsonl.gz", "c.jsonl.zst"]
+    assert names([source.path for source in find_sources([str(corpus)], suffixes=[".txt"])]) == ["d.txt"]
+
+
+def test_inputs_that_stand_for_nothing(corpus: Path) -> None:
+    for entry in ("nothing.jsonl", "nothing*.jsonl", "/nonexistent/"):
+        with pytest.raises(ConfigError, match="stands for no file"):
+            find_sources([entry])
+    with pytest.raises(ConfigError, match=r"no name ends with \.rst"):
+        find_sources([str(corpus)], suffixes=[".rst"])
+
+
+def test_json_lines_under_another_name_are_not_taken_for_a_text(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.data"
+    path.write_bytes(LINES)
+    with pytest.raises(ConfigError, match="looks like JSON lines"):
+        find_sources([str(path)])
+    assert find_sources([str(path)], text_format="jsonl")[0].jsonl
+    assert not find_sources([str(path)], text_format="text")[0].jsonl
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "b.jsonl.gz", "c.jsonl.zst"])
+def test_all_lines_are_read(corpus: Path, name: str) -> None:
+    sources = find_sources([str(corpus / name)])
+    records = list(RecordReader(sources))
+    assert b"".join(record.data for record in records) == LINES
+    assert [record.line for record in records] == list(range(1, 501))
+    assert text_bytes(sources) == len(LINES)
+
+
+def test_a_reader_goes_on_where_another_stopped(corpus: Path) -> None:
+    sources = find_sources([str(corpus)])
+    all_records = list(RecordReader(sources))
+    assert len(all_records) == 1502
+
+    @given(st.integers(0, len(all_records)))
+    def check(count: int) -> None:
+        first = RecordReader(sources)
+        records = list(islice(first, count))
+        second = RecordReader(sources, first.position)
+        assert records + list(second) == all_records
+        assert second.disk_bytes == sum(source.size for source in sources)
+        assert second.position.text_bytes == 3 * len(LINES) + len(b"a text\n# another\n")
+
+    check()
+
+
+def test_blank_lines_count_but_are_no_records(tmp_path: Path) -> None:
+    path = tmp_path / "blank.jsonl"
+    path.write_bytes(b'\n{"text": "a"}\n  \n{"text": "b"}')
+    assert [record.line for record in RecordReader(find_sources([str(path)]))] == [2, 4]
+
+
+@pytest.mark.parametrize("name", ["b.jsonl.gz", "c.jsonl.zst"])
+@pytest.mark.parametrize("damage", ["truncated", "changed"])
+def test_damaged_compressed_files(corpus: Path, name: str, damage: str) -> None:
+    path = corpus / name
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 4
+    path.write_bytes(data[:middle] if damage == "truncated" else data[:middle] + b"\xff" * 40 + data[middle + 40 :])
+    with pytest.raises(ConfigError, match=rf"{name}: truncated or damaged"):
+        list(RecordReader(find_sources([str(path)])))
+
+
+def test_a_compressed_file_that_has_shrunk(corpus: Path) -> None:
+    sources = find_sources([str(corpus / "b.jsonl.gz")])
+    reader = RecordReader(sources)
+    list(islice(reader, 400))
+    (corpus / "b.jsonl.gz").write_bytes(gzip.compress(LINES[:100]))
+    with pytest.raises(ConfigError, match="shorter than when it was read before"):
+        list(RecordReader(sources, reader.position))
+
+
+def test_a_document_longer_than_the_bound(corpus: Path) -> None:
+    for name, place in (("a.jsonl", r"a.jsonl:1: "), ("inner/d.txt", "d.txt: ")):
+        with pytest.raises(ConfigError, match=f"{place}the document is longer than"):
+            list(RecordReader(find_sources([str(corpus / name)]), max_record_bytes=5))
+
+
+def test_texts_of_records() -> None:
+    assert parse_texts(Record("x", 1, b'{"a": "\xc3\xa9", "b": "2"}'), ("b", "a")) == ["2", "é"]
+    assert parse_texts(Record("x", 0, "\ufeffé".encode()), ("text",)) == ["é"]
+
+
+@pytest.mark.parametrize(
+    ("line", "data", "message"),
+    [
+        (7, b'{"text": ', r"^x:7: not valid JSON \(Expecting value"),
+        (7, b"\xff\xfe{}", r"^x:7: not valid JSON"),
+        (7, b'["text"]', "^x:7: a JSON object is needed, not list"),
+        (7, b'{"content": "a", "id": 1}', "^x:7: no key 'text'; the keys are 'content', 'id'"),
+        (7, b'{"text": 5}', "^x:7: 'text' is not a text but int"),
+        (7, b'{"text": "\\ud800"}', "^x:7: 'text' holds half of a surrogate pair"),
+        (0, b"ok \xff", r"^x: not UTF-8 text \(byte 3\)"),
+    ],
+)
+def test_bad_records(line: int, data: bytes, message: str) -> None:
+    with pytest.raises(BadRecordError, match=message):
+        parse_texts(Record("x", line, data), ("text",))

@@ -1,0 +1,113 @@
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_ext.config import DataConfig
+from megatron_ext.data.tokenizers import KINDS, Tokenizer, load_tokenizer
+from megatron_ext.errors import ConfigError
+from tests.megatron_ext.data.builders import train_sentencepiece, write_ranks, write_tokenizer_json
+
+SPECIAL_TEXT = "a </s> <|endoftext|> <|end_of_text|> <|begin_of_text|> b"
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tokenizers")
+    json_file = write_tokenizer_json(folder / "tokenizer.json")
+    PreTrainedTokenizerFast(tokenizer_file=str(json_file), eos_token="<|endoftext|>").save_pretrained(folder / "saved")
+    return {
+        "sentencepiece": load_tokenizer("sentencepiece", str(train_sentencepiece(folder / "tokenizer.model"))),
+        "json": load_tokenizer("huggingface", str(json_file)),
+        "directory": load_tokenizer("huggingface", str(folder / "saved")),
+        "tiktoken": load_tokenizer("tiktoken", str(write_ranks(folder / "ranks.tiktoken"))),
+    }
+
+
+def test_the_kinds_are_those_of_the_configuration() -> None:
+    assert {*KINDS, "none"} == set(get_args(DataConfig.__annotations__["tokenizer_type"]))
+
+
+@pytest.mark.parametrize("name", ["sentencepiece", "json", "directory", "tiktoken"])
+def test_text_survives_and_ids_are_in_range(tokenizers: dict[str, Tokenizer], name: str) -> None:
+    tokenizer = tokenizers[name]
+
+    @given(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="▁\0"), max_size=40))
+    def check(text: str) -> None:
+        ids = tokenizer.encode(text)
+        assert all(0 <= index < tokenizer.vocab_size for index in ids)
+        assert tokenizer.decode(ids) == text
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["sentencepiece", "json", "directory", "tiktoken"])
+def test_no_text_becomes_a_control_token(tokenizers: dict[str, Tokenizer], name: str) -> None:
+    tokenizer = tokenizers[name]
+    ids = tokenizer.encode(SPECIAL_TEXT)
+    assert tokenizer.eod not in ids
+    assert tokenizer.decode(ids) == SPECIAL_TEXT
+
+
+def test_sizes_and_ends_of_documents(tokenizers: dict[str, Tokenizer]) -> None:
+    assert (tokenizers["sentencepiece"].vocab_size, tokenizers["sentencepiece"].eod) == (320, 2)
+    assert (tokenizers["json"].vocab_size, tokenizers["json"].eod) == (300, 0)
+    assert (tokenizers["tiktoken"].vocab_size, tokenizers["tiktoken"].eod) == (259 + 256, 259 + 1)
+    assert tokenizers["tiktoken"].decode([259, 259 + 6, 259 + 9]) == "<|begin_of_text|><|start_header_id|><|eot_id|>"
+
+
+def test_a_fingerprint_identifies_the_vocabulary(tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None:
+    assert tokenizers["json"].fingerprint == tokenizers["directory"].fingerprint
+    assert len({tokenizer.fingerprint for tokenizer in tokenizers.values()}) == 3
+    other = load_tokenizer("sentencepiece", str(train_sentencepiece(tmp_path / "other.model", vocab_size=321)))
+    assert other.fingerprint != tokenizers["sentencepiece"].fingerprint
+
+
+def test_tiktoken_takes_long_runs_of_white_space(tokenizers: dict[str, Tokenizer]) -> None:
+    text = " " * 1_000_000
+    assert tokenizers["tiktoken"].decode(tokenizers["tiktoken"].encode(text)) == text
+
+
+def test_a_json_file_takes_its_end_of_document_from_the_file_beside_it(tmp_path: Path) -> None:
+    write_tokenizer_json(tmp_path / "tokenizer.json", special=("<|endoftext|>", "[STOP]"))
+    assert load_tokenizer("huggingface", str(tmp_path)).eod == 0
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "[STOP]"}}')
+    assert load_tokenizer("huggingface", str(tmp_path)).eod == 1
+
+
+def test_bad_paths_and_kinds(tmp_path: Path) -> None:
+    text = tmp_path / "text.model"
+    text.write_text("no tokenizer\n")
+    for kind, path, message in (
+        ("bpe", "x", "tokenizer_type='bpe' is unknown; use one of huggingface, sentencepiece, tiktoken"),
+        ("tiktoken", None, "needs tokenizer_model"),
+        ("sentencepiece", str(tmp_path / "none.model"), "none.model' does not exist"),
+        ("sentencepiece", str(tmp_path), "is a directory, but"),
+        ("sentencepiece", str(text), "not a readable sentencepiece tokenizer"),
+        ("huggingface", str(text), "not a readable huggingface tokenizer"),
+        ("huggingface", str(tmp_path), "not a readable huggingface tokenizer"),
+        ("tiktoken", str(text), "line 1 is not 'base64-token rank'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_tokenizer(kind, path)
+
+
+def test_incomplete_ranks(tmp_path: Path) -> None:
+    path = write_ranks(tmp_path / "ranks.tiktoken")
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:100]))
+    with pytest.raises(ConfigError, match="byte 100 has no rank of its own"):
+        load_tokenizer("tiktoken", str(path))
+    path.write_bytes(b"".join(lines[:-2] + lines[-1:]))
+    with pytest.raises(ConfigError, match="without gaps"):
+        load_tokenizer("tiktoken", str(path))
+
+
+def test_a_vocabulary_without_an_end_of_document(tmp_path: Path) -> None:
+    write_tokenizer_json(tmp_path / "tokenizer.json", special=("[PAD]",))
+    with pytest.raises(ConfigError, match="names no end-of-document token"):
+        load_tokenizer("huggingface", str(tmp_path / "tokenizer.json"))

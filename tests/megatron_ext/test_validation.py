@@ -1,0 +1,350 @@
+"""What validation says about settings that cannot work."""
+
+import importlib.util
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_ext.command_line import config_from_dict, config_to_dict
+from megatron_ext.config import RunConfig
+from megatron_ext.errors import ConfigError
+from megatron_ext.validation import problems, validate
+
+GOOD = replace(config_from_dict({"data": {"mock": True}, "model": {"vocab_size": 100}}))
+FILES = {"data.mock": False, "data.data_path": ["a"]}
+
+
+def run_with(changes: dict[str, object]) -> RunConfig:
+    """GOOD with other values, by dotted key."""
+    tree = config_to_dict(GOOD)
+    for key, value in changes.items():
+        *path, name = key.split(".")
+        section = tree
+        for part in path:
+            section = section[part]
+        section[name] = value
+    return config_from_dict(tree)
+
+
+def test_a_run_that_works_has_no_problems():
+    assert problems(GOOD, 1) == []
+    validate(GOOD, 8)
+
+
+def p(size):
+    return {"parallel.tensor_model_parallel_size": size}
+
+
+# (settings, processes, what the one problem says)
+CASES = [
+    ({"model.num_layers": 0}, 1, "model.num_layers is 0; it must be at least 1."),
+    ({"model.num_query_groups": -1}, 1, "model.num_query_groups is -1; it must be at least 1."),
+    ({"model.vocab_size": 0}, 1, "model.vocab_size is 0; it must be at least 1."),
+    (
+        {"model.hidden_size": 255},
+        1,
+        "model.hidden_size is 255 and model.num_attention_heads is 4; the former must be a multiple",
+    ),
+    ({"model.hidden_size": 60}, 1, "model.hidden_size / model.num_attention_heads is 15; it must be even"),
+    ({"model.hidden_size": 255, "model.kv_channels": 31}, 1, "model.kv_channels is 31; it must be even"),
+    (
+        {"model.num_query_groups": 3},
+        1,
+        "model.num_attention_heads is 4 and model.num_query_groups is 3; the former must be",
+    ),
+    ({"model.cross_entropy_chunk_size": -1}, 1, "model.cross_entropy_chunk_size is -1; it must be at least 0."),
+    ({"model.attention_dropout": 1.0}, 1, "model.attention_dropout is 1.0; it must be at least 0 and less than 1."),
+    ({"model.hidden_dropout": math.nan}, 1, "model.hidden_dropout is nan; it must be at least 0 and less than 1."),
+    ({"model.layernorm_epsilon": 0}, 1, "model.layernorm_epsilon is 0.0; it must be a number greater than 0."),
+    ({"model.rotary_base": math.inf}, 1, "model.rotary_base is inf; it must be a number greater than 0."),
+    (
+        {"model.rope_scaling.type": "linear", "model.rope_scaling.factor": 0.5},
+        1,
+        "model.rope_scaling.factor is 0.5; it must be a number of at least 1.",
+    ),
+    (
+        {"model.rope_scaling.type": "llama3", "model.rope_scaling.high_freq_factor": 1},
+        1,
+        "model.rope_scaling.high_freq_factor is 1.0 and model.rope_scaling.low_freq_factor is 1.0; the former must be greater",
+    ),
+    (
+        {"model.rope_scaling.type": "llama3", "model.rope_scaling.original_max_position_embeddings": 0},
+        1,
+        "model.rope_scaling.original_max_position_embeddings is 0; it must be a number greater than 0.",
+    ),
+    (
+        {"model.max_position_embeddings": 8},
+        1,
+        "model.max_position_embeddings is 8 and train.seq_length is 1024; the former must",
+    ),
+    ({"compression.layer_types": "0_1"}, 1, "compression.layer_types '0_1' has 2 entries but model.num_layers is 8"),
+    ({"compression.backward_passes": 0}, 1, "compression.backward_passes is 0; it must be at least 1."),
+    (p(0) | {"model.num_query_groups": 2}, 1, "parallel.tensor_model_parallel_size is 0; it must be at least 1."),
+    (
+        p(8) | {"model.num_query_groups": 2},
+        8,
+        "model.num_attention_heads is 4 and parallel.tensor_model_parallel_size is 8; the former must be a multiple",
+    ),
+    (
+        p(6)
+        | {
+            "model.num_attention_heads": 12,
+            "model.num_query_groups": 4,
+            "model.hidden_size": 384,
+            "model.ffn_hidden_size": 768,
+        },
+        6,
+        "model.num_query_groups is 4 and parallel.tensor_model_parallel_size is 6; one must be a multiple of the other",
+    ),
+    (
+        p(2) | {"model.ffn_hidden_size": 33},
+        2,
+        "model.ffn_hidden_size is 33 and parallel.tensor_model_parallel_size is 2;",
+    ),
+    (
+        {"parallel.sequence_parallel": True},
+        1,
+        "parallel.sequence_parallel is true and parallel.tensor_model_parallel_size is 1; raise the latter",
+    ),
+    (
+        p(2) | {"parallel.sequence_parallel": True, "train.seq_length": 33},
+        2,
+        "train.seq_length is 33 and parallel.tensor_model_parallel_size is 2; the former must be a multiple",
+    ),
+    (
+        {"parallel.pipeline_model_parallel_size": 3},
+        3,
+        "model.num_layers is 8 and parallel.pipeline_model_parallel_size is 3; the former must be a multiple of the latter",
+    ),
+    (
+        {"parallel.pipeline_model_parallel_size": 2, "compression.layer_types": "0_6_6_6_6_6_6_7"},
+        2,
+        "compression.layer_types is 0_6_6_6_6_6_6_7 and parallel.pipeline_model_parallel_size is 2; a map in which",
+    ),
+    (
+        {"parallel.overlap_param_gather": True},
+        1,
+        "parallel.use_distributed_optimizer is true and parallel.overlap_grad_reduce is false; the first needs the other two",
+    ),
+    (
+        {"parallel.distributed_timeout_minutes": 0},
+        1,
+        "parallel.distributed_timeout_minutes is 0.0; it must be a number greater",
+    ),
+    (
+        p(2) | {"parallel.pipeline_model_parallel_size": 2},
+        6,
+        "parallel.pipeline_model_parallel_size is 2; the number of processes must be a multiple of their product 4: change one",
+    ),
+    (
+        {"train.global_batch_size": 10, "train.micro_batch_size": 2},
+        2,
+        "data-parallel size is 2; the first must be a multiple of the others' product 4, for instance 12.",
+    ),
+    ({"train.train_iters": 0}, 1, "train.train_iters is 0; it must be at least 1."),
+    ({"train.eval_interval": -1}, 1, "train.eval_interval is -1; it must be at least 0."),
+    ({"train.eval_interval": 5, "train.eval_iters": 0}, 1, "train.eval_iters is 0; it must be at least 1."),
+    ({"train.seed": -1}, 1, "train.seed is -1; it must be from 0 to 2147483647."),
+    (
+        {"train.exit_duration_minutes": 0, "checkpoint.save": "x"},
+        1,
+        "train.exit_duration_minutes is 0.0; it must be a number",
+    ),
+    (
+        {"train.recompute_modules": ["core_attn", "moe"]},
+        1,
+        "train.recompute_modules has moe; the modules that can be recomputed",
+    ),
+    (
+        {"train.recompute_granularity": "selective", "train.recompute_modules": []},
+        1,
+        "train.recompute_granularity is selective and train.recompute_modules is empty; name some",
+    ),
+    (
+        {"train.recompute_num_layers": 2},
+        1,
+        "train.recompute_num_layers is 2 and train.recompute_granularity is none; the former",
+    ),
+    (
+        {
+            "train.recompute_num_layers": 5,
+            "train.recompute_granularity": "full",
+            "parallel.pipeline_model_parallel_size": 2,
+        },
+        2,
+        "train.recompute_num_layers is 5; a pipeline stage has 4 layers",
+    ),
+    ({"optimizer.lr": 0}, 1, "optimizer.lr is 0.0; it must be a number greater than 0."),
+    (
+        {"optimizer.min_lr": 1},
+        1,
+        "optimizer.min_lr is 1.0 and optimizer.lr is 0.0003; the former must be at most the latter.",
+    ),
+    ({"optimizer.min_lr": -1}, 1, "optimizer.min_lr is -1.0; it must be at least 0."),
+    ({"optimizer.adam_beta2": 1}, 1, "optimizer.adam_beta2 is 1.0; it must be at least 0 and less than 1."),
+    ({"optimizer.clip_grad": -1}, 1, "optimizer.clip_grad is -1.0; it must be at least 0."),
+    ({"optimizer.lr_decay_iters": 0}, 1, "optimizer.lr_decay_iters is 0; it must be at least 1."),
+    (
+        {"optimizer.lr_warmup_iters": 1000},
+        1,
+        "optimizer.lr_warmup_iters is 1000 and train.train_iters (the default of optimizer.lr_decay_iters) is 1000; the former",
+    ),
+    (
+        {"optimizer.lr_warmup_iters": 5, "optimizer.lr_decay_iters": 5},
+        1,
+        "optimizer.lr_warmup_iters is 5 and optimizer.lr_decay_iters is 5; the former must be less than the latter.",
+    ),
+    (
+        {"optimizer.lr_decay_style": "WSD", "optimizer.lr_warmup_iters": 900, "optimizer.lr_wsd_decay_iters": 101},
+        1,
+        "optimizer.lr_wsd_decay_iters is 101; between optimizer.lr_warmup_iters 900 and train.train_iters",
+    ),
+    ({"data.mock": False}, 1, "data.data_path, data.train_data_path and data.mock are all unset."),
+    (
+        {"data.data_path": ["a"]},
+        1,
+        "data.mock is true and data.data_path is given; use random documents or files, not both.",
+    ),
+    (FILES | {"data.train_data_path": ["a"]}, 1, "data.data_path and data.train_data_path are both given."),
+    (FILES | {"data.data_path": ["1", "a", "b"]}, 1, "data.data_path: entry 3 is 'b', but a weight belongs there."),
+    (FILES | {"data.split": "a,b,c"}, 1, "data.split='a,b,c' must be one to three shares"),
+    (
+        FILES | {"data.split": "9,0,1", "train.eval_interval": 5},
+        1,
+        "train.eval_interval is 5 and there is no validation data",
+    ),
+    (
+        {"data.mock": False, "data.train_data_path": ["a"], "train.eval_interval": 5},
+        1,
+        "train.eval_interval is 5 and there is no validation data; give data.valid_data_path",
+    ),
+    ({"data.num_workers": -1}, 1, "data.num_workers is -1; it must be at least 0."),
+    ({"data.index_timeout_minutes": 0}, 1, "data.index_timeout_minutes is 0.0; it must be a number greater than 0."),
+    ({"data.tokenizer_type": "tiktoken"}, 1, "data.tokenizer_type is tiktoken and data.tokenizer_model is not set"),
+    ({"data.tokenizer_model": "t"}, 1, "data.tokenizer_model is t and data.tokenizer_type is none; set the latter"),
+    ({"model.vocab_size": None}, 1, "data.mock is true and the vocabulary is unknown; set model.vocab_size"),
+    (
+        {"checkpoint.save_interval": 5},
+        1,
+        "checkpoint.save_interval is 5 and checkpoint.save is not set; give the directory",
+    ),
+    ({"checkpoint.save_interval": -5}, 1, "checkpoint.save_interval is -5; it must be at least 0."),
+    ({"checkpoint.keep_last": 0}, 1, "checkpoint.keep_last is 0; it must be at least 1."),
+    (
+        {"train.exit_duration_minutes": 5},
+        1,
+        "train.exit_duration_minutes is 5.0 and checkpoint.save is not set; give the directory",
+    ),
+    ({"checkpoint.finetune": True}, 1, "checkpoint.finetune is true and checkpoint.load is not set"),
+    ({"logging.log_interval": 0}, 1, "logging.log_interval is 0; it must be at least 1."),
+    ({"logging.peak_tflops": 0}, 1, "logging.peak_tflops is 0.0; it must be a number greater than 0."),
+    ({"logging.wandb_name": "x"}, 1, "logging.wandb_name is x and logging.wandb_project is not set; give the project."),
+    (
+        {"model.transformer_impl": "transformer_engine"},
+        1,
+        "model.transformer_impl is transformer_engine, but Transformer Engine",
+    ),
+    ({"model.attention_backend": "flash"}, 1, "model.attention_backend is flash, but flash-attn needs CUDA tensors"),
+]
+
+
+@pytest.mark.parametrize(("changes", "world_size", "message"), CASES, ids=[" ".join(case[0]) for case in CASES])
+def test_one_problem_is_found_and_nothing_else(changes, world_size, message):
+    found = problems(run_with(changes), world_size)
+    assert len(found) == 1, found
+    assert message in found[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size"),
+    [
+        (p(4) | {"model.num_query_groups": 2}, 4),
+        ({"parallel.pipeline_model_parallel_size": 2, "compression.layer_types": "0_0_2_2_4_4_6_6"}, 2),
+        ({"compression.layer_types": "0_6_6_6_6_6_6_7"} | p(2) | {"parallel.sequence_parallel": True}, 4),
+        ({"parallel.overlap_param_gather": True, "parallel.overlap_grad_reduce": True}, 2),
+        ({"train.recompute_granularity": "full", "train.recompute_num_layers": 8}, 1),
+        ({"train.recompute_granularity": "selective", "train.recompute_modules": ["core_attn", "mlp"]}, 1),
+        (FILES | {"data.data_path": ["0.3", "a", "7e-1", "b"], "train.eval_interval": 5}, 1),
+        (
+            {
+                "data.mock": False,
+                "data.train_data_path": ["a"],
+                "data.valid_data_path": ["b"],
+                "train.eval_interval": 5,
+            },
+            1,
+        ),
+        ({"model.vocab_size": None, "data.tokenizer_type": "tiktoken", "data.tokenizer_model": "t"}, 1),
+        ({"checkpoint.save": "x", "checkpoint.save_interval": 5, "train.exit_duration_minutes": 5}, 1),
+        ({"optimizer.lr_decay_style": "WSD", "optimizer.lr_warmup_iters": 900, "optimizer.lr_wsd_decay_iters": 100}, 1),
+        ({"logging.wandb_project": "x", "logging.wandb_mode": "disabled"}, 1),
+    ],
+)
+def test_what_works_is_let_through(changes, world_size):
+    assert problems(run_with(changes), world_size) == []
+
+
+def test_all_problems_are_said_at_once_and_numbered():
+    run = run_with({"train.train_iters": 0, "optimizer.lr": -1.0, "logging.log_interval": 0})
+    with pytest.raises(ConfigError) as raised:
+        validate(run, 1)
+    lines = str(raised.value).splitlines()
+    assert lines[0] == "3 settings cannot work:"
+    assert lines[1] == "  1. train.train_iters is 0; it must be at least 1."
+    assert [line[:4] for line in lines[1:]] == ["  1.", "  2.", "  3."]
+    with pytest.raises(ConfigError, match=r"^1 setting cannot work:\n  1\. train.seed is -1"):
+        validate(run_with({"train.seed": -1}), 1)
+
+
+def test_several_problems_of_the_data_are_several():
+    found = problems(run_with(FILES | {"data.data_path": ["1", "a", "b"], "data.split": "x"}), 1)
+    assert len(found) == 2
+
+
+def test_wandb_that_is_not_installed(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    found = problems(run_with({"logging.wandb_project": "x"}), 1)
+    assert len(found) == 1
+    assert "logging.wandb_project is x, but the package wandb is not installed; pip install" in found[0]
+
+
+SMALL = st.sampled_from([-7, -1, 0, 1, 2, 3, 4, 6, 8, 12])
+SIZES = (
+    "model.num_layers", "model.hidden_size", "model.num_attention_heads", "model.num_query_groups", "model.kv_channels",
+    "model.ffn_hidden_size", "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size",
+    "train.micro_batch_size", "train.global_batch_size", "train.seq_length", "train.train_iters", "train.recompute_num_layers",
+    "optimizer.lr_warmup_iters", "optimizer.lr_decay_iters", "optimizer.lr_wsd_decay_iters",
+)  # fmt: skip
+
+
+@given(st.fixed_dictionaries({}, optional=dict.fromkeys(SIZES, SMALL)), st.booleans(), st.integers(1, 16))
+def test_no_sizes_break_the_checks_and_what_they_let_through_divides(sizes, sequence_parallel, world_size):
+    run = run_with({"train.recompute_granularity": "full", "parallel.sequence_parallel": sequence_parallel} | sizes)
+    if problems(run, world_size):
+        return
+    model, tensor = run.model, run.parallel.tensor_model_parallel_size
+    replicas, left = divmod(world_size, tensor * run.parallel.pipeline_model_parallel_size)
+    assert left == 0
+    assert (
+        model.num_attention_heads % tensor
+        == model.num_attention_heads % model.query_groups
+        == model.ffn_size % tensor
+        == 0
+    )
+    assert model.num_layers % run.parallel.pipeline_model_parallel_size == 0
+    assert run.train.global_batch_size % (run.train.micro_batch_size * replicas) == 0
+    assert model.head_dim % 2 == 0
+
+
+def test_validation_needs_no_torch():
+    program = (
+        "import sys; from megatron_ext.validation import problems; from megatron_ext.config import RunConfig;"
+        "problems(RunConfig(), 8); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

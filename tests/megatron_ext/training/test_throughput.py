@@ -1,0 +1,105 @@
+"""Peaks of devices, memory, tokens per second and utilisation."""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ext.training.throughput import Throughput, memory_in_use, peak_tflops
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA A100 80GB PCIe", 312.0),
+        ("NVIDIA A800-SXM4-80GB", 312.0),
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H200 NVL", 835.5),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA H20", 148.0),
+        ("NVIDIA B200", 2250.0),
+        ("NVIDIA GB200", 2500.0),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA L40", 181.0),
+        ("NVIDIA L40S", 362.1),
+        ("NVIDIA A10", 125.0),
+        ("NVIDIA A40", 149.7),
+        ("NVIDIA RTX A6000", 154.8),
+        ("NVIDIA RTX 6000 Ada Generation", 364.2),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 3090", 71.0),
+        ("NVIDIA A10G", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("Tesla V100-SXM2-32GB", None),
+        ("cpu", None),
+        ("", None),
+    ],
+)
+def test_dense_peak_by_device_name(name, bf16):
+    assert peak_tflops(name, "bf16") == bf16
+
+
+def test_peak_of_other_precisions():
+    assert peak_tflops("NVIDIA A100-SXM4-80GB", "fp32") == 19.5
+    assert peak_tflops("NVIDIA A100-SXM4-80GB", "fp8") is None
+
+
+def test_memory_without_cuda_is_the_peak_of_the_process():
+    program = (
+        "from megatron_ext.training.throughput import memory_in_use\n"
+        "before = memory_in_use()\n"
+        "block = bytearray(b'x') * (400 << 20)\n"
+        "del block\n"
+        "print(before, memory_in_use())\n"
+    )
+    size_of_this_process = bytearray(b"x") * (600 << 20)  # must not be counted
+    result = subprocess.run([sys.executable, "-c", program], check=True, timeout=120, capture_output=True, text=True)
+    del size_of_this_process
+    before, after = map(int, result.stdout.split())
+    assert 10 << 20 < before < 500 << 20
+    assert 200 << 20 < after - before < 450 << 20  # importing may have peaked above `before`
+
+
+def test_memory_where_there_is_no_proc(monkeypatch):
+    expected = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert memory_in_use() >= expected
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert memory_in_use() < expected
+
+
+def test_memory_with_cuda_is_what_was_allocated(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 12345)
+    assert memory_in_use() == 12345
+
+
+def test_speed():
+    meter = Throughput(model_flops_per_token=6e9, hardware_flops_per_token=8e9, world_size=4, peak_tflops=100.0)
+    assert meter.metrics(80_000, 2.0) == {
+        "tokens_per_second": 40_000.0,
+        "tokens_per_second_per_device": 10_000.0,
+        "model_tflops_per_device": pytest.approx(60.0),
+        "mfu": pytest.approx(0.6),
+        "hfu": pytest.approx(0.8),
+    }
+
+
+def test_no_utilisation_without_a_peak():
+    meter = Throughput(model_flops_per_token=6e9, hardware_flops_per_token=8e9, world_size=1, peak_tflops=None)
+    assert set(meter.metrics(10, 1.0)) == {
+        "tokens_per_second",
+        "tokens_per_second_per_device",
+        "model_tflops_per_device",
+    }
