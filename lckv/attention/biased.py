@@ -1,18 +1,18 @@
-"""Attention to keys with a bias on their score, at the cost of plain causal flash attention (DESIGN 5).
+"""Attention to keys with a bias on their score, at the cost of plain causal flash attention.
 
-Channel d - 1 of a key is its bias and channel d - 1 of a query the constant that brings it to the score, so any flash kernel adds it.
-But a query sees its newest key, its frontier, without bias: key t, or key t - 1 where query t does not see itself. So the kernel
-gets the keys below the frontier only, which is again a causal problem, one query shorter:
+Channel d - 1 of a key is its bias and channel d - 1 of a query the constant that brings it to the score, so any flash
+kernel adds it. But a query sees its newest key, its frontier, without bias: key t, or key t - 1 where query t does not
+see itself. So the kernel gets the keys below the frontier only, which is again a causal problem, one query shorter:
 
     keys     0 1 2 3 4
-    query 0  F                 F: the frontier, one dot product per query, joined to the kernel's softmax by its logsumexp
+    query 0  F                 F: the frontier, one dot product per query, joined to the kernel's softmax by its lse
     query 1  x F
     query 2  x x F             x: the kernel, on queries 1 .. s-1 and keys 0 .. s-2
     query 3  x x x F
     query 4  x x x x F
 
-The kernel's backward is given the output and the logsumexp of the whole softmax and so returns exactly the gradients through the keys
-below the frontier. Nothing of size s x s is made.
+The kernel's backward is given the output and the logsumexp of the whole softmax and so returns exactly the gradients
+through the keys below the frontier. Nothing of size s x s is made.
 
 Shapes: b rows, h query heads, g KV heads, s tokens, d channels; query [b, h, s, d], key and value [b, g, s, d].
 """
@@ -39,11 +39,12 @@ class _Piece(NamedTuple):
 def attend(
     query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, *, scale: float, dropout: float, pair: FlashPair
 ) -> Tensor:
-    """Same contract as `reference.attend` with `biased`. Raises ValueError for a window and for dropout, which it does not have."""
+    """Same contract as `reference.attend` with `biased`. Raises ValueError for a window and for dropout, which it does
+    not have."""
     if visibility.window is not None:
         raise ValueError(
-            f"compression.sliding_window is {visibility.window}; there are no windows over merged tokens "
-            "(compression.policy.name dmc): remove the 's' from compression.layer_types."
+            f"compression.sliding_window is {visibility.window}; there are no sliding windows over merged tokens "
+            "(compression.policy.name dmc): remove the 's' in compression.layer_types."
         )
     if dropout > 0:
         raise ValueError(
@@ -75,8 +76,8 @@ class _Biased(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, pieces: list[_Piece], pair: FlashPair
     ) -> Tensor:
         output = torch.zeros_like(query)
-        options = {"dtype": torch.promote_types(query.dtype, torch.float32), "device": query.device}
-        lse, share = (torch.empty(query.shape[:-1], **options) for _ in range(2))
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        lse, share = (torch.empty(query.shape[:-1], dtype=dtype, device=query.device) for _ in range(2))
         ctx.rests = []
         for rows, queries, keys in pieces:
             q, *results = (tensor[rows, :, queries] for tensor in (query, output, lse, share))
@@ -88,7 +89,7 @@ class _Biased(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, lse, share = ctx.saved_tensors
         dq, dk, dv = (torch.zeros_like(tensor) for tensor in (query, key, value))
         for (rows, queries, keys), rest in zip(ctx.pieces, ctx.rests, strict=True):
@@ -109,8 +110,8 @@ def _forward(
     scale: float,
     pair: FlashPair,
 ) -> tuple[Any, ...]:
-    """Fills `output` and, but for query 0, `lse` and `share` [b, h, s], the frontier's part of the softmax. Returns what the pair's
-    backward wants back."""
+    """Fills `output` and, except for query 0, `lse` and `share` [b, h, s], the frontier's part of the softmax. Returns
+    what the pair's backward wants back."""
     _grouped(output, key)[:, :, :, 0] = value[:, :, None, 0]
     if query.shape[2] == 1:
         return ()

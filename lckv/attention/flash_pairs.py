@@ -1,11 +1,11 @@
 """Causal flash attention as a forward that also returns the logsumexp of each query's scores, and its backward.
 
-A backward computes probabilities as exp(score - lse) and subtracts the row sum of gradient times output. Given the lse and the output
-of a larger softmax, of which this attention is one part, it returns this part's gradients: ring attention is built on that, and so
-is attention with biased keys (`lckv.attention.biased`).
+A backward computes probabilities as exp(score - lse) and subtracts the row sum of gradient times output. Given the lse
+and the output of a larger softmax, of which this attention is one part, it returns this part's gradients: ring
+attention is built on that, and so is attention with biased keys (`lckv.attention.biased`).
 
-Shapes: query, output and gradient [b, h, s, d], key and value [b, g, s, d] with h a multiple of g, lse [b, h, s] in float32, or in
-float64 for float64 queries.
+Shapes: query, output and gradient [b, h, s, d], key and value [b, g, s, d] with h a multiple of g, lse [b, h, s] in
+float32, or in float64 for float64 queries.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -50,14 +50,15 @@ def choose_pair(query: Tensor) -> FlashPair:
         return AtenCPU()
     if query.shape[-1] % 8:
         raise ValueError(
-            f"model.kv_channels is {query.shape[-1]}; attention with biased keys on {query.device.type} needs a multiple of 8."
+            f"model.kv_channels is {query.shape[-1]}; it must be a multiple of 8 for merged tokens (compression.policy.name "
+            f"dmc) on {query.device.type}."
         )
     if query.dtype in (torch.float16, torch.bfloat16):
         return AtenFlash()
     if query.dtype == torch.float32:
         return AtenEfficient()
     raise ValueError(
-        f"attention with biased keys on {query.device.type} has no kernel for {query.dtype}; use train.precision."
+        f"attention to merged tokens on {query.device.type} takes float16, bfloat16 and float32, not {query.dtype}."
     )
 
 
@@ -141,7 +142,8 @@ class AtenEfficient:
 
 
 class FlashAttnInterface(Protocol):
-    """The functions of `flash_attn.flash_attn_interface` (2.7 and newer) that are used here; tensors are [b, s, heads, d]."""
+    """The functions of `flash_attn.flash_attn_interface` (2.7 and newer) that are used here; tensors are [b, s, heads,
+    d]."""
 
     def _flash_attn_forward(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, ...]: ...
 
@@ -198,7 +200,8 @@ class FlashAttnPair:
 
 
 def _fold(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For kernels without grouped heads: query [b * g, h / g, s, d] and, without copying, key and value of the same shape."""
+    """For kernels without grouped heads: query [b * g, h / g, s, d] and, without copying, key and value of the same
+    shape."""
     groups = key.shape[0] * key.shape[1]
     folded = query.reshape(groups, -1, *query.shape[2:])
     key, value = (tensor.reshape(groups, 1, *tensor.shape[2:]).expand_as(folded) for tensor in (key, value))

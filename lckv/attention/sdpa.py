@@ -1,8 +1,8 @@
 """Attention on PyTorch's scaled_dot_product_attention: memory linear in the length, on CPU and CUDA.
 
-Nothing of size length x length is made. A query that must not see itself is one row further down: dropping the first query and the
-last key turns "keys < t" into plain causality. A window is walked in chunks of queries against the slice of keys they can see.
-Documents are attended one by one. Keys with a bias: `lckv.attention.biased`.
+Nothing of size length x length is made. A query that must not see itself is one row further down: dropping the first
+query and the last key turns "keys < t" into plain causality. A window is walked in chunks of queries against the slice
+of keys they can see. Documents are attended one by one. Keys with a bias: `lckv.attention.biased`.
 """
 
 import torch
@@ -39,8 +39,8 @@ def attend(
         return _one_document(query, key, value, visibility, scale, dropout)
     rows: list[list[Tensor]] = [[] for _ in range(query.shape[0])]
     for row, start, stop in documents.spans(length):
-        part = (tensor[row : row + 1, :, start:stop] for tensor in (query, key, value))
-        rows[row].append(_one_document(*part, visibility, scale, dropout))
+        q, k, v = (tensor[row : row + 1, :, start:stop] for tensor in (query, key, value))
+        rows[row].append(_one_document(q, k, v, visibility, scale, dropout))
     return torch.cat([torch.cat(parts, dim=2) for parts in rows])
 
 

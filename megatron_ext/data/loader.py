@@ -8,6 +8,7 @@ ranks, M sequences per micro-batch) are one micro-batch of each rank:
 So a step of G samples takes samples consumed .. consumed + G - 1, whatever D and M.
 """
 
+import signal
 from collections.abc import Iterator
 
 import torch
@@ -54,6 +55,7 @@ def build_data_iterator(
         timeout=READ_TIMEOUT_SECONDS if num_workers else 0,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),
+        worker_init_fn=_leave_signals_to_the_run,
     )
     return _until_exhausted(loader, batches)
 
@@ -87,3 +89,9 @@ def _until_exhausted(loader: DataLoader, batches: _RankBatches) -> Iterator[dict
         "samples: train.train_iters * train.global_batch_size for training, train.eval_iters * train.global_batch_size for "
         "an evaluation."
     )
+
+
+def _leave_signals_to_the_run(_worker: int) -> None:
+    """Batch systems signal all processes of a job; readers must live on while the run does its last step and saves."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -10,3 +10,7 @@ class DenseConfig:
 
     name: Literal["dense"] = "dense"
     """Name of the KV policy."""
+
+    def problems(self, sliding_window: int | None) -> list[str]:
+        """Nothing can be wrong, with any `compression.sliding_window`."""
+        return []

@@ -1,4 +1,5 @@
-"""Dynamic Memory Compression as a KV policy: keys and values become running means over the tokens merged into a slot."""
+"""Dynamic Memory Compression as a KV policy: keys and values become running means over the tokens merged into a
+slot."""
 
 from collections.abc import Sequence
 
@@ -14,8 +15,8 @@ from lckv.policies.dmc.pooling import pool
 class DMCPolicy:
     """Merges tokens; see `KVPolicy` for the contract.
 
-    In stage zero_out nothing is merged: the last channel of queries and keys fades. In the others that channel of a key is the bias of
-    its score and that of a query sqrt(d), which attention's scale 1 / sqrt(d) turns into 1.
+    In stage zero_out nothing is merged: the last channel of queries and keys fades. In the others that channel of a key
+    is the bias of its score and that of a query sqrt(d), which attention's scale 1 / sqrt(d) turns into 1.
     """
 
     name = "dmc"

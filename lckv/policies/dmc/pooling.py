@@ -1,9 +1,10 @@
-"""Keys and values of slots: the mean over the newest W tokens of a slot, weighted by importance (DESIGN 5).
+"""Keys and values of slots: the mean over the newest W tokens of a slot, weighted by importance.
 
-    P_t = sum over s in t - W + 1 .. t of c(t, s) w_s y_s / sum of c(t, s) w_s,    c(t, s) = p_{s+1} ... p_t,    y = k and v
+    P_t = sum over s in t - W + 1 .. t of c(t, s) w_s y_s / sum of c(t, s) w_s    for y = k and v, c(t, s) = p_{s+1} ... p_t
 
-with p the merge decisions and w the importance. p of the first token of a row plays no part. `pool` chooses between the fused Triton
-kernel of `kernels.pooling` and the two algorithms here. All compute in float32, with memory linear in the length.
+with p the merge decisions and w the importance. p of the first token of a row plays no part. `pool` chooses between the
+fused Triton kernel of `kernels.pooling` and the two algorithms here. All compute in float32, with memory linear in the
+length.
 
 Shapes: s tokens, b rows, g KV heads, d channels.
 """
@@ -23,8 +24,9 @@ LARGEST_KERNEL_WINDOW = 64
 
 
 def pool(key: Tensor, value: Tensor, merge: Tensor, weight: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-    """P for keys and values [s, b, g, d], in their dtypes; merge p and weight w are float32 [s, b, g], window W is in tokens."""
-    if why_not_kernel(key.device.type, window) is None:
+    """P for keys and values [s, b, g, d], in their dtypes; merge p and weight w are float32 [s, b, g], window W is in
+    tokens."""
+    if window is not None and why_not_kernel(key.device.type, window) is None:
         from lckv.policies.dmc.kernels.pooling import pool as fused
 
         return fused(key, value, merge, weight, window)
@@ -39,7 +41,7 @@ def why_not_kernel(device_type: str, window: int | None) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if window is None or window > LARGEST_KERNEL_WINDOW:
-        return f"the Triton kernel needs a window of at most {LARGEST_KERNEL_WINDOW} tokens, compression.policy.window is {window}"
+        return f"the Triton kernel takes windows up to {LARGEST_KERNEL_WINDOW} tokens, compression.policy.window is {window}"
     return None
 
 
@@ -92,7 +94,7 @@ class _Band(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         features, shares = ctx.saved_tensors
         length, gradient, wide = features.shape[0], gradient.to(shares.dtype), features.to(shares.dtype)
         of_features, of_shares = torch.zeros_like(wide), torch.zeros_like(shares)
@@ -121,7 +123,7 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         merge, sums = ctx.saved_tensors
         # The same recurrence from the newest token to the oldest, one step of p later.
         of_terms = _recur(gradient.flip(0), pad(merge[1:].flip(0), (0, 0, 0, 0, 1, 0))).flip(0)
@@ -130,7 +132,8 @@ class _Recurrence(torch.autograd.Function):
 
 
 def _recur(terms: Tensor, factors: Tensor) -> Tensor:
-    """S_t = factors_t S_{t-1} + terms_t in about 2 sqrt(s) steps: within chunks, all of them at once, then from chunk to chunk."""
+    """S_t = factors_t S_{t-1} + terms_t in about 2 sqrt(s) steps: within chunks, all of them at once, then from chunk
+    to chunk."""
     length = terms.shape[0]
     chunk = math.isqrt(length)
     missing = -length % chunk

@@ -1,7 +1,7 @@
 """Decoding: the slots of one layer, token by token.
 
-Does one after the other what `DMCPolicy.keys_values` does in parallel with hard decisions, and keeps only the slots, not the tokens: every
-KV head of every row has as many as its decisions opened.
+Does one after the other what `DMCPolicy.keys_values` does in parallel with hard decisions, and keeps only the slots,
+not the tokens: every KV head of every row has as many as its decisions opened.
 
 Shapes: b rows, g KV heads, h query heads, d channels, n slots.
 """
@@ -15,7 +15,8 @@ from lckv.policies.dmc.policy import DMCPolicy, rotate_without_last
 
 
 class DMCSlots:
-    """Slots that grow; a query sees all of those in use, its own included once `update` has been called for its token."""
+    """Slots that grow; a query sees all of those in use, its own included once `update` has been called for its
+    token."""
 
     def __init__(
         self,
@@ -36,7 +37,7 @@ class DMCSlots:
         self._lengths = torch.zeros(rows, kv_heads, dtype=torch.int64, device=device)
         self._longest = 0  # an upper bound, so that lengths are fetched from the device only when they might matter
         self._members = torch.zeros_like(self._lengths)
-        # Weighted key, value and weight of the newest W tokens of each head's last slot, or without a window the sum of all.
+        # Weighted key, value and weight of the newest W tokens of each head's last slot; without a window their sum.
         places = 1 if self._window is None else self._window
         self._recent = torch.zeros(places, rows, kv_heads, 2 * head_dim + 1, device=device)
 
@@ -58,8 +59,10 @@ class DMCSlots:
 
     def reset(self, rows: Tensor) -> None:
         """Forget the slots of `rows` (bool [b]), whose next token begins a document."""
-        for tensor, row_dim in ((self._key, 1), (self._value, 1), (self._recent, 1), (self._lengths, 0), (self._members, 0)):
-            tensor.masked_fill_(rows.view([-1 if dim == row_dim else 1 for dim in range(tensor.dim())]), 0)
+        for tensor in (self._key, self._value, self._recent):
+            tensor.masked_fill_(rows[:, None, None], 0)
+        for tensor in (self._lengths, self._members):
+            tensor.masked_fill_(rows[:, None], 0)
 
     @torch.no_grad()
     def update(self, key: Tensor, value: Tensor, query: Tensor, context: TokenContext) -> Slots:

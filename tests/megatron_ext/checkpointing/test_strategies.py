@@ -1,5 +1,6 @@
 """Reading a checkpoint runs no code from it; its files stay in Megatron's own format."""
 
+import errno
 import os
 import pickle
 from pathlib import Path
@@ -82,6 +83,21 @@ def test_the_common_part_is_not_trusted(tmp_path: Path) -> None:
     with pytest.raises(pickle.UnpicklingError, match=r"(?i)weights.only"):
         SafeCommonLoad().load_common(tmp_path)
     assert not trap.exists()
+
+
+def test_a_full_disk_is_told_from_what_torch_makes_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raised from the OSError, or while handling it; between ranks only the exception itself travels."""
+
+    def fail(*args: Any) -> None:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finally:
+            raise RuntimeError("unexpected pos 704 vs 598")
+
+    monkeypatch.setattr(strategies.dcp.FileSystemWriter, "write_data", fail)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        strategies._Writer(tmp_path).write_data(None, None)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path))
 
 
 def _load_evil_object(directory: Path, trap: Path) -> str:

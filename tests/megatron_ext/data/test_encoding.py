@@ -26,9 +26,11 @@ def encode(
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_reader_is_never_far_ahead(reader: RecordReader, sentencepiece_model: Path, workers: int) -> None:
-    ahead = [reader.position.line - stretch.end.line for stretch, _ in encode(reader, sentencepiece_model, workers)]
+    stream = encode(reader, sentencepiece_model, workers)
+    ahead = [reader.position.text_bytes - stretch.end.text_bytes for stretch, _ in stream]
+    batch_bytes = 5 * len('{"text": "hello 123"}\n')
     assert len(ahead) == 101
-    assert max(ahead) <= (5 if workers == 1 else 2 * workers * 5)
+    assert max(ahead) <= (1 if workers == 1 else 2 * workers) * batch_bytes
 
 
 def test_shards_end_at_records_near_the_multiples_of_their_size(

@@ -1,10 +1,10 @@
 # mypy: disallow-untyped-defs=False
 """Pooling fused into Triton kernels: one pass over keys and values forward, one over them and their gradients backward.
 
-The formula is that of `lckv.policies.dmc.pooling`. Forward goes over tokens t and walks back through their windows, age = t - s.
-Backward goes over tokens s and walks forward, which gives the gradients of keys and values, and leaves the dot product of each
-pooled token's gradient with every token in its window, [b, g, W, s]; two small kernels turn these into the gradients of decisions
-and weights. There are no atomics: every run gives the same bits.
+The formula is that of `lckv.policies.dmc.pooling`. Forward goes over tokens t and walks back through their windows, age
+= t - s. Backward goes over tokens s and walks forward, which gives the gradients of keys and values, and leaves the dot
+product of each pooled token's gradient with every token in its window, [b, g, W, s]; two small kernels turn these into
+the gradients of decisions and weights. There are no atomics: every run gives the same bits.
 
 Shapes: s tokens, b rows, g KV heads, d channels. What is one number per token is float32 [b, g, s] here.
 """
@@ -75,8 +75,9 @@ def _forward(
 
 @triton.jit
 def _backward_features(
-    grad_key, grad_value, key, key_s, key_b, key_g, value, value_s, value_b, value_g, merge, weight, total, dkey, dvalue,
-    products, length, heads, channels, WINDOW: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    grad_key, grad_value, key, key_s, key_b, key_g, value, value_s, value_b, value_g, merge, weight, total,
+    dkey, dvalue, products, length, heads, channels,
+    WINDOW: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     token, head = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, CHANNELS)
@@ -125,7 +126,8 @@ def _backward_normalisation(merge, weight, total, products, length, WINDOW: tl.c
 
 @triton.jit
 def _backward_decisions(merge, weight, products, dmerge, dweight, length, WINDOW: tl.constexpr, TOKENS: tl.constexpr):
-    """Those to the gradients of w and p. The derivative of c(t, s) by p_r is c(t, r) c(r - 1, s): p, which may be 0, divides nothing."""
+    """Those to the gradients of w and p. The derivative of c(t, s) by p_r is c(t, r) c(r - 1, s): p, which may be 0,
+    divides nothing."""
     token, head = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.program_id(1).to(tl.int64)
     merge += head * length
     weight += head * length
@@ -155,6 +157,7 @@ class _Pool(torch.autograd.Function):
         ctx: Any, key: Tensor, value: Tensor, merge: Tensor, weight: Tensor, window: int
     ) -> tuple[Tensor, Tensor]:
         length, rows, heads, channels = key.shape
+        key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (key, value))
         merge, weight = (tensor.permute(1, 2, 0).contiguous() for tensor in (merge, weight))
         total = torch.empty_like(weight)
         pooled_key, pooled_value = _empty(key), _empty(value)
@@ -169,7 +172,7 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor | None, ...]:
         key, value, merge, weight, total = ctx.saved_tensors
         length, rows, heads, channels = key.shape
         dkey, dvalue, dmerge, dweight = _empty(key), _empty(value), torch.empty_like(merge), torch.empty_like(weight)

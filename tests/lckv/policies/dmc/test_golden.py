@@ -201,7 +201,7 @@ def test_rows_of_the_decision_channel():
 
 
 def test_schedule():
-    tensors, header = load("f_schedule")
+    tensors, _ = load("f_schedule")
     for iteration, iterations, target, finetune, ratio, prior in tensors["table"].tolist():
         found = compression_ratio(target, "finetune" if finetune else "retrofit", iteration / iterations)
         assert found == pytest.approx(ratio, abs=1e-12)

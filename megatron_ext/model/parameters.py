@@ -1,0 +1,83 @@
+"""How many parameters a run's model has, and where they are, without building it. Neither torch nor Megatron is loaded.
+
+Per layer, with h hidden size, a = query heads x d, g KV heads, d channels of a head, f MLP width:
+    query and output 2 h a + keys and values 2 h g d (if it computes any) + MLP 3 h f + norms 2 h
+and biases (a + 2 g d) and norms of heads (2 d) where the model has them; a layer that only reads keys and values has neither for
+them. Around the layers: embedding and output layer, padded vocabulary x h each, and the final norm, h.
+"""
+
+import math
+from dataclasses import dataclass
+
+from lckv.sharing.layer_types import LayerTypes
+from megatron_ext.config import ModelConfig, ParallelConfig
+
+
+@dataclass(frozen=True)
+class StageParameters:
+    """Parameters on every tensor-parallel rank of one pipeline stage."""
+
+    layers: range
+    """Layers of the stage."""
+
+    split: int
+    """This rank's parts of matrices that are split over the tensor-parallel ranks."""
+
+    copied: int
+    """Norms, which every tensor-parallel rank has whole."""
+
+    tied_copy: int
+    """This rank's part of a tied output layer that is a copy of an earlier stage's embedding."""
+
+    @property
+    def per_rank(self) -> int:
+        """All that lie in a rank's memory."""
+        return self.split + self.copied + self.tied_copy
+
+
+def padded_vocab_size(vocab_size: int, model: ModelConfig, parallel: ParallelConfig) -> int:
+    """The true size rounded up to a multiple of make_vocab_size_divisible_by * tensor_model_parallel_size."""
+    multiple = model.make_vocab_size_divisible_by * parallel.tensor_model_parallel_size
+    return multiple * math.ceil(vocab_size / multiple)
+
+
+def stage_parameters(
+    model: ModelConfig, layer_types: LayerTypes, parallel: ParallelConfig, *, vocab_size: int
+) -> tuple[StageParameters, ...]:
+    """The stages from the first to the last; `vocab_size` is the true one, without padding."""
+    stages, ranks = parallel.pipeline_model_parallel_size, parallel.tensor_model_parallel_size
+    depth = model.num_layers // stages
+    matrix = padded_vocab_size(vocab_size, model, parallel) * model.hidden_size // ranks
+    tied = not model.untie_embeddings_and_output_weights
+    found = []
+    for stage in range(stages):
+        layers = range(stage * depth, (stage + 1) * depth)
+        first, last = stage == 0, stage == stages - 1
+        computes_kv = [index in layer_types.kv_layers for index in layers]
+        found.append(
+            StageParameters(
+                layers=layers,
+                split=matrix * (first + (last and not tied)) + sum(_split(model, kv) for kv in computes_kv) // ranks,
+                copied=sum(_norms(model, kv) for kv in computes_kv) + model.hidden_size * last,
+                tied_copy=matrix * (last and tied and not first),
+            )
+        )
+    return tuple(found)
+
+
+def total_parameters(stages: tuple[StageParameters, ...], parallel: ParallelConfig) -> int:
+    """Parameters of the whole model: copies on other ranks and a tied output layer count once, vocabulary padding counts."""
+    return sum(stage.split * parallel.tensor_model_parallel_size + stage.copied for stage in stages)
+
+
+def _split(model: ModelConfig, computes_kv: bool) -> int:
+    """Parameters of a layer that tensor-parallel ranks share out."""
+    query = model.num_attention_heads * model.head_dim
+    projected = query + 2 * model.query_groups * model.head_dim * computes_kv
+    hidden = model.hidden_size
+    return hidden * (projected + query + 3 * model.ffn_size) + projected * model.add_qkv_bias
+
+
+def _norms(model: ModelConfig, computes_kv: bool) -> int:
+    """Parameters of a layer that every tensor-parallel rank has whole."""
+    return 2 * model.hidden_size + (1 + computes_kv) * model.head_dim * model.qk_layernorm

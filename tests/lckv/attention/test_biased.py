@@ -1,0 +1,211 @@
+"""Attention to keys with a bias: the frontier decomposition against the whole score matrix, on every pair of kernels."""
+
+import types
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lckv.attention import biased, flash, reference, sdpa
+from lckv.attention.flash_pairs import AtenCPU, AtenEfficient, AtenFlash, Attended, choose_pair
+from lckv.attention.visibility import Documents, Visibility
+from tests.ranks import run_on_ranks
+
+HIDDEN = -5e4
+
+
+class FlashAttnStandIn:
+    """flash-attn's two private functions, [b, s, heads, d], on PyTorch's CPU kernels."""
+
+    EXPECTED = types.MappingProxyType(
+        {
+            "dropout_p": 0.0,
+            "causal": True,
+            "window_size_left": -1,
+            "window_size_right": -1,
+            "softcap": 0.0,
+            "alibi_slopes": None,
+        }
+    )
+
+    def _flash_attn_forward(self, q, k, v, *, softmax_scale, return_softmax, **options):
+        assert options == self.EXPECTED
+        assert return_softmax is False
+        attended = AtenCPU().forward(*(tensor.transpose(1, 2) for tensor in (q, k, v)), softmax_scale)
+        return attended.output.transpose(1, 2), attended.lse, None, torch.tensor([3, 4])
+
+    def _flash_attn_backward(
+        self, dout, q, k, v, *, out, softmax_lse, dq, dk, dv, softmax_scale, deterministic, rng_state, **options
+    ):
+        assert options == self.EXPECTED
+        assert deterministic is False
+        assert rng_state.tolist() == [3, 4]
+        assert softmax_lse.is_contiguous()
+        tensors = (tensor.transpose(1, 2) for tensor in (dout, q, k, v))
+        gradients = AtenCPU().backward(*tensors, Attended(out.transpose(1, 2), softmax_lse), softmax_scale)
+        for place, gradient in zip((dq, dk, dv), gradients, strict=True):
+            place.copy_(gradient.transpose(1, 2))
+
+
+PACKAGE = types.SimpleNamespace(flash_attn_interface=FlashAttnStandIn())
+BACKENDS = {"sdpa": sdpa.attend, "flash": partial(flash.attend, kernel=PACKAGE)}
+
+
+def tensors(rows, kv_heads, group, length, channels=8, dtype=torch.float64, biases=(-9.0, 0.0, HIDDEN)):
+    """Query, key, value [b, heads, s, d], laid out [s, b, heads, d] as in the model, with bias channels."""
+    generator = torch.Generator().manual_seed(length + 100 * group)
+    heads = (kv_heads * group, kv_heads, kv_heads)
+    query, key, value = (torch.randn(length, rows, n, channels, dtype=dtype, generator=generator) for n in heads)
+    chosen = torch.randint(len(biases), key.shape[:-1], generator=generator)
+    query[..., -1], key[..., -1] = channels**0.5, torch.tensor(biases, dtype=dtype)[chosen]
+    return [tensor.permute(1, 2, 0, 3).requires_grad_() for tensor in (query, key, value)]
+
+
+def run(attend, inputs, visibility, biased=True):
+    """Output and gradients."""
+    query = inputs[0]
+    output = attend(*inputs, visibility, scale=query.shape[-1] ** -0.5, biased=biased)
+    functional = torch.randn(query.shape, generator=torch.Generator().manual_seed(1)).to(query)
+    return output, *torch.autograd.grad((output * functional).sum(), inputs)
+
+
+def documents_of(rows, length, cuts):
+    starts = {row * length for row in range(rows)} | {cut % (rows * length) for cut in cuts}
+    return Documents(torch.tensor([*sorted(starts), rows * length], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@example(rows=2, kv_heads=1, group=2, length=1, exclude_self=True, cuts=None)
+@given(
+    rows=st.integers(1, 3),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    length=st.integers(1, 20),
+    exclude_self=st.booleans(),
+    cuts=st.none() | st.lists(st.integers(0, 60), max_size=6),
+)
+def test_equals_the_score_matrix(backend, rows, kv_heads, group, length, exclude_self, cuts):
+    documents = None if cuts is None else documents_of(rows, length, cuts)
+    visibility = Visibility(exclude_self=exclude_self, documents=documents)
+    inputs = tensors(rows, kv_heads, group, length)
+    found, expected = (run(attend, inputs, visibility) for attend in (BACKENDS[backend], reference.attend))
+    for actual, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, right, rtol=0, atol=2e-6)  # the oracle's scores are float32
+
+
+def test_the_frontier_is_seen_without_its_bias_and_the_others_with_it():
+    query, key, value = tensors(1, 1, 1, 3, biases=(HIDDEN,))
+    for attend in (sdpa.attend, reference.attend):
+        options = {"scale": 1.0, "biased": True}
+        torch.testing.assert_close(attend(query, key, value, Visibility(), **options), value)
+        behind = attend(query, key, value, Visibility(exclude_self=True), **options)
+        torch.testing.assert_close(behind[:, :, 1:], value[:, :, :-1])
+        assert behind[:, :, 0].count_nonzero() == 0
+
+
+def test_without_biases_it_is_plain_attention():
+    inputs = tensors(2, 2, 2, 40, dtype=torch.float32, biases=(0.0,))
+    for exclude_self in (False, True):
+        visibility = Visibility(exclude_self=exclude_self)
+        found = run(sdpa.attend, inputs, visibility)
+        expected = run(sdpa.attend, inputs, visibility, biased=False)
+        for actual, right in zip(found, expected, strict=True):
+            # The bias channel's gradient is its own matter: at the frontier there is none.
+            torch.testing.assert_close(actual[..., :-1], right[..., :-1], rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    exact = run(reference.attend, tensors(2, 2, 2, 33, 16), Visibility())
+    rounded = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors(2, 2, 2, 33, 16)]
+    for actual, right in zip(run(sdpa.attend, rounded, Visibility()), exact, strict=True):
+        assert actual.dtype == dtype
+        error = (actual.double() - right).norm() / right.norm()
+        assert error < 2e-2
+
+
+def test_gradients_by_finite_differences():
+    inputs = tensors(1, 1, 2, 5, 4, biases=(-2.0, -0.1))
+    attend = partial(biased.attend, visibility=Visibility(), scale=0.5, dropout=0.0, pair=AtenCPU())
+    assert torch.autograd.gradcheck(attend, inputs)
+
+
+class Largest(TorchDispatchMode):
+    """Entries of the largest tensor made."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types_, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def test_nothing_of_length_times_length_is_made():
+    inputs = tensors(1, 1, 2, 512, dtype=torch.float32)
+    with Largest() as largest:
+        run(sdpa.attend, inputs, Visibility())
+    assert largest.numel == inputs[0].numel()
+
+
+def test_windows_and_dropout_are_refused():
+    inputs = tensors(1, 1, 1, 4)
+    for attend in BACKENDS.values():
+        with pytest.raises(ValueError, match=r"compression.sliding_window is 3; .*compression.policy.name dmc.*remove"):
+            attend(*inputs, Visibility(window=3), scale=1.0, biased=True)
+        with pytest.raises(ValueError, match=r"model.attention_dropout is 0.1; it must be 0"):
+            attend(*inputs, Visibility(), scale=1.0, biased=True, dropout=0.1)
+
+
+def meta(dtype, channels=16):
+    return torch.empty(2, 4, 33, channels, dtype=dtype, device="meta")
+
+
+def test_the_pair_for_each_device_and_dtype():
+    assert isinstance(choose_pair(tensors(1, 1, 1, 2)[0]), AtenCPU)
+    assert isinstance(choose_pair(meta(torch.bfloat16)), AtenFlash)
+    assert isinstance(choose_pair(meta(torch.float32)), AtenEfficient)
+    with pytest.raises(ValueError, match=r"model.kv_channels is 12; it must be a multiple of 8 .* on meta"):
+        choose_pair(meta(torch.bfloat16, 12))
+    with pytest.raises(ValueError, match=r"on meta takes float16, bfloat16 and float32, not torch.float64"):
+        choose_pair(meta(torch.float64))
+
+
+@pytest.mark.parametrize("pair", [AtenFlash(), AtenEfficient()], ids=["flash", "efficient"])
+def test_the_kernels_of_cuda_are_called_as_their_schemas_say(pair):
+    """Without a GPU: PyTorch's shape functions of the kernels check arguments and give shapes."""
+    query = meta(torch.float32 if isinstance(pair, AtenEfficient) else torch.bfloat16)
+    key = query[:, :2]
+    attended = pair.forward(query, key, key, 0.25)
+    assert attended.output.shape == query.shape
+    assert attended.lse.shape == query.shape[:-1]
+    assert attended.lse.dtype == torch.float32
+    gradients = pair.backward(query, query, key, key, attended, 0.25)
+    assert [gradient.shape for gradient in gradients] == [query.shape, key.shape, key.shape]
+
+
+def cuda_errors(dtype):
+    """Relative errors of output and gradients against the oracle in float64."""
+    found = []
+    for exclude_self, cuts in ((False, None), (True, None), (True, [50])):
+        documents = None if cuts is None else documents_of(2, 77, cuts)
+        visibility = Visibility(exclude_self=exclude_self, documents=documents)
+        exact = run(reference.attend, tensors(2, 2, 2, 77, 64), visibility)
+        inputs = [tensor.detach().to("cuda", dtype).requires_grad_() for tensor in tensors(2, 2, 2, 77, 64)]
+        for actual, right in zip(run(sdpa.attend, inputs, visibility), exact, strict=True):
+            found.append(float((actual.cpu().double() - right).norm() / right.norm()))
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-3), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
+def test_on_cuda(dtype, tolerance):
+    (errors,) = run_on_ranks(1, cuda_errors, dtype, device="cuda")
+    assert max(errors) < tolerance

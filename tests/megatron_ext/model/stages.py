@@ -1,0 +1,53 @@
+"""Small stages for tests of the model."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lckv.config import CompressionConfig
+from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_ext.model.build import build_stage
+from megatron_ext.model.gpt import SharedKVGPTModel
+from megatron_ext.parallel.process_groups import initialize
+
+MODEL = ModelConfig(
+    num_layers=6, hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=64, init_method_std=0.2
+)
+VOCAB = 61
+MAPS = {
+    "plain": CompressionConfig(),
+    "cla": CompressionConfig(layer_types="0_0_2_2_4_4"),
+    "mlkv": CompressionConfig(layer_types="0_0_0_3_3_3"),
+    "yoco": CompressionConfig(layer_types="0s_1s_2s_3_3_3", sliding_window=5),
+    "mix": CompressionConfig(layer_types="0_1s_0_3s_3s_0", sliding_window=4),
+    "lckv": CompressionConfig(layer_types="0_4_4_4_4_5", forward_passes=2, backward_passes=2),
+    "sandwich": CompressionConfig(layer_types="0_3_3_3_3_5", forward_passes=2, backward_passes=1),
+    "groups": CompressionConfig(layer_types="1_1_3_3_5_5", forward_passes=1, backward_passes=2),
+    "chain": CompressionConfig(layer_types="0_2_4_2_4_5", forward_passes=2, backward_passes=2),
+    "down and up": CompressionConfig(layer_types="1_2s_0_3_4_5", sliding_window=6, forward_passes=0, backward_passes=1),
+    "nodiag": CompressionConfig(layer_types="0_4_4_4_4_5", forward_passes=0, backward_passes=3, force_nodiag=True),
+}
+"""One of every kind."""
+
+
+def make_stage(
+    compression: CompressionConfig,
+    parallel: ParallelConfig | None = None,
+    train: TrainConfig | None = None,
+    **model: Any,
+) -> SharedKVGPTModel:
+    """The stage of this rank, float32 unless `train` says otherwise; initialises process groups."""
+    parallel = parallel or ParallelConfig()
+    initialize(parallel, seed=1)
+    train = train or TrainConfig(precision="fp32")
+    return build_stage(replace(MODEL, **model), compression, parallel, train, vocab_size=VOCAB)
+
+
+def draw_tokens(rows: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def positions_of(tokens: Tensor) -> Tensor:
+    return torch.arange(tokens.shape[1]).expand_as(tokens)

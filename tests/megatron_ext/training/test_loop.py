@@ -1,0 +1,161 @@
+"""Whole runs: the same losses in every layout, exact resumption, stopping, and losses that are not finite."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ext.checkpointing.errors import CheckpointError
+from megatron_ext.errors import ConfigError
+from megatron_ext.training.step import NonFiniteLossError
+from megatron_ext.training.stopping import stop_requests
+from tests.megatron_ext.training.runs import logged_to, reports, series, tiny_run, train
+from tests.ranks import run_on_ranks
+
+YOCO = {"layer_types": "0s_1s_2_2", "sliding_window": 8}
+LCKV = {"layer_types": "0_2_2_3", "forward_passes": 2, "backward_passes": 2}
+DROPOUT = {"attention_dropout": 0.1, "hidden_dropout": 0.1}
+
+
+def parallel(tp: int = 1, pp: int = 1, **options: bool) -> dict[str, Any]:
+    return {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, **options}
+
+
+@pytest.mark.parametrize(
+    ("compression", "world_size", "layout", "micro_batch_size"),
+    [
+        (YOCO, 4, parallel(2, 2), 1),
+        (YOCO, 2, parallel(1, 2), 2),
+        (YOCO, 4, parallel(1, 4), 1),
+        (LCKV, 2, parallel(2, sequence_parallel=True), 4),
+        (LCKV, 2, parallel(overlap_grad_reduce=True, overlap_param_gather=True), 1),
+        (LCKV, 2, parallel(use_distributed_optimizer=False), 2),
+        (LCKV, 4, parallel(2), 2),
+    ],
+    ids=str,
+)
+def test_losses_do_not_depend_on_the_layout(
+    tmp_path: Path, compression: dict, world_size: int, layout: dict, micro_batch_size: int
+) -> None:
+    evaluation = {"eval_interval": 3, "eval_iters": 2}
+    one = tiny_run(compression=compression, train=evaluation)
+    run_on_ranks(1, train, logged_to(one, tmp_path / "one.jsonl"))
+    many = tiny_run(compression=compression, train={**evaluation, "micro_batch_size": micro_batch_size}, parallel=layout)
+    run_on_ranks(world_size, train, logged_to(many, tmp_path / "many.jsonl"))
+    for name in ("lm_loss", "grad_norm", "validation_loss"):
+        expected, found = (series(tmp_path / f"{run}.jsonl", name) for run in ("one", "many"))
+        assert len(expected) == (2 if name == "validation_loss" else 6)
+        assert found == pytest.approx(expected, rel=2e-5), name
+    assert expected[0] < math.log(97) + 0.5
+
+
+@pytest.mark.parametrize(
+    ("world_size", "settings"),
+    [
+        (2, {"compression": LCKV, "model": DROPOUT, "train": {"precision": "bf16"}}),
+        (2, {"compression": YOCO, "model": DROPOUT, "parallel": parallel(1, 2)}),
+        (2, {"compression": LCKV, "model": DROPOUT, "parallel": parallel(2, sequence_parallel=True)}),
+    ],
+    ids=["dp2-bf16", "pp2", "tp2-sp"],
+)
+def test_a_resumed_run_is_bit_equal(tmp_path: Path, world_size: int, settings: dict) -> None:
+    """Weights, optimizer, random states and reports of iteration 6, once straight and once from the checkpoint of iteration 3."""
+    saving = {"save": str(tmp_path / "straight"), "save_interval": 3}
+    straight = tiny_run(**settings, checkpoint=saving)
+    run_on_ranks(world_size, train, logged_to(straight, tmp_path / "straight.jsonl"))
+    start = tmp_path / "straight" / "iter_0000003"
+    resumed = tiny_run(**settings, checkpoint={"load": str(start), "save": str(tmp_path / "resumed")})
+    run_on_ranks(world_size, train, logged_to(resumed, tmp_path / "resumed.jsonl"))
+    manifests = [tmp_path / run / "iter_0000006" / "manifest.json" for run in ("straight", "resumed")]
+    expected, found = (hashes(path) for path in manifests)
+    assert any(name.endswith(".distcp") for name in expected)
+    assert any(name.startswith("rng") for name in expected)
+    assert found == expected
+    for name in ("lm_loss", "grad_norm", "learning_rate", "consumed_tokens"):
+        assert series(tmp_path / "resumed.jsonl", name) == series(tmp_path / "straight.jsonl", name)[3:]
+
+
+def hashes(manifest: Path) -> dict[str, str]:
+    """What the files hold, but for the settings (where to load from) and the table of contents."""
+    files = json.loads(manifest.read_text())["files"]
+    return {name: entry["sha256"] for name, entry in files.items() if name not in ("config.json", ".metadata")}
+
+
+def test_a_run_resumes_on_another_layout(tmp_path: Path) -> None:
+    saving = {"save": str(tmp_path / "run"), "save_interval": 3}
+    straight = tiny_run(compression=YOCO, checkpoint=saving)
+    run_on_ranks(2, train, logged_to(straight, tmp_path / "straight.jsonl"))
+    moved = tiny_run(compression=YOCO, checkpoint={"load": str(tmp_path / "run" / "iter_0000003")}, parallel=parallel(2, 2))
+    run_on_ranks(4, train, logged_to(moved, tmp_path / "moved.jsonl"))
+    for name in ("lm_loss", "grad_norm"):
+        expected = series(tmp_path / "straight.jsonl", name)[3:]
+        assert series(tmp_path / "moved.jsonl", name) == pytest.approx(expected, rel=2e-5)
+
+
+def test_finetuning_starts_afresh_from_the_weights(tmp_path: Path) -> None:
+    first = tiny_run(compression=YOCO, checkpoint={"save": str(tmp_path / "run")})
+    run_on_ranks(1, train, logged_to(first, tmp_path / "first.jsonl"))
+    load = {"load": str(tmp_path / "run"), "finetune": True}
+    second = tiny_run(compression=YOCO, checkpoint=load, train={"train_iters": 3})
+    run_on_ranks(1, train, logged_to(second, tmp_path / "second.jsonl"))
+    found = reports(tmp_path / "second.jsonl")
+    assert [report["iteration"] for report in found] == [1, 2, 3]
+    assert found[0]["learning_rate"] == reports(tmp_path / "first.jsonl")[0]["learning_rate"]
+    assert found[0]["lm_loss"] < reports(tmp_path / "first.jsonl")[0]["lm_loss"] - 0.1
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    run_on_ranks(1, train, tiny_run(compression=YOCO, checkpoint={"save": str(tmp_path)}, train={"train_iters": 3}))
+    other = tiny_run(compression=LCKV, checkpoint={"load": str(tmp_path)})
+    with pytest.raises(CheckpointError, match=r"is of another model:\s+architecture\.layer_types"):
+        run_on_ranks(2, train, other)
+
+
+def test_when_time_is_up_the_run_saves_and_ends(tmp_path: Path) -> None:
+    run = tiny_run(train={"exit_duration_minutes": 1e-9}, checkpoint={"save": str(tmp_path)})
+    assert run_on_ranks(2, train, run) == [1, 1]
+    assert (tmp_path / "iter_0000001" / "manifest.json").exists()
+    assert run_on_ranks(1, train, tiny_run(checkpoint={"load": str(tmp_path)})) == [6]
+
+
+def test_a_signal_to_one_rank_stops_all() -> None:
+    assert run_on_ranks(2, reasons_to_stop) == [(None, "signal SIGTERM")] * 2
+
+
+def reasons_to_stop() -> tuple[str | None, str | None]:
+    import torch.distributed as dist
+
+    with stop_requests(exit_duration_minutes=None) as stop:
+        before = stop.agreed()
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return before, stop.agreed()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run() -> None:
+    run = tiny_run(model={"init_method_std": 1e19})
+    with pytest.raises(NonFiniteLossError, match=r"iteration 1: the loss is nan .*such a loss: 0, 1\).*Resume from"):
+        run_on_ranks(2, train, run)
+
+
+def test_it_may_be_told_to_go_on() -> None:
+    settings = {"train_iters": 3, "check_for_nan_in_loss": False}
+    run = tiny_run(model={"init_method_std": 1e19}, train=settings)
+    assert run_on_ranks(1, train, run) == [3]
+
+
+def test_a_vocabulary_is_needed() -> None:
+    with pytest.raises(ConfigError, match=r"model\.vocab_size"):
+        run_on_ranks(1, train, tiny_run(model={"vocab_size": None}))
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    """Mock documents can be learned: the last of 40 steps is well below the first."""
+    run = tiny_run(compression=LCKV, train={"train_iters": 40}, optimizer={"lr": 2e-2})
+    run_on_ranks(2, train, logged_to(run, tmp_path / "run.jsonl"))
+    losses = series(tmp_path / "run.jsonl", "lm_loss")
+    assert losses[-1] < losses[0] - 0.5

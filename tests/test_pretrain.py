@@ -1,0 +1,98 @@
+"""The program as a user starts it: in processes of its own, with settings that are right and wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.megatron_ext.training.runs import SETTINGS
+
+ROOT = Path(__file__).parent.parent
+PROGRAM = str(ROOT / "pretrain_lckv.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def command(folder: Path, *options: str, ranks: int = 1, **settings: dict) -> list[str]:
+    merged = {name: {**SETTINGS.get(name, {}), **settings.get(name, {})} for name in {*SETTINGS, *settings}}
+    (folder / "run.yaml").write_text(yaml.safe_dump(merged))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return [sys.executable, *launcher, PROGRAM, "--config", str(folder / "run.yaml"), *options]
+
+
+def start(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=240, env=ENVIRONMENT, cwd=ROOT)
+
+
+def test_a_run_on_two_processes(tmp_path: Path) -> None:
+    done = start(*command(tmp_path, f"--logging.metrics_file={tmp_path / 'metrics.jsonl'}", ranks=2))
+    assert done.returncode == 0, done.stderr
+    assert "predicted cost" in done.stderr
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--train.train_iter=3"], "did you mean train.train_iters"),
+        (["--parallel.tensor_model_parallel_size=3"], "parallel.tensor_model_parallel_size"),
+        (["--compression.layer_types=0_1t_2_3"], r"entry 1 (character 3) is '1t'"),
+        (["--data.mock=false", "--data.data_path=nowhere/data"], "nowhere/data"),
+        (["--checkpoint.load=nowhere"], "checkpoint.load: nowhere is not a directory that exists"),
+    ],
+)
+def test_one_clear_error_and_no_traceback(options: list[str], said: str, tmp_path: Path) -> None:
+    done = start(*command(tmp_path, *options))
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_wrong_settings_on_several_processes_end_all_of_them(tmp_path: Path) -> None:
+    started = time.monotonic()
+    options = ["--parallel.pipeline_model_parallel_size=2", "--compression.layer_types=0_2_2_3"]
+    done = start(*command(tmp_path, *options, ranks=2))
+    assert done.returncode != 0
+    assert "compression.layer_types is 0_2_2_3" in done.stderr
+    assert "parallel.pipeline_model_parallel_size" in done.stderr
+    assert time.monotonic() - started < 120
+
+
+def test_killed_and_resumed(tmp_path: Path) -> None:
+    """kill -9 in the middle; a new process goes on from the last checkpoint to the same losses."""
+    straight, broken = tmp_path / "straight.jsonl", tmp_path / "broken.jsonl"
+    longer = {"train_iters": 40}
+    assert start(*command(tmp_path, f"--logging.metrics_file={straight}", train=longer)).returncode == 0
+    saving = [f"--checkpoint.save={tmp_path / 'save'}", "--checkpoint.save_interval=4", f"--logging.metrics_file={broken}"]
+    arguments = command(tmp_path, *saving, train=longer)
+    process = subprocess.Popen(arguments, env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "save" / "latest").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=30)
+    assert start(*arguments, f"--checkpoint.load={tmp_path / 'save'}").returncode == 0
+    expected, found = (
+        [(line["iteration"], line["lm_loss"], line["grad_norm"]) for line in map(json.loads, path.read_text().splitlines())]
+        for path in (straight, broken)
+    )
+    assert found == expected
+
+
+def test_terminated_runs_save_and_end_well(tmp_path: Path) -> None:
+    saving = [f"--checkpoint.save={tmp_path / 'save'}", f"--logging.metrics_file={tmp_path / 'metrics.jsonl'}"]
+    arguments = command(tmp_path, *saving, train={"train_iters": 100000}, data={"num_workers": 1})
+    process = subprocess.Popen(arguments, env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)  # as batch systems do: to all processes of the job, data readers included
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "signal SIGTERM" in errors
+    assert (tmp_path / "save" / "latest").exists()

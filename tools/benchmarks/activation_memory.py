@@ -1,0 +1,203 @@
+"""Measures how the memory of one training step (forward and backward) grows with the number of layers, for several sharing maps.
+
+    python -m tools.benchmarks.activation_memory --output tools/benchmarks/results/activation_memory.csv
+
+saved: bytes of activations that forward keeps for backward, each storage counted once (exact, on any device). predicted: what
+megatron_ext/model/memory.py expects of them with full recompute. peak: the most bytes alive at a time during the step, beyond
+weights and gradients; with CUDA the allocator's, else those of all tensors that operations return. The last columns are the growth
+per layer since the row above, in layer inputs (tokens x hidden size numbers).
+"""
+
+import argparse
+import csv
+import platform
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lckv.config import CompressionConfig
+from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_ext.model.build import build_stage
+from megatron_ext.model.memory import kept_by_full_recompute, kept_bytes
+from megatron_ext.parallel.process_groups import destroy, device_of_rank, initialize
+from tools.layouts import LAYOUTS, YOCO_WINDOW
+
+RECOMPUTE = ("none", "full")
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that operations return while the context is open, as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operation, then look at what it returned; views and results written in place bring no new storage."""
+        given = {leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage() not in given:
+                self._count(leaf.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        size = storage.nbytes()
+        self._now += size
+        self.peak = max(self.peak, self._now)
+        weakref.finalize(storage, self._forget, size)
+
+    def _forget(self, size: int) -> None:
+        self._now -= size
+
+
+@dataclass(frozen=True)
+class Step:
+    """Forward and backward of one micro-batch, on a model whose gradients exist already."""
+
+    forward: Callable[[], torch.Tensor]
+    parameters: Sequence[torch.nn.Parameter]
+
+    @classmethod
+    def of(cls, model: ModelConfig, compression: CompressionConfig, train: TrainConfig) -> "Step":
+        """Of a new model. Needs process groups."""
+        vocab_size = model.vocab_size or 1
+        stage = build_stage(model, compression, ParallelConfig(), train, vocab_size=vocab_size)
+        tokens = torch.randint(vocab_size, (train.micro_batch_size, train.seq_length), device=device_of_rank())
+        positions = torch.arange(train.seq_length, device=tokens.device).expand_as(tokens)
+        step = cls(lambda: stage(tokens, positions, tokens)[0].mean(), list(stage.parameters()))
+        step.forward().backward()
+        return step
+
+    def saved_bytes(self) -> int:
+        """Kept by forward for backward, parameters left out."""
+        own = {parameter.untyped_storage().data_ptr() for parameter in self.parameters}
+        saved: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = self.forward()
+        loss.backward()
+        return sum(saved.values())
+
+    def peak_bytes(self) -> int:
+        """Alive at once, beyond what was there before."""
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self.forward().backward()
+            return torch.cuda.max_memory_allocated() - before
+        with LiveBytes() as live:
+            self.forward().backward()
+        return live.peak
+
+
+def measure(
+    name: str, layer_types: Callable[[int], str], depths: Sequence[int], model: ModelConfig, train: TrainConfig
+) -> Iterator[dict[str, object]]:
+    """One row for each number of layers."""
+    layer_input = torch.finfo(torch.bfloat16 if train.precision == "bf16" else torch.float32).bits // 8
+    layer_input *= train.micro_batch_size * train.seq_length * model.hidden_size
+    last: Mapping[str, int] = {}
+    for layers in depths:
+        sized = ModelConfig(**{**vars(model), "num_layers": layers})
+        text = layer_types(layers)
+        window = min(YOCO_WINDOW, train.seq_length // 4) if "s" in text else None
+        compression = CompressionConfig(layer_types=text, sliding_window=window)
+        step = Step.of(sized, compression, train)
+        found = {"layers": layers, "saved": step.saved_bytes(), "peak": step.peak_bytes()}
+        kept = kept_by_full_recompute(compression, layers, range(layers))
+        growth = {
+            f"{what}_growth": round((found[what] - last[what]) / (layers - last["layers"]) / layer_input, 3) if last else ""
+            for what in ("saved", "peak")
+        }
+        yield {
+            "map": name,
+            "recompute": train.recompute_granularity,
+            "layers": layers,
+            "saved_bytes": found["saved"],
+            "predicted_bytes": kept_bytes(kept, sized, ParallelConfig(), train)
+            if train.recompute_granularity == "full"
+            else "",
+            "peak_bytes": found["peak"],
+            **growth,
+        }
+        last = found
+
+
+def write(rows: Sequence[Mapping[str, object]], path: Path) -> None:
+    """As CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16, 32])
+    parser.add_argument("--hidden-size", type=int, default=128)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--kv-heads", type=int, default=2)
+    parser.add_argument("--vocab-size", type=int, default=256)
+    parser.add_argument("--seq-length", type=int, default=256)
+    parser.add_argument("--micro-batch-size", type=int, default=2)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16" if torch.cuda.is_available() else "fp32")
+    parser.add_argument("--output", type=Path, help="CSV file")
+    options = parser.parse_args(argv)
+    model = ModelConfig(
+        hidden_size=options.hidden_size,
+        num_attention_heads=options.heads,
+        num_query_groups=options.kv_heads,
+        vocab_size=options.vocab_size,
+    )
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    setting = {
+        "hardware": device,
+        "tokens": f"{options.micro_batch_size}x{options.seq_length}",
+        "hidden_size": options.hidden_size,
+        "precision": options.precision,
+        "python_torch": f"{platform.python_version()} {torch.__version__}",
+        "date": date.today().isoformat(),
+    }
+    initialize(ParallelConfig(), seed=1)
+    rows = []
+    for recompute in RECOMPUTE:
+        train = TrainConfig(
+            micro_batch_size=options.micro_batch_size,
+            seq_length=options.seq_length,
+            precision=options.precision,
+            recompute_granularity=recompute,  # type: ignore[arg-type]
+        )
+        for layout in LAYOUTS:
+            for row in measure(layout.name, layout.layer_types, options.layers, model, train):
+                rows.append(row | setting)
+                print("   ".join(f"{value:>15}" for value in row.values()), flush=True)
+    if options.output:
+        write(rows, options.output)
+    destroy()
+
+
+if __name__ == "__main__":
+    main()

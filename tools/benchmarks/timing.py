@@ -1,0 +1,60 @@
+"""How long functions take and how much memory they need, compared fairly: in one process, in turns."""
+
+import csv
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+
+def median_seconds(functions: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 1) -> dict[str, float]:
+    """Median wall-clock seconds of each function over `repeats` rounds, after `warmup` rounds that do not count.
+
+    In a round every function runs once, so that whatever else the machine does meanwhile hits all of them alike.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for number in range(warmup + repeats):
+        for name, function in functions.items():
+            _synchronize()
+            start = time.perf_counter()
+            function()
+            _synchronize()
+            if number >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(measured) for name, measured in seconds.items()}
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Bytes of tensors alive at once during `function`, in addition to those from before: CUDA's if there is CUDA, else the
+    CPU's."""
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        function()
+    results = profile.kineto_results
+    assert results is not None
+    alive = peak = 0
+    for event in sorted(results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    return peak
+
+
+def write_csv(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """One line per row, named columns; raises OSError."""
+    rows = list(rows)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
