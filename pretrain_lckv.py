@@ -1,6 +1,6 @@
 """Pretrains a language model whose KV cache is small by construction.
 
-    torchrun --nproc-per-node 8 pretrain_lckv.py --config run.yaml --parallel.tensor_model_parallel_size 4
+torchrun --nproc-per-node 8 pretrain_lckv.py --config run.yaml --parallel.tensor_model_parallel_size 4
 """
 
 import os

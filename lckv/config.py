@@ -37,7 +37,10 @@ class CompressionConfig:
     def problems(self, num_layers: int) -> list[str]:
         """Everything that is wrong with these settings for a model of `num_layers` layers: field, value, way out."""
         found = self.policy.problems(self.sliding_window)
-        for name, value, least in (("forward_passes", self.forward_passes, 0), ("backward_passes", self.backward_passes, 1)):
+        for name, value, least in (
+            ("forward_passes", self.forward_passes, 0),
+            ("backward_passes", self.backward_passes, 1),
+        ):
             if value < least:
                 found.append(f"compression.{name} is {value}; it must be at least {least}.")
         try:

@@ -95,9 +95,7 @@ def layer_costs(shape: ModelShape, compression: CompressionConfig) -> tuple[Laye
     return tuple(costs)
 
 
-def training_cost(
-    shape: ModelShape, compression: CompressionConfig, *, recomputed_layers: int = 0
-) -> TrainingCost:
+def training_cost(shape: ModelShape, compression: CompressionConfig, *, recomputed_layers: int = 0) -> TrainingCost:
     """FLOPs per token of a training step; the lowest `recomputed_layers` layers run their forward again in backward."""
     layer_types = compression.map(shape.num_layers)
     costs = layer_costs(shape, compression)

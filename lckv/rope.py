@@ -37,7 +37,11 @@ class Rotation(NamedTuple):
 
 
 def inverse_frequencies(
-    head_dim: int, base: float, scaling: Llama3Scaling | LinearScaling | None = None, *, device: torch.device | str = "cpu"
+    head_dim: int,
+    base: float,
+    scaling: Llama3Scaling | LinearScaling | None = None,
+    *,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Radians per position of each channel pair: float32 [head_dim / 2]."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim

@@ -23,7 +23,8 @@ def set_up_logging() -> None:
 
 
 def exit_status(program: Callable[[], None]) -> int:
-    """Run `program`: 0; 2 after a ConfigError, 1 after an ArithmeticError (a loss that is not finite), which are shown as one message."""
+    """Run `program`; 0, or after an error that is shown as one message 2 (ConfigError) or 1 (ArithmeticError: a loss that is not
+    finite)."""
     try:
         program()
     except ConfigError as error:

@@ -68,7 +68,11 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     straight, broken = tmp_path / "straight.jsonl", tmp_path / "broken.jsonl"
     longer = {"train_iters": 40}
     assert start(*command(tmp_path, f"--logging.metrics_file={straight}", train=longer)).returncode == 0
-    saving = [f"--checkpoint.save={tmp_path / 'save'}", "--checkpoint.save_interval=4", f"--logging.metrics_file={broken}"]
+    saving = [
+        f"--checkpoint.save={tmp_path / 'save'}",
+        "--checkpoint.save_interval=4",
+        f"--logging.metrics_file={broken}",
+    ]
     arguments = command(tmp_path, *saving, train=longer)
     process = subprocess.Popen(arguments, env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
@@ -78,7 +82,10 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     process.wait(timeout=30)
     assert start(*arguments, f"--checkpoint.load={tmp_path / 'save'}").returncode == 0
     expected, found = (
-        [(line["iteration"], line["lm_loss"], line["grad_norm"]) for line in map(json.loads, path.read_text().splitlines())]
+        [
+            (line["iteration"], line["lm_loss"], line["grad_norm"])
+            for line in map(json.loads, path.read_text().splitlines())
+        ]
         for path in (straight, broken)
     )
     assert found == expected
@@ -87,7 +94,9 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
 def test_terminated_runs_save_and_end_well(tmp_path: Path) -> None:
     saving = [f"--checkpoint.save={tmp_path / 'save'}", f"--logging.metrics_file={tmp_path / 'metrics.jsonl'}"]
     arguments = command(tmp_path, *saving, train={"train_iters": 100000}, data={"num_workers": 1})
-    process = subprocess.Popen(arguments, env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        arguments, env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     deadline = time.monotonic() + 200
     while not (tmp_path / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -33,7 +33,9 @@ def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
     except (OSError, ValueError) as error:
         raise ConfigError(f"--tokens {path} cannot be read as a .npy file: {error}") from error
     if tokens.dtype != np.int64 or tokens.ndim != 2 or 0 in tokens.shape:
-        raise ConfigError(f"--tokens {path} is {tokens.dtype} {list(tokens.shape)}; it must be int64 [B, T], not empty.")
+        raise ConfigError(
+            f"--tokens {path} is {tokens.dtype} {list(tokens.shape)}; it must be int64 [B, T], not empty."
+        )
     lowest, highest = int(tokens.min()), int(tokens.max())
     if lowest < 0 or highest >= vocab_size:
         raise ConfigError(
@@ -78,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--parallel", type=ParallelConfig, default=ParallelConfig())
     options = parser.instantiate(parser.parse_args(argv))
     set_up_logging()
-    return exit_status(lambda: dump(options.load, options.tokens, options.output, options.parallel, options.rows_at_once))
+    return exit_status(
+        lambda: dump(options.load, options.tokens, options.output, options.parallel, options.rows_at_once)
+    )
 
 
 if __name__ == "__main__":

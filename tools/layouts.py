@@ -45,6 +45,8 @@ LAYOUTS = (
     Layout("CLA", _cla, "half the cache is enough: trains and pipelines like a plain model"),
     Layout("YOCO", _yoco, "long contexts: one layer's cache grows with them, the others keep their window only"),
     Layout("LCKV (w=2)", _lckv, "the smallest cache, with queries that see the top of the model: dearest to train"),
-    Layout("sandwich-middle", _sandwich_middle, "the same cache as LCKV where training time matters: fewer layers iterate"),
+    Layout(
+        "sandwich-middle", _sandwich_middle, "the same cache as LCKV where training time matters: fewer layers iterate"
+    ),
 )
 """From the largest cache to the smallest."""

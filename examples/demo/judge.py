@@ -13,7 +13,9 @@ def main(prefix: str, metrics: str) -> int:
     """Print both numbers; 1 where the loss is less than MARGIN_NATS below the entropy."""
     entropy = unigram_entropy(prefix)
     losses = [report["validation_loss"] for report in read_metrics(Path(metrics)) if "validation_loss" in report]
-    print(f"validation loss {losses[-1]:.3f} nats per token; a model that knows only word frequencies has {entropy:.3f}")
+    print(
+        f"validation loss {losses[-1]:.3f} nats per token; a model that knows only word frequencies has {entropy:.3f}"
+    )
     if losses[-1] <= entropy - MARGIN_NATS:
         return 0
     print(f"the loss should be at least {MARGIN_NATS} below: the model has not learned", file=sys.stderr)

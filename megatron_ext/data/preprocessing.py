@@ -131,18 +131,18 @@ class _Run:
             found = {prefix: manifest for prefix in self._prefixes() if (manifest := read_manifest(prefix))}
             if len(found) < len(self._job.json_keys):
                 return
-            for prefix, manifest in found.items():
-                self._check_same_job(prefix, manifest)
+            for key, (prefix, manifest) in zip(self._job.json_keys, found.items(), strict=True):
+                self._check_same_job(prefix, manifest, replace(self._empty, json_key=key))
                 read_index(prefix)
             logger.info("found complete: %s", ", ".join(found))
             self._take_over(found)
 
-    def _check_same_job(self, prefix: str, manifest: DatasetManifest) -> None:
-        for name in (*_MEANING, "sources"):
-            if getattr(manifest, name) != getattr(self._empty, name):
+    def _check_same_job(self, prefix: str, manifest: DatasetManifest, expected: DatasetManifest) -> None:
+        for name in (*_MEANING, "json_key", "sources"):
+            if getattr(manifest, name) != getattr(expected, name):
                 raise ConfigError(
-                    f"{prefix}.json is of another job: its {name} is not this one's. Give another --output-prefix, or "
-                    "--overwrite to begin again."
+                    f"{prefix}.json is of another job: {name} differs. Give another --output-prefix, or --overwrite to begin "
+                    "again."
                 )
         if (manifest.shard and manifest.shard.text_bytes) != self._shard_text_bytes:
             raise ConfigError(

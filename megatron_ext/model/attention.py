@@ -44,9 +44,7 @@ class CoreAttention(MegatronModule):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
         """query [s, b, h, d], key and value [s, b, g, d] to [s, b, h * d]."""
-        backend = choose(
-            self.config.attention_kernel, device=query.device, dtype=query.dtype, head_dim=query.shape[-1]
-        )
+        backend = choose(self.config.attention_kernel, device=query.device, dtype=query.dtype, head_dim=query.shape[-1])
         visibility = Visibility(self.exclude_self, self.window, documents)
         attend = partial(
             backend.attend,
@@ -112,11 +110,9 @@ class SharedKVAttention(Attention):
     def _head_norm(self, spec: object) -> torch.nn.Module | None:
         if spec is None or not self.config.qk_layernorm:
             return None
-        return build_module(
-            spec, config=self.config, hidden_size=self.head_dim, eps=self.config.layernorm_epsilon
-        )
+        return build_module(spec, config=self.config, hidden_size=self.head_dim, eps=self.config.layernorm_epsilon)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, hidden_states: Tensor, shared: KeyValue | None, context: TokenContext
     ) -> tuple[tuple[Tensor, Tensor | None], KeyValue | None, Statistics | None]:
         """Attend from `hidden_states` [s, b, hidden] (normalised) to `shared`, or to the layer's own keys and values.

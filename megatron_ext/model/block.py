@@ -76,7 +76,7 @@ class SharedKVBlock(TransformerBlock):
             head_dim=self.config.kv_channels,
         )
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, hidden_states: Tensor | None, context: TokenContext, seq_length: int, micro_batch_size: int
     ) -> tuple[Tensor, list[Statistics]]:
         """Run the stage's layers.
@@ -200,8 +200,8 @@ class SharedKVBlock(TransformerBlock):
         if layer.layer_number - 1 - self.first_layer >= self.recomputed_layers or not torch.is_grad_enabled():
             return layer(hidden_states, source, context)
 
-        def flat(states: Tensor, *parts: Tensor | None) -> tuple[Tensor | None, ...]:
-            output = layer(states, None if parts[0] is None else KeyValue(*parts), context)
+        def flat(states: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Tensor | None, ...]:
+            output = layer(states, None if key is None or value is None else KeyValue(key, value), context)
             return output.hidden_states, *(output.own or (None,) * 2), *(output.statistics or (None,))
 
         outputs = tensor_parallel.checkpoint(flat, False, hidden_states, *(source or (None,) * 2))

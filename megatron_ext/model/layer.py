@@ -28,7 +28,7 @@ class SharedKVLayer(TransformerLayer):
     (`feed_forward`).
     """
 
-    def forward(self, hidden_states: Tensor, shared: KeyValue | None, context: TokenContext) -> LayerOutput:  # type: ignore[override]
+    def forward(self, hidden_states: Tensor, shared: KeyValue | None, context: TokenContext) -> LayerOutput:
         """[s, b, hidden] to the same; `shared` is given iff the layer reads another layer's keys and values."""
         normed = self.input_layernorm(hidden_states)
         output_with_bias, own, statistics = self.self_attention(normed, shared, context)

@@ -16,7 +16,7 @@ class QKVLinear(ColumnParallelLinear):
     keys and values alone. The slicing happens inside `forward`, after the hooks of overlapped weight gathering.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, input_: Tensor, weight: Tensor | None = None, *, kv_only: tuple[int, int] | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """[s, b, hidden] to [s, b, rows of this rank], or with `kv_only` = (KV heads of this rank, D) to [s, b, heads * 2 * D]."""

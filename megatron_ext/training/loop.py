@@ -191,7 +191,11 @@ def _iterate(training: Training, position: Position, report: Report) -> Position
             reason = stop.agreed()
             if run.train.eval_interval and (last or position.iteration % run.train.eval_interval == 0):
                 report.validation(position.iteration, position.consumed_tokens, _validate(training))
-            if run.checkpoint.save and run.checkpoint.save_interval and position.iteration % run.checkpoint.save_interval == 0:
+            if (
+                run.checkpoint.save
+                and run.checkpoint.save_interval
+                and position.iteration % run.checkpoint.save_interval == 0
+            ):
                 saved = _save(training, position)
                 report.restart_clock()
     if run.checkpoint.save and saved != position.iteration:

@@ -42,6 +42,8 @@ def _scheduler(built: MegatronOptimizer, config: OptimizerConfig, train: TrainCo
         lr_warmup_steps=config.lr_warmup_iters,
         lr_decay_steps=decay_iters,
         lr_decay_style=config.lr_decay_style,
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # a schedule changed on resuming counts, not the one in the checkpoint
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
         wd_incr_steps=train.train_iters,

@@ -100,7 +100,9 @@ def micro_batches(train: TrainConfig) -> int:
     return train.global_batch_size // (train.micro_batch_size * parallel_state.get_data_parallel_world_size())
 
 
-def stage_shapes(model: MegatronModule, seq_length: int, micro_batch_size: int) -> Callable[[Shapes, Shapes], tuple[Shapes, Shapes]]:
+def stage_shapes(
+    model: MegatronModule, seq_length: int, micro_batch_size: int
+) -> Callable[[Shapes, Shapes], tuple[Shapes, Shapes]]:
     """Megatron's hook for the shapes of tensors between stages: those of the payloads with shared keys and values."""
     decoder = get_attr_wrapped_model(model, "decoder")
     shapes = ([payload.shape(seq_length, micro_batch_size)] for payload in (decoder.payload_in, decoder.payload_out))

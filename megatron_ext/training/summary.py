@@ -39,7 +39,9 @@ def _lines(run: RunConfig, shape: ModelShape, parameters: int, device: torch.dev
     yield f"parameters            {parameters:,}, keys and values computed in {len(layer_types.kv_layers)} of {shape.num_layers} layers"
     yield f"KV cache              {mine:,} bytes per token in 16 bits, {plain / mine:.2f}x less than a plain model"
     passes = f"{compression.forward_passes} passes without and {compression.backward_passes} with gradient over each cyclic group"
-    yield f"predicted cost        {cost.ratio:.2f}x a plain model's step" + (f" ({passes})" if layer_types.any_cyclic else "")
+    yield f"predicted cost        {cost.ratio:.2f}x a plain model's step" + (
+        f" ({passes})" if layer_types.any_cyclic else ""
+    )
     yield (
         f"FLOPs per token       {cost.model_flops:,.0f} by the method, {cost.hardware_flops:,.0f} with recomputation "
         "(formula: lckv/cost.py)"

@@ -31,9 +31,7 @@ class Golden:
     def load(cls, name: str) -> "Golden":
         with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
             header = json.loads(file.metadata()["golden"])
-        return cls(
-            header, load_file(FOLDER / f"{name}.safetensors"), load_file(FOLDER / f"{name}.grads.safetensors")
-        )
+        return cls(header, load_file(FOLDER / f"{name}.safetensors"), load_file(FOLDER / f"{name}.grads.safetensors"))
 
     @property
     def model(self) -> ModelConfig:

@@ -13,7 +13,12 @@ from megatron_ext.parallel.process_groups import initialize
 from tests.ranks import run_on_ranks
 
 MODEL = ModelConfig(
-    num_layers=6, hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=96, make_vocab_size_divisible_by=1
+    num_layers=6,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_query_groups=2,
+    ffn_hidden_size=96,
+    make_vocab_size_divisible_by=1,
 )
 SHAPE = ModelShape(6, 32, 96, 4, 2, 8, vocab_size=40, seq_length=16)
 MAPS = ["0_1_2_3_4_5", "0_0_2_2_4_4", "0_4_4_4_4_5", "0_3_3_3_3_3", "1_1_3_3_5_5", "0_2_4_2_4_5", "5_5_5_5_5_5"]

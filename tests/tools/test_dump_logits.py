@@ -74,7 +74,11 @@ def restore_error(checkpoints: str, pp_or_tp: int) -> str:
     from megatron_ext.training.restore import restore
 
     initialize(ParallelConfig(), seed=1)
-    wanted = ParallelConfig(pipeline_model_parallel_size=2) if pp_or_tp == 2 else ParallelConfig(tensor_model_parallel_size=3)
+    wanted = (
+        ParallelConfig(pipeline_model_parallel_size=2)
+        if pp_or_tp == 2
+        else ParallelConfig(tensor_model_parallel_size=3)
+    )
     with pytest.raises(ConfigError) as caught:
         restore(Path(checkpoints), wanted)
     return str(caught.value)

@@ -188,14 +188,15 @@ def test_output_of_another_job_is_not_mixed_in(tokenizer_model: str, capsys: pyt
     job = ["--input", "corpus.jsonl", "--output-prefix", "part", "--shards", "4"]
     assert run(tokenizer_model, *job) == 0
     for changes, message in (
-        (["--no-append-eod"], "part-00000.json is of another job: its append_eod is not this one's."),
+        (["--no-append-eod"], "part-00000.json is of another job: append_eod differs."),
+        (["--json-keys", "title"], "part-00000.json is of another job: json_key differs."),
         (["--shards", "3"], "part-00000.json is of a job with shards of another size."),
     ):
         assert run(tokenizer_model, *job, *changes) == 2
         assert f"error: {message}" in capsys.readouterr().err
     Path("corpus.jsonl").write_bytes(lines(TEXTS[:50]))
     assert run(tokenizer_model, *job) == 2
-    assert "its sources is not this one's" in capsys.readouterr().err
+    assert "part-00000.json is of another job: sources differs." in capsys.readouterr().err
     assert run(tokenizer_model, *job[:-1], "2", "--overwrite") == 0
     assert sorted(path.name for path in Path.cwd().glob("part*.bin")) == ["part-00000.bin", "part-00001.bin"]
 

@@ -127,7 +127,9 @@ def measure(
         found = {"layers": layers, "saved": step.saved_bytes(), "peak": step.peak_bytes()}
         kept = kept_by_full_recompute(compression, layers, range(layers))
         growth = {
-            f"{what}_growth": round((found[what] - last[what]) / (layers - last["layers"]) / layer_input, 3) if last else ""
+            f"{what}_growth": round((found[what] - last[what]) / (layers - last["layers"]) / layer_input, 3)
+            if last
+            else ""
             for what in ("saved", "peak")
         }
         yield {
@@ -163,7 +165,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vocab-size", type=int, default=256)
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--micro-batch-size", type=int, default=2)
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16" if torch.cuda.is_available() else "fp32")
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16"], default="bf16" if torch.cuda.is_available() else "fp32"
+    )
     parser.add_argument("--output", type=Path, help="CSV file")
     options = parser.parse_args(argv)
     model = ModelConfig(

@@ -1,6 +1,7 @@
 """How long functions take and how much memory they need, compared fairly: in one process, in turns."""
 
 import csv
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -34,6 +35,7 @@ def peak_bytes(function: Callable[[], object]) -> int:
         torch.cuda.reset_peak_memory_stats()
         function()
         return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell of its own start and stop
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         function()
     results = profile.kineto_results

@@ -128,7 +128,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--micro-batch-size", type=int, default=2)
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16" if torch.cuda.is_available() else "fp32")
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16"], default="bf16" if torch.cuda.is_available() else "fp32"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, help="CSV file")
     options = parser.parse_args(argv)
@@ -159,7 +161,9 @@ def main(argv: list[str] | None = None) -> None:
                 "ratio_to_plain": round(ratio, 3),
                 "predicted_ratio": round(predicted, 3),
                 "measured_over_predicted": round(ratio / predicted, 3),
-                "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads",
+                "hardware": torch.cuda.get_device_name()
+                if torch.cuda.is_available()
+                else f"{torch.get_num_threads()} CPU threads",
                 "tokens": f"{sizes.micro_batch_size}x{sizes.seq_length}",
                 "precision": sizes.precision,
                 "python_torch": f"{platform.python_version()} {torch.__version__}",

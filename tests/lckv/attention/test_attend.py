@@ -25,7 +25,17 @@ def stand_in() -> types.SimpleNamespace:
         parts = (tensor.transpose(1, 2) for tensor in (q, k, v))
         return reference.attend(*parts, Visibility(window=window), scale=softmax_scale).transpose(1, 2)
 
-    def packed(q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, **options: object) -> Tensor:
+    def packed(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        **options: object,
+    ) -> Tensor:
         assert torch.equal(cu_seqlens_q, cu_seqlens_k)
         assert cu_seqlens_q.dtype == torch.int32
         lengths = cu_seqlens_q.diff()

@@ -47,9 +47,15 @@ def test_no_map_is_the_plain_map() -> None:
     assert str(LayerTypes.parse(None, 4)) == "0_1_2_3"
 
 
-@given(st.integers(1, 30).flatmap(lambda n: st.lists(st.tuples(st.integers(0, n - 1), st.booleans()), min_size=n, max_size=n)))
+@given(
+    st.integers(1, 30).flatmap(
+        lambda n: st.lists(st.tuples(st.integers(0, n - 1), st.booleans()), min_size=n, max_size=n)
+    )
+)
 def test_text_round_trip(entries: list[tuple[int, bool]]) -> None:
     text = "_".join(f"{source}{'s' * sliding}" for source, sliding in entries)
     parsed = LayerTypes.parse(text, len(entries))
     assert str(parsed) == text
-    assert sorted(reader for source in parsed.kv_layers for reader in parsed.readers(source)) == list(range(len(entries)))
+    assert sorted(reader for source in parsed.kv_layers for reader in parsed.readers(source)) == list(
+        range(len(entries))
+    )

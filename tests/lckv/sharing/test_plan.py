@@ -45,4 +45,6 @@ def test_groups_cover_all_layers_once_and_hold_what_their_cyclic_layers_read(sou
         assert group.iterated == any(layer.cyclic for layer in members)
         if group.iterated:
             assert all(layer.source < group.stop for layer in members)
-            assert cyclic_sources(layer_types, group)[-1] == group.stop - 1, "passes stop at the top layer's K/V projection"
+            assert cyclic_sources(layer_types, group)[-1] == group.stop - 1, (
+                "passes stop at the top layer's K/V projection"
+            )

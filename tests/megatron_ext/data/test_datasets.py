@@ -1,4 +1,5 @@
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 
 from megatron_ext.config import DataConfig
 from megatron_ext.data import datasets
+from megatron_ext.data.batch import make_batch
 from megatron_ext.data.datasets import Datasets, build_datasets
+from megatron_ext.data.loader import build_data_iterator
 from megatron_ext.data.samples import SampleDataset
 from megatron_ext.errors import ConfigError
 from tests.megatron_ext.data.builders import numbered_documents, write_dataset
@@ -182,6 +185,40 @@ def test_mock_documents_count_upwards_and_end(eod: int | None) -> None:
     if eod is not None:
         assert (counted | starts_anew).all()
         assert 20 <= ends.sum() <= 20 * 12
+
+
+def test_from_files_to_batches(tmp_path: Path) -> None:
+    """Documents of ten tokens, the last of which ends them, read by worker processes."""
+    prefixes = [write_dataset(tmp_path / f"d{n}", numbered_documents([10] * 40, first=1 + n * 360)) for n in range(2)]
+    data = DataConfig(data_path=tuple(prefixes), split="1,0,0", reset_position_ids=True, reset_attention_mask=True)
+    train = build(data, 60, seq_length=25).train
+    assert train is not None
+    batches = [
+        [
+            make_batch(samples, data, 0, "cpu")
+            for samples in islice(
+                build_data_iterator(
+                    train,
+                    consumed_samples=0,
+                    micro_batch_size=3,
+                    data_parallel_rank=0,
+                    data_parallel_size=1,
+                    num_workers=workers,
+                    seed=1,
+                ),
+                20,
+            )
+        ]
+        for workers in (0, 2)
+    ]
+    for batch, again in zip(*batches, strict=True):
+        assert batch.tokens.equal(again.tokens)
+        assert batch.cu_seqlens is not None
+        inside = batch.position_ids[:, 1:] > 0
+        both = (batch.tokens[:, 1:] != 0) & (batch.tokens[:, :-1] != 0)
+        assert (batch.tokens[:, 1:] == batch.tokens[:, :-1] + 1)[both].all()
+        assert inside.equal(batch.tokens[:, :-1] != 0)
+        assert (batch.cu_seqlens.diff() <= 10).all()
 
 
 def build_on_rank(prefixes: list[str], cache: str, hidden: bool) -> Any:

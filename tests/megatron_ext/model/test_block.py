@@ -21,10 +21,14 @@ def test_a_missing_source_is_an_error() -> None:
 
 def check_missing_source() -> None:
     block = make_stage(MAPS["cla"]).decoder
-    with pytest.raises(ValueError, match=r"layer 1 reads the keys and values of layer 0, but this pipeline stage has those of \[2\]"):
+    with pytest.raises(
+        ValueError, match=r"layer 1 reads the keys and values of layer 0, but this pipeline stage has those of \[2\]"
+    ):
         block._source(1, {2: None}, None)
     block.layer_types = LayerTypes.parse("0_4_4_4_4_5", 6)
-    with pytest.raises(ValueError, match=r"layer 1 reads the keys and values of layer 4, but the previous pass has those of \[\]"):
+    with pytest.raises(
+        ValueError, match=r"layer 1 reads the keys and values of layer 4, but the previous pass has those of \[\]"
+    ):
         block._source(1, {4: None}, None)
     hidden = torch.zeros(3, 1, 32)
     with pytest.raises(ValueError, match="layer 1 reads the keys and values of layer 0, which were not given to it"):
@@ -108,7 +112,9 @@ def test_passes_without_gradient_leave_no_graph() -> None:
 def count_saved_bytes(compression: CompressionConfig) -> int:
     stage = make_stage(compression)
     tokens, saved = draw_tokens(1, 8), {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.setdefault(tensor.data_ptr(), tensor), lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.setdefault(tensor.data_ptr(), tensor), lambda tensor: tensor
+    ):
         stage(tokens, positions_of(tokens), tokens)
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
@@ -154,10 +160,15 @@ class TestPayload:
 
     def test_a_source_that_was_not_kept_is_an_error(self) -> None:
         payload = PipelinePayload((2,), 6, 1, 2, 4)
-        with pytest.raises(ValueError, match=r"reads the keys and values of layer 2, which this stage does not have; it has those of no layer"):
+        with pytest.raises(
+            ValueError,
+            match=r"layer 2, which this stage does not have; it has those of no layer",
+        ):
             payload.pack(torch.zeros(1, 1, 6), {})
 
     def test_a_payload_of_another_size_is_an_error(self) -> None:
         payload = PipelinePayload((2,), 6, 1, 2, 4)
-        with pytest.raises(ValueError, match=r"sent 5 numbers, expected 22 for 1 x 1 tokens and the keys and values of layers \[2\]"):
+        with pytest.raises(
+            ValueError, match=r"sent 5 numbers, expected 22 for 1 x 1 tokens and the keys and values of layers \[2\]"
+        ):
             payload.unpack(torch.zeros(5), 1, 1)

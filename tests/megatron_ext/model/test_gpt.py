@@ -1,5 +1,7 @@
 """The model as a whole: against Megatron's own, documents, padding, tied weights, chunks, recomputation with dropout."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -71,7 +73,7 @@ def compare_documents(name: str, backend: str) -> dict[str, float]:
     packed.sum().backward()
     gradients = take_gradients(stage)
     flat, found = tokens.flatten(), []
-    for start, stop in zip(starts, starts[1:], strict=False):
+    for start, stop in pairwise(starts):
         document = flat[None, start:stop]
         losses = stage(document, positions_of(document), document)[0]
         losses.sum().backward()

@@ -32,10 +32,10 @@ def tiny_run(**sections: dict[str, Any]) -> RunConfig:
 
 def train(run: RunConfig) -> int:
     """On every rank: run it; returns the iteration reached."""
+    import torch.distributed as dist
+
     from megatron_ext.training.loop import fit
     from megatron_ext.validation import validate
-
-    import torch.distributed as dist
 
     validate(run, dist.get_world_size())
     initialize(run.parallel, run.train.seed)
