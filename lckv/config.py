@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from lckv.policies.dense.config import DenseConfig
+from lckv.policies.dmc.config import DMCConfig
 from lckv.sharing.layer_types import LayerTypes
 
 
@@ -27,7 +28,7 @@ class CompressionConfig:
     force_nodiag: bool = False
     """Hide the query's own position in every layer, not only in cyclic ones."""
 
-    policy: DenseConfig = field(default_factory=DenseConfig)
+    policy: DenseConfig | DMCConfig = field(default_factory=DenseConfig)
     """What is kept along the sequence."""
 
     def map(self, num_layers: int) -> LayerTypes:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.artist import Artist
@@ -21,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
 
-from lckv.sharing.layer_types import LayerType, LayerTypes
+from lckv.sharing.layer_types import LayerTypes
 from lckv.sharing.plan import layer_groups
 
 INCH = 0.4
@@ -29,11 +30,13 @@ INCH = 0.4
 BOX_WIDTH, BOX_HEIGHT = 2.0, 0.7
 LANE = 0.32
 """Horizontal distance of two lines."""
-LEFT, RIGHT = 1.1, 0.4
+LEFT, RIGHT = 1.25, 0.35
 """Room for brackets, and between maps."""
+TITLE_CHARACTER = 0.23
+"""Width of a letter in a title."""
 INK, KV_FILL, READER_FILL, DOWNWARD, UPWARD = "#1f2937", "#2f6fb3", "#e8eff7", "#2f6fb3", "#d9622b"
 ARROW = "-|>,head_width=0.2,head_length=0.4"
-FONT = {"font.family": "sans-serif", "font.size": 9}
+FONT: dict[Any, Any] = {"font.family": "sans-serif", "font.size": 9}
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,11 @@ def all_reads(layer_types: LayerTypes) -> list[Reads]:
     found = []
     for source in layer_types.kv_layers:
         readers = layer_types.readers(source)
-        for side in ([r for r in readers if r < source], [r for r in readers if r > source]):
-            if side:
-                found.append(Reads(source, tuple(side)))
+        sides = (
+            tuple(reader for reader in readers if reader < source),
+            tuple(reader for reader in readers if reader > source),
+        )
+        found += [Reads(source, side) for side in sides if side]
     return found
 
 
@@ -96,9 +101,9 @@ def lanes(reads: Sequence[Reads]) -> list[int]:
 def draw(maps: Sequence[Titled], *, passes: str = "m + b") -> Figure:
     """All maps side by side, with a legend below. `passes` says how often iterated layers run."""
     depth = max(len(each.layer_types) for each in maps)
-    widths = [_width(each.layer_types) for each in maps]
+    widths = [_width(each) for each in maps]
     entries = _legend([each.layer_types for each in maps])
-    columns = max(1, min(len(entries), round(sum(widths) * INCH / 1.9)))
+    columns = max(1, min(len(entries), int(sum(widths) * INCH / 2.2)))
     legend_height = 0.22 * math.ceil(len(entries) / columns) + 0.2
     width, height = max(3.4, INCH * sum(widths)), INCH * (depth + 0.9) + legend_height
     figure = Figure(figsize=(width, height), dpi=200, facecolor="white")
@@ -123,27 +128,28 @@ def draw(maps: Sequence[Titled], *, passes: str = "m + b") -> Figure:
 def _legend(maps: Sequence[LayerTypes]) -> list[tuple[Artist, str]]:
     """What the signs mean that occur in `maps`."""
     reads = [line for layer_types in maps for line in all_reads(layer_types)]
-    filled, light = ({"facecolor": fill, "edgecolor": KV_FILL} for fill in (KV_FILL, READER_FILL))
     entries: list[tuple[Artist, str, bool]] = [
-        (Patch(**filled), "computes keys and values", True),
-        (Patch(**light), "has none of its own", bool(reads)),
-        (_bars(), "sees a window only", any(layer_types.any_sliding for layer_types in maps)),
+        (Patch(facecolor=KV_FILL, edgecolor=KV_FILL), "computes keys and values", True),
+        (Patch(facecolor=READER_FILL, edgecolor=KV_FILL), "computes none", bool(reads)),
+        (
+            Patch(facecolor="white", edgecolor=KV_FILL, hatch="||||", linewidth=0),
+            "sees a window only",
+            any(layer_types.any_sliding for layer_types in maps),
+        ),
         (_arrow(DOWNWARD), "reads a layer below", any(not line.upward for line in reads)),
         (_arrow(UPWARD), "reads a layer above: iterated", any(line.upward for line in reads)),
     ]
     return [(artist, text) for artist, text, occurs in entries if occurs]
 
 
-def _bars() -> Line2D:
-    return Line2D([0, 0.5, 1], [0, 0, 0], linestyle="", marker="|", color=KV_FILL, markersize=7, markeredgewidth=2)
-
-
 def _arrow(colour: str) -> Line2D:
     return Line2D([0, 1], [0, 0], color=colour, linewidth=1.3, marker="<", markersize=5, markevery=[0])
 
 
-def _width(layer_types: LayerTypes) -> float:
-    return LEFT + BOX_WIDTH + LANE * (1.2 + max(lanes(all_reads(layer_types)), default=0)) + RIGHT
+def _width(each: Titled) -> float:
+    lines = LANE * (1.2 + max(lanes(all_reads(each.layer_types)), default=0))
+    title = (TITLE_CHARACTER * len(each.title) - BOX_WIDTH) / 2
+    return LEFT + BOX_WIDTH + max(lines, title) + RIGHT
 
 
 def _draw_map(axes: Axes, each: Titled, passes: str) -> None:
@@ -154,7 +160,7 @@ def _draw_map(axes: Axes, each: Titled, passes: str) -> None:
         each.title,
         ha="center",
         va="bottom",
-        fontsize=11,
+        fontsize=10,
         weight="bold",
         color=INK,
     )
@@ -175,7 +181,8 @@ def _draw_map(axes: Axes, each: Titled, passes: str) -> None:
         _line(axes, line, BOX_WIDTH + LANE * (1.2 + lane), both=layer_types[line.source].source != line.source)
     for group in layer_groups(layer_types):
         if group.iterated:
-            _bracket(axes, group.start, group.stop - 1, f"{passes} passes")
+            separator = "\n" if group.stop - group.start <= 2 else " "
+            _bracket(axes, group.start, group.stop - 1, f"{passes}{separator}passes")
 
 
 def _box(corner: tuple[float, float], *, computes_kv: bool) -> FancyBboxPatch:
@@ -186,7 +193,7 @@ def _box(corner: tuple[float, float], *, computes_kv: bool) -> FancyBboxPatch:
 
 def _line(axes: Axes, reads: Reads, x: float, *, both: bool) -> None:
     """From readers to their source; where the source is a reader too (`both`), the line arrives above the one that leaves."""
-    look = {"color": UPWARD if reads.upward else DOWNWARD, "linewidth": 1.3, "solid_capstyle": "round"}
+    look: dict[str, Any] = {"color": UPWARD if reads.upward else DOWNWARD, "linewidth": 1.3, "solid_capstyle": "round"}
     heights = [reader + BOX_HEIGHT / 2 for reader in reads.readers]
     arrival = reads.source + BOX_HEIGHT / 2 + 0.15 * both
     for height in heights:

@@ -9,9 +9,8 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from lckv.config import CompressionConfig
 from lckv.cost import ModelShape, kv_bytes_per_token, training_cost
 from lckv.sharing.layer_types import LayerTypes
 from lckv.sharing.picture import draw
@@ -30,12 +29,12 @@ from megatron_ext.model.memory import BYTES, kept_by_full_recompute, kept_bytes,
 from megatron_ext.model.parameters import StageParameters, padded_vocab_size, stage_parameters, total_parameters
 from megatron_ext.setting_rules import at_least
 from megatron_ext.validation import problems
-from tools.layouts import LAYOUTS, YOCO_WINDOW
+from tools.layouts import LAYOUTS, cache_bytes, compare
+from tools.tables import size, table
 
-ACTIVATIONS = (
-    "activations: layer inputs and shared keys and values that full recompute keeps, for all micro-batches in flight (formula: "
-    "megatron_ext/model/memory.py);\nnot counted: logits, what is kept without recompute, the layer being computed."
-)
+ACTIVATIONS = """\
+activations: layer inputs and shared keys and values that full recompute keeps, for all micro-batches in flight (formula:
+megatron_ext/model/memory.py). Not counted: logits, what is kept without recompute, the layer that is being computed."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,11 @@ class Plan:
     def layer_types(self) -> LayerTypes:
         """The sharing map."""
         return self.run.compression.map(self.run.model.num_layers)
+
+    @property
+    def context(self) -> int:
+        """Tokens of a full context."""
+        return self.run.model.max_position_embeddings or self.run.train.seq_length
 
     @property
     def data_parallel_size(self) -> int:
@@ -85,16 +89,6 @@ class Plan:
         return stage_parameters(self.run.model, self.layer_types, self.run.parallel, vocab_size=self.vocab_size)
 
 
-def cache_bytes(shape: ModelShape, layer_types: LayerTypes, *, window: int | None, tokens: int) -> int:
-    """KV cache in 16 bits of a context of `tokens`; keys and values that only sliding layers read are kept for the window."""
-    per_layer = kv_bytes_per_token(shape, layer_types) // len(layer_types.kv_layers)
-    kept = 0
-    for source in layer_types.kv_layers:
-        slides = all(layer_types[reader].sliding for reader in layer_types.readers(source))
-        kept += min(window, tokens) if slides and window else tokens
-    return per_layer * kept
-
-
 def describe(plan: Plan) -> Iterator[str]:
     """The plan, a line each."""
     yield draw(plan.layer_types, window=plan.run.compression.sliding_window)
@@ -102,34 +96,32 @@ def describe(plan: Plan) -> Iterator[str]:
     yield from _model(plan)
     yield from _layout(plan)
     yield ""
-    yield from _table(_per_rank(plan))
+    yield from table(_per_rank(plan))
     yield ACTIVATIONS
 
 
 def _model(plan: Plan) -> Iterator[str]:
     run, shape, layer_types = plan.run, plan.shape, plan.layer_types
-    compression, context = run.compression, run.model.max_position_embeddings or run.train.seq_length
+    compression, context = run.compression, plan.context
     total, layers = total_parameters(plan.stages, run.parallel), run.model.num_layers
     yield f"parameters            {total:,}, keys and values computed in {len(layer_types.kv_layers)} of {layers} layers"
     window, everything = compression.sliding_window, LayerTypes.plain(layers)
     plain, mine = kv_bytes_per_token(shape, everything), kv_bytes_per_token(shape, layer_types)
     yield f"KV cache              {mine:,} bytes per token in 16 bits, {plain / mine:.2f}x less than a plain model's {plain:,}"
     full, plain_full = (cache_bytes(shape, kinds, window=window, tokens=context) for kinds in (layer_types, everything))
-    yield f"  full context        {_size(full)} for {context:,} tokens, {plain_full / full:.2f}x less than {_size(plain_full)}"
+    yield f"  full context        {size(full)} for {context:,} tokens, {plain_full / full:.2f}x less than {size(plain_full)}"
     cost = training_cost(shape, compression, recomputed_layers=plan.recomputed_layers)
     passes = f"{compression.forward_passes} passes without and {compression.backward_passes} with gradient"
     passes = f" ({passes} over each cyclic group)" if layer_types.any_cyclic else ""
     yield f"predicted cost        {cost.ratio:.2f}x a plain model's step{passes}"
     yield f"FLOPs per token       {cost.model_flops:.3e} by the method, {cost.hardware_flops:.3e} with recomputation"
     tokens = run.train.train_iters * run.train.global_batch_size * run.train.seq_length
-    yield f"length                {run.train.train_iters:,} steps, {tokens / 1e9:,.1f} billion tokens, {cost.model_flops * tokens:.2e} FLOPs"
-    if run.logging.peak_tflops is not None:
-        speed = plan.world_size * run.logging.peak_tflops * 1e12 * plan.utilisation
-        days = cost.hardware_flops * tokens / speed / 86400
-        yield (
-            f"time                  {days:,.1f} days if each device does {100 * plan.utilisation:g} % of "
-            f"{run.logging.peak_tflops:g} TFLOP/s (assumed, not measured)"
-        )
+    yield f"length                {run.train.train_iters:,} steps, {tokens:,} tokens, {cost.model_flops * tokens:.2e} FLOPs"
+    peak = run.logging.peak_tflops
+    if peak is not None:
+        seconds = cost.hardware_flops * tokens / (plan.world_size * peak * 1e12 * plan.utilisation)
+        time = f"{seconds / 86400:,.1f} days" if seconds >= 86400 else f"{seconds / 3600:,.1f} hours"
+        yield f"time                  {time} if every device does {100 * plan.utilisation:g} % of {peak:g} TFLOP/s (assumed, not measured)"
 
 
 def _layout(plan: Plan) -> Iterator[str]:
@@ -157,12 +149,12 @@ def _per_rank(plan: Plan) -> Iterator[tuple[str, ...]]:
         if plan.recomputed_layers == run.model.num_layers:
             kept = kept_by_full_recompute(run.compression, run.model.num_layers, stage.layers)
             in_flight = min(len(stages) - number, plan.micro_batches)
-            activations = _size(in_flight * kept_bytes(kept, run.model, run.parallel, run.train))
+            activations = size(in_flight * kept_bytes(kept, run.model, run.parallel, run.train))
         yield (
             str(number),
             f"{stage.layers.start}-{stage.layers.stop - 1}",
             f"{stage.per_rank:,}",
-            *map(_size, (state.weights, state.gradients, state.optimizer)),
+            *map(size, (state.weights, state.gradients, state.optimizer)),
             activations,
             _sent(plan, stage.layers.stop),
         )
@@ -186,59 +178,9 @@ def _sent(plan: Plan, boundary: int) -> str:
         kv_heads=max(1, model.query_groups // ranks),
         head_dim=model.head_dim,
     )
-    size = _size(math.prod(payload.shape(train.seq_length, train.micro_batch_size)) * BYTES[train.precision])
+    sent = size(math.prod(payload.shape(train.seq_length, train.micro_batch_size)) * BYTES[train.precision])
     crossing = ", ".join(map(str, payload.sources))
-    return f"{size}: hidden states" + (f", KV of {crossing}" if crossing else "")
-
-
-def compare(plan: Plan, maps: Sequence[str]) -> Iterator[str]:
-    """A table of the run's model with other maps, each the name of a layout or a map; raises ValueError for what is neither."""
-    layers, context = plan.run.model.num_layers, plan.run.model.max_position_embeddings or plan.run.train.seq_length
-    window = plan.run.compression.sliding_window or YOCO_WINDOW
-    known = {layout.name.split()[0].lower(): layout for layout in LAYOUTS}
-    rows = [("map", "KV layers", "KV bytes/token", f"{context:,} tokens", "step cost", "pipeline", "when")]
-    legend = []
-    for number, entry in enumerate(maps or known, 1):
-        layout = known.get(entry.lower())
-        name, when = (layout.name, layout.when) if layout else (f"map {number}", "")
-        layer_types = LayerTypes.parse(layout.layer_types(layers) if layout else entry, layers)
-        compression = replace(
-            plan.run.compression,
-            layer_types=str(layer_types),
-            sliding_window=window if layer_types.any_sliding else None,
-        )
-        rows.append((name, *_compared(plan, compression, context), when))
-        legend.append(f"{name:<16} {layer_types}")
-    yield from _table(rows)
-    yield f"window of sliding layers: {window:,} tokens; step cost relative to a plain model; pipeline: runs with stages"
-    yield from legend
-
-
-def _compared(plan: Plan, compression: CompressionConfig, context: int) -> tuple[str, ...]:
-    layer_types = compression.map(plan.run.model.num_layers)
-    cache = cache_bytes(plan.shape, layer_types, window=compression.sliding_window, tokens=context)
-    return (
-        str(len(layer_types.kv_layers)),
-        f"{kv_bytes_per_token(plan.shape, layer_types):,}",
-        _size(cache),
-        f"{training_cost(plan.shape, compression).ratio:.2f}x",
-        "no" if layer_types.any_cyclic else "yes",
-    )
-
-
-def _table(rows: Iterator[tuple[str, ...]] | list[tuple[str, ...]]) -> Iterator[str]:
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-
-
-def _size(number: int) -> str:
-    """Bytes in the largest unit of which there is at least one."""
-    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if number >= 1024**power:
-            return f"{number / 1024**power:.2f} {unit}"
-    return f"{number} bytes"
+    return f"{sent}: hidden states" + (f", KV of {crossing}" if crossing else "")
 
 
 def size_problems(run: RunConfig, world_size: int) -> list[str]:
@@ -276,6 +218,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _share(text: str) -> float:
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
+    return float(text)
+
+
 def _own_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.plan",
@@ -294,7 +242,7 @@ def _own_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--utilisation",
-        type=float,
+        type=_share,
         default=0.4,
         help="share of logging.peak_tflops assumed for the time, recomputation counted as work (default: %(default)s)",
     )
@@ -318,7 +266,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if vocab_size:
         plan = Plan(run, world_size, vocab_size, options.utilisation)
         try:
-            print("\n".join(describe(plan) if options.compare is None else compare(plan, options.compare)))
+            print(
+                "\n".join(
+                    describe(plan)
+                    if options.compare is None
+                    else compare(plan.shape, run.compression, plan.context, options.compare)
+                )
+            )
         except ValueError as error:
             exit_with(f"--compare: {error}")
     for number, problem in enumerate(found, 1):

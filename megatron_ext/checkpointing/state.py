@@ -44,7 +44,7 @@ _SHOWN = 10
 
 def sharded_state(model: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, *, is_loading: bool) -> State:
     """What Megatron's distributed checkpoint saves, or fills. Collective: the distributed optimizer gathers its state."""
-    _finish_parameter_gather(model)
+    finish_parameter_gather(model)
     chunks = unwrap_model(list(model))
     metadata = _metadata()
     state = {_chunk_name(i, chunks): chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
@@ -201,7 +201,7 @@ def _chunk_name(index: int, chunks: Sequence[torch.nn.Module]) -> str:
     return "model" if len(chunks) == 1 else f"model{index}"
 
 
-def _finish_parameter_gather(model: Sequence[torch.nn.Module]) -> None:
+def finish_parameter_gather(model: Sequence[torch.nn.Module]) -> None:
     """With overlap_param_gather the updated weights of other ranks arrive only in the next forward pass: fetch them now."""
     for chunk in model:
         if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:

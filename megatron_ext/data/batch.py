@@ -34,6 +34,12 @@ class Batch:
     by row, and b * s at the end, as flash-attn's varlen functions and `lckv.attention` take it. A row always ends a
     document. A query sees no key of another document."""
 
+    sample_ids: tuple[int, ...] = ()
+    """Number of each row in the dataset: what the randomness of KV policies depends on."""
+
+    counted: Tensor | None = None
+    """bool [b, s]: tokens that are not padding; None where none is."""
+
 
 def make_batch(samples: Mapping[str, Tensor], data: DataConfig, eod: int | None, device: torch.device | str) -> Batch:
     """Complete `samples` ("tokens" and "labels", int64 [b, s]) to a batch on `device`.
@@ -59,6 +65,7 @@ def make_batch(samples: Mapping[str, Tensor], data: DataConfig, eod: int | None,
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     if data.reset_position_ids:
         positions = positions - torch.where(begins, positions, 0).cummax(dim=1).values
+    padding = tokens < 0
     cu_seqlens = None
     if data.reset_attention_mask:
         starts = begins.flatten().nonzero().squeeze(1)
@@ -69,4 +76,6 @@ def make_batch(samples: Mapping[str, Tensor], data: DataConfig, eod: int | None,
         loss_mask=loss_mask.to(device, torch.float32, non_blocking=True),
         position_ids=positions.contiguous().to(device, non_blocking=True),
         cu_seqlens=cu_seqlens,
+        sample_ids=tuple(samples["sample_ids"].tolist()) if "sample_ids" in samples else (),
+        counted=(~padding).to(device) if padding.any() else None,
     )

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron_ext.data.samples import SampleDataset
 from megatron_ext.errors import ConfigError
@@ -34,7 +34,8 @@ def build_data_iterator(
     num_workers: int,
     seed: int,
 ) -> Iterator[dict[str, Tensor]]:
-    """Endless iterator over this rank's micro-batches: "tokens" and "labels", int64 [micro_batch_size, seq_length].
+    """Endless iterator over this rank's micro-batches: "tokens" and "labels", int64 [micro_batch_size, seq_length], and
+    "sample_ids", int64 [micro_batch_size], the number of each sample in the dataset.
 
     It begins at sample `consumed_samples` of the dataset and leaves the random state of the process alone; `seed` is that
     of the workers, which draw nothing for the datasets of this package. Raises ConfigError when the samples are exhausted:
@@ -48,7 +49,7 @@ def build_data_iterator(
         ranks=data_parallel_size,
     )
     loader: DataLoader = DataLoader(
-        dataset,  # type: ignore[arg-type]
+        _Numbered(dataset),
         batch_sampler=batches,
         num_workers=num_workers,
         prefetch_factor=_PREFETCHED_BATCHES if num_workers else None,
@@ -58,6 +59,16 @@ def build_data_iterator(
         worker_init_fn=_leave_signals_to_the_run,
     )
     return _until_exhausted(loader, batches)
+
+
+class _Numbered(Dataset):
+    """Samples with their numbers."""
+
+    def __init__(self, samples: SampleDataset) -> None:
+        self._samples = samples
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {**self._samples[index], "sample_ids": torch.tensor(index)}
 
 
 class _RankBatches(Sampler[list[int]]):

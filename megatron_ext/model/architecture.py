@@ -8,7 +8,8 @@ from megatron_ext.config import ModelConfig
 
 
 def architecture(model: ModelConfig, compression: CompressionConfig, *, vocab_size: int) -> dict[str, Any]:
-    """What weights and outputs depend on, with defaults resolved; how often a plan iterates, kernels and dropout are left out."""
+    """What weights and outputs depend on, with defaults resolved; how often a plan iterates, kernels and dropout are left out, and what
+    a KV policy may follow on (`training/policy_stages.py`)."""
     return {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -26,5 +27,4 @@ def architecture(model: ModelConfig, compression: CompressionConfig, *, vocab_si
         "layer_types": str(compression.map(model.num_layers)),
         "sliding_window": compression.sliding_window,
         "force_nodiag": compression.force_nodiag,
-        "policy": compression.policy.name,
     }

@@ -41,6 +41,7 @@ class CoreAttention(MegatronModule):
         self.exclude_self = layer.cyclic or compression.force_nodiag
         self.window = compression.sliding_window if layer.sliding else None
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+        self.biased = build_policy(compression.policy).biases_keys
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
         """query [s, b, h, d], key and value [s, b, g, d] to [s, b, h * d]."""
@@ -51,6 +52,7 @@ class CoreAttention(MegatronModule):
             *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),
             visibility,
             scale=self.scale,
+            biased=self.biased,
         )
         dropout = self.config.attention_dropout if self.training else 0.0
         if dropout == 0.0 or self.config.sequence_parallel:  # the block has forked the random state already
@@ -163,20 +165,24 @@ class SharedKVAttention(Attention):
         query, key, value = self._split(self.linear_qkv(hidden_states)[0])
         query = self._normalise(self.q_layernorm, query)
         own, statistics = self._keys_values(query, key, value, context)
-        return self.policy.query(query, context), own, statistics
+        return self.policy.query(self._of_rank(query), context), own, statistics
 
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[s, b, rows of this rank] to query [s, b, h, d], key and value [s, b, g, d]."""
+        """[s, b, rows of this rank] to key and value [s, b, g, d] and the query heads that belong to them."""
         groups = self.num_query_groups_per_partition
         if self._groups_split_over_ranks:
             ranks_per_group = self.world_size // self.config.num_query_groups
             mixed = all_gather_last_dim_from_tensor_parallel_region(mixed, group=self.pg_collection.tp)
             mixed = mixed.chunk(self.config.num_query_groups, dim=-1)[self.pg_collection.tp.rank() // ranks_per_group]
         mixed = mixed.unflatten(-1, (groups, -1, self.head_dim))
-        query, key, value = mixed[:, :, :, :-2].flatten(2, 3), mixed[:, :, :, -2], mixed[:, :, :, -1]
-        if self._groups_split_over_ranks:
-            query = query.chunk(ranks_per_group, dim=2)[self.pg_collection.tp.rank() % ranks_per_group]
-        return query, key, value
+        return mixed[:, :, :, :-2].flatten(2, 3), mixed[:, :, :, -2], mixed[:, :, :, -1]
+
+    def _of_rank(self, query: Tensor) -> Tensor:
+        """This rank's query heads [s, b, h, d] among those of its KV heads."""
+        if not self._groups_split_over_ranks:
+            return query
+        ranks_per_group = self.world_size // self.config.num_query_groups
+        return query.chunk(ranks_per_group, dim=2)[self.pg_collection.tp.rank() % ranks_per_group]
 
     def _keys_values(
         self, query: Tensor | None, key: Tensor, value: Tensor, context: TokenContext

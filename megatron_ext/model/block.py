@@ -5,6 +5,7 @@ cannot mix them up, and a source that is missing is an error.
 """
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from megatron.core import tensor_parallel
@@ -14,14 +15,19 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from lckv.policies.base import KeyValue, Statistics, TokenContext
+from lckv.policies.build import build_policy
 from lckv.sharing.plan import LayerGroup, cyclic_sources, layer_groups
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.layer import LayerOutput, SharedKVLayer
+from megatron_ext.model.merging import MergeRates, PolicyReport
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 from megatron_ext.parallel.pipeline_payload import PipelinePayload, crossing_sources
 
 KeyValues = dict[int, KeyValue]
 """Keys and values by the layer that computed them."""
+
+Contexts = dict[int, TokenContext]
+"""What the KV policy knows of the tokens, by layer."""
 
 
 class SharedKVBlock(TransformerBlock):
@@ -47,6 +53,7 @@ class SharedKVBlock(TransformerBlock):
         self.first_layer = self.layers[0].layer_number - 1
         self.end_layer = self.first_layer + len(self.layers)
         self.groups = self._groups_of_stage()
+        self.merge_rates = MergeRates(config, build_policy(config.compression.policy), self.pg_collection.tp)
         self.payload_in = self._payload(self.first_layer)
         self.payload_out = self._payload(self.end_layer)
         everything = len(self.layers) if recompute_num_layers is None else recompute_num_layers
@@ -74,39 +81,63 @@ class SharedKVBlock(TransformerBlock):
             sequence_shards=ranks if self.config.sequence_parallel else 1,
             kv_heads=max(1, self.config.num_query_groups // ranks),
             head_dim=self.config.kv_channels,
+            merge_columns=self.merge_rates.columns if self._statistics_below(boundary) else 0,
         )
 
+    def _statistics_below(self, boundary: int) -> bool:
+        return any(layer < boundary for layer in self.layer_types.kv_layers)
+
     def forward(
-        self, hidden_states: Tensor | None, context: TokenContext, seq_length: int, micro_batch_size: int
-    ) -> tuple[Tensor, list[Statistics]]:
+        self,
+        hidden_states: Tensor | None,
+        context: TokenContext,
+        row_seeds: tuple[int, ...],
+        seq_length: int,
+        micro_batch_size: int,
+    ) -> tuple[Tensor, PolicyReport]:
         """Run the stage's layers.
 
         hidden_states: [s / shards, b, hidden] from the embedding; on a later stage None, the input is what `set_input_tensor` got.
-        Returns normalised hidden states on the last stage and the next stage's input on others, with the statistics of the KV
-        policy of each layer that computes keys and values, from its last pass.
+        `row_seeds` are those of `PolicyInputs`. Returns normalised hidden states on the last stage and the next stage's input on
+        others, and what the KV policy did in the last pass.
         """
         available: KeyValues = {}
+        rate_sum = None
         if not self.pre_process:
-            hidden_states, available = self.payload_in.unpack(self.input_tensor, seq_length, micro_batch_size)
+            hidden_states, available, rate_sum = self.payload_in.unpack(self.input_tensor, seq_length, micro_batch_size)
         assert hidden_states is not None
+        contexts = self._contexts(context, row_seeds, (seq_length, micro_batch_size), hidden_states.device)
         statistics: dict[int, Statistics] = {}
         forked = tensor_parallel.get_cuda_rng_tracker().fork() if self.config.sequence_parallel else nullcontext()
         with forked:
             for group in self.groups:
                 run = self._iterate if group.iterated else self._run
-                hidden_states, available = run(group, hidden_states, available, context, statistics)
+                hidden_states, available = run(group, hidden_states, available, contexts, statistics)
+        rate_sum = self.merge_rates.add(rate_sum, statistics)
         if self.final_layernorm is not None:
             hidden_states = self.final_layernorm(hidden_states)
         if not self.post_process:
-            hidden_states = self.payload_out.pack(hidden_states, available)
-        return hidden_states, [statistics[layer] for layer in sorted(statistics)]
+            hidden_states = self.payload_out.pack(hidden_states, available, rate_sum)
+        merged = {layer: reported.merge_rate.detach() for layer, reported in statistics.items()}
+        return hidden_states, PolicyReport(merged, rate_sum)
+
+    def _contexts(
+        self, context: TokenContext, row_seeds: tuple[int, ...], shape: tuple[int, int], device: torch.device
+    ) -> Contexts:
+        """The context of each layer: noise is drawn once, for all passes and recomputation."""
+        contexts = dict.fromkeys(range(self.first_layer, self.end_layer), context)
+        for index in self.layer_types.kv_layers:
+            if index in contexts:
+                noise = self.merge_rates.noise(shape, row_seeds, index, device)
+                contexts[index] = replace(context, noise=noise)
+        return contexts
 
     def _iterate(
         self,
         group: LayerGroup,
         hidden_states: Tensor,
         available: KeyValues,
-        context: TokenContext,
+        contexts: Contexts,
         statistics: dict[int, Statistics],
     ) -> tuple[Tensor, KeyValues]:
         """All passes over a cyclic group; those before the last only make keys and values for the next."""
@@ -116,10 +147,10 @@ class SharedKVBlock(TransformerBlock):
         for number in range(passes - 1):
             with torch.no_grad() if number < compression.forward_passes else nullcontext():
                 start = hidden_states if torch.is_grad_enabled() else hidden_states.detach()
-                previous = self._prepare(group, start, available, previous, context)
+                previous = self._prepare(group, start, available, previous, contexts)
         if previous is None:
             previous = dict.fromkeys(cyclic_sources(self.layer_types, group), self._zeros(hidden_states))
-        return self._run(group, hidden_states, available, context, statistics, previous)
+        return self._run(group, hidden_states, available, contexts, statistics, previous)
 
     def _prepare(
         self,
@@ -127,7 +158,7 @@ class SharedKVBlock(TransformerBlock):
         hidden_states: Tensor,
         available: KeyValues,
         previous: KeyValues | None,
-        context: TokenContext,
+        contexts: Contexts,
     ) -> KeyValues:
         """One pass that stops at the keys and values of the highest layer that cyclic layers read; returns theirs.
 
@@ -139,14 +170,15 @@ class SharedKVBlock(TransformerBlock):
             layer, kind = self._layer(index), self.layer_types[index]
             if kind.cyclic and previous is None:
                 if index in self.layer_types.kv_layers:
-                    current[index] = layer.keys_values(hidden_states, context)[0]
+                    current[index] = layer.keys_values(hidden_states, contexts[index])[0]
                 hidden_states = layer.feed_forward(hidden_states)
                 continue
             source = self._source(index, available | current, previous)
-            hidden_states, own, _ = self._call(layer, hidden_states, source, context)
+            hidden_states, own, _ = self._call(layer, hidden_states, source, contexts[index])
             if own is not None:
                 current[index] = own
-        current[group.stop - 1] = self._layer(group.stop - 1).keys_values(hidden_states, context)[0]
+        top = group.stop - 1
+        current[top] = self._layer(top).keys_values(hidden_states, contexts[top])[0]
         return {index: current[index] for index in wanted}
 
     def _run(
@@ -154,7 +186,7 @@ class SharedKVBlock(TransformerBlock):
         group: LayerGroup,
         hidden_states: Tensor,
         available: KeyValues,
-        context: TokenContext,
+        contexts: Contexts,
         statistics: dict[int, Statistics],
         previous: KeyValues | None = None,
     ) -> tuple[Tensor, KeyValues]:
@@ -163,7 +195,7 @@ class SharedKVBlock(TransformerBlock):
         for index in range(group.start, group.stop):
             layer = self._layer(index)
             source = self._source(index, available, previous)
-            hidden_states, own, reported = self._call(layer, hidden_states, source, context)
+            hidden_states, own, reported = self._call(layer, hidden_states, source, contexts[index])
             if own is not None:
                 available[index] = own
             if reported is not None:

@@ -3,6 +3,7 @@
 Parameter names are those of Megatron's GPTModel; a plain map has exactly its parameters.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,10 +17,13 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from lckv.attention.visibility import Documents
-from lckv.policies.base import Statistics, TokenContext
+from lckv.policies.base import TokenContext
 from lckv.rope import rotate, rotation
 from megatron_ext.model.block import SharedKVBlock
+from megatron_ext.model.merging import PolicyInputs, PolicyReport
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
+
+_NOTHING = PolicyInputs()
 
 
 class SharedKVGPTModel(LanguageModule):
@@ -85,22 +89,31 @@ class SharedKVGPTModel(LanguageModule):
         position_ids: Tensor,
         labels: Tensor | None = None,
         documents: Documents | None = None,
-    ) -> tuple[Tensor, list[Statistics]]:
+        policy: PolicyInputs = _NOTHING,
+    ) -> tuple[Tensor, PolicyReport]:
         """tokens, position_ids and labels are int64 [b, s].
 
-        Returns, with the statistics of the KV policy: on the last stage the loss of each token, float32 [b, s] in nats, or without
+        Returns, with what the KV policy did: on the last stage the loss of each token, float32 [b, s] in nats, or without
         labels this rank's part of the logits [b, s, padded vocabulary / TP]; on other stages what the next stage receives.
         """
         micro_batch_size, seq_length = tokens.shape
         hidden_states = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
         angles = rotation(self._rows(position_ids), self.frequencies.to(position_ids.device))
-        context = TokenContext(partial(rotate, angles=angles), documents, training=self.training)
-        hidden_states, statistics = self.decoder(hidden_states, context, seq_length, micro_batch_size)
+        context = TokenContext(
+            partial(rotate, angles=angles),
+            documents,
+            counted=None if policy.counted is None else policy.counted.transpose(0, 1),
+            training=self.training,
+            progress=policy.progress,
+        )
+        hidden_states, report = self.decoder(hidden_states, context, policy.row_seeds, seq_length, micro_batch_size)
         if not self.post_process:
-            return hidden_states, statistics
+            return hidden_states, report
+        auxiliary = self.decoder.merge_rates.auxiliary_loss(report.rate_sum, policy.progress)
+        report = replace(report, auxiliary_loss=auxiliary)
         if labels is None:
-            return self._logits(hidden_states).transpose(0, 1), statistics
-        return self._loss(hidden_states, labels.transpose(0, 1).contiguous()).transpose(0, 1), statistics
+            return self._logits(hidden_states).transpose(0, 1), report
+        return self._loss(hidden_states, labels.transpose(0, 1).contiguous()).transpose(0, 1), report
 
     @staticmethod
     def _rows(position_ids: Tensor) -> Tensor:

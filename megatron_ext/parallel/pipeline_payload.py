@@ -12,6 +12,8 @@ from lckv.policies.base import KeyValue
 from lckv.sharing.layer_types import LayerTypes
 
 Shape = tuple[int, ...]
+_PIECES = 3
+"""Numbers of the payload's dtype that carry one float32 number: three bfloat16 have more digits than it."""
 
 
 def crossing_sources(layer_types: LayerTypes, boundary: int) -> tuple[int, ...]:
@@ -39,17 +41,32 @@ class PipelinePayload:
     head_dim: int
     """Channels of one head."""
 
+    merge_columns: int = 0
+    """Columns of the running sum of merge rates [b, columns] that crosses too; 0: none does."""
+
     def shape(self, seq_length: int, micro_batch_size: int) -> Shape:
         """Shape of the tensor for a micro-batch."""
         hidden = self._hidden_shape(seq_length, micro_batch_size)
-        if not self.sources:
+        if self._only_hidden:
             return hidden
-        heads = self._heads_shape(seq_length, micro_batch_size)
-        return (torch.Size(hidden).numel() + 2 * len(self.sources) * torch.Size(heads).numel(),)
+        return (sum(self._sizes(seq_length, micro_batch_size)),)
 
-    def pack(self, hidden_states: Tensor, key_values: dict[int, KeyValue]) -> Tensor:
-        """Hidden states [s / shards, b, hidden] and the crossing keys and values [s, b, heads, D] as one tensor."""
-        if not self.sources:
+    @property
+    def _only_hidden(self) -> bool:
+        return not self.sources and not self.merge_columns
+
+    def _sizes(self, seq_length: int, micro_batch_size: int) -> list[int]:
+        hidden, heads = (
+            self._hidden_shape(seq_length, micro_batch_size),
+            self._heads_shape(seq_length, micro_batch_size),
+        )
+        key_values = [torch.Size(heads).numel()] * (2 * len(self.sources))
+        return [torch.Size(hidden).numel(), *key_values, _PIECES * micro_batch_size * self.merge_columns]
+
+    def pack(self, hidden_states: Tensor, key_values: dict[int, KeyValue], merge_rates: Tensor | None = None) -> Tensor:
+        """Hidden states [s / shards, b, hidden], the crossing keys and values [s, b, heads, D] and the sum of merge rates
+        float32 [b, columns] as one tensor."""
+        if self._only_hidden:
             return hidden_states
         parts = [hidden_states]
         for source in self.sources:
@@ -59,9 +76,13 @@ class PipelinePayload:
                     f"it has those of {sorted(key_values) or 'no layer'}."
                 )
             parts += key_values[source]
+        if merge_rates is not None:
+            parts += _split_float(merge_rates, hidden_states.dtype)
         return torch.cat([part.reshape(-1) for part in parts])
 
-    def unpack(self, tensor: Tensor, seq_length: int, micro_batch_size: int) -> tuple[Tensor, dict[int, KeyValue]]:
+    def unpack(
+        self, tensor: Tensor, seq_length: int, micro_batch_size: int
+    ) -> tuple[Tensor, dict[int, KeyValue], Tensor | None]:
         """The inverse of `pack`; ValueError where the size is not that of `shape`."""
         expected = self.shape(seq_length, micro_batch_size)
         if tensor.numel() != torch.Size(expected).numel():
@@ -70,18 +91,28 @@ class PipelinePayload:
                 f"{micro_batch_size} x {seq_length} tokens and the keys and values of layers {list(self.sources)}."
             )
         hidden = self._hidden_shape(seq_length, micro_batch_size)
-        if not self.sources:
-            return tensor.view(hidden), {}
+        if self._only_hidden:
+            return tensor.view(hidden), {}, None
         heads = self._heads_shape(seq_length, micro_batch_size)
-        sizes = [torch.Size(hidden).numel(), *[torch.Size(heads).numel()] * (2 * len(self.sources))]
-        hidden_states, *parts = tensor.split(sizes)
+        hidden_states, *parts, rates = tensor.split(self._sizes(seq_length, micro_batch_size))
         pairs = zip(self.sources, parts[::2], parts[1::2], strict=True)
-        return hidden_states.view(hidden), {
-            source: KeyValue(key.view(heads), value.view(heads)) for source, key, value in pairs
-        }
+        key_values = {source: KeyValue(key.view(heads), value.view(heads)) for source, key, value in pairs}
+        if not self.merge_columns:
+            return hidden_states.view(hidden), key_values, None
+        pieces = rates.view(_PIECES, micro_batch_size, self.merge_columns)
+        return hidden_states.view(hidden), key_values, pieces.float().sum(0)
 
     def _hidden_shape(self, seq_length: int, micro_batch_size: int) -> Shape:
         return (seq_length // self.sequence_shards, micro_batch_size, self.hidden_size)
 
     def _heads_shape(self, seq_length: int, micro_batch_size: int) -> Shape:
         return (seq_length, micro_batch_size, self.kv_heads, self.head_dim)
+
+
+def _split_float(numbers: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """`numbers` float32 as a sum of _PIECES tensors of `dtype`; gradients pass through the first."""
+    pieces, rest = [], numbers
+    for _ in range(_PIECES):
+        pieces.append(rest.to(dtype))
+        rest = (rest - pieces[-1].float()).detach()
+    return pieces

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_ext.checkpointing.load import load_checkpoint
 from megatron_ext.checkpointing.save import save_checkpoint
 from megatron_ext.command_line import config_to_dict
-from megatron_ext.config import DataConfig, ModelConfig, RunConfig
+from megatron_ext.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from megatron_ext.data.batch import Batch, make_batch
 from megatron_ext.data.checks import find_vocabulary
 from megatron_ext.data.datasets import Datasets, build_datasets
@@ -30,8 +30,9 @@ from megatron_ext.model.build import build_stage, padded_vocab_size, wrap
 from megatron_ext.model.cost import model_shape
 from megatron_ext.parallel.process_groups import device_of_rank
 from megatron_ext.training.optimizer import build_optimizer
+from megatron_ext.training.policy_stages import check_decision_channel, check_succession, zero_decision_channel
 from megatron_ext.training.report import Report, open_report
-from megatron_ext.training.step import Samples, evaluate, require_finite, train_step
+from megatron_ext.training.step import Evaluation, Samples, evaluate, require_finite, train_step
 from megatron_ext.training.stopping import stop_requests
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,10 @@ class Position:
         """One optimizer step further."""
         tokens = self.consumed_tokens + samples * seq_length
         return Position(self.iteration + 1, self.consumed_samples + samples, tokens)
+
+    def progress(self, train: TrainConfig) -> float:
+        """Share of the run that is done, in samples, 0 .. 1."""
+        return min(1.0, self.consumed_samples / (train.train_iters * train.global_batch_size))
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,9 @@ def _resume(
         expected_model=defining,
         seed=run.train.seed,
     )
+    saved_policy = loaded.config.get("compression", {}).get("policy", {})
+    check_succession(saved_policy, run.compression.policy, finetune=run.checkpoint.finetune)
+    check_decision_channel(model, run.compression.policy, saved_policy)
     if run.checkpoint.finetune:
         return Position()
     return Position(**{name: int(loaded.progress[name]) for name in asdict(Position())})
@@ -182,15 +190,23 @@ def _iterate(training: Training, position: Position, report: Report) -> Position
     with stop_requests(run.train.exit_duration_minutes) as stop:
         while position.iteration < run.train.train_iters and reason is None:
             result = train_step(
-                training.model, training.optimizer, training.scheduler, samples, training.make_batch, run.train
+                training.model,
+                training.optimizer,
+                training.scheduler,
+                samples,
+                training.make_batch,
+                run.train,
+                progress=position.progress(run.train),
             )
             position = position.after_step(run.train.global_batch_size, run.train.seq_length)
             require_finite(result, position.iteration, run.train)
             report.step(position.iteration, position.consumed_samples, position.consumed_tokens, result)
             last = position.iteration == run.train.train_iters
+            if last and getattr(run.compression.policy, "stage", None) == "zero_out":
+                zero_decision_channel(training.model, training.optimizer)
             reason = stop.agreed()
             if run.train.eval_interval and (last or position.iteration % run.train.eval_interval == 0):
-                report.validation(position.iteration, position.consumed_tokens, _validate(training))
+                report.validation(position.iteration, position.consumed_tokens, _validate(training, position))
             if (
                 run.checkpoint.save
                 and run.checkpoint.save_interval
@@ -205,8 +221,8 @@ def _iterate(training: Training, position: Position, report: Report) -> Position
     return position
 
 
-def _validate(training: Training) -> float:
-    """Mean loss over the same validation samples each time."""
+def _validate(training: Training, position: Position) -> Evaluation:
+    """Over the same validation samples each time."""
     dataset = training.datasets.valid
     if dataset is None:
         raise ConfigError(
@@ -216,10 +232,11 @@ def _validate(training: Training) -> float:
     gathers_late = training.run.parallel.overlap_param_gather
     if gathers_late:
         training.model.disable_forward_pre_hook()
-    loss = evaluate(training.model, _iterator(training, dataset, 0), training.make_batch, training.run.train)
+    samples, train = _iterator(training, dataset, 0), training.run.train
+    found = evaluate(training.model, samples, training.make_batch, train, progress=position.progress(train))
     if gathers_late:
         training.model.enable_forward_pre_hook()
-    return loss
+    return found
 
 
 def _save(training: Training, position: Position) -> int:

@@ -16,11 +16,25 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from lckv.attention.visibility import Documents
+from lckv.policies.dmc.decisions import check_finite
 from megatron_ext.config import TrainConfig
 from megatron_ext.data.batch import Batch
+from megatron_ext.model.merging import PolicyInputs, row_seed
+from megatron_ext.training.merging import MergeRateMeter, Merging
 
 Shapes = list[tuple[int, ...]]
 Samples = Iterator[Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found."""
+
+    loss: float
+    """Mean cross-entropy, in nats; the same on every rank."""
+
+    merging: Merging | None
+    """What a policy that merges tokens did; None for others."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,9 @@ class StepResult:
     odd_ranks: tuple[int, ...]
     """Ranks whose own loss was not finite."""
 
+    merging: Merging | None
+    """What a policy that merges tokens did; None for others."""
+
 
 class NonFiniteLossError(ArithmeticError):
     """The loss of a step is not a number, or infinite."""
@@ -54,21 +71,30 @@ def train_step(
     samples: Samples,
     make_batch: Callable[[Mapping[str, Tensor]], Batch],
     train: TrainConfig,
+    *,
+    progress: float,
 ) -> StepResult:
-    """Forward and backward of the global batch's micro-batches on this rank, gradient reduction, and the update."""
+    """Forward and backward of the global batch's micro-batches on this rank, gradient reduction, and the update.
+
+    `progress` is the share of the run that is done before this step, 0 .. 1.
+    """
     model.zero_grad_buffer()
     optimizer.zero_grad()
-    losses = _run_schedule(model, samples, make_batch, train, forward_only=False)
+    rates = MergeRateMeter(model)
+    losses = run_schedule(model, samples, make_batch, train, rates, progress=progress, forward_only=False)
     learning_rate = optimizer.param_groups[0]["lr"]
     _, grad_norm, _ = optimizer.step()
     scheduler.step(increment=1)
-    loss, num_tokens = _mean_loss(losses)
+    loss, num_tokens = mean_loss(losses)
     odd_ranks = () if math.isfinite(loss) else _ranks_of_odd_losses(losses)
-    return StepResult(loss, num_tokens, float(grad_norm or 0.0), float(learning_rate), odd_ranks)
+    return StepResult(loss, num_tokens, float(grad_norm or 0.0), float(learning_rate), odd_ranks, rates.total())
 
 
 def require_finite(result: StepResult, iteration: int, train: TrainConfig) -> None:
-    """Raise NonFiniteLossError where the loss or the gradient norm of a step is not finite, if train.check_for_nan_in_loss."""
+    """Raise NonFiniteLossError where the loss or the gradient norm of a step is not finite, NonFiniteDecisionError where a merge
+    decision is not, if train.check_for_nan_in_loss."""
+    if train.check_for_nan_in_loss and result.merging is not None:
+        check_finite(result.merging.rates[:, None], result.merging.layers, iteration)
     if train.check_for_nan_in_loss and not (math.isfinite(result.lm_loss) and math.isfinite(result.grad_norm)):
         ranks = ", ".join(map(str, result.odd_ranks)) or "none"
         raise NonFiniteLossError(
@@ -84,15 +110,18 @@ def evaluate(
     samples: Samples,
     make_batch: Callable[[Mapping[str, Tensor]], Batch],
     train: TrainConfig,
-) -> float:
-    """Mean cross-entropy in nats over train.eval_iters global batches; the same on every rank."""
+    *,
+    progress: float,
+) -> Evaluation:
+    """The model's loss on train.eval_iters global batches, as it is at a share `progress` of its training."""
     model.eval()
-    total, count = 0.0, 0
+    total, count, rates = 0.0, 0, MergeRateMeter(model)
     for _ in range(train.eval_iters):
-        loss, num_tokens = _mean_loss(_run_schedule(model, samples, make_batch, train, forward_only=True))
+        losses = run_schedule(model, samples, make_batch, train, rates, progress=progress, forward_only=True)
+        loss, num_tokens = mean_loss(losses)
         total, count = total + loss * num_tokens, count + num_tokens
     model.train()
-    return total / max(count, 1)
+    return Evaluation(total / max(count, 1), rates.total())
 
 
 def micro_batches(train: TrainConfig) -> int:
@@ -110,12 +139,14 @@ def stage_shapes(
     return lambda _received, _sent: (received, sent)
 
 
-def _run_schedule(
+def run_schedule(
     model: MegatronModule,
     samples: Samples,
     make_batch: Callable[[Mapping[str, Tensor]], Batch],
     train: TrainConfig,
+    rates: MergeRateMeter,
     *,
+    progress: float,
     forward_only: bool,
 ) -> list[Tensor]:
     """Losses of this rank's micro-batches, float64 [2] each: sum and number of tokens. Empty before the last stage."""
@@ -123,8 +154,11 @@ def _run_schedule(
     def forward_step(iterator: Samples, stage: MegatronModule) -> tuple[Tensor, Callable[..., object]]:
         batch = make_batch(next(iterator))
         documents = None if batch.cu_seqlens is None else Documents(batch.cu_seqlens)
-        output, _ = stage(batch.tokens, batch.position_ids, batch.labels, documents)
-        return output, partial(token_loss, batch.loss_mask)
+        seeds = () if forward_only else tuple(row_seed(train.seed, sample) for sample in batch.sample_ids)
+        policy = PolicyInputs(seeds, batch.counted, progress)
+        output, report = stage(batch.tokens, batch.position_ids, batch.labels, documents, policy=policy)
+        rates.add(report)
+        return output, partial(token_loss, batch.loss_mask, report.auxiliary_loss)
 
     options = {}
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
@@ -141,11 +175,15 @@ def _run_schedule(
     )
 
 
-def token_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of the losses [b, s] of tokens with `loss_mask` [b, s], their number, and both for reporting, float64 [2]."""
+def token_loss(loss_mask: Tensor, auxiliary: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What is differentiated: the sum of the losses [b, s] of tokens with `loss_mask` [b, s], each with its row's auxiliary loss [b]
+    added; the number of tokens; and for reporting, float64 [2], the sum without auxiliary loss and the number."""
     count = loss_mask.sum()
     total = (losses.float() * loss_mask).sum()
-    return total, count.to(torch.int), torch.stack((total.detach().double(), count.double()))
+    reported = torch.stack((total.detach().double(), count.double()))
+    if auxiliary is not None:
+        total = total + (auxiliary * loss_mask.sum(1)).sum()
+    return total, count.to(torch.int), reported
 
 
 def _ranks_of_odd_losses(losses: list[Tensor]) -> tuple[int, ...]:
@@ -156,7 +194,7 @@ def _ranks_of_odd_losses(losses: list[Tensor]) -> tuple[int, ...]:
     return tuple(rank for rank, is_odd in enumerate(found) if is_odd)
 
 
-def _mean_loss(losses: list[Tensor]) -> tuple[float, int]:
+def mean_loss(losses: list[Tensor]) -> tuple[float, int]:
     """Mean over all ranks' tokens and their number, on every rank."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     total = torch.stack(losses).sum(0) if losses else torch.zeros(2, dtype=torch.float64, device=device)

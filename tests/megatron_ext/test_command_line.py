@@ -13,9 +13,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lckv.policies.dense.config import DenseConfig
+from lckv.policies.dmc.config import DMCConfig
 from megatron_ext.command_line import config_from_dict, config_to_dict, exit_with, parse_run_config, save_config
 from megatron_ext.config import RunConfig
 from megatron_ext.errors import ConfigError
+from megatron_ext.settings import variants_of
 
 
 def refusal(argv, capsys) -> str:
@@ -81,6 +84,38 @@ def test_lists_of_texts(text, expected, tmp_path):
     assert parse_run_config(["--config", file]).data.data_path == expected
 
 
+def test_the_kv_policy_is_chosen_by_its_name(tmp_path):
+    assert parse_run_config([]).compression.policy == DenseConfig()
+    options = "--compression.policy.name dmc --compression.policy.stage retrofit --compression.policy.window null"
+    expected = DMCConfig(stage="retrofit", window=None, target_compression_ratio=4.0)
+    argv = [*options.split(), "--compression.policy.target_compression_ratio=4"]
+    assert parse_run_config(argv).compression.policy == expected
+    file = write(tmp_path / "run.yaml", "compression:\n  policy: {name: dmc, stage: retrofit}\n")
+    assert parse_run_config(["--config", file]).compression.policy == DMCConfig(stage="retrofit")
+    assert parse_run_config(["--config", file, *argv]).compression.policy == expected
+
+
+def test_a_stage_may_be_given_before_the_policy_that_has_it(tmp_path):
+    stage = write(tmp_path / "stage.yaml", "compression: {policy: {stage: finetune}}\n")
+    policy = write(tmp_path / "policy.yaml", "compression: {policy: {name: dmc, window: 8}}\n")
+    for argv in (["--config", stage, "--config", policy], ["--config", policy, "--config", stage]):
+        assert parse_run_config(argv).compression.policy == DMCConfig(stage="finetune", window=8)
+    argv = ["--compression.policy.window=8", "--config", stage, "--compression.policy.name=dmc"]
+    assert parse_run_config(argv).compression.policy == DMCConfig(stage="finetune", window=8)
+
+
+BELONGS = (
+    "compression.policy.stage belongs to policy dmc; compression.policy.name is dense: remove the former, or set the latter "
+    "to dmc."
+)
+
+
+def test_settings_of_another_policy_in_a_file(tmp_path, capsys):
+    file = write(tmp_path / "run.yaml", "compression: {policy: {name: dmc, stage: finetune}}\n")
+    said = refusal(["--config", file, "--compression.policy.name", "dense"], capsys)
+    assert said == f"error: {file}: {BELONGS}\n"
+
+
 def test_nested_sections(tmp_path):
     file = write(tmp_path / "run.yaml", "model:\n  rope_scaling: {type: llama3, factor: 4}\n")
     scaling = parse_run_config(["--config", file, "--model.rope_scaling.factor", "2"]).model.rope_scaling
@@ -105,6 +140,18 @@ def test_nested_sections(tmp_path):
         (["--train.precision", "fp8"], "train.precision is 'fp8'; it must be one of fp32, bf16."),
         (["--data.data_path", "[a, [b]]"], "data.data_path is '[a, [b]]'; it must be a list of texts, such as [a, b]."),
         (["--data.data_path", "[a"], "data.data_path is '[a'; it must be a list of texts, such as [a, b]."),
+        (["--train", "5"], "train is a section; its settings are train.train_iters, train.micro_batch_size, "),
+        (["--model.rope_scaling", "x"], "model.rope_scaling is a section; its settings are model.rope_scaling.type, "),
+        (["--compression.policy.stage", "retrofit"], f"error: {BELONGS}\n"),
+        (
+            ["--compression.policy.name", "dcm", "--compression.policy.stage", "retrofit"],
+            "error: compression.policy.name is 'dcm'; it must be one of dense, dmc.\n",
+        ),
+        (["--compression.policy.stge", "x"], "policy.stge is unknown; did you mean compression.policy.stage?"),
+        (
+            ["--compression.policy.name=dmc", "--compression.policy.stage", "retro"],
+            "compression.policy.stage is 'retro'; it must be one of zero_out, retrofit, finetune.",
+        ),
         (["--data.split", "9,1", "3"], "unrecognized arguments: 3; settings are given as --section.key VALUE."),
         (["--data.mock"], "--data.mock: expected one argument"),
         (["--config"], "--config: expected one argument"),
@@ -123,7 +170,17 @@ def test_wrong_options(argv, message, capsys):
             "model: {rope_scaling: {fctor: 5}}",
             "model.rope_scaling.fctor is unknown; did you mean model.rope_scaling.factor?",
         ),
-        ("train: 5", "train is '5'; it must be a mapping of names to values."),
+        ("train: 5", "run.yaml: train is '5'; it must be a mapping of names to values."),
+        (
+            "compression: {policy: dmc}",
+            "run.yaml: compression.policy is 'dmc'; it must be a mapping of names to values.",
+        ),
+        ("compression: {policy: {stage: finetune}}", f"run.yaml: {BELONGS}"),
+        ("compression: {policy: {name: null}}", "compression.policy.name is None; it must be one of dense, dmc."),
+        (
+            "compression: {policy: {name: dmc, stge: x}}",
+            "policy.stge is unknown; did you mean compression.policy.stage?",
+        ),
         ("- train", "the configuration is ['train']; it must be a mapping of names to values."),
         ("train: {seed: [1]}", "run.yaml: train.seed is ['1']; it must be an integer."),
         ("train: {seed: null}", "run.yaml: train.seed is None; it must be an integer."),
@@ -138,10 +195,10 @@ def test_wrong_files(text, message, tmp_path, capsys):
     assert message in refusal(["--config", write(tmp_path / "run.yaml", text)], capsys)
 
 
-def test_all_problems_of_a_file_are_said_at_once(tmp_path, capsys):
+def test_all_problems_of_files_and_options_are_said_at_once(tmp_path, capsys):
     file = write(tmp_path / "run.yaml", "train: {seed: x, train_iter: 1}\ndata: {mock: 3}\n")
-    said = refusal(["--config", file], capsys)
-    assert all(key in said for key in ("train.seed", "train.train_iter ", "data.mock"))
+    said = refusal(["--config", file, "--optimizer.lr", "fast", "--compression.policy.eps", "1"], capsys)
+    assert all(key in said for key in ("train.seed", "train.train_iter ", "data.mock", "optimizer.lr", "policy.eps"))
 
 
 def test_files_that_cannot_be_read(tmp_path, capsys):
@@ -167,9 +224,10 @@ def leaves(section, prefix=""):
     for entry in fields(section):
         hint = typing.get_type_hints(section)[entry.name]
         key = prefix + entry.name
-        if is_dataclass(hint):
-            yield from leaves(hint, f"{key}.")
-        else:
+        parts = [hint] if is_dataclass(hint) else variants_of(hint).values()
+        for part in parts:
+            yield from leaves(part, f"{key}.")
+        if not parts:
             yield key, hint, entry.default
 
 
@@ -183,6 +241,11 @@ def test_help_explains_every_field_with_its_default(capsys):
     assert "Tokens per sequence. (type: int, default: 1024)" in shown
     assert "Save and exit cleanly after this long (for batch systems with time limits). (type: float | null" in shown
     assert "train: Length, batch and numerics of the run:" in shown
+    assert (
+        "compression.policy: What is kept along the sequence: --compression.policy.name {dense,dmc} dense: Keep"
+        in shown
+    )
+    assert "compression.policy dmc: --compression.policy.stage {zero_out,retrofit,finetune}" in shown
 
 
 def test_help_needs_no_torch():
@@ -192,6 +255,7 @@ def test_help_needs_no_torch():
 
 def test_print_config_can_be_run_again(tmp_path, capsys):
     argv = ["--compression.layer_types", "0_0_2_2", "--data.data_path", "[1,a]", "--optimizer.adam_eps", "1e-9"]
+    argv += ["--compression.policy.name", "dmc", "--compression.policy.temperature", "0.2"]
     with pytest.raises(SystemExit) as stop:
         parse_run_config([*argv, "--print_config"])
     assert stop.value.code == 0
@@ -220,10 +284,12 @@ def values_of(hint) -> st.SearchStrategy:
 
 
 def build(section, draw):
-    hints = typing.get_type_hints(section)
-    return section(
-        **{name: build(hint, draw) if is_dataclass(hint) else draw(values_of(hint)) for name, hint in hints.items()}
-    )
+    values = {}
+    for name, hint in typing.get_type_hints(section).items():
+        if variants := variants_of(hint):
+            hint = variants[draw(st.sampled_from(sorted(variants)))]
+        values[name] = build(hint, draw) if is_dataclass(hint) else draw(values_of(hint))
+    return section(**values)
 
 
 @st.composite
@@ -256,6 +322,10 @@ def test_dictionaries_may_leave_fields_out_but_not_invent_them():
         config_from_dict({"train": {"sed": 7}})
     with pytest.raises(ConfigError, match=r"^train.seed is 1.5; it must be an integer.$"):
         config_from_dict({"train": {"seed": 1.5}})
+    with pytest.raises(
+        ConfigError, match=r"^compression.policy.window belongs to policy dmc; compression.policy.name is"
+    ):
+        config_from_dict({"compression": {"policy": {"window": 3}}})
 
 
 def test_a_configuration_that_reads_back_differently_is_not_put_in_place(tmp_path):

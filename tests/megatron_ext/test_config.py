@@ -7,13 +7,14 @@ import docstring_parser
 import pytest
 
 from megatron_ext.config import ModelConfig, RunConfig
+from megatron_ext.settings import variants_of
 
 
 def sections(section=RunConfig, prefix=""):
     for name, hint in typing.get_type_hints(section).items():
-        if dataclasses.is_dataclass(hint):
-            yield prefix + name, hint
-            yield from sections(hint, f"{prefix}{name}.")
+        for part in [hint] if dataclasses.is_dataclass(hint) else variants_of(hint).values():
+            yield prefix + name, part
+            yield from sections(part, f"{prefix}{name}.")
 
 
 @pytest.mark.parametrize(

@@ -73,15 +73,24 @@ class Step:
     parameters: Sequence[torch.nn.Parameter]
 
     @classmethod
-    def of(cls, model: ModelConfig, compression: CompressionConfig, train: TrainConfig) -> "Step":
-        """Of a new model. Needs process groups."""
+    def of(
+        cls,
+        model: ModelConfig,
+        compression: CompressionConfig,
+        train: TrainConfig,
+        parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 - frozen
+    ) -> "Step":
+        """Of a new model without pipeline stages. Needs process groups."""
         vocab_size = model.vocab_size or 1
-        stage = build_stage(model, compression, ParallelConfig(), train, vocab_size=vocab_size)
+        stage = build_stage(model, compression, parallel, train, vocab_size=vocab_size)
         tokens = torch.randint(vocab_size, (train.micro_batch_size, train.seq_length), device=device_of_rank())
         positions = torch.arange(train.seq_length, device=tokens.device).expand_as(tokens)
-        step = cls(lambda: stage(tokens, positions, tokens)[0].mean(), list(stage.parameters()))
-        step.forward().backward()
-        return step
+
+        def forward() -> torch.Tensor:
+            return stage(tokens, positions, tokens)[0].mean()
+
+        forward().backward()
+        return cls(forward, list(stage.parameters()))
 
     def saved_bytes(self) -> int:
         """Kept by forward for backward, parameters left out."""

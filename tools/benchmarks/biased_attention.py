@@ -2,8 +2,8 @@
 
     python -m tools.benchmarks.biased_attention --output tools/benchmarks/results/biased_attention.csv
 
-Times are medians of rounds in which the three take turns; ratios are to plain causal attention in the same rounds. Bytes are the most that
-is alive at once during forward and backward, inputs not counted.
+Times are medians of rounds in which the three take turns; ratios are to plain causal attention in the same rounds. Bytes
+are the most that is alive at once during forward and backward, inputs not counted.
 """
 
 import argparse

@@ -139,14 +139,28 @@ class TestPayload:
         tokens=st.integers(1, 4),
         rows=st.integers(1, 3),
         shards=st.sampled_from([1, 2]),
+        columns=st.integers(0, 2),
+        dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     )
-    def test_round_trip(self, sources: list[int], tokens: int, rows: int, shards: int) -> None:
-        payload = PipelinePayload(tuple(sources), hidden_size=6, sequence_shards=shards, kv_heads=2, head_dim=4)
-        hidden = torch.randn(tokens, rows, 6)
-        key_values = {source: KeyValue(*torch.randn(2, tokens * shards, rows, 2, 4)) for source in (*sources, 11)}
-        packed = payload.pack(hidden, key_values)
+    def test_round_trip(
+        self, sources: list[int], tokens: int, rows: int, shards: int, columns: int, dtype: torch.dtype
+    ) -> None:
+        payload = PipelinePayload(
+            tuple(sources), 6, sequence_shards=shards, kv_heads=2, head_dim=4, merge_columns=columns
+        )
+        hidden = torch.randn(tokens, rows, 6).to(dtype)
+        key_values = {
+            source: KeyValue(*torch.randn(2, tokens * shards, rows, 2, 4).to(dtype)) for source in (*sources, 11)
+        }
+        rates = torch.rand(rows, columns, requires_grad=True) if columns else None
+        packed = payload.pack(hidden, key_values, rates)
         assert packed.shape == payload.shape(tokens * shards, rows)
-        unpacked, found = payload.unpack(packed, tokens * shards, rows)
+        unpacked, found, travelled = payload.unpack(packed, tokens * shards, rows)
+        if rates is None:
+            assert travelled is None
+        else:
+            assert torch.equal(travelled, rates), "float32 survives a payload in bfloat16"
+            assert torch.equal(torch.autograd.grad(travelled.sum(), rates)[0], torch.ones_like(rates))
         assert torch.equal(unpacked, hidden)
         assert found.keys() == set(sources)
         assert all(torch.equal(found[source].key, key_values[source].key) for source in sources)

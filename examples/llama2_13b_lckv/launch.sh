@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Sandwich-middle in the sizes of Llama 2 13B on 8 nodes of 8 GPUs.
+# From the checkout's folder: sbatch examples/llama2_13b_lckv/launch.sh [--section.key VALUE ...]
+#SBATCH --job-name=llama2_13b_lckv
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-.}"
+export MINUTES=${MINUTES:-1410} # half an hour before --time: a checkpoint has to be written
+exec bash examples/launch_on_slurm.sh examples/llama2_13b_lckv "$@"

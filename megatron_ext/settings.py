@@ -1,0 +1,257 @@
+"""From a configuration, which is frozen dataclasses in frozen dataclasses, to its settings, and from values back to it.
+
+A setting is a field that is no dataclass itself, under a dotted key such as `train.seed`. A field may be a union of
+dataclasses, variants, each with a field `name: Literal[...]`: then the setting `name` chooses, and the other settings of
+a variant exist only where it is chosen.
+"""
+
+import argparse
+import difflib
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import Field, dataclass, fields, is_dataclass
+from functools import cache
+from types import NoneType
+from typing import Any, Literal, TypeVar
+
+import docstring_parser
+import jsonargparse
+import yaml
+
+from megatron_ext.errors import ConfigError
+from megatron_ext.text_yaml import load_text_yaml
+
+_Section = TypeVar("_Section")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One leaf of a configuration, as one variant has it."""
+
+    key: str
+    type: Any
+    default: object
+    text: str
+    """Its docstring."""
+    group: str
+    """What --help says above it: its section and what that is."""
+    needs: tuple[str, str] | None = None
+    """The setting that chooses the variant, and its value that makes this one exist; None: it always exists."""
+
+
+def variants_of(hint: Any) -> dict[str, type]:
+    """The dataclasses of a union by their names; empty where `hint` is no union of dataclasses."""
+    parts = typing.get_args(hint)
+    if not all(map(is_dataclass, parts)):
+        return {}
+    return {typing.get_args(typing.get_type_hints(part)["name"])[0]: part for part in parts}
+
+
+@cache
+def settings_of(root: type) -> Mapping[str, Sequence[Setting]]:
+    """The settings of a configuration by their keys. A key has several where several variants have a field of that
+    name."""
+    found: dict[str, list[Setting]] = {}
+    for setting in _walk(root, "", "", None):
+        found.setdefault(setting.key, []).append(setting)
+    return found
+
+
+def _walk(section: type, prefix: str, group: str, needs: tuple[str, str] | None) -> Iterator[Setting]:
+    described = docstring_parser.parse_from_object(section)
+    texts = {entry.arg_name: " ".join((entry.description or "").split()) for entry in described.params}
+    hints = typing.get_type_hints(section)
+    for entry in fields(section):
+        key, hint = prefix + entry.name, hints[entry.name]
+        if is_dataclass(hint):
+            part = typing.cast(type, hint)
+            yield from _walk(part, f"{key}.", f"{key}: {_summary(part)}".rstrip(".:"), needs)
+        elif variants := variants_of(hint):
+            yield _choice(key, entry, variants, texts[entry.name])
+            for name, part in variants.items():
+                yield from _walk(part, f"{key}.", f"{key} {name}", (f"{key}.name", name))
+        elif needs is None or key != needs[0]:
+            yield Setting(key, hint, entry.default, texts[entry.name], group, needs)
+
+
+def _choice(key: str, entry: Field[Any], variants: Mapping[str, type], text: str) -> Setting:
+    """The setting that chooses the variant of the field `entry`."""
+    names: Any = Literal.__getitem__(tuple(variants))
+    meanings = " ".join(f"{name}: {_summary(part)}" for name, part in variants.items())
+    return Setting(f"{key}.name", names, _default_name(entry), meanings, f"{key}: {text}".rstrip("."))
+
+
+def _default_name(entry: Field[Any]) -> str:
+    return typing.cast(Any, entry).default_factory().name
+
+
+def _summary(section: type) -> str:
+    """The first paragraph of a dataclass's docstring, in one line."""
+    text = docstring_parser.parse_from_object(section).description or ""
+    return " ".join(text.partition("\n\n")[0].split())
+
+
+def describe_settings(root: type) -> str:
+    """All settings with their types, defaults and docstrings, grouped by section and variant, as --help shows them."""
+    groups: dict[str, list[Setting]] = {}
+    for settings in settings_of(root).values():
+        for setting in settings:
+            groups.setdefault(setting.group, []).append(setting)
+    return "\n".join(_describe_group(title, members) for title, members in groups.items())
+
+
+def _describe_group(title: str, members: Iterable[Setting]) -> str:
+    # A parser for each group: two variants may have a setting of the same key, one parser may not.
+    parser = jsonargparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+    group = parser.add_argument_group(title or None)
+    for setting in members:
+        kind: dict[str, Any] = {"metavar": "TEXT|[TEXT,...]"} if _is_texts(setting.type) else {"type": setting.type}
+        group.add_argument(f"--{setting.key}", default=setting.default, help=setting.text, **kind)
+    return parser.format_help()
+
+
+def read(root: type[_Section], sources: Iterable[tuple[str, object]]) -> _Section:
+    """The configuration that `sources` describe, the later ones winning; what none of them gives has its default.
+
+    A source is what its problems begin with, such as "run.yaml: ", and its values: sections as nested mappings, or
+    dotted keys. Texts are read as values of their settings' types. Raises ConfigError, which names all that is wrong.
+    """
+    known = settings_of(typing.cast(type, root))
+    problems: list[str] = []
+    given: list[tuple[str, str, object]] = []
+    for origin, tree in sources:
+        for key, value in _leaves(tree, "", known):
+            if key in known:
+                given.append((origin, key, value))
+            else:
+                problems.append(origin + _stray_message(root, key, value))
+    choosing = {setting.needs[0] for settings in known.values() for setting in settings if setting.needs is not None}
+    chosen = {key: known[key][0].default for key in choosing}
+    chosen |= {key: value for _, key, value in given if key in chosen}
+    values: dict[str, object] = {}
+    for origin, key, value in given:
+        try:
+            setting = _in_force(known, key, chosen)
+            if setting is not None:
+                values[key] = _cast(setting, value)
+        except ConfigError as error:
+            problems.append(f"{origin}{error}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return _build(root, values)
+
+
+def _leaves(tree: object, prefix: str, known: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """(dotted key, value) of what `tree` gives; also of keys that are unknown, and of values where a section belongs."""
+    if tree is None:  # a section whose entries are all commented out
+        return
+    if not isinstance(tree, Mapping):
+        yield prefix.rstrip("."), tree
+        return
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if _settings_in(known, key):
+            yield from _leaves(value, f"{key}.", known)
+        else:
+            yield key, value
+
+
+def _settings_in(known: Iterable[str], section: str) -> list[str]:
+    return [key for key in known if key.startswith(f"{section}.")]
+
+
+def _stray_message(root: type, key: str, value: object) -> str:
+    if key and not _settings_in(settings_of(root), key):
+        return unknown_message(root, key)
+    return f"{key or 'the configuration'} is {value!r}; it must be a mapping of names to values."
+
+
+def unknown_message(root: type, key: str) -> str:
+    """Says that `key` is no setting, and which one may be meant."""
+    known = list(settings_of(root))
+    if inside := _settings_in(known, key):
+        return f"{key} is a section; its settings are {', '.join(inside)}."
+    sections = {setting.rpartition(".")[0] for setting in known}
+    same_name = [setting for setting in known if setting.rpartition(".")[2] == key.rpartition(".")[2]]
+    near = same_name or difflib.get_close_matches(key, [*known, *sections], n=1)
+    return f"{key} is unknown; " + (f"did you mean {near[0]}?" if near else "--help shows every setting.")
+
+
+def _in_force(known: Mapping[str, Sequence[Setting]], key: str, chosen: Mapping[str, object]) -> Setting | None:
+    """The setting of this key that exists under the chosen variants; None where an unknown variant is chosen, which is
+    a problem of its own. Raises ConfigError where only other variants have it."""
+    owners: list[str] = []
+    choice = ""
+    for setting in known[key]:
+        if setting.needs is None:
+            return setting
+        choice, name = setting.needs
+        if chosen[choice] == name:
+            return setting
+        owners.append(name)
+    if chosen[choice] not in typing.get_args(known[choice][0].type):
+        return None
+    names = " or ".join(owners)
+    raise ConfigError(
+        f"{key} belongs to {choice.split('.')[-2]} {names}; {choice} is {chosen[choice]}: remove the former, or set the "
+        f"latter to {names}."
+    )
+
+
+def _is_texts(hint: Any) -> bool:
+    return hint == tuple[str, ...]
+
+
+def _cast(setting: Setting, value: object) -> object:
+    """`value` as a value of the setting's type; raises ConfigError."""
+    hint = setting.type
+    try:
+        if _is_texts(hint):
+            return _texts(value)
+        if isinstance(value, str) and str in (hint, *typing.get_args(hint)):
+            return value  # as it is: the parser would take the text "null" for nothing
+        if value is None and NoneType not in typing.get_args(hint):
+            raise ValueError("the parser would take it for not given")
+        return _parser_of(hint).parse_object({"value": value}, defaults=False)["value"]
+    except (argparse.ArgumentError, ValueError, TypeError, yaml.YAMLError):
+        raise ConfigError(f"{setting.key} is {value!r}; it must be {_describe(hint)}.") from None
+
+
+@cache
+def _parser_of(hint: Any) -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=hint)
+    return parser
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    """The value of a setting that is a list of texts, given as one text, as `[a, b]` or as a list; raises ValueError."""
+    if isinstance(value, str):
+        value = load_text_yaml(value) if value.lstrip().startswith("[") else [value]
+    if not isinstance(value, list | tuple) or any(isinstance(entry, list | tuple | dict | NoneType) for entry in value):
+        raise ValueError("not a list of texts")
+    return tuple(str(entry) for entry in value)
+
+
+def _describe(hint: Any) -> str:
+    """The values that a setting accepts, in words."""
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
+    if _is_texts(hint):
+        return "a list of texts, such as [a, b]"
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    return names.get(hint) or " or ".join(_describe(part) for part in typing.get_args(hint))
+
+
+def _build(section: type[_Section], values: Mapping[str, object], prefix: str = "") -> _Section:
+    hints = typing.get_type_hints(section)
+    arguments: dict[str, object] = {}
+    for entry in fields(typing.cast(Any, section)):
+        key, hint = prefix + entry.name, hints[entry.name]
+        if variants := variants_of(hint):
+            hint = variants[typing.cast(str, values.get(f"{key}.name", _default_name(entry)))]
+        if is_dataclass(hint):
+            arguments[entry.name] = _build(typing.cast(type, hint), values, f"{key}.")
+        elif key in values:
+            arguments[entry.name] = values[key]
+    return section(**arguments)

@@ -1,0 +1,196 @@
+"""Memory of a step: with full recompute it grows with the number of layers as layer inputs only, and shared keys and values are
+stored once. Bytes kept for backward are counted on the running model; what memory.py predicts must be that to the byte."""
+
+import pytest
+import torch
+from megatron.core import parallel_state
+
+from lckv.config import CompressionConfig
+from megatron_ext.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from megatron_ext.model.build import build_stage, wrap
+from megatron_ext.model.memory import Kept, kept_by_full_recompute, kept_bytes, state_bytes
+from megatron_ext.model.parameters import stage_parameters
+from megatron_ext.parallel.process_groups import initialize
+from megatron_ext.training.optimizer import build_optimizer
+from tests.ranks import run_on_ranks
+from tools.benchmarks.activation_memory import Step
+
+TOKENS, BATCH = 24, 2
+SIZES = ModelConfig(hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=48, vocab_size=40)
+LAYER_INPUT = TOKENS * BATCH * 32 * 4
+KEY_VALUE = 2 * TOKENS * BATCH * 2 * 8 * 4
+TP2 = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+
+
+def model(layers: int) -> ModelConfig:
+    return ModelConfig(**{**vars(SIZES), "num_layers": layers})
+
+
+def settings(layer_types: str) -> CompressionConfig:
+    return CompressionConfig(
+        layer_types=layer_types, forward_passes=2, sliding_window=6 if "s" in layer_types else None
+    )
+
+
+def training(precision: str = "fp32", recompute: str = "full") -> TrainConfig:
+    return TrainConfig(micro_batch_size=BATCH, seq_length=TOKENS, precision=precision, recompute_granularity=recompute)
+
+
+def measured(maps: list[str], parallel: ParallelConfig, precision: str) -> list[tuple[int, int]]:
+    """Run on every rank: (bytes saved for backward, peak) of a step with full recompute, for each map."""
+    initialize(parallel, seed=1)
+    found = []
+    for layer_types in maps:
+        layers = layer_types.count("_") + 1
+        step = Step.of(model(layers), settings(layer_types), training(precision), parallel)
+        found.append((step.saved_bytes(), step.peak_bytes()))
+    return found
+
+
+def saved(*maps: str, parallel: ParallelConfig = ParallelConfig(), precision: str = "fp32") -> list[int]:  # noqa: B008
+    ranks = run_on_ranks(parallel.tensor_model_parallel_size, measured, list(maps), parallel, precision)
+    first, *others = [[bytes_saved for bytes_saved, _ in rank] for rank in ranks]
+    assert all(other == first for other in others)
+    return first
+
+
+def one_source(layers: int) -> str:
+    return "_".join(["0"] * layers)
+
+
+def lckv(layers: int) -> str:
+    return "_".join(["0", *[str(layers - 2)] * (layers - 2), str(layers - 1)])
+
+
+@pytest.mark.parametrize(
+    ("family", "inputs_per_layer"), [(one_source, 1), (lckv, 2)], ids=["one source", "lckv: 2 passes with gradient"]
+)
+def test_each_further_reader_costs_its_input_alone(family, inputs_per_layer) -> None:
+    depths = (4, 5, 8, 12)
+    (found,) = run_on_ranks(1, measured, [family(depth) for depth in depths], ParallelConfig(), "fp32")
+    for (kept, peak), depth in zip(found, depths, strict=True):
+        more = inputs_per_layer * (depth - depths[0]) * LAYER_INPUT
+        assert kept == found[0][0] + more
+        assert peak == found[0][1] + more
+
+
+def test_without_recompute_a_layer_keeps_many_times_its_input() -> None:
+    (none,) = run_on_ranks(1, growth_without_recompute)
+    assert none > 10 * LAYER_INPUT
+
+
+def growth_without_recompute() -> int:
+    initialize(ParallelConfig(), seed=1)
+    few, many = (
+        Step.of(model(layers), settings(one_source(layers)), training(recompute="none")).saved_bytes()
+        for layers in (4, 5)
+    )
+    return many - few
+
+
+def test_shared_keys_and_values_are_stored_once() -> None:
+    own, one, two, three = saved("0_1_2_3_4_5", "0_0_0_0_0_0", "0_0_0_3_3_3", "0_0_2_2_4_4")
+    assert (one - own, two - own, three - own) == (KEY_VALUE, 2 * KEY_VALUE, 3 * KEY_VALUE)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("parallel", [ParallelConfig(), TP2], ids=["tp1", "tp2+sp"])
+def test_prediction_is_exact(parallel: ParallelConfig, precision: str) -> None:
+    """Up to what does not depend on the map: embedding, final norm and loss; and for a cyclic group the top of its first passes."""
+    acyclic = ["0_1_2_3", "0_0_2_2_4_4", "0s_1s_2s_3_3_3", "0_0_1_1_0_3_2_7"]
+    cyclic = ["0_2_2_3", "0_4_4_4_4_5", "0_3_3_3_3_3_3_7", "0_2_4_2_4_5", "3_3_3_3_3_1_2"]
+    for maps in (acyclic, cyclic):
+        found = saved(*maps, parallel=parallel, precision=precision)
+        rest = set()
+        for layer_types, bytes_saved in zip(maps, found, strict=True):
+            layers = layer_types.count("_") + 1
+            kept = kept_by_full_recompute(settings(layer_types), layers, range(layers))
+            rest.add(bytes_saved - kept_bytes(kept, model(layers), parallel, training(precision)))
+        assert len(rest) == 1
+        assert 0 < rest.pop() < 10 * LAYER_INPUT
+
+
+def stage_saved(layer_types: str, parallel: ParallelConfig) -> int:
+    """Run on every rank: bytes that this pipeline stage keeps for backward."""
+    initialize(parallel, seed=1)
+    layers = layer_types.count("_") + 1
+    stage = build_stage(model(layers), settings(layer_types), parallel, training(), vocab_size=40)
+    if not parallel_state.is_pipeline_first_stage():
+        shape = stage.decoder.payload_in.shape(TOKENS, BATCH)
+        stage.set_input_tensor(torch.randn(shape, requires_grad=True))
+    tokens = torch.randint(40, (BATCH, TOKENS))
+    positions = torch.arange(TOKENS).expand_as(tokens)
+    return Step(lambda: stage(tokens, positions, tokens)[0].sum(), list(stage.parameters())).saved_bytes()
+
+
+def test_prediction_for_stages_is_exact() -> None:
+    """Growth from one map to the next; the ends of the model are the same in both."""
+    parallel = ParallelConfig(pipeline_model_parallel_size=2)
+    few, many = "0s_1_1_1", "0_1_1_0_1_1_1_1"
+    before, after = (run_on_ranks(2, stage_saved, layer_types, parallel) for layer_types in (few, many))
+    for stage in range(2):
+        predicted = [
+            kept_bytes(
+                kept_by_full_recompute(settings(each), layers, range(stage * layers // 2, (stage + 1) * layers // 2)),
+                model(layers),
+                parallel,
+                training(),
+            )
+            for each, layers in ((few, 4), (many, 8))
+        ]
+        assert after[stage] - before[stage] == predicted[1] - predicted[0]
+
+
+@pytest.mark.parametrize(
+    ("layer_types", "layers", "kept"),
+    [
+        ("0_1_2_3", range(4), Kept(4, 0)),
+        ("0_0_2_2", range(4), Kept(4, 2)),
+        ("0_0_0_0", range(2, 4), Kept(2, 1)),
+        ("0_1_2_0", range(1, 3), Kept(2, 1)),  # passes through
+        ("0_2_2_3", range(4), Kept(2 + 2 * 2, 2)),  # layer 1 reads what the last two passes before it made
+        ("0_2_2_2", range(4), Kept(2 + 2 * 2, 3)),  # and layer 3 the last one's
+    ],
+)
+def test_kept_tensors(layer_types: str, layers: range, kept: Kept) -> None:
+    assert kept_by_full_recompute(settings(layer_types), 4, layers) == kept
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_state_bytes_are_those_allocated(precision: str, distributed: bool) -> None:
+    parallel = ParallelConfig(use_distributed_optimizer=distributed)
+    (stage,) = stage_parameters(model(2), settings("0_0").map(2), parallel, vocab_size=40)
+    ranks = run_on_ranks(2, allocated, parallel, precision)
+    predicted = state_bytes(stage.per_rank, precision, optimizer_ranks=2 if distributed else 1)
+    for weights, gradients, _ in ranks:
+        assert weights == predicted.weights
+        assert predicted.gradients <= gradients < 1.05 * predicted.gradients  # Megatron pads its buffers
+    assert sum(optimizer for *_, optimizer in ranks) / 2 == pytest.approx(predicted.optimizer, rel=0.01)
+    assert predicted.total == predicted.weights + predicted.gradients + predicted.optimizer
+
+
+def allocated(parallel: ParallelConfig, precision: str) -> tuple[int, int, int]:
+    """Run on every rank: bytes of weights, of gradient buffers and of optimizer state after one step."""
+    initialize(parallel, seed=1)
+    train = training(precision)
+    wrapped = wrap(build_stage(model(2), settings("0_0"), parallel, train, vocab_size=40), parallel, train)
+    optimizer, _ = build_optimizer(OptimizerConfig(), parallel, train, wrapped)
+    for buffer in wrapped.buffers:
+        buffer.grad_data.fill_(1e-3)
+    optimizer.step()
+    held = {parameter.untyped_storage().data_ptr() for parameter in wrapped.parameters()}
+    state: dict[int, int] = {}
+    for inner in optimizer.chained_optimizers:
+        groups = [parameter for group in inner.optimizer.param_groups for parameter in group["params"]]
+        moments = [
+            entry for each in inner.optimizer.state.values() for entry in each.values() if torch.is_tensor(entry)
+        ]
+        for tensor in (*groups, *moments):
+            if tensor.untyped_storage().data_ptr() not in held and tensor.numel() > 1:
+                state[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+    return (
+        sum(parameter.numel() * parameter.element_size() for parameter in wrapped.parameters()),
+        sum(buffer.grad_data.numel() * buffer.grad_data.element_size() for buffer in wrapped.buffers),
+        sum(state.values()),
+    )

@@ -1,0 +1,64 @@
+"""The shared parts of benchmarks, and a tiny run of one that uses them."""
+
+import csv
+import time
+
+import torch
+
+from tools.benchmarks import biased_attention
+from tools.benchmarks.timing import median_seconds, peak_bytes, write_csv
+
+
+def test_functions_take_turns_and_the_median_counts():
+    calls: list[str] = []
+    pauses = iter([0.05, 0.0, 0.05, 0.0, 0.0])  # the first is warm-up, and one of the others is an outlier
+
+    def slow() -> None:
+        calls.append("slow")
+        time.sleep(0.01)
+
+    def uneven() -> None:
+        calls.append("uneven")
+        time.sleep(next(pauses))
+
+    seconds = median_seconds({"slow": slow, "uneven": uneven}, repeats=4)
+    assert calls == ["slow", "uneven"] * 5
+    assert 0.01 <= seconds["slow"] < 0.04
+    assert seconds["uneven"] < 0.01
+
+
+def test_peak_bytes_count_what_is_alive_at_once():
+    def function() -> None:
+        for _ in range(3):
+            large = torch.zeros(1 << 20)
+            del large
+        both = [torch.zeros(1 << 19), torch.zeros(1 << 20)]
+        assert len(both) == 2
+
+    assert abs(peak_bytes(function) - 6 * 2**20) < 2**16
+
+
+def test_csv(tmp_path):
+    rows = [{"name": "a, b", "value": 1}, {"name": "c", "value": 2}]
+    write_csv(tmp_path / "out.csv", rows)
+    assert list(csv.DictReader((tmp_path / "out.csv").open())) == [
+        {key: str(value) for key, value in row.items()} for row in rows
+    ]
+
+
+def test_the_benchmark_of_biased_attention(tmp_path, capsys):
+    threads = torch.get_num_threads()
+    output = tmp_path / "biased.csv"
+    arguments = ["--lengths", "64", "128", "--dense-up-to", "64", "--heads", "2", "--kv-heads", "1", "--repeats", "1"]
+    biased_attention.main([*arguments, "--threads", str(threads), "--output", str(output)])
+    rows = list(csv.DictReader(output.open()))
+    assert [(row["length"], row["variant"]) for row in rows] == [
+        ("64", "plain"), ("64", "frontier"), ("64", "dense_bias"), ("128", "plain"), ("128", "frontier"),
+    ]  # fmt: skip
+    assert len(capsys.readouterr().out.splitlines()) == len(rows)
+
+
+def test_the_variants_of_biased_attention_agree():
+    inputs = biased_attention.make_inputs(96, 4, 2, 16, torch.float32, "cpu")
+    frontier, dense = (biased_attention.attend(variant, *inputs) for variant in ("frontier", "dense_bias"))
+    torch.testing.assert_close(frontier, dense, rtol=0, atol=1e-4)
