@@ -26,6 +26,7 @@ from megatron_ext.layout_validation import (
     rope_problems,
     tensor_parallel_problems,
 )
+from megatron_ext.policy_validation import policy_problems
 from megatron_ext.setting_rules import above_zero, at_least, fraction
 
 LARGEST_SEED = 2**31 - 1
@@ -46,6 +47,7 @@ def problems(run: RunConfig, world_size: int) -> list[str]:
         *model_problems(run.model),
         *rope_problems(run.model),
         *run.compression.problems(run.model.num_layers),
+        *policy_problems(run.model, run.compression.policy, run.train.precision),
         *tensor_parallel_problems(run.model, run.parallel, run.train),
         *pipeline_problems(run),
         *data_parallel_problems(run.parallel, run.train, world_size),

@@ -19,6 +19,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from megatron_ext.errors import ConfigError
 from megatron_ext.training.metrics import read_metrics
+from tools.merge_map import draw_merge_map, last_merge_rates
 
 METRICS_NAME = "metrics.jsonl"
 LOOK: dict[Any, Any] = {
@@ -74,6 +75,8 @@ class Panel:
     title: str
     values: tuple[str, ...]
     draw: Callable[[Axes, Sequence[Run], Style], None]
+    over_time: bool = True
+    """Whether the abscissa is that of the style."""
 
 
 def smooth(ordinates: Sequence[float], smoothing: float) -> list[float]:
@@ -141,11 +144,37 @@ def draw_tokens_per_second(axes: Axes, runs: Sequence[Run], style: Style) -> Non
     axes.set_ylabel("tokens per second")
 
 
+def draw_compression_ratio(axes: Axes, runs: Sequence[Run], style: Style) -> None:
+    """Tokens per slot in training as a line, what is asked for as dashes, in evaluation as rings."""
+    target: dict[str, Any] = {"linestyle": ":", "marker": ""}
+    rings: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 5, "markerfacecolor": "white"}
+    draw_curves(axes, runs, style, "compression_ratio")
+    draw_curves(axes, runs, replace(style, smoothing=0), "target_compression_ratio", **target)
+    draw_curves(axes, runs, replace(style, smoothing=0), "validation_compression_ratio", zorder=3, **rings)
+    axes.plot([], [], color="0.3", label="training")
+    axes.plot([], [], color="0.3", label="target", **target)
+    axes.plot([], [], color="0.3", label="validation", **rings)
+    axes.legend(frameon=False)
+    axes.set_ylabel("tokens per slot")
+
+
+def merge_maps(runs: Sequence[Run]) -> list[Panel]:
+    """A heat map for each run that merges tokens."""
+
+    def panel(run: Run) -> Panel:
+        rates = last_merge_rates(run.reports)
+        title = f"{run.name}: tokens per slot at the end"
+        return Panel(title, ("compression_ratio",), lambda axes, _runs, _style: draw_merge_map(axes, rates), over_time=False)
+
+    return [panel(run) for run in runs if last_merge_rates(run.reports)]
+
+
 PANELS = (
     Panel("Loss", ("lm_loss", "validation_loss"), draw_loss),
     Panel("Learning rate", ("learning_rate",), draw_learning_rate),
     Panel("Gradient norm", ("grad_norm",), draw_grad_norm),
     Panel("Speed", ("tokens_per_second",), draw_tokens_per_second),
+    Panel("Compression", ("compression_ratio",), draw_compression_ratio),
 )
 
 
@@ -182,7 +211,7 @@ def _names(files: Sequence[Path]) -> list[str]:
 
 def plot(runs: Sequence[Run], style: Style) -> Figure:
     """All panels that some run has values for; raises ConfigError if there are none."""
-    panels = [panel for panel in PANELS if any(_has(run, panel, style) for run in runs)]
+    panels = [panel for panel in PANELS if any(_has(run, panel, style) for run in runs)] + merge_maps(runs)
     if not panels:
         wanted = ", ".join(value for panel in PANELS for value in panel.values)
         raise ConfigError(
@@ -195,7 +224,9 @@ def plot(runs: Sequence[Run], style: Style) -> Figure:
     for index, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
         panel.draw(axes, runs, style)
-        _finish(axes, panel.title, style)
+        axes.set_title(panel.title)
+        if panel.over_time:
+            _label_abscissa(axes, style)
     handles = [figure.axes[0].plot([], [], color=f"C{index % 10}", linewidth=3)[0] for index in range(len(runs))]
     figure.legend(handles, [run.name for run in runs], loc="outside upper left", ncols=min(4, len(runs)), frameon=False)
     return figure
@@ -205,8 +236,7 @@ def _has(run: Run, panel: Panel, style: Style) -> bool:
     return any(run.series(value, style.x, style.start)[0] for value in panel.values)
 
 
-def _finish(axes: Axes, title: str, style: Style) -> None:
-    axes.set_title(title)
+def _label_abscissa(axes: Axes, style: Style) -> None:
     axes.set_xlabel(X_LABELS[style.x])
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))

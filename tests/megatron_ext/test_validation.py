@@ -40,6 +40,10 @@ def p(size):
     return {"parallel.tensor_model_parallel_size": size}
 
 
+def dmc(**settings):
+    return {"compression.policy": {"name": "dmc", **settings}}
+
+
 # (settings, processes, what the one problem says)
 CASES = [
     ({"model.num_layers": 0}, 1, "model.num_layers is 0; it must be at least 1."),
@@ -84,6 +88,29 @@ CASES = [
     ),
     ({"compression.layer_types": "0_1"}, 1, "compression.layer_types '0_1' has 2 entries but model.num_layers is 8"),
     ({"compression.backward_passes": 0}, 1, "compression.backward_passes is 0; it must be at least 1."),
+    (dmc(temperature=0), 1, "compression.policy.temperature is 0.0; it must be greater than 0."),
+    (
+        dmc() | {"model.kv_channels": 2},
+        1,
+        "model.kv_channels is 2 and compression.policy.name is dmc; it must be at least 4, because the last channel",
+    ),
+    (
+        dmc(stage="finetune") | {"model.hidden_size": 8},
+        1,
+        "model.hidden_size / model.num_attention_heads is 2 and compression.policy.name is dmc; it must be at least 4",
+    ),
+    (dmc() | {"model.kv_channels": 3}, 1, "model.kv_channels is 3; it must be even"),
+    (
+        dmc(stage="retrofit") | {"model.attention_dropout": 0.1},
+        1,
+        "model.attention_dropout is 0.1, compression.policy.name is dmc and compression.policy.stage is retrofit; attention to "
+        "merged tokens has no dropout: set model.attention_dropout to 0.",
+    ),
+    (
+        dmc(stage="finetune") | {"compression.layer_types": "0s_1_2_3_4_5_6_7", "compression.sliding_window": 4},
+        1,
+        "compression.sliding_window is 4 and compression.policy.name is dmc; there are no sliding windows over merged tokens",
+    ),
     (p(0) | {"model.num_query_groups": 2}, 1, "parallel.tensor_model_parallel_size is 0; it must be at least 1."),
     (
         p(8) | {"model.num_query_groups": 2},
@@ -283,6 +310,10 @@ def test_one_problem_is_found_and_nothing_else(changes, world_size, message):
         ({"checkpoint.save": "x", "checkpoint.save_interval": 5, "train.exit_duration_minutes": 5}, 1),
         ({"optimizer.lr_decay_style": "WSD", "optimizer.lr_warmup_iters": 900, "optimizer.lr_wsd_decay_iters": 100}, 1),
         ({"logging.wandb_project": "x", "logging.wandb_mode": "disabled"}, 1),
+        (dmc() | {"model.attention_dropout": 0.1, "model.kv_channels": 4}, 1),
+        (dmc(stage="retrofit") | {"compression.layer_types": "0_6_6_6_6_6_6_7"}, 1),
+        (dmc(stage="finetune") | {"compression.force_nodiag": True, "model.attention_backend": "reference"}, 1),
+        (p(4) | dmc(stage="retrofit") | {"model.num_query_groups": 2}, 4),
     ],
 )
 def test_what_works_is_let_through(changes, world_size):
@@ -314,6 +345,31 @@ def test_wandb_that_is_not_installed(monkeypatch):
     assert "logging.wandb_project is x, but the package wandb is not installed; pip install" in found[0]
 
 
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({"model.kv_channels": 12}, True),
+        ({"model.kv_channels": 264}, True),
+        ({"model.kv_channels": 264, "train.precision": "fp32"}, False),
+        ({"model.kv_channels": 12, "model.attention_backend": "reference"}, False),
+        ({"model.kv_channels": 64}, False),
+        ({"model.kv_channels": 12, "compression.policy": {"name": "dense"}}, False),
+        ({"model.kv_channels": 12, "compression.policy": {"name": "dmc", "stage": "zero_out"}}, False),
+    ],
+)
+def test_sizes_of_heads_that_cannot_merge_on_cuda(changes, refused, monkeypatch):
+    run = run_with(dmc(stage="retrofit") | changes)
+    assert problems(run, 1) == []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    found = problems(run, 1)
+    assert len(found) == refused
+    if refused:
+        assert found[0].startswith(
+            f"model.kv_channels is {run.model.kv_channels}, compression.policy.name is dmc and compression.policy.stage is "
+            "retrofit; on CUDA it must be a multiple of 8 and, in bf16, at most 256: choose another size"
+        )
+
+
 SMALL = st.sampled_from([-7, -1, 0, 1, 2, 3, 4, 6, 8, 12])
 SIZES = (
     "model.num_layers", "model.hidden_size", "model.num_attention_heads", "model.num_query_groups", "model.kv_channels",
@@ -323,9 +379,15 @@ SIZES = (
 )  # fmt: skip
 
 
-@given(st.fixed_dictionaries({}, optional=dict.fromkeys(SIZES, SMALL)), st.booleans(), st.integers(1, 16))
-def test_no_sizes_break_the_checks_and_what_they_let_through_divides(sizes, sequence_parallel, world_size):
-    run = run_with({"train.recompute_granularity": "full", "parallel.sequence_parallel": sequence_parallel} | sizes)
+@given(
+    st.fixed_dictionaries({}, optional=dict.fromkeys(SIZES, SMALL)),
+    st.sampled_from([{}, dmc(), dmc(stage="retrofit")]),
+    st.booleans(),
+    st.integers(1, 16),
+)
+def test_no_sizes_break_the_checks_and_what_they_let_through_divides(sizes, policy, sequence_parallel, world_size):
+    fixed = {"train.recompute_granularity": "full", "parallel.sequence_parallel": sequence_parallel}
+    run = run_with(fixed | policy | sizes)
     if problems(run, world_size):
         return
     model, tensor = run.model, run.parallel.tensor_model_parallel_size

@@ -1,5 +1,6 @@
 """Curves of runs from their metrics files."""
 
+import json
 import math
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_ext.errors import ConfigError
 from megatron_ext.training.metrics import json_line
+from tools.merge_map import last_merge_rates
 from tools.plot_run import Run, Style, main, plot, read_runs, smooth
 
 STYLE = Style("iteration", 0.0)
@@ -160,3 +162,21 @@ def test_a_smoothing_out_of_range(tmp_path, capsys):
 def test_nothing_to_draw_is_said_by_plot_itself():
     with pytest.raises(ConfigError, match="no report from consumed_tokens 5 on has one of"):
         plot([Run("a", [{"iteration": 1, "lm_loss": 1.0}])], Style("consumed_tokens", 0.0, 5))
+
+
+def test_a_run_that_merges_gets_a_heat_map_of_its_last_report(tmp_path: Path) -> None:
+    rates = {f"merge_rate/layer_{layer}/head_{head}": 0.25 * (layer + head) for layer in (0, 2) for head in (0, 1)}
+    first = {"iteration": 1, "compression_ratio": 1.0, **dict.fromkeys(rates, 0.0)}
+    last = {"iteration": 2, "compression_ratio": 2.0, "target_compression_ratio": 2.0, **rates, "merge_rate/layer_2/head_1": None}
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(report) + "\n" for report in (first, last)))
+    (run,) = read_runs([path])
+    found = last_merge_rates(run.reports)
+    assert math.isnan(found.pop((2, 1)))
+    assert found == {(0, 0): 0.0, (0, 1): 0.25, (2, 0): 0.5}
+    figure = plot([run], Style("iteration", 0.0))
+    titles = [axes.get_title() for axes in figure.axes]
+    assert "Compression" in titles
+    assert [title for title in titles if "tokens per slot at the end" in title]
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert {"1", "1.33", "2"} <= set(texts)
