@@ -18,10 +18,10 @@ def policy_problems(model: ModelConfig, policy: DenseConfig | DMCConfig, precisi
 def _dmc(model: ModelConfig, policy: DMCConfig, precision: str) -> Iterator[str]:
     name = "model.kv_channels" if model.kv_channels else "model.hidden_size / model.num_attention_heads"
     size = _head_size(model)
-    if size is not None and size < 4:
+    if size == 2:
         yield (
-            f"{name} is {size} and compression.policy.name is dmc; it must be at least 4, because the last channel of queries "
-            "and keys is that of the decisions."
+            f"{name} is 2 and compression.policy.name is dmc; it must be at least 4, because the last channel of queries and "
+            "keys is that of the decisions."
         )
     if policy.stage == "zero_out":
         return
@@ -31,7 +31,8 @@ def _dmc(model: ModelConfig, policy: DMCConfig, precision: str) -> Iterator[str]
             f"model.attention_dropout is {model.attention_dropout}, {merging}; attention to merged tokens has no dropout: "
             "set model.attention_dropout to 0."
         )
-    if size is not None and model.attention_backend != "reference" and not _fits_cuda(size, precision) and _has_cuda():
+    has_kernel = size is None or size == 2 or model.attention_backend == "reference" or _fits_cuda(size, precision)
+    if not has_kernel and _has_cuda():
         yield (
             f"{name} is {size}, {merging}; on CUDA it must be a multiple of 8 and, in bf16, at most {_LARGEST_CUDA_HEAD}: "
             "choose another size, or for small trials set model.attention_backend to reference."

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole way on a machine without a GPU: text -> tokenizer -> indexed dataset -> LCKV model on 2 processes -> curves and a sample.
 # Usage: examples/demo/run.sh [FOLDER]     (default: runs/demo; what is there already is used, except for the training)
+# DATASET_ONLY=1 stops after the dataset.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-runs/demo}
@@ -19,6 +20,8 @@ say "indexed dataset"
 [ -f "$out/dataset.idx" ] ||
     "$python" tools/preprocess_data.py --input "$out/corpus.jsonl" --output-prefix "$out/dataset" --workers 2 \
         --tokenizer-type sentencepiece --tokenizer-model "$out/tokenizer.model"
+
+if [ -n "${DATASET_ONLY:-}" ]; then exit; fi
 
 say "training: 2 processes"
 rm -rf "$out/checkpoints" "$out/metrics.jsonl"

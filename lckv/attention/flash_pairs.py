@@ -48,11 +48,7 @@ def choose_pair(query: Tensor) -> FlashPair:
     """PyTorch's own kernels for tensors like `query`; ValueError where there are none."""
     if query.device.type == "cpu":
         return AtenCPU()
-    if query.shape[-1] % 8:
-        raise ValueError(
-            f"model.kv_channels is {query.shape[-1]}; it must be a multiple of 8 for merged tokens (compression.policy.name "
-            f"dmc) on {query.device.type}."
-        )
+    _require_multiple_of_8(query)
     if query.dtype in (torch.float16, torch.bfloat16):
         return AtenFlash()
     if query.dtype == torch.float32:
@@ -60,6 +56,14 @@ def choose_pair(query: Tensor) -> FlashPair:
     raise ValueError(
         f"attention to merged tokens on {query.device.type} takes float16, bfloat16 and float32, not {query.dtype}."
     )
+
+
+def _require_multiple_of_8(query: Tensor) -> None:
+    if query.shape[-1] % 8:
+        raise ValueError(
+            f"model.kv_channels is {query.shape[-1]}; it must be a multiple of 8 for merged tokens (compression.policy.name "
+            "dmc) on GPUs."
+        )
 
 
 class AtenCPU:
@@ -170,6 +174,7 @@ class FlashAttnPair:
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Attended:
         """See `FlashPair`."""
+        _require_multiple_of_8(query)
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         output, lse, _, random_state = self._interface._flash_attn_forward(
             query, key, value, return_softmax=False, **self._options(scale)

@@ -1,5 +1,6 @@
 """Attention to keys with a bias: the frontier decomposition against the whole score matrix, on every pair of kernels."""
 
+import inspect
 import types
 from functools import partial
 
@@ -9,8 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lckv.attention import biased, flash, reference, sdpa
-from lckv.attention.flash_pairs import AtenCPU, AtenEfficient, AtenFlash, Attended, choose_pair
+from lckv.attention import biased as biased_keys
+from lckv.attention import flash, reference, sdpa
+from lckv.attention.flash_pairs import AtenCPU, AtenEfficient, AtenFlash, Attended, FlashAttnPair, choose_pair
 from lckv.attention.visibility import Documents, Visibility
 from tests.ranks import run_on_ranks
 
@@ -129,7 +131,7 @@ def test_half_precision(dtype):
 
 def test_gradients_by_finite_differences():
     inputs = tensors(1, 1, 2, 5, 4, biases=(-2.0, -0.1))
-    attend = partial(biased.attend, visibility=Visibility(), scale=0.5, dropout=0.0, pair=AtenCPU())
+    attend = partial(biased_keys.attend, visibility=Visibility(), scale=0.5, dropout=0.0, pair=AtenCPU())
     assert torch.autograd.gradcheck(attend, inputs)
 
 
@@ -172,8 +174,10 @@ def test_the_pair_for_each_device_and_dtype():
     assert isinstance(choose_pair(tensors(1, 1, 1, 2)[0]), AtenCPU)
     assert isinstance(choose_pair(meta(torch.bfloat16)), AtenFlash)
     assert isinstance(choose_pair(meta(torch.float32)), AtenEfficient)
-    with pytest.raises(ValueError, match=r"model.kv_channels is 12; it must be a multiple of 8 .* on meta"):
-        choose_pair(meta(torch.bfloat16, 12))
+    odd = meta(torch.bfloat16, 12)
+    for refuse in (lambda: choose_pair(odd), lambda: FlashAttnPair(FlashAttnStandIn()).forward(odd, odd, odd, 1.0)):
+        with pytest.raises(ValueError, match=r"model.kv_channels is 12; it must be a multiple of 8 .* on GPUs"):
+            refuse()
     with pytest.raises(ValueError, match=r"on meta takes float16, bfloat16 and float32, not torch.float64"):
         choose_pair(meta(torch.float64))
 
@@ -189,6 +193,56 @@ def test_the_kernels_of_cuda_are_called_as_their_schemas_say(pair):
     assert attended.lse.dtype == torch.float32
     gradients = pair.backward(query, query, key, key, attended, 0.25)
     assert [gradient.shape for gradient in gradients] == [query.shape, key.shape, key.shape]
+
+
+class CudaStandIn:
+    """PyTorch's two CUDA kernels, with their argument orders and layouts, on its CPU kernel."""
+
+    def _scaled_dot_product_flash_attention(self, q, k, v, dropout_p, is_causal, return_debug_mask, *, scale):
+        assert (dropout_p, is_causal, return_debug_mask) == (0.0, True, False)
+        attended = AtenCPU().forward(q, k, v, scale)
+        return attended.output, attended.lse, None, None, q.shape[2], k.shape[2], "seed", "offset", None
+
+    def _scaled_dot_product_flash_attention_backward(
+        self, grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, seed, offset, *, scale
+    ):
+        assert (cum_q, cum_k, max_q, max_k, dropout_p, is_causal) == (None, None, q.shape[2], k.shape[2], 0.0, True)
+        assert (seed, offset) == ("seed", "offset")
+        assert lse.is_contiguous()
+        return AtenCPU().backward(grad, q, k, v, Attended(out, lse), scale)
+
+    def _scaled_dot_product_efficient_attention(self, q, k, v, bias, compute_lse, dropout_p, is_causal, *, scale):
+        assert (bias, compute_lse, dropout_p, is_causal) == (None, True, 0.0, True)
+        assert q.shape == k.shape == v.shape
+        attended = AtenCPU().forward(q, k, v, scale)
+        padded = torch.nn.functional.pad(attended.lse, (0, -q.shape[2] % 32), value=torch.inf)
+        return attended.output, padded, "seed", "offset"
+
+    def _scaled_dot_product_efficient_attention_backward(
+        self, grad, q, k, v, bias, out, lse, seed, offset, dropout_p, mask, is_causal, *, scale
+    ):
+        assert (bias, seed, offset, dropout_p, is_causal) == (None, "seed", "offset", 0.0, True)
+        assert mask == [True, True, True, False]
+        assert lse.shape[2] % 32 == 0
+        assert (lse[..., q.shape[2] :] == torch.inf).all()
+        assert lse.is_contiguous()
+        assert out.is_contiguous()
+        return *AtenCPU().backward(grad, q, k, v, Attended(out, lse[..., : q.shape[2]]), scale), None
+
+
+@pytest.mark.parametrize("pair", [AtenFlash(), AtenEfficient()], ids=["flash", "efficient"])
+@pytest.mark.parametrize("length", [2, 33, 40])
+def test_the_pairs_of_cuda_on_a_stand_in(pair, length, monkeypatch):
+    inputs = tensors(2, 2, 3, length, dtype=torch.float32)
+
+    def attend(*inputs, scale, biased):
+        return biased_keys.attend(*inputs, scale=scale, dropout=0.0, pair=pair)
+
+    expected = run(sdpa.attend, inputs, Visibility())
+    for name, function in inspect.getmembers(CudaStandIn(), inspect.ismethod):
+        monkeypatch.setattr(torch.ops.aten, name, function)
+    for actual, right in zip(run(attend, inputs, Visibility()), expected, strict=True):
+        torch.testing.assert_close(actual, right, rtol=0, atol=2e-6)
 
 
 def cuda_errors(dtype):

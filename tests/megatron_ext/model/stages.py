@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lckv.config import CompressionConfig
+from lckv.policies.dmc.config import DMCConfig
 from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_ext.model.build import build_stage
 from megatron_ext.model.gpt import SharedKVGPTModel
@@ -30,6 +31,17 @@ MAPS = {
     "nodiag": CompressionConfig(layer_types="0_4_4_4_4_5", forward_passes=0, backward_passes=3, force_nodiag=True),
 }
 """One of every kind."""
+
+MERGING = DMCConfig(stage="finetune", initial_decision_bias=0.3, temperature=0.5, window=4)
+"""Merges with initial weights already."""
+MERGED_MAPS = {
+    "dmc": CompressionConfig(policy=MERGING),
+    "cla x dmc": CompressionConfig(layer_types="0_0_2_2_4_4", policy=MERGING),
+    "yoco x dmc": CompressionConfig(layer_types="0_1_2_3_3_3", policy=MERGING),
+    "lckv x dmc": CompressionConfig(layer_types="0_4_4_4_4_5", forward_passes=2, backward_passes=2, policy=MERGING),
+    "groups x dmc": CompressionConfig(layer_types="1_1_3_3_5_5", forward_passes=1, backward_passes=1, policy=MERGING),
+}
+EVERY_MAP = {**MAPS, **MERGED_MAPS}
 
 
 def make_stage(

@@ -9,10 +9,13 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from torch import Tensor
 
 from lckv.attention.visibility import Documents
+from lckv.config import CompressionConfig
+from lckv.policies.dense.config import DenseConfig
+from lckv.policies.dmc.config import DMCConfig
 from megatron_ext.config import ParallelConfig, TrainConfig
 from megatron_ext.model.initialization import global_parameters
 from megatron_ext.model.norm import RMSNorm
-from tests.megatron_ext.model.stages import MAPS, VOCAB, draw_tokens, make_stage, positions_of
+from tests.megatron_ext.model.stages import EVERY_MAP, MAPS, VOCAB, draw_tokens, make_stage, positions_of
 from tests.ranks import run_on_ranks
 
 FP32 = TrainConfig(precision="fp32")
@@ -56,7 +59,7 @@ def compare_with_megatron(options: dict[str, bool]) -> tuple[float, float, float
     return losses[0].item(), losses[1].item(), difference.item(), gradient
 
 
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("name", EVERY_MAP)
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 def test_packed_documents_are_separate_documents(name: str, backend: str) -> None:
     (errors,) = run_on_ranks(1, compare_documents, name, backend)
@@ -65,7 +68,7 @@ def test_packed_documents_are_separate_documents(name: str, backend: str) -> Non
 
 
 def compare_documents(name: str, backend: str) -> dict[str, float]:
-    stage = make_stage(MAPS[name], attention_backend=backend)
+    stage = make_stage(EVERY_MAP[name], attention_backend=backend)
     tokens, lengths = draw_tokens(2, 18), [[7, 11], [18]]
     starts = [0, 7, 18, 36]
     positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
@@ -94,14 +97,14 @@ def relative(one: Tensor, other: Tensor) -> float:
     return ((one - other).abs().max() / other.abs().max().clamp(min=1e-30)).item()
 
 
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("name", EVERY_MAP)
 def test_readers_have_no_key_value_weights_and_every_parameter_gets_a_gradient(name: str) -> None:
     (missing,) = run_on_ranks(1, parameters_without_gradient, name)
     assert missing == []
 
 
 def parameters_without_gradient(name: str) -> list[str]:
-    stage = make_stage(MAPS[name])
+    stage = make_stage(EVERY_MAP[name])
     tokens = draw_tokens(2, 9)
     stage(tokens, positions_of(tokens), tokens)[0].sum().backward()
     owners = stage.config.layer_types.kv_layers
@@ -215,3 +218,45 @@ def check_bfloat16() -> None:
         parallel_state.destroy_model_parallel()
     torch.testing.assert_close(found[1].float(), found[0], rtol=0.02, atol=0.02)
     assert {parameter.dtype for _, parameter in global_parameters(stage)} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["lckv", "lckv x dmc", "yoco x dmc"])
+def test_no_query_sees_the_future(name: str) -> None:
+    """Changing a token changes no loss before it, in training and in evaluation."""
+    for differences in run_on_ranks(1, differences_before_a_change, name):
+        assert differences == [0.0, 0.0]
+
+
+def differences_before_a_change(name: str) -> list[float]:
+    stage, found = make_stage(EVERY_MAP[name]), []
+    tokens = draw_tokens(1, 12)
+    changed = tokens.clone()
+    changed[0, 7] = (tokens[0, 7] + 1) % VOCAB
+    for training in (True, False):
+        stage.train(training)
+        with torch.no_grad():
+            one, other = (stage(some, positions_of(some))[0][..., :VOCAB] for some in (tokens, changed))
+        assert (one[:, 7:] - other[:, 7:]).abs().max() > 1e-3
+        found.append((one[:, :7] - other[:, :7]).abs().max().item())
+    return found
+
+
+def test_merging_nothing_after_stage_1_is_the_dense_model() -> None:
+    """With a decision bias that no logit reaches, a model whose decision channel is zeroed equals the dense one."""
+    run_on_ranks(1, check_merging_nothing)
+
+
+def check_merging_nothing() -> None:
+    from megatron_ext.parallel.process_groups import parallel_state
+    from megatron_ext.training.policy_stages import _decision_weights
+
+    policies = {"dense": DenseConfig(), "dmc": DMCConfig(stage="finetune", initial_decision_bias=1e4)}
+    tokens, losses = draw_tokens(2, 16), {}
+    for name, policy in policies.items():
+        stage = make_stage(CompressionConfig(layer_types="0_0_2_2_4_5", policy=policy))
+        with torch.no_grad():
+            for rows in _decision_weights(stage):
+                rows.zero_()
+        losses[name] = stage.eval()(tokens, positions_of(tokens), tokens)[0].detach()
+        parallel_state.destroy_model_parallel()
+    torch.testing.assert_close(losses["dmc"], losses["dense"], rtol=1e-4, atol=1e-4)  # a mean of one still rounds
