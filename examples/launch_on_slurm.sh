@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs a recipe on all nodes of a Slurm job, in a container (enroot and pyxis): launch_on_slurm.sh FOLDER [--section.key VALUE ...]
 # The launch.sh of each recipe calls it; examples/README.md explains the set-up and these variables:
+#   CONFIG             file of settings                              (default: FOLDER/pretrain.yaml)
 #   CONTAINER_IMAGE    image as pyxis takes it                       (default: an NGC PyTorch image)
 #   CONTAINER_MOUNTS   more mounts, such as /data:/data              (default: the checkout only)
 #   VENV               environment made inside of that image         (default: .venv-ngc)
@@ -15,7 +16,7 @@ shift
 image=${CONTAINER_IMAGE:-nvcr.io#nvidia/pytorch:25.06-py3}
 mounts=$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
 checkpoints=${CHECKPOINTS:-runs/$(basename "$recipe")/checkpoints}
-options=(--config "$recipe/pretrain.yaml" --checkpoint.save "$checkpoints")
+options=(--config "${CONFIG:-$recipe/pretrain.yaml}" --checkpoint.save "$checkpoints")
 if [ -e "$checkpoints/latest" ]; then
     options+=(--checkpoint.load "$checkpoints")
 fi

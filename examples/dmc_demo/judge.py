@@ -8,7 +8,7 @@ from megatron_ext.command_line import parse_run_config
 from megatron_ext.model.cost import model_shape
 from megatron_ext.training.metrics import read_metrics
 
-STAGES = ("dense", "zero_out", "retrofit", "finetune")
+STAGES = ("dense", "control", "zero_out", "retrofit", "finetune")
 LEAST_RATIO = 1.9
 
 

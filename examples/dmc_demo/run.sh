@@ -11,20 +11,24 @@ say() { printf '\n== %s\n' "$*"; }
 DATASET_ONLY=1 examples/demo/run.sh "$data"
 mkdir -p "$out"
 
-before=
-for stage in dense zero_out retrofit finetune; do
-    say "$stage"
-    rm -rf "${out:?}/$stage"
+# train STAGE [STAGE BEFORE]
+train() {
+    say "$1"
+    rm -rf "${out:?}/$1"
     load=()
-    if [ -n "$before" ]; then load=(--checkpoint.load "$out/$before/checkpoints" --checkpoint.finetune true); fi
-    OMP_NUM_THREADS=1 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "${PROCESSES:-2}" pretrain_lckv.py \
-        --config examples/dmc_demo/base.yaml --config "examples/dmc_demo/$stage.yaml" \
+    if [ $# -gt 1 ]; then load=(--checkpoint.load "$out/$2/checkpoints" --checkpoint.finetune true); fi
+    OMP_NUM_THREADS=1 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 pretrain_lckv.py \
+        --config examples/dmc_demo/base.yaml --config "examples/dmc_demo/$1.yaml" \
         --data.data_path "$data/dataset" --data.tokenizer_type sentencepiece --data.tokenizer_model "$data/tokenizer.model" \
-        --train.micro_batch_size 4 "${load[@]}" \
-        --checkpoint.save "$out/$stage/checkpoints" --logging.metrics_file "$out/$stage/metrics.jsonl"
-    before=$stage
-done
+        "${load[@]}" --checkpoint.save "$out/$1/checkpoints" --logging.metrics_file "$out/$1/metrics.jsonl"
+}
+
+train dense
+train control dense
+train zero_out dense
+train retrofit zero_out
+train finetune retrofit
 
 say "result"
-"$PYTHON" -m tools.plot_run "$out"/{dense,zero_out,retrofit,finetune} -o "$out/curves.png"
+"$PYTHON" -m tools.plot_run "$out"/{dense,control,zero_out,retrofit,finetune} -o "$out/curves.png"
 "$PYTHON" examples/dmc_demo/judge.py "$out"

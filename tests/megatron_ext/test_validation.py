@@ -100,6 +100,7 @@ CASES = [
         "model.hidden_size / model.num_attention_heads is 2 and compression.policy.name is dmc; it must be at least 4",
     ),
     (dmc() | {"model.kv_channels": 3}, 1, "model.kv_channels is 3; it must be even"),
+    (dmc() | {"model.num_attention_heads": 0}, 1, "model.num_attention_heads is 0; it must be at least 1."),
     (
         dmc(stage="retrofit") | {"model.attention_dropout": 0.1},
         1,
@@ -368,6 +369,12 @@ def test_sizes_of_heads_that_cannot_merge_on_cuda(changes, refused, monkeypatch)
             f"model.kv_channels is {run.model.kv_channels}, compression.policy.name is dmc and compression.policy.stage is "
             "retrofit; on CUDA it must be a multiple of 8 and, in bf16, at most 256: choose another size"
         )
+
+
+def test_an_odd_size_of_heads_is_said_once_on_cuda(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    (found,) = problems(run_with(dmc(stage="retrofit") | {"model.kv_channels": 13}), 1)
+    assert "it must be even" in found
 
 
 SMALL = st.sampled_from([-7, -1, 0, 1, 2, 3, 4, 6, 8, 12])

@@ -4,65 +4,27 @@
 
 saved: bytes of activations that forward keeps for backward, each storage counted once (exact, on any device). predicted: what
 megatron_ext/model/memory.py expects of them with full recompute. peak: the most bytes alive at a time during the step, beyond
-weights and gradients; with CUDA the allocator's, else those of all tensors that operations return. The last columns are the growth
-per layer since the row above, in layer inputs (tokens x hidden size numbers).
+weights and gradients. The last columns of numbers are the growth per layer since the row above, in layer inputs (tokens x hidden size
+numbers).
 """
 
 import argparse
-import csv
-import platform
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lckv.config import CompressionConfig
 from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_ext.model.build import build_stage
 from megatron_ext.model.memory import kept_by_full_recompute, kept_bytes
 from megatron_ext.parallel.process_groups import destroy, device_of_rank, initialize
+from tools.benchmarks.timing import peak_bytes, setting, write_csv
 from tools.layouts import LAYOUTS, YOCO_WINDOW
 
 RECOMPUTE = ("none", "full")
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operations return while the context is open, as long as they live."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = self._now = 0
-        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run the operation, then look at what it returned; views and results written in place bring no new storage."""
-        given = {leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage() not in given:
-                self._count(leaf.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:
-            return
-        self._known.add(storage)
-        size = storage.nbytes()
-        self._now += size
-        self.peak = max(self.peak, self._now)
-        weakref.finalize(storage, self._forget, size)
-
-    def _forget(self, size: int) -> None:
-        self._now -= size
 
 
 @dataclass(frozen=True)
@@ -89,8 +51,13 @@ class Step:
         def forward() -> torch.Tensor:
             return stage(tokens, positions, tokens)[0].mean()
 
-        forward().backward()
-        return cls(forward, list(stage.parameters()))
+        step = cls(forward, list(stage.parameters()))
+        step.run()
+        return step
+
+    def run(self) -> None:
+        """Forward and backward."""
+        self.forward().backward()
 
     def saved_bytes(self) -> int:
         """Kept by forward for backward, parameters left out."""
@@ -108,17 +75,6 @@ class Step:
         loss.backward()
         return sum(saved.values())
 
-    def peak_bytes(self) -> int:
-        """Alive at once, beyond what was there before."""
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            self.forward().backward()
-            return torch.cuda.max_memory_allocated() - before
-        with LiveBytes() as live:
-            self.forward().backward()
-        return live.peak
-
 
 def measure(
     name: str, layer_types: Callable[[int], str], depths: Sequence[int], model: ModelConfig, train: TrainConfig
@@ -133,7 +89,7 @@ def measure(
         window = min(YOCO_WINDOW, train.seq_length // 4) if "s" in text else None
         compression = CompressionConfig(layer_types=text, sliding_window=window)
         step = Step.of(sized, compression, train)
-        found = {"layers": layers, "saved": step.saved_bytes(), "peak": step.peak_bytes()}
+        found = {"layers": layers, "saved": step.saved_bytes(), "peak": peak_bytes(step.run)}
         kept = kept_by_full_recompute(compression, layers, range(layers))
         growth = {
             f"{what}_growth": round((found[what] - last[what]) / (layers - last["layers"]) / layer_input, 3)
@@ -153,15 +109,6 @@ def measure(
             **growth,
         }
         last = found
-
-
-def write(rows: Sequence[Mapping[str, object]], path: Path) -> None:
-    """As CSV."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -185,14 +132,10 @@ def main(argv: list[str] | None = None) -> None:
         num_query_groups=options.kv_heads,
         vocab_size=options.vocab_size,
     )
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    setting = {
-        "hardware": device,
+    sizes = {
         "tokens": f"{options.micro_batch_size}x{options.seq_length}",
         "hidden_size": options.hidden_size,
         "precision": options.precision,
-        "python_torch": f"{platform.python_version()} {torch.__version__}",
-        "date": date.today().isoformat(),
     }
     initialize(ParallelConfig(), seed=1)
     rows = []
@@ -205,10 +148,11 @@ def main(argv: list[str] | None = None) -> None:
         )
         for layout in LAYOUTS:
             for row in measure(layout.name, layout.layer_types, options.layers, model, train):
-                rows.append(row | setting)
+                rows.append(row | sizes | setting(device_of_rank().type))
                 print("   ".join(f"{value:>15}" for value in row.values()), flush=True)
     if options.output:
-        write(rows, options.output)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        write_csv(options.output, rows)
     destroy()
 
 

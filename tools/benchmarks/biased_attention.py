@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid, scaled_dot_product_attention
 
 from lckv.attention import sdpa
 from lckv.attention.visibility import Visibility
-from tools.benchmarks.timing import median_seconds, peak_bytes, write_csv
+from tools.benchmarks.timing import median_seconds, peak_bytes, setting, write_csv
 
 VARIANTS = ("plain", "frontier", "dense_bias")
 
@@ -58,8 +58,6 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, object]]:
         seconds = median_seconds(steps, repeats=args.repeats)
         for name in variants:
             yield {
-                "device": args.device,
-                "threads": torch.get_num_threads(),
                 "dtype": args.dtype,
                 "length": length,
                 "heads": args.heads,
@@ -69,6 +67,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, object]]:
                 "milliseconds": round(1e3 * seconds[name], 2),
                 "ratio_to_plain": round(seconds[name] / seconds["plain"], 3),
                 "peak_mebibytes": round(peak_bytes(steps[name]) / 2**20, 2),
+                **setting(args.device),
             }
 
 

@@ -2,9 +2,11 @@
 
 import csv
 import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -46,6 +48,15 @@ def peak_bytes(function: Callable[[], object]) -> int:
             alive += event.nbytes()
             peak = max(peak, alive)
     return peak
+
+
+def setting(device: str) -> dict[str, str]:
+    """Columns that say where and when a row was measured; `device` is cpu or cuda."""
+    return {
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads",
+        "python_torch": f"{platform.python_version()} {torch.__version__}",
+        "date": date.today().isoformat(),
+    }
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, object]]) -> None:

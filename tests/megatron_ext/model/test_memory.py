@@ -14,6 +14,7 @@ from megatron_ext.parallel.process_groups import initialize
 from megatron_ext.training.optimizer import build_optimizer
 from tests.ranks import run_on_ranks
 from tools.benchmarks.activation_memory import Step
+from tools.benchmarks.timing import peak_bytes
 
 TOKENS, BATCH = 24, 2
 SIZES = ModelConfig(hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=48, vocab_size=40)
@@ -43,7 +44,7 @@ def measured(maps: list[str], parallel: ParallelConfig, precision: str) -> list[
     for layer_types in maps:
         layers = layer_types.count("_") + 1
         step = Step.of(model(layers), settings(layer_types), training(precision), parallel)
-        found.append((step.saved_bytes(), step.peak_bytes()))
+        found.append((step.saved_bytes(), peak_bytes(step.run)))
     return found
 
 
