@@ -45,4 +45,4 @@ def draw_merge_map(axes: Axes, rates: Mapping[tuple[int, int], float]) -> None:
                 tokens = 1 / max(1 - rate, 1e-3)
                 axes.text(column, row, f"{tokens:.3g}", ha="center", va="center", color=colour, fontsize=8)
     bar = axes.figure.colorbar(image, ax=axes, label="share of tokens merged")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
