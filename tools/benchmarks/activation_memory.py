@@ -4,8 +4,8 @@
 
 saved: bytes of activations that forward keeps for backward, each storage counted once (exact, on any device). predicted: what
 megatron_ext/model/memory.py expects of them with full recompute. peak: the most bytes alive at a time during the step, beyond
-weights and gradients. The last columns of numbers are the growth per layer since the row above, in layer inputs (tokens x hidden size
-numbers).
+weights and gradients. growth: per layer since the row above, in layer inputs (tokens x hidden size numbers); that of the peak contains
+the random states that Megatron's recompute keeps, 5 or 10 kB of host memory per layer.
 """
 
 import argparse

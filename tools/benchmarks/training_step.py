@@ -6,13 +6,8 @@ Each map's measured ratio to the plain map stands beside the ratio that its oper
 """
 
 import argparse
-import csv
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -21,12 +16,15 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
 from lckv.config import CompressionConfig
 from lckv.cost import training_cost
+from lckv.policies.dmc.config import DMCConfig
 from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_ext.model.build import build_stage
 from megatron_ext.model.cost import model_shape
+from megatron_ext.model.merging import PolicyInputs
 from megatron_ext.model.norm import RMSNorm
 from megatron_ext.model.transformer_config import transformer_config
 from megatron_ext.parallel.process_groups import destroy, device_of_rank, initialize
+from tools.benchmarks.timing import median_seconds, setting, write_csv
 
 MAPS = {
     "plain": CompressionConfig(),
@@ -35,6 +33,9 @@ MAPS = {
     "lckv": CompressionConfig(layer_types="0_6_6_6_6_6_6_7"),
     "lckv m3 b1": CompressionConfig(layer_types="0_6_6_6_6_6_6_7", forward_passes=3, backward_passes=1),
     "sandwich-middle": CompressionConfig(layer_types="0_3_3_3_3_3_3_7"),
+    "dmc": CompressionConfig(policy=DMCConfig(stage="retrofit")),
+    "cla x dmc": CompressionConfig(layer_types="0_0_2_2_4_4_6_6", policy=DMCConfig(stage="retrofit")),
+    "sandwich x dmc": CompressionConfig(layer_types="0_3_3_3_3_3_3_7", policy=DMCConfig(stage="retrofit")),
 }
 
 
@@ -93,30 +94,14 @@ def shared_step(sizes: Sizes, compression: CompressionConfig, tokens: torch.Tens
     model = build_stage(sizes.model, compression, ParallelConfig(), sizes.train, vocab_size=sizes.vocab_size)
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
 
+    policy = PolicyInputs(row_seeds=tuple(range(len(tokens))), progress=0.5)
+
     def step() -> None:
-        model(tokens, positions, tokens)[0].mean().backward()
+        losses, report = model(tokens, positions, tokens, policy=policy)
+        auxiliary = 0.0 if report.auxiliary_loss is None else report.auxiliary_loss.mean()
+        (losses.mean() + auxiliary).backward()
 
     return step
-
-
-def medians(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Seconds per step; the steps take turns, so that a change of the machine's speed reaches all of them."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(repeats + 1):
-        for name, step in steps.items():
-            synchronize()
-            start = time.perf_counter()
-            step()
-            synchronize()
-            if repeat:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def synchronize() -> None:
-    """Wait for the device."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -147,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     tokens = torch.randint(sizes.vocab_size, (sizes.micro_batch_size, sizes.seq_length), device=device_of_rank())
     steps = {"megatron GPTModel": megatron_step(sizes, tokens)}
     steps |= {name: shared_step(sizes, compression, tokens) for name, compression in MAPS.items()}
-    measured = medians(steps, options.repeats)
+    measured = median_seconds(steps, repeats=options.repeats)
     shape = model_shape(sizes.model, vocab_size=sizes.vocab_size, seq_length=sizes.seq_length)
     rows = []
     for name, seconds in measured.items():
@@ -161,22 +146,14 @@ def main(argv: list[str] | None = None) -> None:
                 "ratio_to_plain": round(ratio, 3),
                 "predicted_ratio": round(predicted, 3),
                 "measured_over_predicted": round(ratio / predicted, 3),
-                "hardware": torch.cuda.get_device_name()
-                if torch.cuda.is_available()
-                else f"{torch.get_num_threads()} CPU threads",
                 "tokens": f"{sizes.micro_batch_size}x{sizes.seq_length}",
                 "precision": sizes.precision,
-                "python_torch": f"{platform.python_version()} {torch.__version__}",
-                "date": date.today().isoformat(),
+                **setting(device_of_rank().type),
             }
         )
         print(f"{name:<18} {1000 * seconds:9.1f} ms   {ratio:5.2f}x plain, predicted {predicted:5.2f}x", flush=True)
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        with options.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(options.output, rows)
     destroy()
 
 
