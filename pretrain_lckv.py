@@ -23,6 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(run: RunConfig) -> None:
     """Train from the first to the last iteration, on the processes that torchrun started."""
     validate(run, int(os.environ.get("WORLD_SIZE", "1")))
+    if run.train.deterministic:  # cuBLAS and NCCL read these when they start
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")
     # torch is loaded only here: --help and bad settings are answered at once
     from megatron_ext.parallel.process_groups import destroy, initialize
     from megatron_ext.training.loop import fit

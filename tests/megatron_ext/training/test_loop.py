@@ -18,7 +18,13 @@ from tests.ranks import run_on_ranks
 
 YOCO = {"layer_types": "0s_1s_2_2", "sliding_window": 8}
 LCKV = {"layer_types": "0_2_2_3", "forward_passes": 2, "backward_passes": 2}
+TIED = {"layer_types": "0_0_1_1"}
+"""Trained with one matrix for the embedding and the output layer."""
 DROPOUT = {"attention_dropout": 0.1, "hidden_dropout": 0.1}
+
+
+def tying(compression: dict[str, Any]) -> dict[str, bool]:
+    return {"untie_embeddings_and_output_weights": compression is not TIED}
 
 
 def parallel(tp: int = 1, pp: int = 1, **options: bool) -> dict[str, Any]:
@@ -28,6 +34,8 @@ def parallel(tp: int = 1, pp: int = 1, **options: bool) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("compression", "world_size", "layout", "micro_batch_size"),
     [
+        (TIED, 2, parallel(1, 2), 1),
+        (TIED, 4, parallel(2, 2, sequence_parallel=True), 2),
         (YOCO, 4, parallel(2, 2), 1),
         (YOCO, 2, parallel(1, 2), 2),
         (YOCO, 4, parallel(1, 4), 1),
@@ -42,11 +50,10 @@ def test_losses_do_not_depend_on_the_layout(
     tmp_path: Path, compression: dict, world_size: int, layout: dict, micro_batch_size: int
 ) -> None:
     evaluation = {"eval_interval": 3, "eval_iters": 2}
-    one = tiny_run(compression=compression, train=evaluation)
+    one = tiny_run(compression=compression, train=evaluation, model=tying(compression))
     run_on_ranks(1, train, logged_to(one, tmp_path / "one.jsonl"))
-    many = tiny_run(
-        compression=compression, train={**evaluation, "micro_batch_size": micro_batch_size}, parallel=layout
-    )
+    batch = {**evaluation, "micro_batch_size": micro_batch_size}
+    many = tiny_run(compression=compression, train=batch, parallel=layout, model=tying(compression))
     run_on_ranks(world_size, train, logged_to(many, tmp_path / "many.jsonl"))
     for name in ("lm_loss", "grad_norm", "validation_loss"):
         expected, found = (series(tmp_path / f"{run}.jsonl", name) for run in ("one", "many"))
@@ -87,13 +94,15 @@ def hashes(manifest: Path) -> dict[str, str]:
     return {name: entry["sha256"] for name, entry in files.items() if name not in ("config.json", ".metadata")}
 
 
-def test_a_run_resumes_on_another_layout(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_run_resumes_on_another_layout(tmp_path: Path, tied: bool) -> None:
+    """The padded vocabulary differs too: 128 rows with one tensor-parallel rank, 256 with two."""
     saving = {"save": str(tmp_path / "run"), "save_interval": 3}
-    straight = tiny_run(compression=YOCO, checkpoint=saving)
+    model = {"untie_embeddings_and_output_weights": not tied}
+    straight = tiny_run(compression=YOCO, model=model, checkpoint=saving)
     run_on_ranks(2, train, logged_to(straight, tmp_path / "straight.jsonl"))
-    moved = tiny_run(
-        compression=YOCO, checkpoint={"load": str(tmp_path / "run" / "iter_0000003")}, parallel=parallel(2, 2)
-    )
+    loading = {"load": str(tmp_path / "run" / "iter_0000003")}
+    moved = tiny_run(compression=YOCO, model=model, checkpoint=loading, parallel=parallel(2, 2))
     run_on_ranks(4, train, logged_to(moved, tmp_path / "moved.jsonl"))
     for name in ("lm_loss", "grad_norm"):
         expected = series(tmp_path / "straight.jsonl", name)[3:]
