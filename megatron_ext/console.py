@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -28,9 +29,16 @@ def exit_status(program: Callable[[], None]) -> int:
     try:
         program()
     except ConfigError as error:
-        logger.error("error: %s", error)
+        if os.environ.get("RANK", "0") == "0" or _groups_exist():
+            logger.error("error: %s", error)
         return 2
     except ArithmeticError as error:
         logger.error("error: %s", error)
         return 1
     return 0
+
+
+def _groups_exist() -> bool:
+    """Whether ranks may have come to different errors: settings alone are judged alike by all, and rank 0 speaks for them."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_initialized()

@@ -1,88 +1,45 @@
 """Writes a trained model's logits for given tokens, so that any outside program can compare it.
 
     torchrun --nproc-per-node 2 tools/dump_logits.py --load runs/demo/checkpoints --tokens tokens.npy --output logits.npy \\
-        --parallel.tensor_model_parallel_size 2
+        --tensor_model_parallel_size 2
 
 Tokens are int64 [B, T] in numpy's format; logits are float32 [B, T, vocabulary], without padding of the vocabulary. Rows are
 computed one by one (--rows_at_once for more) and written as they are done, so memory does not grow with B. Data-parallel ranks
 share the rows; they must see the same file system.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jsonargparse
-import numpy as np
-import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
-
 from megatron_ext.config import ParallelConfig
 from megatron_ext.console import exit_status, set_up_logging
-from megatron_ext.errors import ConfigError
-from megatron_ext.parallel.process_groups import destroy, device_of_rank, initialize
-from megatron_ext.training.logits import compute_logits
-from megatron_ext.training.restore import restore
-
-
-def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
-    """Tokens int64 [B, T] of a .npy file; ConfigError where they are not that, or outside the vocabulary."""
-    try:
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--tokens {path} cannot be read as a .npy file: {error}") from error
-    if tokens.dtype != np.int64 or tokens.ndim != 2 or 0 in tokens.shape:
-        raise ConfigError(
-            f"--tokens {path} is {tokens.dtype} {list(tokens.shape)}; it must be int64 [B, T], not empty."
-        )
-    lowest, highest = int(tokens.min()), int(tokens.max())
-    if lowest < 0 or highest >= vocab_size:
-        raise ConfigError(
-            f"--tokens {path} holds the token {lowest if lowest < 0 else highest}; the model knows 0 to {vocab_size - 1}."
-        )
-    return tokens
-
-
-def dump(load: Path, tokens_path: Path, output: Path, parallel: ParallelConfig, rows_at_once: int) -> None:
-    """Compute and write; every process that torchrun started calls it."""
-    if rows_at_once < 1:
-        raise ConfigError(f"--rows_at_once is {rows_at_once}; it must be at least 1.")
-    initialize(parallel, seed=1)
-    restored = restore(load, parallel)
-    vocab_size = restored.stage.vocab_size
-    tokens = read_tokens(tokens_path, vocab_size)
-    shape = (*tokens.shape, vocab_size)
-    if dist.get_rank() == 0:
-        np.lib.format.open_memmap(output, "w+", np.float32, shape).flush()
-    dist.barrier()
-    writes = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
-    logits = np.lib.format.open_memmap(output, "r+") if writes else None
-    data = parallel_state.get_data_parallel_world_size()
-    for start in range(rows_at_once * parallel_state.get_data_parallel_rank(), len(tokens), rows_at_once * data):
-        part = slice(start, start + rows_at_once)
-        computed = compute_logits(restored.stage, torch.from_numpy(np.array(tokens[part])).to(device_of_rank()))
-        if logits is not None and computed is not None:
-            logits[part] = computed.cpu().numpy()
-    if logits is not None:
-        logits.flush()
-    dist.barrier()
-    destroy()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit status."""
-    parser = jsonargparse.ArgumentParser(description=__doc__, formatter_class=jsonargparse.DefaultHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load", type=Path, required=True, help="directory of checkpoints, or one checkpoint")
     parser.add_argument("--tokens", type=Path, required=True, help="int64 [B, T] in numpy's .npy format")
     parser.add_argument("--output", type=Path, required=True, help="file to write, float32 [B, T, vocabulary]")
-    parser.add_argument("--rows_at_once", type=int, default=1, help="rows in memory at a time")
-    parser.add_argument("--parallel", type=ParallelConfig, default=ParallelConfig())
-    options = parser.instantiate(parser.parse_args(argv))
+    parser.add_argument("--rows_at_once", type=int, default=1, help="rows in memory at a time (default: 1)")
+    parser.add_argument("--tensor_model_parallel_size", type=int, default=1, help="as in training (default: 1)")
+    parser.add_argument("--pipeline_model_parallel_size", type=int, default=1, help="as in training (default: 1)")
+    options = parser.parse_args(argv)
     set_up_logging()
-    return exit_status(
-        lambda: dump(options.load, options.tokens, options.output, options.parallel, options.rows_at_once)
+    return exit_status(lambda: dump(options))
+
+
+def dump(options: argparse.Namespace) -> None:
+    """torch and Megatron are loaded here, when logging is set up."""
+    from megatron_ext.training.logits_file import dump_logits
+
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=options.tensor_model_parallel_size,
+        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
     )
+    dump_logits(options.load, options.tokens, options.output, parallel, options.rows_at_once)
 
 
 if __name__ == "__main__":

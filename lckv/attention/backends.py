@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ def why_not_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> st
     return None
 
 
+@cache
 def choose(name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int) -> Choice:
     """The backend `name`, or for "auto" the fastest that serves these tensors.
 

@@ -28,6 +28,7 @@ class FlashAttn(Protocol):
         dropout_p: float,
         softmax_scale: float,
         causal: bool,
+        deterministic: bool,
         window_size: tuple[int, int],
     ) -> Tensor:
         """Attention over rows of equal length, [b, s, heads, d]."""
@@ -46,6 +47,7 @@ class FlashAttn(Protocol):
         dropout_p: float,
         softmax_scale: float,
         causal: bool,
+        deterministic: bool,
         window_size: tuple[int, int],
     ) -> Tensor:
         """Attention over sequences of different lengths, one after the other in [tokens, heads, d]."""
@@ -75,6 +77,7 @@ def attend(
         "dropout_p": dropout,
         "softmax_scale": scale,
         "causal": True,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "window_size": (-1 if seen is None else seen - 1, 0),
     }
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
@@ -102,7 +105,7 @@ def _documents(
     query, key, value = (tensor.flatten(0, 1) for tensor in (query, key, value))
     cu_seqlens, longest, later = documents.cu_seqlens, documents.max_length, None
     if exclude_self:
-        later, cu_seqlens = documents.without_first_tokens()
+        later, cu_seqlens = documents.without_first_tokens
         longest -= 1
         if longest == 0:
             return torch.zeros(shape, dtype=query.dtype, device=query.device)

@@ -31,7 +31,8 @@ def attend(
     if biased:
         pair = choose_pair(query)
         return biased_keys.attend(query, key, value, visibility, scale=scale, dropout=dropout, pair=pair)
-    if query.is_cuda and query.dtype == torch.float32:  # no fused CUDA kernel takes grouped heads in float32
+    if query.is_cuda and (query.dtype == torch.float32 or visibility.window is not None):
+        # no fused CUDA kernel takes grouped heads in float32 or under a mask
         group = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     documents, length = visibility.documents, query.shape[2]

@@ -41,6 +41,7 @@ class Documents:
             spans.append((row, first, first + stop - start))
         return tuple(spans)
 
+    @cached_property
     def without_first_tokens(self) -> tuple[Tensor, Tensor]:
         """Indices int64 of all tokens but the first of each document, and the cu_seqlens int32 [n + 1] of what is left."""
         starts = self.cu_seqlens[:-1].long()

@@ -40,6 +40,7 @@ State = dict[str, Any]
 _BYTES_PER_ENTRY = 4096
 """Zip header, padding and table of contents of one tensor; generous."""
 _SHOWN = 10
+_EXTRA_STATE = "_extra_state"
 
 
 def sharded_state(model: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, *, is_loading: bool) -> State:
@@ -47,11 +48,20 @@ def sharded_state(model: Sequence[torch.nn.Module], optimizer: MegatronOptimizer
     finish_parameter_gather(model)
     chunks = unwrap_model(list(model))
     metadata = _metadata()
-    state = {_chunk_name(i, chunks): chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+    state = {
+        _chunk_name(i, chunks): _without_extra_state(chunk.sharded_state_dict(metadata=metadata))
+        for i, chunk in enumerate(chunks)
+    }
     if optimizer is not None and not getattr(optimizer, "is_stub_optimizer", False):
         _fill_missing_optimizer_state(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     return state
+
+
+def _without_extra_state(chunk: State) -> State:
+    """Transformer Engine keeps FP8 scaling there, pickled. It is not used here; without it checkpoints move between Transformer
+    Engine's layers and local ones, and nothing pickled reaches Transformer Engine's loader."""
+    return {key: entry for key, entry in chunk.items() if not key.endswith(_EXTRA_STATE)}
 
 
 def split_for_saving(state: State) -> tuple[State, State]:
@@ -101,7 +111,10 @@ def apply_state(state: State, model: Sequence[torch.nn.Module], optimizer: Megat
     """Gives what was read to model and optimizer. The dtypes of the model's parameters stay."""
     chunks = unwrap_model(list(model))
     for i, chunk in enumerate(chunks):
-        chunk.load_state_dict(state[_chunk_name(i, chunks)], strict=True)
+        missing, unexpected = chunk.load_state_dict(state[_chunk_name(i, chunks)], strict=False)
+        wrong = [key for key in (*missing, *unexpected) if not key.endswith(_EXTRA_STATE)]
+        if wrong:
+            raise MismatchError(f"the model and what was read have different names: {', '.join(wrong[:_SHOWN])}")
     if "optimizer" in state and optimizer is not None:
         leaves = _leaves(optimizer)
         for i, leaf in enumerate(leaves):

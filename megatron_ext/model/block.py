@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lckv.policies.base import KeyValue, Statistics, TokenContext
 from lckv.policies.build import build_policy
-from lckv.sharing.plan import LayerGroup, cyclic_sources, layer_groups
+from lckv.sharing.plan import LayerGroup, cyclic_sources, iteration_plan, layer_groups
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.layer import LayerOutput, SharedKVLayer
 from megatron_ext.model.merging import MergeRates, PolicyReport
@@ -53,6 +53,8 @@ class SharedKVBlock(TransformerBlock):
         self.first_layer = self.layers[0].layer_number - 1
         self.end_layer = self.first_layer + len(self.layers)
         self.groups = self._groups_of_stage()
+        compression = config.compression
+        self.plan = iteration_plan(self.layer_types, compression.forward_passes, compression.backward_passes)
         self.merge_rates = MergeRates(config, build_policy(config.compression.policy), self.pg_collection.tp)
         self.payload_in = self._payload(self.first_layer)
         self.payload_out = self._payload(self.end_layer)
@@ -141,11 +143,11 @@ class SharedKVBlock(TransformerBlock):
         statistics: dict[int, Statistics],
     ) -> tuple[Tensor, KeyValues]:
         """All passes over a cyclic group; those before the last only make keys and values for the next."""
-        compression = self.config.compression
-        passes = compression.forward_passes + compression.backward_passes
         previous: KeyValues | None = None
-        for number in range(passes - 1):
-            with torch.no_grad() if number < compression.forward_passes else nullcontext():
+        for step in self.plan:
+            if step.update or (step.start, step.stop) != (group.start, group.stop):
+                continue
+            with nullcontext() if step.requires_grad else torch.no_grad():
                 start = hidden_states if torch.is_grad_enabled() else hidden_states.detach()
                 previous = self._prepare(group, start, available, previous, contexts)
         if previous is None:

@@ -20,6 +20,7 @@ from lckv.attention.visibility import Documents
 from lckv.policies.base import TokenContext
 from lckv.rope import rotate, rotation
 from megatron_ext.model.block import SharedKVBlock
+from megatron_ext.model.linear import OutputLinear
 from megatron_ext.model.merging import PolicyInputs, PolicyReport
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 
@@ -65,7 +66,7 @@ class SharedKVGPTModel(LanguageModule):
             config, submodules, pre_process, post_process, self.pg_collection, recompute_num_layers
         )
         if post_process:
-            self.output_layer = tensor_parallel.ColumnParallelLinear(
+            self.output_layer = OutputLinear(
                 config.hidden_size,
                 padded_vocab_size,
                 config=config,
@@ -138,18 +139,10 @@ class SharedKVGPTModel(LanguageModule):
     def _logits(self, hidden_states: Tensor, *, gathered: bool = False) -> Tensor:
         """This rank's part of the logits, [s, b, padded vocabulary / TP]; padding is as low as the dtype goes."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        if gathered and self.config.sequence_parallel:
-            weight = self.output_layer.weight if weight is None else weight
-            logits = self._gathered_logits(hidden_states, weight)
-        else:
-            logits, _ = self.output_layer(hidden_states, weight=weight)
+        gathered = gathered and self.config.sequence_parallel
+        logits, _ = self.output_layer(hidden_states, weight=weight, gathered=gathered)
         first = self.pg_collection.tp.rank() * logits.shape[-1]
         true = min(max(self.vocab_size - first, 0), logits.shape[-1])
         if true < logits.shape[-1]:
             logits[..., true:] = torch.finfo(logits.dtype).min
         return logits
-
-    def _gathered_logits(self, hidden_states: Tensor, weight: Tensor) -> Tensor:
-        """The output layer on hidden states that sequence parallelism has already gathered: the gather's backward sums their
-        gradient over ranks, so the projection must not."""
-        return torch.nn.functional.linear(hidden_states, weight)

@@ -40,5 +40,20 @@ class QKVLinear(ColumnParallelLinear):
         return not (self.gradient_accumulation_fusion and torch.is_grad_enabled())
 
 
+class OutputLinear(ColumnParallelLinear):
+    """Megatron's output layer, which also takes hidden states that sequence parallelism has gathered already.
+
+    The gather's backward then sums their gradient over ranks, so the projection must not.
+    """
+
+    def forward(
+        self, input_: Tensor, weight: Tensor | None = None, *, gathered: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """[s / shards, b, hidden] (or [s, b, hidden], if `gathered`) to [s, b, vocabulary of this rank]."""
+        if not gathered:
+            return super().forward(input_, weight)
+        return torch.nn.functional.linear(input_, self.weight if weight is None else weight), None
+
+
 def _kv_rows(rows: Tensor, heads: int, head_dim: int) -> Tensor:
     return rows.view(heads, -1, *rows.shape[1:])[:, -2 * head_dim :].flatten(0, 1)

@@ -15,11 +15,6 @@ from megatron_ext.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 
-def world_size_of_launcher() -> int:
-    """Number of processes that torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def device_of_rank() -> torch.device:
     """This process's CUDA device, or the CPU."""
     if torch.cuda.is_available():

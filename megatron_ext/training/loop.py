@@ -15,10 +15,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_ext.checkpointing.folders import list_checkpoints
 from megatron_ext.checkpointing.load import load_checkpoint
 from megatron_ext.checkpointing.save import save_checkpoint
-from megatron_ext.command_line import config_to_dict
-from megatron_ext.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from megatron_ext.command_line import config_to_dict, save_config
+from megatron_ext.config import CheckpointConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from megatron_ext.data.batch import Batch, make_batch
 from megatron_ext.data.checks import find_vocabulary
 from megatron_ext.data.datasets import Datasets, build_datasets
@@ -73,6 +74,7 @@ class Training:
 def fit(run: RunConfig) -> Position:
     """Train `run` to its last iteration, or until it is asked to stop. Needs process groups. Returns how far it came."""
     torch.use_deterministic_algorithms(run.train.deterministic)
+    check_save_directory(run.checkpoint)
     vocab_size, eod = vocabulary(run.model, run.data)
     stage = build_stage(run.model, run.compression, run.parallel, run.train, vocab_size=vocab_size)
     parameters = _count_parameters(stage)
@@ -85,10 +87,13 @@ def fit(run: RunConfig) -> Position:
         model,
         optimizer,
         scheduler,
-        _datasets(run, vocab_size, eod),
+        _datasets(run, position, vocab_size, eod),
         partial(make_batch, data=run.data, eod=eod, device=device_of_rank()),
         {**config_to_dict(run), **defining},
     )
+    if run.checkpoint.save is not None and dist.get_rank() == 0:
+        Path(run.checkpoint.save).mkdir(parents=True, exist_ok=True)
+        save_config(run, Path(run.checkpoint.save) / "run.yaml")
     padded = padded_vocab_size(vocab_size, run.model, run.parallel)
     shape = model_shape(run.model, vocab_size=padded, seq_length=run.train.seq_length)
     with open_report(run, shape, parameters=parameters, start_iteration=position.iteration) as report:
@@ -156,13 +161,27 @@ def _resume(
     return Position(**{name: int(loaded.progress[name]) for name in asdict(Position())})
 
 
-def _datasets(run: RunConfig, vocab_size: int, eod: int | None) -> Datasets:
+def check_save_directory(checkpoint: CheckpointConfig) -> None:
+    """ConfigError where checkpoint.save holds checkpoints of a run that this one does not go on from: keep_last would delete them."""
+    if checkpoint.save is None:
+        return
+    save, load = Path(checkpoint.save).absolute(), Path(checkpoint.load or "").absolute()
+    found = list_checkpoints(save)
+    if found and (checkpoint.load is None or save not in (load, load.parent)):
+        raise ConfigError(
+            f"checkpoint.save {checkpoint.save} holds checkpoints of another run ({found[-1].path.name} and {len(found) - 1} more). To "
+            f"go on from them set checkpoint.load to {checkpoint.save}; for a new run choose another checkpoint.save."
+        )
+
+
+def _datasets(run: RunConfig, position: Position, vocab_size: int, eod: int | None) -> Datasets:
     train = run.train
+    samples = position.consumed_samples + (train.train_iters - position.iteration) * train.global_batch_size
     evaluated = train.eval_iters * train.global_batch_size if train.eval_interval else None
     return build_datasets(
         run.data,
         seq_length=train.seq_length,
-        num_samples=(train.train_iters * train.global_batch_size, evaluated, None),
+        num_samples=(max(0, samples), evaluated, None),
         seed=train.seed,
         vocab_size=vocab_size,
         eod=eod,

@@ -10,6 +10,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_ext.model.merging import PolicyReport
+from megatron_ext.parallel.process_groups import device_of_rank
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,8 @@ class MergeRateMeter:
         """Collective over all ranks; None for a policy that merges nothing."""
         if not self._active:
             return None
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        # per layer and head: sum of rates and number of rows; then sum and number of the loss
-        table = torch.zeros(2, len(self._layers) * self._heads + 1, dtype=torch.float64, device=device)
+            # per layer and head: sum of rates and number of rows; then sum and number of the loss
+        table = torch.zeros(2, len(self._layers) * self._heads + 1, dtype=torch.float64, device=device_of_rank())
         grid = table[:, :-1].view(2, len(self._layers), self._heads)
         for place, layer in enumerate(self._layers):
             if layer in self._sums:

@@ -20,6 +20,7 @@ from lckv.policies.dmc.decisions import check_finite
 from megatron_ext.config import TrainConfig
 from megatron_ext.data.batch import Batch
 from megatron_ext.model.merging import PolicyInputs, row_seed
+from megatron_ext.parallel.process_groups import device_of_rank
 from megatron_ext.training.merging import MergeRateMeter, Merging
 
 Shapes = list[tuple[int, ...]]
@@ -196,8 +197,7 @@ def _ranks_of_odd_losses(losses: list[Tensor]) -> tuple[int, ...]:
 
 def mean_loss(losses: list[Tensor]) -> tuple[float, int]:
     """Mean over all ranks' tokens and their number, on every rank."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    total = torch.stack(losses).sum(0) if losses else torch.zeros(2, dtype=torch.float64, device=device)
+    total = torch.stack(losses).sum(0) if losses else torch.zeros(2, dtype=torch.float64, device=device_of_rank())
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         last = parallel_state.get_pipeline_model_parallel_last_rank()

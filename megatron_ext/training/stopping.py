@@ -1,4 +1,8 @@
-"""When a run ends before its last iteration: a signal from the batch system, or its time is up. All ranks agree on it."""
+"""When a run ends before its last iteration: a signal from the batch system, or its time is up. All ranks agree on it.
+
+Signals must reach the training processes, not torchrun: torchrun dies of SIGUSR1, and after a SIGTERM it leaves them 30 seconds before
+it kills them. train.exit_duration_minutes needs no signal and counts from the start of the process, loading included.
+"""
 
 import signal
 import time
@@ -6,8 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import psutil
 import torch
 import torch.distributed as dist
+
+from megatron_ext.parallel.process_groups import device_of_rank
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -16,7 +23,8 @@ class StopRequest:
     """Collects reasons to stop on this rank."""
 
     def __init__(self, exit_duration_minutes: float | None) -> None:
-        self._deadline = None if exit_duration_minutes is None else time.monotonic() + 60 * exit_duration_minutes
+        started = psutil.Process().create_time()
+        self._deadline = None if exit_duration_minutes is None else started + 60 * exit_duration_minutes
         self._signal = 0
 
     def note(self, number: int, _frame: FrameType | None = None) -> None:
@@ -25,9 +33,8 @@ class StopRequest:
 
     def agreed(self) -> str | None:
         """Why to stop now, the same on every rank; None to go on. Collective over all ranks."""
-        overdue = self._deadline is not None and time.monotonic() >= self._deadline
-        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-        request = torch.tensor([self._signal, int(overdue)], device=device)
+        overdue = self._deadline is not None and time.time() >= self._deadline
+        request = torch.tensor([self._signal, int(overdue)], device=device_of_rank())
         dist.all_reduce(request, op=dist.ReduceOp.MAX)
         number, overdue = request.tolist()
         if number:

@@ -22,7 +22,8 @@ def recomputed_layers(run: RunConfig) -> int:
 
 
 def cost_of(run: RunConfig, shape: ModelShape) -> TrainingCost:
-    """Predicted FLOPs per token of a training step."""
+    """Predicted FLOPs per token of a training step. Recomputation counts where whole layers are recomputed; that of selective
+    recompute and of a loss in chunks is left out."""
     return training_cost(shape, run.compression, recomputed_layers=recomputed_layers(run))
 
 

@@ -7,9 +7,10 @@ import pytest
 
 from megatron_ext.config import ParallelConfig
 from megatron_ext.errors import ConfigError
+from megatron_ext.training.logits_file import read_tokens
 from tests.megatron_ext.training.runs import tiny_run, train
 from tests.ranks import run_on_ranks
-from tools.dump_logits import main, read_tokens
+from tools.dump_logits import main
 
 YOCO = {"layer_types": "0s_1s_2_2", "sliding_window": 8}
 
@@ -30,7 +31,7 @@ def test_every_layout_gives_the_same_logits(checkpoints: Path, tmp_path: Path) -
     np.save(tmp_path / "tokens.npy", tokens)
     found = []
     for name, ranks, tp, pp in [("one", 1, 1, 1), ("tp", 2, 2, 1), ("pp", 2, 1, 2), ("both", 4, 2, 2), ("dp", 2, 1, 1)]:
-        layout = [f"--parallel.tensor_model_parallel_size={tp}", f"--parallel.pipeline_model_parallel_size={pp}"]
+        layout = [f"--tensor_model_parallel_size={tp}", f"--pipeline_model_parallel_size={pp}"]
         arguments = (str(checkpoints), str(tmp_path / "tokens.npy"), str(tmp_path / f"{name}.npy"), *layout)
         assert run_on_ranks(ranks, dump, *arguments) == [0] * ranks
         found.append(np.load(tmp_path / f"{name}.npy"))
@@ -82,3 +83,8 @@ def restore_error(checkpoints: str, pp_or_tp: int) -> str:
     with pytest.raises(ConfigError) as caught:
         restore(Path(checkpoints), wanted)
     return str(caught.value)
+
+
+def test_no_folder_to_write_to(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert dump("nowhere", "tokens.npy", str(tmp_path / "missing" / "logits.npy")) == 2
+    assert "missing does not exist; make it, or choose another" in capfd.readouterr().err

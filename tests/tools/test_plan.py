@@ -83,16 +83,12 @@ def test_a_plan_from_top_to_bottom(capsys) -> None:
         capsys, "--compression.layer_types", "0s_2_2_3", "--compression.sliding_window", "16", "--world_size", "4",
         "--logging.peak_tflops", "0.001", "--train.recompute_granularity", "full",
     )  # fmt: skip
-    assert (
-        lines[:4]
-        == [
-            "layer 3  KV  <- own",
-            "layer 2  KV  <- own          ┐ iterated",
-            "layer 1      <- 2 ↑          ┘",
-            "layer 0  KV  <- own   window",
-        ][:1]
-        + lines[1:4]
-    )
+    assert [text[:16] for text in lines[:4]] == [
+        "layer 3  KV  <- ",
+        "layer 2  KV  <- ",
+        "layer 1      <- ",
+        "layer 0  KV  <- ",
+    ]
     assert "┐ iterated" in lines[1]
     assert "window 16" in lines[3]
     assert line(lines, "KV cache").endswith("192 bytes per token in 16 bits, 1.33x less than a plain model's 256")
@@ -110,6 +106,23 @@ def test_a_pipeline_says_how_long_it_is_idle(capsys) -> None:
     lines = planned(capsys, *PIPELINE)
     assert line(lines, "layout").endswith("4 processes: TP 2 + SP, PP 2, DP 1")
     assert line(lines, "pipeline idle time").endswith("11.1 % of a step: (PP - 1) / (micro-batches + PP - 1)")
+
+
+def test_the_first_stage_keeps_activations_of_all_micro_batches_in_flight(capsys) -> None:
+    def activations(*argv: str) -> list[str]:
+        lines = planned(capsys, *PIPELINE, "--train.recompute_granularity", "full", *argv)
+        return [re.split(r"  +", line(lines, start))[6] for start in ("0  ", "1  ")]
+
+    layer_inputs = 2 * 64 * 32 * 4 // 2  # of the 2 layers of a stage, shared out over 2 ranks
+    assert activations() == [f"{2 * layer_inputs / 1024:.2f} KiB", f"{layer_inputs / 1024:.2f} KiB"]
+    assert activations("--train.global_batch_size", "1") == [f"{layer_inputs / 1024:.2f} KiB"] * 2
+
+
+def test_replicas_share_the_state_of_a_distributed_optimizer(capsys) -> None:
+    def optimizer(*argv: str) -> float:
+        return float(re.split(r"  +", line(planned(capsys, "--world_size", "4", *argv), "0  "))[5].split()[0])
+
+    assert optimizer("--parallel.use_distributed_optimizer", "false") == pytest.approx(4 * optimizer(), rel=1e-3)
 
 
 def test_time_follows_operations_devices_and_utilisation(capsys) -> None:

@@ -1,12 +1,16 @@
 """Sampling: greedy follows the logits, seeds repeat, pipeline stages agree, the end of a document ends it."""
 
+import argparse
+
 import pytest
 import torch
 
-from megatron_ext.config import ParallelConfig
+from megatron_ext.config import DataConfig, ParallelConfig
+from megatron_ext.errors import ConfigError
+from megatron_ext.training.sampling import continue_tokens
 from tests.megatron_ext.model.stages import MAPS, make_stage
 from tests.ranks import run_on_ranks
-from tools.sample import continue_tokens, main
+from tools.sample import main, tokenizer_settings
 
 
 def sampled(tp: int, pp: int, temperature: float, seed: int, eod: int = -1) -> list[int]:
@@ -50,3 +54,11 @@ def greedy_and_likeliest() -> bool:
 def test_impossible_options(option: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["--load", "nowhere", "--prompt", "x", option]) == 2
     assert "they must be at least 0, 0 and 1" in capfd.readouterr().err
+
+
+def test_a_run_without_tokenizer_needs_one() -> None:
+    options = argparse.Namespace(tokenizer_type=None, tokenizer_model=None)
+    with pytest.raises(ConfigError, match=r"the run had no tokenizer .*; give --tokenizer_type and --tokenizer_model"):
+        tokenizer_settings(DataConfig(), options)
+    options = argparse.Namespace(tokenizer_type="tiktoken", tokenizer_model="ranks")
+    assert tokenizer_settings(DataConfig(), options).tokenizer_model == "ranks"

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """cpu counts the seconds in which this process computed, on all its threads: of use where other programs run meanwhile."""
 

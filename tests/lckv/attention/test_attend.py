@@ -18,8 +18,19 @@ def stand_in() -> types.SimpleNamespace:
     """flash-attn's two functions as its documentation defines them, in plain PyTorch: [.., heads, d], window counted to the left of
     the diagonal, documents by cu_seqlens."""
 
-    def rows(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float, softmax_scale: float, causal: bool, window_size: tuple) -> Tensor:
+    def rows(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        dropout_p: float,
+        softmax_scale: float,
+        causal: bool,
+        deterministic: bool,
+        window_size: tuple,
+    ) -> Tensor:
         assert causal
+        assert not deterministic
         assert window_size[1] == 0
         window = None if window_size[0] < 0 else window_size[0] + 1
         parts = (tensor.transpose(1, 2) for tensor in (q, k, v))
@@ -139,7 +150,9 @@ class TestChoice:
         assert "the model is on cpu" in choice.reason
 
     def test_an_explicit_request_never_falls_back(self) -> None:
-        with pytest.raises(ValueError, match=r"model\.attention_backend is flash, but .* Set model\.attention_backend to auto"):
+        with pytest.raises(
+            ValueError, match=r"model\.attention_backend is flash, but .* Set model\.attention_backend to auto"
+        ):
             choose("flash", device=self.cpu, dtype=torch.float32, head_dim=64)
 
     def test_unknown_name(self) -> None:

@@ -152,7 +152,9 @@ class TestSuccession:
     def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = tmp_path_factory.mktemp("stages")
         short = {"train": {"train_iters": 1}}
-        run_on_ranks(1, train, tiny_run(**short, optimizer={"lr_warmup_iters": 0}, checkpoint={"save": str(folder / "dense")}))
+        run_on_ranks(
+            1, train, tiny_run(**short, optimizer={"lr_warmup_iters": 0}, checkpoint={"save": str(folder / "dense")})
+        )
         merging = dmc_run(MAPS["plain"], SOON, **short, checkpoint={"save": str(folder / "dmc")})
         run_on_ranks(1, train, merging)
         return folder
@@ -160,22 +162,30 @@ class TestSuccession:
     def test_a_decision_channel_in_use(self, folder: Path) -> None:
         loading = {"load": str(folder / "dense"), "finetune": True}
         run = dmc_run(MAPS["plain"], replace(SOON, stage="retrofit"), checkpoint=loading)
-        with pytest.raises(ConfigError, match=r"compression\.policy\.stage is retrofit, but the loaded weights .*Run stage zero_out"):
+        with pytest.raises(
+            ConfigError, match=r"compression\.policy\.stage is retrofit, but the loaded weights .*Run stage zero_out"
+        ):
             run_on_ranks(1, train, run)
 
     def test_a_model_that_merges_is_no_dense_model(self, folder: Path) -> None:
         run = tiny_run(checkpoint={"load": str(folder / "dmc"), "finetune": True})
-        with pytest.raises(ConfigError, match=r"compression\.policy is dense, but the checkpoint's is dmc, stage finetune"):
+        with pytest.raises(
+            ConfigError, match=r"compression\.policy is dense, but the checkpoint's is dmc, stage finetune"
+        ):
             run_on_ranks(1, train, run)
 
     def test_another_stage_is_another_run(self, folder: Path) -> None:
         run = dmc_run(MAPS["plain"], replace(SOON, stage="retrofit"), checkpoint={"load": str(folder / "dmc")})
-        with pytest.raises(ConfigError, match=r"To start the next stage from its weights, set checkpoint\.finetune to true"):
+        with pytest.raises(
+            ConfigError, match=r"To start the next stage from its weights, set checkpoint\.finetune to true"
+        ):
             run_on_ranks(1, train, run)
 
 
 def test_odd_decisions_stop_the_run_and_are_named(tmp_path: Path) -> None:
-    with pytest.raises(NonFiniteDecisionError, match=r"iteration 1: the decision logits of layer 2 KV head 1\b.* are not finite"):
+    with pytest.raises(
+        NonFiniteDecisionError, match=r"iteration 1: the decision logits of layer 2 KV head 1\b.* are not finite"
+    ):
         run_on_ranks(2, train_with_a_broken_head)
 
 
@@ -185,7 +195,9 @@ def train_with_a_broken_head() -> int:
 
     def broken(*args: Any, **kwargs: Any) -> torch.nn.Module:
         stage = build.build_stage(*args, **kwargs)
-        weight = stage.decoder.layers[2].self_attention.linear_qkv.weight  # rows: per KV head 2 queries, key, value of 8 channels
+        weight = stage.decoder.layers[
+            2
+        ].self_attention.linear_qkv.weight  # rows: per KV head 2 queries, key, value of 8 channels
         weight.data[32 + 16 + 7] = torch.nan
         return stage
 

@@ -172,3 +172,33 @@ def test_it_learns(tmp_path: Path) -> None:
     run_on_ranks(2, train, logged_to(run, tmp_path / "run.jsonl"))
     losses = series(tmp_path / "run.jsonl", "lm_loss")
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_a_directory_with_another_runs_checkpoints_is_refused(tmp_path: Path) -> None:
+    saving = {"checkpoint": {"save": str(tmp_path)}, "train": {"train_iters": 3}}
+    run_on_ranks(1, train, tiny_run(**saving))
+    with pytest.raises(
+        ConfigError, match=r"holds checkpoints of another run \(iter_0000003 and 0 more\).*set checkpoint\.load to"
+    ):
+        run_on_ranks(2, train, tiny_run(**saving))
+    going_on = {"checkpoint": {"save": str(tmp_path), "load": str(tmp_path)}, "train": {"train_iters": 4}}
+    assert run_on_ranks(1, train, tiny_run(**going_on)) == [4]
+    assert (tmp_path / "run.yaml").exists()
+
+
+def test_a_run_may_go_on_with_another_batch_size(tmp_path: Path) -> None:
+    run_on_ranks(1, train, tiny_run(checkpoint={"save": str(tmp_path), "save_interval": 3}))
+    smaller = tiny_run(train={"global_batch_size": 1}, checkpoint={"load": str(tmp_path / "iter_0000003")})
+    assert run_on_ranks(1, train, smaller) == [6]
+
+
+def test_a_chunked_loss_waits_for_gathered_weights() -> None:
+    """Sequence parallelism, a loss in chunks and weights that are gathered late, two updates in a row."""
+    late = {
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "overlap_grad_reduce": True,
+        "overlap_param_gather": True,
+    }
+    run = tiny_run(compression=LCKV, model={"cross_entropy_chunk_size": 8}, parallel=late)
+    assert run_on_ranks(4, train, run) == [6] * 4

@@ -33,7 +33,9 @@ def test_cost_and_cache_of_a_cyclic_map() -> None:
 def test_merging_is_told() -> None:
     policy = DMCConfig(stage="retrofit", target_compression_ratio=4.0)
     text = summary(replace(tiny_run(), compression=CompressionConfig(policy=policy)))
-    assert "merging               4 tokens per slot asked for: 64 bytes per token, 4.00x less than a plain model" in text
+    assert (
+        "merging               4 tokens per slot asked for: 64 bytes per token, 4.00x less than a plain model" in text
+    )
     assert "merging" not in summary(tiny_run())
 
 
