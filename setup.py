@@ -43,6 +43,7 @@ EXTRAS_REQUIRE = {
         "types-psutil",
         "types-tqdm",
         "wandb>=0.19",
+        "triton>=3.2; platform_system == 'Linux'",
     ],
 }
 

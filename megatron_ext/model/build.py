@@ -1,7 +1,5 @@
 """From the run's sections to a model that trains: this rank's pipeline stage, in the training precision, under Megatron's DDP."""
 
-import math
-
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import (
@@ -19,15 +17,10 @@ from lckv.rope import LinearScaling, Llama3Scaling, inverse_frequencies
 from megatron_ext.config import ModelConfig, ParallelConfig, RopeScalingConfig, TrainConfig
 from megatron_ext.model.gpt import SharedKVGPTModel
 from megatron_ext.model.initialization import initialize_weights
+from megatron_ext.model.parameters import padded_vocab_size
 from megatron_ext.model.specs import block_submodules, choose_implementation
 from megatron_ext.model.transformer_config import transformer_config
 from megatron_ext.parallel.process_groups import device_of_rank
-
-
-def padded_vocab_size(vocab_size: int, model: ModelConfig, parallel: ParallelConfig) -> int:
-    """The true size rounded up to a multiple of make_vocab_size_divisible_by * tensor_model_parallel_size."""
-    multiple = model.make_vocab_size_divisible_by * parallel.tensor_model_parallel_size
-    return multiple * math.ceil(vocab_size / multiple)
 
 
 def rope_scaling(config: RopeScalingConfig) -> Llama3Scaling | LinearScaling | None:

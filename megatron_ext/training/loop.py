@@ -27,8 +27,9 @@ from megatron_ext.data.loader import build_data_iterator
 from megatron_ext.data.samples import SampleDataset
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.architecture import architecture
-from megatron_ext.model.build import build_stage, padded_vocab_size, wrap
+from megatron_ext.model.build import build_stage, wrap
 from megatron_ext.model.cost import model_shape
+from megatron_ext.model.parameters import padded_vocab_size
 from megatron_ext.parallel.process_groups import device_of_rank
 from megatron_ext.training.optimizer import build_optimizer
 from megatron_ext.training.policy_stages import check_decision_channel, check_succession, zero_decision_channel

@@ -26,8 +26,12 @@ class DensePolicy:
     def keys_values(
         self, key: Tensor, value: Tensor, query: Tensor | None, context: TokenContext
     ) -> tuple[KeyValue, Statistics | None]:
-        """RoPE on the keys and nothing else."""
-        return KeyValue(context.rotate(key), value), None
+        """RoPE on the keys and nothing else.
+
+        Values get memory of their own: as a view of the fused projection they would keep its queries alive as long as any
+        reader needs them.
+        """
+        return KeyValue(context.rotate(key), value.contiguous()), None
 
     def auxiliary_loss(self, merge_rate: Tensor, progress: float) -> Tensor | None:
         """No auxiliary loss."""
