@@ -164,7 +164,9 @@ def merge_maps(runs: Sequence[Run]) -> list[Panel]:
     def panel(run: Run) -> Panel:
         rates = last_merge_rates(run.reports)
         title = f"{run.name}: tokens per slot at the end"
-        return Panel(title, ("compression_ratio",), lambda axes, _runs, _style: draw_merge_map(axes, rates), over_time=False)
+        return Panel(
+            title, ("compression_ratio",), lambda axes, _runs, _style: draw_merge_map(axes, rates), over_time=False
+        )
 
     return [panel(run) for run in runs if last_merge_rates(run.reports)]
 

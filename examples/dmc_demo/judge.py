@@ -25,7 +25,9 @@ def main(folder: str) -> int:
         ratio = last.get("validation_compression_ratio", 1.0)
         print(f"{stage:<10} {last['validation_perplexity']:>10.2f} {ratio:>16.2f} {whole / ratio:>19.0f}")
     if ratio < LEAST_RATIO:
-        print(f"the last stage merges {ratio:.2f} tokens per slot; at least {LEAST_RATIO} were asked for", file=sys.stderr)
+        print(
+            f"the last stage merges {ratio:.2f} tokens per slot; at least {LEAST_RATIO} were asked for", file=sys.stderr
+        )
         return 1
     return 0
 

@@ -167,7 +167,13 @@ def test_nothing_to_draw_is_said_by_plot_itself():
 def test_a_run_that_merges_gets_a_heat_map_of_its_last_report(tmp_path: Path) -> None:
     rates = {f"merge_rate/layer_{layer}/head_{head}": 0.25 * (layer + head) for layer in (0, 2) for head in (0, 1)}
     first = {"iteration": 1, "compression_ratio": 1.0, **dict.fromkeys(rates, 0.0)}
-    last = {"iteration": 2, "compression_ratio": 2.0, "target_compression_ratio": 2.0, **rates, "merge_rate/layer_2/head_1": None}
+    last = {
+        "iteration": 2,
+        "compression_ratio": 2.0,
+        "target_compression_ratio": 2.0,
+        **rates,
+        "merge_rate/layer_2/head_1": None,
+    }
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(report) + "\n" for report in (first, last)))
     (run,) = read_runs([path])
