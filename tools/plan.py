@@ -24,7 +24,7 @@ from megatron_ext.layout_validation import (
     recompute_problems,
     tensor_parallel_problems,
 )
-from megatron_ext.model.cost import model_shape
+from megatron_ext.model.cost import merging_line, model_shape
 from megatron_ext.model.memory import BYTES, kept_by_full_recompute, kept_bytes, state_bytes
 from megatron_ext.model.parameters import StageParameters, padded_vocab_size, stage_parameters, total_parameters
 from megatron_ext.setting_rules import at_least
@@ -108,6 +108,9 @@ def _model(plan: Plan) -> Iterator[str]:
     window, everything = compression.sliding_window, LayerTypes.plain(layers)
     plain, mine = kv_bytes_per_token(shape, everything), kv_bytes_per_token(shape, layer_types)
     yield f"KV cache              {mine:,} bytes per token in 16 bits, {plain / mine:.2f}x less than a plain model's {plain:,}"
+    merging = merging_line(run.compression.policy, kv_bytes=mine, plain_bytes=plain)
+    if merging is not None:
+        yield merging
     full, plain_full = (cache_bytes(shape, kinds, window=window, tokens=context) for kinds in (layer_types, everything))
     yield f"  full context        {size(full)} for {context:,} tokens, {plain_full / full:.2f}x less than {size(plain_full)}"
     cost = training_cost(shape, compression, recomputed_layers=plan.recomputed_layers)

@@ -1,6 +1,8 @@
-"""The sizes of a run's model, for lckv.cost."""
+"""The sizes of a run's model, for lckv.cost, and what its KV policy is to save."""
 
 from lckv.cost import ModelShape
+from lckv.policies.dense.config import DenseConfig
+from lckv.policies.dmc.config import DMCConfig
 from megatron_ext.config import ModelConfig
 
 
@@ -15,4 +17,15 @@ def model_shape(model: ModelConfig, *, vocab_size: int, seq_length: int) -> Mode
         head_dim=model.head_dim,
         vocab_size=vocab_size,
         seq_length=seq_length,
+    )
+
+
+def merging_line(policy: DenseConfig | DMCConfig, *, kv_bytes: int, plain_bytes: int) -> str | None:
+    """What merging is to make of `kv_bytes` of KV cache per token, next to a plain model's; None where nothing merges."""
+    if not isinstance(policy, DMCConfig) or policy.stage == "zero_out":
+        return None
+    reached = kv_bytes / policy.target_compression_ratio
+    return (
+        f"merging               {policy.target_compression_ratio:g} tokens per slot asked for: {reached:,.0f} bytes per token, "
+        f"{plain_bytes / reached:.2f}x less than a plain model"
     )

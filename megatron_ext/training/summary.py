@@ -6,10 +6,10 @@ import torch
 
 from lckv.attention.backends import choose
 from lckv.cost import ModelShape, TrainingCost, kv_bytes_per_token, training_cost
-from lckv.policies.dmc.config import DMCConfig
 from lckv.sharing.layer_types import LayerTypes
 from lckv.sharing.picture import draw
 from megatron_ext.config import RunConfig
+from megatron_ext.model.cost import merging_line
 from megatron_ext.model.specs import choose_implementation
 
 
@@ -40,13 +40,9 @@ def _lines(run: RunConfig, shape: ModelShape, parameters: int, device: torch.dev
     plain, mine = (kv_bytes_per_token(shape, kinds) for kinds in (LayerTypes.plain(shape.num_layers), layer_types))
     yield f"parameters            {parameters:,}, keys and values computed in {len(layer_types.kv_layers)} of {shape.num_layers} layers"
     yield f"KV cache              {mine:,} bytes per token in 16 bits, {plain / mine:.2f}x less than a plain model"
-    policy = compression.policy
-    if isinstance(policy, DMCConfig) and policy.stage != "zero_out":
-        reached = mine / policy.target_compression_ratio
-        yield (
-            f"merging               {policy.target_compression_ratio:g} tokens per slot asked for: {reached:,.0f} bytes per token, "
-            f"{plain / reached:.2f}x less than a plain model"
-        )
+    merging = merging_line(compression.policy, kv_bytes=mine, plain_bytes=plain)
+    if merging is not None:
+        yield merging
     passes = f"{compression.forward_passes} passes without and {compression.backward_passes} with gradient over each cyclic group"
     yield f"predicted cost        {cost.ratio:.2f}x a plain model's step" + (
         f" ({passes})" if layer_types.any_cyclic else ""
