@@ -10,7 +10,7 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
-from megatron_ext.checkpointing import strategies
+from megatron_ext.checkpointing import state, strategies
 from megatron_ext.checkpointing.agreement import agreement
 from megatron_ext.checkpointing.errors import DamagedCheckpointError
 from megatron_ext.checkpointing.manifest import hash_files, list_files, read_manifest
@@ -101,8 +101,11 @@ def test_a_full_disk_is_told_from_what_torch_makes_of_it(tmp_path: Path, monkeyp
 
 
 def _load_evil_object(directory: Path, trap: Path) -> str:
-    """A checkpoint with a valid manifest whose object shard is evil: what a stranger could hand out."""
-    originals = strategies.mcore_to_pyt_state_dict
+    """A checkpoint with a valid manifest whose object shard is evil: what a stranger could hand out.
+
+    This project's models have no object shards; here the model's extra state is kept to be one.
+    """
+    originals, without_extra_state = strategies.mcore_to_pyt_state_dict, state._without_extra_state
     run = Run(Case())
 
     def poisoned(by_key: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
@@ -113,7 +116,7 @@ def _load_evil_object(directory: Path, trap: Path) -> str:
             torch.save([_Evil(trap)], flat[key])
         return flat
 
-    strategies.mcore_to_pyt_state_dict = poisoned
+    strategies.mcore_to_pyt_state_dict, state._without_extra_state = poisoned, lambda chunk: chunk
     try:
         path = run.save(directory, 1)
         manifest = read_manifest(path)
@@ -122,7 +125,7 @@ def _load_evil_object(directory: Path, trap: Path) -> str:
     except RuntimeError as error:
         return str(error)
     finally:
-        strategies.mcore_to_pyt_state_dict = originals
+        strategies.mcore_to_pyt_state_dict, state._without_extra_state = originals, without_extra_state
     return ""
 
 
