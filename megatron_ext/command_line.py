@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from megatron_ext.checkpointing.atomic import write_file
+from megatron_ext.atomic import write_file
 from megatron_ext.config import RunConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.settings import describe_settings, read, settings_of, unknown_message

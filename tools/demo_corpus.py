@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_ext.data.manifest import replace_file
+from megatron_ext.atomic import write_file
 from megatron_ext.errors import ConfigError
 
 EXAMPLES = """
@@ -84,8 +84,8 @@ def write_corpus(output: Path, max_bytes: int | None = None) -> CorpusSize:
         raise ConfigError(f"no document of Python's standard library was found that fits into --max-bytes={max_bytes}.")
     corpus_size = CorpusSize(len(lines), text_bytes, platform.python_version())
     output.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(output, b"".join(lines))
-    replace_file(output.with_suffix(".json"), json.dumps(asdict(corpus_size), indent=1).encode() + b"\n")
+    write_file(output, b"".join(lines))
+    write_file(output.with_suffix(".json"), json.dumps(asdict(corpus_size), indent=1).encode() + b"\n")
     return corpus_size
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_ext.data.manifest import replace_file
+from megatron_ext.atomic import write_file
 from megatron_ext.data.sources import RecordReader, Source, find_sources, parse_texts, text_bytes
 from megatron_ext.data.tokenizers import load_tokenizer
 from megatron_ext.errors import ConfigError
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             seed=arguments.seed,
             threads=arguments.threads,
         )
-        replace_file(Path(arguments.output), train(training))
+        write_file(Path(arguments.output), train(training))
         tokenizer = load_tokenizer("sentencepiece", arguments.output)
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -19,7 +19,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ext.checkpointing import atomic
+from megatron_ext import atomic
 from megatron_ext.checkpointing.errors import DamagedCheckpointError, DiskFullError, NoCheckpointError
 from megatron_ext.checkpointing.manifest import MANIFEST_NAME, Manifest, find_wrong_sizes, read_manifest
 

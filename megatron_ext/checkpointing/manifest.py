@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from megatron_ext.checkpointing.atomic import write_file
+from megatron_ext.atomic import write_file
 from megatron_ext.checkpointing.errors import DamagedCheckpointError
 
 MANIFEST_NAME = "manifest.json"

@@ -23,9 +23,9 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_ext.atomic import sync_file, write_file
 from megatron_ext.checkpointing import folders
 from megatron_ext.checkpointing.agreement import Agreement, agreement
-from megatron_ext.checkpointing.atomic import sync_file, write_file
 from megatron_ext.checkpointing.errors import CheckpointError, DiskFullError
 from megatron_ext.checkpointing.manifest import FileEntry, Layout, Manifest, hash_files, list_files, write_manifest
 from megatron_ext.checkpointing.rng import rng_states

@@ -23,8 +23,8 @@ from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, Mega
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_ext.atomic import write_file
 from megatron_ext.checkpointing.agreement import Agreement
-from megatron_ext.checkpointing.atomic import write_file
 from megatron_ext.checkpointing.errors import MismatchError
 from megatron_ext.checkpointing.strategies import (
     BACKEND,

@@ -1,12 +1,12 @@
 """What is known of an indexed dataset beside its tokens: PREFIX.json, written next to PREFIX.bin and PREFIX.idx."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.atomic import write_file
 from megatron_ext.data.sources import Position
 from megatron_ext.errors import ConfigError
 
@@ -90,7 +90,7 @@ def manifest_path(prefix: str) -> Path:
 def write_manifest(prefix: str, manifest: DatasetManifest) -> None:
     """Write PREFIX.json atomically."""
     text = json.dumps({"format": FORMAT} | asdict(manifest), indent=1)
-    replace_file(manifest_path(prefix), text.encode() + b"\n")
+    write_file(manifest_path(prefix), text.encode() + b"\n")
 
 
 def read_manifest(prefix: str) -> DatasetManifest | None:
@@ -124,16 +124,3 @@ def _checked(manifest: DatasetManifest) -> DatasetManifest:
         if field.type in (str, int, bool) and type(value) is not field.type:
             raise ValueError(f"{field.name}={value!r} is not of type {field.type.__name__}")
     return manifest
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file so that at any time either the old or the new one is there in full."""
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from megatron_ext.checkpointing.atomic import write_file
+from megatron_ext.atomic import write_file
 from megatron_ext.config import LoggingConfig
 from megatron_ext.errors import ConfigError
 

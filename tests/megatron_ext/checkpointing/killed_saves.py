@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from megatron_ext.checkpointing import atomic, folders, save, strategies
+from megatron_ext import atomic
+from megatron_ext.checkpointing import folders, save, strategies
 from tests.megatron_ext.checkpointing.tiny_gpt import Case, Run
 
 

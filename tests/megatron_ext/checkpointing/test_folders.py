@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.checkpointing import atomic, folders
+from megatron_ext import atomic
+from megatron_ext.checkpointing import folders
 from megatron_ext.checkpointing.errors import DamagedCheckpointError, DiskFullError, NoCheckpointError
 from megatron_ext.checkpointing.folders import (
     find_candidates,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.data.manifest import Shard, SourceFile, manifest_path, read_manifest, replace_file, write_manifest
+from megatron_ext.data.manifest import Shard, SourceFile, manifest_path, read_manifest, write_manifest
 from megatron_ext.data.sources import Position
 from megatron_ext.errors import ConfigError
 from tests.megatron_ext.data.builders import write_dataset
@@ -46,17 +46,3 @@ def test_a_truncated_file(tmp_path: Path) -> None:
     manifest_path(prefix).write_text('{"format": 1, "eod"')
     with pytest.raises(ConfigError, match="not a dataset description"):
         read_manifest(prefix)
-
-
-def test_a_failed_replacement_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    replace_file(path, b"old")
-
-    def full(descriptor: int) -> None:
-        raise OSError("no space")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="no space"):
-        replace_file(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.checkpointing import atomic
+from megatron_ext import atomic
 
 
 def test_write_replaces(tmp_path: Path) -> None:
