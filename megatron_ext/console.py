@@ -3,12 +3,15 @@
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 
 from megatron_ext.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+_PATIENCE_SECONDS = 10.0
 
 
 def set_up_logging() -> None:
@@ -31,11 +34,18 @@ def exit_status(program: Callable[[], None]) -> int:
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0" or _groups_exist():
             logger.error("error: %s", error)
+        else:
+            let_first_rank_speak()
         return 2
     except ArithmeticError as error:
         logger.error("error: %s", error)
         return 1
     return 0
+
+
+def let_first_rank_speak() -> None:
+    """torchrun ends all processes as soon as one has failed: wait until rank 0 has had the time to say why."""
+    time.sleep(_PATIENCE_SECONDS)
 
 
 def _groups_exist() -> bool:

@@ -214,6 +214,7 @@ def test_files_cannot_build_objects(tmp_path, capsys):
 
 def test_only_one_process_of_a_group_speaks(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("megatron_ext.console._PATIENCE_SECONDS", 0)
     with pytest.raises(SystemExit) as stop:
         exit_with("wrong")
     assert stop.value.code == 2
