@@ -67,7 +67,8 @@ def run_on_ranks(
     `function` is defined at module level (it is pickled by name); arguments and results are pickled. Inside,
     torch.distributed is initialised (gloo on the loopback interface; with device="cuda" also NCCL, one GPU per rank),
     `megatron_ext.cpu.install()` has been called, and no model parallelism is initialised; what the function initialises
-    is destroyed afterwards. The function may destroy the world group and make another one from torchrun's variables.
+    is destroyed afterwards. Once per pool, a function may destroy the world group and make another one from torchrun's
+    variables.
 
     Raises the first exception that a rank raised, with that rank's traceback as a note; RankError when a rank died;
     RankTimeoutError when the ranks did not end within `timeout` seconds.

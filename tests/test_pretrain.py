@@ -98,10 +98,15 @@ def test_terminated_runs_save_and_end_well(tmp_path: Path) -> None:
         arguments, env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     deadline = time.monotonic() + 200
-    while not (tmp_path / "metrics.jsonl").exists() and time.monotonic() < deadline:
+    while not reported(tmp_path / "metrics.jsonl") and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)  # as batch systems do: to all processes of the job, data readers included
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "signal SIGTERM" in errors
     assert (tmp_path / "save" / "latest").exists()
+
+
+def reported(metrics: Path) -> bool:
+    """Whether a first step is done, so that all processes of the run are up."""
+    return metrics.exists() and metrics.stat().st_size > 0

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from tests import ranks
-from tests.ranks import RankError, RankTimeoutError, run_on_ranks
+from tests.ranks import RankError, RankTimeoutError, kill_pools, run_on_ranks
 
 
 def _sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
@@ -146,8 +146,9 @@ def test_what_a_case_leaves_is_destroyed() -> None:
 
 
 def test_a_case_may_make_the_world_group_from_the_variables_of_torchrun() -> None:
+    kill_pools()  # a pool can do this once: torch writes the addresses of both groups under the same keys of one store
     assert run_on_ranks(2, _make_world_again) == [2, 2]
-    assert run_on_ranks(2, _make_world_again) == [2, 2]
+    kill_pools()
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
