@@ -56,17 +56,21 @@ class TokenContext:
     """Share of training that is done, 0 .. 1."""
 
 
-class Slots(NamedTuple):
-    """What is kept of a layer's tokens so far, at inference."""
+class Extension(NamedTuple):
+    """What new tokens add to those that an inference cache holds."""
 
     key: Tensor
-    """[n, b, g, d], ready to attend to; entries beyond a head's length are zeros."""
+    """[s, b, g, d] as in `KeyValue`, of the new tokens."""
 
     value: Tensor
-    """[n, b, g, d]."""
+    """[s, b, g, d]."""
 
-    lengths: Tensor
-    """int64 [b, g]: slots in use."""
+    joins: Tensor | None = None
+    """bool [b, g]: the first new token is merged into the newest slot of the cache, which is hidden from whoever sees that
+    token, and replaced by the slot that it becomes. None: never."""
+
+    state: Tensor | None = None
+    """What `KVPolicy.extend` needs to know of these tokens when the next ones come: [n, b, g, c], n fixed. None: nothing."""
 
 
 class KVPolicy(Protocol):
@@ -98,6 +102,17 @@ class KVPolicy(Protocol):
     ) -> tuple[KeyValue, Statistics | None]:
         """Keys and values [s, b, g, d] before RoPE to what readers attend to. `query` [s, b, h, d] before RoPE is given iff
         `reads_query`."""
+        ...
+
+    def extend(
+        self, state: Tensor | None, key: Tensor, value: Tensor, query: Tensor | None, context: TokenContext
+    ) -> Extension:
+        """As `keys_values` in evaluation, for tokens that follow those of a cache. `state` is that of the extension before; None:
+        there are no earlier tokens."""
+        ...
+
+    def whole(self, extension: Extension) -> Tensor | None:
+        """bool [s, b, g]: new tokens whose entry is a whole slot, which is what the cache keeps; None: all."""
         ...
 
     def auxiliary_loss(self, merge_rate: Tensor, progress: float) -> Tensor | None:

@@ -1,7 +1,6 @@
 """The stack of layers of one pipeline stage, run by the iteration plan of its sharing map.
 
-Keys and values are arguments and results here, never module state: recompute, several micro-batches in flight and pipeline stages
-cannot mix them up, and a source that is missing is an error.
+The plan itself is run by `lckv.sharing.execution`.
 """
 
 from contextlib import nullcontext
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from lckv.policies.base import KeyValue, Statistics, TokenContext
 from lckv.policies.build import build_policy
-from lckv.sharing.plan import LayerGroup, cyclic_sources, iteration_plan, layer_groups
+from lckv.sharing.execution import PlanRunner, run_groups
+from lckv.sharing.plan import LayerGroup, layer_groups
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.layer import LayerOutput, SharedKVLayer
 from megatron_ext.model.merging import MergeRates, PolicyReport
@@ -54,7 +54,9 @@ class SharedKVBlock(TransformerBlock):
         self.end_layer = self.first_layer + len(self.layers)
         self.groups = self._groups_of_stage()
         compression = config.compression
-        self.plan = iteration_plan(self.layer_types, compression.forward_passes, compression.backward_passes)
+        self.runner = PlanRunner[KeyValue](
+            self.layer_types, compression.forward_passes, compression.backward_passes
+        )
         self.merge_rates = MergeRates(config, build_policy(config.compression.policy), self.pg_collection.tp)
         self.payload_in = self._payload(self.first_layer)
         self.payload_out = self._payload(self.end_layer)
@@ -112,9 +114,8 @@ class SharedKVBlock(TransformerBlock):
         statistics: dict[int, Statistics] = {}
         forked = tensor_parallel.get_cuda_rng_tracker().fork() if self.config.sequence_parallel else nullcontext()
         with forked:
-            for group in self.groups:
-                run = self._iterate if group.iterated else self._run
-                hidden_states, available = run(group, hidden_states, available, contexts, statistics)
+            layers = _StageLayers(self, contexts, statistics)
+            hidden_states, available, _ = run_groups(self.runner, self.groups, layers, hidden_states, available)
         rate_sum = self.merge_rates.add(rate_sum, statistics)
         if self.final_layernorm is not None:
             hidden_states = self.final_layernorm(hidden_states)
@@ -134,100 +135,17 @@ class SharedKVBlock(TransformerBlock):
                 contexts[index] = replace(context, noise=noise)
         return contexts
 
-    def _iterate(
-        self,
-        group: LayerGroup,
-        hidden_states: Tensor,
-        available: KeyValues,
-        contexts: Contexts,
-        statistics: dict[int, Statistics],
-    ) -> tuple[Tensor, KeyValues]:
-        """All passes over a cyclic group; those before the last only make keys and values for the next."""
-        previous: KeyValues | None = None
-        for step in self.plan:
-            if step.update or (step.start, step.stop) != (group.start, group.stop):
-                continue
-            with nullcontext() if step.requires_grad else torch.no_grad():
-                start = hidden_states if torch.is_grad_enabled() else hidden_states.detach()
-                previous = self._prepare(group, start, available, previous, contexts)
-        if previous is None:
-            previous = dict.fromkeys(cyclic_sources(self.layer_types, group), self._zeros(hidden_states))
-        return self._run(group, hidden_states, available, contexts, statistics, previous)
-
-    def _prepare(
-        self,
-        group: LayerGroup,
-        hidden_states: Tensor,
-        available: KeyValues,
-        previous: KeyValues | None,
-        contexts: Contexts,
-    ) -> KeyValues:
-        """One pass that stops at the keys and values of the highest layer that cyclic layers read; returns theirs.
-
-        `previous` None is the first pass: zero keys and values, so that the attention of cyclic layers is exactly 0.
-        """
-        wanted = cyclic_sources(self.layer_types, group)
-        current: KeyValues = {}
-        for index in range(group.start, group.stop - 1):
-            layer, kind = self._layer(index), self.layer_types[index]
-            if kind.cyclic and previous is None:
-                if index in self.layer_types.kv_layers:
-                    current[index] = layer.keys_values(hidden_states, contexts[index])[0]
-                hidden_states = layer.feed_forward(hidden_states)
-                continue
-            source = self._source(index, available | current, previous)
-            hidden_states, own, _ = self._call(layer, hidden_states, source, contexts[index])
-            if own is not None:
-                current[index] = own
-        top = group.stop - 1
-        current[top] = self._layer(top).keys_values(hidden_states, contexts[top])[0]
-        return {index: current[index] for index in wanted}
-
-    def _run(
-        self,
-        group: LayerGroup,
-        hidden_states: Tensor,
-        available: KeyValues,
-        contexts: Contexts,
-        statistics: dict[int, Statistics],
-        previous: KeyValues | None = None,
-    ) -> tuple[Tensor, KeyValues]:
-        """The pass over a group that is kept. Returns its hidden states and all keys and values that layers above it read."""
-        available = dict(available)
-        for index in range(group.start, group.stop):
-            layer = self._layer(index)
-            source = self._source(index, available, previous)
-            hidden_states, own, reported = self._call(layer, hidden_states, source, contexts[index])
-            if own is not None:
-                available[index] = own
-            if reported is not None:
-                statistics[index] = reported
-            available = {layer: kv for layer, kv in available.items() if self.layer_types.readers(layer)[-1] > index}
-        return hidden_states, available
-
-    def _layer(self, index: int) -> SharedKVLayer:
+    def layer(self, index: int) -> SharedKVLayer:
+        """The layer that is number `index` of the whole model."""
         return self.layers[index - self.first_layer]
 
-    def _source(self, index: int, available: KeyValues, previous: KeyValues | None) -> KeyValue | None:
-        """What layer `index` reads; None where it reads its own."""
-        kind = self.layer_types[index]
-        if kind.source == index:
-            return None
-        pool = previous if kind.cyclic else available
-        if pool is None or kind.source not in pool:
-            raise ValueError(
-                f"layer {index} reads the keys and values of layer {kind.source}, but "
-                f"{'the previous pass' if kind.cyclic else 'this pipeline stage'} has those of {sorted(pool or ())}."
-            )
-        return pool[kind.source]
-
-    def _zeros(self, hidden_states: Tensor) -> KeyValue:
+    def zeros(self, hidden_states: Tensor) -> KeyValue:
         """Keys and values before the first pass."""
         tokens, batch = hidden_states.shape[0] * self.payload_in.sequence_shards, hidden_states.shape[1]
         zeros = hidden_states.new_zeros(tokens, batch, self.payload_in.kv_heads, self.payload_in.head_dim)
         return KeyValue(zeros, zeros)
 
-    def _call(
+    def call(
         self, layer: SharedKVLayer, hidden_states: Tensor, source: KeyValue | None, context: TokenContext
     ) -> LayerOutput:
         """The layer, recomputed in backward where the configuration asks for it."""
@@ -241,3 +159,33 @@ class SharedKVBlock(TransformerBlock):
         outputs = tensor_parallel.checkpoint(flat, False, hidden_states, *(source or (None,) * 2))
         own = None if outputs[1] is None else KeyValue(*outputs[1:3])
         return LayerOutput(outputs[0], own, None if outputs[3] is None else Statistics(outputs[3]))
+
+
+class _StageLayers:
+    """The stage's layers for one micro-batch, as the plan calls them."""
+
+    def __init__(self, block: SharedKVBlock, contexts: Contexts, statistics: dict[int, Statistics]) -> None:
+        """`statistics` receives those of the pass that counts."""
+        self._block, self._contexts, self._statistics = block, contexts, statistics
+
+    def run(
+        self, index: int, hidden_states: Tensor, source: KeyValue | None, *, kept: bool
+    ) -> tuple[Tensor, KeyValue | None]:
+        """The whole layer."""
+        output = self._block.call(self._block.layer(index), hidden_states, source, self._contexts[index])
+        if kept and output.statistics is not None:
+            self._statistics[index] = output.statistics
+        return output.hidden_states, output.own
+
+    def keys_values(self, index: int, hidden_states: Tensor) -> KeyValue:
+        """The layer's keys and values alone."""
+        return self._block.layer(index).keys_values(hidden_states, self._contexts[index])[0]
+
+    def run_without_source(self, index: int, hidden_states: Tensor) -> tuple[Tensor, KeyValue | None]:
+        """Zero keys and values make attention exactly 0, so it is left out."""
+        own = self.keys_values(index, hidden_states) if index in self._block.layer_types.kv_layers else None
+        return self._block.layer(index).feed_forward(hidden_states), own
+
+    def zeros(self, hidden_states: Tensor) -> KeyValue:
+        """Keys and values before the first pass."""
+        return self._block.zeros(hidden_states)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lckv.policies.base import KeyValue, Statistics, TokenContext
+from lckv.policies.base import Extension, KeyValue, Statistics, TokenContext
 
 
 class DensePolicy:
@@ -32,6 +32,16 @@ class DensePolicy:
         reader needs them.
         """
         return KeyValue(context.rotate(key), value.contiguous()), None
+
+    def extend(
+        self, state: Tensor | None, key: Tensor, value: Tensor, query: Tensor | None, context: TokenContext
+    ) -> Extension:
+        """Every token is a slot of its own."""
+        return Extension(*self.keys_values(key, value, query, context)[0])
+
+    def whole(self, extension: Extension) -> Tensor | None:
+        """All of them."""
+        return None
 
     def auxiliary_loss(self, merge_rate: Tensor, progress: float) -> Tensor | None:
         """No auxiliary loss."""

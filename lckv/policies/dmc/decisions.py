@@ -62,8 +62,8 @@ def soft_decisions(logits: Tensor, opens: Tensor, noise: Tensor | None, temperat
 
 
 def hard_decisions(logits: Tensor, opens: Tensor) -> Decisions:
-    """Decisions of evaluation, 0 or 1, from x [s, b, g] and `forced_openings`."""
-    merge = ((logits > 0) & ~opens[..., None]).float()
+    """Decisions of evaluation, 0 or 1, from x [s, b, g] and forced openings, [s, b] or [s, b, g]."""
+    merge = ((logits > 0) & ~(opens[..., None] if opens.dim() == 2 else opens)).float()
     return Decisions(merge, _of_the_next(merge * HIDDEN))
 
 

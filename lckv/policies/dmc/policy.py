@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lckv.policies.base import KeyValue, Statistics, TokenContext
-from lckv.policies.dmc import decisions, schedule
+from lckv.policies.base import Extension, KeyValue, Statistics, TokenContext
+from lckv.policies.dmc import continuation, decisions, schedule
 from lckv.policies.dmc.config import DMCConfig
 from lckv.policies.dmc.pooling import pool
 
@@ -53,6 +53,29 @@ class DMCPolicy:
         pooled_key, pooled_value = pool(key, value, merge, weight, config.window)
         rate = decisions.merge_rate(merge, logits, context.counted)
         return KeyValue(rotate_without_last(pooled_key, context, bias), pooled_value), Statistics(rate)
+
+    def extend(
+        self, state: Tensor | None, key: Tensor, value: Tensor, query: Tensor | None, context: TokenContext
+    ) -> Extension:
+        """Hard decisions and pooling that go on where the cache's newest slots ended."""
+        if not self.biases_keys:
+            return Extension(*self.keys_values(key, value, None, context)[0])
+        assert query is not None
+        config = self.config
+        logits = decisions.decision_logits(key, config.initial_decision_bias)
+        weight = self.importance(query, key.shape[2])
+        if state is None:
+            state = continuation.fresh_state(config.window, key)
+        opens = continuation.openings(logits, state, context)
+        merge, bias = decisions.hard_decisions(logits, opens)
+        (pooled_key, pooled_value), state = continuation.advance(
+            state, key, value, merge, weight, context.counted, config.window
+        )
+        return Extension(rotate_without_last(pooled_key, context, bias), pooled_value, merge[0].bool(), state)
+
+    def whole(self, extension: Extension) -> Tensor | None:
+        """Tokens that no later one is merged into: those whose bias hides them from nobody."""
+        return extension.key[..., -1] > decisions.HIDDEN / 2 if self.biases_keys else None
 
     def importance(self, query: Tensor, kv_heads: int) -> Tensor:
         """Weights float32 [s, b, g] of tokens in their slots, from queries [s, b, h, d] before RoPE."""

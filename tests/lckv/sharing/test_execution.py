@@ -1,0 +1,84 @@
+"""How a plan is run: what is missing is an error, passes stop where they may, and only the last one counts."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lckv.sharing.execution import PlanRunner, run_groups, source_of
+from lckv.sharing.layer_types import LayerTypes
+from lckv.sharing.plan import layer_groups
+
+
+class Recorder:
+    """Layers that add their number and what they read; what they compute for readers is their input."""
+
+    def __init__(self, layer_types: LayerTypes) -> None:
+        self.layer_types, self.calls = layer_types, []
+
+    def run(self, index: int, hidden_states: Tensor, source: Tensor | None, *, kept: bool):
+        self.calls.append((index, "kept" if kept else "run", torch.is_grad_enabled()))
+        own = hidden_states if index in self.layer_types.kv_layers else None
+        return hidden_states + index + 0.1 * (hidden_states if source is None else source), own
+
+    def keys_values(self, index: int, hidden_states: Tensor) -> Tensor:
+        self.calls.append((index, "keys_values", torch.is_grad_enabled()))
+        return hidden_states
+
+    def run_without_source(self, index: int, hidden_states: Tensor):
+        self.calls.append((index, "without", torch.is_grad_enabled()))
+        return hidden_states + index, hidden_states if index in self.layer_types.kv_layers else None
+
+    def zeros(self, hidden_states: Tensor) -> Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+def run(text: str, m: int, b: int, converged=None):
+    layer_types = LayerTypes.parse(text, text.count("_") + 1)
+    layers = Recorder(layer_types)
+    runner = PlanRunner(layer_types, m, b, converged)
+    return run_groups(runner, layer_groups(layer_types), layers, torch.ones(1), {}), layers.calls
+
+
+def test_a_missing_source_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"layer 1 reads the keys and values of layer 0, but this pass has those of \[2\]"):
+        source_of(LayerTypes.parse("0_0_2", 3), 1, {2: None}, None)
+    with pytest.raises(
+        ValueError, match=r"layer 1 reads the keys and values of layer 4, but the previous pass has those of \[\]"
+    ):
+        source_of(LayerTypes.parse("0_4_4_4_4_5", 6), 1, {4: None}, None)
+
+
+def test_passes_before_the_last_stop_at_the_keys_and_values() -> None:
+    outcome, calls = run("0_2_2_3", 1, 2)
+    first = [(1, "without", False), (2, "keys_values", False)]
+    second = [(1, "run", True), (2, "keys_values", True)]
+    last = [(1, "kept", True), (2, "kept", True)]
+    assert calls == [(0, "kept", True), *first, *second, *last, (3, "kept", True)]
+    assert outcome.passes == 3
+    assert outcome.available == {}
+
+
+def test_one_pass_reads_zeros() -> None:
+    outcome, calls = run("1_1", 0, 1)
+    assert calls == [(0, "kept", True), (1, "kept", True)]
+    assert outcome.hidden_states.item() == pytest.approx(1 + 0 + 1 + 0.1)
+
+
+def test_converged_passes_end_early() -> None:
+    asked = []
+    outcome, _ = run("1_1", 7, 2, lambda previous, current: asked.append((previous, current)) or len(asked) == 2)
+    assert outcome.passes == 4
+    assert [set(pair[0]) | set(pair[1]) for pair in asked] == [{1}, {1}]
+
+
+@given(st.integers(0, 3), st.integers(1, 3))
+def test_every_pass_feeds_the_next(m: int, b: int) -> None:
+    """Layer 0 reads what layer 1 computed one pass before: x + 0.1 of it."""
+    outcome, _ = run("1_1", m, b)
+    source = 0.0
+    for _ in range(m + b):
+        first = 1 + 0.1 * source
+        source = first
+    assert outcome.hidden_states.item() == pytest.approx(first + 1 + 0.1 * first)
