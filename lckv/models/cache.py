@@ -1,0 +1,97 @@
+"""The cache that Hugging Face's `generate` carries along: one entry per layer that computes keys and values."""
+
+from typing import Any
+
+import torch
+from transformers import Cache
+
+from lckv.cache.contiguous import ContiguousCache
+from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
+from lckv.policies.build import build_policy
+
+
+class LCKVCache(Cache):
+    """What `generate` asks of a cache, around `ContiguousCache`.
+
+    It counts columns of the batch (padding included), as `attention_mask` does; what is stored is only what attention needs.
+    """
+
+    def __init__(self, config: LCKVLlamaConfig) -> None:
+        super().__init__(layers=[])
+        compression = config.compression_config()
+        layer_types = compression.map(config.num_hidden_layers)
+        self._config = config
+        self._columns = 0
+        windows = {}
+        if compression.sliding_window is not None:
+            only_windowed = (
+                layer for layer in layer_types.kv_layers if all(layer_types[i].sliding for i in layer_types.readers(layer))
+            )
+            windows = dict.fromkeys(only_windowed, compression.sliding_window)
+        self.slots = ContiguousCache(layer_types.kv_layers, build_policy(compression.policy), windows)
+        self._merges = build_policy(compression.policy).biases_keys
+
+    def __repr__(self) -> str:
+        return f"LCKVCache({self._columns} columns, {self.slots.num_bytes} bytes)"
+
+    def advance(self, columns: int) -> None:
+        """Count columns that were committed."""
+        self._columns += columns
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of the batch so far."""
+        return self._columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """There is no maximum."""
+        return -1
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Not how this cache is filled; the model commits to `slots`."""
+        raise TypeError("LCKVCache is filled by LCKVLlamaForCausalLM only; other models need a cache of transformers.")
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.__init__(self._config)  # type: ignore[misc]
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Beam search."""
+        self.slots.select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some rows."""
+        self.slots.select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row several times."""
+        if not self.slots.empty:
+            rows = torch.arange(self.batch_size, device=self.slots.seen.device)
+            self.slots.select_rows(rows.repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens (given as a negative number). Raises ValueError where tokens were merged or dropped."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}.")
+        if tokens_to_remove < 0 and not self.slots.empty:
+            self.slots.drop_newest(-tokens_to_remove)
+            self._columns = max(0, self._columns + tokens_to_remove)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows; -1 while the cache is empty."""
+        return -1 if self.slots.empty else len(self.slots.seen)
+
+    @property
+    def is_compileable(self) -> bool:
+        """Its tensors grow."""
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether it holds anything."""
+        return not self.slots.empty
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether the newest tokens can be forgotten again: not where tokens are merged."""
+        return not self._merges
