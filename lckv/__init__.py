@@ -1,4 +1,8 @@
 """Language models whose KV cache is small by construction.
 
-Importing it registers the models with transformers' Auto classes, once transformers itself is imported.
+Importing it lets transformers' Auto classes know the models (`AutoModelForCausalLM.from_pretrained` of an `lckv-llama` folder).
 """
+
+from lckv.registration import register_with_transformers
+
+register_with_transformers()
