@@ -147,35 +147,39 @@ def largest_decision_weight(checkpoint: str, tp: int = 1) -> float:
     return max((row.abs().max().item() for row in rows), default=0.0)
 
 
-class TestSuccession:
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        folder = tmp_path_factory.mktemp("stages")
-        short = {"train": {"train_iters": 1}}
-        run_on_ranks(
-            1, train, tiny_run(**short, optimizer={"lr_warmup_iters": 0}, checkpoint={"save": str(folder / "dense")})
-        )
-        merging = dmc_run(MAPS["plain"], SOON, **short, checkpoint={"save": str(folder / "dmc")})
-        run_on_ranks(1, train, merging)
-        return folder
+@pytest.fixture(scope="module")
+def dense_and_merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint of a dense run and one of a run that merges."""
+    folder = tmp_path_factory.mktemp("stages")
+    short = {"train": {"train_iters": 1}}
+    run_on_ranks(
+        1, train, tiny_run(**short, optimizer={"lr_warmup_iters": 0}, checkpoint={"save": str(folder / "dense")})
+    )
+    merging = dmc_run(MAPS["plain"], SOON, **short, checkpoint={"save": str(folder / "dmc")})
+    run_on_ranks(1, train, merging)
+    return folder
 
-    def test_a_decision_channel_in_use(self, folder: Path) -> None:
-        loading = {"load": str(folder / "dense"), "finetune": True}
+
+class TestSuccession:
+    def test_a_decision_channel_in_use(self, dense_and_merged: Path) -> None:
+        loading = {"load": str(dense_and_merged / "dense"), "finetune": True}
         run = dmc_run(MAPS["plain"], replace(SOON, stage="retrofit"), checkpoint=loading)
         with pytest.raises(
             ConfigError, match=r"compression\.policy\.stage is retrofit, but the loaded weights .*Run stage zero_out"
         ):
             run_on_ranks(1, train, run)
 
-    def test_a_model_that_merges_is_no_dense_model(self, folder: Path) -> None:
-        run = tiny_run(checkpoint={"load": str(folder / "dmc"), "finetune": True})
+    def test_a_model_that_merges_is_no_dense_model(self, dense_and_merged: Path) -> None:
+        run = tiny_run(checkpoint={"load": str(dense_and_merged / "dmc"), "finetune": True})
         with pytest.raises(
             ConfigError, match=r"compression\.policy is dense, but the checkpoint's is dmc, stage finetune"
         ):
             run_on_ranks(1, train, run)
 
-    def test_another_stage_is_another_run(self, folder: Path) -> None:
-        run = dmc_run(MAPS["plain"], replace(SOON, stage="retrofit"), checkpoint={"load": str(folder / "dmc")})
+    def test_another_stage_is_another_run(self, dense_and_merged: Path) -> None:
+        run = dmc_run(
+            MAPS["plain"], replace(SOON, stage="retrofit"), checkpoint={"load": str(dense_and_merged / "dmc")}
+        )
         with pytest.raises(
             ConfigError, match=r"To start the next stage from its weights, set checkpoint\.finetune to true"
         ):
