@@ -1,0 +1,54 @@
+"""A tiny model with a tokenizer of bytes and a chat template, as a folder and as a running application."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
+from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
+
+CONTEXT = 96
+CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+
+
+def byte_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
+    """One token per byte, and </s>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*alphabet, "</s>"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", clean_up_tokenization_spaces=False)
+    if chat:
+        fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def tiny_model(layer_types: str = "0_2_2_3", policy: str = "dense") -> LCKVLlamaForCausalLM:
+    """Random weights, float32."""
+    torch.manual_seed(1)
+    stage = {"stage": "finetune"} if policy == "dmc" else {}
+    config = LCKVLlamaConfig(
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.2,
+        compression={"layer_types": layer_types, "policy": {"name": policy, **stage}},
+        bos_token_id=None,
+        eos_token_id=256,
+        pad_token_id=None,
+    )
+    return LCKVLlamaForCausalLM(config).eval()
+
+
+def write_folder(folder: Path) -> Path:
+    """A model folder as users have it."""
+    tiny_model().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
