@@ -22,10 +22,11 @@ LAYERS = {"lckv": 0, "megatron_ext": 1, "checkpoints_conversion": 2, "tools": 3,
 NEVER_IMPORTED = ("tools", "examples", "tests", "pretrain_lckv")
 OPTIONAL_PACKAGES = (
     "transformer_engine", "flash_attn", "triton", "liger_kernel", "cut_cross_entropy", "apex", "wandb", "lm_eval",
+    "fastapi", "uvicorn", "prometheus_client", "openai", "gguf",
 )  # fmt: skip
-KERNEL_FOLDER = "kernels"
-"""Modules in folders of this name may import optional packages at their top; others import them when needed."""
-TRANSFORMERS_IN_LCKV = ("lckv.models", "lckv.generation")
+OPTIONAL_FOLDERS = {"kernels", "serving"}
+"""Modules in folders of these names may import optional packages at their top; others import them when needed."""
+TRANSFORMERS_IN_LCKV = ("lckv.models", "lckv.generation", "lckv.registration")
 
 
 @dataclass(frozen=True)
@@ -153,15 +154,15 @@ def cycles(imports: list[Import]) -> list[str]:
 
 
 def optional_at_top(imports: list[Import]) -> list[str]:
-    """Imports at module level, outside kernel folders, of optional packages or of a kernel module."""
+    """Imports at module level, outside the folders for them, of optional packages or of a module of such a folder."""
     found = []
     for each in imports:
-        if not each.at_top or KERNEL_FOLDER in each.source.split("."):
+        if not each.at_top or OPTIONAL_FOLDERS.intersection(each.source.split(".")):
             continue
         if _top(each.target) in OPTIONAL_PACKAGES:
             found.append(f"{each} at its top: {_top(each.target)} is optional, import it where it is needed")
-        elif _top(each.target) in LAYERS and KERNEL_FOLDER in each.target.split("."):
-            found.append(f"{each} at its top: kernels need optional packages, import them where they are needed")
+        elif _top(each.target) in LAYERS and OPTIONAL_FOLDERS.intersection(each.target.split(".")):
+            found.append(f"{each} at its top: it needs optional packages, import it where it is needed")
     return found
 
 
@@ -197,7 +198,7 @@ BAD_TREES: list[tuple[str, dict[str, str], str]] = [
     ("layers", {"tools/a.py": "import pretrain_lckv"}, "nothing imports pretrain_lckv"),
     ("layers", {"pretrain_lckv.py": "from tools.plan import x"}, "nothing imports tools"),
     ("layers", {"lckv/a.py": "from tests.ranks import x"}, "nothing imports tests"),
-    ("transformers", {"lckv/cache/a.py": "import transformers.cache_utils"}, "lckv.models and lckv.generation"),
+    ("transformers", {"lckv/cache/a.py": "import transformers.cache_utils"}, "lckv.models and lckv.generation and lckv.registration"),
     (
         "mutual",
         {"lckv/a/x.py": "from ..b import y", "lckv/b/y.py": "def f():\n    import lckv.a.x"},
@@ -299,7 +300,7 @@ def _import_in_new_process(root: Path, modules: list[str], optional: tuple[str, 
 
 
 def test_importing_every_module_has_no_effect() -> None:
-    modules = [name for name in modules_of(ROOT) if KERNEL_FOLDER not in name.split(".") and name != "tools.__main__"]
+    modules = [name for name in modules_of(ROOT) if not OPTIONAL_FOLDERS.intersection(name.split(".")) and name != "tools.__main__"]
     effects = _import_in_new_process(ROOT, sorted(modules), OPTIONAL_PACKAGES)
     assert {name: effect for name, effect in effects.items() if effect} == {}
 
