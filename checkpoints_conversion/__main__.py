@@ -1,0 +1,169 @@
+"""The program: one subcommand for each direction, one to prove, one to look."""
+
+import argparse
+import json
+import logging
+import re
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+from checkpoints_conversion.compression_options import given_changes
+from checkpoints_conversion.options import build_parser
+from megatron_ext.config import ParallelConfig
+from megatron_ext.console import exit_status, set_up_logging
+from megatron_ext.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?")
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns its exit status: 0, 1 where models differ that should not, 2 where something cannot be done, 130 where
+    Ctrl-C stopped it."""
+    options = build_parser().parse_args(argv)
+    set_up_logging()
+    try:
+        with _sigterm_raises():
+            return exit_status(lambda: _RUN[options.command](options))
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; nothing was written\n")
+        return 128 + signal.SIGINT
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM ends the program by an exception, so that what is half-written is removed."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# torch and Megatron are loaded below only: --help and bad options are answered at once.
+
+
+def _run_hf_to_megatron(options: argparse.Namespace) -> None:
+    from checkpoints_conversion.convert import hf_to_megatron
+
+    hf_to_megatron(
+        options.hf_path,
+        options.megatron_path,
+        changes=given_changes(options),
+        how=options.init,
+        dtype=_dtype(options.dtype),
+        allow_pickle=options.allow_pickle,
+        proof=options.verify,
+    )
+
+
+def _run_megatron_to_hf(options: argparse.Namespace) -> None:
+    from checkpoints_conversion.convert import megatron_to_hf
+
+    megatron_to_hf(
+        options.megatron_path,
+        options.hf_path,
+        family=options.family,
+        dtype=_dtype(options.dtype),
+        max_shard_bytes=_bytes(options.max_shard_size),
+        tokenizer=options.tokenizer,
+        metrics_file=options.metrics_file,
+        proof=options.verify,
+    )
+
+
+def _run_published_dmc(options: argparse.Namespace) -> None:
+    from checkpoints_conversion.convert import published_dmc_to_megatron
+
+    published_dmc_to_megatron(
+        options.dmc_path,
+        options.megatron_path,
+        vocab_size=options.vocab_size,
+        target_compression_ratio=options.target_compression_ratio,
+        dtype=_dtype(options.dtype),
+        tokenizer=options.tokenizer,
+        proof=options.verify,
+    )
+
+
+def _run_verify(options: argparse.Namespace) -> None:
+    from checkpoints_conversion.hub import local_folder
+    from checkpoints_conversion.opening import open_huggingface, open_megatron
+    from checkpoints_conversion.verify import ProofError, Tolerance, compare, random_tokens
+    from megatron_ext.training.logits_file import read_tokens
+
+    parallel = ParallelConfig(tensor_model_parallel_size=options.tensor, pipeline_model_parallel_size=options.pipeline)
+    needed = options.tensor * options.pipeline
+    if options.nproc_per_node not in (None, needed):
+        raise ConfigError(
+            f"--nproc-per-node is {options.nproc_per_node}; it must be {needed}, --parallel.tensor_model_parallel_size {options.tensor} "
+            f"times --parallel.pipeline_model_parallel_size {options.pipeline}. Leave it out, or change the sizes."
+        )
+    if min(options.rows, options.seq_length) < 1:
+        raise ConfigError(f"--rows is {options.rows} and --seq-length {options.seq_length}; they must be at least 1.")
+    original = open_huggingface(local_folder(options.hf_path), allow_pickle=options.allow_pickle)
+    megatron = open_megatron(options.megatron_path)
+    vocab_size = megatron.description.vocab_size
+    if options.tokens is not None:
+        tokens = read_tokens(options.tokens, vocab_size)
+    else:
+        tokens = random_tokens(vocab_size, rows=options.rows, length=options.seq_length, seed=options.seed)
+    heads = megatron.description.model.query_groups
+    if options.tensor > heads:
+        logger.info(
+            "%d key/value heads, %d ranks: each head is on %d of them", heads, options.tensor, options.tensor // heads
+        )
+    found = compare(original, megatron, tokens, parallel=parallel, timeout_seconds=options.timeout)
+    tolerance = Tolerance(options.tolerance, options.agreement)
+    sys.stdout.write("\n".join(found.lines(tolerance)) + "\n")
+    if not found.within(tolerance):
+        raise ProofError(f"{options.hf_path} and {options.megatron_path} differ.")
+
+
+def _run_inspect(options: argparse.Namespace) -> None:
+    from checkpoints_conversion.hub import local_folder
+    from checkpoints_conversion.inspection import facts, lines
+    from checkpoints_conversion.opening import open_model
+
+    opened = open_model(local_folder(options.path))
+    sys.stdout.write(json.dumps(facts(opened), indent=1) if options.json else "\n".join(lines(opened)))
+    sys.stdout.write("\n")
+
+
+def _dtype(name: str) -> "torch.dtype | None":
+    from checkpoints_conversion.description import dtype_of
+
+    return None if name == "keep" else dtype_of(name, "--dtype")
+
+
+def _bytes(text: str) -> int:
+    """The number that a size such as 5GB or 200MB means."""
+    match = _SIZE.fullmatch(text)
+    if match is None or float(match[1]) <= 0:
+        raise ConfigError(f"--max-shard-size is {text}; it must be a size such as 5GB or 500MB.")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+_RUN = {
+    "hf-to-megatron": _run_hf_to_megatron,
+    "megatron-to-hf": _run_megatron_to_hf,
+    "published-dmc-to-megatron": _run_published_dmc,
+    "verify": _run_verify,
+    "inspect": _run_inspect,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""Whole conversions: open, change, write beside the target, prove, publish."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from checkpoints_conversion.compression_options import changed_compression
+from checkpoints_conversion.description import ModelDescription
+from checkpoints_conversion.export.extras import export_extras
+from checkpoints_conversion.export.model_card import Measured
+from checkpoints_conversion.export.tokenizer import has_tokenizer
+from checkpoints_conversion.formats.huggingface import CONFIG_NAME, MAX_SHARD_BYTES
+from checkpoints_conversion.formats.megatron import write_checkpoint
+from checkpoints_conversion.hub import local_folder
+from checkpoints_conversion.initialization import initialize
+from checkpoints_conversion.manifest import ConversionManifest, ConversionSource, write_manifest
+from checkpoints_conversion.opening import OpenModel, open_huggingface, open_megatron, open_published_dmc
+from checkpoints_conversion.staging import check_free, staged
+from checkpoints_conversion.streams import CastSource, model_bytes, shown_progress
+from checkpoints_conversion.tensors import ConversionError
+from checkpoints_conversion.verify import is_small_enough, prove
+from checkpoints_conversion.writing import write_huggingface
+from lckv.sharing.initialization import Initialization
+
+ProofMode = Literal["auto", "always", "never"]
+"""auto: conversions of models that fit into the memory and are not very large end with a proof."""
+
+logger = logging.getLogger(__name__)
+
+
+def hf_to_megatron(
+    hf: str,
+    target: Path,
+    *,
+    changes: Mapping[str, object] | None = None,
+    how: Initialization = "average",
+    dtype: torch.dtype | None = None,
+    allow_pickle: bool = False,
+    proof: ProofMode = "auto",
+) -> ModelDescription:
+    """Convert the Hugging Face model `hf`, a folder or a name on the Hub, to a checkpoint in the new folder `target`.
+
+    `changes` are settings `compression.FIELD` of the new model where it differs from `hf`; `how` says where the keys and values of a
+    sharing map come from. Weights are cast to `dtype` (default: left as they are). Returns what was written.
+
+    Raises ConversionError, CheckpointError, ProofError; then nothing is left in or beside `target`.
+    """
+    check_free(target)
+    folder = local_folder(hf)
+    model = open_huggingface(folder, allow_pickle=allow_pickle)
+    name = hf if not Path(hf).exists() else str(folder.absolute())
+    tokenizer = model.tokenizer if has_tokenizer(folder) else None
+    return to_megatron(
+        model, target, name=name, changes=changes or {}, how=how, dtype=dtype, tokenizer=tokenizer, proof=proof
+    )
+
+
+def to_megatron(
+    model: OpenModel,
+    target: Path,
+    *,
+    name: str,
+    changes: Mapping[str, object],
+    how: Initialization,
+    dtype: torch.dtype | None,
+    tokenizer: str | None,
+    proof: ProofMode,
+) -> ModelDescription:
+    """Convert an opened model, called `name` in the manifest, to a checkpoint; see `hf_to_megatron`."""
+    compression = changed_compression(model.description.compression, changes)
+    source, description, done = initialize(model.source, model.description, compression, how)
+    description = replace(description, dtype=dtype or description.dtype)
+    logger.info("hashing %s, %.1f MB", model.path, model_bytes(model.source) / 1e6)
+    manifest = ConversionManifest(
+        description,
+        ConversionSource(model.format, name, model.hashes()),
+        initialization=done,
+        tokenizer=tokenizer,
+        previous=model.manifest,
+    )
+    with staged(target, model_bytes(source)) as staging:
+        with shown_progress(source, "converting") as counted:
+            write_checkpoint(staging, description, counted, dtype=dtype, manifest_json=manifest.to_json())
+        if _is_due(proof, model, f"--hf-path {name} --megatron-path {target}"):
+            prove(model, open_megatron(staging, verify_hashes=False))
+    logger.info("wrote %s", target)
+    return description
+
+
+def published_dmc_to_megatron(
+    dmc: Path,
+    target: Path,
+    *,
+    vocab_size: int | None = None,
+    target_compression_ratio: float | None = None,
+    dtype: torch.dtype | None = None,
+    tokenizer: Path | None = None,
+    proof: ProofMode = "auto",
+) -> ModelDescription:
+    """Convert a published DMC checkpoint to one of this project in the new folder `target`.
+
+    `vocab_size`, the true one, and `target_compression_ratio` go before what the checkpoint says of itself. Otherwise as
+    `hf_to_megatron`.
+    """
+    check_free(target)
+    _check_tokenizer(tokenizer)
+    model = open_published_dmc(dmc, vocab_size=vocab_size, target_compression_ratio=target_compression_ratio)
+    return to_megatron(
+        model,
+        target,
+        name=str(model.path.absolute()),
+        changes={},
+        how="copy",
+        dtype=dtype,
+        tokenizer=None if tokenizer is None else str(tokenizer.absolute()),
+        proof=proof,
+    )
+
+
+def megatron_to_hf(
+    megatron: Path,
+    target: Path,
+    *,
+    family: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    tokenizer: Path | None = None,
+    metrics_file: Path | None = None,
+    proof: ProofMode = "auto",
+) -> ModelDescription:
+    """Convert a checkpoint of this project, of any layout, to a Hugging Face model in the new folder `target`.
+
+    `megatron` is one checkpoint, or a directory of them: then the newest good one. `family` is that of the written model (default:
+    one that stock software runs where possible, else lckv-llama). The tokenizer is by default that of the run, or of the model that
+    was converted for it. `metrics_file`, by default the run's, tells what was measured. Returns what was written.
+
+    Raises ConversionError, CheckpointError, ProofError; then nothing is left in or beside `target`.
+    """
+    check_free(target)
+    _check_tokenizer(tokenizer)
+    model = open_megatron(megatron)
+    source = model.source if dtype is None else CastSource(model.source, dtype)
+    description = replace(model.description, dtype=dtype or model.description.dtype)
+    manifest = ConversionManifest(
+        description,
+        ConversionSource("megatron", str(model.path.absolute()), model.hashes()),
+        tokenizer=model.tokenizer if tokenizer is None else str(tokenizer.absolute()),
+        training=model.training,
+        previous=model.manifest,
+    )
+    measured = _measured(metrics_file or (Path(model.metrics_file) if model.metrics_file else None), model.training)
+    with staged(target, model_bytes(source)) as staging:
+        with shown_progress(source, "converting") as counted:
+            write_huggingface(staging, description, counted, family=family, max_shard_bytes=max_shard_bytes)
+        write_manifest(staging, manifest)
+        origin = _huggingface_origin(manifest)
+        export_extras(staging, description, manifest, name=target.name, source_folder=origin, measured=measured)
+        if _is_due(proof, model, f"--hf-path {target} --megatron-path {megatron}"):
+            prove(open_huggingface(staging), model)
+    logger.info("wrote %s", target)
+    return description
+
+
+def _check_tokenizer(path: Path | None) -> None:
+    if path is not None and not path.exists():
+        raise ConversionError(f"--tokenizer {path} does not exist; give the folder or file of the model's tokenizer.")
+
+
+def _is_due(proof: ProofMode, model: OpenModel, command: str) -> bool:
+    """Whether a conversion of `model` shall end with a proof; where it might have, but the model is large, says how to have it."""
+    if proof == "auto" and not is_small_enough(model):
+        logger.info(
+            "the model is large; prove the conversion with: python -m checkpoints_conversion verify %s", command
+        )
+        return False
+    return proof != "never"
+
+
+def _huggingface_origin(manifest: ConversionManifest) -> Path | None:
+    """The Hugging Face folder with which the history of a model began, if it is here and its tokenizer is still the model's."""
+    first = manifest
+    while first.previous is not None:
+        first = first.previous
+    for place in (first.source.path, first.tokenizer):
+        if place is not None and manifest.tokenizer in (None, place) and (Path(place) / CONFIG_NAME).is_file():
+            return Path(place)
+    return None
+
+
+def _measured(path: Path | None, training: Mapping[str, Any] | None) -> Measured | None:
+    """What the last evaluation of a run found, from its metrics file, if that was at the checkpoint's iteration."""
+    if path is None or training is None or not path.is_file():
+        return None
+    iteration = training["progress"].get("iteration")
+    found: dict[str, Any] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            report = json.loads(line)
+        except ValueError:  # the line that a crash has cut off
+            continue
+        if report.get("iteration") == iteration and report.get("validation_loss") is not None:
+            found = report
+    if not found:
+        return None
+    return Measured(found.get("validation_compression_ratio"), found["validation_loss"])

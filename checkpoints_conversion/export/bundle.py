@@ -1,0 +1,164 @@
+"""The modelling files that travel with exported weights: with them a folder loads where the package `lckv` is not installed.
+
+transformers takes code from a model's folder (`trust_remote_code`) under rules of its own: all files lie flat in one folder, they
+import each other as `from .name import x`, which transformers finds with a regular expression, and a package that is imported
+outside of `try` must be installed. So every module of `lckv` that the model needs, at its top or inside a function, becomes one file
+with rewritten imports; apart from these lines the code is the package's.
+"""
+
+import ast
+import importlib.util
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoints_conversion.manifest import package_versions
+from megatron_ext.atomic import write_file
+
+PACKAGE = "lckv"
+CONFIGURATION, MODEL = "lckv.models.configuration_lckv_llama", "lckv.models.modeling_lckv_llama"
+MODEL_TYPE = "lckv-llama"
+AUTO_MAP = {
+    "AutoConfig": "modeling_lckv_llama.LCKVLlamaConfig",
+    "AutoModelForCausalLM": "modeling_lckv_llama.LCKVLlamaForCausalLM",
+}
+"""What config.json of a model of that type says under `auto_map`: file and class, by the Auto class that needs them.
+
+Both name the same file: transformers imports everything that a file needs once for each file named here, and with two copies of a
+class an object from one copy is not an instance of the other.
+"""
+_ONE_COPY = """
+
+# Saved again, the configuration names this file, not its own: see the two entries of auto_map in config.json.
+LCKVLlamaConfig.__module__ = __name__
+"""
+
+_ALWAYS_THERE = frozenset({"torch", "transformers", *sys.stdlib_module_names})
+"""Packages that files may import outright; all others are optional."""
+_DISTRIBUTION = "lckv-megatron"
+
+
+@dataclass(frozen=True)
+class Bundler:
+    """Turns modules of one package into flat files."""
+
+    root: Path
+    """The folder in which the package lies."""
+
+    package: str
+    """Its name."""
+
+    entries: tuple[str, ...]
+    """Modules whose files keep their own last name; all others are called after their whole path."""
+
+    def files(self) -> dict[str, str]:
+        """File name -> source text, of the entries and of every module of the package that they need.
+
+        Raises ValueError for code that cannot work in such a file.
+        """
+        texts: dict[str, str] = {}
+        waiting = list(self.entries)
+        while waiting:
+            module = waiting.pop()
+            name = f"{self._flat(module)}.py"
+            if name not in texts:
+                texts[name], needed = self._rewrite(module)
+                waiting += needed
+        return dict(sorted(texts.items()))
+
+    def _flat(self, module: str) -> str:
+        return module.rpartition(".")[2] if module in self.entries else module.replace(".", "_")
+
+    def _path(self, module: str) -> Path | None:
+        stem = self.root.joinpath(*module.split("."))
+        return next((path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.is_file()), None)
+
+    def _rewrite(self, module: str) -> tuple[str, list[str]]:
+        """The module's text with its imports rewritten, and the modules of the package that it imports."""
+        path = self._path(module)
+        assert path is not None, module
+        text = path.read_text(encoding="utf-8")
+        tree = ast.parse(text)
+        if named := [
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and self._is_module_name(node.value)
+        ]:
+            raise ValueError(
+                f"{module} names the module {named[0]!r} in a string, which is not there in a model's folder."
+            )
+        lines = text.splitlines()
+        needed: list[str] = []
+        statements = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+        for node in sorted(statements, key=lambda node: -node.lineno):
+            indent = " " * node.col_offset
+            replacement, modules = self._import(node, module)
+            assert node.end_lineno is not None
+            if replacement is not None:
+                lines[node.lineno - 1 : node.end_lineno] = [indent + line for line in replacement]
+            needed += modules
+        source = path.relative_to(self.root).as_posix()
+        version = package_versions().get(_DISTRIBUTION, "(checkout)")
+        header = [
+            f"# Written by {_DISTRIBUTION} {version} from its {source}, for transformers' trust_remote_code.",
+            "# License: Apache-2.0. Where the package is installed, `import lckv` takes its place.",
+        ]
+        return "\n".join([*header, *lines, ""]), needed
+
+    def _is_module_name(self, value: object) -> bool:
+        return isinstance(value, str) and re.fullmatch(rf"{self.package}(\.\w+)+", value) is not None
+
+    def _import(self, node: ast.Import | ast.ImportFrom, module: str) -> tuple[list[str] | None, list[str]]:
+        """What replaces an import statement (None: nothing), and the modules of the package that it needs."""
+        if isinstance(node, ast.ImportFrom) and node.level:
+            raise ValueError(f"{module}, line {node.lineno}: a relative import; the packages of this project use none.")
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+        tops = {name.partition(".")[0] for name in names}
+        if self.package in tops:
+            if isinstance(node, ast.Import):
+                raise ValueError(
+                    f"{module}, line {node.lineno}: 'import {names[0]}' has no counterpart in a model's folder; "
+                    f"write 'from ... import ...'."
+                )
+            return self._own_import(node)
+        if tops <= _ALWAYS_THERE:
+            return None, []
+        # The error is the same; but transformers asks for every package that is imported outside of `try`.
+        return ["try:", f"    {ast.unparse(node)}", "except ImportError:", "    raise"], []
+
+    def _own_import(self, node: ast.ImportFrom) -> tuple[list[str], list[str]]:
+        assert node.module is not None
+        lines, objects, needed = [], [], []
+        for alias in node.names:
+            target = f"{node.module}.{alias.name}"
+            if self._path(target) is None:
+                objects.append(ast.unparse(alias))
+                continue
+            flat = self._flat(target)
+            # The second line makes transformers see that the file is needed.
+            lines += [f"from . import {flat} as {alias.asname or alias.name}", f"from .{flat} import __name__ as _"]
+            needed.append(target)
+        if objects:
+            lines.append(f"from .{self._flat(node.module)} import {', '.join(objects)}")
+            needed.append(node.module)
+        return lines, needed
+
+
+def modelling_files() -> dict[str, str]:
+    """File name -> text of everything that an `lckv-llama` model needs beside torch and transformers."""
+    texts = Bundler(_folder_of_packages(), PACKAGE, (CONFIGURATION, MODEL)).files()
+    texts["modeling_lckv_llama.py"] += _ONE_COPY
+    return texts
+
+
+def write_modelling_files(folder: Path) -> list[str]:
+    """Write the modelling files into a model's folder; config.json must have `AUTO_MAP`. Returns their names."""
+    texts = modelling_files()
+    for name, text in texts.items():
+        write_file(folder / name, text.encode())
+    return list(texts)
+
+
+def _folder_of_packages() -> Path:
+    spec = importlib.util.find_spec(PACKAGE)
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent.parent

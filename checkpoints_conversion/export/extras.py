@@ -1,0 +1,80 @@
+"""What a folder with weights and config.json still needs to be a model that others can use."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from checkpoints_conversion.description import ModelDescription, TokenIds
+from checkpoints_conversion.export.bundle import AUTO_MAP, MODEL_TYPE, write_modelling_files
+from checkpoints_conversion.export.model_card import Measured, license_of, model_card
+from checkpoints_conversion.export.tokenizer import has_tokenizer, kind_of, write_tokenizer
+from checkpoints_conversion.manifest import ConversionManifest
+from checkpoints_conversion.tensors import ConversionError
+from megatron_ext.atomic import write_file
+from megatron_ext.data.tokenizers import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def export_extras(
+    folder: Path,
+    description: ModelDescription,
+    manifest: ConversionManifest,
+    *,
+    name: str | None = None,
+    source_folder: Path | None = None,
+    measured: Measured | None = None,
+) -> list[str]:
+    """Write tokenizer, generation_config.json, README.md and, for a model of type lckv-llama, the modelling files into `folder`.
+
+    The tokenizer is that of `source_folder` where it has one, else `manifest.tokenizer`; without either there is none, and a warning.
+    `name` is what the card calls the model (default: the folder's name). Returns the names of the files written.
+
+    Raises ConversionError where the tokenizer that the manifest names is missing or cannot be exported.
+    """
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_bytes())
+    tokenizer = _tokenizer(manifest, source_folder)
+    names = [] if tokenizer is None else write_tokenizer(*tokenizer, folder)
+    ids = {**description.token_ids}
+    if tokenizer is not None and ids.get("eos_token_id") is None:
+        ids["eos_token_id"] = load_tokenizer(tokenizer[0], str(tokenizer[1])).eod
+    write_file(folder / "generation_config.json", json.dumps(_generation_config(ids, source_folder), indent=1).encode())
+    with_code = config["model_type"] == MODEL_TYPE
+    if with_code:
+        names += write_modelling_files(folder)
+        write_file(config_file, json.dumps({**config, "auto_map": AUTO_MAP}, indent=2).encode())
+    card = model_card(
+        name or folder.name,
+        description,
+        manifest,
+        measured=measured,
+        license_fields=license_of(source_folder),
+        with_code=with_code,
+    )
+    write_file(folder / "README.md", card.encode())
+    return [*names, "generation_config.json", "README.md"]
+
+
+def _tokenizer(manifest: ConversionManifest, source_folder: Path | None) -> tuple[str, Path] | None:
+    """Kind and place of the model's tokenizer."""
+    if source_folder is not None and has_tokenizer(source_folder):
+        return "huggingface", source_folder
+    if manifest.tokenizer is None:
+        logger.warning("No tokenizer is known for this model: add one to the folder, or name one on the command line.")
+        return None
+    path = Path(manifest.tokenizer)
+    if not path.exists():
+        raise ConversionError(
+            f"the tokenizer {path} that the model was trained with does not exist here; name a copy of it on the command line."
+        )
+    return kind_of(path), path
+
+
+def _generation_config(token_ids: TokenIds, source_folder: Path | None) -> dict[str, Any]:
+    """That of the source where it has one, for it may say how the model is best sampled; else the special tokens."""
+    path = source_folder / "generation_config.json" if source_folder is not None else None
+    if path is not None and path.is_file():
+        return json.loads(path.read_bytes())
+    return {"_from_model_config": True, **{name: ids for name, ids in token_ids.items() if ids is not None}}

@@ -1,0 +1,226 @@
+"""The page of an exported model, README.md: what it shares and merges, what that saves, how it was made, how to load it."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from checkpoints_conversion.description import ModelDescription
+from checkpoints_conversion.manifest import ConversionManifest
+from lckv.cost import kv_bytes_per_token
+from lckv.policies.dmc.config import DMCConfig
+from lckv.sharing.layer_types import LayerTypes
+from lckv.sharing.picture import draw
+from megatron_ext.model.cost import model_shape
+
+_REFERENCES = {
+    "lckv": "LCKV: Wu, Tu. *Layer-Condensed KV Cache for Efficient Inference of Large Language Models.* ACL 2024, arXiv:2405.10637",
+    "sharing": "Sharing maps: Wu, Wu, Tu. *A Systematic Study of Cross-Layer KV Sharing for Efficient LLM Inference.* NAACL 2025, "
+    "arXiv:2410.14442",
+    "average": "Averaged keys and values: Zuhri, Adilazuarda, Purwarianti, Aji. *MLKV: Multi-Layer Key-Value Heads for Memory Efficient "
+    "Transformer Decoding.* 2024, arXiv:2406.09297",
+    "dmc": "DMC: Nawrot, Łańcucki, Chochowski, Tarjan, Ponti. *Dynamic Memory Compression: Retrofitting LLMs for Accelerated "
+    "Inference.* ICML 2024, arXiv:2403.09636",
+}
+_LICENSE_FIELDS = ("license", "license_name", "license_link")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured on the model."""
+
+    compression_ratio: float | None = None
+    """Tokens per slot that its policy reaches on validation text; at least 1."""
+
+    validation_loss: float | None = None
+    """Cross-entropy per token, in nats."""
+
+
+def model_card(
+    name: str,
+    description: ModelDescription,
+    manifest: ConversionManifest,
+    *,
+    measured: Measured | None = None,
+    license_fields: Mapping[str, str] | None = None,
+    with_code: bool = False,
+) -> str:
+    """The text of README.md for the model `name`.
+
+    `license_fields` are those of the source's own card (`license_of`); `with_code` says that modelling files lie beside the weights.
+    """
+    measured = measured or Measured()
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation", **(license_fields or {})}
+    if base := _hub_name(manifest):
+        front["base_model"] = base
+    sections = [
+        _introduction(name, description),
+        _sharing(description),
+        _cache(description, measured),
+        _history(manifest, measured),
+        _loading(with_code),
+        _references(description, manifest),
+    ]
+    body = "\n\n".join("\n".join(section) for section in map(list, sections) if section)
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{body}\n"
+
+
+def license_of(folder: Path | None) -> dict[str, str]:
+    """The fields of the license in a model folder's own card; none where there is no card, or it says nothing."""
+    path = folder / "README.md" if folder is not None else None
+    if path is None or not path.is_file():
+        return {}
+    parts = path.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    try:
+        front = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
+    except yaml.YAMLError:
+        front = None
+    return {name: str(front[name]) for name in _LICENSE_FIELDS if name in front} if isinstance(front, Mapping) else {}
+
+
+def _introduction(name: str, description: ModelDescription) -> Iterator[str]:
+    model, layer_types = description.model, description.compression.map(description.model.num_layers)
+    parameters = sum(math.prod(info.shape) for info in description.expected_tensors().values())
+    yield f"# {name}"
+    yield ""
+    yield (
+        f"A decoder of the {description.family} family: {model.num_layers} layers of width {model.hidden_size}, "
+        f"{model.num_attention_heads} query heads and {model.query_groups} key/value heads of {model.head_dim} channels, "
+        f"{description.vocab_size:,} tokens of vocabulary, contexts of {model.max_position_embeddings:,} tokens, {parameters:,} "
+        f"parameters in {str(description.dtype).removeprefix('torch.')}. Keys and values are computed in {len(layer_types.kv_layers)} of "
+        f"{model.num_layers} layers."
+    )
+
+
+def _sharing(description: ModelDescription) -> Iterator[str]:
+    compression = description.compression
+    layer_types = compression.map(description.model.num_layers)
+    yield "## Whose keys and values a layer reads"
+    yield ""
+    yield "```"
+    yield draw(layer_types, window=compression.sliding_window)
+    yield "```"
+    yield ""
+    yield f"`layer_types`: `{layer_types}`"
+    if layer_types.any_cyclic:
+        yield (
+            "\nLayers that read a layer above themselves are iterated when many tokens are processed at once, in training and for a "
+            f"prompt: {compression.forward_passes} passes without and {compression.backward_passes} with gradient. Generating a token "
+            "takes one pass."
+        )
+    if compression.sliding_window is not None:
+        yield f"\nLayers marked `s` see the newest {compression.sliding_window:,} tokens."
+    if compression.force_nodiag:
+        yield "\nNo layer sees the query's own position."
+
+
+def _cache(description: ModelDescription, measured: Measured) -> Iterator[str]:
+    model, policy = description.model, description.compression.policy
+    layer_types, plain = description.compression.map(model.num_layers), LayerTypes.plain(model.num_layers)
+    shape = model_shape(model, vocab_size=description.vocab_size, seq_length=model.max_position_embeddings or 0)
+    size = description.dtype.itemsize
+    whole, mine = (kv_bytes_per_token(shape, kinds, bytes_per_number=size) for kinds in (plain, layer_types))
+    rows: list[tuple[str, float]] = [("a plain model of these sizes", whole), ("this sharing map", mine)]
+    yield "## KV cache"
+    yield ""
+    if isinstance(policy, DMCConfig):
+        yield (
+            f"Policy: Dynamic Memory Compression, stage {policy.stage}, trained towards {policy.target_compression_ratio:g} tokens per "
+            "slot. Each KV head decides for every token whether it opens a slot or is merged into the last one."
+        )
+        if measured.compression_ratio is not None:
+            yield f"Measured: {measured.compression_ratio:.2f} tokens per slot."
+            rows.append(("and merging, as measured", mine / measured.compression_ratio))
+    else:
+        yield "Policy: every token is kept."
+    yield ""
+    yield "| | bytes per token | less by |"
+    yield "|---|---|---|"
+    for what, number in rows:
+        yield f"| {what} | {number:,.0f} | {whole / number:.2f}x |"
+    if layer_types.any_sliding:
+        yield "\nLayers with a window stop growing when it is full."
+
+
+def _history(manifest: ConversionManifest, measured: Measured) -> Iterator[str]:
+    yield "## How it was made"
+    yield ""
+    if base := _hub_name(manifest):
+        yield f"- From `{base}`."
+    for conversion in _chain(manifest):
+        if conversion.initialization is not None:
+            how = {"average": "averaged over the layers that read them", "copy": "copied from their own layer"}
+            yield f"- Keys and values taken from a plain model: {how[conversion.initialization]}."
+        if conversion.training is not None:
+            yield from _training(conversion.training)
+    if measured.validation_loss is not None:
+        loss = measured.validation_loss
+        yield f"- Validation loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}."
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    day = manifest.created[:10]
+    yield f"- Converted from {manifest.source.format} weights on {day} with {versions}; `conversion.json` has the details."
+
+
+def _training(training: Mapping[str, Any]) -> Iterator[str]:
+    progress, train, optimizer = (training.get(part) or {} for part in ("progress", "train", "optimizer"))
+    if "iteration" in progress:
+        tokens = f", {progress['consumed_tokens']:,} tokens" if "consumed_tokens" in progress else ""
+        yield f"- Trained for {progress['iteration']:,} iterations{tokens}."
+    if "global_batch_size" in train:
+        yield f"- {train['global_batch_size']:,} sequences of {train['seq_length']:,} tokens per step, {train['precision']}."
+    if "lr" in optimizer:
+        yield (
+            f"- AdamW, peak learning rate {optimizer['lr']:g}, {optimizer['lr_decay_style']} schedule to {optimizer['min_lr']:g} with "
+            f"{optimizer['lr_warmup_iters']:,} iterations of warm-up, weight decay {optimizer['weight_decay']:g}."
+        )
+
+
+def _loading(with_code: bool) -> Iterator[str]:
+    yield "## Loading"
+    yield ""
+    yield "```python"
+    yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    yield ""
+    yield 'folder = "PATH OF THIS FOLDER"'
+    yield "tokenizer = AutoTokenizer.from_pretrained(folder)"
+    if with_code:
+        yield ""
+        yield "import lckv  # with the package lckv-megatron installed"
+        yield "model = AutoModelForCausalLM.from_pretrained(folder)"
+        yield ""
+        yield "# or without it, by the modelling files in this folder: code is run that came with the weights"
+        yield "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)"
+    else:
+        yield "model = AutoModelForCausalLM.from_pretrained(folder)"
+    yield "```"
+
+
+def _references(description: ModelDescription, manifest: ConversionManifest) -> list[str]:
+    layer_types = description.compression.map(description.model.num_layers)
+    shared = len(layer_types.kv_layers) < len(layer_types)
+    fits = {
+        "lckv": layer_types.any_cyclic,
+        "sharing": shared,
+        "average": any(conversion.initialization == "average" for conversion in _chain(manifest)),
+        "dmc": isinstance(description.compression.policy, DMCConfig),
+    }
+    found = [f"- {_REFERENCES[name]}" for name, used in fits.items() if used]
+    return ["## References", "", *found] if found else []
+
+
+def _chain(manifest: ConversionManifest) -> Iterator[ConversionManifest]:
+    """The conversions that led to a model, the first one first."""
+    if manifest.previous is not None:
+        yield from _chain(manifest.previous)
+    yield manifest
+
+
+def _hub_name(manifest: ConversionManifest) -> str | None:
+    """The name on the Hugging Face Hub of the model that it all began with; a folder of this machine is nobody else's business."""
+    source = next(_chain(manifest)).source
+    on_hub = source.format == "huggingface" and re.fullmatch(r"[\w.-]+/[\w.-]+", source.path) is not None
+    return source.path if on_hub and not Path(source.path).exists() else None

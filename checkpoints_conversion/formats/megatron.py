@@ -1,0 +1,289 @@
+"""The project's own checkpoints: read whatever the layout that saved them, and written for any layout that will load them.
+
+Neither needs process groups, and neither holds more of a model than the rows that it is asked for.
+"""
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from checkpoints_conversion.description import ModelDescription
+from checkpoints_conversion.formats.distcp import stored_tensors, write_tensors
+from checkpoints_conversion.formats.pieces import Piece, join_rows
+from checkpoints_conversion.manifest import MANIFEST_NAME as CONVERSION_NAME
+from checkpoints_conversion.manifest import ConversionManifest
+from checkpoints_conversion.manifest import read_manifest as read_conversion
+from checkpoints_conversion.staging import check_free
+from checkpoints_conversion.tensors import ConversionError, TensorInfo, TensorSource, check_tensors
+from megatron_ext.atomic import sync_file, write_file
+from megatron_ext.checkpointing import folders
+from megatron_ext.checkpointing.errors import DamagedCheckpointError, DiskFullError, disk_full_in
+from megatron_ext.checkpointing.manifest import (
+    Layout,
+    Manifest,
+    find_wrong_hashes,
+    find_wrong_sizes,
+    hash_files,
+    list_files,
+    read_manifest,
+    write_manifest,
+)
+from megatron_ext.checkpointing.save import CONFIG_NAME, PROGRESS_NAME
+from megatron_ext.checkpointing.state import write_common
+from megatron_ext.checkpointing.strategies import read_contents
+from megatron_ext.command_line import config_from_dict, config_to_dict
+from megatron_ext.config import RunConfig, TrainConfig
+from megatron_ext.model.architecture import architecture
+
+MODEL_FILE_NAME = "model.yaml"
+"""Beside the checkpoints that a conversion writes: the sections `model` and `compression` of a run that trains the model."""
+DEFAULT_FAMILY = "llama"
+"""Of a checkpoint that does not say where its model comes from."""
+Progress = Callable[[int, int], None]
+"""Told the bytes done since the last call, and how many there are in all."""
+
+_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+_NORMS = (
+    # Megatron keeps a norm with the linear layer behind it, where Transformer Engine has both in one module.
+    (
+        re.compile(r"(decoder\.layers\.\d+\.)self_attention\.linear_(?:qkv|q)\.layer_norm_(weight)"),
+        r"\1input_layernorm.\2",
+    ),
+    (re.compile(r"(decoder\.layers\.\d+\.)mlp\.linear_fc1\.layer_norm_(weight)"), r"\1pre_mlp_layernorm.\2"),
+)
+_ROOM_BYTES = 64 * 2**20
+"""For everything in a checkpoint but the numbers."""
+
+logger = logging.getLogger(__name__)
+
+
+def canonical_name(key: str) -> str:
+    """The name that a tensor of Megatron's has here (see `tensors.py`)."""
+    for pattern, name in _NORMS:
+        if pattern.fullmatch(key):
+            return pattern.sub(name, key)
+    return key
+
+
+class MegatronCheckpoint:
+    """A checkpoint's model weights under canonical names (a TensorSource), in the dtype of the model that was trained: where
+    that is bfloat16, float32 main weights stay behind with the rest of the optimizer's state."""
+
+    def __init__(self, path: Path, *, verify_hashes: bool = True, progress: Progress | None = None) -> None:
+        """`path` is what `checkpoint.load` takes: one checkpoint, or a directory of them, of which the newest good one is read.
+
+        `progress` is told of the checking of hashes. Raises CheckpointError where there is no good checkpoint, ConversionError where
+        its weights are not those of the model that its settings describe.
+        """
+        self.path, self.manifest = _choose(Path(path), verify_hashes, progress)
+        """The folder of the checkpoint, and what its files are."""
+
+        self.settings: dict[str, Any] = _read_json(self.path / CONFIG_NAME)
+        """The run that made it."""
+
+        self.progress: dict[str, Any] = _read_json(self.path / PROGRESS_NAME)
+        """How far that run was."""
+
+        self.conversion: ConversionManifest | None = read_conversion(self.path)
+        """Where it comes from, if a conversion has written it."""
+
+        stored = stored_tensors(self.path, read_contents(self.path), lambda key: not key.startswith("optimizer."))
+        self._stored = {canonical_name(key): entry for key, entry in stored.items()}
+        expected = self.description.expected_tensors()
+        found = {name: without_padding(name, info, expected) for name, (info, _) in self._stored.items()}
+        check_tensors(found, expected, self.path)
+        self._infos = {name: found[name] for name in expected}
+
+    @property
+    def iteration(self) -> int:
+        """Optimizer steps done."""
+        return self.manifest.iteration
+
+    @cached_property
+    def description(self) -> ModelDescription:
+        """The model. Family and special tokens are known where a conversion has written the checkpoint."""
+        try:
+            run = config_from_dict({name: self.settings[name] for name in ("model", "compression", "train")})
+            vocab_size = self.settings["architecture"]["vocab_size"]
+        except KeyError as error:
+            raise ConversionError(
+                f"{self.path / CONFIG_NAME} has no section or field {error}; it is needed to know the model. Give a checkpoint that "
+                "this project's training or conversion has saved."
+            ) from error
+        length = run.model.max_position_embeddings or run.train.seq_length
+        origin = None if self.conversion is None else self.conversion.description
+        return ModelDescription(
+            model=replace(run.model, vocab_size=vocab_size, max_position_embeddings=length),
+            compression=run.compression,
+            family=DEFAULT_FAMILY if origin is None else origin.family,
+            dtype=self._stored[_VOCABULARY[0]][0].dtype if _VOCABULARY[0] in self._stored else torch.float32,
+            token_ids={} if origin is None else origin.token_ids,
+        )
+
+    def infos(self) -> dict[str, TensorInfo]:
+        """Every tensor by its name, from the embedding to the output layer."""
+        return self._infos
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """As `TensorSource.read`; vocabulary padding is left out."""
+        pieces: list[Piece] = self._stored[name][1]
+        return join_rows(pieces, self._infos[name], rows)
+
+
+def _choose(path: Path, verify_hashes: bool, progress: Progress | None) -> tuple[Path, Manifest]:
+    def verify(checkpoint: Path) -> tuple[Manifest | None, list[str]]:
+        try:
+            manifest = read_manifest(checkpoint)
+        except DamagedCheckpointError as error:
+            return None, [str(error)]
+        problems = find_wrong_sizes(checkpoint, manifest)
+        if verify_hashes and not problems:
+            told = None if progress is None else lambda count: progress(count, manifest.bytes)
+            problems = find_wrong_hashes(checkpoint, manifest, manifest.files, told)
+        return manifest, problems
+
+    checkpoint, manifest, fallback = folders.choose_checkpoint(path, folders.find_candidates(path), verify)
+    if fallback is not None:
+        logger.warning("%s", fallback)
+    return checkpoint, manifest
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{path} cannot be read: {error}. Take another checkpoint.") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} holds no mapping of names to values. Take another checkpoint.")
+    return content
+
+
+def without_padding(name: str, info: TensorInfo, expected: Mapping[str, TensorInfo]) -> TensorInfo:
+    """A vocabulary's tensor without the rows that pad it; others as they are."""
+    if name in _VOCABULARY and name in expected and info.shape and info.shape[0] > expected[name].shape[0]:
+        return replace(info, shape=(expected[name].shape[0], *info.shape[1:]))
+    return info
+
+
+def write_checkpoint(
+    directory: Path,
+    description: ModelDescription,
+    source: TensorSource,
+    *,
+    dtype: torch.dtype | None = None,
+    iteration: int = 0,
+    manifest_json: Mapping[str, Any],
+    progress: Progress | None = None,
+) -> Path:
+    """Writes weights as a checkpoint in the new or empty folder `directory`; returns the checkpoint's own folder.
+
+    `restore` and `checkpoint.finetune` load it on every layout; there is no optimizer in it, so a run cannot be resumed from
+    it. The tensors of `source`, which has those of `description`, are read in rows of some 32 MiB, cast to `dtype` (default: left as
+    they are) and forgotten. `manifest_json` is the content of conversion.json. Nothing is left behind where it fails or is stopped.
+
+    Raises ConversionError where the folder is not empty or tensors are missing; DiskFullError.
+    """
+    directory = Path(directory)
+    if dtype is not None:
+        description = replace(description, dtype=dtype)
+    infos = {name: replace(info, dtype=dtype or info.dtype) for name, info in source.infos().items()}
+    expected = description.expected_tensors()
+    check_tensors(infos, expected, "the model to write")
+    check_free(directory)
+    is_new = not directory.exists()
+    _check_room(directory, sum(info.nbytes for info in infos.values()))
+    staging, sequence = folders.prepare_staging(directory, iteration, 0)
+    try:
+        files = _write_weights(staging, {name: infos[name] for name in expected}, source, progress)
+        settings = _settings(description)
+        contents = {
+            CONFIG_NAME: settings,
+            PROGRESS_NAME: {"iteration": iteration, "consumed_samples": 0, "consumed_tokens": 0},
+            CONVERSION_NAME: manifest_json,
+        }
+        for name, content in contents.items():
+            write_file(staging / name, json.dumps(content, indent=1).encode())
+        write_common(staging, {})
+        others = [name for name in list_files(staging) if name not in files]
+        for name in others:
+            sync_file(staging / name)
+        files = dict(sorted({**files, **hash_files(staging, others)}.items()))
+        write_manifest(staging, Manifest(iteration, sequence, Layout("cpu", 1, 1, 1, 1, 1), files))
+        _write_model_file(directory / MODEL_FILE_NAME, settings)
+        return folders.publish(staging, iteration)
+    except BaseException as error:
+        _clean_up(directory, staging, is_new)
+        if full := disk_full_in(error):
+            raise DiskFullError(
+                f"{directory}: no space to write the model: {full}. Nothing is left of it; free some space."
+            ) from error
+        raise
+
+
+def _check_room(directory: Path, weights_bytes: int) -> None:
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
+    needed, free = weights_bytes + _ROOM_BYTES, shutil.disk_usage(existing).free
+    if free < needed:
+        raise DiskFullError(
+            f"{directory}: no space to write the model: it takes about {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free. "
+            "Free some space, or give a folder on another file system."
+        )
+
+
+def _write_weights(
+    staging: Path, infos: Mapping[str, TensorInfo], source: TensorSource, progress: Progress | None
+) -> dict[str, Any]:
+    """Writes the tensors under Megatron's keys; returns size and hash of the files."""
+    total = sum(info.nbytes for info in infos.values())
+    names = {_megatron_key(name, infos): name for name in infos}
+
+    def read(key: str, rows: slice) -> Tensor:
+        name = names[key]
+        tensor = source.read(name, rows).to(infos[name].dtype)
+        if progress is not None:
+            progress(tensor.nbytes, total)
+        return tensor
+
+    return write_tensors(staging, {key: infos[name] for key, name in names.items()}, read)
+
+
+def _megatron_key(name: str, names: Mapping[str, Any]) -> str:
+    """The inverse of `canonical_name`."""
+    layer, _, norm = name.partition("input_layernorm.")
+    if norm:
+        computes_kv = f"{layer}self_attention.linear_qkv.weight" in names
+        return f"{layer}self_attention.linear_{'qkv' if computes_kv else 'q'}.layer_norm_{norm}"
+    return name.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
+
+
+def _settings(description: ModelDescription) -> dict[str, Any]:
+    """config.json: a run with the model, and with defaults otherwise. It computes with numbers that can hold the weights."""
+    train = TrainConfig(
+        precision="bf16" if description.dtype == torch.bfloat16 else "fp32",
+        seq_length=description.model.max_position_embeddings or TrainConfig.seq_length,
+    )
+    run = RunConfig(model=description.model, compression=description.compression, train=train)
+    defining = architecture(description.model, description.compression, vocab_size=description.vocab_size)
+    return {**config_to_dict(run), "architecture": defining}
+
+
+def _write_model_file(path: Path, settings: Mapping[str, Any]) -> None:
+    sections = {name: settings[name] for name in ("model", "compression")}
+    write_file(path, yaml.safe_dump(sections, sort_keys=False, allow_unicode=True).encode())
+
+
+def _clean_up(directory: Path, staging: Path, is_new: bool) -> None:
+    shutil.rmtree(staging, ignore_errors=True)
+    (directory / MODEL_FILE_NAME).unlink(missing_ok=True)
+    if is_new:
+        shutil.rmtree(directory, ignore_errors=True)

@@ -1,0 +1,146 @@
+"""What a stored model is, of whichever format, without reading its weights."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from checkpoints_conversion.families.registry import export_family
+from checkpoints_conversion.manifest import ConversionManifest
+from checkpoints_conversion.opening import OpenModel
+from lckv.cost import kv_bytes_per_token
+from lckv.policies.dmc.config import DMCConfig
+from lckv.sharing.layer_types import LayerTypes
+from lckv.sharing.picture import draw
+from megatron_ext.config import RopeScalingConfig
+from megatron_ext.model.cost import model_shape
+
+
+def facts(opened: OpenModel) -> dict[str, Any]:
+    """Everything that is known of the model, fit for JSON."""
+    description = opened.description
+    model, compression = description.model, description.compression
+    layer_types, plain = compression.map(model.num_layers), LayerTypes.plain(model.num_layers)
+    shape = model_shape(model, vocab_size=description.vocab_size, seq_length=model.max_position_embeddings or 0)
+    mine, whole = (kv_bytes_per_token(shape, kinds, bytes_per_number=2) for kinds in (layer_types, plain))
+    infos = opened.source.infos()
+    return {
+        "format": opened.format,
+        "path": str(opened.path),
+        "family": description.family,
+        "huggingface_class": export_family(description).architecture,
+        "dtype": str(description.dtype).removeprefix("torch."),
+        "parameters": sum(math.prod(info.shape) for info in infos.values()),
+        "weights_bytes": sum(info.nbytes for info in infos.values()),
+        "vocab_size": description.vocab_size,
+        "stored_vocab_size": opened.stored_vocab_size,
+        "max_position_embeddings": model.max_position_embeddings,
+        "rope": {"base": model.rotary_base, "scaling": asdict(model.rope_scaling)},
+        "layernorm_epsilon": model.layernorm_epsilon,
+        "tied_embeddings": not model.untie_embeddings_and_output_weights,
+        "sizes": {
+            name: getattr(model, name)
+            for name in (
+                "num_layers",
+                "hidden_size",
+                "ffn_hidden_size",
+                "num_attention_heads",
+                "num_query_groups",
+                "kv_channels",
+            )
+        },
+        "qkv_bias": model.add_qkv_bias,
+        "qk_norm": model.qk_layernorm,
+        "compression": asdict(compression) | {"layer_types": str(layer_types)},
+        "kv_layers": list(layer_types.kv_layers),
+        "kv_bytes_per_token": mine,
+        "kv_bytes_per_token_of_plain_model": whole,
+        "token_ids": description.token_ids,
+        "training": opened.training,
+        "conversion": None if opened.manifest is None else opened.manifest.to_json(),
+    }
+
+
+def lines(opened: OpenModel) -> Iterator[str]:
+    """The same for the user."""
+    description, found = opened.description, facts(opened)
+    model, compression = description.model, description.compression
+    layer_types = compression.map(model.num_layers)
+    yield f"{_FORMATS[opened.format]}: {found['path']}"
+    yield f"family              {found['family']}, for Hugging Face {found['huggingface_class']}"
+    yield f"parameters          {found['parameters']:,} in {found['dtype']}, {found['weights_bytes'] / 1e6:,.1f} MB"
+    yield (
+        f"sizes               {model.num_layers} layers, hidden {model.hidden_size}, MLP {model.ffn_size}, "
+        f"{model.num_attention_heads} query heads, {model.query_groups} key/value heads of {model.head_dim} channels"
+    )
+    stored = "" if opened.stored_vocab_size is None else f", {opened.stored_vocab_size:,} stored rows"
+    yield f"vocabulary          {found['vocab_size']:,} tokens{stored}, {_heads(found)}"
+    yield f"positions           up to {found['max_position_embeddings']:,}; RoPE base {model.rotary_base:g}, {_scaling(model.rope_scaling)}"
+    yield f"norms               epsilon {model.layernorm_epsilon:g}{', on queries and keys too' if model.qk_layernorm else ''}"
+    if model.add_qkv_bias:
+        yield "biases              on queries, keys and values"
+    yield f"map                 {layer_types}: keys and values computed in {len(layer_types.kv_layers)} of {model.num_layers} layers"
+    if layer_types.any_cyclic:
+        passes = f"{compression.forward_passes} passes without and {compression.backward_passes} with gradient"
+        yield f"iteration           {passes}"
+    yield f"policy              {_policy(compression.policy)}"
+    mine, whole = found["kv_bytes_per_token"], found["kv_bytes_per_token_of_plain_model"]
+    yield f"KV cache            {mine:,} bytes per token in 16 bits, {whole / mine:.2f}x less than a plain model's {whole:,}"
+    if isinstance(compression.policy, DMCConfig) and compression.policy.stage != "zero_out":
+        ratio = compression.policy.target_compression_ratio
+        yield f"                    {mine / ratio:,.0f} at the {ratio:g} tokens per slot that training aims at"
+    yield ""
+    yield draw(layer_types, window=compression.sliding_window)
+    yield from _history(opened)
+
+
+_FORMATS = {
+    "huggingface": "Hugging Face model",
+    "megatron": "checkpoint of this project",
+    "published-dmc": "published DMC checkpoint",
+}
+
+
+def _heads(found: dict[str, Any]) -> str:
+    return "one matrix for embedding and output" if found["tied_embeddings"] else "separate output layer"
+
+
+def _scaling(scaling: RopeScalingConfig) -> str:
+    if scaling.type == "none":
+        return "not scaled"
+    if scaling.type == "linear":
+        return f"scaled by {scaling.factor:g}, linear"
+    return (
+        f"scaled by {scaling.factor:g}, llama3: frequency factors {scaling.low_freq_factor:g} and {scaling.high_freq_factor:g}, "
+        f"originally {scaling.original_max_position_embeddings:,} positions"
+    )
+
+
+def _policy(policy: object) -> str:
+    if not isinstance(policy, DMCConfig):
+        return "dense: every token is kept"
+    window = "no window" if policy.window is None else f"window {policy.window}"
+    return f"dmc, stage {policy.stage}: target {policy.target_compression_ratio:g} tokens per slot, {window}"
+
+
+def _history(opened: OpenModel) -> Iterator[str]:
+    training, manifest = opened.training, opened.manifest
+    if training is None and manifest is None:
+        return
+    yield ""
+    if training is not None:
+        progress = training["progress"]
+        yield f"trained             {progress.get('iteration', 0):,} iterations, {progress.get('consumed_tokens', 0):,} tokens"
+    while manifest is not None:
+        yield from _conversion(manifest)
+        manifest = manifest.previous
+
+
+def _conversion(manifest: ConversionManifest) -> Iterator[str]:
+    source = manifest.source
+    yield f"converted           {manifest.created} from {_FORMATS[source.format]} {source.path}"
+    if manifest.initialization is not None:
+        yield f"                    keys and values of the map by {manifest.initialization}"
+    for name, digest in source.files.items():
+        yield f"                    {name} sha256 {digest[:16]}..."
+    yield f"                    with {', '.join(f'{name} {version}' for name, version in manifest.versions.items())}"

@@ -1,0 +1,180 @@
+"""The Megatron side of a proof: logits of a checkpoint's model in float32, on any layout, written to a file row by row.
+
+It runs in processes of its own, as many as the layout needs, started as torchrun would start them and under a time-out: Megatron
+without CUDA changes torch for its whole process (`megatron_ext/cpu.py`), and takes memory that only an end of the process gives back.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+
+from checkpoints_conversion.description import ModelDescription, dtype_of
+from checkpoints_conversion.formats.megatron import MegatronCheckpoint
+from checkpoints_conversion.tensors import ConversionError
+from megatron_ext.checkpointing.load import load_checkpoint
+from megatron_ext.config import ParallelConfig, RunConfig, TrainConfig
+from megatron_ext.console import exit_status, set_up_logging
+from megatron_ext.layout_validation import pipeline_problems, tensor_parallel_problems
+from megatron_ext.model.architecture import architecture
+from megatron_ext.model.build import build_stage
+from megatron_ext.model.gpt import SharedKVGPTModel
+from megatron_ext.parallel.process_groups import destroy, device_of_rank, initialize
+from megatron_ext.training.logits import compute_logits
+
+_FLOAT32 = TrainConfig(precision="fp32")
+_SHOWN_LINES = 12
+
+
+def check_layout(description: ModelDescription, parallel: ParallelConfig) -> None:
+    """Raises ConversionError where the model cannot be laid out as `parallel` says."""
+    run = RunConfig(model=description.model, compression=description.compression, parallel=parallel, train=_FLOAT32)
+    problems = [*tensor_parallel_problems(run.model, parallel, run.train), *pipeline_problems(run)]
+    if problems:
+        raise ConversionError("\n".join(problems))
+
+
+def compute(
+    checkpoint: Path,
+    description: ModelDescription,
+    tokens: np.ndarray,
+    output: Path,
+    parallel: ParallelConfig,
+    weights_dtype: torch.dtype,
+    *,
+    timeout_seconds: float,
+) -> None:
+    """Write float32 [B, T, true vocabulary] for `tokens` int64 [B, T] to `output`, a .npy file.
+
+    `checkpoint` is one checkpoint, whose files are good, of the model `description`; its weights are rounded to `weights_dtype`. The
+    layout is one that `check_layout` accepts. Raises ConversionError where processes fail or do not end in time.
+    """
+    sizes = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    with TemporaryDirectory() as folder:
+        np.save(Path(folder) / "tokens.npy", tokens)
+        files = [str(checkpoint), f"{folder}/tokens.npy", str(output)]
+        arguments = [*files, str(weights_dtype), *map(str, sizes)]
+        _run_processes(sizes[0] * sizes[1], arguments, timeout_seconds)
+
+
+def write_logits(
+    checkpoint: Path,
+    description: ModelDescription,
+    tokens: np.ndarray,
+    output: Path,
+    parallel: ParallelConfig,
+    weights_dtype: torch.dtype,
+) -> None:
+    """Every process of the layout calls it; see `compute`."""
+    initialize(parallel, seed=1)
+    stage = _load(checkpoint, description, parallel, weights_dtype)
+    writes = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    shape = (*tokens.shape, description.vocab_size)
+    file = np.lib.format.open_memmap(output, "w+", np.float32, shape) if writes else None
+    for row in range(len(tokens)):
+        inputs = torch.from_numpy(np.array(tokens[row : row + 1])).to(device_of_rank())
+        logits = compute_logits(stage, inputs)
+        if file is not None and logits is not None:
+            file[row] = logits[0].cpu().numpy()
+    if file is not None:
+        file.flush()
+
+
+def _load(
+    checkpoint: Path, description: ModelDescription, parallel: ParallelConfig, weights_dtype: torch.dtype
+) -> SharedKVGPTModel:
+    """This rank's stage in evaluation mode, in float32 whatever the weights are stored in."""
+    vocab_size = description.vocab_size
+    defining = architecture(description.model, description.compression, vocab_size=vocab_size)
+    # Transformer Engine multiplies float32 matrices in TF32, and flash-attn has no float32.
+    model = replace(description.model, transformer_impl="local", attention_backend="auto")
+    stage = build_stage(model, description.compression, parallel, _FLOAT32, vocab_size=vocab_size)
+    load_checkpoint(checkpoint, model=[stage], verify_hashes=False, expected_model={"architecture": defining})
+    round_weights(stage, weights_dtype)
+    stage.eval()
+    return stage
+
+
+@torch.no_grad()
+def round_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Give float32 weights the values that they have in `dtype`."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
+
+
+def _run_processes(processes: int, arguments: Sequence[str], timeout_seconds: float) -> None:
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    )
+    started = subprocess.Popen(
+        [sys.executable, *launcher, "-m", "checkpoints_conversion.megatron_logits", *arguments],
+        env=_environment(processes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that all of them end together
+    )
+    try:
+        said, _ = started.communicate(timeout=timeout_seconds)
+    except BaseException as error:
+        os.killpg(started.pid, signal.SIGKILL)
+        started.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise ConversionError(
+                f"Megatron's logits were not there after {timeout_seconds:g} seconds; give its {processes} process(es) more time "
+                "(--timeout), or fewer tokens."
+            ) from None
+        raise
+    if started.returncode:
+        lines = "\n".join(f"  {line}" for line in said.splitlines()[-_SHOWN_LINES:])
+        raise ConversionError(
+            f"Megatron's logits could not be computed by {processes} process(es). Their last lines:\n{lines}"
+        )
+
+
+def _environment(processes: int) -> dict[str, str]:
+    """That of this program, without what torchrun may have set for it, and with this package in reach."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    root = str(Path(__file__).resolve().parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
+    return environment
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """One process of a layout. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("checkpoint", "tokens", "output"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("weights_dtype")
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        parser.add_argument(name, type=int)
+    options = parser.parse_args(argv)
+    set_up_logging()
+
+    def run() -> None:
+        parallel = ParallelConfig(
+            tensor_model_parallel_size=options.tensor_model_parallel_size,
+            pipeline_model_parallel_size=options.pipeline_model_parallel_size,
+        )
+        dtype = dtype_of(options.weights_dtype, "weights_dtype")
+        description = MegatronCheckpoint(options.checkpoint, verify_hashes=False).description
+        write_logits(options.checkpoint, description, np.load(options.tokens), options.output, parallel, dtype)
+        destroy()
+
+    return exit_status(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

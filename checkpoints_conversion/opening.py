@@ -1,0 +1,177 @@
+"""A stored model of any format, opened: what it is, and its weights under canonical names, of which nothing is read yet."""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from checkpoints_conversion.description import ModelDescription
+from checkpoints_conversion.families.registry import describe, family_of
+from checkpoints_conversion.formats.huggingface import CONFIG_NAME, HuggingFaceFolder, read_config_file
+from checkpoints_conversion.formats.megatron import MegatronCheckpoint
+from checkpoints_conversion.formats.published_dmc import PublishedDMCCheckpoint
+from checkpoints_conversion.manifest import ConversionManifest, SourceFormat, hash_weights, read_manifest
+from checkpoints_conversion.streams import CheckedSource
+from checkpoints_conversion.tensors import ConversionError, TensorSource
+from megatron_ext.checkpointing.errors import CheckpointError
+from megatron_ext.checkpointing.folders import find_candidates
+from megatron_ext.checkpointing.manifest import MANIFEST_NAME
+from megatron_ext.checkpointing.strategies import read_contents
+
+logger = logging.getLogger(__name__)
+
+_RUN_SECTIONS = ("train", "optimizer", "data")
+_WEIGHTS = ".distcp"
+_EMBEDDING = "embedding.word_embeddings.weight"
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A stored model."""
+
+    format: SourceFormat
+    path: Path
+    """Its folder; of a Megatron checkpoint that of the iteration."""
+
+    description: ModelDescription
+    source: TensorSource
+    """Canonical tensors; reading refuses NaN and infinity."""
+
+    hashes: Callable[[], Mapping[str, str]]
+    """sha256 of the files of weights by their names; may read all of them."""
+
+    stored_vocab_size: int | None = None
+    """Rows of the embedding as it is stored, padding included, where that is known."""
+
+    manifest: ConversionManifest | None = None
+    """Of the conversion that made it, or made what its training started from, if there was one."""
+
+    training: Mapping[str, Any] | None = None
+    """Of a checkpoint that a run has saved: its `progress`, and the run's settings `train`, `optimizer` and `data`."""
+
+    tokenizer: str | None = None
+    """Folder or file of the tokenizer, where one is known and there."""
+
+    metrics_file: str | None = None
+    """Reports of the run that saved it, where it wrote them into a file."""
+
+
+def format_of(path: Path) -> SourceFormat:
+    """What kind of model lies in the folder `path`. Raises ConversionError where it is none."""
+    if any(path.glob("mp_rank_*")) or any(path.glob("*/mp_rank_*")):
+        return "published-dmc"
+    if any(path.glob("iter_*")) or (path / MANIFEST_NAME).exists():
+        return "megatron"
+    if (path / CONFIG_NAME).exists():
+        return "huggingface"
+    raise ConversionError(
+        f"{path} holds no model: neither {CONFIG_NAME} (Hugging Face), nor iter_0000100 or the like (this project's checkpoints), nor "
+        "mp_rank_00 or the like (published DMC checkpoints)."
+    )
+
+
+def open_huggingface(folder: Path, *, allow_pickle: bool = False) -> OpenModel:
+    """The model of a Hugging Face folder. Raises ConversionError that names the field, file or tensor that cannot be converted."""
+    weights = HuggingFaceFolder(folder, allow_pickle=allow_pickle)
+    description = describe(read_config_file(folder), weights.infos())
+    family = family_of(description.family)
+    return OpenModel(
+        "huggingface",
+        folder,
+        description,
+        family.canonical_from_hf(CheckedSource(weights, folder), description, folder),
+        hashes=lambda: hash_weights(folder, weights.files),
+        stored_vocab_size=description.vocab_size,
+        manifest=read_manifest(folder),
+        tokenizer=str(folder.absolute()),
+    )
+
+
+def open_megatron(path: Path, *, verify_hashes: bool = True) -> OpenModel:
+    """The newest good checkpoint that `path` means, its files checked against their hashes.
+
+    What a conversion knew of the model, and training does not, is taken from where training started. Raises ConversionError or
+    CheckpointError.
+    """
+    checkpoint = MegatronCheckpoint(path, verify_hashes=verify_hashes)
+    manifest, description = checkpoint.conversion, checkpoint.description
+    training = None
+    if manifest is None:
+        settings = checkpoint.settings
+        training = {"progress": checkpoint.progress, **{name: settings.get(name) for name in _RUN_SECTIONS}}
+        manifest = _origin(checkpoint.path, settings)
+        if manifest is not None:
+            known = manifest.description
+            description = replace(description, family=known.family, token_ids=known.token_ids)
+    return OpenModel(
+        "megatron",
+        checkpoint.path,
+        description,
+        CheckedSource(checkpoint, checkpoint.path),
+        hashes=lambda: {
+            name: entry.sha256 for name, entry in checkpoint.manifest.files.items() if name.endswith(_WEIGHTS)
+        },
+        stored_vocab_size=_stored_vocab_size(checkpoint.path),
+        manifest=manifest,
+        training=training,
+        tokenizer=_tokenizer(checkpoint.settings, manifest),
+        metrics_file=(checkpoint.settings.get("logging") or {}).get("metrics_file"),
+    )
+
+
+def _stored_vocab_size(checkpoint: Path) -> int | None:
+    embedding = read_contents(checkpoint).state_dict_metadata.get(_EMBEDDING)
+    return embedding.size[0] if isinstance(embedding, TensorStorageMetadata) else None
+
+
+def _origin(checkpoint: Path, settings: Mapping[str, Any]) -> ConversionManifest | None:
+    """The manifest of the conversion that a run started from, also by way of other runs; None where there was none, or it is gone."""
+    seen = {checkpoint.parent.absolute()}
+    while (loaded := (settings.get("checkpoint") or {}).get("load")) is not None:
+        try:
+            before = find_candidates(Path(loaded)).checkpoints[0]
+            if before.parent.absolute() in seen:
+                return None
+            seen.add(before.parent.absolute())
+            if (manifest := read_manifest(before)) is not None:
+                return manifest
+            settings = json.loads((before / CONFIG_NAME).read_bytes())
+        except (CheckpointError, ConversionError, OSError, ValueError) as error:
+            logger.warning("where the run of %s started from cannot be followed further back: %s", checkpoint, error)
+            return None
+    return None
+
+
+def _tokenizer(settings: Mapping[str, Any], manifest: ConversionManifest | None) -> str | None:
+    """The tokenizer that the run was trained with, or else that of the model that was converted."""
+    named = [(settings.get("data") or {}).get("tokenizer_model"), None if manifest is None else manifest.tokenizer]
+    return next((name for name in named if name is not None and Path(name).exists()), None)
+
+
+def open_published_dmc(
+    path: Path, *, vocab_size: int | None = None, target_compression_ratio: float | None = None
+) -> OpenModel:
+    """A published DMC checkpoint; `vocab_size`, the true one, and `target_compression_ratio` go before what it says of itself.
+    Raises ConversionError."""
+    checkpoint = PublishedDMCCheckpoint(path, vocab_size=vocab_size, target_compression_ratio=target_compression_ratio)
+    return OpenModel(
+        "published-dmc",
+        checkpoint.path,
+        checkpoint.description,
+        CheckedSource(checkpoint, checkpoint.path),
+        hashes=lambda: hash_weights(checkpoint.path, checkpoint.files),
+    )
+
+
+def open_model(path: Path) -> OpenModel:
+    """The model in the folder `path`, of whichever format; files are not checked against their hashes. Raises ConversionError."""
+    kind = format_of(path)
+    if kind == "huggingface":
+        return open_huggingface(path, allow_pickle=True)
+    if kind == "published-dmc":
+        return open_published_dmc(path)
+    return open_megatron(path, verify_hashes=False)

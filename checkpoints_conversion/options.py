@@ -1,0 +1,200 @@
+"""The options of the command line, and what --help teaches."""
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from checkpoints_conversion.compression_options import add_compression_options
+
+_DESCRIPTION = """Converts models between Hugging Face and Megatron, exactly, and proves it by their logits.
+
+Models are converted tensor by tensor: the memory needed does not grow with the model. The output folder must be new; it gets its name
+when everything in it is whole and proven, so what is stopped leaves nothing behind. SUBCOMMAND --help shows options and examples."""
+
+_HF_TO_MEGATRON = """Makes a checkpoint of this project, for every parallel layout, from a Hugging Face model: Llama 2 and 3, Mistral,
+Qwen2, Qwen3, SmolLM, and models that share keys and values (lckv-llama).
+
+A plain model; one with a sharing map; one that is to merge tokens (DMC):
+  hf-to-megatron --hf-path meta-llama/Llama-2-7b-hf --megatron-path ckpt/plain
+  hf-to-megatron --hf-path models/eight-layers --megatron-path ckpt/lckv --compression.layer_types 0_6_6_6_6_6_6_7 --init average
+  hf-to-megatron --hf-path HuggingFaceTB/SmolLM2-135M --megatron-path ckpt/dmc --compression.policy.name dmc
+
+Training goes on from it with
+  torchrun pretrain_lckv.py --config run.yaml --config MEGATRON_PATH/model.yaml \\
+      --checkpoint.load MEGATRON_PATH --checkpoint.finetune true"""
+
+_MEGATRON_TO_HF = """Makes a Hugging Face model from a checkpoint of this project, whatever the layout that saved it: config, safetensors,
+tokenizer, generation config, model card. A plain model is written under its own architecture, which stock software runs; one that
+shares or merges as lckv-llama, with the files of its model class beside the weights.
+
+  megatron-to-hf --megatron-path runs/mine/checkpoints --hf-path out/model
+  megatron-to-hf --megatron-path runs/mine/checkpoints/iter_0002000 --hf-path out/model --dtype bfloat16 --tokenizer tokenizer.model
+
+In Python:
+  AutoModelForCausalLM.from_pretrained("out/model")                            after `import lckv`, for lckv-llama
+  AutoModelForCausalLM.from_pretrained("out/model", trust_remote_code=True)    where this project is not installed"""
+
+_DMC_TO_MEGATRON = """Makes a checkpoint of this project from a published DMC checkpoint: mp_rank_XX/model_optim_rng.pt of Megatron's older
+layout, read without running anything that is pickled in it.
+
+  published-dmc-to-megatron --dmc-path Llama-2-7B-DMC-4x --megatron-path ckpt/dmc --tokenizer tokenizer.model"""
+
+_VERIFY = """Runs both models in float32 on the same tokens, Megatron's on the layout that is asked for, and compares their logits.
+Where the checkpoint was converted to a sharing map or a policy, the same is done to the Hugging Face model first.
+
+  verify --hf-path meta-llama/Llama-2-7b-hf --megatron-path ckpt/llama2-7b
+  verify --hf-path A --megatron-path B --nproc-per-node 2 --parallel.tensor_model_parallel_size 2
+  verify --hf-path A --megatron-path B --tokens tokens.npy --tolerance 1e-3
+
+Exit status: 0 equal up to rounding, 1 different, 2 not comparable."""
+
+_INSPECT = """Says what a model is: a Hugging Face folder or name on the Hub, a checkpoint of this project, or a published DMC checkpoint.
+No weights are read.
+
+  inspect out/model
+  inspect runs/mine/checkpoints --json"""
+
+_DTYPES = ("keep", "float32", "bfloat16")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All subcommands; the name of the one given is `command`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m checkpoints_conversion",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="SUBCOMMAND", required=True)
+    for name, (text, add_options) in _COMMANDS.items():
+        summary = " ".join(text.partition("\n\n")[0].split())
+        command = commands.add_parser(
+            name,
+            help=re.split(r"(?<=[a-z])[.:,] ", summary)[0],
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        add_options(command)
+    return parser
+
+
+def _add_hf_to_megatron(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--hf-path", required=True, help="folder of the model, or its name on the Hugging Face Hub")
+    parser.add_argument("--megatron-path", type=Path, required=True, help="folder to write; must be new or empty")
+    parser.add_argument(
+        "--init",
+        choices=("average", "copy"),
+        default="average",
+        help="keys and values of a sharing map: those of the layer itself (copy), or the mean over all layers that will read them "
+        "(average, the default; MLKV)",
+    )
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read pytorch_model.bin where there are no safetensors; only tensors are unpickled",
+    )
+    _add_dtype_and_verify(parser)
+    add_compression_options(parser)
+
+
+def _add_megatron_to_hf(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--megatron-path", type=Path, required=True, help="directory of checkpoints, or one checkpoint")
+    parser.add_argument("--hf-path", type=Path, required=True, help="folder to write; must be new or empty")
+    parser.add_argument(
+        "--family",
+        help="model type to write: llama, mistral, qwen2, qwen3 or lckv-llama (default: one that stock software runs, where the model "
+        "allows it)",
+    )
+    parser.add_argument(
+        "--max-shard-size", default="5GB", help="largest file of weights, such as 500MB (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="folder or file of the tokenizer (default: that of the run, or of the model it started from)",
+    )
+    parser.add_argument(
+        "--metrics-file",
+        type=Path,
+        help="JSON lines of the run, for what was measured in the model card (default: the run's)",
+    )
+    _add_dtype_and_verify(parser)
+
+
+def _add_published_dmc(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dmc-path", type=Path, required=True, help="folder of one iteration, or the one with all of them"
+    )
+    parser.add_argument("--megatron-path", type=Path, required=True, help="folder to write; must be new or empty")
+    parser.add_argument("--tokenizer", type=Path, help="folder or file of the model's tokenizer, to be remembered")
+    parser.add_argument(
+        "--vocab-size", type=int, help="true size of the vocabulary, in tokens, where the checkpoint does not say it"
+    )
+    parser.add_argument(
+        "--target-compression-ratio", type=float, help="tokens per slot, where the checkpoint does not say it"
+    )
+    _add_dtype_and_verify(parser)
+
+
+def _add_dtype_and_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, default="keep", help="of the weights written (default: as they are)"
+    )
+    parser.add_argument(
+        "--verify",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="compare the logits of both models before the folder gets its name; auto, the default: up to 3 billion parameters, if both "
+        "models fit into the memory one after the other",
+    )
+    parser.add_argument("--no-verify", dest="verify", action="store_const", const="never", help="--verify never")
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--hf-path", required=True, help="folder of the model, or its name on the Hugging Face Hub")
+    parser.add_argument("--megatron-path", type=Path, required=True, help="directory of checkpoints, or one checkpoint")
+    parser.add_argument(
+        "--nproc-per-node", type=int, help="processes for Megatron (default: as many as the layout needs)"
+    )
+    for size, what in (("tensor", "ranks that split each weight matrix"), ("pipeline", "ranks that split the layers")):
+        parser.add_argument(
+            f"--parallel.{size}_model_parallel_size", dest=size, type=int, default=1, help=f"{what} (default: 1)"
+        )
+    parser.add_argument("--tokens", type=Path, help="int64 [B, T] in numpy's .npy format (default: random tokens)")
+    parser.add_argument("--rows", type=int, default=4, help="rows of random tokens (default: %(default)s)")
+    parser.add_argument(
+        "--seq-length", type=int, default=128, help="tokens per row of random tokens (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="of random tokens (default: %(default)s)")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        help="largest |difference| allowed, as a share of the largest |logit| (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--agreement",
+        type=float,
+        default=0.999,
+        help="least share of positions with the same likeliest token (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=3600.0, help="seconds for Megatron's processes (default: %(default)s)"
+    )
+    parser.add_argument("--allow-pickle", action="store_true", help="as in hf-to-megatron")
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", help="folder of the model, or its name on the Hugging Face Hub")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+_COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
+    "hf-to-megatron": (_HF_TO_MEGATRON, _add_hf_to_megatron),
+    "megatron-to-hf": (_MEGATRON_TO_HF, _add_megatron_to_hf),
+    "published-dmc-to-megatron": (_DMC_TO_MEGATRON, _add_published_dmc),
+    "verify": (_VERIFY, _add_verify),
+    "inspect": (_INSPECT, _add_inspect),
+}

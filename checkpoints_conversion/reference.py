@@ -1,0 +1,88 @@
+"""The Hugging Face side of a proof: which model has the outputs that a Megatron checkpoint must have, and its logits."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from checkpoints_conversion.description import ModelDescription
+from checkpoints_conversion.initialization import initialize
+from checkpoints_conversion.megatron_logits import round_weights
+from checkpoints_conversion.opening import OpenModel
+from checkpoints_conversion.tensors import ConversionError
+from checkpoints_conversion.writing import write_huggingface
+from lckv.config import CompressionConfig
+from megatron_ext.model.architecture import architecture
+
+
+_COMPRESSION = frozenset(field.name for field in fields(CompressionConfig))
+
+
+def differences(first: ModelDescription, second: ModelDescription) -> dict[str, str]:
+    """Everything on which outputs depend, besides weights, and in which two models differ: both values by the field's name."""
+    ours, theirs = _defining(first), _defining(second)
+    return {name: f"{ours.get(name)}, {theirs[name]}" for name in theirs if ours.get(name) != theirs[name]}
+
+
+def _defining(description: ModelDescription) -> dict[str, object]:
+    model, compression = description.model, description.compression
+    found = architecture(model, compression, vocab_size=description.vocab_size)
+    found["policy"] = asdict(compression.policy)
+    if compression.map(model.num_layers).any_cyclic:
+        found |= {"forward_passes": compression.forward_passes, "backward_passes": compression.backward_passes}
+    return found
+
+
+@contextmanager
+def reference_folder(original: OpenModel, megatron: OpenModel) -> Iterator[Path]:
+    """A Hugging Face folder with the model that `megatron` must be.
+
+    That is `original` itself, or where a conversion gave it a sharing map or a policy, a temporary folder with the same done to it.
+    Raises ConversionError where `megatron` is another model.
+    """
+    changed = differences(original.description, megatron.description)
+    if not changed and original.format == "huggingface" and any(original.path.glob("*.safetensors")):
+        yield original.path
+        return
+    source, description = original.source, original.description
+    manifest = megatron.manifest
+    if changed and _COMPRESSION.issuperset(changed) and manifest is not None and megatron.training is None:
+        compression, how = megatron.description.compression, manifest.initialization
+        source, description, _ = initialize(source, description, compression, how or "copy")
+        changed = differences(description, megatron.description)
+    if changed:
+        listed = "\n".join(f"  {name}: {values}" for name, values in changed.items())
+        raise ConversionError(
+            f"{original.path} and {megatron.path} are different models, of which the outputs cannot agree:\n{listed}\nGive the model "
+            "that the other one was made from."
+        )
+    with TemporaryDirectory() as folder:
+        write_huggingface(Path(folder), description, source)
+        yield Path(folder)
+
+
+class Reference:
+    """The model of a Hugging Face folder under transformers' own class or, where no such class knows it, LCKVLlamaForCausalLM, which
+    transformers knows since `lckv` was imported."""
+
+    def __init__(self, folder: Path, weights_dtype: torch.dtype) -> None:
+        """Loads it in float32, its weights rounded to `weights_dtype`."""
+        from transformers import AutoModelForCausalLM
+
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        round_weights(self._model, weights_dtype)
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor:
+        """float32 [T, vocabulary] of one row of tokens, int64 [T]."""
+        return self._model(tokens[None], use_cache=False).logits[0].float()
+
+
+def common_dtype(first: torch.dtype, second: torch.dtype) -> torch.dtype:
+    """The kind of numbers to which the weights of both models must be rounded to be equal."""
+    kinds = {first, second}
+    return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in kinds), torch.float32)

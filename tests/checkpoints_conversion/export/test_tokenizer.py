@@ -1,0 +1,96 @@
+"""Tokenizer files: the ids are those that the model was trained on."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from checkpoints_conversion.export import tokenizer as export
+from checkpoints_conversion.export.tokenizer import has_tokenizer, kind_of, write_tokenizer
+from checkpoints_conversion.tensors import ConversionError
+from megatron_ext.data.tokenizers import Tokenizer, load_tokenizer
+from tests.megatron_ext.data.builders import train_sentencepiece, write_ranks, write_tokenizer_json
+
+TEXTS = st.text(st.sampled_from(" \n\tworldhelcumnt<s>/é漢🙂▁0x1"), max_size=40)
+MAKERS = {"sentencepiece": train_sentencepiece, "tiktoken": write_ranks, "huggingface": write_tokenizer_json}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tokenizer, Tokenizer, Path]]:
+    """By kind: the original, what was written as loaded again, and where it lies."""
+    found = {}
+    for kind, make in MAKERS.items():
+        folder = tmp_path_factory.mktemp(kind)
+        path = make(folder / ("tokenizer.json" if kind == "huggingface" else "vocabulary.model"))
+        output = folder / "written"
+        output.mkdir()
+        assert write_tokenizer(kind_of(path), path, output) == ["tokenizer.json", "tokenizer_config.json"]
+        found[kind] = load_tokenizer(kind, str(path)), load_tokenizer("huggingface", str(output)), output
+    return found
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_vocabulary_and_end_of_document_stay(kind: str, pairs: dict[str, tuple[Tokenizer, Tokenizer, Path]]) -> None:
+    original, written, folder = pairs[kind]
+    assert (written.vocab_size, written.eod) == (original.vocab_size, original.eod)
+    assert has_tokenizer(folder)
+    assert AutoTokenizer.from_pretrained(folder).eos_token_id == original.eod
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@given(text=TEXTS)
+def test_ids_and_text_stay(kind: str, text: str, pairs: dict[str, tuple[Tokenizer, Tokenizer, Path]]) -> None:
+    original, written, _ = pairs[kind]
+    ids = original.encode(text)
+    assert written.encode(text) == ids
+    if kind != "tiktoken":  # its decoder, like ours, replaces halves of characters, each library in its own way
+        assert written.decode(ids) == original.decode(ids)
+
+
+def test_a_folder_is_copied(pairs: dict[str, tuple[Tokenizer, Tokenizer, Path]], tmp_path: Path) -> None:
+    _, written, folder = pairs["sentencepiece"]
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "model.safetensors").write_text("no tokenizer")
+    names = write_tokenizer(kind_of(folder), folder, tmp_path)
+    assert names == ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    assert load_tokenizer("huggingface", str(tmp_path)).fingerprint == written.fingerprint
+
+
+def test_disagreement_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = train_sentencepiece(tmp_path / "vocabulary.model")
+    monkeypatch.setattr(export, "_merges", lambda scored: iter(()))
+    with pytest.raises(
+        ConversionError, match=r"made into a tokenizer.json it gives .* instead of .* Export without a tokenizer"
+    ):
+        write_tokenizer("sentencepiece", path, tmp_path)
+
+
+def test_normalisation_cannot_be_exported(tmp_path: Path) -> None:
+    import sentencepiece
+
+    (tmp_path / "text.txt").write_text("hello world\n" * 30)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"),
+        model_prefix=str(tmp_path / "nfkc"),
+        model_type="bpe",
+        vocab_size=16,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    with pytest.raises(ConversionError, match="only models that keep the text as it is can be exported"):
+        write_tokenizer("sentencepiece", tmp_path / "nfkc.model", tmp_path)
+
+
+def test_unigram_models_cannot_be_exported(tmp_path: Path) -> None:
+    import sentencepiece
+
+    (tmp_path / "text.txt").write_text("hello world\n" * 30)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "unigram"), vocab_size=16, model_type="unigram",
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    with pytest.raises(ConversionError, match="is no BPE model"):
+        write_tokenizer("sentencepiece", tmp_path / "unigram.model", tmp_path)

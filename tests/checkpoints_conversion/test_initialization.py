@@ -1,0 +1,223 @@
+"""Weights of a shared map from a plain model's: the official code's numbers, and the rule for every map, layout and part."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from checkpoints_conversion.description import ModelDescription
+from checkpoints_conversion.initialization import initialize
+from checkpoints_conversion.tensors import ConversionError, MemorySource, check_tensors
+from lckv.config import CompressionConfig
+from lckv.policies.dmc.config import DMCConfig
+from megatron_ext.config import ModelConfig
+from tests.golden.lckv_models import FOLDER
+
+PLAIN = CompressionConfig()
+LCKV = CompressionConfig(layer_types="0_2_2_3")
+MODEL = ModelConfig(
+    num_layers=4,
+    hidden_size=6,
+    ffn_hidden_size=5,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=2,
+    vocab_size=7,
+    max_position_embeddings=16,
+    add_qkv_bias=True,
+    qk_layernorm=True,
+)
+
+
+def description_of(model: ModelConfig, compression: CompressionConfig = PLAIN) -> ModelDescription:
+    return ModelDescription(model, compression, "llama", torch.float32)
+
+
+def random_weights(description: ModelDescription, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    infos = description.expected_tensors()
+    return {name: torch.randn(info.shape, generator=generator, dtype=info.dtype) for name, info in infos.items()}
+
+
+def split(fused: Tensor, model: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value rows of a fused projection, heads in order."""
+    heads = fused.unflatten(0, (model.query_groups, -1, model.head_dim))
+    return heads[:, :-2].flatten(0, 2), heads[:, -2].flatten(0, 1), heads[:, -1].flatten(0, 1)
+
+
+@dataclass
+class Watched:
+    """Remembers the most rows read at once."""
+
+    tensors: Mapping[str, Tensor]
+    read_bytes: list[int] = field(default_factory=list)
+
+    def infos(self):  # type: ignore[no-untyped-def]
+        return MemorySource(self.tensors).infos()
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        tensor = MemorySource(self.tensors).read(name, rows)
+        self.read_bytes.append(tensor.nbytes)
+        return tensor
+
+
+@pytest.mark.parametrize("how", ["average", "copy"])
+def test_golden(how: str) -> None:
+    from safetensors.torch import load_file
+
+    found = load_file(FOLDER / "init_average.safetensors")
+    layers = 1 + max(int(name.split(".")[2]) for name in found if name.startswith("model.layers."))
+    key = found["model.layers.0.self_attn.k_proj.weight"]
+    query = found["model.layers.0.self_attn.q_proj.weight"]
+    model = ModelConfig(
+        num_layers=layers,
+        hidden_size=64,
+        ffn_hidden_size=found["model.layers.0.mlp.up_proj.weight"].shape[0],
+        num_attention_heads=4,
+        num_query_groups=2,
+        vocab_size=found["model.embed_tokens.weight"].shape[0],
+        max_position_embeddings=64,
+    )
+    assert (query.shape, key.shape) == ((64, 64), (32, 64))
+    plain = {}
+    for index in range(layers):
+        projections = (found[f"model.layers.{index}.self_attn.{part}_proj.weight"].view(2, -1, 64) for part in "qkv")
+        fused = torch.cat(list(projections), 1).flatten(0, 1)
+        plain[f"decoder.layers.{index}.self_attention.linear_qkv.weight"] = fused
+    source, _, _ = initialize(MemorySource(plain), description_of(model), CompressionConfig("0_6_6_6_6_6_6_7"), how)
+    for index in range(layers):
+        name = f"model.layers.{index}.self_attn.{{}}_proj.weight"
+        if index not in (0, 6, 7):
+            assert torch.equal(
+                source.read(f"decoder.layers.{index}.self_attention.linear_q.weight"), found[name.format("q")]
+            )
+            continue
+        parts = split(source.read(f"decoder.layers.{index}.self_attention.linear_qkv.weight"), model)
+        assert torch.equal(parts[0], found[name.format("q")])
+        for part, projection in zip(parts[1:], "kv", strict=True):
+            if how == "copy":
+                assert torch.equal(part, found[name.format(projection)])
+            else:
+                torch.testing.assert_close(part, found["converted." + name.format(projection)], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("how", ["average", "copy"])
+def test_the_tensors_are_those_of_the_shared_model(how: str) -> None:
+    plain = random_weights(description_of(MODEL))
+    source, changed, done = initialize(MemorySource(plain), description_of(MODEL), LCKV, how)
+    assert done == how
+    assert changed == description_of(MODEL, LCKV)
+    check_tensors(source.infos(), changed.expected_tensors(), "it")
+    for name, info in source.infos().items():
+        assert source.read(name).shape == info.shape
+        assert source.read(name).dtype == info.dtype
+
+
+def test_average_of_every_part() -> None:
+    """Layers 1 and 2 read layer 2."""
+    plain = random_weights(description_of(MODEL))
+    source, _, _ = initialize(MemorySource(plain), description_of(MODEL), LCKV, "average")
+    attention = "decoder.layers.{}.self_attention."
+    for part in ("linear_qkv.weight", "linear_qkv.bias"):
+        one, two = (split(plain[attention.format(index) + part], MODEL) for index in (1, 2))
+        query, key, value = split(source.read(attention.format(2) + part), MODEL)
+        assert torch.equal(query, two[0])
+        torch.testing.assert_close(key, (one[1] + two[1]) / 2)
+        torch.testing.assert_close(value, (one[2] + two[2]) / 2)
+        reader = source.read(attention.format(1) + part.replace("qkv", "q"))
+        assert torch.equal(reader, one[0])
+    norms = [plain[attention.format(index) + "k_layernorm.weight"] for index in (1, 2)]
+    torch.testing.assert_close(source.read(attention.format(2) + "k_layernorm.weight"), sum(norms) / 2)
+    assert attention.format(1) + "k_layernorm.weight" not in source.infos()
+    for name in source.infos():
+        if ".2." not in name and "linear_q." not in name:
+            assert torch.equal(source.read(name), plain[name]), name
+
+
+@given(st.data())
+def test_rows_are_those_of_the_whole(data: st.DataObject) -> None:
+    groups, per_group, width = (data.draw(st.integers(1, 3)) for _ in range(3))
+    layers = data.draw(st.integers(1, 4))
+    sources = data.draw(st.lists(st.integers(0, layers - 1), min_size=layers, max_size=layers))
+    for index in sorted(set(sources)):
+        sources[index] = index
+    model = replace(
+        MODEL, num_layers=layers, num_attention_heads=groups * per_group, num_query_groups=groups, kv_channels=2 * width
+    )
+    compression = CompressionConfig("_".join(map(str, sources)))
+    how = data.draw(st.sampled_from(["copy", "average"]))
+    plain = MemorySource(random_weights(description_of(model)))
+    source, changed, _ = initialize(plain, description_of(model), compression, how)
+    check_tensors(source.infos(), changed.expected_tensors(), "it")
+    name = data.draw(st.sampled_from([name for name in source.infos() if "linear_q" in name or "layernorm" in name]))
+    start, stop = sorted(data.draw(st.tuples(*2 * [st.integers(0, source.infos()[name].shape[0])])))
+    assert torch.equal(source.read(name, slice(start, stop)), source.read(name)[start:stop])
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_nothing_larger_than_a_chunk_is_read(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from checkpoints_conversion import tensors
+
+    chunk = 64
+    monkeypatch.setattr(tensors.row_chunks, "__defaults__", (chunk,))
+    model = replace(MODEL, num_query_groups=groups)
+    watched = Watched(random_weights(description_of(model)))
+    source, _, _ = initialize(watched, description_of(model), LCKV, "average")
+    for index, part in ((1, "linear_q"), (2, "linear_qkv")):
+        source.read(f"decoder.layers.{index}.self_attention.{part}.weight")
+    assert max(watched.read_bytes) <= chunk
+
+
+def test_dmc_changes_no_weights() -> None:
+    plain = MemorySource(random_weights(description_of(MODEL)))
+    dmc = CompressionConfig(policy=DMCConfig(target_compression_ratio=4))
+    source, changed, how = initialize(plain, description_of(MODEL), dmc, "average")
+    assert source is plain
+    assert how is None
+    assert changed.compression.policy == DMCConfig(stage="zero_out", target_compression_ratio=4)
+
+
+def test_windows_change_no_weights() -> None:
+    plain = MemorySource(random_weights(description_of(MODEL)))
+    windows = CompressionConfig("0s_1s_2_3", sliding_window=4)
+    source, changed, how = initialize(plain, description_of(MODEL), windows, "copy")
+    assert (source, how) == (plain, None)
+    assert changed.compression == windows
+
+
+def test_a_shared_model_keeps_its_map() -> None:
+    shared = description_of(MODEL, LCKV)
+    source = MemorySource(random_weights(shared))
+    kept, changed, how = initialize(source, shared, replace(LCKV, forward_passes=3), "average")
+    assert (kept, how) == (source, None)
+    assert changed.compression.forward_passes == 3
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (LCKV, CompressionConfig("0_3_3_3"), r"0_3_3_3 .* cannot be made .* shares keys and values already \(0_2_2_3,"),
+        (LCKV, PLAIN, "start from a plain model"),
+        (LCKV, replace(LCKV, force_nodiag=True), "force_nodiag True"),
+        (PLAIN, CompressionConfig("0_1_2_3_3"), "has 5 entries but model.num_layers is 4"),
+        (PLAIN, CompressionConfig("0_1_2_9"), "entry 3"),
+        (
+            PLAIN,
+            CompressionConfig(policy=DMCConfig(stage="retrofit")),
+            "stage is retrofit but the model knows no merging",
+        ),
+        (CompressionConfig(policy=DMCConfig(stage="finetune")), PLAIN, "a conversion keeps the policy"),
+        (
+            CompressionConfig(policy=DMCConfig()),
+            CompressionConfig(policy=DMCConfig(stage="retrofit")),
+            "new stage starts",
+        ),
+    ],
+)
+def test_what_cannot_be_made(before: CompressionConfig, after: CompressionConfig, said: str) -> None:
+    with pytest.raises(ConversionError, match=said):
+        initialize(MemorySource({}), description_of(MODEL, before), after, "copy")

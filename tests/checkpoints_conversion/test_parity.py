@@ -1,0 +1,232 @@
+"""Hugging Face's and Megatron's logits of the same tokens, on every layout; weights there and back bit for bit.
+
+Each model goes through the whole conversion. The cases are chosen so that every family meets every number of key/value heads per
+rank - one, several, a part of one - and every kind of map and policy meets tensor and pipeline parallelism.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from checkpoints_conversion.convert import hf_to_megatron, megatron_to_hf
+from checkpoints_conversion.formats.megatron import MegatronCheckpoint
+from checkpoints_conversion.megatron_logits import write_logits
+from checkpoints_conversion.opening import open_huggingface, open_megatron
+from checkpoints_conversion.reference import Reference, reference_folder
+from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
+from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
+from megatron_ext.checkpointing.save import save_checkpoint
+from megatron_ext.config import ParallelConfig
+from megatron_ext.parallel.process_groups import initialize
+from megatron_ext.training.restore import restore, saved_settings
+from tests.checkpoints_conversion.tiny_models import SIZES, saved_model
+from tests.ranks import run_on_ranks
+
+MHA, GQA, MQA = 4, 2, 1
+TOKENS = np.random.default_rng(0).integers(61, size=(2, 20))
+TOLERANCE = 1e-5
+"""Share of the largest |logit|: rounding, which iterated layers amplify."""
+CYCLIC = {"compression.forward_passes": 3, "compression.backward_passes": 2}
+LAYOUTS = {(1, 1): 1, (2, 1): 2, (4, 1): 4, (1, 2): 2, (2, 2): 4, (4, 2): 8}
+"""TP and PP: processes."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A Hugging Face model, what a conversion makes of it, and the layouts on which it is tried."""
+
+    family: str
+    kv_heads: int
+    changes: dict[str, object] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    layouts: Sequence[tuple[int, int]] = ((1, 1), (2, 1), (2, 2))
+
+
+def shared(layer_types: str, **more: object) -> dict[str, object]:
+    return {"compression.layer_types": layer_types, **{f"compression.{name}": value for name, value in more.items()}}
+
+
+TIED = {"tie_word_embeddings": True}
+ALL = tuple(LAYOUTS)
+WITHOUT_PP = ((1, 1), (2, 1), (4, 1))
+DMC = {"compression.policy.name": "dmc"}
+MERGING = {"name": "dmc", "stage": "finetune", "initial_decision_bias": 0.05, "window": 3}
+CASES = {
+    "llama MHA": Case("llama", MHA, layouts=ALL),
+    "llama GQA tied": Case("llama", GQA, settings=TIED, layouts=((2, 1), (2, 2))),
+    "mistral MQA window": Case("mistral", MQA, layouts=((1, 1), (4, 1), (1, 2))),
+    "qwen2 GQA biases windows": Case("qwen2", GQA, layouts=((1, 1), (4, 1), (2, 2))),
+    "qwen2 MQA tied": Case("qwen2", MQA, settings=TIED, layouts=((2, 1), (1, 2))),
+    "qwen3 GQA norms": Case("qwen3", GQA, layouts=ALL),
+    "qwen3 MHA tied": Case("qwen3", MHA, settings=TIED, layouts=((4, 1), (1, 2))),
+    "CLA": Case("llama", GQA, shared("0_0_2_2"), layouts=ALL),
+    "YOCO": Case("mistral", MHA, shared("0s_1s_2_2"), layouts=((1, 1), (2, 2))),
+    "LCKV": Case("llama", GQA, shared("0_2_2_3") | CYCLIC, layouts=WITHOUT_PP),
+    "LCKV MQA biases": Case("qwen2", MQA, shared("0s_2_2_3", sliding_window=6) | CYCLIC, layouts=((1, 1), (4, 1))),
+    "LCKV norms tied": Case("qwen3", MHA, shared("0_3_3_3") | CYCLIC, settings=TIED, layouts=((1, 1), (4, 1))),
+    "MixAttention without own position": Case(
+        "qwen3", GQA, shared("0_1s_1s_3", sliding_window=4, force_nodiag=True), layouts=((2, 1), (1, 2))
+    ),
+    "DMC stage 1": Case("llama", GQA, DMC, layouts=((1, 1), (4, 1), (2, 2))),
+    "DMC stage 1 MQA biases": Case("qwen2", MQA, DMC, {"use_sliding_window": False}, layouts=((4, 1), (1, 2))),
+    "merging": Case("lckv-llama", GQA, settings={"compression": {"policy": MERGING}}, layouts=ALL),
+    "merging CLA MQA": Case(
+        "lckv-llama",
+        MQA,
+        settings={"compression": {"layer_types": "0_0_2_2", "policy": MERGING}, "qkv_bias": True},
+        layouts=((4, 1), (2, 2)),
+    ),
+    "merging LCKV": Case(
+        "lckv-llama",
+        GQA,
+        settings={"compression": {"layer_types": "0_2_2_3", "policy": MERGING}, "qk_norm": True, **TIED},
+        layouts=WITHOUT_PP,
+    ),
+}
+RESHARDED = ("llama MHA", "qwen2 MQA tied", "qwen3 GQA norms", "LCKV MQA biases", "merging CLA MQA")
+
+
+def logits_on_ranks(models: Sequence[tuple[str, Path]], folder: Path, parallel: ParallelConfig) -> None:
+    """On every rank: of each model into a file of its name."""
+    from megatron.core import parallel_state
+
+    for name, path in models:
+        description = MegatronCheckpoint(path, verify_hashes=False).description
+        write_logits(path, description, TOKENS, folder / f"{name}.npy", parallel, torch.float32)
+        parallel_state.destroy_model_parallel()
+
+
+def save_merging_model(folder: Path, settings: dict[str, Any]) -> None:
+    """A model of this project's class, all of whose weights are random."""
+    torch.manual_seed(1)
+    model = LCKVLlamaForCausalLM(LCKVLlamaConfig(**{**SIZES, **settings}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.2)
+    model.save_pretrained(folder)
+
+
+class Matrix:
+    """All models converted, and all their logits, computed once."""
+
+    def __init__(self, folder: Path, cases: dict[str, Case]) -> None:
+        self.folder, self.cases = folder, cases
+        self.expected: dict[str, np.ndarray] = {}
+        for name, case in cases.items():
+            settings = {"num_hidden_layers": 4, "num_key_value_heads": case.kv_heads, **case.settings}
+            self._convert(name, case, settings)
+        for (tensor, pipeline), processes in LAYOUTS.items():
+            wanted = [
+                (name, self.checkpoint(name)) for name, case in cases.items() if (tensor, pipeline) in case.layouts
+            ]
+            found = self.found_folder(tensor, pipeline)
+            found.mkdir()
+            parallel = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+            run_on_ranks(processes, logits_on_ranks, wanted, found, parallel)
+
+    def hugging_face(self, name: str) -> Path:
+        return self.folder / "hf" / name
+
+    def checkpoint(self, name: str) -> Path:
+        return self.folder / "megatron" / name / "iter_0000000"
+
+    def found_folder(self, tensor: int, pipeline: int) -> Path:
+        return self.folder / f"{tensor} {pipeline}"
+
+    def _convert(self, name: str, case: Case, settings: dict[str, Any]) -> None:
+        source = self.hugging_face(name)
+        if case.family == "lckv-llama":
+            save_merging_model(source, settings)
+        else:
+            saved_model(source, case.family, **settings)
+        target = self.checkpoint(name).parent
+        hf_to_megatron(str(source), target, changes=case.changes, proof="never")
+        with reference_folder(open_huggingface(source), open_megatron(target)) as folder:
+            reference = Reference(folder, torch.float32)
+            self.expected[name] = torch.stack([reference.logits(row) for row in torch.from_numpy(TOKENS)]).numpy()
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
+    return Matrix(tmp_path_factory.mktemp("parity"), CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits(matrix: Matrix, name: str) -> None:
+    expected = matrix.expected[name]
+    assert np.abs(expected[0] - expected[1]).max() > 0.1
+    for tensor, pipeline in CASES[name].layouts:
+        found = np.load(matrix.found_folder(tensor, pipeline) / f"{name}.npy")
+        assert found.shape == expected.shape
+        largest = np.abs(expected).max()
+        np.testing.assert_allclose(
+            found, expected, rtol=0, atol=TOLERANCE * largest, err_msg=f"TP {tensor} PP {pipeline}"
+        )
+        assert (found.argmax(-1) == expected.argmax(-1)).all()
+
+
+def test_tokens_are_merged(matrix: Matrix) -> None:
+    """Or these cases would say nothing."""
+    model = LCKVLlamaForCausalLM.from_pretrained(matrix.hugging_face("merging")).eval()
+    rates = model(torch.from_numpy(TOKENS), use_cache=False).merge_rates
+    assert 0.1 < rates.mean() < 0.9
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+def whole(checkpoint: Path) -> dict[str, torch.Tensor]:
+    opened = MegatronCheckpoint(checkpoint)
+    return {name: opened.read(name) for name in opened.infos()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_there_and_back(matrix: Matrix, name: str, tmp_path: Path) -> None:
+    first, back, again = matrix.checkpoint(name), tmp_path / "back", tmp_path / "again"
+    megatron_to_hf(first, back, proof="never")
+    if not CASES[name].changes:
+        assert_same(weights(back), weights(matrix.hugging_face(name)))
+    hf_to_megatron(str(back), again, proof="never")
+    assert_same(whole(again), whole(first))
+    before, after = (MegatronCheckpoint(path).description for path in (first, again))
+    assert (after.model, after.compression.policy, after.dtype) == (
+        before.model,
+        before.compression.policy,
+        before.dtype,
+    )
+    assert str(after.compression.map(4)) == str(before.compression.map(4))
+    assert after.token_ids == before.token_ids
+
+
+def save_resharded(models: Sequence[tuple[Path, Path]], ranks: int) -> None:
+    """On every rank: load each model and save it again, on so many tensor-parallel ranks."""
+    parallel = ParallelConfig(tensor_model_parallel_size=ranks)
+    initialize(parallel, seed=1)
+    for source, target in models:
+        stage = restore(source, parallel).stage
+        settings = saved_settings(source)
+        progress = {"iteration": 1, "consumed_samples": 0, "consumed_tokens": 0}
+        save_checkpoint(target, 1, model=[stage], optimizer=None, scheduler=None, progress=progress, config=settings)
+
+
+def test_resharding_changes_nothing(matrix: Matrix, tmp_path: Path) -> None:
+    """TP 1 -> 4 -> 2, without an optimizer."""
+    folders = [matrix.folder / "megatron", tmp_path / "4", tmp_path / "2"]
+    for ranks, source, target in ((4, *folders[:2]), (2, *folders[1:])):
+        run_on_ranks(ranks, save_resharded, [(source / name, target / name) for name in RESHARDED], ranks)
+    for name in RESHARDED:
+        assert_same(whole(folders[2] / name), whole(folders[0] / name))
