@@ -16,6 +16,7 @@ import logging
 import math
 import re
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from megatron_ext.checkpointing.manifest import MANIFEST_NAME, Manifest, find_wr
 POINTER_NAME = "latest"
 _CHECKPOINT = re.compile(r"iter_(\d{7,})(\.replaced)?")
 _LEFTOVER = re.compile(r"\.iter_.*\.(tmp|trash)")
+_SHOWN_PROBLEMS = 5
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +107,29 @@ def find_candidates(path: Path) -> Candidates:
     if name is not None:
         newest_first.sort(key=lambda checkpoint: checkpoint.name != name)
     return Candidates(tuple(newest_first), may_fall_back=True, pointer_problem=problem)
+
+
+def choose_checkpoint(
+    path: Path, candidates: Candidates, verify: Callable[[Path], tuple[Manifest | None, Sequence[str]]]
+) -> tuple[Path, Manifest, str | None]:
+    """The best of the candidates of `path` that is not damaged, and why better ones were passed over, None where there are none.
+
+    `verify` returns a checkpoint's manifest, None where it cannot be read, and all that is wrong. Raises DamagedCheckpointError.
+    """
+    tried = [candidates.pointer_problem] if candidates.pointer_problem is not None else []
+    for checkpoint in candidates.checkpoints:
+        manifest, problems = verify(checkpoint)
+        if manifest is not None and not problems:
+            fallback = f"{'; '.join(tried)}. Falling back to {checkpoint} (iteration {manifest.iteration})"
+            return checkpoint, manifest, fallback if tried else None
+        more = len(problems) - _SHOWN_PROBLEMS
+        shown = ", ".join(problems[:_SHOWN_PROBLEMS]) + (f" and {more} more" if more > 0 else "")
+        tried.append(f"{checkpoint} is damaged: {shown}")
+    if not candidates.may_fall_back:
+        raise DamagedCheckpointError(
+            f"checkpoint.load: {tried[0]}. Load another one, or the directory to take the newest good one"
+        )
+    raise DamagedCheckpointError("\n  ".join([f"checkpoint.load: no good checkpoint in {path}; tried:", *tried]))
 
 
 def prepare_staging(directory: Path, iteration: int, needed_bytes: int) -> tuple[Path, int]:

@@ -14,7 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ext.checkpointing.agreement import Agreement, agreement
 from megatron_ext.checkpointing.errors import DamagedCheckpointError, MismatchError
-from megatron_ext.checkpointing.folders import find_candidates
+from megatron_ext.checkpointing.folders import choose_checkpoint, find_candidates
 from megatron_ext.checkpointing.manifest import (
     Layout,
     Manifest,
@@ -28,8 +28,6 @@ from megatron_ext.checkpointing.save import CONFIG_NAME, PROGRESS_NAME, SCHEDULE
 from megatron_ext.checkpointing.state import apply_state, check_fit, read_state, sharded_state
 
 logger = logging.getLogger(__name__)
-
-_SHOWN_PROBLEMS = 5
 
 
 @dataclass(frozen=True)
@@ -114,25 +112,15 @@ def load_checkpoint(
 def _choose(ranks: Agreement, path: Path, verify_hashes: bool) -> tuple[Path, Manifest]:
     """The best checkpoint that is not damaged."""
     candidates = ranks.on_first("look for checkpoints", lambda: find_candidates(path))
-    tried = [candidates.pointer_problem] if candidates.pointer_problem is not None else []
-    for checkpoint in candidates.checkpoints:
-        manifest, problem = _verify(ranks, checkpoint, verify_hashes)
-        if manifest is not None and problem is None:
-            if tried and ranks.rank == 0:
-                reasons = "; ".join(tried)
-                logger.warning(
-                    "checkpoint.load: %s. Falling back to %s (iteration %d)", reasons, checkpoint, manifest.iteration
-                )
-            return checkpoint, manifest
-        tried.append(f"{checkpoint} is damaged: {problem}")
-    if not candidates.may_fall_back:
-        raise DamagedCheckpointError(
-            f"checkpoint.load: {tried[0]}. Load another one, or the directory to take the newest good one"
-        )
-    raise DamagedCheckpointError("\n  ".join([f"checkpoint.load: no good checkpoint in {path}; tried:", *tried]))
+    checkpoint, manifest, fallback = choose_checkpoint(
+        path, candidates, lambda checkpoint: _verify(ranks, checkpoint, verify_hashes)
+    )
+    if fallback is not None and ranks.rank == 0:
+        logger.warning("checkpoint.load: %s", fallback)
+    return checkpoint, manifest
 
 
-def _verify(ranks: Agreement, checkpoint: Path, verify_hashes: bool) -> tuple[Manifest | None, str | None]:
+def _verify(ranks: Agreement, checkpoint: Path, verify_hashes: bool) -> tuple[Manifest | None, list[str]]:
     """(manifest, what is wrong). Ranks share the reading."""
 
     def read() -> tuple[Manifest | None, list[str]]:
@@ -148,10 +136,7 @@ def _verify(ranks: Agreement, checkpoint: Path, verify_hashes: bool) -> tuple[Ma
         share = share_of_rank(sizes, ranks.rank, ranks.world_size)
         found = ranks.gather("verify files", lambda: find_wrong_hashes(checkpoint, manifest, share))
         problems = [problem for part in found for problem in part]
-    if not problems:
-        return manifest, None
-    more = f" and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
-    return manifest, ", ".join(problems[:_SHOWN_PROBLEMS]) + more
+    return manifest, problems
 
 
 def _read_run(checkpoint: Path, expected_model: Mapping[str, Any]) -> _Run:

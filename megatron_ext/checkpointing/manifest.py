@@ -10,7 +10,7 @@ The hashes find damage, not malice: who can change a file can change the manifes
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,6 +22,7 @@ from megatron_ext.checkpointing.errors import DamagedCheckpointError
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
 _HASHING_THREADS = 4
+_PIECE_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,14 @@ def list_files(checkpoint: Path) -> list[str]:
     return sorted(name for name in files if name != MANIFEST_NAME)
 
 
-def hash_files(checkpoint: Path, names: Iterable[str]) -> dict[str, FileEntry]:
-    """Size and sha256 of files, read in pieces by a few threads."""
+def hash_files(
+    checkpoint: Path, names: Iterable[str], progress: Callable[[int], None] | None = None
+) -> dict[str, FileEntry]:
+    """Size and sha256 of files, read in pieces by a few threads. Any of them calls `progress` with the bytes just read."""
     names = list(names)
     with ThreadPoolExecutor(_HASHING_THREADS) as threads:
-        return dict(zip(names, threads.map(lambda name: _hash_file(checkpoint / name), names), strict=True))
+        entries = threads.map(lambda name: _hash_file(checkpoint / name, progress), names)
+        return dict(zip(names, entries, strict=True))
 
 
 def find_wrong_sizes(checkpoint: Path, manifest: Manifest) -> list[str]:
@@ -130,10 +134,12 @@ def find_wrong_sizes(checkpoint: Path, manifest: Manifest) -> list[str]:
     return problems
 
 
-def find_wrong_hashes(checkpoint: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
-    """Those of the named files whose content is not the one that was written, each as a sentence."""
+def find_wrong_hashes(
+    checkpoint: Path, manifest: Manifest, names: Iterable[str], progress: Callable[[int], None] | None = None
+) -> list[str]:
+    """Those of the named files whose content is not the one that was written, each as a sentence; `progress` as for `hash_files`."""
     try:
-        found = hash_files(checkpoint, names)
+        found = hash_files(checkpoint, names, progress)
     except OSError as error:
         return [f"reading fails: {error}"]
     return [f"{name} has changed (sha256 differs)" for name, entry in found.items() if entry != manifest.files[name]]
@@ -151,10 +157,15 @@ def share_of_rank(sizes: Mapping[str, int], rank: int, world_size: int) -> list[
     return share
 
 
-def _hash_file(path: Path) -> FileEntry:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-        return FileEntry(file.tell(), digest.hexdigest())
+def _hash_file(path: Path, progress: Callable[[int], None] | None) -> FileEntry:
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb", buffering=0) as file:
+        while piece := file.read(_PIECE_BYTES):
+            digest.update(piece)
+            size += len(piece)
+            if progress is not None:
+                progress(len(piece))
+    return FileEntry(size, digest.hexdigest())
 
 
 def _own_hash(content: Mapping[str, Any]) -> str:

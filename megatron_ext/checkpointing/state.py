@@ -82,14 +82,15 @@ def write_state(ranks: Agreement, checkpoint: Path, sharded: State, common: Stat
     """Writes the files of Megatron's format into the folder. Data-parallel ranks share what they hold copies of."""
     strategy = FullyParallelSaveStrategyWrapper(DirectSave(ranks.group), _data_group())
     ranks.everywhere("write tensors", lambda: strategy.save(sharded, checkpoint))
+    ranks.on_first("write common.pt", lambda: write_common(checkpoint, common))
 
-    def write_common() -> None:
-        content = io.BytesIO()  # into a file, torch would hide that the disk is full
-        torch.save(common, content)
-        write_file(checkpoint / COMMON_STATE_FNAME, content.getvalue())
-        save_config(CheckpointingConfig(BACKEND, VERSION), str(checkpoint))
 
-    ranks.on_first("write common.pt", write_common)
+def write_common(checkpoint: Path, common: State) -> None:
+    """Writes what is no tensor and equal on all ranks, and which of Megatron's formats the folder has."""
+    content = io.BytesIO()  # into a file, torch would hide that the disk is full
+    torch.save(common, content)
+    write_file(checkpoint / COMMON_STATE_FNAME, content.getvalue())
+    save_config(CheckpointingConfig(BACKEND, VERSION), str(checkpoint))
 
 
 def read_state(ranks: Agreement, checkpoint: Path, state: State) -> State:
@@ -144,7 +145,13 @@ def check_fit(ranks: Agreement, checkpoint: Path, state: State) -> None:
         if absent or extra or other:
             shown = [f"{key} (there {list(shapes[key])}, here {list(wanted[key].shape or ())})" for key in other]
             parts = {"missing there": absent, "only there": extra, "other shape": shown}
-            raise MismatchError(_explain_misfit(checkpoint, parts, all(map(_of_optimizer, absent + extra + other))))
+            only_optimizer = all(map(_of_optimizer, absent + extra + other))
+            if only_optimizer and not any(map(_of_optimizer, stored)):
+                raise MismatchError(
+                    f"checkpoint.load: {checkpoint} holds weights only, no optimizer to go on with. Set checkpoint.finetune to "
+                    "start from its weights at iteration 0"
+                )
+            raise MismatchError(_explain_misfit(checkpoint, parts, only_optimizer))
 
     ranks.on_first("compare tensors", compare)
 

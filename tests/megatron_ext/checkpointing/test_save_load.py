@@ -323,6 +323,20 @@ def test_another_model_is_refused(tmp_path: Path, case: Case, options: dict[str,
     assert untouched or "schedule" in message
 
 
+def _save_weights(directory: Path) -> None:
+    run = Run(Case())
+    save_checkpoint(directory, 1, model=run.model, optimizer=None, scheduler=None, progress={}, config=run.case.config)
+
+
+def test_weights_without_an_optimizer_are_no_run_to_resume(tmp_path: Path) -> None:
+    run_on_ranks(1, _save_weights, tmp_path)
+    name, message, untouched = run_on_ranks(1, _refuse_to_load, Case(), tmp_path, {})[0]
+    assert (name, untouched) == ("MismatchError", True)
+    assert "holds weights only" in message
+    assert "Set checkpoint.finetune" in message
+    assert run_on_ranks(1, _refuse_to_load, Case(), tmp_path, {"finetune": True})[0][0] == ""
+
+
 def test_a_setting_that_an_older_checkpoint_does_not_have_is_only_reported(tmp_path: Path) -> None:
     run_on_ranks(1, _save, Case(), tmp_path)
     log = run_on_ranks(1, _log_of_newer_program, tmp_path)[0]
