@@ -14,7 +14,10 @@ from torch import Tensor
 from lckv.attention.visibility import Visibility
 
 _BLOCK = 128
-"""Queries per block: scores have b x h x _BLOCK x (n + s) entries."""
+"""Queries per block, at most."""
+
+_SCORES = 2**25
+"""Entries of the score matrix of a block, at most: b x h x queries x (n + s)."""
 
 
 class Past(NamedTuple):
@@ -51,12 +54,14 @@ def attend(
 ) -> Tensor:
     """softmax(scale * query key^T) value over the visible keys, 0 for a query that sees none; query and result [b, h, s, d].
 
-    `visibility` (without documents) and `biased` as in `reference.attend`; keys of the past have no bias. Scores are float32.
+    `visibility` (without documents) and `biased` as in `reference.attend`; keys of the past have no bias. Softmax is float32.
     """
     heads = query.unflatten(1, (new.key.shape[1], -1))
+    per_query = query.shape[0] * query.shape[1] * (past.key.shape[2] + new.key.shape[2])
+    size = min(_BLOCK, max(1, _SCORES // max(1, per_query)))
     blocks = [
         _attend_block(part, start, new, past, visibility, scale, biased)
-        for start, part in zip(range(0, query.shape[2], _BLOCK), heads.split(_BLOCK, 3), strict=True)
+        for start, part in zip(range(0, query.shape[2], size), heads.split(size, 3), strict=True)
     ]
     return torch.cat(blocks, 3).flatten(1, 2)
 
@@ -71,7 +76,9 @@ def _attend_block(
     old = _scores(query, past.key, channels, scale)
     seen_old = _visible_past(queries, new, past, visibility)[:, :, None]
     # The newest new key that any of these queries may see comes last.
-    width = max(0, int(start + query.shape[3]) - behind)
+    width = start + query.shape[3] - behind
+    if past.key.shape[2] + width == 0:
+        return torch.zeros_like(query)
     key, value = new.key[:, :, :width], new.value[:, :, :width]
     fresh = _scores(query, key, channels, scale)
     if biased:
@@ -119,14 +126,11 @@ def _visible_past(queries: Tensor, new: NewTokens, past: Past, visibility: Visib
     slots = torch.arange(past.key.shape[2], device=queries.device)
     lengths = past.lengths[:, :, None, None]
     seen = slots < lengths
+    # Counted tokens between the past and each query.
+    ahead = queries[None] if new.counted is None else (new.counted.cumsum(1) - new.counted.long())[:, queries]
     if visibility.window is not None:
-        # How many counted tokens lie between a slot and a query: those of the past behind it, then new ones.
-        if new.counted is None:
-            ahead = queries[None]
-        else:
-            ahead = (new.counted.cumsum(1) - new.counted.long())[:, queries]
         seen = seen & (lengths - slots + ahead[:, None, :, None] < visibility.window)
     if new.joins is not None:
         hidden = new.joins[:, :, None, None] & (slots == lengths - 1)
-        seen = seen & ~(hidden & (queries >= int(visibility.exclude_self))[:, None])
+        seen = seen & ~(hidden & (ahead >= int(visibility.exclude_self))[:, None, :, None])
     return seen

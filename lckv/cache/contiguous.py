@@ -10,12 +10,14 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lckv.attention import past
 from lckv.attention.visibility import Visibility
 from lckv.policies.base import Extension, KVPolicy
 
-_FIRST_CAPACITY = 16
+_REVOCABLE = 32
+"""So many of the newest tokens can always be forgotten again: windowed layers keep as many tokens beyond their window."""
 
 
 class ContiguousCache:
@@ -70,7 +72,9 @@ class ContiguousCache:
     def commit(self, extensions: Mapping[int, Extension], counted: Tensor | None) -> None:
         """See `KVCache`. Raises ValueError unless there is exactly one extension for every layer of the cache."""
         if extensions.keys() != self._layers.keys():
-            raise ValueError(f"the cache holds layers {sorted(self._layers)}; keys and values of {sorted(extensions)} came.")
+            raise ValueError(
+                f"the cache holds layers {sorted(self._layers)}; keys and values of {sorted(extensions)} came."
+            )
         for layer, extension in extensions.items():
             self._layers[layer].write(extension, counted)
         key = next(iter(extensions.values())).key
@@ -86,10 +90,13 @@ class ContiguousCache:
             layer.select_rows(index)
 
     def drop_newest(self, tokens: int) -> None:
-        """Forget the newest tokens of every row. Raises ValueError where that is impossible: merged tokens cannot be taken apart, and
-        a window has dropped what would come back."""
+        """Forget the newest tokens of every row. Raises ValueError, with nothing forgotten, where that is impossible: merged tokens
+        cannot be taken apart, and a window has dropped what would come back."""
         for number, layer in self._layers.items():
-            layer.drop_newest(number, tokens)
+            if (obstacle := layer.why_not_drop(tokens)) is not None:
+                raise ValueError(f"the newest {tokens} tokens cannot be forgotten: layer {number} {obstacle}.")
+        for layer in self._layers.values():
+            layer.drop_newest(tokens)
         if self._seen is not None:
             self._seen = (self._seen - tokens).clamp(min=0)
 
@@ -99,81 +106,97 @@ class _LayerSlots:
 
     def __init__(self, policy: KVPolicy, window: int | None) -> None:
         self._policy, self._window = policy, window
-        self._past: past.Past | None = None
+        self._slots: past.Past | None = None  # one slot more than room for: where tokens go that are not written
         self._longest = 0  # an upper bound, so that lengths are fetched from the device only when they might matter
+        self._gone: Tensor | None = None  # int64 [b, g]: tokens that the window has dropped
         self.state: Tensor | None = None
 
     @property
     def past(self) -> past.Past:
-        assert self._past is not None, "read before the first commit"
-        return self._past
+        """What is in use, and what might be."""
+        assert self._slots is not None, "read before the first commit"
+        key, value, lengths = self._slots
+        return past.Past(key[:, :, : self._longest], value[:, :, : self._longest], lengths)
 
     @property
     def num_bytes(self) -> int:
-        tensors = [*(self._past or ()), *([] if self.state is None else [self.state])]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        tensors = (*(self._slots or ()), self._gone, self.state)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
     def write(self, extension: Extension, counted: Tensor | None) -> None:
         """Write the whole slots among the new tokens; the first replaces the newest slot where it joins it."""
-        tokens, rows, heads, channels = extension.key.shape
-        if self._past is None:
-            self._past = past.Past(
-                *(extension.key.new_zeros(rows, heads, _FIRST_CAPACITY, channels) for _ in range(2)),
-                torch.zeros(rows, heads, dtype=torch.int64, device=extension.key.device),
-            )
-        self._make_room(tokens)
-        key, value, lengths = self._past
-        written, slots = slots_of(extension, self._policy.whole(extension), counted, lengths)
-        new_lengths = torch.where(written.any(0), slots.masked_fill(~written, -1).amax(0) + 1, lengths)
-        token, row, head = written.nonzero(as_tuple=True)
-        place = (row, head, slots[token, row, head])
-        new_key = extension.key[token, row, head]
+        key, value = extension.key.detach(), extension.value.detach()
+        tokens, rows, heads, channels = key.shape
+        if self._slots is None:
+            empty = key.new_zeros(rows, heads, 1, channels)
+            lengths = torch.zeros(rows, heads, dtype=torch.int64, device=key.device)
+            self._slots = past.Past(empty, empty.clone(), lengths)
         if self._policy.biases_keys:
-            new_key[:, -1] = 0
-        key[place], value[place] = new_key, extension.value[token, row, head]
-        self._past = past.Past(key, value, new_lengths)
-        self.state = extension.state
+            key = torch.cat((key[..., :-1], torch.zeros_like(key[..., :1])), -1)  # every query sees a slot of the past
+        written, slots = slots_of(extension, self._policy.whole(extension), counted, self._slots.lengths)
+        first = self._slots.lengths if extension.joins is None else self._slots.lengths - extension.joins.long()
+        shift = self._make_room(tokens, first + written.sum(0))
+        if shift is not None:
+            slots = slots - shift
+            written = written & (slots >= 0)
+        place = slots.masked_fill(~written, self._slots.key.shape[2] - 1)
+        row, head = (torch.arange(number, device=key.device) for number in (rows, heads))
+        for memory, new in ((self._slots.key, key), (self._slots.value, value)):
+            memory[row[:, None], head, place] = new
+        self.state = None if extension.state is None else extension.state.detach()
 
     def select_rows(self, index: Tensor) -> None:
-        if self._past is not None:
-            self._past = past.Past(*(tensor[index] for tensor in self._past))
+        if self._slots is not None:
+            self._slots = past.Past(*(tensor[index] for tensor in self._slots))
+        if self._gone is not None:
+            self._gone = self._gone[index]
         if self.state is not None:
             self.state = self.state[:, index]
 
-    def drop_newest(self, layer: int, tokens: int) -> None:
+    def why_not_drop(self, tokens: int) -> str | None:
         if self.state is not None:
-            raise ValueError(f"layer {layer} merges tokens; the newest {tokens} cannot be taken out of their slots again.")
-        if self._past is None:
-            return
-        if self._window is not None and int(self._past.lengths.min()) - tokens < self._window - 1 < self._longest:
-            raise ValueError(
-                f"layer {layer} keeps a window of {self._window} tokens; the newest {tokens} cannot be forgotten, since those "
-                "before them are gone."
-            )
-        self._past = self._past._replace(lengths=(self._past.lengths - tokens).clamp(min=0))
+            return "merges tokens, and they cannot be taken out of their slots again"
+        if self._gone is not None and self._slots is not None and self._window is not None:
+            missing = (self._gone > 0) & (self._slots.lengths - tokens < self._window - 1)
+            if bool(missing.any()):
+                return f"has a window of {self._window} tokens and keeps no older ones, which would come back"
+        return None
 
-    def _make_room(self, tokens: int) -> None:
-        assert self._past is not None
+    def drop_newest(self, tokens: int) -> None:
+        if self._slots is not None:
+            self._slots = self._slots._replace(lengths=(self._slots.lengths - tokens).clamp(min=0))
+
+    def _make_room(self, tokens: int, lengths: Tensor) -> Tensor | None:
+        """For up to `tokens` more slots per head, after which there are `lengths` [b, g]. Returns how many of the oldest of these were
+        dropped, [b, g]; None: none were."""
+        assert self._slots is not None
+        self._slots = self._slots._replace(lengths=lengths)
         self._longest += tokens
-        if self._longest <= self._past.key.shape[2]:
-            return
+        room = self._slots.key.shape[2] - 1
+        if self._longest <= room:
+            return None
+        shift = None
         if self._window is not None:
-            self._drop_old(self._window - 1)
-        self._longest = int(self._past.lengths.max()) + tokens
-        capacity = self._past.key.shape[2]
-        if self._longest > capacity:
-            missing = max(self._longest, 2 * capacity) - capacity
-            key, value = (torch.nn.functional.pad(tensor, (0, 0, 0, missing)) for tensor in self._past[:2])
-            self._past = past.Past(key, value, self._past.lengths)
+            shift = (lengths - (self._window - 1 + _REVOCABLE)).clamp(min=0)
+            self._gone = shift if self._gone is None else self._gone + shift
+            self._slots = _without_oldest(self._slots, shift)
+        self._longest = int(self._slots.lengths.max())
+        if self._longest > room:
+            room = max(self._longest, 2 * room)
+            if self._window is not None:  # then old tokens are moved once in a quarter of a window
+                room = min(room, self._window - 1 + 2 * _REVOCABLE + self._window // 4)
+            missing = room + 1 - self._slots.key.shape[2]
+            key, value = (pad(tensor, (0, 0, 0, missing)) for tensor in self._slots[:2])
+            self._slots = self._slots._replace(key=key, value=value)
+        return shift
 
-    def _drop_old(self, kept: int) -> None:
-        """Move the newest `kept` tokens of each row to the front."""
-        assert self._past is not None
-        key, value, lengths = self._past
-        shift = (lengths - kept).clamp(min=0)
-        slots = torch.arange(key.shape[2], device=key.device)
-        index = (slots + shift[..., None]).clamp(max=key.shape[2] - 1)[..., None].expand_as(key)
-        self._past = past.Past(key.gather(2, index), value.gather(2, index), lengths - shift)
+
+def _without_oldest(slots: past.Past, shift: Tensor) -> past.Past:
+    """The same without the first `shift` [b, g] of each head's slots."""
+    key, value, lengths = slots
+    places = torch.arange(key.shape[2], device=key.device)
+    index = (places + shift[..., None]).clamp(max=key.shape[2] - 1)[..., None].expand_as(key)
+    return past.Past(key.gather(2, index), value.gather(2, index), lengths - shift)
 
 
 def slots_of(

@@ -18,18 +18,8 @@ class LCKVCache(Cache):
 
     def __init__(self, config: LCKVLlamaConfig) -> None:
         super().__init__(layers=[])
-        compression = config.compression_config()
-        layer_types = compression.map(config.num_hidden_layers)
         self._config = config
-        self._columns = 0
-        windows = {}
-        if compression.sliding_window is not None:
-            only_windowed = (
-                layer for layer in layer_types.kv_layers if all(layer_types[i].sliding for i in layer_types.readers(layer))
-            )
-            windows = dict.fromkeys(only_windowed, compression.sliding_window)
-        self.slots = ContiguousCache(layer_types.kv_layers, build_policy(compression.policy), windows)
-        self._merges = build_policy(compression.policy).biases_keys
+        self.reset()
 
     def __repr__(self) -> str:
         return f"LCKVCache({self._columns} columns, {self.slots.num_bytes} bytes)"
@@ -52,7 +42,17 @@ class LCKVCache(Cache):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.__init__(self._config)  # type: ignore[misc]
+        compression = self._config.compression_config()
+        layer_types, window = compression.map(self._config.num_hidden_layers), compression.sliding_window
+        windows = {}
+        if window is not None:
+            sliding = {layer.index for layer in layer_types if layer.sliding}
+            windows = {
+                layer: window for layer in layer_types.kv_layers if sliding.issuperset(layer_types.readers(layer))
+            }
+        policy = build_policy(compression.policy)
+        self._merges, self._columns = policy.biases_keys, 0
+        self.slots = ContiguousCache(layer_types.kv_layers, policy, windows)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Beam search."""

@@ -1,23 +1,34 @@
 """The Hugging Face configuration of a Llama-family decoder with shared or merged keys and values."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from lckv.config import CompressionConfig
+from lckv.policies.build import build_policy
 from lckv.rope import LinearScaling, Llama3Scaling
 
 _PUBLISHED_FIELDS = ("layer_types", "forward_passes", "backward_passes", "sliding_window", "force_nodiag")
 """What the published LCKV models have beside Llama's fields, where this configuration has `compression`."""
 
 _LLAMA_FIELDS_WITH_ONE_VALUE = {
-    "attention_bias": (False, "a bias on the output projection is not supported; qkv_bias is that of queries, keys and values"),
+    "attention_bias": (
+        False,
+        "a bias on the output projection is not supported; qkv_bias is that of queries, keys and values",
+    ),
     "mlp_bias": (False, "biases in the MLP are not supported"),
     "use_sequential": (False, "generation is token by token anyway"),
     "pretraining_tp": (1, "slicing of weights is not supported"),
 }
+
+_ROPE_PARAMETERS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""The kinds of rotary position embedding, and what each needs in `rope_parameters`, in the order of `lckv.rope`'s dataclasses."""
 
 
 class LCKVLlamaConfig(PreTrainedConfig):
@@ -31,15 +42,19 @@ class LCKVLlamaConfig(PreTrainedConfig):
     """
 
     model_type = "lckv-llama"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 transformers reads it from the class
+    keys_to_ignore_at_inference = [  # noqa: RUF012 transformers reads it from the class
+        "past_key_values",
+        "auxiliary_loss",
+        "merge_rates",
+    ]
 
     vocab_size: int = 32000
     hidden_size: int = 4096
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int = None  # type: ignore[assignment]  # num_attention_heads
+    head_dim: int = None  # type: ignore[assignment]  # hidden_size / num_attention_heads
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
@@ -57,14 +72,20 @@ class LCKVLlamaConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Resolve defaults, read older spellings, check."""
-        if self.num_key_value_heads is None:
+        given = vars(self)
+        if given["num_key_value_heads"] is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
+        if given["head_dim"] is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size is {self.hidden_size}; it must be a multiple of num_attention_heads, which is "
+                    f"{self.num_attention_heads}, or head_dim must be given."
+                )
             self.head_dim = self.hidden_size // self.num_attention_heads
         for name, (value, why) in _LLAMA_FIELDS_WITH_ONE_VALUE.items():
-            given = kwargs.pop(name, value)
-            if given != value:
-                raise ValueError(f"{name} is {given}: {why}; it must be {value}.")
+            if kwargs.get(name, value) != value:
+                raise ValueError(f"{name} is {kwargs[name]}: {why}; it must be {value}.")
+            kwargs.pop(name, None)
         published = {name: kwargs.pop(name) for name in _PUBLISHED_FIELDS if name in kwargs}
         self.compression = self._compression(self.compression, published)
         super().__post_init__(**kwargs)
@@ -82,10 +103,8 @@ class LCKVLlamaConfig(PreTrainedConfig):
         kind = parameters.get("rope_type", "default")
         if kind == "default":
             return None
-        if kind == "linear":
-            return LinearScaling(parameters["factor"])
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        return Llama3Scaling(*(parameters[name] for name in names))
+        values = [parameters[name] for name in _ROPE_PARAMETERS[kind]]
+        return LinearScaling(*values) if kind == "linear" else Llama3Scaling(*values)
 
     @staticmethod
     def _compression(given: dict[str, Any] | None, published: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,7 +114,7 @@ class LCKVLlamaConfig(PreTrainedConfig):
                 "this version only the latter."
             )
         fields = dict(given or published)
-        if published and "s" not in (published.get("layer_types") or ""):
+        if "layer_types" in published and "s" not in (published["layer_types"] or ""):
             fields.pop("sliding_window", None)  # they always have one, whether or not a layer has a window
         if not isinstance(fields.get("layer_types"), str | None):
             raise ValueError(
@@ -104,20 +123,27 @@ class LCKVLlamaConfig(PreTrainedConfig):
             )
         return asdict(CompressionConfig.from_dict(fields))
 
-    def _problems(self) -> list[str]:
-        found = []
+    def _problems(self) -> Iterator[str]:
         if self.hidden_act != "silu":
-            found.append(f"hidden_act is {self.hidden_act!r}; only silu is supported.")
-        if self.num_attention_heads % self.num_key_value_heads:
-            found.append(
+            yield f"hidden_act is {self.hidden_act!r}; only silu is supported."
+        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+            yield (
                 f"num_attention_heads is {self.num_attention_heads}; it must be a multiple of num_key_value_heads, which is "
                 f"{self.num_key_value_heads}."
             )
         if self.head_dim % 2:
-            found.append(f"head_dim is {self.head_dim}; it must be even.")
-        kind = (self.rope_parameters or {}).get("rope_type", "default")
-        if kind not in ("default", "linear", "llama3"):
-            found.append(f"rope_parameters.rope_type is {kind!r}; it must be default, linear or llama3.")
-        if (self.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0:
-            found.append("rope_parameters.partial_rotary_factor must be 1: all channels of a head are rotated.")
-        return found
+            yield f"head_dim is {self.head_dim}; it must be even."
+        if self.attention_dropout > 0 and build_policy(self.compression_config().policy).biases_keys:
+            yield f"attention_dropout is {self.attention_dropout}; it must be 0 where tokens are merged (compression.policy.name dmc)."
+        yield from self._rope_problems()
+
+    def _rope_problems(self) -> Iterator[str]:
+        parameters = self.rope_parameters or {}
+        kind = parameters.get("rope_type", "default")
+        if kind not in _ROPE_PARAMETERS:
+            yield f"rope_parameters.rope_type is {kind!r}; it must be one of {', '.join(_ROPE_PARAMETERS)}."
+        missing = [name for name in _ROPE_PARAMETERS.get(kind, ()) if parameters.get(name) is None]
+        if missing:
+            yield f"rope_parameters of rope_type {kind} lack {', '.join(missing)}."
+        if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+            yield "rope_parameters.partial_rotary_factor must be 1: all channels of a head are rotated."

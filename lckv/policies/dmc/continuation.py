@@ -8,10 +8,32 @@ Shapes: s new tokens, b rows, g KV heads, d channels, n tokens of the state; a s
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lckv.policies.base import TokenContext
 from lckv.policies.dmc.decisions import forced_openings
 from lckv.policies.dmc.pooling import pool
+
+
+class Turn:
+    """Moves the padding in front of each row's tokens behind them, so that they follow the state's; and back again."""
+
+    def __init__(self, counted: Tensor | None) -> None:
+        """`counted` as in `TokenContext`."""
+        self._first = None if counted is None or len(counted) == 1 else counted.int().argmax(0)
+
+    def there(self, tensor: Tensor) -> Tensor:
+        """Tokens first: [s, b, ...] to the same."""
+        return tensor if self._first is None else self._turned(tensor, self._first)
+
+    def back(self, tensor: Tensor) -> Tensor:
+        """The inverse of `there`."""
+        return tensor if self._first is None else self._turned(tensor, -self._first)
+
+    @staticmethod
+    def _turned(tensor: Tensor, first: Tensor) -> Tensor:
+        index = (torch.arange(len(tensor), device=tensor.device)[:, None] + first) % len(tensor)
+        return tensor[index, torch.arange(tensor.shape[1], device=tensor.device)]
 
 
 def fresh_state(window: int | None, key: Tensor) -> Tensor:
@@ -21,12 +43,12 @@ def fresh_state(window: int | None, key: Tensor) -> Tensor:
     return torch.zeros(tokens, rows, heads, 2 * channels + 1, device=key.device)
 
 
-def openings(logits: Tensor, state: Tensor, context: TokenContext) -> Tensor:
-    """bool [s, b, g]: new tokens that open a slot whatever their decision is, as `decisions.forced_openings`, but the first of a row
-    only where there is no slot yet."""
-    opens = forced_openings(logits, context)[..., None].repeat(1, 1, logits.shape[2])
+def openings(logits: Tensor, state: Tensor, context: TokenContext, turn: Turn) -> Tensor:
+    """bool [s, b, g], tokens first: which open a slot whatever their decision is, as `decisions.forced_openings`, but a row's first
+    token only where there is no slot yet. `logits` are [s, b, g]."""
+    opens = turn.there(forced_openings(logits, context))[..., None].repeat(1, 1, logits.shape[2])
     fresh = state[-1, ..., -1] == 0
-    opens[0] = fresh if context.counted is None else fresh | ~context.counted[0, :, None]
+    opens[0] = fresh if context.counted is None else fresh | ~context.counted.any(0)[:, None]
     return opens
 
 
@@ -38,81 +60,58 @@ def advance(
     weight: Tensor,
     counted: Tensor | None,
     window: int | None,
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Pooled keys and values [s, b, g, d] of the new tokens, and the state after them.
 
-    `merge` (0 or 1) and `weight` are float32 [s, b, g]; `counted` as in `TokenContext`: what is not counted leaves no trace.
+    `merge` (0 or 1) and `weight` are float32 [s, b, g]. `counted` (bool [s, b]; None: all) are tokens, ahead of all padding, which
+    leaves no trace.
     """
-    new = torch.cat((key.float(), value.float(), weight[..., None]), -1)
-    if len(new) == 1:
-        pooled = _pool_one(state, new[0], merge[0], window)
-    else:
-        pooled = _pool_many(state, key, value, merge, weight, window)
-    pooled_key, pooled_value = (part.to(key.dtype) for part in pooled)
-    return (pooled_key, pooled_value), _state_after(state, new, merge, counted, window)
+    everything = torch.cat((state, torch.cat((key.float(), value.float(), weight[..., None]), -1)))
+    merged = torch.cat((torch.ones_like(state[..., -1]), merge))  # what the state holds is one slot
+    pooled = _pool_one(everything, merge[0], window) if len(merge) == 1 else _pool_many(everything, merged, window)
+    pooled_key, pooled_value = (part[-len(merge) :].to(key.dtype) for part in pooled)
+    after = _mean_after if window is None else _tokens_after
+    return pooled_key, pooled_value, after(everything, merged, len(state), counted)
 
 
-def _pool_one(state: Tensor, new: Tensor, merge: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-    """The mean of one token and, where it is merged, of those of the state that its window reaches."""
-    reached = state if window is None else state[len(state) - (window - 1) :]
-    shares = torch.cat((reached[..., -1:] * merge[..., None], new[None, ..., -1:]))
-    features = torch.cat((reached[..., :-1], new[None, ..., :-1]))
-    mean = (features * shares).sum(0, keepdim=True) / shares.sum(0, keepdim=True)
-    pooled_key, pooled_value = mean.chunk(2, -1)
+def _pool_one(everything: Tensor, merge: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    """The mean of the last token and, where it is merged, of those before it that its window reaches."""
+    reached = everything if window is None else everything[-window:]
+    shares = reached[..., -1:].clone()
+    shares[:-1] *= merge[..., None]
+    pooled_key, pooled_value = ((reached[..., :-1] * shares).sum(0, keepdim=True) / shares.sum(0)).chunk(2, -1)
     return pooled_key, pooled_value
 
 
-def _pool_many(
-    state: Tensor, key: Tensor, value: Tensor, merge: Tensor, weight: Tensor, window: int | None
-) -> tuple[Tensor, Tensor]:
-    """Pooling over the state's tokens, all of them merged into one slot, and the new ones."""
-    tokens, old_weight = len(state), state[..., -1]
-    old_key, old_value = state[..., :-1].chunk(2, -1)
-    # A missing token must not make 0 / 0 of its own mean, which nobody reads.
-    old_weight = torch.where(old_weight == 0, torch.finfo(torch.float32).tiny, old_weight)
-    pooled = pool(
-        torch.cat((old_key.to(key.dtype), key)),
-        torch.cat((old_value.to(value.dtype), value)),
-        torch.cat((torch.ones_like(old_weight), merge)),
-        torch.cat((old_weight, weight)),
-        window,
-    )
-    return pooled[0][tokens:], pooled[1][tokens:]
+def _pool_many(everything: Tensor, merged: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    """Pooling over the state's tokens and the new ones."""
+    channels = everything.shape[-1] // 2
+    key, value, weight = everything.split((channels, channels, 1), -1)
+    # Where the state has fewer tokens, theirs must not be 0 / 0.
+    return pool(key, value, merged, weight[..., 0].clamp(min=torch.finfo(torch.float32).tiny), window)
 
 
-def _state_after(state: Tensor, new: Tensor, merge: Tensor, counted: Tensor | None, window: int | None) -> Tensor:
-    """The tokens of the slot that is the newest after each row's last counted token."""
-    if window is None:
-        return _mean_after(state, new, merge, counted)
-    tokens, (length, rows) = len(state), new.shape[:2]
-    everything = torch.cat((state, new))
-    merged = torch.cat((torch.ones_like(state[..., 0]), merge))
-    if counted is None:
-        ends = torch.full((rows,), tokens + length - 1, device=new.device)
-    else:
-        position = torch.arange(length, device=new.device)[:, None]
-        ends = tokens + torch.where(counted, position, -1).amax(0)
-    newest = ends - torch.arange(tokens - 1, -1, -1, device=new.device)[:, None]
-    index = newest[..., None].expand(-1, -1, merge.shape[2])
-    kept = everything.gather(0, index[..., None].expand(-1, -1, -1, everything.shape[-1]))
+def _tokens_after(everything: Tensor, merged: Tensor, tokens: int, counted: Tensor | None) -> Tensor:
+    """The newest `tokens` tokens up to each row's last counted one, without weight where they are not in its slot."""
+    device, (length, rows) = everything.device, everything.shape[:2]
+    added = torch.full((rows,), length - tokens, device=device) if counted is None else counted.sum(0)
+    index, row = torch.arange(tokens, device=device)[:, None] + added, torch.arange(rows, device=device)
+    kept = everything[index, row]
     # A token is in the newest slot iff every later one was merged.
-    later = merged.gather(0, (index + 1).clamp(max=len(merged) - 1))
+    later = merged[(index + 1).clamp(max=length - 1), row]
     later[-1] = 1
-    in_slot = later.flip(0).cumprod(0).flip(0)
-    kept[..., -1] *= in_slot
+    kept[..., -1] *= later.flip(0).cumprod(0).flip(0)
     return kept
 
 
-def _mean_after(state: Tensor, new: Tensor, merge: Tensor, counted: Tensor | None) -> Tensor:
-    """The mean of the newest slot and its weight."""
-    weight = torch.cat((state[..., -1], new[..., -1]))
-    merged = torch.cat((torch.ones_like(state[..., -1]), merge))
+def _mean_after(everything: Tensor, merged: Tensor, tokens: int, counted: Tensor | None) -> Tensor:
+    """The mean of the newest slot and its weight, as one token."""
+    weight = everything[..., -1]
     if counted is not None:
-        ignored = ~torch.cat((torch.ones_like(counted[:1]), counted))[..., None]
+        ignored = pad(~counted, (0, 0, tokens, 0))[..., None]
         weight, merged = weight.masked_fill(ignored, 0.0), merged.masked_fill(ignored, 1.0)
     later = torch.cat((merged[1:], torch.ones_like(merged[:1])))
     weight = (weight * later.flip(0).cumprod(0).flip(0))[..., None]
     total = weight.sum(0, keepdim=True)
-    features = torch.cat((state[..., :-1], new[..., :-1]))
-    mean = (features * weight).sum(0, keepdim=True) / total.clamp(min=torch.finfo(torch.float32).tiny)
+    mean = (everything[..., :-1] * weight).sum(0, keepdim=True) / total.clamp(min=torch.finfo(torch.float32).tiny)
     return torch.cat((mean, total), -1)

@@ -61,17 +61,19 @@ class DMCPolicy:
         if not self.biases_keys:
             return Extension(*self.keys_values(key, value, None, context)[0])
         assert query is not None
-        config = self.config
+        config, counted, turn = self.config, context.counted, continuation.Turn(context.counted)
         logits = decisions.decision_logits(key, config.initial_decision_bias)
         weight = self.importance(query, key.shape[2])
         if state is None:
             state = continuation.fresh_state(config.window, key)
-        opens = continuation.openings(logits, state, context)
+        opens = continuation.openings(logits, state, context, turn)
+        key, value, logits, weight = (turn.there(tensor) for tensor in (key, value, logits, weight))
         merge, bias = decisions.hard_decisions(logits, opens)
-        (pooled_key, pooled_value), state = continuation.advance(
-            state, key, value, merge, weight, context.counted, config.window
+        pooled_key, pooled_value, state = continuation.advance(
+            state, key, value, merge, weight, None if counted is None else turn.there(counted), config.window
         )
-        return Extension(rotate_without_last(pooled_key, context, bias), pooled_value, merge[0].bool(), state)
+        rotated = rotate_without_last(turn.back(pooled_key), context, turn.back(bias))
+        return Extension(rotated, turn.back(pooled_value), merge[0].bool(), state)
 
     def whole(self, extension: Extension) -> Tensor | None:
         """Tokens that no later one is merged into: those whose bias hides them from nobody."""

@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 
 from lckv.attention import reference, sdpa
 from lckv.attention.visibility import Visibility
+from lckv.cache.contiguous import ContiguousCache
 from lckv.policies.base import TokenContext
 from lckv.policies.dmc.config import DMCConfig
 from lckv.policies.dmc.decisions import merge_rate, straight_through
 from lckv.policies.dmc.policy import DMCPolicy
 from lckv.policies.dmc.pooling import pool_by_formula, pool_in_torch
 from lckv.policies.dmc.schedule import compression_ratio, decision_rows, fade, fused_decision_rows, hinge_loss
-from lckv.policies.dmc.slots import DMCSlots
 from lckv.rope import Rotation, rotate
 
 FOLDER = Path(__file__).parents[3] / "golden" / "dmc"
@@ -136,34 +136,45 @@ def test_evaluation(case, backend):
     close(merge_rate(raw, tensors["router_logits"], None).mean(1), tensors["sample_mean_decision_raw"], LOSS)
 
 
-def decode(tensors, eps):
-    query, key, value = (tensors[name] for name in "qkv")
+def decode(tensors, eps, sizes):
+    """Outputs [L, B, H * D], slots [L, B, KV] and tokens in the newest slot as far as the state has them, at the end of each piece; and
+    the cache."""
     policy = DMCPolicy(DMCConfig(stage="finetune", eps=eps))
-    length, rows, kv_heads, head_dim = key.shape
-    state = DMCSlots(policy, rows=rows, kv_heads=kv_heads, head_dim=head_dim, dtype=key.dtype)
-    for token in range(length):
-        at = slice(token, token + 1)
+    cache, start, found = ContiguousCache([0], policy, {}), 0, []
+    for size in sizes:
+        at = slice(start, start + size)
+        query, key, value = (tensors[name][at] for name in "qkv")
         facts = context(tensors, at=at)
-        slots = state.update(key[at], value[at], query[at], facts)
-        scores = torch.einsum("bgd,nbgd->bgn", policy.query(query[at], facts)[0], slots.key) * head_dim**-0.5
-        unused = torch.arange(len(slots.key)) >= slots.lengths[..., None]
-        probabilities = scores.masked_fill(unused, -torch.inf).softmax(-1)
-        yield torch.einsum("bgn,nbgd->bgd", probabilities, slots.value).flatten(1), slots, state.members
+        extension = policy.extend(None if cache.empty else cache.state(0), key, value, query, facts)
+        if cache.empty:
+            output = attend(policy.query(query, facts), extension.key, extension.value)
+        else:
+            heads = policy.query(query, facts).permute(1, 2, 0, 3)
+            output = cache.attend(0, heads, extension, None, Visibility(), scale=query.shape[-1] ** -0.5, biased=True)
+            output = output.permute(2, 0, 1, 3).flatten(2)
+        cache.commit({0: extension}, None)
+        start += size
+        found.append((start - 1, output, cache.lengths(0), (cache.state(0)[..., -1] > 0).sum(0)))
+    return found, cache
 
 
+@pytest.mark.parametrize("sizes", [[1] * 32, [5, 1, 1, 11, 14], [32]], ids=["token by token", "in pieces", "at once"])
 @pytest.mark.parametrize(("eps", "name"), [(2.0**-7, "out_official_eps"), (None, "out_eps32")])
-def test_decoding_token_by_token(eps, name):
+def test_decoding(eps, name, sizes):
     tensors, _ = load("d_decode_kv4_ws12")
-    for token, (output, slots, members) in enumerate(decode(tensors, eps)):
-        close(output, tensors[name][token], OUTPUT)
-        assert torch.equal(slots.lengths.int(), tensors["lens"][token])
-        assert torch.equal(members.int(), tensors["segment_len"][token])
-        if eps is None:
-            close(output, tensors["eval_out_same_window"][token], OUTPUT)
+    found, cache = decode(tensors, eps, sizes)
+    outputs = torch.cat([output for _, output, _, _ in found])
+    close(outputs, tensors[name], OUTPUT)
+    for token, _, lengths, members in found:
+        assert torch.equal(lengths.int(), tensors["lens"][token])
+        assert torch.equal(members.int(), tensors["segment_len"][token].clamp(max=11))
     if eps is None:
+        close(outputs, tensors["eval_out_same_window"], OUTPUT)
+        slots = cache._layers[0].past
+        used = torch.arange(32) < slots.lengths[..., None]
         for part, name in ((slots.key, "final_k_cache"), (slots.value, "final_v_cache")):
-            used = min(len(part), tensors[name].shape[2])
-            close(part[:used].permute(1, 2, 0, 3), tensors[name][:, :, :used], OUTPUT)
+            close(part[used[:, :, : part.shape[2]]], tensors[name][used], OUTPUT)
+        assert tensors["final_v_cache"][~used].count_nonzero() == 0
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])

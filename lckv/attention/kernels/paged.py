@@ -1,0 +1,120 @@
+# mypy: disallow-untyped-defs=False
+"""Decoding attention over ragged paged slots as two Triton kernels.
+
+A program of the first kernel attends one chunk of one KV head: it loads the chunk's pages once for all query heads of the group, and
+leaves their output and the logsumexp of their scores. A program of the second merges what came of the chunks of one head. There are
+no atomics: every run gives the same bits.
+
+Shapes: as in `lckv.attention.paged`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lckv.attention.paged import Attended, Pages, Work, pages_of_a_chunk
+
+_SLOTS = 64
+"""Slots per step of the first kernel, at most, whose tiles have _SLOTS x d entries."""
+_LEAST = 16
+"""Smallest size of a matrix that the tensor cores take."""
+
+
+def attend(query: Tensor, pages: Pages, work: Work, first: Tensor | None, stop: Tensor, *, scale: float) -> Attended:
+    """Same contract as `lckv.attention.paged.attend`."""
+    rows, query_heads, channels = query.shape
+    heads, page_size = stop.numel(), pages.key.shape[1]
+    group = rows * query_heads // heads
+    chunk_pages = pages_of_a_chunk(page_size, query.device.type)
+    query, stop = query.contiguous(), stop.contiguous()
+    part, output = (
+        torch.empty(number, group, channels, dtype=torch.float32, device=query.device) for number in (len(work.head), heads)
+    )
+    part_lse, lse = (
+        torch.empty(number, group, dtype=torch.float32, device=query.device) for number in (len(work.head), heads)
+    )
+    sizes = {
+        "GROUP": max(_LEAST, triton.next_power_of_2(group)),
+        "CHANNELS": max(_LEAST, triton.next_power_of_2(channels)),
+    }
+    if len(work.head):
+        slots = chunk_pages * page_size
+        _attend_chunk[(len(work.head),)](
+            query, pages.key, pages.value, pages.table, work.head, work.first_slot, work.block,
+            stop if first is None else first.contiguous(), stop, part, part_lse,
+            scale, page_size, chunk_pages, group, channels,
+            HAS_FIRST=first is not None, CHUNK=slots, SLOTS=min(_SLOTS, max(_LEAST, triton.next_power_of_2(slots))), **sizes,
+        )  # fmt: skip
+    _merge[(heads,)](part, part_lse, work.bounds, output, lse, group, channels, **sizes)
+    return Attended(output.view(query.shape), lse.view(query.shape[:-1]))
+
+
+@triton.jit
+def _attend_chunk(
+    query, key, value, table, head_of, first_slot_of, block_of, first, stop, output, lse,
+    scale, page_size, chunk_pages, group, channels,
+    HAS_FIRST: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    number = tl.program_id(0)
+    head, first_slot = tl.load(head_of + number), tl.load(first_slot_of + number)
+    table += tl.load(block_of + number) * chunk_pages
+    # Within the chunk.
+    end = tl.load(stop + head) - first_slot
+    begin = end * 0
+    if HAS_FIRST:
+        begin = tl.load(first + head) - first_slot
+    member, channel = tl.arange(0, GROUP), tl.arange(0, CHANNELS)
+    inside = (member < group)[:, None] & (channel < channels)[None, :]
+    place = (head * group + member)[:, None] * channels + channel[None, :]
+    queries = tl.load(query + place, inside, 0.0)
+    peak = tl.full([GROUP], -float("inf"), tl.float32)
+    total = tl.zeros([GROUP], tl.float32)
+    mean = tl.zeros([GROUP, CHANNELS], tl.float32)
+    for start in range(0, CHUNK, SLOTS):
+        slot = start + tl.arange(0, SLOTS)
+        seen = (slot >= begin) & (slot < end) & (slot < CHUNK)
+        page = tl.load(table + slot // page_size, seen, 0).to(tl.int64)
+        source = (page * page_size + slot % page_size)[:, None] * channels + channel[None, :]
+        there = seen[:, None] & (channel < channels)[None, :]
+        keys = tl.load(key + source, there, 0.0)
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+        scores = tl.where(seen[None, :], scores, -float("inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+        weights = tl.exp(scores - base[:, None])
+        kept = tl.exp(peak - base)
+        values = tl.load(value + source, there, 0.0)
+        mean = mean * kept[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        total = total * kept + tl.sum(weights, 1)
+        peak = new_peak
+    total = tl.where(total > 0, total, 1.0)  # where nothing was seen, the peak says so
+    mean = mean / total[:, None]
+    tl.store(output + (number * group + member)[:, None] * channels + channel[None, :], mean, inside)
+    tl.store(lse + number * group + member, peak + tl.log(total), member < group)
+
+
+@triton.jit
+def _merge(part, part_lse, bounds, output, lse, group, channels, GROUP: tl.constexpr, CHANNELS: tl.constexpr):
+    head = tl.program_id(0)
+    member, channel = tl.arange(0, GROUP), tl.arange(0, CHANNELS)
+    inside = (member < group)[:, None] & (channel < channels)[None, :]
+    peak = tl.full([GROUP], -float("inf"), tl.float32)
+    total = tl.zeros([GROUP], tl.float32)
+    mean = tl.zeros([GROUP, CHANNELS], tl.float32)
+    number = tl.load(bounds + head)
+    end = tl.load(bounds + head + 1)
+    while number < end:
+        of_chunk = tl.load(part_lse + number * group + member, member < group, -float("inf"))
+        features = tl.load(part + (number * group + member)[:, None] * channels + channel[None, :], inside, 0.0)
+        new_peak = tl.maximum(peak, of_chunk)
+        base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+        kept, share = tl.exp(peak - base), tl.exp(of_chunk - base)
+        mean = mean * kept[:, None] + features * share[:, None]
+        total = total * kept + share
+        peak = new_peak
+        number += 1
+    total = tl.where(total > 0, total, 1.0)
+    mean = mean / total[:, None]
+    tl.store(output + (head * group + member)[:, None] * channels + channel[None, :], mean, inside)
+    tl.store(lse + head * group + member, peak + tl.log(total), member < group)

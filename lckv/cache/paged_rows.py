@@ -1,0 +1,247 @@
+"""Some sequences of a paged cache, as the cache of a batch.
+
+Shapes: b rows, s new tokens, h query heads, g KV heads, d channels of a head, l layers that compute keys and values.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lckv.attention import paged, past
+from lckv.attention.visibility import Visibility
+from lckv.cache.contiguous import slots_of
+from lckv.cache.page_tables import Integers
+from lckv.cache.paged_memory import PagedMemory
+from lckv.cache.pool import OutOfPagesError
+from lckv.policies.base import Extension
+
+_BYTES_AT_ONCE = 2**27
+"""Keys, and as many values, of earlier tokens that chunks of new tokens copy out of their pages at once, if one row has not more."""
+
+
+class _Placed(NamedTuple):
+    """New tokens of some layers, layers and rows in one dimension: l * b in the place of b."""
+
+    layers: slice
+    extension: Extension
+
+    slots: Tensor
+    """int64 [s, l * b, g]: where each token goes, if it is written."""
+
+    written: Tensor | None
+    """bool [s, l * b, g]; None: all."""
+
+    lengths: Tensor
+    """int64 [l * b, g]: afterwards."""
+
+
+class PagedRows:
+    """Implements `KVCache`; row i is `sequences[i]`. Valid while they are open."""
+
+    def __init__(self, memory: PagedMemory, sequences: Integers) -> None:
+        self._memory, self._sequences = memory, sequences
+        self._rows, self._begin = (
+            torch.from_numpy(array).to(memory.lengths.device) for array in (sequences, memory.tables.begin(sequences))
+        )
+        heads = memory.tables.lengths.shape[-1]
+        self._table_rows = (sequences[:, None] * heads + np.arange(heads)).ravel()
+        self._version = -1
+        self._work: dict[tuple[bytes, int | None], paged.Work] = {}
+
+    @property
+    def empty(self) -> bool:
+        """Whether no row has any token yet."""
+        self._refresh()
+        return self._empty
+
+    @property
+    def seen(self) -> Tensor:
+        """int64 [b]."""
+        return self._memory.seen.index_select(0, self._rows)
+
+    def state(self, layer: int) -> Tensor | None:
+        """See `KVCache`."""
+        if self._memory.state is None or self.empty:
+            return None
+        return self._memory.state[self._memory.number[layer]].index_select(1, self._rows)
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        new: Extension,
+        counted: Tensor | None,
+        visibility: Visibility,
+        *,
+        scale: float,
+        biased: bool,
+    ) -> Tensor:
+        """See `KVCache`. One token per row is attended where the slots lie; for more, their pages are copied together."""
+        self._refresh()
+        number = self._memory.number[layer]
+        if query.shape[2] == 1:
+            return self._attend_one(number, query[:, :, 0], new, visibility, scale, biased)[:, :, None]
+        key, value = (tensor.permute(1, 2, 0, 3) for tensor in (new.key, new.value))
+        widest = int(self._columns.counts[number].max())
+        row_bytes = max(1, widest) * self._memory.page_size * key[0, :, 0].numel() * key.element_size()
+        step = max(1, _BYTES_AT_ONCE // row_bytes)
+        outputs = []
+        for start in range(0, len(query), step):
+            rows = slice(start, start + step)
+            fresh = past.NewTokens(
+                key[rows],
+                value[rows],
+                None if counted is None else counted[rows],
+                None if new.joins is None else new.joins[rows],
+            )
+            older = self._gather(number, rows, widest)
+            outputs.append(past.attend(query[rows], fresh, older, visibility, scale=scale, biased=biased))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def commit(self, extensions: Mapping[int, Extension], counted: Tensor | None) -> None:
+        """See `KVCache`. Raises OutOfPagesError, and ValueError where a sequence becomes longer than the cache's `max_tokens` or there is
+        not exactly one extension for each of its layers; the cache is then as it was."""
+        memory = self._memory
+        if extensions.keys() != memory.number.keys():
+            raise ValueError(f"the cache holds layers {sorted(memory.number)}; keys and values of {sorted(extensions)} came.")
+        placed = self._place([extensions[layer] for layer in memory.number], counted)
+        lengths, added = self._on_host(placed, counted)
+        longest = int((memory.tokens[self._sequences] + added).max())
+        if longest > memory.max_tokens:
+            raise ValueError(f"a sequence of {longest} tokens does not fit; max_tokens of the cache is {memory.max_tokens}.")
+        growth = memory.tables.growth(self._sequences, lengths)
+        if growth.pages > memory.pool.free:
+            raise OutOfPagesError(
+                f"{int(added.sum())} more tokens in {len(added)} sequences need {growth.pages} pages, but {memory.pool.free} of "
+                f"{memory.pool.pages} are free; close sequences, or make the cache with more pages."
+            )
+        memory.version += 1
+        memory.tables.apply(growth, memory.pool)
+        memory.tokens[self._sequences] += added
+        memory.seen[self._rows] += len(placed[0].slots) if counted is None else counted.sum(1)
+        for part in placed:
+            self._write(part)
+            memory.lengths[part.layers, self._rows] = part.lengths.unflatten(0, (-1, len(added)))
+        if memory.state is not None:
+            for layer, extension in extensions.items():
+                assert extension.state is not None, "the policy keeps one of every token"
+                memory.state[memory.number[layer]].index_copy_(1, self._rows, extension.state)
+
+    def _refresh(self) -> None:
+        """Look again at what the memory holds, if that has changed."""
+        if self._version == self._memory.version:
+            return
+        self._version = self._memory.version
+        self._empty = not self._memory.tokens[self._sequences].any()
+        self._lengths = self._memory.lengths.index_select(1, self._rows)
+        self._host_lengths = self._memory.tables.lengths[:, self._sequences]
+        self._columns = self._memory.tables.owned(self._sequences)
+        self._work.clear()
+
+    def _attend_one(
+        self, number: int, query: Tensor, new: Extension, visibility: Visibility, scale: float, biased: bool
+    ) -> Tensor:
+        """`query` and result [b, h, d]."""
+        stop, first = self._lengths[number], None
+        if visibility.window is not None:
+            first = stop - (visibility.window - 1)
+        if new.joins is not None and not visibility.exclude_self:
+            stop = stop - new.joins.long()
+        work = self._work_of(number, visibility.window)
+        attended = paged.attend(query, self._memory.pages_of(number), work, first, stop, scale=scale)
+        if visibility.exclude_self:
+            return attended.output.to(query.dtype)
+        channels = query.shape[-1] - biased
+        own_key = new.key[0, :, :, None, :channels].float()
+        score = (query.unflatten(1, (stop.shape[1], -1))[..., :channels].float() * own_key).sum(-1).flatten(1) * scale
+        return paged.join(attended, score, new.value[0].float()).to(query.dtype)
+
+    def _work_of(self, number: int, window: int | None) -> paged.Work:
+        """The chunks that hold what one token per row may see of a layer. Layers of equal lengths share them."""
+        lengths = self._host_lengths[number].ravel()
+        name = lengths.tobytes(), window
+        if name not in self._work:
+            first = np.zeros_like(lengths) if window is None else np.maximum(lengths - (window - 1), 0)
+            self._work[name] = paged.list_work(
+                first,
+                lengths,
+                self._table_rows,
+                page_size=self._memory.page_size,
+                columns=self._memory.tables.table.shape[-1],
+                device=self._rows.device,
+            )
+        return self._work[name]
+
+    def _gather(self, number: int, rows: slice, width: int) -> past.Past:
+        """A copy of the slots of some rows, `width` pages of each head from the first one that it owns."""
+        memory, table = self._memory, self._memory.tables.table[number]
+        first = torch.from_numpy(self._columns.first[number, rows]).to(table.device)
+        columns = (first[..., None] + torch.arange(width, device=table.device)).clamp(max=table.shape[-1] - 1)
+        owned = table.index_select(0, self._rows[rows]).gather(2, columns)
+        key, value = (
+            pool.index_select(0, owned.flatten()).view(*first.shape, width * memory.page_size, pool.shape[-1])
+            for pool in (memory.pool.key, memory.pool.value)
+        )
+        return past.Past(key, value, self._lengths[number, rows] - first * memory.page_size)
+
+    def _place(self, extensions: Sequence[Extension], counted: Tensor | None) -> list[_Placed]:
+        """Where new tokens go. One token per row: of all layers at once; more: layer by layer, which takes less memory."""
+        tokens = len(extensions[0].key)
+        parts = [extensions] if tokens == 1 else [[extension] for extension in extensions]
+        placed: list[_Placed] = []
+        for part in parts:
+            start = placed[-1].layers.stop if placed else 0
+            layers, extension = slice(start, start + len(part)), _together(part)
+            before = self._memory.lengths[layers].index_select(1, self._rows).flatten(0, 1)
+            whole = None if tokens == 1 else self._memory.policy.whole(extension)
+            if whole is None and counted is None and extension.joins is None:
+                slots = before + torch.arange(tokens, device=before.device)[:, None, None]
+                placed.append(_Placed(layers, extension, slots, None, before + tokens))
+                continue
+            repeated = None if counted is None else counted.repeat(len(part), 1)
+            written, slots = slots_of(extension, whole, repeated, before)
+            after = written.sum(0) + (before if extension.joins is None else before - extension.joins.long())
+            all_written = whole is None and counted is None
+            placed.append(_Placed(layers, extension, slots, None if all_written else written, after))
+        return placed
+
+    def _on_host(self, placed: Sequence[_Placed], counted: Tensor | None) -> tuple[Integers, Integers]:
+        """Slots [l, b, g] afterwards, and new tokens [b]; asks the device at most once."""
+        before, tokens = self._memory.tables.lengths[:, self._sequences], len(placed[0].slots)
+        if counted is None and placed[0].written is None and placed[0].extension.joins is None:
+            return before + tokens, np.full(len(self._sequences), tokens)
+        added = torch.full_like(self._rows, tokens) if counted is None else counted.sum(1)
+        answer = torch.cat([*(part.lengths.flatten() for part in placed), added]).cpu().numpy()
+        return answer[: before.size].reshape(before.shape), answer[before.size :]
+
+    def _write(self, part: _Placed) -> None:
+        """Write to the pages that the tables have by now."""
+        memory, page_size = self._memory, self._memory.page_size
+        slots = part.slots if part.written is None else part.slots.clamp(min=0)
+        page = memory.tables.table.view(-1)[self._begin[part.layers].flatten(0, 1) + slots // page_size].long()
+        if part.written is not None:
+            page = page.where(part.written, 0)
+        key, value = part.extension.key, part.extension.value
+        if part.written is not None or (memory.windowed and len(slots) > 1):
+            # What is not kept, or has slid out of a window within these tokens, goes to page 0, which stays zeros.
+            key, value = (tensor.masked_fill((page == 0)[..., None], 0) for tensor in (key, value))
+        if memory.policy.biases_keys:
+            key = torch.cat((key[..., :-1], torch.zeros_like(key[..., :1])), -1)  # every query sees a slot of the past
+        place = (page * page_size + slots % page_size).flatten()
+        for pool, tensor in ((memory.pool.key, key), (memory.pool.value, value)):
+            pool.view(-1, pool.shape[-1]).index_copy_(0, place, tensor.flatten(0, 2))
+
+
+def _together(layers: Sequence[Extension]) -> Extension:
+    """Several layers' as one with more rows, those of the first layer first; without state."""
+    if len(layers) == 1:
+        return layers[0]._replace(state=None)
+    joins = [layer.joins for layer in layers if layer.joins is not None]
+    return Extension(
+        torch.cat([layer.key for layer in layers], 1),
+        torch.cat([layer.value for layer in layers], 1),
+        torch.cat(joins) if joins else None,
+    )

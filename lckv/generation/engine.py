@@ -1,0 +1,295 @@
+"""The generation engine: many requests at once, each of which joins and leaves between two steps."""
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+
+from lckv.cache.paged import PagedCache
+from lckv.generation.detokenize import Tokenizer
+from lckv.generation.forward import Forward
+from lckv.generation.jobs import Job
+from lckv.generation.limits import Limits, check_settings, end_tokens, token_ids
+from lckv.generation.memory import longest_sequence, paged_cache
+from lckv.generation.prefill import DEFAULT_TOLERANCE
+from lckv.generation.requests import Completion, QueueFullError, Request, TokenEvent
+from lckv.generation.sampling import SamplingParams, sample
+from lckv.generation.scheduler import Scheduler
+from lckv.generation.scoring import Scores, score
+from lckv.generation.stats import Counters, EngineStats
+from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Answers requests with one model and one cache.
+
+    One thread at a time runs `step`, again and again; any thread may call the other methods meanwhile. What a request gets depends on
+    nothing but its prompt and parameters: in float32 its answer is the same alone, among others, and after a preemption.
+    """
+
+    def __init__(
+        self,
+        model: LCKVLlamaForCausalLM,
+        *,
+        tokenizer: Tokenizer | None = None,
+        cache: PagedCache | None = None,
+        memory_bytes: int | None = None,
+        page_size: int = 16,
+        max_batch_size: int = 64,
+        max_waiting: int = 1024,
+        max_prompt_tokens: int | None = None,
+        prefill_chunk: int = 512,
+        prefill: Literal["parallel", "exact"] = "parallel",
+        prefill_tolerance: float = DEFAULT_TOLERANCE,
+    ) -> None:
+        """`tokenizer`: for the answers' text and for stop texts. `cache`: default one of `memory_bytes` (see `paged_cache`) in pages of
+        `page_size` slots. At most `max_batch_size` requests run and `max_waiting` wait. `max_prompt_tokens`: default what the model's
+        context allows. `prefill_chunk`: tokens of prompts that one step computes, beside one token of every answer. `prefill`: prompts
+        in parallel, or "exact", token by token, which differs only where layers are iterated; `prefill_tolerance`: see `Settling`,
+        0 for all m + b passes. Raises ValueError for settings that make no sense."""
+        check_settings(max_batch_size, max_waiting, max_prompt_tokens, prefill_chunk, prefill, prefill_tolerance)
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.cache = cache or paged_cache(
+            model.config,
+            dtype=model.dtype,
+            device=model.device,
+            memory_bytes=memory_bytes,
+            page_size=page_size,
+            max_sequences=max_batch_size,
+        )
+        context = min(model.config.max_position_embeddings, self.cache.max_tokens + 1)
+        merges = model.model.policy.biases_keys  # what of a text is kept is then not known before
+        self.limits = Limits(
+            vocabulary=model.config.vocab_size,
+            context=context,
+            prompt_tokens=min(context - 1, max_prompt_tokens or context),
+            pages=self.cache.pages,
+            pool_tokens=context if merges else longest_sequence(self.cache, context),
+            has_tokenizer=tokenizer is not None,
+        )
+        self._ends = end_tokens(model)
+        self._prefill_chunk = prefill_chunk
+        self._forward = Forward(model, self.cache, tolerance=prefill_tolerance)
+        self._scheduler = Scheduler(
+            self.cache,
+            max_batch_size=min(max_batch_size, self.cache.max_sequences),
+            max_waiting=max_waiting,
+            prefill_chunk=prefill_chunk,
+            exact=prefill == "exact",
+            iterated=self._forward.iterated,
+        )
+        self._counters = Counters()
+        self._stepping = threading.Lock()
+        self._lock = threading.Condition()  # of what follows
+        self._jobs: dict[str, Job] = {}
+        self._cancelled: list[Job] = []
+
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        on_token: Callable[[TokenEvent], None] | None = None,
+    ) -> Request:
+        """Hand in a request. `on_token` is called for each of its events by the thread that runs `step` (or `cancel`) and must be quick; it
+        may call `cancel` and `submit`, not `step`.
+
+        Raises ValueError for what can never be answered, with every reason, and QueueFullError where too many requests wait.
+        """
+        prompt = token_ids(prompt_ids)
+        problems = self.limits.request_problems(prompt, params)
+        if problems:
+            raise ValueError("\n".join(problems))
+        request = Request(request_id or uuid.uuid4().hex, prompt, params, on_token)
+        ends = frozenset((*params.stop_token_ids, *(() if params.ignore_eos else self._ends)))
+        most = min(self.limits.context, len(prompt) + params.max_new_tokens)
+        job = Job(request, self.tokenizer, ends=ends, max_tokens=most)
+        with self._lock:
+            if request.request_id in self._jobs:
+                raise ValueError(
+                    f"request_id {request.request_id!r} is that of a request that is not finished; give another one, or none."
+                )
+            self._scheduler.add(job)
+            self._jobs[request.request_id] = job
+            self._lock.notify_all()
+        return request
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request; its pages are free after the step that is running, if one is. False if there is none of that name (any more)."""
+        with self._lock:
+            job = self._jobs.get(request_id)
+            if job is None or job in self._cancelled:
+                return False
+            self._cancelled.append(job)
+        if self._stepping.acquire(blocking=False):  # otherwise the thread that steps sees to it
+            try:
+                self._end_cancelled()
+            finally:
+                self._stepping.release()
+        return True
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is a request that is not finished."""
+        return bool(self._jobs)
+
+    def wait_for_work(self, timeout: float) -> bool:
+        """Sleep until there is a request, at most `timeout` seconds; `has_work`."""
+        with self._lock:
+            return self._lock.wait_for(lambda: bool(self._jobs), timeout)
+
+    @torch.inference_mode()
+    def step(self) -> list[TokenEvent]:
+        """Admit requests, give every answer that is under way its next token, compute a chunk of prompts; what came of it.
+
+        A failure ends the requests that it hits with finish_reason "error", and no others.
+        """
+        with self._stepping:
+            started = time.monotonic()
+            events = self._end_cancelled()
+            self._scheduler.admit()
+            decoding, prefilling = self._scheduler.decoding(), self._scheduler.prefilling()
+            for jobs in (decoding, prefilling):
+                events += self._compute([job for job in jobs if job.sequence is not None])
+            events += self._end_cancelled()
+            self._counters.step(started, sum(event.token is not None for event in events))
+            return events
+
+    def run_until_idle(self) -> None:
+        """Step until all requests are finished."""
+        while self.has_work:
+            self.step()
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[Completion]:
+        """The answers to `prompts`, in their order. Raises ValueError as `submit` does and RuntimeError if one fails; the others are
+        then cancelled."""
+        of_each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        requests: list[Request] = []
+        try:
+            for prompt, each in zip(prompts, of_each, strict=True):
+                while True:
+                    try:
+                        requests.append(self.submit(prompt, each))
+                        break
+                    except QueueFullError:
+                        self.step()
+            while not all(request.finished for request in requests):
+                self.step()
+        finally:
+            for request in requests:
+                self.cancel(request.request_id)
+        completions = [request.result() for request in requests]
+        for completion in completions:
+            if completion.error is not None:
+                raise RuntimeError(completion.error)
+        return completions
+
+    def score(self, token_lists: Sequence[Sequence[int]], *, token_by_token: bool = False) -> list[Scores]:
+        """How probable each text of tokens is, computed through the cache; see `Scores`. Requests that run are set aside meanwhile.
+
+        Raises ValueError for texts that `submit` would refuse as prompts, but a text may be as long as the context.
+        """
+        texts = [token_ids(tokens) for tokens in token_lists]
+        limits = self.limits
+        problems = [
+            problem
+            for number, text in enumerate(texts)
+            for problem in limits.text_problems(text, f"text {number}", limits.context)
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        with self._stepping:
+            self._scheduler.preempt_all()
+            chunk = 1 if token_by_token else self._prefill_chunk
+            return score(self._forward, self.cache, texts, chunk=chunk, tokens_at_once=self._prefill_chunk)
+
+    def stats(self) -> EngineStats:
+        """What was done so far, and what is being done."""
+        return self._counters.stats(self._scheduler, self.cache, self._forward.compression_ratio)
+
+    def _compute(self, jobs: Sequence[Job]) -> list[TokenEvent]:
+        """Compute the next chunk of some running requests, and a token for each whose tokens are all computed then."""
+        present = self._scheduler.make_room(jobs)
+        events = [self._out_of_pages(job) for job in jobs if job.sequence is not None and job not in present]
+        if not present:
+            return events
+        counts = [self._scheduler.chunk(job) for job in present]
+        chunks = [job.tokens[job.computed : job.computed + count] for job, count in zip(present, counts, strict=True)]
+        try:
+            forwarded = self._forward([job.sequence for job in present if job.sequence is not None], chunks)
+            for row, job in enumerate(present):
+                job.computed += counts[row]
+                if forwarded.passes is not None:
+                    job.prefill_passes = max(job.prefill_passes or 0, forwarded.passes[row])
+            ready = [row for row, job in enumerate(present) if job.computed == len(job.tokens)]
+            if not ready:
+                return events
+            logits = self._forward.newest_logits(forwarded, ready, counts)
+            finite = logits.amax(-1).isfinite().tolist()
+            rows = [present[row] for row in ready]
+            choices = sample(
+                logits if all(finite) else logits.nan_to_num(),
+                [job.params for job in rows],
+                [job.generator for job in rows],
+                [job.tokens for job in rows],
+            )
+        except Exception as error:  # whatever it is, the other requests go on
+            logger.exception("the model failed on %d requests", len(present))
+            return [
+                *events,
+                *(self._fail(job, f"the model failed: {type(error).__name__}: {error}") for job in present),
+            ]
+        except BaseException:  # an interrupt; what the cache has taken in is not known for sure
+            self._scheduler.preempt_all()
+            raise
+        for job, choice, right in zip(rows, choices, finite, strict=True):
+            if not right:
+                events.append(self._fail(job, "the model's logits are not finite; are its weights and dtype right?"))
+                continue
+            if len(job.tokens) == job.prompt_tokens:
+                self._counters.prompt(job.prompt_tokens, job.prefill_passes)
+            events.append(self._deliver(job, job.accept(choice)))
+        return events
+
+    def _out_of_pages(self, job: Job) -> TokenEvent:
+        """The only request that runs has no room for one more token."""
+        if len(job.tokens) > job.prompt_tokens:
+            return self._deliver(job, job.end("length"))
+        return self._fail(
+            job,
+            f"the prompt's {job.prompt_tokens} tokens do not fit into the cache, whose {self.cache.pages} pages are full after "
+            f"{job.computed}; give the engine more memory_bytes.",
+        )
+
+    def _fail(self, job: Job, error: str) -> TokenEvent:
+        return self._deliver(job, job.end("error"), error)
+
+    def _end_cancelled(self) -> list[TokenEvent]:
+        with self._lock:
+            jobs, self._cancelled = self._cancelled, []
+        return [self._deliver(job, job.end("cancelled")) for job in jobs if job.finish_reason is None]
+
+    def _deliver(self, job: Job, event: TokenEvent, error: str | None = None) -> TokenEvent:
+        """Hand out an event; after a request's last one it is gone from here."""
+        if event.finish_reason is not None:
+            self._scheduler.withdraw(job)
+            with self._lock:
+                del self._jobs[event.request_id]
+            self._counters.end(event.finish_reason)
+            job.request.finish(job.completion(error))
+        if job.request.on_token is not None:
+            try:
+                job.request.on_token(event)
+            except Exception:  # a listener's fault ends its own request only
+                logger.exception("on_token of request %s failed; the request is cancelled", event.request_id)
+                self.cancel(event.request_id)
+        return event

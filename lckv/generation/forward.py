@@ -1,0 +1,73 @@
+"""Runs the model on the next tokens of some sequences of the cache."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lckv.cache.paged import PagedCache
+from lckv.generation.prefill import Settling
+from lckv.models.modeling_lckv_llama import Iteration, LCKVLlamaForCausalLM
+
+
+class Forwarded(NamedTuple):
+    """What came of the new tokens."""
+
+    hidden_states: Tensor
+    """[b, s, hidden] before the language-model head; of rows with fewer tokens, the first ones count."""
+
+    passes: list[int] | None
+    """Passes over iterated layers that each row needed; None where nothing was iterated."""
+
+
+class Forward:
+    """A model on a cache."""
+
+    def __init__(self, model: LCKVLlamaForCausalLM, cache: PagedCache, *, tolerance: float) -> None:
+        """`tolerance`: see `Settling`; 0: always all m + b passes."""
+        self.model, self._cache, self._tolerance = model, cache, tolerance
+        decoder = model.model
+        self.iterated = any(group.iterated for group in decoder.groups)
+        self._passes = decoder.forward_passes + decoder.backward_passes
+        self._biased = decoder.policy.biases_keys
+        self.compression_ratio = 1.0
+        """Tokens per slot of all open sequences after the last call; see `PagedCache.compression_ratio`."""
+
+    def __call__(self, sequences: Sequence[int], tokens: Sequence[Sequence[int]]) -> Forwarded:
+        """Compute the next `tokens` of `sequences`, at least one of each, which the cache then holds. Raises OutOfPagesError, with the
+        cache as it was, if it has no room for them."""
+        device = self.model.device
+        counts = [len(row) for row in tokens]
+        width = max(counts)
+        padded = [[*row, *(0,) * (width - len(row))] for row in tokens]
+        embedded = self.model.model.embed_tokens(torch.tensor(padded, device=device))
+        counted = None
+        if min(counts) < width:
+            counted = torch.arange(width, device=device) < torch.tensor(counts, device=device)[:, None]
+        iteration, settling = self._iteration(len(tokens), width, counted, device)
+        output = self.model.model.run(embedded, self._cache.rows(sequences), counted=counted, iteration=iteration)
+        self.compression_ratio = self._cache.compression_ratio
+        assert output.last_hidden_state is not None
+        if not self.iterated or width == 1:
+            return Forwarded(output.last_hidden_state, None)
+        passes = [output.passes or 1] * len(tokens) if settling is None else settling.passes.tolist()
+        return Forwarded(output.last_hidden_state, passes)
+
+    def newest_logits(self, forwarded: Forwarded, rows: Sequence[int], counts: Sequence[int]) -> Tensor:
+        """[rows, V]: logits of the newest token of some rows, of which row i has `counts[i]`."""
+        device = self.model.device
+        index = torch.tensor(rows, device=device), torch.tensor([counts[row] - 1 for row in rows], device=device)
+        return self.model.lm_head(forwarded.hidden_states[index])
+
+    def _iteration(
+        self, rows: int, width: int, counted: Tensor | None, device: torch.device
+    ) -> tuple[Iteration | None, Settling | None]:
+        if width == 1:
+            return Iteration(1), None  # one token sees only older ones in cyclic layers
+        if not self.iterated:
+            return None, None
+        if self._tolerance == 0:
+            return Iteration(self._passes), None
+        settling = Settling(self._tolerance, self._passes, rows, counted, biased=self._biased, device=device)
+        return Iteration(self._passes, settling), settling

@@ -1,0 +1,107 @@
+"""A request on its way through the engine: what it has, what is computed, and what it hands out."""
+
+from random import Random
+from typing import Any
+
+from lckv.generation.detokenize import AnswerText, Tokenizer
+from lckv.generation.requests import Completion, FinishReason, Request, TokenEvent
+from lckv.generation.sampling import Choice
+
+_PROMPT_TAIL = 8
+"""Tokens of the prompt that the answer's text is decoded behind."""
+
+
+class Job:
+    """State of one request. Only the thread that runs the engine's step changes it."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer | None, *, ends: frozenset[int], max_tokens: int) -> None:
+        """`ends`: tokens that end the answer; `max_tokens`: of prompt and answer together."""
+        self.request, self.params = request, request.params
+        self.tokens = list(request.prompt_ids)
+        """Of prompt and answer."""
+        self.sequence: int | None = None
+        """Its number in the cache while it runs."""
+        self.computed = 0
+        """Tokens that the cache has taken in."""
+        self.one_by_one = False
+        """Whether its tokens are to be computed one at a time, because a chunk of them found no room."""
+        self.preemptions = 0
+        self.prefill_passes: int | None = None
+        self.finish_reason: FinishReason | None = None
+        seed = request.params.seed
+        # As a text, because integers lose their sign.
+        self.generator = Random() if seed is None else Random(str(seed))
+        self._ends, self._max_tokens = ends, max_tokens
+        tail = request.prompt_ids[-_PROMPT_TAIL:]
+        self._text = None if tokenizer is None else AnswerText(tokenizer, request.params.stop, tail)
+        self._texts: list[str] = []
+        self._characters = 0
+        self._choices: list[Choice] = []
+        self._stopped_by: str | int | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_ids)
+
+    def preempt(self) -> None:
+        """Forget what was computed; tokens and generator stay."""
+        self.sequence, self.computed, self.one_by_one = None, 0, False
+        self.preemptions += 1
+
+    def accept(self, choice: Choice) -> TokenEvent:
+        """Take the next token, which may be the last."""
+        self.tokens.append(choice.token)
+        self._choices.append(choice)
+        text = ""
+        if choice.token in self._ends:
+            self.finish_reason, self._stopped_by = "stop", choice.token
+        elif self._text is not None:
+            text = self._text.add(choice.token)
+        if self.finish_reason is None and len(self.tokens) >= self._max_tokens:
+            self.finish_reason = "length"
+        return self._event(choice, text)
+
+    def end(self, reason: FinishReason) -> TokenEvent:
+        """End without a token."""
+        self.finish_reason = reason
+        return self._event(None, "")
+
+    def completion(self, error: str | None = None) -> Completion:
+        """The finished answer."""
+        assert self.finish_reason is not None
+        wants = self.params.logprobs is not None
+        return Completion(
+            self.request.request_id,
+            tuple(self.tokens[self.prompt_tokens :]),
+            "".join(self._texts),
+            self.finish_reason,
+            self.prompt_tokens,
+            tuple(choice.logprob or 0.0 for choice in self._choices) if wants else None,
+            tuple(choice.top_logprobs for choice in self._choices) if wants else None,
+            self._stopped_by,
+            error,
+            self.preemptions,
+            self.prefill_passes,
+        )
+
+    def _event(self, choice: Choice | None, text: str) -> TokenEvent:
+        if self._text is not None:
+            if self.finish_reason is not None and self._text.stopped_by is None:
+                text += self._text.flush()
+            if self._text.stopped_by is not None and self.finish_reason not in ("cancelled", "error"):
+                self.finish_reason, self._stopped_by = "stop", self._text.stopped_by
+        offset = self._characters
+        self._texts.append(text)
+        self._characters += len(text)
+        details: dict[str, Any] = (
+            {} if choice is None else {"logprob": choice.logprob, "top_logprobs": choice.top_logprobs}
+        )
+        return TokenEvent(
+            self.request.request_id,
+            None if choice is None else choice.token,
+            text,
+            offset,
+            self.finish_reason,
+            **details,
+        )

@@ -1,0 +1,100 @@
+"""What an engine can be asked for, and what is said of requests that it can never answer."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from operator import index
+
+from lckv.generation.sampling import SamplingParams
+from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one engine."""
+
+    vocabulary: int
+    """Tokens are 0 .. vocabulary - 1."""
+
+    context: int
+    """Tokens of prompt and answer together."""
+
+    prompt_tokens: int
+    """Of the longest prompt that is wanted."""
+
+    pages: int
+    """That the cache has."""
+
+    pool_tokens: int
+    """Of the longest sequence that has room in them."""
+
+    has_tokenizer: bool
+
+    def request_problems(self, prompt: Sequence[int], params: SamplingParams) -> list[str]:
+        """Everything that is wrong with a request."""
+        wrong = params.problems()
+        unknown = [] if wrong else [token for token in params.stop_token_ids if not self._known(token)]
+        if unknown:
+            wrong.append(f"stop_token_ids has {unknown[0]}; the model's tokens are 0 to {self.vocabulary - 1}.")
+        if params.stop and not self.has_tokenizer:
+            wrong.append("stop needs the texts of tokens; give the engine a tokenizer, or use stop_token_ids.")
+        return [*wrong, *self.text_problems(prompt, "the prompt", self.prompt_tokens)]
+
+    def text_problems(self, tokens: Sequence[int], name: str, most: int) -> Iterator[str]:
+        """Everything that is wrong with a text of tokens, of at most `most`."""
+        if not tokens:
+            yield f"{name} is empty; it must have at least one token."
+        unknown = next((place for place, token in enumerate(tokens) if not self._known(token)), None)
+        if unknown is not None:
+            yield f"{name}'s token {unknown} is {tokens[unknown]}; the model's tokens are 0 to {self.vocabulary - 1}."
+        if len(tokens) > most:
+            yield (
+                f"{name} has {len(tokens)} tokens; it must have at most {most}. (The model's context is {self.context} tokens for prompt "
+                "and answer together; max_prompt_tokens can be less.)"
+            )
+        elif len(tokens) > self.pool_tokens:
+            yield (
+                f"{name} has {len(tokens)} tokens; the cache has room for {self.pool_tokens}, in {self.pages} pages. Give the engine more "
+                "memory_bytes."
+            )
+
+    def _known(self, token: int) -> bool:
+        return 0 <= token < self.vocabulary
+
+
+def token_ids(tokens: Sequence[int]) -> tuple[int, ...]:
+    """Tokens as integers. Raises ValueError for anything else."""
+    try:
+        return tuple(index(token) for token in tokens)
+    except TypeError:
+        raise ValueError(
+            f"a prompt must be a sequence of token ids; here is a {type(tokens).__name__} that is none. Texts are to be tokenised before."
+        ) from None
+
+
+def check_settings(
+    max_batch_size: int,
+    max_waiting: int,
+    max_prompt_tokens: int | None,
+    prefill_chunk: int,
+    prefill: str,
+    tolerance: float,
+) -> None:
+    """Raises ValueError with everything that is wrong with an engine's settings."""
+    counts = {"max_batch_size": max_batch_size, "max_waiting": max_waiting, "prefill_chunk": prefill_chunk}
+    if max_prompt_tokens is not None:
+        counts["max_prompt_tokens"] = max_prompt_tokens
+    found = [f"{name} is {value}; it must be at least 1." for name, value in counts.items() if value < 1]
+    if prefill not in ("parallel", "exact"):
+        found.append(f"prefill is {prefill!r}; it must be 'parallel' or 'exact'.")
+    if not 0 <= tolerance < 1:
+        found.append(f"prefill_tolerance is {tolerance}; it must be at least 0 (all passes) and below 1.")
+    if found:
+        raise ValueError("\n".join(found))
+
+
+def end_tokens(model: LCKVLlamaForCausalLM) -> frozenset[int]:
+    """The model's end-of-sequence tokens."""
+    found: set[int] = set()
+    for given in (model.config.eos_token_id, getattr(model.generation_config, "eos_token_id", None)):
+        found |= set(given if isinstance(given, list) else () if given is None else (given,))
+    return frozenset(found)

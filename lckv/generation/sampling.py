@@ -1,0 +1,207 @@
+"""From logits to tokens: how a request wants its tokens chosen, and the choice for a batch of requests.
+
+A row's tokens depend on its own logits, parameters, earlier tokens and generator only, never on the other rows.
+
+Shapes: b rows, V tokens of the vocabulary.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_LOGPROBS = 20
+"""Alternatives that a request may ask for with every token."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the tokens of one request are chosen and when it ends.
+
+    The penalty comes first, then temperature, top_k, top_p and min_p, each on what the one before has left (as in transformers).
+    """
+
+    temperature: float = 1.0
+    """Logits are divided by it; 0: always the most probable token."""
+
+    top_k: int | None = None
+    """Only tokens as probable as the k-th one; None: all."""
+
+    top_p: float = 1.0
+    """Only the most probable tokens that together just reach this probability."""
+
+    min_p: float = 0.0
+    """Only tokens at least so probable, relative to the most probable one."""
+
+    repetition_penalty: float = 1.0
+    """Positive logits of tokens of the prompt and the answer are divided by it, negative ones multiplied (Keskar et al. 2019)."""
+
+    seed: int | None = None
+    """The same seed gives the same answer, whatever else is running; None: another answer each time."""
+
+    max_new_tokens: int = 128
+    """The answer ends after so many tokens at the latest."""
+
+    stop: tuple[str, ...] = ()
+    """The answer ends before any of these texts, wherever they begin within tokens."""
+
+    stop_token_ids: tuple[int, ...] = ()
+    """The answer ends with any of these tokens."""
+
+    ignore_eos: bool = False
+    """Whether the model's end-of-sequence tokens are tokens like others."""
+
+    logprobs: int | None = None
+    """With every token its log-probability and those of so many most probable ones, natural logarithms of the model's distribution
+    before any of the settings above; None: none."""
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with these settings: field, value, required relation."""
+        rules: tuple[tuple[str, bool, str], ...] = (
+            (
+                "temperature",
+                _finite(self.temperature) and self.temperature >= 0,
+                "a finite number of at least 0 (0: greedy)",
+            ),
+            (
+                "top_k",
+                self.top_k is None or (_whole(self.top_k) and self.top_k >= 1),
+                "an integer of at least 1, or None",
+            ),
+            ("top_p", _finite(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", _finite(self.min_p) and 0 <= self.min_p <= 1, "at least 0 and at most 1"),
+            (
+                "repetition_penalty",
+                _finite(self.repetition_penalty) and self.repetition_penalty > 0,
+                "a finite number above 0 (1: no penalty)",
+            ),
+            ("seed", self.seed is None or _whole(self.seed), "an integer, or None"),
+            ("max_new_tokens", _whole(self.max_new_tokens) and self.max_new_tokens >= 1, "an integer of at least 1"),
+            ("stop", _tuple_of(str, self.stop) and all(self.stop), "a tuple of texts that are not empty"),
+            (
+                "stop_token_ids",
+                isinstance(self.stop_token_ids, tuple) and all(_whole(token) for token in self.stop_token_ids),
+                "a tuple of integers",
+            ),
+            ("ignore_eos", isinstance(self.ignore_eos, bool), "true or false"),
+            (
+                "logprobs",
+                self.logprobs is None or (_whole(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
+                f"an integer from 0 to {MAX_LOGPROBS}, or None",
+            ),
+        )
+        return [
+            f"{name} is {getattr(self, name)!r}; it must be {relation}." for name, right, relation in rules if not right
+        ]
+
+
+class Choice(NamedTuple):
+    """A chosen token."""
+
+    token: int
+
+    logprob: float | None = None
+    """Of the token; None where the request asked for none."""
+
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    """The most probable tokens, the best first, and their log-probabilities."""
+
+
+def sample(
+    logits: Tensor, params: Sequence[SamplingParams], generators: Sequence[Random], previous: Sequence[Sequence[int]]
+) -> list[Choice]:
+    """One token for each row of `logits` [b, V].
+
+    `previous` are the tokens of prompt and answer so far. A row's generator gives one number, unless the row is greedy.
+    """
+    scores = logits.float()
+    chosen = filtered(scores, params, previous)
+    best = chosen.argmax(-1)
+    drawn = [row for row, each in enumerate(params) if each.temperature > 0]
+    if drawn:
+        uniform = torch.tensor([generators[row].random() for row in drawn], dtype=torch.float64).to(logits.device)
+        index = torch.tensor(drawn, device=logits.device)
+        best[index] = _draw(chosen[index], uniform)
+    tokens = best.tolist()
+    if all(row.logprobs is None for row in params):
+        return [Choice(token) for token in tokens]
+    return list(_with_logprobs(scores, best, tokens, params))
+
+
+def filtered(scores: Tensor, params: Sequence[SamplingParams], previous: Sequence[Sequence[int]]) -> Tensor:
+    """What is left of float32 logits [b, V] after the penalty, temperature (0: as 1) and the filters; -inf: never chosen."""
+    scores = _penalised(scores, params, previous)
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=scores.device)[:, None]
+
+    if any(row.temperature not in (0, 1) for row in params):
+        scores = scores / column([row.temperature or 1.0 for row in params])
+    if any(row.top_k is not None or row.top_p < 1 for row in params):
+        ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+        counts = torch.tensor(
+            [min(row.top_k or scores.shape[1], scores.shape[1]) for row in params], device=scores.device
+        )
+        least = ordered.gather(1, counts[:, None] - 1)
+        ordered = ordered.masked_fill(ordered < least, -torch.inf)
+        shares = ordered.softmax(-1)
+        before = shares.cumsum(-1) - shares
+        # The first stays whatever rounding does; with top_p 1 all stay.
+        beyond = (before >= column([row.top_p if row.top_p < 1 else torch.inf for row in params])) & (before > 0)
+        scores = torch.empty_like(scores).scatter_(1, order, ordered.masked_fill(beyond, -torch.inf))
+    if any(row.min_p > 0 for row in params):
+        floor = column([math.log(row.min_p) if row.min_p > 0 else -torch.inf for row in params])
+        scores = scores.masked_fill(scores < scores.amax(-1, keepdim=True) + floor, -torch.inf)
+    return scores
+
+
+def _penalised(scores: Tensor, params: Sequence[SamplingParams], previous: Sequence[Sequence[int]]) -> Tensor:
+    """Row by row, since each has another number of tokens; few requests ask for it."""
+    rows = [index for index, row in enumerate(params) if row.repetition_penalty != 1]
+    if not rows:
+        return scores
+    scores = scores.clone()
+    for index in rows:
+        seen = torch.tensor(sorted(set(previous[index])), dtype=torch.int64, device=scores.device)
+        score, penalty = scores[index, seen], params[index].repetition_penalty
+        scores[index, seen] = torch.where(score > 0, score / penalty, score * penalty)
+    return scores
+
+
+def _draw(scores: Tensor, uniform: Tensor) -> Tensor:
+    """int64 [b]: the inverse of each row's cumulative distribution at `uniform` float64 [b] in 0 .. 1."""
+    cumulative = scores.double().softmax(-1).cumsum(-1)
+    total = cumulative[:, -1:]
+    # Strictly below the total, so that a token with a share of its own is found.
+    at = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, at, right=True).squeeze(1)
+
+
+def _with_logprobs(
+    scores: Tensor, chosen: Tensor, tokens: Sequence[int], params: Sequence[SamplingParams]
+) -> Iterator[Choice]:
+    logprobs = scores.log_softmax(-1)
+    own = logprobs.gather(1, chosen[:, None]).squeeze(1).tolist()
+    most = min(max(row.logprobs or 0 for row in params), scores.shape[1])
+    values, best = logprobs.topk(most, -1)
+    for row, token, logprob, numbers, names in zip(params, tokens, own, values.tolist(), best.tolist(), strict=True):
+        if row.logprobs is None:
+            yield Choice(token)
+        else:
+            yield Choice(token, logprob, tuple(zip(names, numbers, strict=True))[: row.logprobs])
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _tuple_of(kind: type, value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(each, kind) for each in value)

@@ -1,0 +1,90 @@
+"""What an engine has done and is doing, in numbers."""
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from lckv.cache.paged import PagedCache
+from lckv.generation.requests import FinishReason
+from lckv.generation.scheduler import Scheduler
+
+_STEPS = 64
+"""Newest steps that the rate is taken over."""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters since the engine was made, and its present state."""
+
+    generated_tokens: int
+    prompt_tokens: int
+    """Of requests whose prompt was taken in; once for each, however often it was computed."""
+
+    tokens_per_second: float
+    """Generated, over the newest steps."""
+
+    running: int
+    waiting: int
+    finished: int
+    """Requests that ended, for whatever reason."""
+
+    cancelled: int
+    failed: int
+    preemptions: int
+    """How often a request gave its pages back to be computed again later."""
+
+    pages_in_use: int
+    pages_free: int
+    compression_ratio: float
+    """Tokens per slot of the cache over layers, KV heads and all sequences that ran in the newest step (or were scored last); 1 before
+    there was any."""
+
+    prefill_passes: float
+    """Passes over iterated layers that a prompt took, the mean over prompts; 0 where nothing is iterated."""
+
+
+class Counters:
+    """Adds up what `EngineStats` tells, in memory that does not grow."""
+
+    def __init__(self) -> None:
+        self.generated_tokens = self.prompt_tokens = self.finished = self.cancelled = self.failed = 0
+        self._passes = self._prompts = 0
+        self._steps: deque[tuple[float, int]] = deque(maxlen=_STEPS)
+
+    def step(self, started: float, tokens: int) -> None:
+        """A step that began at `started` (time.monotonic) has given `tokens` tokens."""
+        self.generated_tokens += tokens
+        self._steps.append((started, tokens))
+
+    def end(self, reason: FinishReason) -> None:
+        """A request has ended."""
+        self.finished += 1
+        self.cancelled += reason == "cancelled"
+        self.failed += reason == "error"
+
+    def prompt(self, tokens: int, passes: int | None) -> None:
+        """A prompt was taken in."""
+        self.prompt_tokens += tokens
+        if passes is not None:
+            self._passes += passes
+            self._prompts += 1
+
+    def stats(self, scheduler: Scheduler, cache: PagedCache, compression_ratio: float) -> EngineStats:
+        """The numbers now."""
+        steps = tuple(self._steps)
+        tokens = sum(tokens for _, tokens in steps)
+        return EngineStats(
+            generated_tokens=self.generated_tokens,
+            prompt_tokens=self.prompt_tokens,
+            tokens_per_second=tokens / (time.monotonic() - steps[0][0]) if tokens else 0.0,
+            running=len(scheduler.running),
+            waiting=scheduler.waiting,
+            finished=self.finished,
+            cancelled=self.cancelled,
+            failed=self.failed,
+            preemptions=scheduler.preemptions,
+            pages_in_use=cache.pages_in_use,
+            pages_free=cache.pages_free,
+            compression_ratio=compression_ratio,
+            prefill_passes=self._passes / self._prompts if self._prompts else 0.0,
+        )

@@ -1,0 +1,32 @@
+"""The Triton kernel against the PyTorch twin, on CPU through Triton's interpreter.
+
+Not collected by name: Triton decides when it is imported whether it interprets, so `test_paged_kernel.py` runs this file in a process
+of its own, with TRITON_INTERPRET=1.
+"""
+
+import pytest
+import torch
+
+from lckv.attention.kernels.paged import attend
+from lckv.attention.paged import attend_in_torch
+from tests.lckv.attention.paged_slots import Slots
+
+
+@pytest.mark.parametrize(
+    ("lengths", "page_size", "group", "channels", "window", "dtype"),
+    [
+        ([[0, 1], [70, 16]], 16, 1, 8, False, torch.float32),
+        ([[200, 65, 3]], 4, 4, 8, False, torch.float32),
+        ([[64, 0], [0, 129]], 1, 2, 6, True, torch.float32),
+        ([[0, 0]], 16, 2, 8, False, torch.float32),
+        ([[300, 10]], 256, 3, 16, True, torch.float32),
+        ([[130, 64]], 24, 2, 24, True, torch.float16),  # its matrix product does not know bfloat16
+    ],
+)
+def test_equals_the_twin(lengths, page_size, group, channels, window, dtype):
+    slots = Slots(torch.tensor(lengths), page_size, group, channels, window=window, dtype=dtype)
+    found, expected = (slots.attend(function) for function in (attend, attend_in_torch))
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-3
+    torch.testing.assert_close(found.output, expected.output, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found.lse, expected.lse, rtol=tolerance, atol=tolerance)
+    assert found.output.dtype == found.lse.dtype == torch.float32

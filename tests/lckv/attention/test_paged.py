@@ -1,0 +1,136 @@
+"""Attention of one query per head to paged slots: the twin against the formula, the kernel interpreted, compiled and on CUDA."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lckv.attention import paged
+from lckv.attention.paged import Attended, attend, attend_in_torch, join, why_not_kernel
+from tests.lckv.attention.paged_slots import Slots
+from tests.ranks import run_on_ranks
+
+ROOT = Path(__file__).parents[3]
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from lckv.attention.kernels import paged
+
+FEATURES, NUMBERS = {"query", "key", "value"}, {"output", "lse", "part", "part_lse"}
+INDICES = {"head_of", "first_slot_of", "block_of", "first", "stop", "bounds"}
+constants = {"HAS_FIRST": True, "CHUNK": 256, "SLOTS": 64, "GROUP": 16, "CHANNELS": 128}
+for name in ("_attend_chunk", "_merge"):
+    kernel = getattr(paged, name)
+    types = {
+        argument: "constexpr" if argument in constants else "*bf16" if argument in FEATURES else "*fp32" if argument in NUMBERS
+        else "*i64" if argument in INDICES else "*i32" if argument == "table" else "fp32" if argument == "scale" else "i32"
+        for argument in kernel.arg_names
+    }
+    values = {(place,): constants[name] for place, name in enumerate(kernel.arg_names) if name in constants}
+    source = triton.compiler.ASTSource(kernel, types, constexprs=values)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    print(name, len(compiled.asm["cubin"]) > 0)
+"""
+
+
+def close(found: Attended, expected: Attended, tolerance: float) -> None:
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.cpu().double(), other.double(), rtol=tolerance, atol=tolerance)
+
+
+@given(
+    lengths=st.lists(st.lists(st.integers(0, 150), min_size=2, max_size=2), min_size=1, max_size=3),
+    page_size=st.sampled_from([1, 4, 16, 24, 256]),
+    group=st.integers(1, 3),
+    window=st.booleans(),
+)
+def test_equals_the_formula(lengths: list[list[int]], page_size: int, group: int, window: bool) -> None:
+    slots = Slots(torch.tensor(lengths), page_size, group, 8, window=window)
+    close(slots.attend(attend), slots.by_formula(), 1e-5)
+
+
+def test_slots_that_the_work_covers_are_not_all_seen() -> None:
+    """As where the newest slot is hidden from whoever is merged into it."""
+    slots = Slots(torch.tensor([[65, 1], [40, 0]]), 16, 2, 8)
+    slots.stop = slots.stop - torch.tensor([[1, 1], [1, 0]])
+    slots.lengths = slots.stop
+    found = slots.attend(attend)
+    close(found, slots.by_formula(), 1e-5)
+    assert (found.lse[0, 2:] == -torch.inf).all() and (found.output[0, 2:] == 0).all()
+
+
+def test_memory_of_the_twin_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = Slots(torch.tensor([[700, 30], [0, 256]]), 16, 2, 8)
+    whole = slots.attend(attend_in_torch)
+    monkeypatch.setattr(paged, "_BYTES_AT_ONCE", 1)
+    close(slots.attend(attend_in_torch), Attended(*(tensor.double() for tensor in whole)), 1e-6)
+
+
+def test_bfloat16() -> None:
+    slots = Slots(torch.tensor([[300, 20]]), 16, 4, 16, window=True, dtype=torch.bfloat16)
+    found = slots.attend(attend_in_torch)
+    assert found.output.dtype == torch.float32
+    close(found, slots.by_formula(), 2e-2)
+
+
+def test_one_more_key_joins() -> None:
+    slots = Slots(torch.tensor([[10, 0]]), 4, 2, 8)
+    key, value = torch.randn(2, 1, 2, 8, generator=torch.Generator().manual_seed(0))
+    score = (slots.query.view(1, 2, 2, 8) * key[:, :, None]).sum(-1).flatten(1) * slots.scale
+    output = join(slots.attend(attend), score, value)
+    past = slots.by_formula()
+    weights = torch.stack((past.lse, score.double())).softmax(0)[..., None]
+    expected = weights[0] * past.output + weights[1] * value.double().repeat_interleave(2, 1)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_why_not_kernel() -> None:
+    assert "on cpu" in str(why_not_kernel("cpu", torch.float32))
+    assert "float64" in str(why_not_kernel("cuda", torch.float64))
+
+
+def in_new_process(tmp_path: Path, *arguments: str, **variables: str) -> str:
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"} | variables
+    result = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_kernel_interpreted(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    cases = str(Path(__file__).with_name("interpreted_paged.py"))
+    said = in_new_process(tmp_path, "-m", "pytest", "-q", cases, TRITON_INTERPRET="1")
+    assert "6 passed" in said
+
+
+def test_kernel_compiles_for_nvidia_gpus(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    said = in_new_process(tmp_path, "-c", COMPILE, TRITON_INTERPRET="0")
+    assert said.count("True") == 2
+
+
+def cuda_errors(dtype: torch.dtype, page_size: int) -> list[float]:
+    assert why_not_kernel("cuda", dtype) is None
+    lengths = torch.tensor([[3000, 17], [0, 700], [256, 257]])
+    slots = Slots(lengths, page_size, 4, 64, window=True, dtype=dtype, device="cuda")
+    found, expected = slots.attend(attend), slots.by_formula()
+    there = expected.lse > -torch.inf
+    assert torch.equal(found.lse.cpu() > -torch.inf, there)
+    lse = (found.lse.cpu()[there].double() - expected.lse[there]).abs().max()
+    return [float((found.output.cpu().double() - expected.output).abs().max()), float(lse)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_size", [1, 16, 256])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_kernel_on_cuda(dtype: torch.dtype, tolerance: float, page_size: int) -> None:
+    (errors,) = run_on_ranks(1, cuda_errors, dtype, page_size, device="cuda")
+    assert max(errors) < tolerance

@@ -1,0 +1,124 @@
+"""Attention to a past and to new tokens against the plain computation, one query at a time."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lckv.attention import past, reference
+from lckv.attention.past import NewTokens, Past
+from lckv.attention.visibility import Visibility
+
+
+def plain(query: Tensor, new: NewTokens, old: Past, visibility: Visibility, biased: bool) -> Tensor:
+    """As the docstrings say it."""
+    rows, heads, length, channels = query.shape
+    group = heads // new.key.shape[1]
+    scored = channels - 1 if biased else channels
+    result = torch.zeros_like(query)
+    for row in range(rows):
+        counted = [t for t in range(length) if new.counted is None or new.counted[row, t]]
+        for head in range(heads):
+            g = head // group
+            for number, t in enumerate(counted):
+                own = counted[: number if visibility.exclude_self else number + 1]
+                slots = int(old.lengths[row, g])
+                if new.joins is not None and new.joins[row, g] and own:
+                    slots -= 1
+                keys = [(old.key[row, g, slot], old.value[row, g, slot], 0.0) for slot in range(slots)]
+                for s in own:
+                    bias = float(new.key[row, g, s, -1]) if biased and s != own[-1] else 0.0
+                    keys.append((new.key[row, g, s], new.value[row, g, s], bias))
+                if visibility.window is not None:
+                    keys = keys[max(0, len(keys) - visibility.window + int(visibility.exclude_self)) :]
+                if keys:
+                    score = [query[row, head, t, :scored] @ key[:scored] * 0.3 + bias for key, _, bias in keys]
+                    result[row, head, t] = torch.stack(score).softmax(0) @ torch.stack([value for _, value, _ in keys])
+    return result
+
+
+@given(
+    rows=st.integers(1, 3),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    length=st.integers(1, 5),
+    slots=st.integers(0, 5),
+    exclude_self=st.booleans(),
+    kind=st.sampled_from(["dense", "window", "merging"]),
+    padding=st.booleans(),
+    block=st.sampled_from([1, 2, 128]),
+    seed=st.integers(0, 99),
+)
+def test_equals_the_plain_computation(rows, kv_heads, group, length, slots, exclude_self, kind, padding, block, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def integers(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    lengths = integers(0, slots + 1, rows, kv_heads)
+    if kind == "window":  # slots are tokens there, so every head has as many
+        lengths = lengths[:, :1].expand(rows, kv_heads).contiguous()
+    old = Past(random(rows, kv_heads, slots, 6), random(rows, kv_heads, slots, 6), lengths)
+    counted = None
+    if padding:
+        first, count = integers(0, length, rows), integers(0, length + 1, rows)
+        place = torch.arange(length)
+        counted = (place >= first[:, None]) & (place < (first + count)[:, None])
+    joins = (integers(0, 2, rows, kv_heads).bool() & (lengths > 0)) if kind == "merging" else None
+    new = NewTokens(random(rows, kv_heads, length, 6), random(rows, kv_heads, length, 6), counted, joins)
+    visibility = Visibility(exclude_self, int(integers(1, 5, 1)) if kind == "window" else None)
+    query = random(rows, kv_heads * group, length, 6)
+    found = _in_blocks(block, query, new, old, visibility, biased=kind == "merging")
+    expected = plain(query, new, old, visibility, kind == "merging")
+    if counted is not None:
+        found = found * counted[:, None, :, None]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def _in_blocks(block: int, *args: object, biased: bool) -> Tensor:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(past, "_BLOCK", block)
+        return past.attend(*args, scale=0.3, biased=biased)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("exclude_self", [False, True])
+def test_without_a_past_it_is_ordinary_attention(exclude_self: bool, biased: bool) -> None:
+    query, key, value = torch.randn(2, 4, 300, 8), *torch.randn(2, 2, 2, 300, 8)
+    nothing = Past(torch.zeros(2, 2, 0, 8), torch.zeros(2, 2, 0, 8), torch.zeros(2, 2, dtype=torch.int64))
+    visibility = Visibility(exclude_self)
+    if biased:
+        query[..., -1] = 1 / 0.3  # brings a key's bias to its score
+    found = past.attend(query, NewTokens(key, value, None, None), nothing, visibility, scale=0.3, biased=biased)
+    expected = reference.attend(query, key, value, visibility, scale=0.3, biased=biased)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_blocks_get_smaller_as_the_past_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(past, "_SCORES", 2 * 4 * 100 * 3)
+    sizes: list[int] = []
+    attend_block = past._attend_block
+    monkeypatch.setattr(
+        past, "_attend_block", lambda query, *args: sizes.append(query.shape[3]) or attend_block(query, *args)
+    )
+    old = Past(torch.zeros(2, 2, 90, 8), torch.zeros(2, 2, 90, 8), torch.full((2, 2), 90))
+    new = NewTokens(torch.zeros(2, 2, 10, 8), torch.zeros(2, 2, 10, 8), None, None)
+    output = past.attend(torch.zeros(2, 4, 10, 8), new, old, Visibility(), scale=1.0)
+    assert sizes == [3, 3, 3, 1]
+    assert output.shape == (2, 4, 10, 8)
+
+
+def test_half_precision() -> None:
+    query, key, value = torch.randn(1, 4, 3, 8), *torch.randn(2, 1, 2, 3, 8)
+    old = Past(*torch.randn(2, 1, 2, 20, 8), torch.tensor([[20, 13]]))
+    exact = past.attend(query, NewTokens(key, value, None, None), old, Visibility(), scale=0.3)
+    half = [tensor.bfloat16() for tensor in (query, key, value, old.key, old.value)]
+    found = past.attend(
+        half[0], NewTokens(*half[1:3], None, None), Past(*half[3:], old.lengths), Visibility(), scale=0.3
+    )
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), exact, rtol=0, atol=0.03)

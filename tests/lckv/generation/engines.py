@@ -1,0 +1,22 @@
+"""Engines on tiny models with caches of any size."""
+
+from typing import Any
+
+from lckv.generation.engine import Engine
+from lckv.generation.sampling import SamplingParams
+from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
+from tests.lckv.cache.models import paged_cache
+
+GREEDY = SamplingParams(temperature=0.0, max_new_tokens=10, ignore_eos=True)
+
+
+def engine(model: LCKVLlamaForCausalLM, *, pages: int = 2000, max_sequences: int = 8, **settings: Any) -> Engine:
+    """With all passes over iterated layers, unless told otherwise; sequences of up to 127 tokens in pages of 4."""
+    cache = paged_cache(model, pages=pages, max_sequences=max_sequences, max_tokens=127)
+    return Engine(model, cache=cache, **{"prefill_tolerance": 0.0, **settings})
+
+
+def empty(engine: Engine) -> bool:
+    """Whether nothing is left of any request."""
+    stats = engine.stats()
+    return (stats.pages_in_use, stats.running, stats.waiting, engine.has_work) == (0, 0, 0, False)

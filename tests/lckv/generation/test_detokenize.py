@@ -1,0 +1,114 @@
+"""Text from tokens, one by one: the same as from all of them, whole characters, and exact stop texts."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lckv.generation.detokenize import AnswerText, Detokenizer, StopTexts
+from tests.lckv.generation.tokenizers import byte_level, with_byte_fallback
+
+TOKENIZERS = {"byte_level": byte_level(), "with_byte_fallback": with_byte_fallback()}
+TEXTS = st.text(st.sampled_from("ab the é€😀 \n"), max_size=30)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(text=TEXTS, prompt=TEXTS)
+def test_pieces_make_the_text_that_all_tokens_make(name: str, text: str, prompt: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    before, tokens = (tokenizer.encode(each, add_special_tokens=False) for each in (prompt, text))
+    detokenizer = Detokenizer(tokenizer, before)
+    pieces = [detokenizer.add(token) for token in tokens]
+    assert detokenizer.flush() == ""
+    assert "\ufffd" not in "".join(pieces)
+    whole, alone = tokenizer.decode(before + tokens), tokenizer.decode(before)
+    assert alone + "".join(pieces) == whole
+
+
+def test_a_space_at_the_beginning_of_the_answer_is_kept() -> None:
+    tokenizer = with_byte_fallback()
+    prompt, answer = (tokenizer.encode(text, add_special_tokens=False) for text in ("ab", " ab"))
+    assert tokenizer.decode(answer) == "ab"
+    detokenizer = Detokenizer(tokenizer, prompt)
+    assert "".join(detokenizer.add(token) for token in answer) == " ab"
+
+
+def test_a_character_comes_with_its_last_byte() -> None:
+    tokenizer = byte_level()
+    tokens = tokenizer.encode("a😀b", add_special_tokens=False)
+    detokenizer = Detokenizer(tokenizer)
+    assert [detokenizer.add(token) for token in tokens] == ["a", "", "", "", "😀", "b"]
+
+
+def test_half_a_character_at_the_end_is_shown_as_such() -> None:
+    tokenizer = byte_level()
+    tokens = tokenizer.encode("a😀", add_special_tokens=False)[:-1]
+    detokenizer = Detokenizer(tokenizer)
+    assert [detokenizer.add(token) for token in tokens] == ["a", "", "", ""]
+    assert detokenizer.flush() == "\ufffd"
+    assert detokenizer.flush() == ""
+
+
+class _CountingTokenizer:
+    """Decodes every token to a byte that begins a character."""
+
+    def __init__(self) -> None:
+        self.longest = 0
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        self.longest = max(self.longest, len(token_ids))
+        return "\ufffd" * len(token_ids)
+
+
+def test_bytes_that_are_no_characters_do_not_pile_up() -> None:
+    tokenizer = _CountingTokenizer()
+    detokenizer = Detokenizer(tokenizer)
+    text = "".join(detokenizer.add(7) for _ in range(100)) + detokenizer.flush()
+    assert text == "\ufffd" * 100
+    assert tokenizer.longest <= 16
+
+
+def _cut(text: str, stops: list[str]) -> tuple[str, bool]:
+    """The plain computation: letter by letter, up to the first place where a stop text is complete."""
+    for end in range(1, len(text) + 1):
+        found = [stop for stop in stops if text[:end].endswith(stop)]
+        if found:
+            return text[: end - max(map(len, found))], True
+    return text, False
+
+
+@given(
+    parts=st.lists(st.text("abc", max_size=4), max_size=8),
+    stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+)
+def test_stop_texts_are_found_wherever_they_begin(parts: list[str], stops: list[str]) -> None:
+    matcher = StopTexts(stops)
+    shown = ""
+    for part in parts:
+        shown += matcher.add(part)
+        assert not any(stop in shown for stop in stops)
+        if matcher.found is not None:
+            break
+    else:
+        shown += matcher.flush()
+    assert (shown, matcher.found is not None) == _cut("".join(parts), stops)
+
+
+def test_only_what_may_become_a_stop_text_is_held_back() -> None:
+    matcher = StopTexts(["\nUser:"])
+    assert [matcher.add(part) for part in ("Hello\n", "Us", "e me", "\n", "User", ":x")] == [
+        "Hello",
+        "",
+        "\nUse me",
+        "",
+        "",
+        "",
+    ]
+    assert matcher.found == "\nUser:"
+
+
+def test_a_stop_text_may_turn_up_in_what_was_held_back_for_a_character() -> None:
+    tokenizer = byte_level()
+    answer = AnswerText(tokenizer, ["b\ufffd"], ())
+    tokens = tokenizer.encode("ab😀", add_special_tokens=False)[:-1]
+    assert "".join(answer.add(token) for token in tokens) + answer.flush() == "a"
+    assert answer.stopped_by == "b\ufffd"

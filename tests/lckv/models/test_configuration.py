@@ -1,0 +1,125 @@
+"""The configuration: what it reads, what it derives, and every message."""
+
+from typing import Any
+
+import pytest
+
+from lckv.config import CompressionConfig
+from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
+from lckv.policies.dmc.config import DMCConfig
+from lckv.rope import LinearScaling, Llama3Scaling
+
+SIZES = {"num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4}
+
+
+def made(**fields: Any) -> LCKVLlamaConfig:
+    return LCKVLlamaConfig(**{**SIZES, **fields})
+
+
+def test_defaults() -> None:
+    config = made()
+    assert (config.num_key_value_heads, config.head_dim) == (4, 8)
+    assert config.compression_config() == CompressionConfig()
+    assert config.rope_parameters == {"rope_theta": 10000.0, "rope_type": "default"}
+    assert config.rope_scaling_config() is None
+
+
+def test_published_configuration() -> None:
+    """What the public LCKV models have in config.json; the window there means something only with an "s" in the map."""
+    published = {
+        "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1, "use_sequential": False, "rope_theta": 5e5, "rope_scaling": None,
+        "forward_passes": 3, "backward_passes": 1, "sliding_window": 4096, "force_nodiag": True,
+    }  # fmt: skip
+    config = made(**published, layer_types="0_2_2_3")
+    assert config.compression_config() == CompressionConfig("0_2_2_3", 3, 1, None, True)
+    assert config.rope_parameters["rope_theta"] == 5e5
+    assert made(**published, layer_types="0_2s_2_3").compression_config().sliding_window == 4096
+    assert made(**published, layer_types=None).compression_config() == CompressionConfig(None, 3, 1, None, True)
+
+
+def test_policy() -> None:
+    config = made(
+        compression={"layer_types": "0_0_2_2", "policy": {"name": "dmc", "stage": "finetune", "window": None}}
+    )
+    assert config.compression_config() == CompressionConfig("0_0_2_2", policy=DMCConfig(stage="finetune", window=None))
+    assert config.compression["policy"]["temperature"] == 0.1  # written out, whatever later defaults are
+
+
+def test_rope_scaling() -> None:
+    assert made(rope_scaling={"type": "linear", "factor": 2.0}).rope_scaling_config() == LinearScaling(2.0)
+    llama3 = {"low_freq_factor": 1.0, "factor": 8.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    config = made(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **llama3})
+    assert config.rope_scaling_config() == Llama3Scaling(8.0, 1.0, 4.0, 8192)
+
+
+DMC = {"policy": {"name": "dmc", "stage": "finetune"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"attention_bias": True},
+            r"attention_bias is True: .*qkv_bias is that of queries, keys and values; it must be False",
+        ),
+        ({"mlp_bias": True}, "mlp_bias is True: biases in the MLP are not supported; it must be False"),
+        ({"use_sequential": True}, "use_sequential is True: generation is token by token anyway; it must be False"),
+        ({"pretraining_tp": 2}, "pretraining_tp is 2: slicing of weights is not supported; it must be 1"),
+        ({"layer_types": "0_0_2_2", "compression": {}}, "layer_types are given beside compression"),
+        (
+            {"layer_types": ["full_attention"] * 4},
+            r"layer_types is \['full_.*; it must be the sharing map, .*marks? layers with",
+        ),
+        ({"layer_types": "0_0_2"}, "compression.layer_types '0_0_2' has 3 entries"),
+        ({"sliding_window": 8}, "compression.sliding_window is 8 but no layer .* is marked with 's'"),
+        ({"compression": {"windows": 3}}, "compression.windows is 3; there is no such field. Known: layer_types, "),
+        (
+            {"compression": {"policy": {"name": "h2o"}}},
+            "compression.policy.name is 'h2o'; the KV policies are dense, dmc",
+        ),
+        (
+            {"compression": {"policy": {"name": "dmc", "ratio": 3}}},
+            "compression.policy.ratio is 3; there is no such field",
+        ),
+        (
+            {"compression": {"policy": {"name": "dmc", "stage": "x"}}},
+            "compression.policy.stage is 'x'; it must be one of",
+        ),
+        (
+            {"compression": DMC, "attention_dropout": 0.1},
+            "attention_dropout is 0.1; it must be 0 where tokens are merged",
+        ),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only silu is supported"),
+        (
+            {"num_attention_heads": 5},
+            "hidden_size is 32; it must be a multiple of num_attention_heads, which is 5, or head_dim",
+        ),
+        (
+            {"num_key_value_heads": 3},
+            "num_attention_heads is 4; it must be a multiple of num_key_value_heads, which is 3",
+        ),
+        (
+            {"num_key_value_heads": 0},
+            "num_attention_heads is 4; it must be a multiple of num_key_value_heads, which is 0",
+        ),
+        ({"head_dim": 7}, "head_dim is 7; it must be even"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            "rope_type is 'yarn'; it must be one of default, linear, llama3",
+        ),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_parameters of rope_type linear lack factor"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "rope_type llama3 lack low_freq_factor, high_freq_factor",
+        ),
+        ({"partial_rotary_factor": 0.5}, "rope_parameters.partial_rotary_factor must be 1"),
+    ],
+)
+def test_messages(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        made(**fields)
+
+
+def test_all_problems_at_once() -> None:
+    with pytest.raises(ValueError, match=r"(?s)hidden_act.*head_dim.*forward_passes"):
+        made(hidden_act="relu", head_dim=3, compression={"forward_passes": -1})
