@@ -2,10 +2,13 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_ext.errors import ConfigError
 from tools.options import memory_size, positive
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -46,21 +49,39 @@ def add_engine_options(parser: argparse.ArgumentParser, *, batch_size: int) -> N
         metavar="N",
         help="prompt tokens that are run at once (default: %(default)s)",
     )
-    group.add_argument(
+    prefill = group.add_mutually_exclusive_group()
+    prefill.add_argument(
+        "--prefill-tolerance",
+        type=float,
+        metavar="X",
+        help="of maps that iterate: the relative change of shared keys and values at which passes over a prompt end; 0: all passes of "
+        "training (default: 0.02)",
+    )
+    prefill.add_argument(
         "--exact", action="store_true", help="run prompts token by token: exact for maps that iterate, and slow"
     )
 
 
+def placement(options: argparse.Namespace) -> "tuple[torch.device, torch.dtype | None]":
+    """Where the model shall be and in which precision (None: its own). Raises ConfigError for a device that there is not."""
+    import torch
+
+    try:
+        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device is {options.device}: {str(error).partition(chr(10))[0]}") from error
+    return device, None if options.dtype is None else getattr(torch, options.dtype)
+
+
 def load(options: argparse.Namespace) -> tuple[Any, Any]:
     """The model, ready for inference, and its tokenizer. Raises ConfigError."""
-    import torch
     from safetensors import SafetensorError
 
     from lckv.generation.loading import load_model
 
+    device, dtype = placement(options)
     try:
-        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = None if options.dtype is None else getattr(torch, options.dtype)
         model, tokenizer = load_model(options.model, dtype=dtype, device=device)
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
@@ -81,7 +102,9 @@ def build_engine(
 ) -> Any:
     """An engine with the cache that was asked for. Raises ConfigError where memory does not suffice."""
     from lckv.generation.engine import Engine
+    from lckv.generation.prefill import DEFAULT_TOLERANCE
 
+    tolerance = options.prefill_tolerance
     try:
         return Engine(
             model,
@@ -93,6 +116,7 @@ def build_engine(
             max_prompt_tokens=max_prompt_tokens,
             prefill_chunk=options.prefill_chunk,
             prefill="exact" if options.exact else "parallel",
+            prefill_tolerance=DEFAULT_TOLERANCE if tolerance is None else tolerance,
         )
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"the cache cannot be made: {error}") from error

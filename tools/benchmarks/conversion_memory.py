@@ -1,0 +1,147 @@
+"""Measures memory and time of conversions, for models that grow while their largest tensor stays as it is.
+
+    python -m tools.benchmarks.conversion_memory --output tools/benchmarks/results/conversion_memory.csv
+
+peak_bytes: by how much the resident memory of the converting process grows (Linux), mapped files included. allowed_bytes: 1.3 times the
+largest tensor and 96 MiB. Models are Llamas in bfloat16 with random weights; what is measured is reading, mapping, writing and hashing,
+without the proof at the end.
+"""
+
+import argparse
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from checkpoints_conversion.convert import hf_to_megatron, megatron_to_hf
+from checkpoints_conversion.description import ModelDescription
+from checkpoints_conversion.tensors import TensorInfo
+from checkpoints_conversion.writing import write_huggingface
+from lckv.config import CompressionConfig
+from megatron_ext.config import ModelConfig
+from tools.benchmarks.timing import setting, write_csv
+
+CONSTANT_BYTES = 96 * 2**20
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class RandomWeights:
+    """A model's tensors, drawn when they are read: the same small block of random numbers again and again."""
+
+    tensors: Mapping[str, TensorInfo]
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by its name."""
+        return self.tensors
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """The tensor, or its rows start:stop."""
+        info = self.tensors[name]
+        start, stop, _ = (rows or slice(None)).indices(info.shape[0])
+        row = torch.randn(info.shape[1:], generator=torch.Generator().manual_seed(start)).to(info.dtype)
+        return row.expand(stop - start, *info.shape[1:]).clone()
+
+
+def model_of(size: int, vocab_size: int) -> ModelDescription:
+    """A Llama of about `size` bytes, whose largest tensor, the embedding, has `vocab_size` rows of a kilobyte."""
+    layers = 1
+    while True:
+        model = ModelConfig(
+            num_layers=layers,
+            hidden_size=512,
+            ffn_hidden_size=1536,
+            num_attention_heads=8,
+            num_query_groups=4,
+            vocab_size=vocab_size,
+            max_position_embeddings=2048,
+        )
+        description = ModelDescription(model, CompressionConfig(), "llama", torch.bfloat16)
+        if sum(info.nbytes for info in description.expected_tensors().values()) >= size:
+            return description
+        layers += 1
+
+
+def conversions(description: ModelDescription, folder: Path) -> Mapping[str, Callable[[], object]]:
+    """By their names, each for the models that the earlier ones have left in `folder`."""
+    source, megatron = folder / "source", folder / "megatron"
+    changes = {"compression.layer_types": _lckv(description)}
+    return {
+        "hf-to-megatron": lambda: hf_to_megatron(str(source), megatron, proof="never"),
+        "hf-to-megatron, averaged map": lambda: hf_to_megatron(
+            str(source), folder / "shared", changes=changes, proof="never"
+        ),
+        "megatron-to-hf": lambda: megatron_to_hf(megatron, folder / "back", proof="never"),
+    }
+
+
+def write_source(description: ModelDescription, folder: Path) -> None:
+    """The model with which `conversions` begin."""
+    (folder / "source").mkdir()
+    write_huggingface(folder / "source", description, RandomWeights(description.expected_tensors()))
+
+
+def measure(name: str, description: ModelDescription, folder: Path) -> dict[str, object]:
+    """One of `conversions`, by the process that calls."""
+    sizes = [info.nbytes for info in description.expected_tensors().values()]
+    _CLEAR.write_text("5")  # the peak starts anew
+    before, start = _status("VmRSS"), time.perf_counter()
+    conversions(description, folder)[name]()
+    seconds = time.perf_counter() - start
+    return {
+        "conversion": name,
+        "model_bytes": sum(sizes),
+        "largest_tensor_bytes": max(sizes),
+        "peak_bytes": _status("VmHWM") - before,
+        "allowed_bytes": round(1.3 * max(sizes)) + CONSTANT_BYTES,
+        "seconds": round(seconds, 2),
+    }
+
+
+def _lckv(description: ModelDescription) -> str:
+    """All layers but the outer ones read the last but one."""
+    layers = description.model.num_layers
+    return "_".join(str(min(max(index, layers - 2), layers - 1)) if index else "0" for index in range(layers))
+
+
+def _status(name: str) -> int:
+    """A memory reading of this process, in bytes."""
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
+    return 1024 * int(line.split()[1])
+
+
+def measure_in_turn(description: ModelDescription) -> Iterator[dict[str, object]]:
+    """All conversions of a model, each by a new process, in which there is nothing yet that it could use again."""
+    with TemporaryDirectory() as folder:
+        write_source(description, Path(folder))
+        for name in conversions(description, Path(folder)):
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                yield pool.apply(measure, (name, description, Path(folder)))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 200, 400, 800], help="sizes of the models")
+    parser.add_argument("--vocab-size", type=int, default=40000, help="rows of the largest tensor, a kilobyte each")
+    parser.add_argument("--output", type=Path, help="CSV file")
+    options = parser.parse_args(argv)
+    if not _CLEAR.exists():
+        parser.error(f"peak memory is read from {_STATUS.parent}, which this system does not have.")
+    rows: list[dict[str, object]] = []
+    for megabytes in options.megabytes:
+        for row in measure_in_turn(model_of(10**6 * megabytes, options.vocab_size)):
+            rows.append(row | setting("cpu"))
+            print("   ".join(f"{value:>15}" for value in row.values()), flush=True)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        write_csv(options.output, rows)
+
+
+if __name__ == "__main__":
+    main()

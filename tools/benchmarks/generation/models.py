@@ -1,0 +1,167 @@
+"""Models for benchmarks of inference: those of Hugging Face folders, and models with random weights of any size, map and policy.
+
+Time and memory do not depend on weights, but for what is merged: the decisions of a random model are scripted, so that it merges as
+many tokens as is asked for.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from lckv.generation.loading import load_model
+from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
+from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
+from lckv.policies.dmc.config import DMCConfig
+from megatron_ext.errors import ConfigError
+from tools.layouts import LAYOUTS
+
+_CALIBRATION_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is measured, and how it is called."""
+
+    name: str
+    model: LCKVLlamaForCausalLM
+    prompts: Tensor
+    """int64 [rows, tokens], of the longest length that is measured."""
+
+    @property
+    def policy(self) -> str:
+        """Name of its KV policy."""
+        return self.model.model.policy.name
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of models with random weights."""
+
+    layers: int
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    vocab_size: int
+    sliding_window: int
+    """Of maps with windows, in tokens."""
+    context: int
+    """Tokens of the longest sequence."""
+
+
+@dataclass(frozen=True)
+class RandomModel:
+    """What is asked of a model with random weights."""
+
+    name: str
+    layout: str
+    """The name of a layout (tools/layouts.py), or a sharing map."""
+    compression_ratio: float | None
+    """Tokens per slot, with DMC; None: nothing is merged."""
+
+    @classmethod
+    def parse(cls, text: str) -> "RandomModel":
+        """From NAME=MAP or NAME=MAP,dmc=CR; without NAME= the name is the map. Raises ValueError."""
+        description, comma, option = text.partition(",")
+        name, equals, layout = description.partition("=")
+        if not comma:
+            return cls(name, layout if equals else name, None)
+        key, _, value = option.partition("=")
+        try:
+            ratio = float(value)
+        except ValueError:
+            ratio = 0.0
+        if key != "dmc" or not 1 <= ratio < float("inf"):
+            raise ValueError(f"{text!r}: {option!r} must be dmc=CR, with CR tokens per slot, at least 1")
+        return cls(name, layout if equals else name, ratio)
+
+    def build(self, sizes: Sizes, *, dtype: torch.dtype, device: torch.device) -> LCKVLlamaForCausalLM:
+        """The model, always the same. Raises ConfigError for what does not fit together."""
+        torch.manual_seed(0)
+        try:
+            model = LCKVLlamaForCausalLM(self._config(sizes)).eval()
+        except ValueError as error:
+            raise ConfigError(f"--random {self.name}: {error}") from error
+        # As in trained models, what layers make of a token hangs on the token above all, not on how many came before.
+        nn.init.normal_(model.model.embed_tokens.weight)
+        if self.compression_ratio is not None:
+            script_decisions(model, self.compression_ratio)
+        return model.to(device, dtype)
+
+    def _config(self, sizes: Sizes) -> LCKVLlamaConfig:
+        known = {layout.name.split()[0].lower(): layout for layout in LAYOUTS}
+        layout = known.get(self.layout.lower())
+        layer_types = self.layout if layout is None else layout.layer_types(sizes.layers)
+        compression: dict[str, Any] = {"layer_types": layer_types}
+        if "s" in layer_types:
+            compression["sliding_window"] = sizes.sliding_window
+        if self.compression_ratio is not None:
+            policy = DMCConfig(stage="finetune", target_compression_ratio=self.compression_ratio)
+            compression["policy"] = asdict(policy)
+        return LCKVLlamaConfig(
+            vocab_size=sizes.vocab_size,
+            hidden_size=sizes.hidden_size,
+            intermediate_size=-(-sizes.hidden_size * 8 // 3 // 16) * 16,
+            num_hidden_layers=sizes.layers,
+            num_attention_heads=sizes.heads,
+            num_key_value_heads=sizes.kv_heads,
+            max_position_embeddings=sizes.context,
+            qkv_bias=True,  # decisions are scripted there; the others have it so that all compute the same
+            bos_token_id=None,
+            eos_token_id=None,
+            compression=compression,
+        )
+
+
+@torch.inference_mode()
+def script_decisions(model: LCKVLlamaForCausalLM, compression_ratio: float) -> None:
+    """Set the bias of each KV head's decision channel so that of random tokens a share of 1 - 1 / `compression_ratio` is merged, from the
+    bottom layer to the top, each on what the scripted ones below give it."""
+    config, heads = model.config, model.config.num_key_value_heads
+    policy = config.compression_config().policy
+    assert isinstance(policy, DMCConfig) and heads is not None
+
+    def shift(projection: nn.Module, _: object, output: Tensor) -> Tensor:
+        keys = output.unflatten(-1, (heads, -1)).clone()
+        appended = keys[..., -1].flatten(0, 1).quantile(1 / compression_ratio, 0)
+        keys[..., -1] += policy.initial_decision_bias - appended
+        assert isinstance(projection, nn.Linear)
+        projection.bias.unflatten(0, (heads, -1))[:, -1] += policy.initial_decision_bias - appended
+        return keys.flatten(-2)
+
+    owners = [layer.self_attn.k_proj for layer in model.model.layers if layer.self_attn.computes_kv]
+    hooks = [projection.register_forward_hook(shift) for projection in owners]
+    model(random_tokens(config.vocab_size, 1, min(_CALIBRATION_TOKENS, config.max_position_embeddings)), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+
+
+def load_folder(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> tuple[LCKVLlamaForCausalLM, Any]:
+    """The model of a Hugging Face folder and its tokenizer. Raises ConfigError."""
+    try:
+        return load_model(folder, dtype=dtype, device=device)
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    except (RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"--models {folder} cannot be loaded: {error}") from error
+
+
+def random_tokens(vocabulary: int, rows: int, length: int) -> Tensor:
+    """int64 [rows, length], always the same."""
+    return torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def text_tokens(texts: Iterable[str], encode: Callable[[str], list[int]], rows: int, length: int) -> Tensor:
+    """int64 [rows, length] of texts one after the other. Raises ConfigError where they are too short."""
+    found: list[int] = []
+    for text in texts:
+        found += encode(text)
+        if len(found) >= rows * length:
+            return torch.tensor(found[: rows * length]).view(rows, length)
+    raise ConfigError(
+        f"--text has {len(found)} tokens, but {rows} prompts of {length} are measured; give more text, or smaller --lengths."
+    )

@@ -1,0 +1,208 @@
+"""Measures what a small KV cache gains in generation and what it costs, next to a plain model, in one run.
+
+    python -m tools.benchmarks.inference --output tools/benchmarks/results/inference.csv --picture docs/images/inference.png
+    python -m tools.benchmarks.inference --models out/plain out/lckv out/dmc --text held_out.txt --lengths 128 256 --context 256
+    python -m tools.benchmarks.inference --random plain lckv dmc8=plain,dmc=8 --layers 32 --hidden-size 4096 --heads 32 --kv-heads 8
+
+Models are Hugging Face folders, or have random weights: NAME=MAP, with MAP as in compression.layer_types or the name of a layout of
+tools/layouts.py, and NAME=MAP,dmc=CR where CR tokens shall be merged into a slot. All ratios are to the first one. Times are medians of
+rounds in which the models take turns.
+
+prefill: a prompt in one piece, up to the logits of its last token; its operations: the ratio that counting them predicts; all passes: the
+same of maps that iterate, with all m + b passes instead of those until it settles. first token: from handing a prompt to an idle engine,
+which reads it in chunks, to one token. decode step: one token for each of a batch of sequences of --context tokens. largest batch:
+sequences of --context tokens that a cache of --memory bytes takes in. KV bytes: of a token of context, with pages as allocated, tables
+and the policy's state. memory: most bytes of tensors alive at once, beside weights and cache.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from lckv.generation.prefill import DEFAULT_TOLERANCE
+from megatron_ext.console import exit_status, set_up_logging
+from megatron_ext.errors import ConfigError
+from tools.benchmarks.generation.admission import cache_for
+from tools.benchmarks.generation.comparison import OF_LARGEST_BATCH, Row, Settings, compare
+from tools.benchmarks.generation.models import RandomModel, Sizes, Subject, load_folder, random_tokens, text_tokens
+from tools.benchmarks.timing import CLOCKS, setting, write_csv
+from tools.options import memory_size, positive
+from tools.text_windows import read_texts
+
+RANDOM = ("plain=plain", "LCKV=lckv", "YOCO=yoco", "DMC 4x=plain,dmc=4", "LCKV x DMC=lckv,dmc=4")
+PLAIN_SEQUENCES = 8
+"""Sequences of the first model that the budget holds, if none is given."""
+
+
+def subjects(options: argparse.Namespace) -> list[Subject]:
+    """The models to measure. Raises ConfigError."""
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    longest = max(options.context, *(length + 1 for length in options.lengths))
+    found = [_of_folder(folder, longest, options, dtype, device) for folder in options.models]
+    sizes = Sizes(
+        options.layers,
+        options.hidden_size,
+        options.heads,
+        options.kv_heads,
+        options.vocab_size,
+        options.sliding_window,
+        longest,
+    )
+    random = options.random if options.random or options.models else [RandomModel.parse(text) for text in RANDOM]
+    default = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for each in random:
+        model = each.build(sizes, dtype=dtype or default, device=device)
+        found.append(Subject(each.name, model, random_tokens(sizes.vocab_size, options.prompts, longest)))
+    names = [subject.name for subject in found]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"the models are called {', '.join(names)}; each needs a name of its own: its folder's, or NAME=MAP.")
+    return found
+
+
+def _of_folder(
+    folder: Path, longest: int, options: argparse.Namespace, dtype: torch.dtype | None, device: torch.device
+) -> Subject:
+    model, tokenizer = load_folder(folder, dtype=dtype, device=device)
+    context = model.config.max_position_embeddings
+    if longest > context:
+        raise ConfigError(
+            f"--models {folder} has a context of {context} tokens, but {longest} are measured; give smaller --lengths and --context."
+        )
+    name = folder.resolve().name
+    if not options.text:
+        return Subject(name, model, random_tokens(model.config.vocab_size, options.prompts, longest))
+    if tokenizer is None:
+        raise ConfigError(f"--models {folder} has no tokenizer for --text; put its files into the folder.")
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    return Subject(name, model, text_tokens(read_texts(options.text, "text"), encode, options.prompts, longest))
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Measure, print, write."""
+    models = subjects(options)
+    memory = options.memory or cache_for(models[0].model, PLAIN_SEQUENCES, options.context).num_bytes
+    settings = Settings(
+        options.lengths, options.context, options.batches, memory, options.prefill_tolerance, options.repeats, options.clock
+    )
+    if settings.steps >= options.context:
+        raise ConfigError(
+            f"--context is {options.context}; it must be more than the {settings.steps} tokens that --repeats {options.repeats} decodes."
+        )
+    found: list[Row] = []
+    names = [subject.name for subject in models]
+    print(line("", {name: name for name in names}, names))
+    for rows in compare(models, settings):
+        found += rows
+        print(line(title(rows[0]), {row.model: f"{row.value:,.4g} ({row.ratio:.3g}x)" for row in rows}, names), flush=True)
+    if options.output is not None:
+        write_csv(options.output, csv_rows(models, settings, found))
+    if options.picture is not None:
+        from tools.benchmarks.generation.picture import draw
+
+        draw(found, options.picture)
+
+
+def title(row: Row) -> str:
+    """Of a line of the table."""
+    at = "" if row.measure in OF_LARGEST_BATCH else f" at {row.at:,}"
+    return f"{row.measure}{at}{row.unit and f', {row.unit}'}"
+
+
+def line(first: str, cells: Mapping[str, str], names: Sequence[str]) -> str:
+    """Of the table, which has a column for each model."""
+    return f"{first:<38}{''.join(f'{cells.get(name, str()):<22}' for name in names)}".rstrip()
+
+
+def csv_rows(models: Sequence[Subject], settings: Settings, rows: Iterable[Row]) -> Iterator[dict[str, object]]:
+    """Rows with what they were measured on."""
+    by_name = {subject.name: subject.model for subject in models}
+    for row in rows:
+        model = by_name[row.model]
+        config = model.config
+        yield {
+            **row._asdict(),
+            "value": f"{row.value:.6g}",
+            "ratio": round(row.ratio, 4),
+            "layer_types": str(model.model.layer_types),
+            "policy": model.model.policy.name,
+            "hidden_size": config.hidden_size,
+            "heads": config.num_attention_heads,
+            "kv_heads": config.num_key_value_heads,
+            "head_dim": config.head_dim,
+            "vocab_size": config.vocab_size,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "budget_mebibytes": round(settings.memory_bytes / 2**20, 2),
+            "clock": settings.clock,
+            **setting(model.device.type),
+        }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.benchmarks.inference",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    models = parser.add_argument_group("models")
+    models.add_argument("--models", type=Path, nargs="+", default=[], metavar="FOLDER", help="Hugging Face folders")
+    models.add_argument(
+        "--text", nargs="+", help="files with the text of prompts for --models (default: random tokens); see tools.text_perplexity"
+    )
+    models.add_argument(
+        "--random", type=_random, nargs="+", default=[], metavar="NAME=MAP[,dmc=CR]", help=f"default: {' '.join(map(repr, RANDOM))}"
+    )
+    for name, default, meaning in (
+        ("layers", 22, ""),
+        ("hidden-size", 256, ""),
+        ("heads", 8, "query heads "),
+        ("kv-heads", 4, ""),
+        ("vocab-size", 4096, ""),
+        ("sliding-window", 256, "tokens that layers with a window see "),
+    ):
+        models.add_argument(f"--{name}", type=positive, default=default, help=f"{meaning}of --random (default: {default})")
+    models.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the folder's; random: float32, on GPUs bfloat16")
+    models.add_argument("--device", help="such as cuda:1 or cpu (default: a GPU if there is one)")
+    measured = parser.add_argument_group("what is measured")
+    measured.add_argument("--lengths", type=positive, nargs="+", default=[512, 2048], help="tokens of prompts (default: 512 2048)")
+    measured.add_argument("--context", type=positive, default=1024, help="tokens of sequences in batches (default: %(default)s)")
+    measured.add_argument("--batches", type=positive, nargs="*", default=[1, 4], help="sequences that are decoded at once (default: 1 4)")
+    measured.add_argument(
+        "--memory", type=memory_size, help=f"of the cache (default: what {PLAIN_SEQUENCES} sequences of the first model need)"
+    )
+    measured.add_argument("--prompts", type=positive, default=2, help="different ones for batches (default: %(default)s)")
+    measured.add_argument(
+        "--prefill-tolerance", type=float, default=DEFAULT_TOLERANCE, metavar="X", help="see tools.generate (default: %(default)s)"
+    )
+    measured.add_argument("--repeats", type=positive, default=5, help="rounds (default: %(default)s)")
+    measured.add_argument("--clock", choices=[*CLOCKS], default="wall", help="cpu: on a busy machine, with one thread")
+    measured.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="CSV file to write")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="PNG to draw")
+    return parser
+
+
+def _random(text: str) -> RandomModel:
+    try:
+        return RandomModel.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns its exit status."""
+    options = _parser().parse_args(argv)
+    set_up_logging()
+    torch.set_num_threads(options.threads)
+    return exit_status(lambda: measure(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
