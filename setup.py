@@ -33,6 +33,7 @@ EXTRAS_REQUIRE = {
     "gpu": ["transformer-engine[pytorch]>=2.0", "flash-attn>=2.7"],
     "wandb": ["wandb>=0.19"],
     "eval": ["lm-eval>=0.4.9"],
+    "gguf": ["gguf>=0.10", "accelerate>=1.1"],
     "dev": [
         "pytest>=8.3",
         "pytest-timeout>=2.3",
@@ -44,6 +45,9 @@ EXTRAS_REQUIRE = {
         "types-tqdm",
         "wandb>=0.19",
         "triton>=3.2; platform_system == 'Linux'",
+        "lm-eval>=0.4.9",
+        "gguf>=0.10",
+        "accelerate>=1.1",
     ],
 }
 
