@@ -33,6 +33,7 @@ EXTRAS_REQUIRE = {
     "gpu": ["transformer-engine[pytorch]>=2.0", "flash-attn>=2.7"],
     "wandb": ["wandb>=0.19"],
     "eval": ["lm-eval>=0.4.9"],
+    "serve": ["fastapi>=0.115", "uvicorn>=0.34", "prometheus-client>=0.21"],
     "gguf": ["gguf>=0.10", "accelerate>=1.1"],
     "dev": [
         "pytest>=8.3",
@@ -46,6 +47,10 @@ EXTRAS_REQUIRE = {
         "wandb>=0.19",
         "triton>=3.2; platform_system == 'Linux'",
         "lm-eval>=0.4.9",
+        "fastapi>=0.115",
+        "uvicorn>=0.34",
+        "prometheus-client>=0.21",
+        "openai>=2",
         "gguf>=0.10",
         "accelerate>=1.1",
     ],
