@@ -186,16 +186,15 @@ def _loading(with_code: bool) -> Iterator[str]:
     yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
     yield ""
     yield 'folder = "PATH OF THIS FOLDER"'
+    if with_code:
+        yield "import lckv  # with the package lckv-megatron installed"
     yield "tokenizer = AutoTokenizer.from_pretrained(folder)"
+    yield "model = AutoModelForCausalLM.from_pretrained(folder)"
     if with_code:
         yield ""
-        yield "import lckv  # with the package lckv-megatron installed"
-        yield "model = AutoModelForCausalLM.from_pretrained(folder)"
-        yield ""
-        yield "# or without it, by the modelling files in this folder: code is run that came with the weights"
+        yield "# or without the package, by the modelling files in this folder: code runs that came with the weights"
+        yield "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)"
         yield "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)"
-    else:
-        yield "model = AutoModelForCausalLM.from_pretrained(folder)"
     yield "```"
 
 

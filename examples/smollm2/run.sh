@@ -28,7 +28,7 @@ perplexity() {
     local launcher=("$python")
     if [ "$2" -gt 1 ]; then launcher=("$python" -m torch.distributed.run --standalone --nproc-per-node "$2"); fi
     OMP_NUM_THREADS=$((2 / $2 > 0 ? 2 / $2 : 1)) "${launcher[@]}" -m tools.perplexity "${@:3}" --text "$text" --rows "$rows" \
-        --row_length "$length" --output "$out/$1.json"
+        --row-length "$length" --output "$out/$1.json"
 }
 
 say "the model: dequantised from GGUF"
@@ -43,7 +43,7 @@ rm -rf "$out/plain" "$out/back" "$out/copy" "$out/average" "$out"/*.json
 "$python" -m checkpoints_conversion megatron-to-hf --megatron-path "$out/plain" --hf-path "$out/back"
 
 run=(--tokenizer_type huggingface --tokenizer_model "$out/original")
-perplexity huggingface 1 --hf_path "$out/original"
+perplexity huggingface 1 --model "$out/original" --through transformers
 perplexity megatron-tp1 1 --load "$out/plain" "${run[@]}"
 perplexity megatron-tp3 3 --load "$out/plain" "${run[@]}" --tensor_model_parallel_size 3
 

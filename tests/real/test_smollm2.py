@@ -58,7 +58,7 @@ def say(capsys: pytest.CaptureFixture[str]) -> Reporter:
 
 
 def measured(arguments: list[str], output: str) -> int:
-    return measure([*arguments, "--text", str(TEXT), "--rows", "2", "--row_length", "512", "--output", output])
+    return measure([*arguments, "--text", str(TEXT), "--rows", "2", "--row-length", "512", "--output", output])
 
 
 def of_checkpoint(folder: Path, name: str, ranks: int = 1) -> float:
@@ -71,7 +71,7 @@ def of_checkpoint(folder: Path, name: str, ranks: int = 1) -> float:
 
 
 def test_perplexity_is_that_of_hugging_face(folder: Path, say: Reporter) -> None:
-    assert measured(["--hf_path", str(folder / "original")], str(folder / "hf.json")) == 0
+    assert measured(["--model", str(folder / "original"), "--through", "transformers"], str(folder / "hf.json")) == 0
     found = {"Hugging Face": json.loads((folder / "hf.json").read_text())["perplexity"]}
     found |= {f"Megatron, TP {ranks}": of_checkpoint(folder, "plain", ranks) for ranks in (1, 3)}
     say("\n".join(f"{name:<16} perplexity {value:.6f}" for name, value in found.items()))

@@ -59,13 +59,31 @@ def test_a_folder_is_copied(pairs: dict[str, tuple[Tokenizer, Tokenizer, Path]],
     assert load_tokenizer("huggingface", str(tmp_path)).fingerprint == written.fingerprint
 
 
-def test_disagreement_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_merges_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = train_sentencepiece(tmp_path / "vocabulary.model")
     monkeypatch.setattr(export, "_merges", lambda scored: iter(()))
     with pytest.raises(
-        ConversionError, match=r"made into a tokenizer.json it gives .* instead of .* Export without a tokenizer"
+        ConversionError, match=r"gives .* for 'The quick .*', but exported, transformers makes .* of it"
     ):
         write_tokenizer("sentencepiece", path, tmp_path)
+
+
+def test_a_type_of_model_with_a_tokenizer_of_its_own(
+    pairs: dict[str, tuple[Tokenizer, Tokenizer, Path]], tmp_path: Path
+) -> None:
+    """transformers puts Qwen2's way of splitting text in place of the one in tokenizer.json."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(ConversionError, match="Export under another --family, such as lckv-llama"):
+        write_tokenizer("huggingface", pairs["sentencepiece"][2], tmp_path)
+
+
+def test_what_cannot_be_loaded_is_copied(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    (source / "tokenizer.json").write_text("of another program")
+    assert write_tokenizer("huggingface", source, target) == ["tokenizer.json"]
+    assert "the tokenizer is copied as it is, and was not tried" in caplog.text
 
 
 def test_normalisation_cannot_be_exported(tmp_path: Path) -> None:
