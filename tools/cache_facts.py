@@ -10,11 +10,12 @@ from tools.tables import size
 
 
 class CacheFacts:
-    """Numbers of an engine's cache. Call `observe` while sequences are in it to know the most pages that were in use at a time."""
+    """Numbers of an engine's cache, from looking at it again and again."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._most_pages = 0
+        self._slots = self._tokens = 0.0
         self._started = time.monotonic()
 
     @property
@@ -22,14 +23,22 @@ class CacheFacts:
         """Since this was made."""
         return time.monotonic() - self._started
 
-    def observe(self) -> None:
-        """Look at the cache as it is now."""
-        self._most_pages = max(self._most_pages, self._engine.cache.pages_in_use)
+    @property
+    def compression_ratio(self) -> float:
+        """Tokens per slot, the mean over slots of all that was observed."""
+        return self._tokens / self._slots if self._slots else 1.0
+
+    def observe(self, scored_tokens: int = 0) -> None:
+        """Look at the cache after a step of the engine, or after so many tokens have been scored."""
+        ratio, pages = self._engine.stats().compression_ratio, self._engine.cache.pages_in_use
+        slots = scored_tokens / ratio if scored_tokens else max(1, pages)
+        self._slots, self._tokens = self._slots + slots, self._tokens + slots * ratio
+        self._most_pages = max(self._most_pages, pages)
 
     def as_dict(self) -> dict[str, Any]:
         """Bytes, pages, and tokens per slot as measured."""
         engine, cache = self._engine, self._engine.cache
-        ratio = engine.stats().compression_ratio
+        ratio = self.compression_ratio
         dtype = str(engine.model.dtype).removeprefix("torch.")
         model = cache_model(engine.model.config, dtype, cache.page_size)
         return {

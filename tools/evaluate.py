@@ -95,11 +95,11 @@ def evaluate(options: argparse.Namespace) -> None:
     names = [name.strip() for name in options.tasks.split(",") if name.strip()]
     manager = task_manager(names, options.include_path)
     model, tokenizer = load(options)
-    longest = model.config.max_position_embeddings
-    engine = build_engine(options, model, tokenizer)
-    facts = CacheFacts(engine)
+    longest = (
+        model.config.max_position_embeddings - 1
+    )  # the engine's texts have one token more, which is only predicted
     lm = adapter(
-        engine,
+        build_engine(options, model, tokenizer),
         tokenizer,
         max_length=min(options.context or longest, longest),
         batch_size=options.batch_size,
@@ -120,7 +120,7 @@ def evaluate(options: argparse.Namespace) -> None:
         raise
     except (OSError, ValueError) as error:
         raise ConfigError(f"lm-eval: {error}") from error
-    show(dict(results), facts, options)
+    show(dict(results), lm.cache_facts, options)
 
 
 def show(results: dict[str, Any], facts: CacheFacts, options: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from lckv.generation.engine import Engine
 from lckv.generation.sampling import SamplingParams
 from megatron_ext.errors import ConfigError
 from tools.answering import answers
+from tools.cache_facts import CacheFacts
 
 DEFAULT_NEW_TOKENS = 256
 """Of generation tasks that do not say how many."""
@@ -28,12 +29,19 @@ class EngineRequests:
     backend = "causal"
 
     def __init__(
-        self, engine: Engine, tokenizer: Any, *, max_length: int, batch_size: int, token_by_token: bool, seed: int
+        self,
+        engine: Engine,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        batch_size: int,
+        token_by_token: bool = False,
+        seed: int = 0,
     ) -> None:
         """`max_length`: longest text in tokens, from whose left is cut; `batch_size`: texts that are scored at once; `token_by_token`:
         as generation would see them; `seed`: of tasks that sample."""
         super().__init__()
-        self.tokenizer, self.max_length = tokenizer, max_length
+        self.tokenizer, self.max_length, self.cache_facts = tokenizer, max_length, CacheFacts(engine)
         self._engine, self._batch_size, self._token_by_token, self._seed = engine, batch_size, token_by_token, seed
 
     @property
@@ -103,6 +111,7 @@ class EngineRequests:
                 part = order[start : start + self._batch_size]
                 texts = [(pairs[index][0] + pairs[index][1])[-(self.max_length + 1) :] for index in part]
                 scores = self._engine.score(texts, token_by_token=self._token_by_token)
+                self.cache_facts.observe(sum(len(text) - 1 for text in texts))
                 for index, score in zip(part, scores, strict=True):
                     length = len(pairs[index][1])
                     logprobs, greedy = score.logprobs[-length:], score.greedy[-length:]
@@ -113,7 +122,8 @@ class EngineRequests:
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Answers, each up to the first of its stop texts."""
         prompts = [self._prompt(number, *request.args) for number, request in enumerate(requests)]
-        bar = tqdm(answers(self._engine, prompts), total=len(prompts), desc="generating", disable=disable_tqdm)
+        found = answers(self._engine, prompts, on_step=self.cache_facts.observe)
+        bar = tqdm(found, total=len(prompts), desc="generating", disable=disable_tqdm)
         return list(self._texts(bar))
 
     def _prompt(self, number: int, context: str, settings: Mapping[str, Any]) -> tuple[list[int], SamplingParams]:

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from lckv.generation.engine import Engine
 from lckv.models.modeling_lckv_llama import Iteration, LCKVLlamaForCausalLM
+from tools.cache_facts import CacheFacts
 from tools.text_windows import Window
 
 _LOGITS_AT_ONCE = 1 << 24
@@ -114,11 +115,12 @@ class CachedLosses:
     """Through an engine's cache: in chunks, or token by token."""
 
     def __init__(self, engine: Engine, *, token_by_token: bool) -> None:
-        self._engine, self._token_by_token = engine, token_by_token
+        self._engine, self._token_by_token, self._facts = engine, token_by_token, CacheFacts(engine)
 
     def __call__(self, windows: Sequence[Window]) -> float:
         """See `WindowLosses`."""
         scores = self._engine.score([window.tokens for window in windows], token_by_token=self._token_by_token)
+        self._facts.observe(sum(len(window.tokens) - 1 for window in windows))
         losses = (
             -score.logprobs[-window.predicted :].double().sum().item()
             for score, window in zip(scores, windows, strict=True)
@@ -127,4 +129,4 @@ class CachedLosses:
 
     def facts(self) -> dict[str, Any]:
         """Tokens per slot."""
-        return {"compression_ratio": self._engine.stats().compression_ratio}
+        return {"compression_ratio": self._facts.compression_ratio}

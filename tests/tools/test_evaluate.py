@@ -52,6 +52,7 @@ DOCUMENTS = [
     {"question": f"document {number} of the", "choices": [" corpus", " hello world", " word"], "answer": number % 3}
     for number in range(6)
 ]
+DOCUMENTS[0]["question"] += " word" * 200  # longer than the context
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def test_scores_are_those_of_the_logits(tmp_path: Path) -> None:
     save_folder(tmp_path, begins=True, context=32)
     model, tokenizer = load_model(tmp_path)
     engine = Engine(model, tokenizer=tokenizer, page_size=4, max_batch_size=3)
-    lm = adapter(engine, tokenizer, max_length=20, batch_size=2, token_by_token=False, seed=0)
+    lm = adapter(engine, tokenizer, max_length=20, batch_size=2)
     pairs = [("hello", " world"), ("document", " 3 of the corpus: word"), ("", "hello world"), ("corpus" * 20, " word")]
     found = lm.loglikelihood([SimpleNamespace(args=pair) for pair in pairs], disable_tqdm=True)
     for (context, continuation), (score, greedy) in zip(pairs, found, strict=True):
@@ -114,7 +115,7 @@ def test_long_texts_are_scored_in_windows(tmp_path: Path) -> None:
     save_folder(tmp_path, context=32)
     model, tokenizer = load_model(tmp_path)
     engine = Engine(model, tokenizer=tokenizer)
-    lm = adapter(engine, tokenizer, max_length=8, batch_size=4, token_by_token=True, seed=0)
+    lm = adapter(engine, tokenizer, max_length=8, batch_size=4, token_by_token=True)
     texts = ["hello world, document 7 of the corpus: word word", "word"]
     found = lm.loglikelihood_rolling([SimpleNamespace(args=(text,)) for text in texts], disable_tqdm=True)
     for text, score in zip(texts, found, strict=True):
@@ -131,7 +132,7 @@ def test_answers_are_the_engines(tmp_path: Path) -> None:
     save_folder(tmp_path)
     model, tokenizer = load_model(tmp_path)
     engine = Engine(model, tokenizer=tokenizer, max_batch_size=2, max_waiting=1)
-    lm = adapter(engine, tokenizer, max_length=12, batch_size=2, token_by_token=False, seed=5)
+    lm = adapter(engine, tokenizer, max_length=12, batch_size=2, seed=5)
     contexts = ["hello world", "the corpus: " * 9, "document"]
     settings = {"until": "\n", "max_gen_toks": 6, "do_sample": True, "temperature": 0.8, "top_k": 20}
     found = lm.generate_until([SimpleNamespace(args=(context, settings)) for context in contexts], disable_tqdm=True)

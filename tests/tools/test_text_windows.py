@@ -1,5 +1,6 @@
 """Windows predict every token once, with the context that was asked for."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from lckv.generation.loading import load_tokenizer
 from megatron_ext.errors import ConfigError
 from tests.tools.model_folders import save_folder
-from tools.text_windows import Coder, Text, read_texts
+from tools.text_windows import Coder, Text, read_texts, rows_of_texts, whole_texts
 
 
 @given(st.integers(2, 60), st.integers(1, 12), st.data())
@@ -56,3 +57,17 @@ def test_texts_of_files(tmp_path: Path) -> None:
         list(read_texts(paths, "text"))
     with pytest.raises(ConfigError, match="stands for no file"):
         list(read_texts(["nowhere.txt"], "text"))
+
+
+def test_no_more_is_read_than_is_needed() -> None:
+    coder = Coder(encode=lambda text: list(map(ord, text)), decode=lambda ids: "".join(map(chr, ids)))
+
+    def texts() -> Iterator[str]:
+        yield from ("abc", "", "abcdef")
+        raise AssertionError("read on")
+
+    assert [text.ids for text in whole_texts(texts(), coder, 5)] == [[97, 98, 99], [97, 98, 99, 100]]
+    rows = list(rows_of_texts(texts(), coder, count=3, length=2))
+    assert [text.ids for text in rows] == [[97, 98], [97, 98], [99, 100]]
+    with pytest.raises(ConfigError, match="there are 1 rows of 3 tokens; 2 are needed"):
+        list(rows_of_texts(["abcd"], coder, count=2, length=3))

@@ -4,7 +4,7 @@
     python -m tools.benchmarks.inference --models out/plain out/lckv out/dmc --text held_out.txt --lengths 128 256 --context 256
     python -m tools.benchmarks.inference --random plain lckv dmc8=plain,dmc=8 --layers 32 --hidden-size 4096 --heads 32 --kv-heads 8
 
-Models are Hugging Face folders, or have random weights: NAME=MAP, with MAP as in compression.layer_types or the name of a layout of
+Models are Hugging Face folders, [NAME=]FOLDER, or have random weights: NAME=MAP, with MAP as in compression.layer_types or the name of a layout of
 tools/layouts.py, and NAME=MAP,dmc=CR where CR tokens shall be merged into a slot. All ratios are to the first one. Times are medians of
 rounds in which the models take turns.
 
@@ -42,7 +42,7 @@ def subjects(options: argparse.Namespace) -> list[Subject]:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     longest = max(options.context, *(length + 1 for length in options.lengths))
-    found = [_of_folder(folder, longest, options, dtype, device) for folder in options.models]
+    found = [_of_folder(text, longest, options, dtype, device) for text in options.models]
     sizes = Sizes(
         options.layers,
         options.hidden_size,
@@ -64,15 +64,17 @@ def subjects(options: argparse.Namespace) -> list[Subject]:
 
 
 def _of_folder(
-    folder: Path, longest: int, options: argparse.Namespace, dtype: torch.dtype | None, device: torch.device
+    text: str, longest: int, options: argparse.Namespace, dtype: torch.dtype | None, device: torch.device
 ) -> Subject:
+    name, equals, path = text.partition("=")
+    folder = Path(path if equals else text)
     model, tokenizer = load_folder(folder, dtype=dtype, device=device)
     context = model.config.max_position_embeddings
     if longest > context:
         raise ConfigError(
             f"--models {folder} has a context of {context} tokens, but {longest} are measured; give smaller --lengths and --context."
         )
-    name = folder.resolve().name
+    name = name if equals else folder.resolve().name
     if not options.text:
         return Subject(name, model, random_tokens(model.config.vocab_size, options.prompts, longest))
     if tokenizer is None:
@@ -152,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     models = parser.add_argument_group("models")
-    models.add_argument("--models", type=Path, nargs="+", default=[], metavar="FOLDER", help="Hugging Face folders")
+    models.add_argument("--models", nargs="+", default=[], metavar="[NAME=]FOLDER", help="Hugging Face folders")
     models.add_argument(
         "--text", nargs="+", help="files with the text of prompts for --models (default: random tokens); see tools.text_perplexity"
     )

@@ -1,0 +1,91 @@
+"""Models with random weights for benchmarks, and the texts that models are given."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from megatron_ext.errors import ConfigError
+from tests.tools.model_folders import save_folder
+from tools.benchmarks.generation.measures import Prefill
+from tools.benchmarks.generation.models import RandomModel, Sizes, Subject, load_folder, random_tokens, text_tokens
+
+SIZES = Sizes(layers=6, hidden_size=64, heads=4, kv_heads=2, vocab_size=128, sliding_window=16, context=256)
+CPU = torch.device("cpu")
+
+
+def build(text: str, sizes: Sizes = SIZES) -> Subject:
+    wanted = RandomModel.parse(text)
+    model = wanted.build(sizes, dtype=torch.float32, device=CPU)
+    return Subject(wanted.name, model, random_tokens(sizes.vocab_size, 2, sizes.context))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("lckv", RandomModel("lckv", "lckv", None)),
+        ("mine=0_0_2_2", RandomModel("mine", "0_0_2_2", None)),
+        ("plain,dmc=4", RandomModel("plain", "plain", 4.0)),
+        ("both=lckv,dmc=2.5", RandomModel("both", "lckv", 2.5)),
+    ],
+)
+def test_what_is_asked_for(text: str, expected: RandomModel) -> None:
+    assert RandomModel.parse(text) == expected
+
+
+@pytest.mark.parametrize("option", ["dmc=0.5", "dmc=inf", "dmc=x", "dmc", "tova=2", ""])
+def test_what_cannot_be_asked_for(option: str) -> None:
+    with pytest.raises(ValueError, match=f"'{option}' must be dmc=CR, with CR tokens per slot, at least 1"):
+        RandomModel.parse(f"plain,{option}")
+
+
+@pytest.mark.parametrize(
+    ("text", "layer_types", "window"),
+    [("plain", "0_1_2_3_4_5", None), ("YOCO", "0s_1s_2s_3_3_3", 16), ("mine=0_0_2_2_4_4", "0_0_2_2_4_4", None)],
+)
+def test_maps(text: str, layer_types: str, window: int | None) -> None:
+    compression = build(text).model.config.compression_config()
+    assert (compression.layer_types, compression.sliding_window) == (layer_types, window)
+
+
+def test_a_map_that_does_not_fit() -> None:
+    with pytest.raises(ConfigError, match="--random mine: compression.layer_types"):
+        build("mine=0_0")
+
+
+@pytest.mark.parametrize("text", ["plain,dmc=4", "plain,dmc=2", "lckv,dmc=4"])
+def test_scripted_decisions_merge_as_many_tokens_as_asked_for(text: str) -> None:
+    prefill = Prefill(build(text), 256, 0.0)
+    prefill()
+    assert prefill.compression_ratio == pytest.approx(float(text[-1]), rel=0.1)
+
+
+def test_a_model_is_always_the_same() -> None:
+    first, second = (build("lckv,dmc=4").model.state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_prompts_are_cut_from_texts_one_after_the_other() -> None:
+    def encode(text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    texts = iter(["abc", "defg", "never read"])
+    assert text_tokens(texts, encode, 2, 3).tolist() == [encode("abc"), encode("def")]
+    assert list(texts) == ["never read"]
+    with pytest.raises(ConfigError, match="--text has 7 tokens, but 2 prompts of 4 are measured; give more text, or smaller --lengths"):
+        text_tokens(["abc", "defg"], encode, 2, 4)
+
+
+def test_folders_that_cannot_be_loaded(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json does not exist"):
+        load_folder(tmp_path / "none", dtype=None, device=CPU)
+    save_folder(tmp_path / "cut")
+    (weights,) = (tmp_path / "cut").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ConfigError, match="--models .*cut cannot be loaded: "):
+        load_folder(tmp_path / "cut", dtype=None, device=CPU)
+
+
+def test_sizes_of_the_model() -> None:
+    config = build("plain", dataclasses.replace(SIZES, hidden_size=96)).model.config
+    assert (config.hidden_size, config.intermediate_size, config.head_dim, config.num_key_value_heads) == (96, 256, 24, 2)
