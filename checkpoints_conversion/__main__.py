@@ -101,7 +101,7 @@ def _run_published_dmc(options: argparse.Namespace) -> None:
 
 def _run_verify(options: argparse.Namespace) -> None:
     from checkpoints_conversion.hub import local_folder
-    from checkpoints_conversion.opening import open_huggingface, open_megatron
+    from checkpoints_conversion.opening import open_megatron, open_model
     from checkpoints_conversion.verify import ProofError, Tolerance, compare, random_tokens
     from megatron_ext.training.logits_file import read_tokens
 
@@ -114,7 +114,7 @@ def _run_verify(options: argparse.Namespace) -> None:
         )
     if min(options.rows, options.seq_length) < 1:
         raise ConfigError(f"--rows is {options.rows} and --seq-length {options.seq_length}; they must be at least 1.")
-    original = open_huggingface(local_folder(options.hf_path), allow_pickle=options.allow_pickle)
+    original = open_model(local_folder(options.hf_path), allow_pickle=options.allow_pickle)
     megatron = open_megatron(options.megatron_path)
     vocab_size = megatron.description.vocab_size
     if options.tokens is not None:
@@ -138,7 +138,7 @@ def _run_inspect(options: argparse.Namespace) -> None:
     from checkpoints_conversion.inspection import facts, lines
     from checkpoints_conversion.opening import open_model
 
-    opened = open_model(local_folder(options.path))
+    opened = open_model(local_folder(options.path), allow_pickle=True)
     sys.stdout.write(json.dumps(facts(opened), indent=1) if options.json else "\n".join(lines(opened)))
     sys.stdout.write("\n")
 

@@ -157,7 +157,7 @@ def megatron_to_hf(
     with staged(target, model_bytes(source)) as staging:
         with shown_progress(source, "converting") as counted:
             write_huggingface(staging, description, counted, family=family, max_shard_bytes=max_shard_bytes)
-        write_manifest(staging, manifest)
+        write_manifest(staging, manifest.without_places())
         origin = _huggingface_origin(manifest)
         export_extras(staging, description, manifest, name=target.name, source_folder=origin, measured=measured)
         if _is_due(proof, model, f"--hf-path {target} --megatron-path {megatron}"):
@@ -187,7 +187,9 @@ def _huggingface_origin(manifest: ConversionManifest) -> Path | None:
     while first.previous is not None:
         first = first.previous
     for place in (first.source.path, first.tokenizer):
-        if place is not None and manifest.tokenizer in (None, place) and (Path(place) / CONFIG_NAME).is_file():
+        if place is None or manifest.tokenizer not in (None, place) or not Path(place).is_absolute():
+            continue
+        if (Path(place) / CONFIG_NAME).is_file():
             return Path(place)
     return None
 

@@ -77,6 +77,10 @@ class ConversionManifest:
             "versions": dict(self.versions),
         }
 
+    def without_places(self) -> "ConversionManifest":
+        """For a folder that may be published: of every path on this machine only the last part is left."""
+        return self.from_json(_without_places(self.to_json()))
+
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "ConversionManifest":
         """The inverse of `to_json`; raises ConversionError."""
@@ -94,6 +98,14 @@ class ConversionManifest:
             )
         except (KeyError, TypeError) as error:
             raise ConversionError(f"a field is missing or unknown: {error}.") from error
+
+
+def _without_places(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _without_places(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_without_places(value) for value in content]
+    return Path(content).name if isinstance(content, str) and Path(content).is_absolute() else content
 
 
 def package_versions() -> dict[str, str]:

@@ -5,8 +5,8 @@ without CUDA changes torch for its whole process (`megatron_ext/cpu.py`), and ta
 """
 
 import argparse
+import contextlib
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import psutil
 import torch
 from megatron.core import parallel_state
 
@@ -121,12 +122,11 @@ def _run_processes(processes: int, arguments: Sequence[str], timeout_seconds: fl
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,  # so that all of them end together
     )
     try:
         said, _ = started.communicate(timeout=timeout_seconds)
     except BaseException as error:
-        os.killpg(started.pid, signal.SIGKILL)
+        _kill(started)
         started.communicate()
         if isinstance(error, subprocess.TimeoutExpired):
             raise ConversionError(
@@ -139,6 +139,16 @@ def _run_processes(processes: int, arguments: Sequence[str], timeout_seconds: fl
         raise ConversionError(
             f"Megatron's logits could not be computed by {processes} process(es). Their last lines:\n{lines}"
         )
+
+
+def _kill(started: subprocess.Popen[str]) -> None:
+    """End a process and all that it has started; torchrun's ranks are sessions of their own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(started.pid)
+        parent.suspend()  # it starts no more
+        for process in [*parent.children(recursive=True), parent]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def _environment(processes: int) -> dict[str, str]:

@@ -167,11 +167,11 @@ def open_published_dmc(
     )
 
 
-def open_model(path: Path) -> OpenModel:
+def open_model(path: Path, *, allow_pickle: bool = False) -> OpenModel:
     """The model in the folder `path`, of whichever format; files are not checked against their hashes. Raises ConversionError."""
     kind = format_of(path)
     if kind == "huggingface":
-        return open_huggingface(path, allow_pickle=True)
+        return open_huggingface(path, allow_pickle=allow_pickle)
     if kind == "published-dmc":
         return open_published_dmc(path)
     return open_megatron(path, verify_hashes=False)

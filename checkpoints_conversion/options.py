@@ -153,7 +153,11 @@ def _add_dtype_and_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--hf-path", required=True, help="folder of the model, or its name on the Hugging Face Hub")
+    parser.add_argument(
+        "--hf-path",
+        required=True,
+        help="folder of the model, its name on the Hugging Face Hub, or a published DMC checkpoint",
+    )
     parser.add_argument("--megatron-path", type=Path, required=True, help="directory of checkpoints, or one checkpoint")
     parser.add_argument(
         "--nproc-per-node", type=int, help="processes for Megatron (default: as many as the layout needs)"

@@ -18,7 +18,6 @@ from checkpoints_conversion.writing import write_huggingface
 from lckv.config import CompressionConfig
 from megatron_ext.model.architecture import architecture
 
-
 _COMPRESSION = frozenset(field.name for field in fields(CompressionConfig))
 
 

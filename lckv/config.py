@@ -50,6 +50,12 @@ class CompressionConfig:
         """The parsed sharing map of a model with `num_layers` layers; raises ValueError where it does not fit."""
         return LayerTypes.parse(self.layer_types, num_layers)
 
+    def windows(self, num_layers: int) -> dict[int, int]:
+        """Layers whose keys and values only windowed layers read, with the window in tokens: what a cache may drop."""
+        if self.sliding_window is None:
+            return {}
+        return dict.fromkeys(self.map(num_layers).windowed_kv_layers, self.sliding_window)
+
     def problems(self, num_layers: int) -> list[str]:
         """Everything that is wrong with these settings for a model of `num_layers` layers: field, value, way out."""
         found = self.policy.problems(self.sliding_window)

@@ -70,10 +70,7 @@ class CacheModel:
     def layers(self) -> tuple[int, int]:
         """Layers that compute keys and values: those whose cache grows with the context, and those that only windowed layers read."""
         layer_types = self.compression.map(self.num_layers)
-        windowed = sum(
-            all(layer_types[reader].sliding for reader in layer_types.readers(source))
-            for source in layer_types.kv_layers
-        )
+        windowed = len(layer_types.windowed_kv_layers)
         return len(layer_types.kv_layers) - windowed, windowed
 
     @property

@@ -64,8 +64,7 @@ def cache_bytes(shape: ModelShape, layer_types: LayerTypes, *, window: int | Non
     per_layer = kv_bytes_per_token(shape, layer_types) // len(layer_types.kv_layers)
     kept = 0
     for source in layer_types.kv_layers:
-        slides = all(layer_types[reader].sliding for reader in layer_types.readers(source))
-        kept += min(window, tokens) if slides and window else tokens
+        kept += min(window, tokens) if window and source in layer_types.windowed_kv_layers else tokens
     return per_layer * kept
 
 

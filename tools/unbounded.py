@@ -29,19 +29,12 @@ def streaming_cache(model: LCKVLlamaForCausalLM, *, sinks: int, window: int) -> 
             f"--sinks is {sinks} and --window is {window}; together they must be at most the model's context, "
             f"{config.max_position_embeddings} tokens."
         )
-    windows = {}
-    if compression.sliding_window is not None:
-        windows = {
-            layer: compression.sliding_window
-            for layer in layer_types.kv_layers
-            if all(layer_types[reader].sliding for reader in layer_types.readers(layer))
-        }
     base, scaling = config.rope_parameters["rope_theta"], config.rope_scaling_config()
     try:
         return StreamingCache(
             layer_types.kv_layers,
             build_policy(compression.policy),
-            windows,
+            compression.windows(config.num_hidden_layers),
             rows=1,
             kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,

@@ -131,8 +131,6 @@ class _LayerSlots:
             empty = key.new_zeros(rows, heads, 1, channels)
             lengths = torch.zeros(rows, heads, dtype=torch.int64, device=key.device)
             self._slots = past.Past(empty, empty.clone(), lengths)
-        if self._policy.biases_keys:
-            key = torch.cat((key[..., :-1], torch.zeros_like(key[..., :1])), -1)  # every query sees a slot of the past
         written, slots = slots_of(extension, self._policy.whole(extension), counted, self._slots.lengths)
         first = self._slots.lengths if extension.joins is None else self._slots.lengths - extension.joins.long()
         shift = self._make_room(tokens, first + written.sum(0))
@@ -175,20 +173,26 @@ class _LayerSlots:
         room = self._slots.key.shape[2] - 1
         if self._longest <= room:
             return None
-        shift = None
-        if self._window is not None:
-            shift = (lengths - (self._window - 1 + _REVOCABLE)).clamp(min=0)
-            self._gone = shift if self._gone is None else self._gone + shift
-            self._slots = _without_oldest(self._slots, shift)
+        if self._window is None:
+            self._longest = int(lengths.max())
+            if self._longest > room:
+                self._grow(max(self._longest, 2 * room))
+            return None
+        kept = self._window - 1 + _REVOCABLE
+        shift = (lengths - kept).clamp(min=0)
+        self._gone = shift if self._gone is None else self._gone + shift
+        self._slots = _without_oldest(self._slots, shift)
         self._longest = int(self._slots.lengths.max())
-        if self._longest > room:
-            room = max(self._longest, 2 * room)
-            if self._window is not None:  # then old tokens are moved once in a quarter of a window
-                room = min(room, self._window - 1 + 2 * _REVOCABLE + self._window // 4)
-            missing = room + 1 - self._slots.key.shape[2]
+        # In the end there is room for so many more that tokens are moved once in a quarter of a window.
+        self._grow(min(max(self._longest, 2 * room), kept + _REVOCABLE + self._window // 4))
+        return shift
+
+    def _grow(self, room: int) -> None:
+        assert self._slots is not None
+        missing = room + 1 - self._slots.key.shape[2]
+        if missing > 0:
             key, value = (pad(tensor, (0, 0, 0, missing)) for tensor in self._slots[:2])
             self._slots = self._slots._replace(key=key, value=value)
-        return shift
 
 
 def _without_oldest(slots: past.Past, shift: Tensor) -> past.Past:

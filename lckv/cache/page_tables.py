@@ -52,7 +52,14 @@ class PageTables:
     """Lengths and pages of `sequences` sequences."""
 
     def __init__(
-        self, windows: Sequence[int | None], *, sequences: int, heads: int, page_size: int, columns: int, device: torch.device
+        self,
+        windows: Sequence[int | None],
+        *,
+        sequences: int,
+        heads: int,
+        page_size: int,
+        columns: int,
+        device: torch.device,
     ) -> None:
         """`windows`: of each layer, the window in tokens beyond which nobody looks; None: everything is kept."""
         self.lengths = np.zeros((len(windows), sequences, heads), np.int64)

@@ -52,6 +52,7 @@ class PagedCache:
             layers, policy, windows, self._pool, kv_heads=kv_heads, max_sequences=max_sequences, max_tokens=max_tokens
         )
         self._closed = list(range(max_sequences - 1, -1, -1))
+        self._open: set[int] = set()
 
     @property
     def pages(self) -> int:
@@ -98,12 +99,14 @@ class PagedCache:
         """The number of a new, empty sequence. Raises ValueError if there are `max_sequences`."""
         if not self._closed:
             raise ValueError(f"max_sequences is {self.max_sequences}, and so many are open; close one first.")
+        self._open.add(self._closed[-1])
         return self._closed.pop()
 
     def close(self, sequence: int) -> None:
         """Forget a sequence; its pages are free. Raises ValueError if it is not open."""
         self._check_open([sequence])
         self._memory.forget(sequence)
+        self._open.remove(sequence)
         self._closed.append(sequence)
 
     def rows(self, sequences: Sequence[int]) -> PagedRows:
@@ -122,5 +125,5 @@ class PagedCache:
 
     def _check_open(self, sequences: Iterable[int]) -> None:
         for sequence in sequences:
-            if not 0 <= sequence < self.max_sequences or sequence in self._closed:
+            if sequence not in self._open:
                 raise ValueError(f"sequence {sequence} is not open.")

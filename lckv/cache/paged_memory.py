@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lckv.attention.paged import Pages, pages_of_a_chunk
+from lckv.attention.pages import Pages, pages_of_a_chunk
 from lckv.cache.page_tables import Integers, PageTables
 from lckv.cache.pool import PagePool
 from lckv.policies.base import KVPolicy, TokenContext

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lckv.attention import paged, past
+from lckv.attention.pages import Work, list_work
 from lckv.attention.visibility import Visibility
 from lckv.cache.contiguous import slots_of
 from lckv.cache.page_tables import Integers
@@ -49,7 +50,7 @@ class PagedRows:
         heads = memory.tables.lengths.shape[-1]
         self._table_rows = (sequences[:, None] * heads + np.arange(heads)).ravel()
         self._version = -1
-        self._work: dict[tuple[bytes, int | None], paged.Work] = {}
+        self._work: dict[tuple[bytes, int | None], Work] = {}
 
     @property
     def empty(self) -> bool:
@@ -101,17 +102,22 @@ class PagedRows:
             outputs.append(past.attend(query[rows], fresh, older, visibility, scale=scale, biased=biased))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
+    @torch.no_grad()
     def commit(self, extensions: Mapping[int, Extension], counted: Tensor | None) -> None:
         """See `KVCache`. Raises OutOfPagesError, and ValueError where a sequence becomes longer than the cache's `max_tokens` or there is
         not exactly one extension for each of its layers; the cache is then as it was."""
         memory = self._memory
         if extensions.keys() != memory.number.keys():
-            raise ValueError(f"the cache holds layers {sorted(memory.number)}; keys and values of {sorted(extensions)} came.")
+            raise ValueError(
+                f"the cache holds layers {sorted(memory.number)}; keys and values of {sorted(extensions)} came."
+            )
         placed = self._place([extensions[layer] for layer in memory.number], counted)
         lengths, added = self._on_host(placed, counted)
         longest = int((memory.tokens[self._sequences] + added).max())
         if longest > memory.max_tokens:
-            raise ValueError(f"a sequence of {longest} tokens does not fit; max_tokens of the cache is {memory.max_tokens}.")
+            raise ValueError(
+                f"a sequence of {longest} tokens does not fit; max_tokens of the cache is {memory.max_tokens}."
+            )
         growth = memory.tables.growth(self._sequences, lengths)
         if growth.pages > memory.pool.free:
             raise OutOfPagesError(
@@ -159,13 +165,13 @@ class PagedRows:
         score = (query.unflatten(1, (stop.shape[1], -1))[..., :channels].float() * own_key).sum(-1).flatten(1) * scale
         return paged.join(attended, score, new.value[0].float()).to(query.dtype)
 
-    def _work_of(self, number: int, window: int | None) -> paged.Work:
+    def _work_of(self, number: int, window: int | None) -> Work:
         """The chunks that hold what one token per row may see of a layer. Layers of equal lengths share them."""
         lengths = self._host_lengths[number].ravel()
         name = lengths.tobytes(), window
         if name not in self._work:
             first = np.zeros_like(lengths) if window is None else np.maximum(lengths - (window - 1), 0)
-            self._work[name] = paged.list_work(
+            self._work[name] = list_work(
                 first,
                 lengths,
                 self._table_rows,
@@ -228,8 +234,6 @@ class PagedRows:
         if part.written is not None or (memory.windowed and len(slots) > 1):
             # What is not kept, or has slid out of a window within these tokens, goes to page 0, which stays zeros.
             key, value = (tensor.masked_fill((page == 0)[..., None], 0) for tensor in (key, value))
-        if memory.policy.biases_keys:
-            key = torch.cat((key[..., :-1], torch.zeros_like(key[..., :1])), -1)  # every query sees a slot of the past
         place = (page * page_size + slots % page_size).flatten()
         for pool, tensor in ((memory.pool.key, key), (memory.pool.value, value)):
             pool.view(-1, pool.shape[-1]).index_copy_(0, place, tensor.flatten(0, 2))

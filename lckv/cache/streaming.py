@@ -101,7 +101,7 @@ class StreamingCache:
         kept = [tensor for layer in self._layers.values() for tensor in (*layer.sinks, *layer.newest)]
         return sum(tensor.numel() * tensor.element_size() for tensor in (*kept, self._tokens, self._start))
 
-    def state(self, layer: int) -> None:
+    def state(self, layer: int) -> Tensor | None:
         """See `KVCache`; there is none."""
         return None
 
@@ -137,7 +137,9 @@ class StreamingCache:
             oldest = (token[:, block] - window + 1).clamp(min=0)
             groups = [
                 parts.Part(query[:, :, block], *kept.newest, _between(older, oldest, newest)),
-                parts.Part(query[:, :, block], key[:, :, near], value[:, :, near], _between(fresh[:, near], oldest, newest)),
+                parts.Part(
+                    query[:, :, block], key[:, :, near], value[:, :, near], _between(fresh[:, near], oldest, newest)
+                ),
             ]
             if sinks:
                 behind = _between(sink, torch.zeros_like(oldest), token[:, block] - window)
@@ -145,10 +147,13 @@ class StreamingCache:
             outputs.append(parts.attend(groups, scale))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
+    @torch.no_grad()
     def commit(self, extensions: Mapping[int, Extension], counted: Tensor | None) -> None:
         """See `KVCache`. Raises ValueError unless there is exactly one extension for every layer of the cache."""
         if extensions.keys() != self._layers.keys():
-            raise ValueError(f"the cache holds layers {sorted(self._layers)}; keys and values of {sorted(extensions)} came.")
+            raise ValueError(
+                f"the cache holds layers {sorted(self._layers)}; keys and values of {sorted(extensions)} came."
+            )
         tokens = len(next(iter(extensions.values())).key)
         added = torch.full_like(self._tokens, tokens) if counted is None else counted.sum(1)
         for layer, extension in extensions.items():

@@ -43,18 +43,23 @@ class Engine:
         page_size: int = 16,
         max_batch_size: int = 64,
         max_waiting: int = 1024,
+        max_tokens: int | None = None,
         max_prompt_tokens: int | None = None,
         prefill_chunk: int = 512,
         prefill: Literal["parallel", "exact"] = "parallel",
         prefill_tolerance: float = DEFAULT_TOLERANCE,
     ) -> None:
         """`tokenizer`: for the answers' text and for stop texts. `cache`: default one of `memory_bytes` (see `paged_cache`) in pages of
-        `page_size` slots. At most `max_batch_size` requests run and `max_waiting` wait. `max_prompt_tokens`: default what the model's
-        context allows. `prefill_chunk`: tokens of prompts that one step computes, beside one token of every answer. `prefill`: prompts
-        in parallel, or "exact", token by token, which differs only where layers are iterated; `prefill_tolerance`: see `Settling`,
-        0 for all m + b passes. Raises ValueError for settings that make no sense."""
-        check_settings(max_batch_size, max_waiting, max_prompt_tokens, prefill_chunk, prefill, prefill_tolerance)
+        `page_size` slots. At most `max_batch_size` requests run and `max_waiting` wait. `max_tokens`: of prompt and answer together,
+        default the model's context; fewer need smaller tables. `max_prompt_tokens`: default what `max_tokens` leaves. `prefill_chunk`:
+        tokens of prompts that one step computes, beside one token of every answer. `prefill`: prompts in parallel, or "exact", token by
+        token, which differs only where layers are iterated; `prefill_tolerance`: see `Settling`, 0 for all m + b passes. Raises
+        ValueError for settings that make no sense."""
+        check_settings(
+            max_batch_size, max_waiting, max_tokens, max_prompt_tokens, prefill_chunk, prefill, prefill_tolerance
+        )
         self.model, self.tokenizer = model.eval(), tokenizer
+        context = min(model.config.max_position_embeddings, max_tokens or model.config.max_position_embeddings)
         self.cache = cache or paged_cache(
             model.config,
             dtype=model.dtype,
@@ -62,8 +67,9 @@ class Engine:
             memory_bytes=memory_bytes,
             page_size=page_size,
             max_sequences=max_batch_size,
+            max_tokens=context,
         )
-        context = min(model.config.max_position_embeddings, self.cache.max_tokens + 1)
+        context = min(context, self.cache.max_tokens + 1)  # the last token need not be computed
         merges = model.model.policy.biases_keys  # what of a text is kept is then not known before
         self.limits = Limits(
             vocabulary=model.config.vocab_size,

@@ -16,7 +16,7 @@ class Limits:
     """Tokens are 0 .. vocabulary - 1."""
 
     context: int
-    """Tokens of prompt and answer together."""
+    """Tokens of prompt and answer together, at most."""
 
     prompt_tokens: int
     """Of the longest prompt that is wanted."""
@@ -48,8 +48,8 @@ class Limits:
             yield f"{name}'s token {unknown} is {tokens[unknown]}; the model's tokens are 0 to {self.vocabulary - 1}."
         if len(tokens) > most:
             yield (
-                f"{name} has {len(tokens)} tokens; it must have at most {most}. (The model's context is {self.context} tokens for prompt "
-                "and answer together; max_prompt_tokens can be less.)"
+                f"{name} has {len(tokens)} tokens; it must have at most {most}. (There is room for {self.context} tokens of prompt and "
+                "answer together; see max_tokens and max_prompt_tokens.)"
             )
         elif len(tokens) > self.pool_tokens:
             yield (
@@ -74,16 +74,25 @@ def token_ids(tokens: Sequence[int]) -> tuple[int, ...]:
 def check_settings(
     max_batch_size: int,
     max_waiting: int,
+    max_tokens: int | None,
     max_prompt_tokens: int | None,
     prefill_chunk: int,
     prefill: str,
     tolerance: float,
 ) -> None:
     """Raises ValueError with everything that is wrong with an engine's settings."""
-    counts = {"max_batch_size": max_batch_size, "max_waiting": max_waiting, "prefill_chunk": prefill_chunk}
-    if max_prompt_tokens is not None:
-        counts["max_prompt_tokens"] = max_prompt_tokens
-    found = [f"{name} is {value}; it must be at least 1." for name, value in counts.items() if value < 1]
+    counts = {
+        "max_batch_size": (max_batch_size, 1),
+        "max_waiting": (max_waiting, 1),
+        "max_tokens": (max_tokens, 2),
+        "max_prompt_tokens": (max_prompt_tokens, 1),
+        "prefill_chunk": (prefill_chunk, 1),
+    }
+    found = [
+        f"{name} is {value}; it must be at least {least}."
+        for name, (value, least) in counts.items()
+        if value is not None and value < least
+    ]
     if prefill not in ("parallel", "exact"):
         found.append(f"prefill is {prefill!r}; it must be 'parallel' or 'exact'.")
     if not 0 <= tolerance < 1:

@@ -31,20 +31,13 @@ def paged_cache(
     """
     compression = config.compression_config()
     layer_types = compression.map(config.num_hidden_layers)
-    windows = {}
-    if compression.sliding_window is not None:
-        windows = {
-            layer: compression.sliding_window
-            for layer in layer_types.kv_layers
-            if all(layer_types[reader].sliding for reader in layer_types.readers(layer))
-        }
     assert config.num_key_value_heads is not None and config.head_dim is not None
     max_tokens = config.max_position_embeddings if max_tokens is None else max_tokens
     make = partial(
         PagedCache,
         layers=layer_types.kv_layers,
         policy=build_policy(compression.policy),
-        windows=windows,
+        windows=compression.windows(config.num_hidden_layers),
         kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         dtype=dtype,
@@ -63,7 +56,8 @@ def paged_cache(
     if pages < heads:
         raise ValueError(
             f"memory_bytes is {memory_bytes}; it must be at least {fixed + heads * smallest.bytes_per_page}: {fixed} for the tables of "
-            f"{max_sequences} sequences (max_batch_size), and one page for each of the {heads} KV heads that the model keeps."
+            f"{max_sequences} sequences (max_batch_size) of {max_tokens} tokens (max_tokens), and a page for each of the {heads} KV heads "
+            "that the model keeps."
         )
     return make(pages=pages, max_sequences=max_sequences)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lckv.policies.base import Extension
 
-DEFAULT_TOLERANCE = 0.02
+DEFAULT_TOLERANCE = 0.05
 """Relative change of the shared keys and values. Measured: tools/benchmarks/prefill_passes.py."""
 
 
@@ -34,6 +34,7 @@ class Settling:
         self._counted = None if counted is None else counted.transpose(0, 1)[:, :, None, None]
         self._layers: tuple[int, ...] = ()
         self._settled = torch.zeros(rows, dtype=torch.bool, device=device)
+        self._any_settled = False
         self._pass = 0
         self.passes = torch.full((rows,), min(2, passes), dtype=torch.int64, device=device)
         """int64 [b]: passes that each row needed: those until its keys and values settled, and one that reads them. Where several
@@ -43,15 +44,18 @@ class Settling:
         """Compare the keys and values of two passes; True where all rows have settled."""
         if tuple(current) != self._layers:
             self._layers, self._pass = tuple(current), 1
-            self._settled = torch.zeros_like(self._settled)
+            self._settled, self._any_settled = torch.zeros_like(self._settled), False
         self._pass += 1
-        for layer, extension in current.items():
-            _keep(self._settled, previous[layer], extension)
+        if self._any_settled:
+            for layer, extension in current.items():
+                _keep(self._settled, previous[layer], extension)
         needed = self.passes.clamp(min=self._pass + 1)
         self.passes = torch.where(self._settled, self.passes, needed)
         changed = torch.stack([self._change(previous[layer], current[layer]) for layer in current]).amax(0)
         self._settled = self._settled | (changed < self._tolerance)
-        return bool(self._settled.all())
+        settled = self._settled.tolist()
+        self._any_settled = any(settled)
+        return all(settled)
 
     def _change(self, before: Extension, after: Extension) -> Tensor:
         """float32 [b]: the larger of the relative changes of keys and values; infinite where decisions differ."""

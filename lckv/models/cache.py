@@ -43,16 +43,9 @@ class LCKVCache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         compression = self._config.compression_config()
-        layer_types, window = compression.map(self._config.num_hidden_layers), compression.sliding_window
-        windows = {}
-        if window is not None:
-            sliding = {layer.index for layer in layer_types if layer.sliding}
-            windows = {
-                layer: window for layer in layer_types.kv_layers if sliding.issuperset(layer_types.readers(layer))
-            }
-        policy = build_policy(compression.policy)
+        num_layers, policy = self._config.num_hidden_layers, build_policy(compression.policy)
         self._merges, self._columns = policy.biases_keys, 0
-        self.slots = ContiguousCache(layer_types.kv_layers, policy, windows)
+        self.slots = ContiguousCache(compression.map(num_layers).kv_layers, policy, compression.windows(num_layers))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Beam search."""

@@ -216,7 +216,11 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
 
 
 class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
-    """The decoder with its language-model head."""
+    """The decoder with its language-model head.
+
+    There are no schedules here: in training, a KV policy that has stages is at the end of its stage (a fading channel is gone, the whole
+    compression ratio is asked for). Its randomness follows torch's CPU generator.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 transformers reads it from the class
 

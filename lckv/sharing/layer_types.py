@@ -104,6 +104,12 @@ class LayerTypes:
         """Whether some layer sees only a window."""
         return any(layer.sliding for layer in self.layers)
 
+    @cached_property
+    def windowed_kv_layers(self) -> tuple[int, ...]:
+        """Those of `kv_layers` that only layers with a window read, so that a cache need not keep more than the window."""
+        sliding = {layer.index for layer in self.layers if layer.sliding}
+        return tuple(layer for layer in self.kv_layers if sliding.issuperset(self.readers(layer)))
+
     def readers(self, source: int) -> tuple[int, ...]:
         """Layers that read the keys and values of layer `source`, ascending."""
         return tuple(layer.index for layer in self.layers if layer.source == source)

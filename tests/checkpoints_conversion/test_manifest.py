@@ -97,3 +97,18 @@ def test_hashes(tmp_path: Path) -> None:
     (tmp_path / "weights").write_bytes(b"abc")
     digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert hash_weights(tmp_path, ["weights"]) == {"weights": digest}
+
+
+def test_what_is_published_names_no_place_of_this_machine(tmp_path: Path) -> None:
+    first = ConversionManifest(DESCRIPTION, ConversionSource("huggingface", "org/model", {}))
+    manifest = ConversionManifest(
+        DESCRIPTION,
+        ConversionSource("megatron", str(tmp_path / "run"), {"a.distcp": "0"}),
+        tokenizer=str(tmp_path / "tokenizer.model"),
+        training={"data": {"data_path": ["0.5", str(tmp_path / "books")]}},
+        previous=first,
+    )
+    cut = manifest.without_places()
+    assert str(tmp_path) not in json.dumps(cut.to_json())
+    assert (cut.source.path, cut.tokenizer, cut.previous) == ("run", "tokenizer.model", first)
+    assert cut.training == {"data": {"data_path": ["0.5", "books"]}}

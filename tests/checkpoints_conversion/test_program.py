@@ -122,6 +122,15 @@ def test_options_that_are_none(command: str, capsys: pytest.CaptureFixture[str])
     assert "usage: python -m checkpoints_conversion" in capsys.readouterr().err
 
 
+def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "megatron_to_hf", stopped)
+    assert program.main(["megatron-to-hf", "--megatron-path", "a", "--hf-path", "b"]) == 130
+    assert "stopped; nothing was written" in capsys.readouterr().err
+
+
 def test_errors_are_one_message(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["--hf-path", str(tmp_path / "no" / "model"), "--megatron-path", str(tmp_path / "new")]
     assert program.main(["hf-to-megatron", *arguments]) == 2

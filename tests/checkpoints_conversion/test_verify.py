@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints_conversion import megatron_logits
 from checkpoints_conversion.__main__ import main
-from checkpoints_conversion.convert import hf_to_megatron
+from checkpoints_conversion.convert import hf_to_megatron, published_dmc_to_megatron
 from checkpoints_conversion.opening import open_huggingface, open_megatron
 from checkpoints_conversion.reference import common_dtype, differences
 from checkpoints_conversion.tensors import ConversionError
 from checkpoints_conversion.verify import Comparison, Tolerance, compare, random_tokens
 from megatron_ext.config import ParallelConfig
+from tests.checkpoints_conversion.formats.test_published_dmc import publish
 from tests.checkpoints_conversion.tiny_models import saved_model
+from tests.megatron_ext.model.stages import VOCAB
 from tests.ranks import run_on_ranks
 
 EQUAL = Comparison(rows=1, length=2, max_difference=1e-4, mean_difference=1e-5, largest_logit=10.0, agreement=1.0)
@@ -142,6 +145,13 @@ def test_tokens_from_a_file(models: Path, tmp_path: Path, capsys: pytest.Capture
     assert verify(models, "hf", "plain", "--tokens", str(tmp_path / "tokens.npy")) == 2
 
 
+@pytest.mark.usefixtures("pool")
+def test_a_published_dmc_checkpoint(tmp_path: Path) -> None:
+    publish(tmp_path / "dmc", vocab_size=VOCAB)
+    published_dmc_to_megatron(tmp_path / "dmc", tmp_path / "megatron", proof="never")
+    assert verify(tmp_path, "dmc", "megatron") == 0
+
+
 def test_layout_of_a_shared_model_in_processes_of_its_own(models: Path) -> None:
     """As a user does it."""
     command = [sys.executable, "-m", "checkpoints_conversion", "verify", "--hf-path", str(models / "hf")]
@@ -196,9 +206,12 @@ def test_passes_matter_where_layers_are_iterated(models: Path) -> None:
 
 
 def test_a_proof_that_does_not_end(models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sys, "executable", _program(tmp_path, "sleep 60"))
+    """torchrun's ranks are sessions of their own, as here."""
+    monkeypatch.setattr(sys, "executable", _program(tmp_path, "setsid -w sleep 200"))
+    start = time.monotonic()
     with pytest.raises(ConversionError, match=r"were not there after 0\.5 seconds; give its 2 process\(es\) more time"):
         _compute(models, tmp_path, 0.5)
+    assert time.monotonic() - start < 100
 
 
 def test_a_proof_whose_processes_fail(models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

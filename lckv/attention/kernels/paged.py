@@ -5,7 +5,7 @@ A program of the first kernel attends one chunk of one KV head: it loads the chu
 leaves their output and the logsumexp of their scores. A program of the second merges what came of the chunks of one head. There are
 no atomics: every run gives the same bits.
 
-Shapes: as in `lckv.attention.paged`.
+Shapes: as in `lckv.attention.pages`.
 """
 
 import torch
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lckv.attention.paged import Attended, Pages, Work, pages_of_a_chunk
+from lckv.attention.pages import Attended, Pages, Work, pages_of_a_chunk
 
 _SLOTS = 64
 """Slots per step of the first kernel, at most, whose tiles have _SLOTS x d entries."""
@@ -29,7 +29,8 @@ def attend(query: Tensor, pages: Pages, work: Work, first: Tensor | None, stop: 
     chunk_pages = pages_of_a_chunk(page_size, query.device.type)
     query, stop = query.contiguous(), stop.contiguous()
     part, output = (
-        torch.empty(number, group, channels, dtype=torch.float32, device=query.device) for number in (len(work.head), heads)
+        torch.empty(number, group, channels, dtype=torch.float32, device=query.device)
+        for number in (len(work.head), heads)
     )
     part_lse, lse = (
         torch.empty(number, group, dtype=torch.float32, device=query.device) for number in (len(work.head), heads)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lckv.attention.paged import Attended, Pages, Work, list_work, pages_of_a_chunk
+from lckv.attention.pages import Attended, Pages, Work, list_work, pages_of_a_chunk
 
 
 class Slots:
@@ -37,7 +37,9 @@ class Slots:
             begin = int(owned[:head].sum())
             table[row, : owned[head]] = numbers[begin : begin + owned[head]]
         pool = torch.randn(2, len(numbers) + 1, page_size, channels, generator=generator).to(dtype)
-        self.query = torch.randn(len(lengths), lengths.shape[1] * group, channels, generator=generator).to(device, dtype)
+        self.query = torch.randn(len(lengths), lengths.shape[1] * group, channels, generator=generator).to(
+            device, dtype
+        )
         self.pages = Pages(*pool.to(device), table.to(device))
         self.rows, self.lengths = rows, lengths
         first = torch.zeros_like(lengths) if self.first is None else self.first

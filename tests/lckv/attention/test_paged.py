@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lckv.attention import paged
-from lckv.attention.paged import Attended, attend, attend_in_torch, join, why_not_kernel
+from lckv.attention.paged import attend, attend_in_torch, join, why_not_kernel
+from lckv.attention.pages import Attended
 from tests.lckv.attention.paged_slots import Slots
 from tests.ranks import run_on_ranks
 

@@ -22,9 +22,16 @@ MAPS = {
     "sliding cyclic": "0s_3s_3s_3s_4",
     "windowed and whole": "0_0s_2s_2s",
     "MLKV": "1_1_3_3",
+    "without self": "0_0_2_2",
 }
 DENSE = {"name": "dense"}
-MERGING = {"name": "dmc", "stage": "finetune", "initial_decision_bias": 0.1, "window": 5, "target_compression_ratio": 2.0}
+MERGING = {
+    "name": "dmc",
+    "stage": "finetune",
+    "initial_decision_bias": 0.1,
+    "window": 5,
+    "target_compression_ratio": 2.0,
+}
 
 CASES = [(name, policy) for name in MAPS for policy in ("dense", "dmc") if policy == "dense" or "s" not in MAPS[name]]
 
@@ -48,6 +55,7 @@ def model(name: str, policy: str = "dense", dtype: torch.dtype = torch.float32) 
             "layer_types": layer_types,
             "policy": DENSE if policy == "dense" else MERGING,
             "sliding_window": 5 if "s" in layer_types else None,
+            "force_nodiag": name == "without self",
         },
     )
     built = LCKVLlamaForCausalLM(config)

@@ -33,7 +33,13 @@ class RecomputingCache:
         return rotate(heads.double(), rotation(torch.tensor(position), self.frequencies))
 
     def attend(
-        self, layer: int, query: Tensor, new: Extension, counted: Tensor | None, visibility: Visibility, **options: object
+        self,
+        layer: int,
+        query: Tensor,
+        new: Extension,
+        counted: Tensor | None,
+        visibility: Visibility,
+        **options: object,
     ) -> Tensor:
         scale = options["scale"]
         output = torch.zeros_like(query, dtype=torch.float64)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lckv.attention.visibility import Visibility
+from lckv.cache import contiguous
 from lckv.cache.contiguous import ContiguousCache
 from lckv.policies.base import Extension, KVPolicy, TokenContext
 from lckv.policies.dense.policy import DensePolicy
@@ -148,6 +149,20 @@ def test_windows_keep_what_they_may_give_back() -> None:
     newest = torch.cat([extension.key for extension in everything[-kept:]]).permute(1, 2, 0, 3)
     assert torch.equal(past.key[:, :, :kept], newest)
     assert cache.seen.tolist() == [300, 300]
+
+
+def test_tokens_of_a_window_are_moved_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[int] = []
+    without_oldest = contiguous._without_oldest
+    monkeypatch.setattr(contiguous, "_without_oldest", lambda *args: moved.append(1) or without_oldest(*args))
+    for window, prompt in ((8, 100), (8, 1), (200, 300), (200, 231)):
+        cache = ContiguousCache([0], DensePolicy(), {0: window})
+        cache.commit({0: dense(prompt)}, None)
+        moved.clear()
+        for token in range(400):
+            cache.commit({0: dense(1, seed=token)}, None)
+        assert len(moved) <= 400 // (32 + window // 4) + 8  # the second term is growth
+        assert cache.num_bytes <= 2 * 2 * 2 * (window + 64 + window // 4) * 4 * 4 + 2 * 2 * 2 * 8
 
 
 def test_gradients_end_here() -> None:

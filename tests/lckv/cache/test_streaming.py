@@ -78,7 +78,7 @@ def test_any_sinks_and_window(sinks: int, window: int) -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_rows_of_different_lengths(side: str) -> None:
-    built, texts = model("CLA"), [text(50, 1), text(23, 2), text(3, 3)]
+    built, texts = model("CLA"), [text(50, 1), text(23, 2), text(31, 3)]
     cache, width = streaming_cache(built, rows=3), 20
     counts = torch.tensor([20, 9, 1])
     padded = torch.zeros(3, width, dtype=torch.int64)
@@ -138,13 +138,24 @@ def test_thousands_of_tokens(dtype: torch.dtype, exclude_self: bool, tolerance: 
 
 def test_memory_of_windowed_layers() -> None:
     """They keep their own window, without sinks."""
-    shapes = [kept.newest[0].shape[2] + kept.sinks[0].shape[2] for kept in streaming_cache(model("YOCO"))._layers.values()]
+    shapes = [
+        kept.newest[0].shape[2] + kept.sinks[0].shape[2] for kept in streaming_cache(model("YOCO"))._layers.values()
+    ]
     assert shapes == [4, 4, 4, 15 + 4]
 
 
 def test_what_is_refused() -> None:
-    settings = {"rows": 1, "kv_heads": 2, "head_dim": 8, "dtype": torch.float32, "device": "cpu", "frequencies": FREQUENCIES}
-    with pytest.raises(ValueError, match=r"compression.policy.name is dmc; streaming with attention sinks drops single tokens"):
+    settings = {
+        "rows": 1,
+        "kv_heads": 2,
+        "head_dim": 8,
+        "dtype": torch.float32,
+        "device": "cpu",
+        "frequencies": FREQUENCIES,
+    }
+    with pytest.raises(
+        ValueError, match=r"compression.policy.name is dmc; streaming with attention sinks drops single tokens"
+    ):
         StreamingCache([0], DMCPolicy(DMCConfig()), {}, **settings, window=16)
     for wrong, least in (({"window": 0}, 1), ({"sinks": -1, "window": 4}, 0), ({"rows": 0, "window": 4}, 1)):
         name = next(iter(wrong))

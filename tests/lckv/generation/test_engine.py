@@ -12,6 +12,7 @@ from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from tests.golden.lckv_models import FOLDER, NAMES, Golden
 from tests.lckv.cache.models import CASES, model, paged_cache, text
 from tests.lckv.generation.engines import GREEDY, empty, engine
+from tests.ranks import run_on_ranks
 
 PROMPTS = [text(length, seed=length) for length in (1, 7, 3, 9)]
 """None longer than the passes over iterated layers, which therefore are exact."""
@@ -54,18 +55,44 @@ def test_prompts_that_are_read_approximately_do_not_depend_on_neighbours_either(
     """Prompts of more tokens than passes, ended by the tolerance at different passes."""
     built = model(name, policy)
     prompts = [text(length, seed=length) for length in (40, 12, 61)]
-    params = [replace(GREEDY, temperature=0.7, seed=seed) for seed in range(3)]
+    params = [replace(GREEDY, temperature=0.7, seed=seed, max_new_tokens=16, logprobs=0) for seed in range(3)]
     settings = {"prefill_tolerance": tolerance, "prefill_chunk": 25}
     alone = engine(built, **settings)
     expected = [alone.generate([prompt], each)[0] for prompt, each in zip(prompts, params, strict=True)]
     assert len({answer.prefill_passes for answer in expected}) > 1
-    pages_of_one = alone.cache.pages_needed([alone.cache.open()], 71)
-    tight = engine(built, pages=int((1.2 if policy == "dense" else 0.7) * pages_of_one), **settings)
-    for tried in (engine(built, **settings), tight):
-        answers = tried.generate(prompts, params)
-        assert [replace(answer, request_id="", preemptions=0) for answer in answers] == [
-            replace(answer, request_id="", preemptions=0) for answer in expected
-        ]
+    together, interrupted = engine(built, **settings), engine(built, **settings)
+    answers = together.generate(prompts, params)
+    requests = [interrupted.submit(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+    for steps in (9, 18):
+        for _ in range(steps):
+            interrupted.step()
+        interrupted.score([[1]])  # sets all requests aside
+    interrupted.run_until_idle()
+    answers += [request.result(0) for request in requests]
+    assert max(answer.preemptions for answer in answers) > 1
+    for answer, right in zip(answers, expected * 2, strict=True):
+        assert (answer.token_ids, answer.prefill_passes) == (right.token_ids, right.prefill_passes)
+        assert answer.logprobs == pytest.approx(right.logprobs, abs=1e-4)
+
+
+def _answers_on_a_gpu(name: str, policy: str) -> bool:
+    built = model(name, policy).cuda()
+    tried = Engine(built, memory_bytes=2**22, prefill_tolerance=0.0)
+    expected = [
+        built.generate(torch.tensor([prompt]).cuda(), do_sample=False, max_new_tokens=10, eos_token_id=None)
+        for prompt in PROMPTS
+    ]
+    answers = tried.generate(PROMPTS, GREEDY)
+    return all(
+        [*prompt, *answer.token_ids] == right[0].tolist()
+        for prompt, answer, right in zip(PROMPTS, answers, expected, strict=True)
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "policy"), [("YOCO", "dense"), ("LCKV", "dmc")])
+def test_answers_on_a_gpu_are_those_of_generate(name: str, policy: str) -> None:
+    assert run_on_ranks(1, _answers_on_a_gpu, name, policy, device="cuda") == [True]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import pytest
+
 from lckv.generation.requests import Completion, TokenEvent
 from tests.lckv.cache.models import model, text
 from tests.lckv.generation.engines import GREEDY, empty, engine
@@ -79,3 +81,21 @@ def test_a_tokenizer_of_transformers() -> None:
     built = model("plain")
     answer = engine(built, tokenizer=tokenizer).generate([text(5)], GREEDY)[0]
     assert answer.text == tokenizer.decode(list(answer.token_ids), skip_special_tokens=True)
+
+
+class _Halves:
+    """A tokenizer of tokens that are never a whole character."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        return "\ufffd" * len(token_ids)
+
+
+@pytest.mark.parametrize(("steps", "reason"), [(4, "cancelled"), (5, "stop")])
+def test_a_stop_text_in_what_was_held_back_counts_unless_the_request_was_cancelled(steps: int, reason: str) -> None:
+    tried = engine(model("plain"), tokenizer=_Halves())
+    request = tried.submit(text(5), replace(GREEDY, stop=("\ufffd\ufffd",), max_new_tokens=5))
+    for _ in range(steps):
+        tried.step()
+    tried.cancel(request.request_id)
+    answer = request.result(0)
+    assert (answer.finish_reason, answer.text, len(answer.token_ids)) == (reason, "", steps)

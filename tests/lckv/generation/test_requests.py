@@ -22,8 +22,8 @@ from tests.lckv.generation.engines import GREEDY, empty, engine
             [1] * 128,
             GREEDY,
             (
-                "the prompt has 128 tokens; it must have at most 127. (The model's context is 128 tokens for prompt and answer together; "
-                "max_prompt_tokens can be less.)"
+                "the prompt has 128 tokens; it must have at most 127. (There is room for 128 tokens of prompt and answer together; see "
+                "max_tokens and max_prompt_tokens.)"
             ),
         ),
         ([1], replace(GREEDY, top_p=0.0), "top_p is 0.0; it must be above 0 and at most 1."),
@@ -82,6 +82,14 @@ def test_a_merging_models_prompt_that_turns_out_too_long_fails_alone() -> None:
     assert empty(small)
 
 
+def test_max_tokens_of_prompt_and_answer() -> None:
+    tried = Engine(model("plain"), max_batch_size=2, max_tokens=20)
+    assert (tried.limits.context, tried.limits.prompt_tokens, tried.cache.max_tokens) == (20, 19, 20)
+    answer = tried.generate([[1] * 15], replace(GREEDY, max_new_tokens=50))[0]
+    assert (len(answer.token_ids), answer.finish_reason) == (5, "length")
+    assert Engine(model("plain"), max_batch_size=2, max_tokens=999).limits.context == 128
+
+
 def test_max_prompt_tokens_and_the_longest_prompt() -> None:
     with pytest.raises(ValueError, match=r"the prompt has 6 tokens; it must have at most 5\."):
         engine(model("plain"), max_prompt_tokens=5).submit([1] * 6, GREEDY)
@@ -93,6 +101,7 @@ def test_max_prompt_tokens_and_the_longest_prompt() -> None:
     [
         ("max_batch_size", 0, "max_batch_size is 0; it must be at least 1."),
         ("max_waiting", 0, "max_waiting is 0; it must be at least 1."),
+        ("max_tokens", 1, "max_tokens is 1; it must be at least 2."),
         ("max_prompt_tokens", 0, "max_prompt_tokens is 0; it must be at least 1."),
         ("prefill_chunk", -1, "prefill_chunk is -1; it must be at least 1."),
         ("prefill", "fast", "prefill is 'fast'; it must be 'parallel' or 'exact'."),

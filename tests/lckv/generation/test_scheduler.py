@@ -2,8 +2,10 @@
 
 import gc
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -59,17 +61,69 @@ def test_whatever_happens_answers_are_right_and_nothing_is_left(
 
 
 def test_nothing_grows_with_the_number_of_finished_requests() -> None:
-    tried = engine(model("CLA"), max_batch_size=4)
+    tried = engine(model("CLA"))
 
-    def run(requests: int) -> int:
+    def objects_after(requests: int) -> int:
         for number in range(requests):
             tried.submit([number % 50], replace(GREEDY, max_new_tokens=1))
-            if number % 4 == 3:
-                tried.run_until_idle()
+            tried.run_until_idle()
         gc.collect()
         return len(gc.get_objects())
 
-    run(300)  # the window of the rate is full
-    before = run(8)
-    assert run(120) - before < 20
-    assert tried.stats().finished == 428
+    before = objects_after(70)  # the newest 64 steps are remembered
+    assert objects_after(70) - before < 20
+    assert tried.stats().finished == 140
+
+
+def test_answers_go_on_while_a_long_prompt_is_read() -> None:
+    tried = engine(model("plain"), prefill_chunk=8)
+    first = tried.submit(text(3), replace(GREEDY, max_new_tokens=30))
+    tried.step()
+    second = tried.submit(text(40), replace(GREEDY, max_new_tokens=2))
+    tokens = []
+    while not second.finished:
+        tokens.append([event.request_id == first.request_id for event in tried.step()])
+    assert tokens == [[True]] * 4 + [[True, False], [True, False]]  # 5 chunks, the last of which gives a token
+
+
+def test_prompts_are_read_together_as_far_as_a_chunk_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = model("plain")
+    run, shapes = built.model.run, []
+
+    def watched(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        shapes.append(tuple(hidden_states.shape[:2]))
+        return run(hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(built.model, "run", watched)
+    tried = engine(built, prefill_chunk=20)
+    for length in (5, 6, 4, 30, 1):
+        tried.submit(text(length), replace(GREEDY, max_new_tokens=1))
+    tried.run_until_idle()
+    # The prompt of one token goes with the answers; that of 30 waits for a chunk of its own.
+    assert shapes == [(1, 1), (3, 6), (1, 20), (1, 10)]
+
+
+def test_requests_wait_until_there_is_room_for_their_prompt_in_the_order_in_which_they_came() -> None:
+    tried = engine(model("plain"), pages=8 * 10)  # 40 tokens
+    for length in (20, 25, 2):
+        tried.submit(text(length), replace(GREEDY, max_new_tokens=4))
+    tried.step()
+    assert (tried.stats().running, tried.stats().waiting) == (1, 2)
+    tried.run_until_idle()
+    assert tried.stats().preemptions == 0
+
+
+def test_the_youngest_gives_way_and_comes_back_first() -> None:
+    built = model("plain")
+    params = replace(GREEDY, max_new_tokens=20)
+    expected = [engine(built).generate([text(8, seed)], params)[0] for seed in range(4)]
+    tried = engine(built, pages=8 * 14, max_batch_size=3)  # 56 tokens, of 84 that three need in the end
+    requests = [tried.submit(text(8, seed), params) for seed in range(4)]
+    ended = []
+    while tried.has_work:
+        ended += [event.request_id for event in tried.step() if event.finish_reason]
+    assert ended == [request.request_id for request in requests]
+    answers = [request.result(0) for request in requests]
+    assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
+    assert answers[0].preemptions == 0 < answers[2].preemptions
+    assert tried.stats().preemptions == sum(answer.preemptions for answer in answers)

@@ -104,6 +104,26 @@ def test_windows_forget_only_what_they_keep() -> None:
         close(one(others, past_key_values=longer).logits, one(torch.cat((ids[:, :1], others), 1)).logits[:, 1:], 1e-4)
 
 
+def test_keys_that_some_layer_sees_as_a_whole_are_kept() -> None:
+    one, ids = model("0s_0_2s_2s"), tokens(1, 60)
+    with torch.no_grad():
+        cache = one(ids[:, :50]).past_key_values
+        close(one(ids[:, 50:], past_key_values=cache).logits, one(ids, use_cache=False).logits[:, 50:], 1e-4)
+    assert cache.slots.lengths(0).max() == 60 > cache.slots.lengths(2).max()
+
+
+def test_what_a_window_dropped_is_known_of_every_row() -> None:
+    one, mask = model(WINDOWS), torch.ones(2, 80, dtype=torch.int64)
+    mask[1, :75] = 0
+    with torch.no_grad():
+        cache = one(tokens(2, 80), attention_mask=mask).past_key_values
+    with pytest.raises(ValueError, match="the newest 33 tokens cannot be forgotten: layer 0"):
+        copy.deepcopy(cache).crop(-33)
+    cache.batch_select_indices(torch.tensor([1]))
+    cache.crop(-4)
+    assert cache.slots.seen.tolist() == [1]
+
+
 def test_it_belongs_to_this_model() -> None:
     with pytest.raises(TypeError, match="LCKVCache is filled by LCKVLlamaForCausalLM only"):
         LCKVCache(model().config).update(torch.zeros(1), torch.zeros(1), 0)

@@ -7,6 +7,7 @@ from torch import Tensor
 from lckv.models.cache import LCKVCache
 from lckv.models.layers import Tokens
 from lckv.models.modeling_lckv_llama import Iteration, LCKVLlamaForCausalLM, LCKVLlamaModel
+from lckv.policies.base import Extension
 from lckv.policies.dmc.config import DMCConfig
 from tests.lckv.models.tiny import CYCLIC, MAPS, MERGING, SHARED, close, model, tokens
 
@@ -98,9 +99,10 @@ def test_a_cache_continues(layer_types: str | None, policy: DMCConfig | None) ->
             output = one(part, past_key_values=cache)
             cache = output.past_key_values
             parts.append(output.logits)
-    close(torch.cat(parts, 1), expected, 1e-4)
-    assert isinstance(cache, LCKVCache)
-    assert cache.get_seq_length() == 12
+        close(torch.cat(parts, 1), expected, 1e-4)
+        assert isinstance(cache, LCKVCache)
+        assert cache.get_seq_length() == 12
+        assert one.model.run(one.model.embed_tokens(ids[:, :1]), cache.slots).passes == 1  # exact for one token
 
 
 @any_model
@@ -142,6 +144,50 @@ def test_iteration_of_the_caller() -> None:
     close(early.last_hidden_state, exact.last_hidden_state, 2e-2)
     assert one.model.run(embedded).passes == 5
     assert (one.model.run(embedded).last_hidden_state - exact.last_hidden_state).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("policy", [None, MERGING])
+def test_first_pass_over_new_tokens_sees_older_ones_and_zeros(policy: DMCConfig | None) -> None:
+    one, ids = model(CYCLIC, policy), tokens(1, 10)
+    passes: list[Tensor] = []
+    with torch.no_grad():
+        caches = [one(ids[:, :5]).past_key_values.slots for _ in range(3)]
+        embedded = one.model.embed_tokens(ids[:, 5:])
+        committed: list[Tensor] = []
+        for cache, iteration in zip(
+            caches,
+            (Iteration(1), Iteration(4, lambda previous, _: bool(passes.append(previous[3].key)))),
+            strict=False,
+        ):
+            cache.commit = lambda extensions, _: committed.append(extensions[3].key)  # type: ignore[method-assign]
+            one.model.run(embedded, cache, iteration=iteration)
+        close(passes[0], committed[0])
+        assert (passes[1] - passes[0]).abs().max() > 0.1
+        # The plain computation: a cyclic layer reads keys and values of 0 beside those of the cache.
+        zeros = Extension(*torch.zeros(2, 5, 1, 2, 8))
+        positions = torch.arange(5, 10)[None]
+        facts = Tokens(one.model._contexts(embedded, caches[2], None, positions), None, caches[2])
+        states = embedded
+        for layer in one.model.layers[:3]:
+            states = layer(states, facts, "all", *(zeros if layer.self_attn.source == 3 else ()))[0]
+        close(
+            one.model.layers[3].self_attn.keys_values(one.model.layers[3].input_layernorm(states), facts)[0].key,
+            passes[0],
+        )
+
+
+def test_a_map_that_hides_every_own_position() -> None:
+    """The first token then sees nothing at all."""
+    ids = tokens(1, 4)
+    for hidden in (False, True):
+        one = model(SHARED, force_nodiag=hidden)
+        before = one(ids).logits
+        with torch.no_grad():
+            for layer in one.model.layers:
+                layer.self_attn.o_proj.weight.neg_()
+        change = (one(ids).logits - before).abs().amax((0, 2))
+        assert (change[0] == 0) == hidden
+        assert (change[1:] > 0.1).all()
 
 
 def test_outputs() -> None:

@@ -28,6 +28,7 @@ def trained(one: LCKVLlamaForCausalLM, seed: int = 7) -> tuple[Tensor, dict[str,
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("error:None of the inputs have requires_grad")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("policy", [None, RETROFIT, DMCConfig(stage="zero_out")])
 @pytest.mark.parametrize("layer_types", [SHARED, CYCLIC, TWO_GROUPS])
@@ -55,6 +56,8 @@ def test_noise_follows_the_seed() -> None:
     assert torch.equal(again, loss)
     assert all(torch.equal(same[name], gradient) for name, gradient in gradients.items())
     assert (trained(one, seed=2)[0] - loss).abs() > 1e-4
+    twice = one(tokens(1, 12).repeat(2, 1)).logits
+    assert (twice[0] - twice[1]).abs().max() > 0.1  # rows draw their own
 
 
 def test_evaluation_has_no_noise_and_hard_decisions() -> None:

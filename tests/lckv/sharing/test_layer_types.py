@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lckv.config import CompressionConfig
 from lckv.sharing.layer_types import LayerTypes
 from tests.golden.lckv_models import FOLDER
 
@@ -59,3 +60,11 @@ def test_text_round_trip(entries: list[tuple[int, bool]]) -> None:
     assert sorted(reader for source in parsed.kv_layers for reader in parsed.readers(source)) == list(
         range(len(entries))
     )
+
+
+def test_layers_that_only_windowed_layers_read() -> None:
+    assert LayerTypes.parse("0s_1s_2s_3_3_3", 6).windowed_kv_layers == (0, 1, 2)
+    assert LayerTypes.parse("0s_0_2_2s", 4).windowed_kv_layers == ()
+    assert LayerTypes.parse("0_2s_2s_3", 4).windowed_kv_layers == (2,)
+    assert CompressionConfig(layer_types="0_2s_2s_3", sliding_window=8).windows(4) == {2: 8}
+    assert CompressionConfig(layer_types="0_2_2_3").windows(4) == {}

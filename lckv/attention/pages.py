@@ -1,0 +1,83 @@
+"""Slots that lie in pages all over a pool, heads of any lengths, and the list of what attention to them has to look at.
+
+The slots of every head are cut into chunks of whole pages; the work is a list of the chunks that hold something. So it grows with the
+slots there are, not with the longest head times the number of heads.
+
+Shapes: b rows, h query heads, g KV heads, d channels, p pages of n slots, c pages of a chunk, w chunks in the list.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_SLOTS_OF_A_CHUNK = {"cpu": 64}
+_SLOTS_OF_A_CHUNK_ELSEWHERE = 256
+
+
+class Pages(NamedTuple):
+    """What one layer keeps."""
+
+    key: Tensor
+    """[p, n, d]: the pool. Page 0 is owned by nobody; its slots, and those of owned pages that are not in use, are finite."""
+
+    value: Tensor
+    """[p, n, d]."""
+
+    table: Tensor
+    """int32 [table rows, multiple of c], contiguous: the pages of each head, in order of their slots; 0 where it owns none."""
+
+
+class Work(NamedTuple):
+    """Chunks to attend to, those of one head side by side; int64. A head is its row's number times g plus its number in the row."""
+
+    head: Tensor
+    """[w]: whose chunk it is."""
+
+    first_slot: Tensor
+    """[w]: the slot that it begins with."""
+
+    block: Tensor
+    """[w]: where its pages stand in the table, in units of c columns."""
+
+    bounds: Tensor
+    """[b * g + 1]: where each head's chunks begin in this list, and w at the end."""
+
+
+class Attended(NamedTuple):
+    """Attention to a part of the keys."""
+
+    output: Tensor
+    """float32 [b, h, d]; 0 where nothing is seen."""
+
+    lse: Tensor
+    """float32 [b, h]: logsumexp of the scores; -inf where nothing is seen."""
+
+
+def pages_of_a_chunk(page_size: int, device_type: str) -> int:
+    """c, for pages of n = `page_size` slots."""
+    return max(1, _SLOTS_OF_A_CHUNK.get(device_type, _SLOTS_OF_A_CHUNK_ELSEWHERE) // page_size)
+
+
+def list_work(
+    first: NDArray[np.int64],
+    stop: NDArray[np.int64],
+    table_row: NDArray[np.int64],
+    *,
+    page_size: int,
+    columns: int,
+    device: torch.device,
+) -> Work:
+    """The chunks that hold slots `first` .. `stop` - 1 of each head; all [b * g]. `table_row` is the head's row in a table of `columns`
+    columns."""
+    pages = pages_of_a_chunk(page_size, device.type)
+    begin, end = first // (pages * page_size), -(-stop // (pages * page_size))
+    counts = np.maximum(end - begin, 0)
+    bounds = np.concatenate(([0], counts.cumsum()))
+    head = np.repeat(np.arange(len(counts)), counts)
+    chunk = np.arange(bounds[-1]) - (bounds[:-1] - begin)[head]
+    block = table_row[head] * (columns // pages) + chunk
+    flat = torch.from_numpy(np.concatenate((head, chunk * (pages * page_size), block, bounds))).to(device)
+    return Work(*flat.split((len(head), len(head), len(head), len(bounds))))
