@@ -86,6 +86,8 @@ class LCKVLlamaConfig(PreTrainedConfig):
             if kwargs.get(name, value) != value:
                 raise ValueError(f"{name} is {kwargs[name]}: {why}; it must be {value}.")
             kwargs.pop(name, None)
+        if __name__.startswith("lckv."):
+            kwargs.pop("auto_map", None)  # names modelling files, which this class does not write when it is saved
         published = {name: kwargs.pop(name) for name in _PUBLISHED_FIELDS if name in kwargs}
         self.compression = self._compression(self.compression, published)
         super().__post_init__(**kwargs)

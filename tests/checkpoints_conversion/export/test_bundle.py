@@ -148,8 +148,8 @@ def save_tiny(folder: Path, compression: dict[str, Any]) -> LCKVLlamaForCausalLM
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 16,
         },
-        auto_map=AUTO_MAP,
     )
+    config.auto_map = AUTO_MAP
     model = LCKVLlamaForCausalLM(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)

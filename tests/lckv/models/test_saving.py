@@ -49,6 +49,15 @@ def test_configuration_file(tmp_path: Path, layer_types: str | None) -> None:
     assert read.compression_config() == written.compression_config()
 
 
+def test_modelling_files_are_not_promised_where_none_are_written(tmp_path: Path) -> None:
+    config(SHARED).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["auto_map"] = {"AutoConfig": "modeling_lckv_llama.LCKVLlamaConfig"}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
+
+
 def test_other_dtypes(tmp_path: Path) -> None:
     one, ids = model(SHARED), tokens(1, 6)
     one.save_pretrained(tmp_path)
