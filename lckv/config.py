@@ -89,5 +89,7 @@ def _build(kind: type, content: Mapping[str, Any], prefix: str) -> Any:
     known = [field.name for field in fields(kind)]
     unknown = [name for name in content if name not in known]
     if unknown:
-        raise ValueError(f"{prefix}{unknown[0]} is {content[unknown[0]]!r}; there is no such field. Known: {', '.join(known)}.")
+        raise ValueError(
+            f"{prefix}{unknown[0]} is {content[unknown[0]]!r}; there is no such field. Known: {', '.join(known)}."
+        )
     return kind(**content)

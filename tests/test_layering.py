@@ -198,7 +198,11 @@ BAD_TREES: list[tuple[str, dict[str, str], str]] = [
     ("layers", {"tools/a.py": "import pretrain_lckv"}, "nothing imports pretrain_lckv"),
     ("layers", {"pretrain_lckv.py": "from tools.plan import x"}, "nothing imports tools"),
     ("layers", {"lckv/a.py": "from tests.ranks import x"}, "nothing imports tests"),
-    ("transformers", {"lckv/cache/a.py": "import transformers.cache_utils"}, "lckv.models and lckv.generation and lckv.registration"),
+    (
+        "transformers",
+        {"lckv/cache/a.py": "import transformers.cache_utils"},
+        "lckv.models and lckv.generation and lckv.registration",
+    ),
     (
         "mutual",
         {"lckv/a/x.py": "from ..b import y", "lckv/b/y.py": "def f():\n    import lckv.a.x"},
@@ -300,7 +304,11 @@ def _import_in_new_process(root: Path, modules: list[str], optional: tuple[str, 
 
 
 def test_importing_every_module_has_no_effect() -> None:
-    modules = [name for name in modules_of(ROOT) if not OPTIONAL_FOLDERS.intersection(name.split(".")) and name != "tools.__main__"]
+    modules = [
+        name
+        for name in modules_of(ROOT)
+        if not OPTIONAL_FOLDERS.intersection(name.split(".")) and name != "tools.__main__"
+    ]
     effects = _import_in_new_process(ROOT, sorted(modules), OPTIONAL_PACKAGES)
     assert {name: effect for name, effect in effects.items() if effect} == {}
 

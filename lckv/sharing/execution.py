@@ -67,7 +67,9 @@ class PlanRunner(Generic[KV]):
     converged: Converged[KV] | None = None
     """Asked after each pass but the first and the last; where it says so, the next pass is the last."""
 
-    def run(self, group: LayerGroup, layers: Layers[KV], hidden_states: Tensor, available: Mapping[int, KV]) -> Outcome[KV]:
+    def run(
+        self, group: LayerGroup, layers: Layers[KV], hidden_states: Tensor, available: Mapping[int, KV]
+    ) -> Outcome[KV]:
         """Run one group on what the layers below have left."""
         previous: dict[int, KV] | None = None
         used = 1
@@ -148,7 +150,11 @@ def source_of(
 
 
 def run_groups(
-    runner: PlanRunner[KV], groups: Sequence[LayerGroup], layers: Layers[KV], hidden_states: Tensor, available: Mapping[int, KV]
+    runner: PlanRunner[KV],
+    groups: Sequence[LayerGroup],
+    layers: Layers[KV],
+    hidden_states: Tensor,
+    available: Mapping[int, KV],
 ) -> Outcome[KV]:
     """Run several groups from the bottom; `passes` is the largest number of any of them."""
     outcome: Outcome[KV] = Outcome(hidden_states, dict(available), 1)

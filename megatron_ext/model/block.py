@@ -54,9 +54,7 @@ class SharedKVBlock(TransformerBlock):
         self.end_layer = self.first_layer + len(self.layers)
         self.groups = self._groups_of_stage()
         compression = config.compression
-        self.runner = PlanRunner[KeyValue](
-            self.layer_types, compression.forward_passes, compression.backward_passes
-        )
+        self.runner = PlanRunner[KeyValue](self.layer_types, compression.forward_passes, compression.backward_passes)
         self.merge_rates = MergeRates(config, build_policy(config.compression.policy), self.pg_collection.tp)
         self.payload_in = self._payload(self.first_layer)
         self.payload_out = self._payload(self.end_layer)

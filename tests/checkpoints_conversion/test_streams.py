@@ -1,7 +1,12 @@
+"""What happens to weights on their way."""
+
+import math
 import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from checkpoints_conversion.streams import CastSource, CheckedSource, shown_progress
 from checkpoints_conversion.tensors import ConversionError, MemorySource
@@ -24,6 +29,27 @@ def test_bad_numbers_are_named(bad: float) -> None:
     assert torch.equal(source.read("a", slice(0, 3)), broken[:3])
     with pytest.raises(ConversionError, match=r"model\.safetensors: a contains 1 of 3 values"):
         source.read("a", slice(3, 4))
+
+
+@given(
+    size=st.integers(1, 300),
+    place=st.integers(0, 299),
+    bad=st.sampled_from([float("nan"), float("inf"), float("-inf"), 1.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_one_bad_number_anywhere_is_seen(size: int, place: int, bad: float, dtype: torch.dtype) -> None:
+    numbers = torch.linspace(-2, 2, size).to(dtype)
+    numbers[place % size] = bad
+    source = CheckedSource(MemorySource({"a": numbers}), "here")
+    if math.isfinite(bad):
+        assert torch.equal(source.read("a"), numbers)
+    else:
+        with pytest.raises(ConversionError):
+            source.read("a")
+
+
+def test_no_numbers_are_finite() -> None:
+    assert CheckedSource(MemorySource(TENSORS), "here").read("a", slice(1, 1)).shape == (0, 3)
 
 
 def test_progress_ends_at_the_size_of_the_model(

@@ -86,5 +86,7 @@ def test_its_page_names_what_it_makes():
     run = parse_run_config(["--config", str(DEMO / "base.yaml"), "--config", str(DEMO / "dmc.yaml")])
     assert f"{run.train.train_iters} steps of {run.train.global_batch_size * run.train.seq_length:,} tokens" in page
     for model in MODELS:
-        compression = parse_run_config(["--config", str(DEMO / f"{model}.yaml"), "--config", str(DEMO / "base.yaml")]).compression
+        compression = parse_run_config(
+            ["--config", str(DEMO / f"{model}.yaml"), "--config", str(DEMO / "base.yaml")]
+        ).compression
         assert re.search(rf"^\| {model} \|.*`{compression.layer_types}`", page, re.MULTILINE)

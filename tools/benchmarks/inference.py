@@ -59,7 +59,9 @@ def subjects(options: argparse.Namespace) -> list[Subject]:
         found.append(Subject(each.name, model, random_tokens(sizes.vocab_size, options.prompts, longest)))
     names = [subject.name for subject in found]
     if len(set(names)) < len(names):
-        raise ConfigError(f"the models are called {', '.join(names)}; each needs a name of its own: its folder's, or NAME=MAP.")
+        raise ConfigError(
+            f"the models are called {', '.join(names)}; each needs a name of its own: its folder's, or NAME=MAP."
+        )
     return found
 
 
@@ -91,7 +93,13 @@ def measure(options: argparse.Namespace) -> None:
     models = subjects(options)
     memory = options.memory or cache_for(models[0].model, PLAIN_SEQUENCES, options.context).num_bytes
     settings = Settings(
-        options.lengths, options.context, options.batches, memory, options.prefill_tolerance, options.repeats, options.clock
+        options.lengths,
+        options.context,
+        options.batches,
+        memory,
+        options.prefill_tolerance,
+        options.repeats,
+        options.clock,
     )
     if settings.steps >= options.context:
         raise ConfigError(
@@ -102,7 +110,9 @@ def measure(options: argparse.Namespace) -> None:
     print(line("", {name: name for name in names}, names))
     for rows in compare(models, settings):
         found += rows
-        print(line(title(rows[0]), {row.model: f"{row.value:,.4g} ({row.ratio:.3g}x)" for row in rows}, names), flush=True)
+        print(
+            line(title(rows[0]), {row.model: f"{row.value:,.4g} ({row.ratio:.3g}x)" for row in rows}, names), flush=True
+        )
     if options.output is not None:
         write_csv(options.output, csv_rows(models, settings, found))
     if options.picture is not None:
@@ -156,10 +166,17 @@ def _parser() -> argparse.ArgumentParser:
     models = parser.add_argument_group("models")
     models.add_argument("--models", nargs="+", default=[], metavar="[NAME=]FOLDER", help="Hugging Face folders")
     models.add_argument(
-        "--text", nargs="+", help="files with the text of prompts for --models (default: random tokens); see tools.text_perplexity"
+        "--text",
+        nargs="+",
+        help="files with the text of prompts for --models (default: random tokens); see tools.text_perplexity",
     )
     models.add_argument(
-        "--random", type=_random, nargs="+", default=[], metavar="NAME=MAP[,dmc=CR]", help=f"default: {' '.join(map(repr, RANDOM))}"
+        "--random",
+        type=_random,
+        nargs="+",
+        default=[],
+        metavar="NAME=MAP[,dmc=CR]",
+        help=f"default: {' '.join(map(repr, RANDOM))}",
     )
     for name, default, meaning in (
         ("layers", 22, ""),
@@ -169,19 +186,39 @@ def _parser() -> argparse.ArgumentParser:
         ("vocab-size", 4096, ""),
         ("sliding-window", 256, "tokens that layers with a window see "),
     ):
-        models.add_argument(f"--{name}", type=positive, default=default, help=f"{meaning}of --random (default: {default})")
-    models.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the folder's; random: float32, on GPUs bfloat16")
+        models.add_argument(
+            f"--{name}", type=positive, default=default, help=f"{meaning}of --random (default: {default})"
+        )
+    models.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="default: the folder's; random: float32, on GPUs bfloat16",
+    )
     models.add_argument("--device", help="such as cuda:1 or cpu (default: a GPU if there is one)")
     measured = parser.add_argument_group("what is measured")
-    measured.add_argument("--lengths", type=positive, nargs="+", default=[512, 2048], help="tokens of prompts (default: 512 2048)")
-    measured.add_argument("--context", type=positive, default=1024, help="tokens of sequences in batches (default: %(default)s)")
-    measured.add_argument("--batches", type=positive, nargs="*", default=[1, 4], help="sequences that are decoded at once (default: 1 4)")
     measured.add_argument(
-        "--memory", type=memory_size, help=f"of the cache (default: what {PLAIN_SEQUENCES} sequences of the first model need)"
+        "--lengths", type=positive, nargs="+", default=[512, 2048], help="tokens of prompts (default: 512 2048)"
     )
-    measured.add_argument("--prompts", type=positive, default=2, help="different ones for batches (default: %(default)s)")
     measured.add_argument(
-        "--prefill-tolerance", type=float, default=DEFAULT_TOLERANCE, metavar="X", help="see tools.generate (default: %(default)s)"
+        "--context", type=positive, default=1024, help="tokens of sequences in batches (default: %(default)s)"
+    )
+    measured.add_argument(
+        "--batches", type=positive, nargs="*", default=[1, 4], help="sequences that are decoded at once (default: 1 4)"
+    )
+    measured.add_argument(
+        "--memory",
+        type=memory_size,
+        help=f"of the cache (default: what {PLAIN_SEQUENCES} sequences of the first model need)",
+    )
+    measured.add_argument(
+        "--prompts", type=positive, default=2, help="different ones for batches (default: %(default)s)"
+    )
+    measured.add_argument(
+        "--prefill-tolerance",
+        type=float,
+        default=DEFAULT_TOLERANCE,
+        metavar="X",
+        help="see tools.generate (default: %(default)s)",
     )
     measured.add_argument("--repeats", type=positive, default=5, help="rounds (default: %(default)s)")
     measured.add_argument("--clock", choices=[*CLOCKS], default="wall", help="cpu: on a busy machine, with one thread")

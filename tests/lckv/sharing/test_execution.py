@@ -42,7 +42,9 @@ def run(text: str, m: int, b: int, converged=None):
 
 
 def test_a_missing_source_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"layer 1 reads the keys and values of layer 0, but this pass has those of \[2\]"):
+    with pytest.raises(
+        ValueError, match=r"layer 1 reads the keys and values of layer 0, but this pass has those of \[2\]"
+    ):
         source_of(LayerTypes.parse("0_0_2", 3), 1, {2: None}, None)
     with pytest.raises(
         ValueError, match=r"layer 1 reads the keys and values of layer 4, but the previous pass has those of \[\]"

@@ -10,8 +10,35 @@ from tests.tools.model_folders import save_folder, save_merging_folder
 from tools.benchmarks import inference
 from tools.benchmarks.generation.comparison import OF_LARGEST_BATCH, rows
 
-RANDOM = ["--layers", "4", "--hidden-size", "32", "--heads", "4", "--kv-heads", "2", "--vocab-size", "64", "--sliding-window", "8"]
-SMALL = ["--lengths", "16", "40", "--context", "48", "--batches", "2", "--repeats", "1", "--prompts", "2", "--device", "cpu"]
+RANDOM = [
+    "--layers",
+    "4",
+    "--hidden-size",
+    "32",
+    "--heads",
+    "4",
+    "--kv-heads",
+    "2",
+    "--vocab-size",
+    "64",
+    "--sliding-window",
+    "8",
+]
+SMALL = [
+    "--lengths",
+    "16",
+    "40",
+    "--context",
+    "48",
+    "--batches",
+    "2",
+    "--repeats",
+    "1",
+    "--prompts",
+    "2",
+    "--device",
+    "cpu",
+]
 SMALL += ["--threads", str(torch.get_num_threads())]
 
 
@@ -20,7 +47,9 @@ def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     save_folder(folder / "plain")
     save_merging_folder(folder / "merging", "0_3_3_3")
-    (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": f"text number {index} of many"}) for index in range(50)))
+    (folder / "texts.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"text number {index} of many"}) for index in range(50))
+    )
     return folder
 
 
@@ -41,7 +70,9 @@ def test_models_with_random_weights(tmp_path, capsys):
     assert by_name["DMC 4x", "tokens per slot"] > 2
     table = capsys.readouterr().out.splitlines()
     assert table[0].split("  ")[-1] == names[-1]
-    assert len(table) - 1 == len({(row["measure"], None if row["measure"] in OF_LARGEST_BATCH else row["at"]) for row in found})
+    assert len(table) - 1 == len(
+        {(row["measure"], None if row["measure"] in OF_LARGEST_BATCH else row["at"]) for row in found}
+    )
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

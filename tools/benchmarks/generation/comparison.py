@@ -112,9 +112,7 @@ def decoding(subjects: Sequence[Subject], settings: Settings) -> Iterator[list[R
     yield rows("KV bytes per token", context, "bytes", kv_bytes)
     yield rows("largest batch", context, "sequences", largest)
     for batch in settings.batches:
-        calls = {
-            each.name: Decoding(each, batch, begun[each.name], max_tokens=context) for each in subjects
-        }
+        calls = {each.name: Decoding(each, batch, begun[each.name], max_tokens=context) for each in subjects}
         yield _milliseconds("decode step", batch, calls, settings)
     calls = {
         each.name: Decoding(each, largest[each.name], begun[each.name], max_tokens=context, memory_bytes=memory)
@@ -127,8 +125,6 @@ def decoding(subjects: Sequence[Subject], settings: Settings) -> Iterator[list[R
     yield rows("decode memory", largest, "MiB", {name: peak_bytes(call) / 2**20 for name, call in calls.items()})
 
 
-def _milliseconds(
-    measure: str, at: int, calls: Mapping[str, Callable[[], None]], settings: Settings
-) -> list[Row]:
+def _milliseconds(measure: str, at: int, calls: Mapping[str, Callable[[], None]], settings: Settings) -> list[Row]:
     seconds = median_seconds(calls, repeats=settings.repeats, clock=settings.clock)
     return rows(measure, at, "ms", {name: 1e3 * value for name, value in seconds.items()})

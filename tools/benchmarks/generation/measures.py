@@ -55,7 +55,13 @@ class Decoding:
     """A batch of sequences of which each call computes one more token, which the prompts say, and draws the next."""
 
     def __init__(
-        self, subject: Subject, batch: int, of_prompts: Sequence[Committed], *, max_tokens: int, memory_bytes: int | None = None
+        self,
+        subject: Subject,
+        batch: int,
+        of_prompts: Sequence[Committed],
+        *,
+        max_tokens: int,
+        memory_bytes: int | None = None,
     ) -> None:
         """`of_prompts`: what was committed of the beginning of each prompt; the sequences get up to `max_tokens`. `memory_bytes`: of the
         cache, default the most that they can need."""

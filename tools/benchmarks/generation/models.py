@@ -135,7 +135,9 @@ def script_decisions(model: LCKVLlamaForCausalLM, compression_ratio: float) -> N
 
     owners = [layer.self_attn.k_proj for layer in model.model.layers if layer.self_attn.computes_kv]
     hooks = [projection.register_forward_hook(shift) for projection in owners]
-    model(random_tokens(config.vocab_size, 1, min(_CALIBRATION_TOKENS, config.max_position_embeddings)), use_cache=False)
+    model(
+        random_tokens(config.vocab_size, 1, min(_CALIBRATION_TOKENS, config.max_position_embeddings)), use_cache=False
+    )
     for hook in hooks:
         hook.remove()
 

@@ -72,7 +72,9 @@ def test_prompts_are_cut_from_texts_one_after_the_other() -> None:
     texts = iter(["abc", "defg", "never read"])
     assert text_tokens(texts, encode, 2, 3).tolist() == [encode("abc"), encode("def")]
     assert list(texts) == ["never read"]
-    with pytest.raises(ConfigError, match="--text has 7 tokens, but 2 prompts of 4 are measured; give more text, or smaller --lengths"):
+    with pytest.raises(
+        ConfigError, match="--text has 7 tokens, but 2 prompts of 4 are measured; give more text, or smaller --lengths"
+    ):
         text_tokens(["abc", "defg"], encode, 2, 4)
 
 
@@ -88,4 +90,9 @@ def test_folders_that_cannot_be_loaded(tmp_path) -> None:
 
 def test_sizes_of_the_model() -> None:
     config = build("plain", dataclasses.replace(SIZES, hidden_size=96)).model.config
-    assert (config.hidden_size, config.intermediate_size, config.head_dim, config.num_key_value_heads) == (96, 256, 24, 2)
+    assert (config.hidden_size, config.intermediate_size, config.head_dim, config.num_key_value_heads) == (
+        96,
+        256,
+        24,
+        2,
+    )

@@ -26,9 +26,7 @@ def batches() -> dict[str, int]:
     subjects = {kind: build(kind, sizes) for kind in ("plain", "lckv", "plain,dmc=4", "lckv,dmc=4")}
     memory = cache_for(subjects["plain"].model, 4, 1024).num_bytes
     return {
-        kind: largest_batch(
-            each.model, committed(each.model, each.prompts[:1]), memory_bytes=memory, max_tokens=1024
-        )
+        kind: largest_batch(each.model, committed(each.model, each.prompts[:1]), memory_bytes=memory, max_tokens=1024)
         for kind, each in subjects.items()
     }
 
@@ -66,7 +64,9 @@ def test_a_prompt_takes_no_more_than_its_operation_count(kind: str, tolerance: f
     counted, predicted = [], []
     for each in (plain, subject):
         prefill = Prefill(each, 256, tolerance)
-        with FlopCounterMode(display=False) as counter:  # it knows nothing of attention on CPU, which has the same share in both
+        with FlopCounterMode(
+            display=False
+        ) as counter:  # it knows nothing of attention on CPU, which has the same share in both
             prefill()
         counted.append(counter.get_total_flops())
         predicted.append(prefill_flops(each.model.config, 256, prefill.passes))
@@ -109,7 +109,9 @@ class _Work(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         self.operations += 1
-        self.numbers += sum(each.numel() for each in torch.utils._pytree.tree_leaves(result) if isinstance(each, torch.Tensor))
+        self.numbers += sum(
+            each.numel() for each in torch.utils._pytree.tree_leaves(result) if isinstance(each, torch.Tensor)
+        )
         return result
 
 
@@ -125,7 +127,9 @@ def test_a_step_costs_the_same_however_many_requests_are_finished(kind: str) -> 
     found = []
     for finished in (0, 30):
         engine = Engine(model, memory_bytes=2**22, max_batch_size=8, max_prompt_tokens=64)
-        engine.generate([[number % 7 + 1] * 20 for number in range(finished)], SamplingParams(temperature=0.0, max_new_tokens=3))
+        engine.generate(
+            [[number % 7 + 1] * 20 for number in range(finished)], SamplingParams(temperature=0.0, max_new_tokens=3)
+        )
         for prompt in ([1, 2, 3, 4], [5, 6, 7]):
             engine.submit(prompt, SamplingParams(temperature=0.0, max_new_tokens=50))
         for _ in range(4):
@@ -140,9 +144,7 @@ def test_where_pages_run_out_the_youngest_sequence_makes_room() -> None:
     begun = committed(subject.model, subject.prompts[:, :240])
     heads = SIZES.layers * SIZES.kv_heads
     memory = cache_for(subject.model, 3, 256, None)
-    step = Decoding(
-        subject, 3, begun, max_tokens=256, memory_bytes=memory.num_bytes - heads * memory.bytes_per_page
-    )
+    step = Decoding(subject, 3, begun, max_tokens=256, memory_bytes=memory.num_bytes - heads * memory.bytes_per_page)
     step()
     assert len(step.sequences) == 2
     assert step.cache.pages_in_use == 2 * heads * 16
