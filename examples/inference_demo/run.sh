@@ -29,7 +29,7 @@ done
 
 say "generation, side by side"
 tail -n 20 "$data/corpus.jsonl" >"$out/held_out.jsonl" # documents of the validation split
-"$PYTHON" -m tools.benchmarks.inference --text "$out/held_out.jsonl" --lengths 128 448 --context 448 \
+"$PYTHON" -m tools.benchmarks.inference --text "$out/held_out.jsonl" --lengths 128 448 --context 448 --threads 1 --clock cpu \
     --models plain="$out/plain" LCKV="$out/lckv" YOCO="$out/yoco" DMC="$out/dmc" "LCKV x DMC=$out/lckv_dmc" \
     --output "$out/inference.csv" --picture "$out/inference.png"
 

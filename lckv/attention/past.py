@@ -10,14 +10,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from lckv.attention.visibility import Visibility
 
 _BLOCK = 128
 """Queries per block, at most."""
 
-_SCORES = 2**25
-"""Entries of the score matrix of a block, at most: b x h x queries x (n + s)."""
+_MASK = 2**24
+"""Entries of the mask of a block, at most: b x g x queries x (n + s)."""
 
 
 class Past(NamedTuple):
@@ -52,58 +53,61 @@ class NewTokens(NamedTuple):
 def attend(
     query: Tensor, new: NewTokens, past: Past, visibility: Visibility, *, scale: float, biased: bool = False
 ) -> Tensor:
-    """softmax(scale * query key^T) value over the visible keys, 0 for a query that sees none; query and result [b, h, s, d].
+    """softmax(scale * query key^T) value over the visible keys, 0 for a query that sees none; query [b, h, s, d], result the same in
+    the dtype of the values.
 
-    `visibility` (without documents) and `biased` as in `reference.attend`; keys of the past have no bias. Scores are float32: rounded to
-    bfloat16 they would be off by 0.4 %, which an exponential makes more of.
+    `visibility` (without documents) and `biased` as in `reference.attend`; keys of the past have no bias. Scores are float32.
     """
-    per_query = query.shape[0] * query.shape[1] * (past.key.shape[2] + new.key.shape[2])
-    size = min(_BLOCK, max(1, _SCORES // max(1, per_query)))
+    rows, kv_heads, older, _ = past.key.shape
+    size = min(_BLOCK, max(1, _MASK // max(1, rows * kv_heads * (older + new.key.shape[2]))))
+    if biased:  # what a key's last channel says is said by the mask
+        query = torch.cat((query[..., :-1], torch.zeros_like(query[..., :1])), -1)
     with torch.autocast(query.device.type, enabled=False):
-        new = new._replace(key=new.key.float(), value=new.value.to(past.value.dtype))
-        past = past._replace(key=past.key.float())
-        heads = query.float().unflatten(1, (new.key.shape[1], -1))
+        key, value = torch.cat((past.key, new.key), 2), torch.cat((past.value, new.value.to(past.value.dtype)), 2)
+        dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
+        key, value = (tensor.to(dtype).flatten(0, 1)[:, None] for tensor in (key, value))
+        heads = query.to(dtype).unflatten(1, (kv_heads, -1)).flatten(0, 1)
         blocks = [
-            _attend_block(part, start, new, past, visibility, scale, biased)
-            for start, part in zip(range(0, query.shape[2], size), heads.split(size, 3), strict=True)
+            _attend_block(part, start, key, value, new, past, visibility, scale, biased)
+            for start, part in zip(range(0, query.shape[2], size), heads.split(size, 2), strict=True)
         ]
-    return torch.cat(blocks, 3).flatten(1, 2)
+    return torch.cat(blocks, 2).unflatten(0, (rows, kv_heads)).flatten(1, 2).to(past.value.dtype)
 
 
 def _attend_block(
-    query: Tensor, start: int, new: NewTokens, past: Past, visibility: Visibility, scale: float, biased: bool
+    query: Tensor,
+    start: int,
+    key: Tensor,
+    value: Tensor,
+    new: NewTokens,
+    past: Past,
+    visibility: Visibility,
+    scale: float,
+    biased: bool,
 ) -> Tensor:
-    """Queries start .. of [b, g, h / g, q, d]; queries and keys are float32, the result is of the values' dtype."""
-    channels = query.shape[-1] - biased
-    queries = torch.arange(start, start + query.shape[3], device=query.device)
+    """Queries start .. of [b * g, h / g, q, d] on all keys and values [b * g, 1, n + s, d]."""
+    queries = torch.arange(start, start + query.shape[2], device=query.device)
     behind = int(visibility.exclude_self)
-    old = _scores(query, past.key, channels, scale)
-    seen_old = _visible_past(queries, new, past, visibility)[:, :, None]
     # The newest new key that any of these queries may see comes last.
-    width = start + query.shape[3] - behind
+    width = start + query.shape[2] - behind
     if past.key.shape[2] + width == 0:
-        return torch.zeros_like(query, dtype=new.value.dtype)
-    key, value = new.key[:, :, :width], new.value[:, :, :width]
-    fresh = _scores(query, key, channels, scale)
+        return torch.zeros_like(query)
+    one = len(queries) == 1
+    if one:  # the heads of a group see the same keys then: as queries of one head they cost less
+        query = query.transpose(1, 2)
+    key, value = (
+        tensor[:, :, : past.key.shape[2] + width].expand(-1, query.shape[1], -1, -1) for tensor in (key, value)
+    )
+    shape = (*past.lengths.shape, len(queries), -1)
+    of_new = _visible_new(queries, width, new.counted, visibility).expand(*shape[:3], width)
+    seen = torch.cat((_visible_past(queries, new, past, visibility).expand(shape), of_new), -1).flatten(0, 1)[:, None]
+    mask = seen
     if biased:
-        fresh = fresh + _bias(key, queries, behind)[:, :, None]
-    seen_new = _visible_new(queries, width, new.counted, visibility)
-    scores = torch.cat((old.masked_fill(~seen_old, -torch.inf), fresh.masked_fill(~seen_new, -torch.inf)), -1)
-    peak = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
-    weights = (scores - peak).exp()
-    weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
-    of_old, of_new = weights.to(value.dtype).split((old.shape[-1], width), -1)
-    return _mix(of_old, past.value) + _mix(of_new, value)
-
-
-def _scores(query: Tensor, key: Tensor, channels: int, scale: float) -> Tensor:
-    """[b, g, h / g, q, keys] over the first `channels` channels."""
-    rows = query[..., :channels].flatten(2, 3) @ key[..., :channels].transpose(-1, -2)
-    return rows.unflatten(2, query.shape[2:4]) * scale
-
-
-def _mix(weights: Tensor, value: Tensor) -> Tensor:
-    return (weights.flatten(2, 3) @ value).unflatten(2, weights.shape[2:4])
+        bias = pad(_bias(new.key[:, :, :width], queries, behind), (past.key.shape[2], 0)).flatten(0, 1)[:, None]
+        mask = bias.to(query.dtype).masked_fill(~seen, -torch.inf)
+    output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    output = output.masked_fill(~seen.any(-1, keepdim=True), 0.0)  # not all kernels know what the mean of nothing is
+    return output.transpose(1, 2) if one else output
 
 
 def _bias(key: Tensor, queries: Tensor, behind: int) -> Tensor:
@@ -114,7 +118,7 @@ def _bias(key: Tensor, queries: Tensor, behind: int) -> Tensor:
 
 
 def _visible_new(queries: Tensor, width: int, counted: Tensor | None, visibility: Visibility) -> Tensor:
-    """bool, broadcasts to [b, g, h / g, q, width]."""
+    """bool, broadcasts to [b, g, q, width]."""
     keys = torch.arange(width, device=queries.device)
     distance = queries[:, None] - keys
     seen = distance >= int(visibility.exclude_self)
@@ -122,7 +126,7 @@ def _visible_new(queries: Tensor, width: int, counted: Tensor | None, visibility
         seen = seen & (distance < visibility.window)
     if counted is None:
         return seen
-    return seen & counted[:, None, None, None, :width]
+    return seen & counted[:, None, None, :width]
 
 
 def _visible_past(queries: Tensor, new: NewTokens, past: Past, visibility: Visibility) -> Tensor:

@@ -150,7 +150,7 @@ def filtered(scores: Tensor, params: Sequence[SamplingParams], previous: Sequenc
         ordered = ordered.masked_fill(ordered < least, -torch.inf)
         shares = ordered.softmax(-1)
         before = shares.cumsum(-1) - shares
-        # The first stays whatever rounding does; with top_p 1 all stay.
+        # The first stays, also where float32 makes 0 of top_p; with top_p 1 all stay.
         beyond = (before >= column([row.top_p if row.top_p < 1 else torch.inf for row in params])) & (before > 0)
         scores = torch.empty_like(scores).scatter_(1, order, ordered.masked_fill(beyond, -torch.inf))
     if any(row.min_p > 0 for row in params):
@@ -173,11 +173,10 @@ def _penalised(scores: Tensor, params: Sequence[SamplingParams], previous: Seque
 
 
 def _draw(scores: Tensor, uniform: Tensor) -> Tensor:
-    """int64 [b]: the inverse of each row's cumulative distribution at `uniform` float64 [b] in 0 .. 1."""
+    """int64 [b]: the inverse of each row's cumulative distribution at `uniform` float64 [b], at least 0 and below 1."""
     cumulative = scores.double().softmax(-1).cumsum(-1)
-    total = cumulative[:, -1:]
-    # Strictly below the total, so that a token with a share of its own is found.
-    at = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    # A double below 1 times the total is below the total: a token with a share of its own is found.
+    at = uniform[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, at, right=True).squeeze(1)
 
 

@@ -3,7 +3,7 @@
     python -m tools.benchmarks.conversion_memory --output tools/benchmarks/results/conversion_memory.csv
 
 peak_bytes: by how much the resident memory of the converting process grows (Linux), mapped files included. allowed_bytes: 1.3 times the
-largest tensor and 96 MiB. cpu_seconds: those in which the process computed; of use where other programs run meanwhile. Models are Llamas
+largest tensor and 64 MiB. cpu_seconds: those in which the process computed; of use where other programs run meanwhile. Models are Llamas
 in bfloat16 with random weights; what is measured is reading, mapping, writing and hashing, without the proof at the end.
 """
 
@@ -26,7 +26,7 @@ from lckv.config import CompressionConfig
 from megatron_ext.config import ModelConfig
 from tools.benchmarks.timing import setting, write_csv
 
-CONSTANT_BYTES = 96 * 2**20
+CONSTANT_BYTES = 64 * 2**20
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 

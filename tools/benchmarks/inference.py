@@ -4,15 +4,18 @@
     python -m tools.benchmarks.inference --models out/plain out/lckv out/dmc --text held_out.txt --lengths 128 256 --context 256
     python -m tools.benchmarks.inference --random plain lckv dmc8=plain,dmc=8 --layers 32 --hidden-size 4096 --heads 32 --kv-heads 8
 
-Models are Hugging Face folders, [NAME=]FOLDER, or have random weights: NAME=MAP, with MAP as in compression.layer_types or the name of a layout of
-tools/layouts.py, and NAME=MAP,dmc=CR where CR tokens shall be merged into a slot. All ratios are to the first one. Times are medians of
-rounds in which the models take turns.
+Models are Hugging Face folders, or have random weights: a map as in compression.layer_types, or the name of a layout of tools/layouts.py,
+and dmc=CR where CR tokens shall be merged into a slot. Ratios are to the first one. Times are medians of rounds in which the models take
+turns.
 
-prefill: a prompt in one piece, up to the logits of its last token; its operations: the ratio that counting them predicts; all passes: the
-same of maps that iterate, with all m + b passes instead of those until it settles. first token: from handing a prompt to an idle engine,
-which reads it in chunks, to one token. decode step: one token for each of a batch of sequences of --context tokens. largest batch:
-sequences of --context tokens that a cache of --memory bytes takes in. KV bytes: of a token of context, with pages as allocated, tables
-and the policy's state. memory: most bytes of tensors alive at once, beside weights and cache.
+    prefill         a prompt in one piece, up to the logits of its last token; passes over iterated layers as many as it takes to settle
+    operations      of that, counted; if nothing else took time, times would have the same ratio
+    all passes      the same of maps that iterate, with all m + b passes
+    prefill memory  most bytes of tensors alive at once, beside weights and cache; decode memory: of a step of the largest batch
+    first token     from handing a prompt to an idle engine, which reads it in chunks, to one token
+    KV bytes        of a token of context, as allocated: pages, and tables and the policy's state of each sequence
+    largest batch   sequences of --context tokens that a cache of --memory bytes takes in
+    decode step     one more token for each of a batch of such sequences; tokens per second: of the largest batch
 """
 
 import argparse
@@ -129,7 +132,7 @@ def title(row: Row) -> str:
 
 def line(first: str, cells: Mapping[str, str], names: Sequence[str]) -> str:
     """Of the table, which has a column for each model."""
-    return f"{first:<38}{''.join(f'{cells.get(name, str()):<22}' for name in names)}".rstrip()
+    return f"{first:<42}{''.join(f'{cells.get(name, str()):<22}' for name in names)}".rstrip()
 
 
 def csv_rows(models: Sequence[Subject], settings: Settings, rows: Iterable[Row]) -> Iterator[dict[str, object]]:

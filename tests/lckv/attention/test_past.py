@@ -99,11 +99,11 @@ def test_without_a_past_it_is_ordinary_attention(exclude_self: bool, biased: boo
 
 
 def test_blocks_get_smaller_as_the_past_grows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(past, "_SCORES", 2 * 4 * 100 * 3)
+    monkeypatch.setattr(past, "_MASK", 2 * 2 * 100 * 3)
     sizes: list[int] = []
     attend_block = past._attend_block
     monkeypatch.setattr(
-        past, "_attend_block", lambda query, *args: sizes.append(query.shape[3]) or attend_block(query, *args)
+        past, "_attend_block", lambda query, *args: sizes.append(query.shape[2]) or attend_block(query, *args)
     )
     old = Past(torch.zeros(2, 2, 90, 8), torch.zeros(2, 2, 90, 8), torch.full((2, 2), 90))
     new = NewTokens(torch.zeros(2, 2, 10, 8), torch.zeros(2, 2, 10, 8), None, None)

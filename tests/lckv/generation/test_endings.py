@@ -58,6 +58,8 @@ def test_a_listener_may_cancel_and_submit() -> None:
             tried.cancel(event.request_id)
 
     request = tried.submit([1], GREEDY, on_token=listen)
+    tried.step()
+    assert request.finished
     tried.run_until_idle()
     assert (request.result(0).finish_reason, more[0].result(0).finish_reason) == ("cancelled", "length")
     assert empty(tried)
@@ -125,15 +127,21 @@ def test_logits_that_are_no_numbers_end_their_request_only(monkeypatch: pytest.M
     assert other.result(0).finish_reason == "length"
 
 
-def test_an_interrupt_leaves_requests_that_can_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("part", ["model", "lm_head"])
+def test_an_interrupt_leaves_requests_that_can_go_on(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the cache has taken in a token, and after."""
     built = model("plain")
     expected = engine(built).generate([text(5)], GREEDY)[0].token_ids
     tried = engine(built)
     request = tried.submit(text(5), GREEDY)
     tried.step()
     tried.step()
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patched:
-        _failing(built, patched, lambda hidden: True, KeyboardInterrupt())
+        patched.setattr(built.model.norm if part == "model" else built.lm_head, "forward", interrupted)
         with pytest.raises(KeyboardInterrupt):
             tried.step()
     tried.run_until_idle()

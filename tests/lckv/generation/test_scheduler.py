@@ -1,6 +1,7 @@
 """Requests that come, go, make room for each other and come back in any order."""
 
 import gc
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lckv.generation.scheduler import Scheduler
+from lckv.generation.stats import Counters
 from tests.lckv.cache.models import model, text
 from tests.lckv.generation.engines import GREEDY, empty, engine
 
@@ -70,9 +73,24 @@ def test_nothing_grows_with_the_number_of_finished_requests() -> None:
         gc.collect()
         return len(gc.get_objects())
 
-    before = objects_after(70)  # the newest 64 steps are remembered
-    assert objects_after(70) - before < 20
-    assert tried.stats().finished == 140
+    before = objects_after(20)
+    assert objects_after(60) - before < 20
+    assert tried.stats().finished == 80
+
+
+def test_the_rate_is_that_of_the_newest_steps() -> None:
+    counters, now = Counters(), time.monotonic()
+    for _ in range(500):
+        counters.step(now - 1000, 1)
+    for _ in range(64):
+        counters.step(now - 2, 1)
+    tried = engine(model("CLA"))
+    rate = counters.stats(
+        Scheduler(tried.cache, max_batch_size=1, max_waiting=1, prefill_chunk=1, exact=False, iterated=False),
+        tried.cache,
+        1.0,
+    ).tokens_per_second
+    assert 20 < rate < 33
 
 
 def test_answers_go_on_while_a_long_prompt_is_read() -> None:

@@ -32,15 +32,15 @@ def test_what_was_generated_greedily_is_greedy() -> None:
     assert scores.greedy[5:].all()
 
 
-def test_requests_that_run_go_on_afterwards() -> None:
-    built = model("CLA", "dmc")
+def test_requests_that_run_make_room_and_go_on_afterwards() -> None:
+    built = model("CLA")
     expected = engine(built).generate([text(9)], GREEDY)[0].token_ids
-    tried = engine(built, pages=60)
+    tried = engine(built, pages=4 * 8)  # of 2 layers, 2 heads: 32 tokens
     request = tried.submit(text(9), GREEDY)
     for _ in range(4):
         tried.step()
-    alone = engine(built).score([text(30)])[0]
-    torch.testing.assert_close(tried.score([text(30)])[0].logprobs, alone.logprobs, rtol=0, atol=1e-6)
+    alone = engine(built).score([text(32)])[0]
+    torch.testing.assert_close(tried.score([text(32)])[0].logprobs, alone.logprobs, rtol=0, atol=1e-6)
     tried.run_until_idle()
     assert request.result(0).token_ids == expected
     assert empty(tried)

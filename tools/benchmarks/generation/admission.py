@@ -65,19 +65,23 @@ def cache_for(
 
 
 def largest_batch(
-    model: LCKVLlamaForCausalLM, of_prompts: Sequence[Committed], *, memory_bytes: int, max_tokens: int
+    model: LCKVLlamaForCausalLM, of_prompts: Sequence[Sequence[Committed]], *, memory_bytes: int, max_tokens: int
 ) -> int:
-    """Most sequences that a cache of `memory_bytes`, with tables for so many of up to `max_tokens`, takes in; 0: not even one."""
+    """Most sequences that a cache of `memory_bytes`, with tables for so many of up to `max_tokens`, takes in; 0: not even one.
+
+    `of_prompts` are the same texts at several lengths. There must be room for each length: a window may need a page more in between.
+    """
 
     def fit(sequences: int) -> bool:
-        try:
-            cache = cache_for(model, sequences, max_tokens, memory_bytes)
-        except ValueError:  # the tables leave no room for pages
-            return False
-        try:
-            fill(cache, sequences, of_prompts)
-        except OutOfPagesError:
-            return False
+        for each in of_prompts:
+            try:
+                cache = cache_for(model, sequences, max_tokens, memory_bytes)
+            except ValueError:  # the tables leave no room for pages
+                return False
+            try:
+                fill(cache, sequences, each)
+            except OutOfPagesError:
+                return False
         return True
 
     low, high = 0, 1

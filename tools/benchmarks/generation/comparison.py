@@ -97,18 +97,17 @@ def decoding(subjects: Sequence[Subject], settings: Settings) -> Iterator[list[R
     kv_bytes: dict[str, float] = {}
     begun: dict[str, list[Committed]] = {}
     for subject in subjects:
-        whole = committed(subject.model, subject.prompts[:, :context])
-        batch = largest_batch(subject.model, whole, memory_bytes=memory, max_tokens=context)
+        name, model, prompts = subject.name, subject.model, subject.prompts
+        whole, begun[name] = (committed(model, prompts[:, :length]) for length in (context, context - settings.steps))
+        largest[name] = batch = largest_batch(model, (whole, begun[name]), memory_bytes=memory, max_tokens=context)
         if batch == 0:
             raise ConfigError(
-                f"--memory {size(memory)} does not hold one sequence of {context} tokens of {subject.name}; give more, or a smaller --context."
+                f"--memory {size(memory)} does not hold one sequence of {context} tokens of {name}; give more, or a smaller --context."
             )
-        largest[subject.name] = batch
-        cache = cache_for(subject.model, batch, context, memory)
+        cache = cache_for(model, batch, context, memory)
         fill(cache, batch, whole)
         allocated = cache.pages_in_use * cache.bytes_per_page + batch * cache.bytes_per_sequence
-        kv_bytes[subject.name] = allocated / (batch * context)
-        begun[subject.name] = committed(subject.model, subject.prompts[:, : context - settings.steps])
+        kv_bytes[name] = allocated / (batch * context)
     yield rows("KV bytes per token", context, "bytes", kv_bytes)
     yield rows("largest batch", context, "sequences", largest)
     for batch in settings.batches:

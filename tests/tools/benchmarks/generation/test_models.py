@@ -49,7 +49,7 @@ def test_maps(text: str, layer_types: str, window: int | None) -> None:
 
 
 def test_a_map_that_does_not_fit() -> None:
-    with pytest.raises(ConfigError, match="--random mine: compression.layer_types"):
+    with pytest.raises(ConfigError, match=r"--random mine: compression\.layer_types"):
         build("mine=0_0")
 
 
@@ -84,7 +84,7 @@ def test_folders_that_cannot_be_loaded(tmp_path) -> None:
     save_folder(tmp_path / "cut")
     (weights,) = (tmp_path / "cut").glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(ConfigError, match="--models .*cut cannot be loaded: "):
+    with pytest.raises(ConfigError, match=r"--models .*cut cannot be loaded: "):
         load_folder(tmp_path / "cut", dtype=None, device=CPU)
 
 

@@ -26,7 +26,7 @@ def batches() -> dict[str, int]:
     subjects = {kind: build(kind, sizes) for kind in ("plain", "lckv", "plain,dmc=4", "lckv,dmc=4")}
     memory = cache_for(subjects["plain"].model, 4, 1024).num_bytes
     return {
-        kind: largest_batch(each.model, committed(each.model, each.prompts[:1]), memory_bytes=memory, max_tokens=1024)
+        kind: largest_batch(each.model, [committed(each.model, each.prompts[:1])], memory_bytes=memory, max_tokens=1024)
         for kind, each in subjects.items()
     }
 
@@ -42,7 +42,7 @@ def test_the_largest_batch_leaves_no_room_for_another_sequence(kind: str) -> Non
     model, prompts = build(kind).model, build(kind).prompts
     of_prompts = committed(model, prompts)
     memory = 3 * cache_for(model, 1, 256).num_bytes
-    batch = largest_batch(model, of_prompts, memory_bytes=memory, max_tokens=256)
+    batch = largest_batch(model, [of_prompts], memory_bytes=memory, max_tokens=256)
     cache = cache_for(model, batch, 256, memory)
     assert cache.num_bytes <= memory
     fill(cache, batch, of_prompts)
@@ -51,10 +51,21 @@ def test_the_largest_batch_leaves_no_room_for_another_sequence(kind: str) -> Non
     assert 0 <= cache.pages_free < needed + tables
 
 
+def test_a_window_that_needs_one_page_more_on_the_way_counts() -> None:
+    model, prompts = build("yoco").model, build("yoco").prompts
+    aligned, before = (committed(model, prompts[:, :length]) for length in (256, 251))  # of a window 15 tokens are kept
+    memory = 4 * cache_for(model, 1, 256).num_bytes
+    room = [
+        largest_batch(model, each, memory_bytes=memory, max_tokens=256)
+        for each in ([aligned], [before], [aligned, before])
+    ]
+    assert room[0] > room[1] == room[2]
+
+
 def test_no_sequence_fits_into_nothing() -> None:
     subject = build("lckv,dmc=4")
     of_prompts = committed(subject.model, subject.prompts)
-    assert largest_batch(subject.model, of_prompts, memory_bytes=1000, max_tokens=256) == 0
+    assert largest_batch(subject.model, [of_prompts], memory_bytes=1000, max_tokens=256) == 0
 
 
 @pytest.mark.parametrize("kind", ["lckv", "sandwich-middle", "lckv,dmc=4"])
