@@ -63,9 +63,7 @@ class Forward:
     def _iteration(
         self, rows: int, width: int, counted: Tensor | None, device: torch.device
     ) -> tuple[Iteration | None, Settling | None]:
-        if width == 1:
-            return Iteration(1), None  # one token sees only older ones in cyclic layers
-        if not self.iterated:
+        if width == 1 or not self.iterated:  # one token sees only older ones in cyclic layers
             return None, None
         if self._tolerance == 0:
             return Iteration(self._passes), None

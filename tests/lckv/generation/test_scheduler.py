@@ -133,14 +133,16 @@ def test_requests_wait_until_there_is_room_for_their_prompt_in_the_order_in_whic
 
 def test_the_youngest_gives_way_and_comes_back_first() -> None:
     built = model("plain")
-    params = replace(GREEDY, max_new_tokens=20)
-    expected = [engine(built).generate([text(8, seed)], params)[0] for seed in range(4)]
-    tried = engine(built, pages=8 * 14, max_batch_size=3)  # 56 tokens, of 84 that three need in the end
-    requests = [tried.submit(text(8, seed), params) for seed in range(4)]
-    ended = []
+    params = [replace(GREEDY, max_new_tokens=length) for length in (20, 20, 20, 1)]
+    prompts = [text(length, seed) for seed, length in enumerate((8, 8, 8, 35))]
+    expected = [engine(built).generate([prompt], each)[0] for prompt, each in zip(prompts, params, strict=True)]
+    tried = engine(built, pages=8 * 14, max_batch_size=3)  # 56 tokens, of 84 that the first three need in the end
+    requests = [tried.submit(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+    steps = []
     while tried.has_work:
-        ended += [event.request_id for event in tried.step() if event.finish_reason]
-    assert ended == [request.request_id for request in requests]
+        steps.append({event.request_id: event.finish_reason for event in tried.step()})
+    ends = [next(n for n, step in enumerate(steps) if step.get(request.request_id)) for request in requests]
+    assert ends[0] == ends[1] < ends[2] < ends[3]
     answers = [request.result(0) for request in requests]
     assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
     assert answers[0].preemptions == 0 < answers[2].preemptions
