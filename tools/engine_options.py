@@ -55,7 +55,7 @@ def add_engine_options(parser: argparse.ArgumentParser, *, batch_size: int) -> N
         type=float,
         metavar="X",
         help="of maps that iterate: the relative change of shared keys and values at which passes over a prompt end; 0: all passes of "
-        "training (default: 0.02)",
+        "training (default: 0.05)",
     )
     prefill.add_argument(
         "--exact", action="store_true", help="run prompts token by token: exact for maps that iterate, and slow"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lckv.cache.streaming import StreamingCache
 from lckv.generation.detokenize import AnswerText
+from lckv.generation.limits import end_tokens
 from lckv.generation.sampling import SamplingParams, sample
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from lckv.policies.build import build_policy
@@ -65,7 +66,7 @@ class Continuation:
         self._model, self._cache, self._params = model, cache, params
         self._prompt, self._prefill_chunk = prompt, prefill_chunk
         self._text = AnswerText(tokenizer, params.stop, prompt[-_PROMPT_TAIL:])
-        self._ends = frozenset((*params.stop_token_ids, *(() if params.ignore_eos else _end_tokens(model))))
+        self._ends = frozenset((*params.stop_token_ids, *(() if params.ignore_eos else end_tokens(model))))
         self._seen = dict.fromkeys(prompt)  # for the penalty: no more than the vocabulary
         self.tokens = 0
         """New ones so far."""
@@ -108,11 +109,3 @@ class Continuation:
         output = model.model.run(embedded, self._cache)
         assert output.last_hidden_state is not None
         return model.lm_head(output.last_hidden_state[:, -1])
-
-
-def _end_tokens(model: LCKVLlamaForCausalLM) -> frozenset[int]:
-    """The model's end-of-sequence tokens."""
-    found: set[int] = set()
-    for given in (model.config.eos_token_id, getattr(model.generation_config, "eos_token_id", None)):
-        found |= set(given if isinstance(given, list) else () if given is None else (given,))
-    return frozenset(found)
