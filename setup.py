@@ -22,6 +22,7 @@ INSTALL_REQUIRES = [
     "sentencepiece>=0.2",
     "tiktoken>=0.8",
     "transformers>=5",
+    "huggingface-hub>=1.0",
     "packaging>=23.0",
     "tqdm>=4.66",
     "matplotlib>=3.8",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 _FACTORIES = (
     "tensor",
@@ -54,6 +55,9 @@ def install() -> None:
     """Install all bridges if there is no CUDA. May be called any number of times."""
     if torch.cuda.is_available():
         return
+    # `with torch.device(...)` knows torch's factory functions by a list that it makes when it is first used: make it now, of the
+    # originals, which the bridges still call. Otherwise it would leave their tensors where they are.
+    _device_constructors()
     for bridge in bridges():
         bridge.install()
     # The CPU generator stands for the CUDA one, so drawing inside a tracked region always changes it.

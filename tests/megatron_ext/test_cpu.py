@@ -107,3 +107,14 @@ def test_factories_make_cpu_tensors(name: str) -> None:
     for device in ("cuda", torch.device("cuda", 0), None):
         assert getattr(torch, name)(*arguments, device=device, pin_memory=True).device.type == "cpu"
     assert getattr(torch, name)(*arguments, device="meta").device.type == "meta"
+
+
+def test_a_device_context_still_reaches_the_factories() -> None:
+    """transformers builds models within `torch.device("meta")` and trusts it."""
+    code = (
+        "import torch; from megatron_ext import cpu; cpu.install()\n"
+        "with torch.device('meta'):\n"
+        "    made = [torch.zeros(2), torch.empty(2), torch.arange(2), torch.ones(2), torch.full((2,), 1.0)]\n"
+        "assert {tensor.device.type for tensor in made} == {'meta'}, made"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
