@@ -1,10 +1,12 @@
 """Settings of the whole suite: the same on a machine with and without GPUs, deterministic, and without network."""
 
 import functools
+import logging
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -30,6 +32,18 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, max_examples=50, database=None)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+
+
+@pytest.fixture(autouse=True)
+def _log_of_a_test_ends_with_it() -> Iterator[None]:
+    """A program that a test calls logs to the standard error of that test, which is closed afterwards."""
+    root = logging.getLogger()
+    before, level = list(root.handlers), root.level
+    yield
+    for handler in list(root.handlers):
+        if handler not in before and type(handler) is logging.StreamHandler:
+            root.removeHandler(handler)
+    root.setLevel(level)
 
 
 @functools.cache

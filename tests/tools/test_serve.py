@@ -151,7 +151,7 @@ def test_sigterm_lets_running_answers_end(server: Server) -> None:
     [
         (["--max-new-tokens", "97"], "--max-new-tokens is 97; it must be at most the model's context, 96 tokens"),
         (["--port", "99999"], "--host 127.0.0.1 --port 99999: cannot listen there"),
-        (["--memory", "1KB"], "one page for each of the"),
+        (["--memory", "1KB"], "memory_bytes is 1000; it must be at least"),
     ],
 )
 def test_bad_options_end_it_with_one_line(folder: Path, options: list[str], message: str, capfd) -> None:

@@ -71,7 +71,7 @@ def _draw_bars(axes: Axes, bars: Bars, rows: Sequence[Row], names: Sequence[str]
     axes.barh(names, values, color=[_colour(index) for index in range(len(names))], height=0.7)
     for index, name in enumerate(names):
         ratio = "" if index == 0 else f"  ({by_name[name].ratio:.3g}x)"
-        text = f" {values[index]:,.{0 if values[index] >= 10 else 2}f}{ratio}"
+        text = f" {values[index]:,.{0 if values[index] >= 8 else 2}f}{ratio}"
         axes.text(values[index], index, text, va="center", color=INK, fontsize=8)
     axes.set_title(bars.title.format(at=f"{at:,}"))
     axes.set_xlim(0, 1.5 * max(values))
