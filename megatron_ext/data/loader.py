@@ -10,10 +10,12 @@ So a step of G samples takes samples consumed .. consumed + G - 1, whatever D an
 
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from megatron_ext.data.samples import SampleDataset
 from megatron_ext.errors import ConfigError
@@ -90,16 +92,29 @@ class _RankBatches(Sampler[list[int]]):
 
 
 def _until_exhausted(loader: DataLoader, batches: _RankBatches) -> Iterator[dict[str, Tensor]]:
+    reading = iter(loader)
     try:
-        yield from loader
+        yield from reading
     except RuntimeError as error:
         error.add_note(f"while data.num_workers={loader.num_workers} processes read samples; with 0 this process does")
         raise
+    finally:
+        _end_readers(reading)
     raise ConfigError(
         f"the dataset's {batches.samples} samples are exhausted, and another micro-batch is asked for. Build it with more "
         "samples: train.train_iters * train.global_batch_size for training, train.eval_iters * train.global_batch_size for "
         "an evaluation."
     )
+
+
+def _end_readers(reading: Any) -> None:
+    """End the processes of DataLoader's iterator at once. An error keeps the iterator alive, and what Python does at its exit, a
+    SIGTERM, is what readers ignore: it would wait for them without end."""
+    if isinstance(reading, _MultiProcessingDataLoaderIter):
+        reading._shutdown_workers()
+        for process in reading._workers:
+            if process.is_alive():  # stuck in a read
+                process.kill()
 
 
 def _leave_signals_to_the_run(_worker: int) -> None:

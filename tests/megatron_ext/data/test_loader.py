@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import signal
 import time
@@ -112,9 +113,12 @@ def test_a_bad_sample_is_an_error_of_its_own_kind(num_workers: int) -> None:
         "num_workers": num_workers,
         "seed": 1,
     }
+    before = set(multiprocessing.active_children())
     iterator = build_data_iterator(Numbers(10, bad=3), consumed_samples=0, **settings)
-    with pytest.raises(ConfigError, match="sample is bad"):
+    with pytest.raises(ConfigError, match="sample is bad") as caught:
         list(iterator)
+    # The error keeps DataLoader's iterator alive; its readers, which ignore SIGTERM, would keep Python from ending.
+    assert caught.value is not None and set(multiprocessing.active_children()) <= before
 
 
 def test_the_death_of_a_worker_is_an_error() -> None:
