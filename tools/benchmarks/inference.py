@@ -92,7 +92,8 @@ def _of_folder(
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Measure, print, write."""
+    """Measure, print, write. Raises ConfigError."""
+    check(options)
     models = subjects(options)
     memory = options.memory or cache_for(models[0].model, PLAIN_SEQUENCES, options.context).num_bytes
     settings = Settings(
@@ -104,10 +105,6 @@ def measure(options: argparse.Namespace) -> None:
         options.repeats,
         options.clock,
     )
-    if settings.steps >= options.context:
-        raise ConfigError(
-            f"--context is {options.context}; it must be more than the {settings.steps} tokens that --repeats {options.repeats} decodes."
-        )
     found: list[Row] = []
     names = [subject.name for subject in models]
     print(line("", {name: name for name in names}, names))
@@ -122,6 +119,25 @@ def measure(options: argparse.Namespace) -> None:
         from tools.benchmarks.generation.picture import draw
 
         draw(found, options.picture)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises ConfigError for what would fail only after minutes."""
+    steps = Settings.steps_of(options.repeats)
+    if steps >= options.context:
+        raise ConfigError(
+            f"--context is {options.context}; it must be more than the {steps} tokens that --repeats {options.repeats} decodes."
+        )
+    if not 0 <= options.prefill_tolerance < 1:
+        raise ConfigError(
+            f"--prefill-tolerance is {options.prefill_tolerance}; it must be at least 0 (all passes) and below 1."
+        )
+    for path in (options.output, options.picture):
+        try:
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def title(row: Row) -> str:

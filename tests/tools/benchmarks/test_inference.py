@@ -92,6 +92,8 @@ def test_folders_are_measured_on_texts(folders, tmp_path):
         ("--models PLAIN PLAIN", "the models are called plain, plain; each needs a name of its own"),
         ("--models PLAIN --lengths 64", "has a context of 64 tokens, but 65 are measured; give smaller --lengths"),
         ("--models PLAIN --context 3", "--context is 3; it must be more than the 3 tokens that --repeats 1 decodes"),
+        ("--prefill-tolerance 1", "--prefill-tolerance is 1.0; it must be at least 0 (all passes) and below 1"),
+        ("--output PLAIN/config.json/inference.csv", "inference.csv cannot be written: "),
         ("--models PLAIN --text nowhere.txt", "nowhere.txt"),
         ("--models nowhere", "nowhere/config.json does not exist"),
         ("--random plain --memory 1KiB", "--memory 1.00 KiB does not hold one sequence of 48 tokens of plain"),

@@ -36,8 +36,13 @@ class Settings:
 
     @property
     def steps(self) -> int:
-        """Tokens that a sequence is decoded by: in warm-up, in the rounds, and once more for its memory."""
-        return self.repeats + 2
+        """Tokens that a sequence is decoded by."""
+        return self.steps_of(self.repeats)
+
+    @staticmethod
+    def steps_of(repeats: int) -> int:
+        """In warm-up, in the rounds, and once more for its memory."""
+        return repeats + 2
 
 
 class Row(NamedTuple):
