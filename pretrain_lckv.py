@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from megatron_ext.command_line import parse_run_config
 from megatron_ext.config import RunConfig
 from megatron_ext.console import exit_status, set_up_logging
-from megatron_ext.validation import validate
+from megatron_ext.validation.run import validate
 
 
 def main(argv: Sequence[str] | None = None) -> int:

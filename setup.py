@@ -1,4 +1,5 @@
-"""The package. Settings of tools: pyproject.toml. Versions tested on machines without a GPU: constraints-cpu.txt."""
+"""The package. Settings of tools: pyproject.toml. Versions tested on machines without a GPU:
+constraints-cpu.txt."""
 
 from setuptools import find_packages, setup
 

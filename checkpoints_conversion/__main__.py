@@ -27,8 +27,8 @@ _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; returns its exit status: 0, 1 where models differ that should not, 2 where something cannot be done, 130 where
-    Ctrl-C stopped it."""
+    """The program; returns its exit status: 0, 1 where models differ that should not, 2 where something
+    cannot be done, 130 where Ctrl-C stopped it."""
     options = build_parser().parse_args(argv)
     set_up_logging()
     try:
@@ -103,17 +103,23 @@ def _run_verify(options: argparse.Namespace) -> None:
     from checkpoints_conversion.hub import local_folder
     from checkpoints_conversion.opening import open_megatron, open_model
     from checkpoints_conversion.verify import ProofError, Tolerance, compare, random_tokens
-    from megatron_ext.training.logits_file import read_tokens
+    from megatron_ext.evaluation.logits_file import read_tokens
 
-    parallel = ParallelConfig(tensor_model_parallel_size=options.tensor, pipeline_model_parallel_size=options.pipeline)
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=options.tensor, pipeline_model_parallel_size=options.pipeline
+    )
     needed = options.tensor * options.pipeline
     if options.nproc_per_node not in (None, needed):
         raise ConfigError(
-            f"--nproc-per-node is {options.nproc_per_node}; it must be {needed}, --parallel.tensor_model_parallel_size {options.tensor} "
-            f"times --parallel.pipeline_model_parallel_size {options.pipeline}. Leave it out, or change the sizes."
+            f"--nproc-per-node is {options.nproc_per_node}; it must be {needed}, "
+            f"--parallel.tensor_model_parallel_size {options.tensor} "
+            f"times --parallel.pipeline_model_parallel_size {options.pipeline}. Leave it out, or change the "
+            "sizes."
         )
     if min(options.rows, options.seq_length) < 1:
-        raise ConfigError(f"--rows is {options.rows} and --seq-length {options.seq_length}; they must be at least 1.")
+        raise ConfigError(
+            f"--rows is {options.rows} and --seq-length {options.seq_length}; they must be at least 1."
+        )
     original = open_model(local_folder(options.hf_path), allow_pickle=options.allow_pickle)
     megatron = open_megatron(options.megatron_path)
     vocab_size = megatron.description.vocab_size
@@ -124,7 +130,10 @@ def _run_verify(options: argparse.Namespace) -> None:
     heads = megatron.description.model.query_groups
     if options.tensor > heads:
         logger.info(
-            "%d key/value heads, %d ranks: each head is on %d of them", heads, options.tensor, options.tensor // heads
+            "%d key/value heads, %d ranks: each head is on %d of them",
+            heads,
+            options.tensor,
+            options.tensor // heads,
         )
     found = compare(original, megatron, tokens, parallel=parallel, timeout_seconds=options.timeout)
     tolerance = Tolerance(options.tolerance, options.agreement)

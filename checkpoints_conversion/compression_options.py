@@ -1,4 +1,5 @@
-"""The settings of a model's sharing map and KV policy that a conversion can change, as options of the command line."""
+"""The settings of a model's sharing map and KV policy that a conversion can change, as options of the command
+line."""
 
 import argparse
 from collections.abc import Mapping
@@ -18,7 +19,8 @@ class CompressionSection:
 
 
 def add_compression_options(parser: argparse.ArgumentParser) -> None:
-    """One option `--compression.FIELD` for each setting; those given are in the parsed namespace, the others are not."""
+    """One option `--compression.FIELD` for each setting; those given are in the parsed namespace, the others
+    are not."""
     groups: dict[str, argparse._ArgumentGroup] = {}
     for key, settings in settings_of(CompressionSection).items():
         setting = settings[0]
@@ -39,7 +41,8 @@ def given_changes(options: argparse.Namespace) -> dict[str, object]:
 
 
 def changed_compression(before: CompressionConfig, changes: Mapping[str, object]) -> CompressionConfig:
-    """`before` with the settings `changes`, by keys such as compression.layer_types. Raises ConfigError naming all that is wrong."""
+    """`before` with the settings `changes`, by keys such as compression.layer_types. Raises ConfigError
+    naming all that is wrong."""
     given = asdict(before)
     if changes.get("compression.policy.name", given["policy"]["name"]) != given["policy"]["name"]:
         del given["policy"]

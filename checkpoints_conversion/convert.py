@@ -43,10 +43,12 @@ def hf_to_megatron(
     allow_pickle: bool = False,
     proof: ProofMode = "auto",
 ) -> ModelDescription:
-    """Convert the Hugging Face model `hf`, a folder or a name on the Hub, to a checkpoint in the new folder `target`.
+    """Convert the Hugging Face model `hf`, a folder or a name on the Hub, to a checkpoint in the new folder
+    `target`.
 
-    `changes` are settings `compression.FIELD` of the new model where it differs from `hf`; `how` says where the keys and values of a
-    sharing map come from. Weights are cast to `dtype` (default: left as they are). Returns what was written.
+    `changes` are settings `compression.FIELD` of the new model where it differs from `hf`; `how` says where
+    the keys and values of a sharing map come from. Weights are cast to `dtype` (default: left as they are).
+    Returns what was written.
 
     Raises ConversionError, CheckpointError, ProofError; then nothing is left in or beside `target`.
     """
@@ -56,7 +58,14 @@ def hf_to_megatron(
     name = hf if not Path(hf).exists() else str(folder.absolute())
     tokenizer = model.tokenizer if has_tokenizer(folder) else None
     return to_megatron(
-        model, target, name=name, changes=changes or {}, how=how, dtype=dtype, tokenizer=tokenizer, proof=proof
+        model,
+        target,
+        name=name,
+        changes=changes or {},
+        how=how,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        proof=proof,
     )
 
 
@@ -104,8 +113,8 @@ def published_dmc_to_megatron(
 ) -> ModelDescription:
     """Convert a published DMC checkpoint to one of this project in the new folder `target`.
 
-    `vocab_size`, the true one, and `target_compression_ratio` go before what the checkpoint says of itself. Otherwise as
-    `hf_to_megatron`.
+    `vocab_size`, the true one, and `target_compression_ratio` go before what the checkpoint says of itself.
+    Otherwise as `hf_to_megatron`.
     """
     check_free(target)
     _check_tokenizer(tokenizer)
@@ -133,11 +142,13 @@ def megatron_to_hf(
     metrics_file: Path | None = None,
     proof: ProofMode = "auto",
 ) -> ModelDescription:
-    """Convert a checkpoint of this project, of any layout, to a Hugging Face model in the new folder `target`.
+    """Convert a checkpoint of this project, of any layout, to a Hugging Face model in the new folder
+    `target`.
 
-    `megatron` is one checkpoint, or a directory of them: then the newest good one. `family` is that of the written model (default:
-    one that stock software runs where possible, else lckv-llama). The tokenizer is by default that of the run, or of the model that
-    was converted for it. `metrics_file`, by default the run's, tells what was measured. Returns what was written.
+    `megatron` is one checkpoint, or a directory of them: then the newest good one. `family` is that of the
+    written model (default: one that stock software runs where possible, else lckv-llama). The tokenizer is by
+    default that of the run, or of the model that was converted for it. `metrics_file`, by default the run's,
+    tells what was measured. Returns what was written.
 
     Raises ConversionError, CheckpointError, ProofError; then nothing is left in or beside `target`.
     """
@@ -153,13 +164,17 @@ def megatron_to_hf(
         training=model.training,
         previous=model.manifest,
     )
-    measured = _measured(metrics_file or (Path(model.metrics_file) if model.metrics_file else None), model.training)
+    measured = _measured(
+        metrics_file or (Path(model.metrics_file) if model.metrics_file else None), model.training
+    )
     with staged(target, model_bytes(source)) as staging:
         with shown_progress(source, "converting") as counted:
             write_huggingface(staging, description, counted, family=family, max_shard_bytes=max_shard_bytes)
         write_manifest(staging, manifest.without_places())
         origin = _huggingface_origin(manifest)
-        export_extras(staging, description, manifest, name=target.name, source_folder=origin, measured=measured)
+        export_extras(
+            staging, description, manifest, name=target.name, source_folder=origin, measured=measured
+        )
         if _is_due(proof, model, f"--hf-path {target} --megatron-path {megatron}"):
             prove(open_huggingface(staging), model)
     logger.info("wrote %s", target)
@@ -168,21 +183,26 @@ def megatron_to_hf(
 
 def _check_tokenizer(path: Path | None) -> None:
     if path is not None and not path.exists():
-        raise ConversionError(f"--tokenizer {path} does not exist; give the folder or file of the model's tokenizer.")
+        raise ConversionError(
+            f"--tokenizer {path} does not exist; give the folder or file of the model's tokenizer."
+        )
 
 
 def _is_due(proof: ProofMode, model: OpenModel, command: str) -> bool:
-    """Whether a conversion of `model` shall end with a proof; where it might have, but the model is large, says how to have it."""
+    """Whether a conversion of `model` shall end with a proof; where it might have, but the model is large,
+    says how to have it."""
     if proof == "auto" and not is_small_enough(model):
         logger.info(
-            "the model is large; prove the conversion with: python -m checkpoints_conversion verify %s", command
+            "the model is large; prove the conversion with: python -m checkpoints_conversion verify %s",
+            command,
         )
         return False
     return proof != "never"
 
 
 def _huggingface_origin(manifest: ConversionManifest) -> Path | None:
-    """The Hugging Face folder with which the history of a model began, if it is here and its tokenizer is still the model's."""
+    """The Hugging Face folder with which the history of a model began, if it is here and its tokenizer is
+    still the model's."""
     first = manifest
     while first.previous is not None:
         first = first.previous
@@ -195,7 +215,8 @@ def _huggingface_origin(manifest: ConversionManifest) -> Path | None:
 
 
 def _measured(path: Path | None, training: Mapping[str, Any] | None) -> Measured | None:
-    """What the last evaluation of a run found, from its metrics file, if that was at the checkpoint's iteration."""
+    """What the last evaluation of a run found, from its metrics file, if that was at the checkpoint's
+    iteration."""
     if path is None or training is None or not path.is_file():
         return None
     iteration = training["progress"].get("iteration")

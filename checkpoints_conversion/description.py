@@ -18,8 +18,8 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """One model: everything that its outputs depend on besides the weights. Fields of `model` that have defaults depending on
-    others are filled in on construction."""
+    """One model: everything that its outputs depend on besides the weights. Fields of `model` that have
+    defaults depending on others are filled in on construction."""
 
     model: ModelConfig
     """Architecture; vocab_size is the true size, without padding."""
@@ -59,8 +59,8 @@ class ModelDescription:
 
     @property
     def is_plain(self) -> bool:
-        """Whether every layer reads its own keys and values and keeps all tokens, as in the models of other software (layers
-        may have windows)."""
+        """Whether every layer reads its own keys and values and keeps all tokens, as in the models of other
+        software (layers may have windows)."""
         layers = self.compression.map(self.model.num_layers)
         own = all(layer.source == layer.index for layer in layers)
         return own and not self.compression.force_nodiag and self.compression.policy.name == "dense"
@@ -81,7 +81,8 @@ class ModelDescription:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "ModelDescription":
-        """The inverse of `to_json`; raises ConversionError, or ConfigError naming all settings that are wrong."""
+        """The inverse of `to_json`; raises ConversionError, or ConfigError naming all settings that are
+        wrong."""
         fields = ("family", "dtype", "token_ids", "model", "compression")
         if set(content) != set(fields):
             raise ConversionError(
@@ -97,7 +98,8 @@ class ModelDescription:
 
 
 def dtype_of(name: object, where: str) -> torch.dtype:
-    """The dtype of weights called `name`, such as "bfloat16"; raises ConversionError with the field `where`."""
+    """The dtype of weights called `name`, such as "bfloat16"; raises ConversionError with the field
+    `where`."""
     dtype = _DTYPES.get(str(name).removeprefix("torch."))
     if dtype is None:
         raise ConversionError(f"{where} is {name!r}; weights of {', '.join(_DTYPES)} can be converted.")

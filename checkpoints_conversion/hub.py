@@ -22,14 +22,21 @@ def local_folder(path: str) -> Path:
         raise ConversionError(f"{path} is a file; give the folder of the model.")
     if not _HUB_NAME.fullmatch(path):
         raise ConversionError(
-            f"{path} is not a folder that exists; give one, or a name on the Hugging Face Hub such as meta-llama/Llama-2-7b-hf."
+            f"{path} is not a folder that exists; give one, or a name on the Hugging Face Hub such as "
+            "meta-llama/Llama-2-7b-hf."
         )
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, allow_patterns=_WANTED, ignore_patterns=["original/*", "consolidated*"]))
-    except (OSError, ValueError) as error:  # no network, no such model, no permission: all of these are OSErrors
+        return Path(
+            snapshot_download(path, allow_patterns=_WANTED, ignore_patterns=["original/*", "consolidated*"])
+        )
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # no network, no such model, no permission: all of these are OSErrors
         raise ConversionError(
-            f"{path} is not a folder that exists, and as a name on the Hugging Face Hub it cannot be fetched: {error} "
+            f"{path} is not a folder that exists, and as a name on the Hugging Face Hub it cannot be "
+            f"fetched: {error} "
             "Check the name, the network, and for gated models `hf auth login`; or give a folder."
         ) from error

@@ -1,7 +1,8 @@
-"""A plain model's weights as those of a model whose layers share keys and values: by copy or by average, nothing read in advance.
+"""A plain model's weights as those of a model whose layers share keys and values: by copy or by average,
+nothing read in advance.
 
-The rule is lckv/sharing/initialization.py's. A layer that only reads keeps its queries; what computed its own keys and values goes
-into the layer that it reads (average), or is dropped (copy).
+The rule is lckv/sharing/initialization.py's. A layer that only reads keeps its queries; what computed its own
+keys and values goes into the layer that it reads (average), or is dropped (copy).
 """
 
 import re
@@ -20,18 +21,20 @@ from lckv.sharing.initialization import Initialization, initial_kv_weight
 from lckv.sharing.layer_types import LayerTypes
 from megatron_ext.config import ModelConfig
 
-_ATTENTION = re.compile(r"decoder\.layers\.(\d+)\.self_attention\.(linear_qkv|linear_q|k_layernorm)\.(weight|bias)")
+_ATTENTION = re.compile(
+    r"decoder\.layers\.(\d+)\.self_attention\.(linear_qkv|linear_q|k_layernorm)\.(weight|bias)"
+)
 
 
 def initialize(
     source: TensorSource, description: ModelDescription, compression: CompressionConfig, how: Initialization
 ) -> tuple[TensorSource, ModelDescription, Initialization | None]:
-    """The weights `source` of the model `description` for the same model with `compression`, its description, and how its keys and
-    values were made: None where all weights are the source's.
+    """The weights `source` of the model `description` for the same model with `compression`, its description,
+    and how its keys and values were made: None where all weights are the source's.
 
-    A map can be given to a model whose layers all read their own keys and values; so can DMC, which changes no weights and begins
-    with its stage zero_out. A model that shares or merges already keeps its map and policy; how often its plan iterates may change.
-    Raises ConversionError.
+    A map can be given to a model whose layers all read their own keys and values; so can DMC, which changes
+    no weights and begins with its stage zero_out. A model that shares or merges already keeps its map and
+    policy; how often its plan iterates may change. Raises ConversionError.
     """
     layers = description.model.num_layers
     if problems := compression.problems(layers):
@@ -47,13 +50,21 @@ def initialize(
     return SharedMapSource(source, description.model, new, how), changed, how
 
 
-def _check_same_map(before: CompressionConfig, after: CompressionConfig, old: LayerTypes, new: LayerTypes) -> None:
-    if old == new and (before.sliding_window, before.force_nodiag) == (after.sliding_window, after.force_nodiag):
+def _check_same_map(
+    before: CompressionConfig, after: CompressionConfig, old: LayerTypes, new: LayerTypes
+) -> None:
+    if old == new and (before.sliding_window, before.force_nodiag) == (
+        after.sliding_window,
+        after.force_nodiag,
+    ):
         return
     raise ConversionError(
-        f"compression.layer_types {new} (sliding_window {after.sliding_window}, force_nodiag {after.force_nodiag}) cannot be made from "
-        f"this model: it shares keys and values already ({old}, sliding_window {before.sliding_window}, force_nodiag "
-        f"{before.force_nodiag}), and layers that only read have no weights for their own. Leave these settings out to convert the "
+        f"compression.layer_types {new} (sliding_window {after.sliding_window}, force_nodiag "
+        f"{after.force_nodiag}) cannot be made from "
+        f"this model: it shares keys and values already ({old}, sliding_window {before.sliding_window}, "
+        "force_nodiag "
+        f"{before.force_nodiag}), and layers that only read have no weights for their own. Leave these "
+        "settings out to convert the "
         "model as it is, or start from a plain model."
     )
 
@@ -64,19 +75,22 @@ def _check_policy(description: ModelDescription, compression: CompressionConfig)
         return
     if before.name != "dense":
         raise ConversionError(
-            f"compression.policy is {after} but the model was trained with {before}; a conversion keeps the policy. Leave "
+            f"compression.policy is {after} but the model was trained with {before}; a conversion keeps the "
+            "policy. Leave "
             "compression.policy out; a new stage starts in training, with checkpoint.finetune."
         )
     if isinstance(after, DMCConfig) and after.stage != "zero_out":
         raise ConversionError(
-            f"compression.policy.stage is {after.stage} but the model knows no merging: its decision channel is in use, so decisions "
+            f"compression.policy.stage is {after.stage} but the model knows no merging: its decision channel "
+            "is in use, so decisions "
             "would be arbitrary. Set compression.policy.stage to zero_out and train that stage first."
         )
 
 
 @dataclass(frozen=True)
 class SharedMapSource:
-    """The tensors of a model with the map `layer_types`, made from those of a plain model of the sizes `model` as they are read."""
+    """The tensors of a model with the map `layer_types`, made from those of a plain model of the sizes
+    `model` as they are read."""
 
     plain: TensorSource
     model: ModelConfig
@@ -127,7 +141,8 @@ class SharedMapSource:
     def _assemble(
         self, name: str, rows: slice | None, runs: Iterator[slice], read_piece: Callable[[slice], Tensor]
     ) -> Tensor:
-        """Rows `rows` of the tensor `name`, which is made of the runs `runs` of the plain model's rows, one run below the other."""
+        """Rows `rows` of the tensor `name`, which is made of the runs `runs` of the plain model's rows, one
+        run below the other."""
         info = self._infos[name]
         start, stop, _ = (rows or slice(None)).indices(info.shape[0])
         result = torch.empty((stop - start, *info.shape[1:]), dtype=info.dtype)

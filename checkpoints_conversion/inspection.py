@@ -21,7 +21,9 @@ def facts(opened: OpenModel) -> dict[str, Any]:
     description = opened.description
     model, compression = description.model, description.compression
     layer_types, plain = compression.map(model.num_layers), LayerTypes.plain(model.num_layers)
-    shape = model_shape(model, vocab_size=description.vocab_size, seq_length=model.max_position_embeddings or 0)
+    shape = model_shape(
+        model, vocab_size=description.vocab_size, seq_length=model.max_position_embeddings or 0
+    )
     mine, whole = (kv_bytes_per_token(shape, kinds, bytes_per_number=2) for kinds in (layer_types, plain))
     infos = opened.source.infos()
     return {
@@ -68,27 +70,47 @@ def lines(opened: OpenModel) -> Iterator[str]:
     layer_types = compression.map(model.num_layers)
     yield f"{_FORMATS[opened.format]}: {found['path']}"
     yield f"family              {found['family']}, for Hugging Face {found['huggingface_class']}"
-    yield f"parameters          {found['parameters']:,} in {found['dtype']}, {found['weights_bytes'] / 1e6:,.1f} MB"
+    yield (
+        f"parameters          {found['parameters']:,} in {found['dtype']}, "
+        f"{found['weights_bytes'] / 1e6:,.1f} MB"
+    )
     yield (
         f"sizes               {model.num_layers} layers, hidden {model.hidden_size}, MLP {model.ffn_size}, "
-        f"{model.num_attention_heads} query heads, {model.query_groups} key/value heads of {model.head_dim} channels"
+        f"{model.num_attention_heads} query heads, {model.query_groups} key/value heads of {model.head_dim} "
+        "channels"
     )
     stored = "" if opened.stored_vocab_size is None else f", {opened.stored_vocab_size:,} stored rows"
     yield f"vocabulary          {found['vocab_size']:,} tokens{stored}, {_heads(found)}"
-    yield f"positions           up to {found['max_position_embeddings']:,}; RoPE base {model.rotary_base:g}, {_scaling(model.rope_scaling)}"
-    yield f"norms               epsilon {model.layernorm_epsilon:g}{', on queries and keys too' if model.qk_layernorm else ''}"
+    yield (
+        f"positions           up to {found['max_position_embeddings']:,}; RoPE base {model.rotary_base:g}, "
+        f"{_scaling(model.rope_scaling)}"
+    )
+    yield (
+        "norms               epsilon "
+        f"{model.layernorm_epsilon:g}{', on queries and keys too' if model.qk_layernorm else ''}"
+    )
     if model.add_qkv_bias:
         yield "biases              on queries, keys and values"
-    yield f"map                 {layer_types}: keys and values computed in {len(layer_types.kv_layers)} of {model.num_layers} layers"
+    yield (
+        f"map                 {layer_types}: keys and values computed in {len(layer_types.kv_layers)} of "
+        f"{model.num_layers} layers"
+    )
     if layer_types.any_cyclic:
-        passes = f"{compression.forward_passes} passes without and {compression.backward_passes} with gradient"
+        passes = (
+            f"{compression.forward_passes} passes without and {compression.backward_passes} with gradient"
+        )
         yield f"iteration           {passes}"
     yield f"policy              {_policy(compression.policy)}"
     mine, whole = found["kv_bytes_per_token"], found["kv_bytes_per_token_of_plain_model"]
-    yield f"KV cache            {mine:,} bytes per token in 16 bits, {whole / mine:.2f}x less than a plain model's {whole:,}"
+    yield (
+        f"KV cache            {mine:,} bytes per token in 16 bits, {whole / mine:.2f}x less than a plain "
+        f"model's {whole:,}"
+    )
     if isinstance(compression.policy, DMCConfig) and compression.policy.stage != "zero_out":
         ratio = compression.policy.target_compression_ratio
-        yield f"                    {mine / ratio:,.0f} at the {ratio:g} tokens per slot that training aims at"
+        yield (
+            f"                    {mine / ratio:,.0f} at the {ratio:g} tokens per slot that training aims at"
+        )
     yield ""
     yield draw(layer_types, window=compression.sliding_window)
     yield from _history(opened)
@@ -111,7 +133,8 @@ def _scaling(scaling: RopeScalingConfig) -> str:
     if scaling.type == "linear":
         return f"scaled by {scaling.factor:g}, linear"
     return (
-        f"scaled by {scaling.factor:g}, llama3: frequency factors {scaling.low_freq_factor:g} and {scaling.high_freq_factor:g}, "
+        f"scaled by {scaling.factor:g}, llama3: frequency factors {scaling.low_freq_factor:g} and "
+        f"{scaling.high_freq_factor:g}, "
         f"originally {scaling.original_max_position_embeddings:,} positions"
     )
 
@@ -130,7 +153,10 @@ def _history(opened: OpenModel) -> Iterator[str]:
     yield ""
     if training is not None:
         progress = training["progress"]
-        yield f"trained             {progress.get('iteration', 0):,} iterations, {progress.get('consumed_tokens', 0):,} tokens"
+        yield (
+            f"trained             {progress.get('iteration', 0):,} iterations, "
+            f"{progress.get('consumed_tokens', 0):,} tokens"
+        )
     while manifest is not None:
         yield from _conversion(manifest)
         manifest = manifest.previous
@@ -143,4 +169,7 @@ def _conversion(manifest: ConversionManifest) -> Iterator[str]:
         yield f"                    keys and values of the map by {manifest.initialization}"
     for name, digest in source.files.items():
         yield f"                    {name} sha256 {digest[:16]}..."
-    yield f"                    with {', '.join(f'{name} {version}' for name, version in manifest.versions.items())}"
+    yield (
+        "                    with "
+        f"{', '.join(f'{name} {version}' for name, version in manifest.versions.items())}"
+    )

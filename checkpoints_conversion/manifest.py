@@ -1,7 +1,8 @@
-"""conversion.json: where converted weights come from and what was done to them. It lies in every folder that a conversion writes.
+"""conversion.json: where converted weights come from and what was done to them. It lies in every folder that
+a conversion writes.
 
-What the model is - RoPE base and scaling, epsilon, tie flag, true vocabulary size, sharing map, policy and its stage - is in its
-`description`; what the files of the source were, in its `source`.
+What the model is - RoPE base and scaling, epsilon, tie flag, true vocabulary size, sharing map, policy and
+its stage - is in its `description`; what the files of the source were, in its `source`.
 """
 
 import hashlib
@@ -46,13 +47,15 @@ class ConversionManifest:
 
     source: ConversionSource
     initialization: Initialization | None = None
-    """How keys and values of a shared map were made from those of a plain model; None where weights are the source's."""
+    """How keys and values of a shared map were made from those of a plain model; None where weights are the
+    source's."""
 
     tokenizer: str | None = None
     """Folder or file of the tokenizer, where one is known."""
 
     training: Mapping[str, Any] | None = None
-    """Of the run that made the source, where it was one: its progress, and its settings `train`, `optimizer` and `data`."""
+    """Of the run that made the source, where it was one: its progress, and its settings `train`, `optimizer`
+    and `data`."""
 
     previous: "ConversionManifest | None" = None
     """Where the source itself is the result of a conversion: that one's manifest."""
@@ -87,7 +90,9 @@ class ConversionManifest:
         fields = dict(content)
         version = fields.pop("schema_version", None)
         if version != SCHEMA_VERSION:
-            raise ConversionError(f"schema_version is {version}; this program reads version {SCHEMA_VERSION}.")
+            raise ConversionError(
+                f"schema_version is {version}; this program reads version {SCHEMA_VERSION}."
+            )
         try:
             previous = fields.pop("previous")
             return cls(
@@ -109,7 +114,8 @@ def _without_places(content: Any) -> Any:
 
 
 def package_versions() -> dict[str, str]:
-    """Python's version and those of the packages that a conversion depends on; what is not installed is left out."""
+    """Python's version and those of the packages that a conversion depends on; what is not installed is left
+    out."""
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -125,14 +131,17 @@ def write_manifest(folder: Path, manifest: ConversionManifest) -> None:
 
 
 def read_manifest(folder: Path) -> ConversionManifest | None:
-    """The manifest in `folder`, None where there is none. Raises ConversionError where it cannot be understood."""
+    """The manifest in `folder`, None where there is none. Raises ConversionError where it cannot be
+    understood."""
     path = folder / MANIFEST_NAME
     try:
         content = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise ConversionError(f"{path} cannot be read: {error}. Restore it, or remove it to go on without.") from error
+        raise ConversionError(
+            f"{path} cannot be read: {error}. Restore it, or remove it to go on without."
+        ) from error
     try:
         if not isinstance(content, Mapping):
             raise ConversionError("it holds no mapping.")

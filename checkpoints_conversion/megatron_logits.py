@@ -1,7 +1,9 @@
-"""The Megatron side of a proof: logits of a checkpoint's model in float32, on any layout, written to a file row by row.
+"""The Megatron side of a proof: logits of a checkpoint's model in float32, on any layout, written to a file
+row by row.
 
-It runs in processes of its own, as many as the layout needs, started as torchrun would start them and under a time-out: Megatron
-without CUDA changes torch for its whole process (`megatron_ext/cpu.py`), and takes memory that only an end of the process gives back.
+It runs in processes of its own, as many as the layout needs, started as torchrun would start them and under a
+time-out: Megatron without CUDA changes torch for its whole process (`megatron_ext/cpu.py`), and takes memory
+that only an end of the process gives back.
 """
 
 import argparse
@@ -25,12 +27,12 @@ from checkpoints_conversion.tensors import ConversionError
 from megatron_ext.checkpointing.load import load_checkpoint
 from megatron_ext.config import ParallelConfig, RunConfig, TrainConfig
 from megatron_ext.console import exit_status, set_up_logging
-from megatron_ext.layout_validation import pipeline_problems, tensor_parallel_problems
+from megatron_ext.evaluation.logits import compute_logits
 from megatron_ext.model.architecture import architecture
 from megatron_ext.model.build import build_stage
 from megatron_ext.model.gpt import SharedKVGPTModel
 from megatron_ext.parallel.process_groups import destroy, device_of_rank, initialize
-from megatron_ext.training.logits import compute_logits
+from megatron_ext.validation.layout import pipeline_problems, tensor_parallel_problems
 
 _FLOAT32 = TrainConfig(precision="fp32")
 _SHOWN_LINES = 12
@@ -38,7 +40,9 @@ _SHOWN_LINES = 12
 
 def check_layout(description: ModelDescription, parallel: ParallelConfig) -> None:
     """Raises ConversionError where the model cannot be laid out as `parallel` says."""
-    run = RunConfig(model=description.model, compression=description.compression, parallel=parallel, train=_FLOAT32)
+    run = RunConfig(
+        model=description.model, compression=description.compression, parallel=parallel, train=_FLOAT32
+    )
     problems = [*tensor_parallel_problems(run.model, parallel, run.train), *pipeline_problems(run)]
     if problems:
         raise ConversionError("\n".join(problems))
@@ -56,8 +60,9 @@ def compute(
 ) -> None:
     """Write float32 [B, T, true vocabulary] for `tokens` int64 [B, T] to `output`, a .npy file.
 
-    `checkpoint` is one checkpoint, whose files are good, of the model `description`; its weights are rounded to `weights_dtype`. The
-    layout is one that `check_layout` accepts. Raises ConversionError where processes fail or do not end in time.
+    `checkpoint` is one checkpoint, whose files are good, of the model `description`; its weights are rounded
+    to `weights_dtype`. The layout is one that `check_layout` accepts. Raises ConversionError where processes
+    fail or do not end in time.
     """
     sizes = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     with TemporaryDirectory() as folder:
@@ -114,7 +119,9 @@ def round_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 def _run_processes(processes: int, arguments: Sequence[str], timeout_seconds: float) -> None:
     launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        if processes > 1
+        else []
     )
     started = subprocess.Popen(
         [sys.executable, *launcher, "-m", "checkpoints_conversion.megatron_logits", *arguments],
@@ -130,7 +137,8 @@ def _run_processes(processes: int, arguments: Sequence[str], timeout_seconds: fl
         started.communicate()
         if isinstance(error, subprocess.TimeoutExpired):
             raise ConversionError(
-                f"Megatron's logits were not there after {timeout_seconds:g} seconds; give its {processes} process(es) more time "
+                f"Megatron's logits were not there after {timeout_seconds:g} seconds; give its {processes} "
+                "process(es) more time "
                 "(--timeout), or fewer tokens."
             ) from None
         raise
@@ -180,7 +188,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         dtype = dtype_of(options.weights_dtype, "weights_dtype")
         description = MegatronCheckpoint(options.checkpoint, verify_hashes=False).description
-        write_logits(options.checkpoint, description, np.load(options.tokens), options.output, parallel, dtype)
+        write_logits(
+            options.checkpoint, description, np.load(options.tokens), options.output, parallel, dtype
+        )
         destroy()
 
     return exit_status(run)

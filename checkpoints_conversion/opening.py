@@ -1,4 +1,5 @@
-"""A stored model of any format, opened: what it is, and its weights under canonical names, of which nothing is read yet."""
+"""A stored model of any format, opened: what it is, and its weights under canonical names, of which nothing
+is read yet."""
 
 import json
 import logging
@@ -51,7 +52,8 @@ class OpenModel:
     """Of the conversion that made it, or made what its training started from, if there was one."""
 
     training: Mapping[str, Any] | None = None
-    """Of a checkpoint that a run has saved: its `progress`, and the run's settings `train`, `optimizer` and `data`."""
+    """Of a checkpoint that a run has saved: its `progress`, and the run's settings `train`, `optimizer` and
+    `data`."""
 
     tokenizer: str | None = None
     """Folder or file of the tokenizer, where one is known and there."""
@@ -69,13 +71,15 @@ def format_of(path: Path) -> SourceFormat:
     if (path / CONFIG_NAME).exists():
         return "huggingface"
     raise ConversionError(
-        f"{path} holds no model: neither {CONFIG_NAME} (Hugging Face), nor iter_0000100 or the like (this project's checkpoints), nor "
+        f"{path} holds no model: neither {CONFIG_NAME} (Hugging Face), nor iter_0000100 or the like (this "
+        "project's checkpoints), nor "
         "mp_rank_00 or the like (published DMC checkpoints)."
     )
 
 
 def open_huggingface(folder: Path, *, allow_pickle: bool = False) -> OpenModel:
-    """The model of a Hugging Face folder. Raises ConversionError that names the field, file or tensor that cannot be converted."""
+    """The model of a Hugging Face folder. Raises ConversionError that names the field, file or tensor that
+    cannot be converted."""
     weights = HuggingFaceFolder(folder, allow_pickle=allow_pickle)
     description = describe(read_config_file(folder), weights.infos())
     family = family_of(description.family)
@@ -94,8 +98,8 @@ def open_huggingface(folder: Path, *, allow_pickle: bool = False) -> OpenModel:
 def open_megatron(path: Path, *, verify_hashes: bool = True) -> OpenModel:
     """The newest good checkpoint that `path` means, its files checked against their hashes.
 
-    What a conversion knew of the model, and training does not, is taken from where training started. Raises ConversionError or
-    CheckpointError.
+    What a conversion knew of the model, and training does not, is taken from where training started. Raises
+    ConversionError or CheckpointError.
     """
     checkpoint = MegatronCheckpoint(path, verify_hashes=verify_hashes)
     manifest, description = checkpoint.conversion, checkpoint.description
@@ -129,7 +133,8 @@ def _stored_vocab_size(checkpoint: Path) -> int | None:
 
 
 def _origin(checkpoint: Path, settings: Mapping[str, Any]) -> ConversionManifest | None:
-    """The manifest of the conversion that a run started from, also by way of other runs; None where there was none, or it is gone."""
+    """The manifest of the conversion that a run started from, also by way of other runs; None where there was
+    none, or it is gone."""
     seen = {checkpoint.parent.absolute()}
     while (loaded := (settings.get("checkpoint") or {}).get("load")) is not None:
         try:
@@ -141,23 +146,30 @@ def _origin(checkpoint: Path, settings: Mapping[str, Any]) -> ConversionManifest
                 return manifest
             settings = json.loads((before / CONFIG_NAME).read_bytes())
         except (CheckpointError, ConversionError, OSError, ValueError) as error:
-            logger.warning("where the run of %s started from cannot be followed further back: %s", checkpoint, error)
+            logger.warning(
+                "where the run of %s started from cannot be followed further back: %s", checkpoint, error
+            )
             return None
     return None
 
 
 def _tokenizer(settings: Mapping[str, Any], manifest: ConversionManifest | None) -> str | None:
     """The tokenizer that the run was trained with, or else that of the model that was converted."""
-    named = [(settings.get("data") or {}).get("tokenizer_model"), None if manifest is None else manifest.tokenizer]
+    named = [
+        (settings.get("data") or {}).get("tokenizer_model"),
+        None if manifest is None else manifest.tokenizer,
+    ]
     return next((name for name in named if name is not None and Path(name).exists()), None)
 
 
 def open_published_dmc(
     path: Path, *, vocab_size: int | None = None, target_compression_ratio: float | None = None
 ) -> OpenModel:
-    """A published DMC checkpoint; `vocab_size`, the true one, and `target_compression_ratio` go before what it says of itself.
-    Raises ConversionError."""
-    checkpoint = PublishedDMCCheckpoint(path, vocab_size=vocab_size, target_compression_ratio=target_compression_ratio)
+    """A published DMC checkpoint; `vocab_size`, the true one, and `target_compression_ratio` go before what
+    it says of itself. Raises ConversionError."""
+    checkpoint = PublishedDMCCheckpoint(
+        path, vocab_size=vocab_size, target_compression_ratio=target_compression_ratio
+    )
     return OpenModel(
         "published-dmc",
         checkpoint.path,
@@ -168,7 +180,8 @@ def open_published_dmc(
 
 
 def open_model(path: Path, *, allow_pickle: bool = False) -> OpenModel:
-    """The model in the folder `path`, of whichever format; files are not checked against their hashes. Raises ConversionError."""
+    """The model in the folder `path`, of whichever format; files are not checked against their hashes. Raises
+    ConversionError."""
     kind = format_of(path)
     if kind == "huggingface":
         return open_huggingface(path, allow_pickle=allow_pickle)

@@ -81,8 +81,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_hf_to_megatron(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--hf-path", required=True, help="folder of the model, or its name on the Hugging Face Hub")
-    parser.add_argument("--megatron-path", type=Path, required=True, help="folder to write; must be new or empty")
+    parser.add_argument(
+        "--hf-path", required=True, help="folder of the model, or its name on the Hugging Face Hub"
+    )
+    parser.add_argument(
+        "--megatron-path", type=Path, required=True, help="folder to write; must be new or empty"
+    )
     parser.add_argument(
         "--init",
         choices=("average", "copy"),
@@ -100,7 +104,9 @@ def _add_hf_to_megatron(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_megatron_to_hf(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--megatron-path", type=Path, required=True, help="directory of checkpoints, or one checkpoint")
+    parser.add_argument(
+        "--megatron-path", type=Path, required=True, help="directory of checkpoints, or one checkpoint"
+    )
     parser.add_argument("--hf-path", type=Path, required=True, help="folder to write; must be new or empty")
     parser.add_argument(
         "--family",
@@ -108,7 +114,9 @@ def _add_megatron_to_hf(parser: argparse.ArgumentParser) -> None:
         "allows it)",
     )
     parser.add_argument(
-        "--max-shard-size", default="5GB", help="largest file of weights, such as 500MB (default: %(default)s)"
+        "--max-shard-size",
+        default="5GB",
+        help="largest file of weights, such as 500MB (default: %(default)s)",
     )
     parser.add_argument(
         "--tokenizer",
@@ -127,10 +135,16 @@ def _add_published_dmc(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dmc-path", type=Path, required=True, help="folder of one iteration, or the one with all of them"
     )
-    parser.add_argument("--megatron-path", type=Path, required=True, help="folder to write; must be new or empty")
-    parser.add_argument("--tokenizer", type=Path, help="folder or file of the model's tokenizer, to be remembered")
     parser.add_argument(
-        "--vocab-size", type=int, help="true size of the vocabulary, in tokens, where the checkpoint does not say it"
+        "--megatron-path", type=Path, required=True, help="folder to write; must be new or empty"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, help="folder or file of the model's tokenizer, to be remembered"
+    )
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        help="true size of the vocabulary, in tokens, where the checkpoint does not say it",
     )
     parser.add_argument(
         "--target-compression-ratio", type=float, help="tokens per slot, where the checkpoint does not say it"
@@ -149,7 +163,9 @@ def _add_dtype_and_verify(parser: argparse.ArgumentParser) -> None:
         help="compare the logits of both models before the folder gets its name; auto, the default: up to 3 billion parameters, if both "
         "models fit into the memory one after the other",
     )
-    parser.add_argument("--no-verify", dest="verify", action="store_const", const="never", help="--verify never")
+    parser.add_argument(
+        "--no-verify", dest="verify", action="store_const", const="never", help="--verify never"
+    )
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
@@ -158,15 +174,26 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="folder of the model, its name on the Hugging Face Hub, or a published DMC checkpoint",
     )
-    parser.add_argument("--megatron-path", type=Path, required=True, help="directory of checkpoints, or one checkpoint")
+    parser.add_argument(
+        "--megatron-path", type=Path, required=True, help="directory of checkpoints, or one checkpoint"
+    )
     parser.add_argument(
         "--nproc-per-node", type=int, help="processes for Megatron (default: as many as the layout needs)"
     )
-    for size, what in (("tensor", "ranks that split each weight matrix"), ("pipeline", "ranks that split the layers")):
+    for size, what in (
+        ("tensor", "ranks that split each weight matrix"),
+        ("pipeline", "ranks that split the layers"),
+    ):
         parser.add_argument(
-            f"--parallel.{size}_model_parallel_size", dest=size, type=int, default=1, help=f"{what} (default: 1)"
+            f"--parallel.{size}_model_parallel_size",
+            dest=size,
+            type=int,
+            default=1,
+            help=f"{what} (default: 1)",
         )
-    parser.add_argument("--tokens", type=Path, help="int64 [B, T] in numpy's .npy format (default: random tokens)")
+    parser.add_argument(
+        "--tokens", type=Path, help="int64 [B, T] in numpy's .npy format (default: random tokens)"
+    )
     parser.add_argument("--rows", type=int, default=4, help="rows of random tokens (default: %(default)s)")
     parser.add_argument(
         "--seq-length", type=int, default=128, help="tokens per row of random tokens (default: %(default)s)"
@@ -185,7 +212,10 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
         help="least share of positions with the same likeliest token (default: %(default)s)",
     )
     parser.add_argument(
-        "--timeout", type=float, default=3600.0, help="seconds for Megatron's processes (default: %(default)s)"
+        "--timeout",
+        type=float,
+        default=3600.0,
+        help="seconds for Megatron's processes (default: %(default)s)",
     )
     parser.add_argument("--allow-pickle", action="store_true", help="as in hf-to-megatron")
 

@@ -1,4 +1,5 @@
-"""The Hugging Face side of a proof: which model has the outputs that a Megatron checkpoint must have, and its logits."""
+"""The Hugging Face side of a proof: which model has the outputs that a Megatron checkpoint must have, and its
+logits."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ _COMPRESSION = frozenset(field.name for field in fields(CompressionConfig))
 
 
 def differences(first: ModelDescription, second: ModelDescription) -> dict[str, str]:
-    """Everything on which outputs depend, besides weights, and in which two models differ: both values by the field's name."""
+    """Everything on which outputs depend, besides weights, and in which two models differ: both values by the
+    field's name."""
     ours, theirs = _defining(first), _defining(second)
     return {name: f"{ours.get(name)}, {theirs[name]}" for name in theirs if ours.get(name) != theirs[name]}
 
@@ -32,7 +34,10 @@ def _defining(description: ModelDescription) -> dict[str, object]:
     found = architecture(model, compression, vocab_size=description.vocab_size)
     found["policy"] = asdict(compression.policy)
     if compression.map(model.num_layers).any_cyclic:
-        found |= {"forward_passes": compression.forward_passes, "backward_passes": compression.backward_passes}
+        found |= {
+            "forward_passes": compression.forward_passes,
+            "backward_passes": compression.backward_passes,
+        }
     return found
 
 
@@ -40,8 +45,8 @@ def _defining(description: ModelDescription) -> dict[str, object]:
 def reference_folder(original: OpenModel, megatron: OpenModel) -> Iterator[Path]:
     """A Hugging Face folder with the model that `megatron` must be.
 
-    That is `original` itself, or where a conversion gave it a sharing map or a policy, a temporary folder with the same done to it.
-    Raises ConversionError where `megatron` is another model.
+    That is `original` itself, or where a conversion gave it a sharing map or a policy, a temporary folder
+    with the same done to it. Raises ConversionError where `megatron` is another model.
     """
     changed = differences(original.description, megatron.description)
     if not changed and original.format == "huggingface" and any(original.path.glob("*.safetensors")):
@@ -56,7 +61,8 @@ def reference_folder(original: OpenModel, megatron: OpenModel) -> Iterator[Path]
     if changed:
         listed = "\n".join(f"  {name}: {values}" for name, values in changed.items())
         raise ConversionError(
-            f"{original.path} and {megatron.path} are different models, of which the outputs cannot agree:\n{listed}\nGive the model "
+            f"{original.path} and {megatron.path} are different models, of which the outputs cannot "
+            f"agree:\n{listed}\nGive the model "
             "that the other one was made from."
         )
     with TemporaryDirectory() as folder:
@@ -65,8 +71,8 @@ def reference_folder(original: OpenModel, megatron: OpenModel) -> Iterator[Path]
 
 
 class Reference:
-    """The model of a Hugging Face folder under transformers' own class or, where no such class knows it, LCKVLlamaForCausalLM, which
-    transformers knows since `lckv` was imported."""
+    """The model of a Hugging Face folder under transformers' own class or, where no such class knows it,
+    LCKVLlamaForCausalLM, which transformers knows since `lckv` was imported."""
 
     def __init__(self, folder: Path, weights_dtype: torch.dtype) -> None:
         """Loads it in float32, its weights rounded to `weights_dtype`."""

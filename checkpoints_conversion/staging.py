@@ -1,4 +1,5 @@
-"""The folder that a conversion writes: under another name beside its place until it is whole and proven, then moved there.
+"""The folder that a conversion writes: under another name beside its place until it is whole and proven, then
+moved there.
 
 ckpt/.llama2.converting/        being written; a conversion that fails or is stopped removes it, the next one after a crash does
 ckpt/llama2/                    there in full, or not at all
@@ -31,10 +32,11 @@ def check_free(target: Path) -> None:
 
 @contextmanager
 def staged(target: Path, needed_bytes: int = 0) -> Iterator[Path]:
-    """A new folder to write some `needed_bytes` into, which is moved to `target` at the end. After an exception, whichever, it is
-    removed.
+    """A new folder to write some `needed_bytes` into, which is moved to `target` at the end. After an
+    exception, whichever, it is removed.
 
-    Raises ConversionError where `target` is taken, another conversion is writing it, there is no space, or writing fails.
+    Raises ConversionError where `target` is taken, another conversion is writing it, there is no space, or
+    writing fails.
     """
     check_free(target)
     target = target.absolute()
@@ -59,7 +61,8 @@ def _check_space(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise ConversionError(
-            f"{folder.parent}: the model takes about {needed_bytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free. Free some space, or "
+            f"{folder.parent}: the model takes about {needed_bytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are "
+            "free. Free some space, or "
             "give a folder on another file system."
         )
 

@@ -1,4 +1,5 @@
-"""What happens to tensors on their way from one format to the other: checked, cast, counted. Each a source around a source."""
+"""What happens to tensors on their way from one format to the other: checked, cast, counted. Each a source
+around a source."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -33,7 +34,8 @@ class CheckedSource:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether no number is NaN or infinite. The extremes, which NaN passes on to, are found some 30 times faster than by `isfinite`."""
+    """Whether no number is NaN or infinite. The extremes, which NaN passes on to, are found some 30 times
+    faster than by `isfinite`."""
     return tensor.numel() == 0 or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 

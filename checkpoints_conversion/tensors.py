@@ -1,7 +1,8 @@
 """Named weights that are read one at a time: what a converter reads from, and what a model must have.
 
-Canonical names are Megatron's, of whole tensors, layers counted from the bottom, without vocabulary padding. With h the hidden
-size, a query heads, g key/value heads, d channels per head, f the width of the MLP and V the true vocabulary size:
+Canonical names are Megatron's, of whole tensors, layers counted from the bottom, without vocabulary padding.
+With h the hidden size, a query heads, g key/value heads, d channels per head, f the width of the MLP and V
+the true vocabulary size:
 
     embedding.word_embeddings.weight [V, h]           output_layer.weight [V, h] (absent where tied)
     decoder.final_layernorm.weight [h]
@@ -35,7 +36,8 @@ _SHOWN = 5
 
 
 class ConversionError(ConfigError):
-    """A model that cannot be converted: the message says which file, field or tensor, what is wrong and the way out."""
+    """A model that cannot be converted: the message says which file, field or tensor, what is wrong and the
+    way out."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ class TensorSource(Protocol):
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """The tensor on the CPU: whole, or the rows start:stop of its first axis.
 
-        Takes no more memory than the result and a small constant. Raises KeyError for a name not in `infos()` and
-        ConversionError where its file turns out to be damaged.
+        Takes no more memory than the result and a small constant. Raises KeyError for a name not in `infos()`
+        and ConversionError where its file turns out to be damaged.
         """
 
 
@@ -92,7 +94,12 @@ def expected_tensors(
     model: ModelConfig, compression: CompressionConfig, vocab_size: int, dtype: torch.dtype
 ) -> dict[str, TensorInfo]:
     """The tensors, under canonical names, that a model must have."""
-    hidden, heads, groups, width = model.hidden_size, model.num_attention_heads, model.query_groups, model.head_dim
+    hidden, heads, groups, width = (
+        model.hidden_size,
+        model.num_attention_heads,
+        model.query_groups,
+        model.head_dim,
+    )
     kv_layers = compression.map(model.num_layers).kv_layers
     shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (vocab_size, hidden)}
     for index in range(model.num_layers):
@@ -120,8 +127,8 @@ def expected_tensors(
 
 
 def check_tensors(found: Mapping[str, TensorInfo], expected: Mapping[str, TensorInfo], where: object) -> None:
-    """Raises one ConversionError that says everything in which `found`, the tensors of `where`, differ from `expected`: names and
-    shapes, and numbers that are no weights. Any of `WEIGHT_DTYPES` will do."""
+    """Raises one ConversionError that says everything in which `found`, the tensors of `where`, differ from
+    `expected`: names and shapes, and numbers that are no weights. Any of `WEIGHT_DTYPES` will do."""
     both = [name for name in expected if name in found]
     shapes = [
         f"{name} {list(found[name].shape)} instead of {list(expected[name].shape)}"
@@ -159,12 +166,14 @@ def _listed(problem: str, entries: list[str]) -> str:
 
 
 def check_finite(name: str, tensor: Tensor, where: object) -> None:
-    """Raises ConversionError where the weights `tensor`, called `name` in `where`, contain NaN or infinity."""
+    """Raises ConversionError where the weights `tensor`, called `name` in `where`, contain NaN or
+    infinity."""
     flat = tensor.reshape(-1)
     for part in flat.split(CHUNK_BYTES // tensor.element_size()):
         if not part.isfinite().all():
             bad = int((~flat.isfinite()).sum())
             raise ConversionError(
-                f"{where}: {name} contains {bad} of {flat.numel()} values that are NaN or infinite. Such a model cannot work: "
+                f"{where}: {name} contains {bad} of {flat.numel()} values that are NaN or infinite. Such a "
+                "model cannot work: "
                 "take another checkpoint of it."
             )

@@ -1,4 +1,5 @@
-"""Proof that a Megatron checkpoint and a Hugging Face model are the same: their logits of the same tokens, both in float32."""
+"""Proof that a Megatron checkpoint and a Hugging Face model are the same: their logits of the same tokens,
+both in float32."""
 
 import logging
 from collections.abc import Iterator
@@ -81,17 +82,26 @@ def compare(
     parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 - frozen
     timeout_seconds: float = 3600.0,
 ) -> Comparison:
-    """Compute the logits of `tokens`, int64 [B, T], with the checkpoint `megatron` on the layout `parallel`, and with the Hugging Face
-    model that `original` is or, after the conversion that made the checkpoint, must be.
+    """Compute the logits of `tokens`, int64 [B, T], with the checkpoint `megatron` on the layout `parallel`,
+    and with the Hugging Face model that `original` is or, after the conversion that made the checkpoint, must
+    be.
 
-    Holds one model and one row of logits at a time. Raises ConversionError where they are different models by their settings, or the
-    layout does not fit.
+    Holds one model and one row of logits at a time. Raises ConversionError where they are different models by
+    their settings, or the layout does not fit.
     """
     check_layout(megatron.description, parallel)
     dtype = common_dtype(original.description.dtype, megatron.description.dtype)
     with reference_folder(original, megatron) as folder, TemporaryDirectory() as scratch:
         output = Path(scratch) / "logits.npy"
-        compute(megatron.path, megatron.description, tokens, output, parallel, dtype, timeout_seconds=timeout_seconds)
+        compute(
+            megatron.path,
+            megatron.description,
+            tokens,
+            output,
+            parallel,
+            dtype,
+            timeout_seconds=timeout_seconds,
+        )
         found = np.load(output, mmap_mode="r")
         return _summary(Reference(folder, dtype), tokens, found)
 
@@ -120,18 +130,24 @@ def _chunks(expected: Tensor, given: np.ndarray) -> Iterator[tuple[Tensor, Tenso
 def is_small_enough(model: OpenModel) -> bool:
     """Whether a proof is quick and fits into the memory that is free."""
     parameters = sum(info.nbytes // info.dtype.itemsize for info in model.source.infos().values())
-    return parameters <= LARGEST_AUTOMATIC_PROOF and 4 * _ROOM * parameters < psutil.virtual_memory().available
+    return (
+        parameters <= LARGEST_AUTOMATIC_PROOF and 4 * _ROOM * parameters < psutil.virtual_memory().available
+    )
 
 
 def prove(original: OpenModel, megatron: OpenModel, *, rows: int = 2, length: int = 64) -> None:
-    """Compare the models on a few random tokens and log what was found; raises ProofError where they differ."""
+    """Compare the models on a few random tokens and log what was found; raises ProofError where they
+    differ."""
     tolerance, description = Tolerance(), megatron.description
     longest = min(length, description.model.max_position_embeddings or length)
     tokens = random_tokens(description.vocab_size, rows=rows, length=longest, seed=1)
     found = compare(original, megatron, tokens)
-    logger.info("logits of Megatron's and Hugging Face's model, in float32:\n%s", "\n".join(found.lines(tolerance)))
+    logger.info(
+        "logits of Megatron's and Hugging Face's model, in float32:\n%s", "\n".join(found.lines(tolerance))
+    )
     if not found.within(tolerance):
         raise ProofError(
-            "the converted model does not compute what the original does; nothing was written. Please report this with config.json. "
+            "the converted model does not compute what the original does; nothing was written. Please report "
+            "this with config.json. "
             "(--verify never writes it all the same.)"
         )

@@ -20,8 +20,8 @@ def write_huggingface(
 ) -> None:
     """Write config.json and the weights, canonical in `source`, into `folder`.
 
-    `family` is that of the written model (default: one that stock software runs where possible, else lckv-llama); ConversionError
-    where it cannot express the model.
+    `family` is that of the written model (default: one that stock software runs where possible, else
+    lckv-llama); ConversionError where it cannot express the model.
     """
     chosen = export_family(description) if family is None else family_of(family)
     config = chosen.write_config(description)

@@ -11,21 +11,24 @@ from lckv.sharing.layer_types import LayerTypes
 
 @dataclass(frozen=True)
 class CompressionConfig:
-    """Cross-layer KV sharing (which layer's keys and values a layer reads) and the KV policy (which tokens are kept)."""
+    """Cross-layer KV sharing (which layer's keys and values a layer reads) and the KV policy (which tokens
+    are kept)."""
 
     layer_types: str | None = None
-    """Sharing map, one entry per layer joined by "_": the index of the layer whose keys and values it reads, with an
-    optional "s" for a sliding window, such as 0_6_6_6_6_6_6_7 (LCKV), 0_0_2_2 (CLA) or 0s_1s_2s_3_3_3 (YOCO).
-    Default: every layer reads its own (a plain transformer)."""
+    """Sharing map, one entry per layer joined by "_": the index of the layer whose keys and values it reads,
+    with an optional "s" for a sliding window, such as 0_6_6_6_6_6_6_7 (LCKV), 0_0_2_2 (CLA) or 0s_1s_2s_3_3_3
+    (YOCO). Default: every layer reads its own (a plain transformer)."""
 
     forward_passes: int = 7
-    """m: passes without gradient over each cyclic group of layers, before those with gradient (LCKV, section 3.2)."""
+    """m: passes without gradient over each cyclic group of layers, before those with gradient (LCKV, section
+    3.2)."""
 
     backward_passes: int = 2
     """b: passes with gradient over each cyclic group of layers (LCKV, section 3.2)."""
 
     sliding_window: int | None = None
-    """W: tokens that a layer marked "s" sees, its own included. Required iff the map marks a layer with "s"."""
+    """W: tokens that a layer marked "s" sees, its own included. Required iff the map marks a layer with
+    "s"."""
 
     force_nodiag: bool = False
     """Hide the query's own position in every layer, not only in cyclic ones."""
@@ -35,29 +38,35 @@ class CompressionConfig:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "CompressionConfig":
-        """From what `dataclasses.asdict` makes of one, with defaults for what is missing. Raises ValueError for an unknown key."""
+        """From what `dataclasses.asdict` makes of one, with defaults for what is missing. Raises ValueError
+        for an unknown key."""
         given = dict(content)
         policy = given.pop("policy", None)
         if policy is not None and not isinstance(policy, DenseConfig | DMCConfig):
             kinds: dict[str, type[DenseConfig | DMCConfig]] = {"dense": DenseConfig, "dmc": DMCConfig}
             name = policy.get("name") if isinstance(policy, Mapping) else None
             if name not in kinds:
-                raise ValueError(f"compression.policy.name is {name!r}; the KV policies are {', '.join(kinds)}.")
+                raise ValueError(
+                    f"compression.policy.name is {name!r}; the KV policies are {', '.join(kinds)}."
+                )
             policy = _build(kinds[name], policy, "compression.policy.")
         return _build(cls, given if policy is None else {**given, "policy": policy}, "compression.")
 
     def map(self, num_layers: int) -> LayerTypes:
-        """The parsed sharing map of a model with `num_layers` layers; raises ValueError where it does not fit."""
+        """The parsed sharing map of a model with `num_layers` layers; raises ValueError where it does not
+        fit."""
         return LayerTypes.parse(self.layer_types, num_layers)
 
     def windows(self, num_layers: int) -> dict[int, int]:
-        """Layers whose keys and values only windowed layers read, with the window in tokens: what a cache may drop."""
+        """Layers whose keys and values only windowed layers read, with the window in tokens: what a cache may
+        drop."""
         if self.sliding_window is None:
             return {}
         return dict.fromkeys(self.map(num_layers).windowed_kv_layers, self.sliding_window)
 
     def problems(self, num_layers: int) -> list[str]:
-        """Everything that is wrong with these settings for a model of `num_layers` layers: field, value, way out."""
+        """Everything that is wrong with these settings for a model of `num_layers` layers: field, value, way
+        out."""
         found = self.policy.problems(self.sliding_window)
         for name, value, least in (
             ("forward_passes", self.forward_passes, 0),
@@ -71,12 +80,14 @@ class CompressionConfig:
             return [*found, str(error)]
         if layer_types.any_sliding and self.sliding_window is None:
             found.append(
-                f"compression.layer_types {layer_types} marks layers with 's' but compression.sliding_window is not set; "
+                f"compression.layer_types {layer_types} marks layers with 's' but compression.sliding_window "
+                "is not set; "
                 "give the window in tokens, or remove the 's'."
             )
         if self.sliding_window is not None and not layer_types.any_sliding:
             found.append(
-                f"compression.sliding_window is {self.sliding_window} but no layer of {layer_types} is marked with 's'; "
+                f"compression.sliding_window is {self.sliding_window} but no layer of {layer_types} is "
+                "marked with 's'; "
                 "mark the layers that shall have a window, or remove compression.sliding_window."
             )
         if self.sliding_window is not None and self.sliding_window < 1:
@@ -90,6 +101,7 @@ def _build(kind: type, content: Mapping[str, Any], prefix: str) -> Any:
     unknown = [name for name in content if name not in known]
     if unknown:
         raise ValueError(
-            f"{prefix}{unknown[0]} is {content[unknown[0]]!r}; there is no such field. Known: {', '.join(known)}."
+            f"{prefix}{unknown[0]} is {content[unknown[0]]!r}; there is no such field. Known: "
+            f"{', '.join(known)}."
         )
     return kind(**content)

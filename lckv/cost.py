@@ -2,9 +2,12 @@
 
 Formula, per token, counting a multiplication and an addition as 2 FLOPs. A layer's forward is
     query 2 h a + output 2 a h + keys and values 2 h 2 g d (if it computes any) + attention 4 a n + MLP 6 h f
-with h hidden size, a = query heads x d, g KV heads, d channels of a head, f MLP width, n keys that a query sees on average. Backward is
-twice the forward. A kept pass counts forward + backward; a pass of the plan without gradient counts the forward only; the passes before
-the kept one stop at the keys and values of the group's top layer, and in the first of them cyclic layers run their MLP alone.
+with h hidden size, a = query heads x d, g KV heads, d channels of a head, f MLP width, n keys that a query
+sees on average. Backward is
+twice the forward. A kept pass counts forward + backward; a pass of the plan without gradient counts the
+forward only; the passes before
+the kept one stop at the keys and values of the group's top layer, and in the first of them cyclic layers run
+their MLP alone.
 """
 
 from dataclasses import dataclass
@@ -50,7 +53,8 @@ class TrainingCost:
     """FLOPs per token of one training step."""
 
     model_flops: float
-    """What the method asks for: every pass of the plan, K/V projections only where a layer has them; no recomputation."""
+    """What the method asks for: every pass of the plan, K/V projections only where a layer has them; no
+    recomputation."""
 
     hardware_flops: float
     """model_flops and the forward of layers recomputed in backward."""
@@ -95,8 +99,11 @@ def layer_costs(shape: ModelShape, compression: CompressionConfig) -> tuple[Laye
     return tuple(costs)
 
 
-def training_cost(shape: ModelShape, compression: CompressionConfig, *, recomputed_layers: int = 0) -> TrainingCost:
-    """FLOPs per token of a training step; the lowest `recomputed_layers` layers run their forward again in backward."""
+def training_cost(
+    shape: ModelShape, compression: CompressionConfig, *, recomputed_layers: int = 0
+) -> TrainingCost:
+    """FLOPs per token of a training step; the lowest `recomputed_layers` layers run their forward again in
+    backward."""
     layer_types = compression.map(shape.num_layers)
     costs = layer_costs(shape, compression)
     head = 6.0 * shape.hidden_size * shape.vocab_size
@@ -117,7 +124,8 @@ def _preparing_passes(
     compression: CompressionConfig,
     recomputed_layers: int,
 ) -> tuple[float, float]:
-    """FLOPs per token of the passes over a group before the kept one, and of what recomputation adds to them."""
+    """FLOPs per token of the passes over a group before the kept one, and of what recomputation adds to
+    them."""
     passes = compression.forward_passes + compression.backward_passes - 1
     total = again = 0.0
     for number in range(passes):

@@ -1,7 +1,7 @@
 """Registers the models with transformers' Auto classes as soon as transformers is there.
 
-Importing transformers' model classes takes seconds, which a program that only trains or plans should not spend. So this waits for
-the first import of transformers, by whomever, and registers right after it.
+Importing transformers' model classes takes seconds, which a program that only trains or plans should not
+spend. So this waits for the first import of transformers, by whomever, and registers right after it.
 """
 
 import importlib.machinery
@@ -37,7 +37,9 @@ def register_with_transformers() -> None:
 class _Finder(MetaPathFinder):
     """Finds transformers where Python would, with a loader that registers afterwards."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name != _AWAITED:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)

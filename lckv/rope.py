@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al. 2021), half-split: channel i of a head turns with channel i + D/2.
 
-Shapes: D channels of a head, P any leading shape of positions. Angles are float32 whatever the model's dtype: in bfloat16 they
-would be off by radians at position 4095.
+Shapes: D channels of a head, P any leading shape of positions. Angles are float32 whatever the model's dtype:
+in bfloat16 they would be off by radians at position 4095.
 """
 
 import math
@@ -14,7 +14,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """Llama 3.1's scaling: low frequencies are divided by the factor, high ones kept, those between blended."""
+    """Llama 3.1's scaling: low frequencies are divided by the factor, high ones kept, those between
+    blended."""
 
     factor: float
     low_freq_factor: float
@@ -63,7 +64,8 @@ def rotation(positions: Tensor, frequencies: Tensor) -> Rotation:
 
 
 def rotate(x: Tensor, angles: Rotation) -> Tensor:
-    """Turn `x` [..., D] by `angles`, whose cos and sin must broadcast against [..., D/2]; result in x's dtype."""
+    """Turn `x` [..., D] by `angles`, whose cos and sin must broadcast against [..., D/2]; result in x's
+    dtype."""
     cos, sin = angles.cos.to(x.dtype), angles.sin.to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -26,7 +26,9 @@ from megatron_ext.text_yaml import load_text_yaml
 def _parser() -> argparse.ArgumentParser:
     """Takes every setting as a text."""
     parser = argparse.ArgumentParser(
-        description="A run is described by YAML files, the later ones winning, and by options, which win over files.",
+        description=(
+            "A run is described by YAML files, the later ones winning, and by options, which win over files."
+        ),
         usage="%(prog)s [--config FILE ...] [--print_config] [--section.key VALUE ...]",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -42,7 +44,8 @@ def _parser() -> argparse.ArgumentParser:
 def parse_run_config(argv: Sequence[str] | None = None) -> RunConfig:
     """The run that `argv` (default: the program's arguments) and the YAML files named in it describe.
 
-    `--help` and `--print_config` print and exit. A wrong option or file ends the program with status 2 and one message.
+    `--help` and `--print_config` print and exit. A wrong option or file ends the program with status 2 and
+    one message.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if "-h" in argv or "--help" in argv:
@@ -62,7 +65,8 @@ def parse_run_config(argv: Sequence[str] | None = None) -> RunConfig:
 
 
 def _parse_options(argv: Sequence[str]) -> dict[str, object]:
-    """The values of --config, --print_config and the settings in `argv`, by their names; raises ConfigError."""
+    """The values of --config, --print_config and the settings in `argv`, by their names; raises
+    ConfigError."""
     try:
         given, rest = _parser().parse_known_args(argv)
     except argparse.ArgumentError as error:
@@ -71,8 +75,12 @@ def _parse_options(argv: Sequence[str]) -> dict[str, object]:
     if unknown:
         raise ConfigError("\n".join(unknown_message(RunConfig, name) for name in unknown))
     if rest:
-        raise ConfigError(f"unrecognized arguments: {' '.join(rest)}; settings are given as --section.key VALUE.")
-    return {key: None if value == "null" and _may_be_null(key) else value for key, value in vars(given).items()}
+        raise ConfigError(
+            f"unrecognized arguments: {' '.join(rest)}; settings are given as --section.key VALUE."
+        )
+    return {
+        key: None if value == "null" and _may_be_null(key) else value for key, value in vars(given).items()
+    }
 
 
 def _may_be_null(key: str) -> bool:
@@ -85,11 +93,15 @@ def _read_file(path: str | os.PathLike[str]) -> object:
     except OSError as error:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--config {path} is not a text in UTF-8: {error.reason} at byte {error.start}.") from error
+        raise ConfigError(
+            f"--config {path} is not a text in UTF-8: {error.reason} at byte {error.start}."
+        ) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"--config {path}{place} is not valid YAML: {getattr(error, 'problem', error)}.") from error
+        raise ConfigError(
+            f"--config {path}{place} is not valid YAML: {getattr(error, 'problem', error)}."
+        ) from error
 
 
 def exit_with(message: str) -> NoReturn:
@@ -103,11 +115,14 @@ def exit_with(message: str) -> NoReturn:
 
 def config_to_dict(run: RunConfig) -> dict[str, Any]:
     """Sections as nested dictionaries of texts, numbers, booleans, lists and None: fit for JSON and YAML."""
-    return asdict(run, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items})
+    return asdict(
+        run, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items}
+    )
 
 
 def config_from_dict(sections: Mapping[str, Any]) -> RunConfig:
-    """The inverse of `config_to_dict`; fields left out have their defaults. Raises ConfigError naming all misfits."""
+    """The inverse of `config_to_dict`; fields left out have their defaults. Raises ConfigError naming all
+    misfits."""
     return read(RunConfig, [("", sections)])
 
 
@@ -116,7 +131,8 @@ def _to_yaml(run: RunConfig) -> str:
 
 
 def save_config(run: RunConfig, path: str | os.PathLike[str]) -> None:
-    """Write `run` as YAML, in full or not at all; raises OSError, or ValueError where it would read back differently."""
+    """Write `run` as YAML, in full or not at all; raises OSError, or ValueError where it would read back
+    differently."""
     text = _to_yaml(run)
     if config_from_dict(load_text_yaml(text)) != run:
         raise ValueError(f"{path} is not written: this configuration would be read back differently:\n{text}")

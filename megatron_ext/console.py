@@ -1,4 +1,5 @@
-"""How programs talk to whoever started them: logging by rank, and errors without tracebacks where the user can mend them."""
+"""How programs talk to whoever started them: logging by rank, and errors without tracebacks where the user
+can mend them."""
 
 import logging
 import os
@@ -19,7 +20,9 @@ def set_up_logging() -> None:
     rank = os.environ.get("RANK", "0")
     prefix = "" if rank == "0" else f"rank {rank}: "
     level = logging.INFO if rank == "0" else logging.WARNING
-    logging.basicConfig(level=level, format=f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S", force=True)
+    logging.basicConfig(
+        level=level, format=f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S", force=True
+    )
     for library in ("megatron.core", "torch.distributed"):
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"megatron\.core")
@@ -27,8 +30,8 @@ def set_up_logging() -> None:
 
 
 def exit_status(program: Callable[[], None]) -> int:
-    """Run `program`; 0, or after an error that is shown as one message 2 (ConfigError) or 1 (ArithmeticError: a loss that is not
-    finite)."""
+    """Run `program`; 0, or after an error that is shown as one message 2 (ConfigError) or 1 (ArithmeticError:
+    a loss that is not finite)."""
     try:
         program()
     except ConfigError as error:
@@ -44,11 +47,13 @@ def exit_status(program: Callable[[], None]) -> int:
 
 
 def let_first_rank_speak() -> None:
-    """torchrun ends all processes as soon as one has failed: wait until rank 0 has had the time to say why."""
+    """torchrun ends all processes as soon as one has failed: wait until rank 0 has had the time to say
+    why."""
     time.sleep(_PATIENCE_SECONDS)
 
 
 def _groups_exist() -> bool:
-    """Whether ranks may have come to different errors: settings alone are judged alike by all, and rank 0 speaks for them."""
+    """Whether ranks may have come to different errors: settings alone are judged alike by all, and rank 0
+    speaks for them."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.distributed.is_initialized()

@@ -1,7 +1,8 @@
-"""Bridges that let unmodified megatron-core run without CUDA, on gloo and CPU tensors. The only file that patches anything.
+"""Bridges that let unmodified megatron-core run without CUDA, on gloo and CPU tensors. The only file that
+patches anything.
 
-megatron-core calls `torch.cuda` and asks for CUDA tensors in many places. Where there is no CUDA, each bridge below replaces one such
-function by its CPU meaning. With CUDA present `install` does nothing.
+megatron-core calls `torch.cuda` and asks for CUDA tensors in many places. Where there is no CUDA, each bridge
+below replaces one such function by its CPU meaning. With CUDA present `install` does nothing.
 """
 
 import functools
@@ -55,8 +56,9 @@ def install() -> None:
     """Install all bridges if there is no CUDA. May be called any number of times."""
     if torch.cuda.is_available():
         return
-    # `with torch.device(...)` knows torch's factory functions by a list that it makes when it is first used: make it now, of the
-    # originals, which the bridges still call. Otherwise it would leave their tensors where they are.
+    # `with torch.device(...)` knows torch's factory functions by a list that it makes when it is first used:
+    # make it now, of the originals, which the bridges still call. Otherwise it would leave their tensors
+    # where they are.
     _device_constructors()
     for bridge in bridges():
         bridge.install()

@@ -4,6 +4,6 @@
 class ConfigError(ValueError):
     """A setting, or a combination of settings and files, that cannot work.
 
-    The message names the field or file, the value given, what is required and the way out. Programs show it without a
-    traceback and exit with status 2.
+    The message names the field or file, the value given, what is required and the way out. Programs show it
+    without a traceback and exit with status 2.
     """

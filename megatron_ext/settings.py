@@ -1,8 +1,9 @@
-"""From a configuration, which is frozen dataclasses in frozen dataclasses, to its settings, and from values back to it.
+"""From a configuration, which is frozen dataclasses in frozen dataclasses, to its settings, and from values
+back to it.
 
-A setting is a field that is no dataclass itself, under a dotted key such as `train.seed`. A field may be a union of
-dataclasses, variants, each with a field `name: Literal[...]`: then the setting `name` chooses, and the other settings of
-a variant exist only where it is chosen.
+A setting is a field that is no dataclass itself, under a dotted key such as `train.seed`. A field may be a
+union of dataclasses, variants, each with a field `name: Literal[...]`: then the setting `name` chooses, and
+the other settings of a variant exist only where it is chosen.
 """
 
 import argparse
@@ -36,7 +37,8 @@ class Setting:
     group: str
     """What --help says above it: its section and what that is."""
     needs: tuple[str, str] | None = None
-    """The setting that chooses the variant, and its value that makes this one exist; None: it always exists."""
+    """The setting that chooses the variant, and its value that makes this one exist; None: it always
+    exists."""
 
 
 def variants_of(hint: Any) -> dict[str, type]:
@@ -49,8 +51,8 @@ def variants_of(hint: Any) -> dict[str, type]:
 
 @cache
 def settings_of(root: type) -> Mapping[str, Sequence[Setting]]:
-    """The settings of a configuration by their keys. A key has several where several variants have a field of that
-    name."""
+    """The settings of a configuration by their keys. A key has several where several variants have a field of
+    that name."""
     found: dict[str, list[Setting]] = {}
     for setting in _walk(root, "", "", None):
         found.setdefault(setting.key, []).append(setting)
@@ -92,7 +94,8 @@ def _summary(section: type) -> str:
 
 
 def describe_settings(root: type) -> str:
-    """All settings with their types, defaults and docstrings, grouped by section and variant, as --help shows them."""
+    """All settings with their types, defaults and docstrings, grouped by section and variant, as --help shows
+    them."""
     groups: dict[str, list[Setting]] = {}
     for settings in settings_of(root).values():
         for setting in settings:
@@ -105,16 +108,20 @@ def _describe_group(title: str, members: Iterable[Setting]) -> str:
     parser = jsonargparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
     group = parser.add_argument_group(title or None)
     for setting in members:
-        kind: dict[str, Any] = {"metavar": "TEXT|[TEXT,...]"} if _is_texts(setting.type) else {"type": setting.type}
+        kind: dict[str, Any] = (
+            {"metavar": "TEXT|[TEXT,...]"} if _is_texts(setting.type) else {"type": setting.type}
+        )
         group.add_argument(f"--{setting.key}", default=setting.default, help=setting.text, **kind)
     return parser.format_help()
 
 
 def read(root: type[_Section], sources: Iterable[tuple[str, object]]) -> _Section:
-    """The configuration that `sources` describe, the later ones winning; what none of them gives has its default.
+    """The configuration that `sources` describe, the later ones winning; what none of them gives has its
+    default.
 
-    A source is what its problems begin with, such as "run.yaml: ", and its values: sections as nested mappings, or
-    dotted keys. Texts are read as values of their settings' types. Raises ConfigError, which names all that is wrong.
+    A source is what its problems begin with, such as "run.yaml: ", and its values: sections as nested
+    mappings, or dotted keys. Texts are read as values of their settings' types. Raises ConfigError, which
+    names all that is wrong.
     """
     known = settings_of(typing.cast(type, root))
     problems: list[str] = []
@@ -125,7 +132,9 @@ def read(root: type[_Section], sources: Iterable[tuple[str, object]]) -> _Sectio
                 given.append((origin, key, value))
             else:
                 problems.append(origin + _stray_message(root, key, value))
-    choosing = {setting.needs[0] for settings in known.values() for setting in settings if setting.needs is not None}
+    choosing = {
+        setting.needs[0] for settings in known.values() for setting in settings if setting.needs is not None
+    }
     chosen = {key: known[key][0].default for key in choosing}
     chosen |= {key: value for _, key, value in given if key in chosen}
     values: dict[str, object] = {}
@@ -142,7 +151,8 @@ def read(root: type[_Section], sources: Iterable[tuple[str, object]]) -> _Sectio
 
 
 def _leaves(tree: object, prefix: str, known: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """(dotted key, value) of what `tree` gives; also of keys that are unknown, and of values where a section belongs."""
+    """(dotted key, value) of what `tree` gives; also of keys that are unknown, and of values where a section
+    belongs."""
     if tree is None:  # a section whose entries are all commented out
         return
     if not isinstance(tree, Mapping):
@@ -177,9 +187,11 @@ def unknown_message(root: type, key: str) -> str:
     return f"{key} is unknown; " + (f"did you mean {near[0]}?" if near else "--help shows every setting.")
 
 
-def _in_force(known: Mapping[str, Sequence[Setting]], key: str, chosen: Mapping[str, object]) -> Setting | None:
-    """The setting of this key that exists under the chosen variants; None where an unknown variant is chosen, which is
-    a problem of its own. Raises ConfigError where only other variants have it."""
+def _in_force(
+    known: Mapping[str, Sequence[Setting]], key: str, chosen: Mapping[str, object]
+) -> Setting | None:
+    """The setting of this key that exists under the chosen variants; None where an unknown variant is chosen,
+    which is a problem of its own. Raises ConfigError where only other variants have it."""
     owners: list[str] = []
     choice = ""
     for setting in known[key]:
@@ -193,7 +205,8 @@ def _in_force(known: Mapping[str, Sequence[Setting]], key: str, chosen: Mapping[
         return None
     names = " or ".join(owners)
     raise ConfigError(
-        f"{key} belongs to {choice.split('.')[-2]} {names}; {choice} is {chosen[choice]}: remove the former, or set the "
+        f"{key} belongs to {choice.split('.')[-2]} {names}; {choice} is {chosen[choice]}: remove the former, "
+        "or set the "
         f"latter to {names}."
     )
 
@@ -225,10 +238,13 @@ def _parser_of(hint: Any) -> jsonargparse.ArgumentParser:
 
 
 def _texts(value: object) -> tuple[str, ...]:
-    """The value of a setting that is a list of texts, given as one text, as `[a, b]` or as a list; raises ValueError."""
+    """The value of a setting that is a list of texts, given as one text, as `[a, b]` or as a list; raises
+    ValueError."""
     if isinstance(value, str):
         value = load_text_yaml(value) if value.lstrip().startswith("[") else [value]
-    if not isinstance(value, list | tuple) or any(isinstance(entry, list | tuple | dict | NoneType) for entry in value):
+    if not isinstance(value, list | tuple) or any(
+        isinstance(entry, list | tuple | dict | NoneType) for entry in value
+    ):
         raise ValueError("not a list of texts")
     return tuple(str(entry) for entry in value)
 

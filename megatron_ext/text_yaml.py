@@ -16,7 +16,9 @@ class _TextLoader(yaml.BaseLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value} is given twice", key.start_mark
+                )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -27,5 +29,6 @@ _TextLoader.add_constructor(_NULL, lambda loader, node: None)
 
 
 def load_text_yaml(text: str) -> Any:
-    """What `text` says, in dictionaries, lists, texts and None; nothing else is ever built. Raises yaml.YAMLError."""
+    """What `text` says, in dictionaries, lists, texts and None; nothing else is ever built. Raises
+    yaml.YAMLError."""
     return yaml.load(text, Loader=_TextLoader)

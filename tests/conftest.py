@@ -1,4 +1,5 @@
-"""Settings of the whole suite: the same on a machine with and without GPUs, deterministic, and without network."""
+"""Settings of the whole suite: the same on a machine with and without GPUs, deterministic, and without
+network."""
 
 import functools
 import logging
@@ -13,8 +14,8 @@ import pytest
 
 from tests.ranks import HIDDEN_GPUS_VARIABLE
 
-# Before anything initialises CUDA: the suite tests the CPU path on every machine. Tests marked gpu run their code in
-# processes of their own, `run_on_ranks(..., device="cuda")`, which see the GPUs again.
+# Before anything initialises CUDA: the suite tests the CPU path on every machine. Tests marked gpu run their
+# code in processes of their own, `run_on_ranks(..., device="cuda")`, which see the GPUs again.
 if os.environ.get("CUDA_VISIBLE_DEVICES") != "":
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         os.environ[HIDDEN_GPUS_VARIABLE] = os.environ["CUDA_VISIBLE_DEVICES"]
@@ -28,7 +29,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or tokenizers warns in every forked process
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-# The same examples everywhere, so that a failure can be repeated; HYPOTHESIS_PROFILE=explore looks for new ones.
+# The same examples everywhere, so that a failure can be repeated; HYPOTHESIS_PROFILE=explore looks for new
+# ones.
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, max_examples=50, database=None)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
@@ -54,7 +56,9 @@ def _number_of_gpus() -> int:
     if HIDDEN_GPUS_VARIABLE not in os.environ:
         del environment["CUDA_VISIBLE_DEVICES"]
     count = "import torch; print(torch.cuda.device_count())"
-    result = subprocess.run([sys.executable, "-c", count], env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", count], env=environment, capture_output=True, text=True, timeout=120
+    )
     return int(result.stdout) if result.returncode == 0 else 0
 
 

@@ -1,8 +1,8 @@
 """Runs an ordinary function on every rank of a process group, for tests of distributed code.
 
-One pool of processes per world size is started when it is first needed, serves every later case of the session, and ends
-with it. Each case gets a fresh world group. A rank that raises, dies or hangs fails its own case only: where the others
-do not come to an end, the pool is killed and the next case starts a new one.
+One pool of processes per world size is started when it is first needed, serves every later case of the
+session, and ends with it. Each case gets a fresh world group. A rank that raises, dies or hangs fails its own
+case only: where the others do not come to an end, the pool is killed and the next case starts a new one.
 
     parent --(pickled function, args)--> rank 0 .. n-1      one pipe per rank; plain pickle, so tensors travel by value
     parent <--(ok, result | exception)-- rank 0 .. n-1
@@ -48,11 +48,13 @@ PRELOADED = [
 HIDDEN_GPUS_VARIABLE = "LCKV_TESTS_CUDA_VISIBLE_DEVICES"
 """What CUDA_VISIBLE_DEVICES was before conftest.py hid the GPUs from everything but `device="cuda"`."""
 MAX_IDLE_PROCESSES = 8
-"""Pools that have not been used for longest end when a new one would bring the number of processes above this."""
+"""Pools that have not been used for longest end when a new one would bring the number of processes above
+this."""
 
 
 class RankError(RuntimeError):
-    """A rank failed without an exception of its own to show: it died, or its exception or result cannot be pickled."""
+    """A rank failed without an exception of its own to show: it died, or its exception or result cannot be
+    pickled."""
 
 
 class RankTimeoutError(TimeoutError):
@@ -62,16 +64,17 @@ class RankTimeoutError(TimeoutError):
 def run_on_ranks(
     world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 180, device: Device = "cpu"
 ) -> list[Any]:
-    """Calls `function(*args)` in every process of a group of `world_size` ranks; returns the results in rank order.
+    """Calls `function(*args)` in every process of a group of `world_size` ranks; returns the results in rank
+    order.
 
     `function` is defined at module level (it is pickled by name); arguments and results are pickled. Inside,
-    torch.distributed is initialised (gloo on the loopback interface; with device="cuda" also NCCL, one GPU per rank),
-    `megatron_ext.cpu.install()` has been called, and no model parallelism is initialised; what the function initialises
-    is destroyed afterwards. Once per pool, a function may destroy the world group and make another one from torchrun's
-    variables.
+    torch.distributed is initialised (gloo on the loopback interface; with device="cuda" also NCCL, one GPU
+    per rank), `megatron_ext.cpu.install()` has been called, and no model parallelism is initialised; what the
+    function initialises is destroyed afterwards. Once per pool, a function may destroy the world group and
+    make another one from torchrun's variables.
 
-    Raises the first exception that a rank raised, with that rank's traceback as a note; RankError when a rank died;
-    RankTimeoutError when the ranks did not end within `timeout` seconds.
+    Raises the first exception that a rank raised, with that rank's traceback as a note; RankError when a rank
+    died; RankTimeoutError when the ranks did not end within `timeout` seconds.
     """
     request = pickle.dumps((function, args))
     return _pool(world_size, device).run(request, timeout)
@@ -102,7 +105,8 @@ class _Pool:
         context = _context(device)
         ours, theirs = context.Pipe()
         arguments = (rank, self.world_size, self._store.port, device, str(self._stacks / str(rank)), theirs)
-        # Not daemonic: daemonic processes may not have children, and checkpoint writers and data loaders are such.
+        # Not daemonic: daemonic processes may not have children, and checkpoint writers and data loaders are
+        # such.
         process = context.Process(target=_serve, args=arguments, name=f"rank {rank} of {self.world_size}")
         process.start()
         theirs.close()
@@ -115,7 +119,9 @@ class _Pool:
             answers = self._ask(request, timeout, "answer")
             if len(answers) == self.world_size and not all(self._clean_up()):
                 self.kill()
-        except BaseException:  # also a time-out of pytest's or Ctrl-C: the ranks are in the middle of something
+        except (
+            BaseException
+        ):  # also a time-out of pytest's or Ctrl-C: the ranks are in the middle of something
             self.kill()
             raise
         if len(answers) < self.world_size:
@@ -137,7 +143,8 @@ class _Pool:
         return self._answers(timeout, duty)
 
     def _answers(self, timeout: float, duty: str) -> dict[int, tuple[bool, Any]]:
-        """(ok, result or failure) by rank, in order of arrival; after a failure, of those that answer within the grace."""
+        """(ok, result or failure) by rank, in order of arrival; after a failure, of those that answer within
+        the grace."""
         deadline = time.monotonic() + timeout
         pending: dict[Any, int] = {connection: rank for rank, connection in enumerate(self._connections)}
         answers: dict[int, tuple[bool, Any]] = {}
@@ -162,7 +169,10 @@ class _Pool:
         except (EOFError, OSError):
             process = self._processes[rank]
             process.join(GRACE_SECONDS)
-            return False, (RankError(f"rank {rank} of {self.world_size} died (exit code {process.exitcode})"), "")
+            return False, (
+                RankError(f"rank {rank} of {self.world_size} died (exit code {process.exitcode})"),
+                "",
+            )
         return ok, value
 
     def _raise_failure(self, answers: dict[int, tuple[bool, Any]]) -> None:
@@ -173,7 +183,9 @@ class _Pool:
                     exception.add_note(f"Traceback of rank {rank} of {self.world_size}:\n{trace}")
                 missing = sorted(set(range(self.world_size)) - set(answers))
                 if missing:
-                    exception.add_note(f"Ranks {missing} were still waiting {GRACE_SECONDS:g} s later and were killed.")
+                    exception.add_note(
+                        f"Ranks {missing} were still waiting {GRACE_SECONDS:g} s later and were killed."
+                    )
                 raise exception
 
     def _describe_stuck(self, ranks: list[int], timeout: float, duty: str) -> str:
@@ -203,9 +215,11 @@ class _Pool:
 
 
 def _context(device: Device) -> Any:
-    """How processes are started: forked from one that has imported torch and Megatron, and has no threads yet.
+    """How processes are started: forked from one that has imported torch and Megatron, and has no threads
+    yet.
 
-    So a pool starts in a fraction of a second instead of seconds per process. Not with CUDA, which does not survive a fork.
+    So a pool starts in a fraction of a second instead of seconds per process. Not with CUDA, which does not
+    survive a fork.
     """
     if device == "cuda":
         return multiprocessing.get_context("spawn")
@@ -241,7 +255,7 @@ def kill_pools() -> None:
 def _serve(rank: int, world_size: int, port: int, device: Device, stack: str, connection: Connection) -> None:
     os.setsid()  # a session of its own, so that it can be killed together with its children
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    stack_file = open(stack, "w")  # noqa: SIM115 - for as long as the process lives
+    stack_file = open(stack, "w")  # noqa: SIM115 - closed by its owner
     faulthandler.register(signal.SIGUSR1, file=stack_file)
     case = 0
     try:
@@ -259,7 +273,9 @@ def _serve(rank: int, world_size: int, port: int, device: Device, stack: str, co
             request = connection.recv_bytes()
             case += 1
             if request:
-                os.environ["TORCHELASTIC_RESTART_COUNT"] = str(case)  # keeps a group that the case makes itself apart
+                os.environ["TORCHELASTIC_RESTART_COUNT"] = str(
+                    case
+                )  # keeps a group that the case makes itself apart
                 group_store = dist.PrefixStore(f"case{case}", store)
                 connection.send_bytes(_run_case(request, rank, world_size, device, group_store))
             else:
@@ -313,7 +329,9 @@ def _run_case(request: bytes, rank: int, world_size: int, device: Device, store:
     def case() -> Any:
         function, args = pickle.loads(request)
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+        )
         torch.manual_seed(0)  # no case depends on the one before
         return function(*args)
 

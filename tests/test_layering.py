@@ -1,7 +1,7 @@
 """The order of the packages (CONTRIBUTING.md, "Layers"), read from the syntax trees.
 
-Each check is a function from the imports of a source tree to sentences, one for each import that breaks the rule; the
-checks themselves are tried on small bad trees.
+Each check is a function from the imports of a source tree to sentences, one for each import that breaks the
+rule; the checks themselves are tried on small bad trees.
 """
 
 import ast
@@ -25,13 +25,15 @@ OPTIONAL_PACKAGES = (
     "fastapi", "uvicorn", "prometheus_client", "openai", "gguf",
 )  # fmt: skip
 OPTIONAL_FOLDERS = {"kernels", "serving"}
-"""Modules in folders of these names may import optional packages at their top; others import them when needed."""
+"""Modules in folders of these names may import optional packages at their top; others import them when
+needed."""
 TRANSFORMERS_IN_LCKV = ("lckv.models", "lckv.generation", "lckv.registration")
 
 
 @dataclass(frozen=True)
 class Import:
-    """One import: `source` and `target` are dotted names of modules; a name imported from a module is no part of it."""
+    """One import: `source` and `target` are dotted names of modules; a name imported from a module is no part
+    of it."""
 
     source: str
     target: str
@@ -60,7 +62,9 @@ def imports_of(root: Path) -> list[Import]:
     for name, path in modules.items():
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
         for node, at_top in _import_statements(ast.parse(path.read_text(encoding="utf-8")), True):
-            found += [Import(name, target, node.lineno, at_top) for target in _targets(node, package, modules)]
+            found += [
+                Import(name, target, node.lineno, at_top) for target in _targets(node, package, modules)
+            ]
     return found
 
 
@@ -133,7 +137,9 @@ def mutual_subpackages(imports: list[Import], packages: set[str]) -> list[str]:
         if shared and packages.issuperset(pair):
             edges.setdefault(pair, each)
     return [
-        f"{a} and {b} import each other: {edges[a, b]}; {edges[b, a]}" for a, b in edges if a < b and (b, a) in edges
+        f"{a} and {b} import each other: {edges[a, b]}; {edges[b, a]}"
+        for a, b in edges
+        if a < b and (b, a) in edges
     ]
 
 
@@ -143,7 +149,8 @@ def cycles(imports: list[Import]) -> list[str]:
     for each in imports:
         if each.at_top and each.source != each.target:
             needs.setdefault(each.source, set()).add(each.target)
-    # What cannot be imported before itself: leave out, again and again, every module that needs none of those left.
+    # What cannot be imported before itself: leave out, again and again, every module that needs none of those
+    # left.
     left = set(needs)
     while removable := {module for module in left if not needs[module] & left}:
         left -= removable
@@ -154,7 +161,8 @@ def cycles(imports: list[Import]) -> list[str]:
 
 
 def optional_at_top(imports: list[Import]) -> list[str]:
-    """Imports at module level, outside the folders for them, of optional packages or of a module of such a folder."""
+    """Imports at module level, outside the folders for them, of optional packages or of a module of such a
+    folder."""
     found = []
     for each in imports:
         if not each.at_top or OPTIONAL_FOLDERS.intersection(each.source.split(".")):
@@ -191,7 +199,11 @@ def test_every_folder_with_modules_is_a_package() -> None:
 
 
 BAD_TREES: list[tuple[str, dict[str, str], str]] = [
-    ("layers", {"lckv/a.py": "import megatron_ext.b", "megatron_ext/b.py": ""}, "lckv stands below megatron_ext"),
+    (
+        "layers",
+        {"lckv/a.py": "import megatron_ext.b", "megatron_ext/b.py": ""},
+        "lckv stands below megatron_ext",
+    ),
     ("layers", {"lckv/a.py": "def f():\n    from megatron.core import x"}, "knows nothing of Megatron"),
     ("layers", {"megatron_ext/a.py": "from checkpoints_conversion import x"}, "megatron_ext stands below"),
     ("layers", {"megatron_ext/a.py": "from tools import plan"}, "nothing imports tools"),
@@ -225,15 +237,27 @@ BAD_TREES: list[tuple[str, dict[str, str], str]] = [
         "circle: lckv.a, lckv.b, lckv.c",
     ),
     ("optional", {"lckv/a.py": "import flash_attn"}, "flash_attn is optional"),
-    ("optional", {"lckv/a.py": "try:\n    from triton import jit\nexcept ImportError:\n    jit = None"}, "triton"),
+    (
+        "optional",
+        {"lckv/a.py": "try:\n    from triton import jit\nexcept ImportError:\n    jit = None"},
+        "triton",
+    ),
     ("optional", {"lckv/a.py": "class A:\n    import wandb"}, "wandb"),
-    ("optional", {"lckv/a.py": "from lckv.x.kernels import k", "lckv/x/kernels/k.py": "import triton"}, "lckv.a:1"),
+    (
+        "optional",
+        {"lckv/a.py": "from lckv.x.kernels import k", "lckv/x/kernels/k.py": "import triton"},
+        "lckv.a:1",
+    ),
 ]
 
 GOOD_TREE = {
     "lckv/a/x.py": "import torch\nfrom lckv.b import y",
-    "lckv/b/y.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from lckv.b import z\n    import triton",
-    "lckv/b/z.py": "from lckv.b.y import f\ndef g():\n    import flash_attn\n    from lckv.x.kernels import k",
+    "lckv/b/y.py": (
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from lckv.b import z\n    import triton"
+    ),
+    "lckv/b/z.py": (
+        "from lckv.b.y import f\ndef g():\n    import flash_attn\n    from lckv.x.kernels import k"
+    ),
     "lckv/models/m.py": "from transformers import PreTrainedModel",
     "lckv/x/kernels/k.py": "import triton",
     "megatron_ext/c.py": "import megatron.core\nimport transformers\nfrom lckv.a import x",
@@ -317,7 +341,10 @@ def test_effects_of_an_import_are_seen(tmp_path: Path) -> None:
     bad = "import sys, threading, time, torch, this\ntorch.cuda.synchronize = lambda: None\n"
     bad += "torch.manual_seed(7)\nsys.argv.append('x')\n"
     bad += "threading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
-    bad += "torch.distributed.init_process_group('gloo', rank=0, world_size=1, store=torch.distributed.HashStore())\n"
+    bad += (
+        "torch.distributed.init_process_group('gloo', rank=0, world_size=1, "
+        "store=torch.distributed.HashStore())\n"
+    )
     (tmp_path / "bad.py").write_text(bad)
     effects = _import_in_new_process(tmp_path, ["bad"], ("this",))
     assert effects.pop("patched") == ["torch.cuda.synchronize"]

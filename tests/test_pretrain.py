@@ -21,7 +21,9 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 def command(folder: Path, *options: str, ranks: int = 1, **settings: dict) -> list[str]:
     merged = {name: {**SETTINGS.get(name, {}), **settings.get(name, {})} for name in {*SETTINGS, *settings}}
     (folder / "run.yaml").write_text(yaml.safe_dump(merged))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    )
     return [sys.executable, *launcher, PROGRAM, "--config", str(folder / "run.yaml"), *options]
 
 
@@ -92,7 +94,10 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
 
 
 def test_terminated_runs_save_and_end_well(tmp_path: Path) -> None:
-    saving = [f"--checkpoint.save={tmp_path / 'save'}", f"--logging.metrics_file={tmp_path / 'metrics.jsonl'}"]
+    saving = [
+        f"--checkpoint.save={tmp_path / 'save'}",
+        f"--logging.metrics_file={tmp_path / 'metrics.jsonl'}",
+    ]
     arguments = command(tmp_path, *saving, train={"train_iters": 100000}, data={"num_workers": 1})
     process = subprocess.Popen(
         arguments, env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -100,7 +105,9 @@ def test_terminated_runs_save_and_end_well(tmp_path: Path) -> None:
     deadline = time.monotonic() + 200
     while not reported(tmp_path / "metrics.jsonl") and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGTERM)  # as batch systems do: to all processes of the job, data readers included
+    os.killpg(
+        process.pid, signal.SIGTERM
+    )  # as batch systems do: to all processes of the job, data readers included
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "signal SIGTERM" in errors

@@ -1,4 +1,5 @@
-"""The files around the code: dependencies, constraints, examples, and nothing of the machine on which they were written."""
+"""The files around the code: dependencies, constraints, examples, and nothing of the machine on which they
+were written."""
 
 import ast
 import re
@@ -27,9 +28,13 @@ def _setup_lists() -> dict[str, list[Requirement]]:
     values = {
         ast.unparse(node.targets[0]): node.value
         for node in tree.body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("INSTALL_REQUIRES", "EXTRAS_REQUIRE")
+        if isinstance(node, ast.Assign)
+        and ast.unparse(node.targets[0]) in ("INSTALL_REQUIRES", "EXTRAS_REQUIRE")
     }
-    lists = {"install": ast.literal_eval(values["INSTALL_REQUIRES"]), **ast.literal_eval(values["EXTRAS_REQUIRE"])}
+    lists = {
+        "install": ast.literal_eval(values["INSTALL_REQUIRES"]),
+        **ast.literal_eval(values["EXTRAS_REQUIRE"]),
+    }
     return {name: [Requirement(entry) for entry in entries] for name, entries in lists.items()}
 
 

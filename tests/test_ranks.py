@@ -1,4 +1,5 @@
-"""The harness of the distributed tests: results, failures, deaths, hangs, and what one case leaves to the next."""
+"""The harness of the distributed tests: results, failures, deaths, hangs, and what one case leaves to the
+next."""
 
 import os
 import sys

@@ -14,7 +14,8 @@ def answers(
     on_token: Callable[[TokenEvent], None] | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> Iterator[Completion | ValueError]:
-    """Answers in the order of the prompts, as soon as they are there; for a prompt that the engine refuses, why.
+    """Answers in the order of the prompts, as soon as they are there; for a prompt that the engine refuses,
+    why.
 
     Prompts are taken while the engine has room for them. `on_step` is called after every step of the engine.
     """

@@ -53,10 +53,17 @@ class CacheFacts:
     def line(self) -> str:
         """The same as a sentence."""
         facts = self.as_dict()
-        mine, plain, page = facts["kv_bytes_per_token"], facts["plain_kv_bytes_per_token"], facts["page_bytes"]
+        mine, plain, page = (
+            facts["kv_bytes_per_token"],
+            facts["plain_kv_bytes_per_token"],
+            facts["page_bytes"],
+        )
         used = facts["most_pages_in_use"]
-        most = "" if used is None else f"; at most {used:,} pages of {size(page)} in use ({size(used * page)})"
+        most = (
+            "" if used is None else f"; at most {used:,} pages of {size(page)} in use ({size(used * page)})"
+        )
         return (
-            f"KV cache: {mine:,.0f} bytes per token (a plain model: {plain:,.0f}), {facts['compression_ratio']:.2f} tokens per slot "
+            f"KV cache: {mine:,.0f} bytes per token (a plain model: {plain:,.0f}), "
+            f"{facts['compression_ratio']:.2f} tokens per slot "
             f"measured{most}; {size(facts['cache_bytes'])} allocated"
         )

@@ -13,16 +13,16 @@ from torch.nn.functional import cross_entropy
 from megatron_ext.command_line import config_from_dict
 from megatron_ext.config import ParallelConfig
 from megatron_ext.data.tokenizers import load_tokenizer
+from megatron_ext.evaluation.logits import compute_logits
 from megatron_ext.parallel.process_groups import destroy, device_of_rank, initialize
-from megatron_ext.training.logits import compute_logits
-from megatron_ext.training.restore import restore, saved_settings
+from megatron_ext.restoring.model import restore, saved_settings
 from tools.sample import tokenizer_settings
 from tools.text_windows import Coder, Window
 
 
 class CheckpointLosses:
-    """The newest good checkpoint in `options.load`, in the precision of its run. Process groups end with the context. Implements
-    `WindowLosses` on the process that `has_result`; on the others losses are 0."""
+    """The newest good checkpoint in `options.load`, in the precision of its run. Process groups end with the
+    context. Implements `WindowLosses` on the process that `has_result`; on the others losses are 0."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         saved = saved_settings(options.load)

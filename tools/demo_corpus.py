@@ -1,8 +1,8 @@
 """Write a corpus of real text that every machine has: sources and documentation of Python's standard library.
 
-The output is JSON lines, a document each, with "text" and "source"; its size goes into a .json file of the same name.
-Documents are in a random order that is the same on every machine, so that any part of the corpus is like the rest. Nothing is
-downloaded, and tests and binary files are left out.
+The output is JSON lines, a document each, with "text" and "source"; its size goes into a .json file of the
+same name. Documents are in a random order that is the same on every machine, so that any part of the corpus
+is like the rest. Nothing is downloaded, and tests and binary files are left out.
 """
 
 import argparse
@@ -28,7 +28,16 @@ examples
   python tools/demo_corpus.py --output small.jsonl --max-bytes 2000000
 """
 
-_LEFT_OUT = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages", "ensurepip", "pydoc_data"}
+_LEFT_OUT = {
+    "test",
+    "tests",
+    "idle_test",
+    "__pycache__",
+    "site-packages",
+    "dist-packages",
+    "ensurepip",
+    "pydoc_data",
+}
 _TEXT_SUFFIXES = (".py", ".txt", ".rst", ".md")
 
 
@@ -50,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(
-        f"{arguments.output}: {size.documents:,} documents, {size.text_bytes / 1e6:.1f} MB of text, Python {size.python}"
+        f"{arguments.output}: {size.documents:,} documents, {size.text_bytes / 1e6:.1f} MB of text, Python "
+        f"{size.python}"
     )
     return 0
 
@@ -70,18 +80,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def write_corpus(output: Path, max_bytes: int | None = None) -> CorpusSize:
-    """Write the corpus and the file about its size. Raises ConfigError if there is no text, or none that small."""
+    """Write the corpus and the file about its size. Raises ConfigError if there is no text, or none that
+    small."""
     if output.suffix != ".jsonl":
-        raise ConfigError(f"--output={output} must end with .jsonl; its size goes into a .json file of that name.")
+        raise ConfigError(
+            f"--output={output} must end with .jsonl; its size goes into a .json file of that name."
+        )
     lines: list[bytes] = []
     text_bytes = 0
-    for source, text in sorted(_documents(), key=lambda document: hashlib.sha256(document[0].encode()).digest()):
+    for source, text in sorted(
+        _documents(), key=lambda document: hashlib.sha256(document[0].encode()).digest()
+    ):
         size = len(text.encode())
         if max_bytes is None or text_bytes + size <= max_bytes:
             lines.append(json.dumps({"text": text, "source": source}, ensure_ascii=False).encode() + b"\n")
             text_bytes += size
     if not lines:
-        raise ConfigError(f"no document of Python's standard library was found that fits into --max-bytes={max_bytes}.")
+        raise ConfigError(
+            f"no document of Python's standard library was found that fits into --max-bytes={max_bytes}."
+        )
     corpus_size = CorpusSize(len(lines), text_bytes, platform.python_version())
     output.parent.mkdir(parents=True, exist_ok=True)
     write_file(output, b"".join(lines))
@@ -90,7 +107,8 @@ def write_corpus(output: Path, max_bytes: int | None = None) -> CorpusSize:
 
 
 def _documents() -> Iterator[tuple[str, str]]:
-    """Name and text of all documents: files of the library, the language reference, and what built-in functions say."""
+    """Name and text of all documents: files of the library, the language reference, and what built-in
+    functions say."""
     yield from _files(Path(sysconfig.get_path("stdlib")))
     topics = importlib.import_module("pydoc_data.topics").topics
     yield from ((f"pydoc/{topic}", text) for topic, text in topics.items())

@@ -1,4 +1,5 @@
-"""Says what this machine has for training, which path each operation will take, and what is missing with the way to get it.
+"""Says what this machine has for training, which path each operation will take, and what is missing with the
+way to get it.
 
     python -m tools.doctor [--json]
 
@@ -73,12 +74,13 @@ class Report:
 
 
 def examine() -> Report:
-    """Look at everything. A step that fails in an unforeseen way becomes an entry of its own; the others go on."""
+    """Look at everything. A step that fails in an unforeseen way becomes an entry of its own; the others go
+    on."""
     report = Report()
     for step in (_python, _requirements, _torch, _optional_packages, _index_builder, _machine, _paths):
         try:
             step(report)
-        except Exception as error:  # noqa: BLE001 - a broken installation fails in any way, and that is what is reported
+        except Exception as error:  # noqa: BLE001 - told, whatever it is
             name = step.__name__.strip("_").replace("_", " ")
             remedy = "mend what the message names, or make a fresh environment: make clean setup"
             report.lacks(f"{name}: {type(error).__name__}: {error}", remedy, prevents_training=True)
@@ -90,7 +92,8 @@ def _python(report: Report) -> None:
 
 
 def requirements() -> list[str]:
-    """What the project needs always, such as "torch>=2.6": of the installed distribution, else of this checkout."""
+    """What the project needs always, such as "torch>=2.6": of the installed distribution, else of this
+    checkout."""
     try:
         declared = importlib.metadata.requires(DISTRIBUTION) or []
         return [entry for entry in declared if "extra ==" not in entry]
@@ -108,7 +111,9 @@ def _requirements(report: Report) -> None:
     for requirement in map(Requirement, requirements()):
         version = _version(requirement.name)
         wanted = f"{requirement.name}{requirement.specifier}"
-        report.found[requirement.name] = f"{version or 'not installed'} (supported: {requirement.specifier or 'any'})"
+        report.found[requirement.name] = (
+            f"{version or 'not installed'} (supported: {requirement.specifier or 'any'})"
+        )
         if version is None:
             report.lacks(wanted, f"pip install '{wanted}'", prevents_training=True)
         elif not requirement.specifier.contains(version, prereleases=True):
@@ -136,13 +141,17 @@ def _torch(report: Report) -> None:
         what = f"torch cannot use the {driver} GPU(s) that nvidia-smi lists"
         if torch.version.cuda is None:
             what += ": it is a CPU build"
-        report.lacks(what, "install torch's build for the CUDA version that nvidia-smi shows: make clean setup")
+        report.lacks(
+            what, "install torch's build for the CUDA version that nvidia-smi shows: make clean setup"
+        )
     if not dist.is_available() or not dist.is_gloo_available():
         report.lacks("gloo in torch.distributed", "install another build of torch", prevents_training=True)
     nccl = dist.is_available() and dist.is_nccl_available()
     report.found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version())) if nccl else "none"
     if gpus and not nccl:
-        report.lacks("NCCL in torch.distributed", "install a Linux build of torch with CUDA", prevents_training=True)
+        report.lacks(
+            "NCCL in torch.distributed", "install a Linux build of torch with CUDA", prevents_training=True
+        )
 
 
 def _driver_sees_gpus() -> int:
@@ -164,7 +173,7 @@ def _optional_packages(report: Report) -> None:
             continue
         try:
             importlib.import_module(module)
-        except Exception as error:  # noqa: BLE001 - built for another torch or CUDA it fails in any way
+        except Exception as error:  # noqa: BLE001 - told, whatever it is
             report.found[distribution] += " (cannot be imported)"
             what = f"{distribution} {version} cannot be imported: {type(error).__name__}: {error}"
             report.lacks(what, f"pip uninstall {distribution}, or build it for this torch: {remedy}")
@@ -191,7 +200,12 @@ def _machine(report: Report) -> None:
     memory = psutil.virtual_memory().total / GIB
     report.found["CPU"] = f"{os.cpu_count()} cores, {memory:.0f} GiB of memory"
     for name, folder, enough, remedy in (
-        ("free disk here", Path.cwd(), ENOUGH_DISK_GIB, "delete something, or give checkpoint.save on another disk"),
+        (
+            "free disk here",
+            Path.cwd(),
+            ENOUGH_DISK_GIB,
+            "delete something, or give checkpoint.save on another disk",
+        ),
         ("free temporary disk", Path(tempfile.gettempdir()), 1.0, "delete something, or set TMPDIR"),
     ):
         free = shutil.disk_usage(folder).free / GIB
@@ -203,7 +217,8 @@ def _machine(report: Report) -> None:
         report.found["shared memory"] = f"{shared:.1f} GiB"
         if shared < ENOUGH_SHARED_MEMORY_GIB:
             what = (
-                f"{ENOUGH_SHARED_MEMORY_GIB:g} GiB of shared memory for NCCL and data loaders ({shared:.2f} GiB found)"
+                f"{ENOUGH_SHARED_MEMORY_GIB:g} GiB of shared memory for NCCL and data loaders ({shared:.2f} "
+                "GiB found)"
             )
             report.lacks(what, "docker run --shm-size=8g ..., or --ipc=host")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -271,7 +286,11 @@ def as_text(report: Report) -> Iterator[str]:
     for entry in report.missing:
         yield f"  {'NEEDED: ' if entry.prevents_training else ''}{entry.what}"
         yield f"      {entry.remedy}"
-    yield "Training can run here." if report.can_train else "Training cannot run here: get what is marked NEEDED."
+    yield (
+        "Training can run here."
+        if report.can_train
+        else "Training cannot run here: get what is marked NEEDED."
+    )
 
 
 def as_json(report: Report) -> str:
@@ -281,7 +300,9 @@ def as_json(report: Report) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the report; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tools.doctor", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.doctor", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     arguments = parser.parse_args(argv)
     with warnings.catch_warnings():

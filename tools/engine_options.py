@@ -18,11 +18,19 @@ def add_model_options(parser: argparse.ArgumentParser, *, or_checkpoint: bool = 
     group = parser.add_argument_group("model")
     which = group.add_mutually_exclusive_group(required=True) if or_checkpoint else group
     which.add_argument(
-        "--model", type=Path, required=not or_checkpoint, metavar="FOLDER", help="Hugging Face folder of a model"
+        "--model",
+        type=Path,
+        required=not or_checkpoint,
+        metavar="FOLDER",
+        help="Hugging Face folder of a model",
     )
     if or_checkpoint:
-        which.add_argument("--load", type=Path, metavar="DIR", help="directory of checkpoints, or one checkpoint")
-    group.add_argument("--dtype", choices=DTYPES, help="of weights, activations and cache (default: the folder's)")
+        which.add_argument(
+            "--load", type=Path, metavar="DIR", help="directory of checkpoints, or one checkpoint"
+        )
+    group.add_argument(
+        "--dtype", choices=DTYPES, help="of weights, activations and cache (default: the folder's)"
+    )
     group.add_argument("--device", help="such as cuda:1 or cpu (default: a GPU if there is one)")
 
 
@@ -30,7 +38,10 @@ def add_engine_options(parser: argparse.ArgumentParser, *, batch_size: int) -> N
     """How the engine uses memory and how it reads prompts."""
     group = parser.add_argument_group("cache")
     group.add_argument(
-        "--memory", type=memory_size, metavar="SIZE", help="of the KV cache, such as 16GiB (default: for a full batch)"
+        "--memory",
+        type=memory_size,
+        metavar="SIZE",
+        help="of the KV cache, such as 16GiB (default: for a full batch)",
     )
     group.add_argument(
         "--page-size", type=positive, default=16, metavar="N", help="slots per page (default: %(default)s)"
@@ -58,12 +69,15 @@ def add_engine_options(parser: argparse.ArgumentParser, *, batch_size: int) -> N
         "training (default: 0.05)",
     )
     prefill.add_argument(
-        "--exact", action="store_true", help="run prompts token by token: exact for maps that iterate, and slow"
+        "--exact",
+        action="store_true",
+        help="run prompts token by token: exact for maps that iterate, and slow",
     )
 
 
 def placement(options: argparse.Namespace) -> "tuple[torch.device, torch.dtype | None]":
-    """Where the model shall be and in which precision (None: its own). Raises ConfigError for a device that there is not."""
+    """Where the model shall be and in which precision (None: its own). Raises ConfigError for a device that
+    there is not."""
     import torch
 
     try:

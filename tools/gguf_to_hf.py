@@ -2,8 +2,8 @@
 
     python -m tools.gguf_to_hf model.gguf out/model
 
-transformers reads the file, with the packages gguf and accelerate (extra `gguf`). The result can be converted and trained; a
-quantised model stays what quantisation has made of it.
+transformers reads the file, with the packages gguf and accelerate (extra `gguf`). The result can be converted
+and trained; a quantised model stays what quantisation has made of it.
 """
 
 import argparse
@@ -24,7 +24,9 @@ _LABELS = ("_model_name_or_path", "unk_token_id")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("gguf", type=Path, help="the file to read")
     parser.add_argument("folder", type=Path, help="the folder to write, new or empty")
     options = parser.parse_args(argv)
@@ -35,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def convert(gguf: Path, folder: Path) -> None:
     """Write the model in the file `gguf` to the new folder `folder`.
 
-    Raises ConfigError where a package is missing, the file is no GGUF file, or transformers cannot read its architecture.
+    Raises ConfigError where a package is missing, the file is no GGUF file, or transformers cannot read its
+    architecture.
     """
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:

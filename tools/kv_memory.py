@@ -1,7 +1,8 @@
-"""Says what fits into a memory budget for the KV cache: the largest batch, the longest context, next to a plain model of the same size.
+"""Says what fits into a memory budget for the KV cache: the largest batch, the longest context, next to a
+plain model of the same size.
 
-    python -m tools.kv_memory --model out/model --memory 16GiB --context 4096 32768
-    python -m tools.kv_memory --memory 16GiB --config run.yaml --compression.layer_types 0_6_6_6_6_6_6_7 [--section.key VALUE ...]
+    python -m tools.kv_memory --model out/model --memory 16GiB --context 4096 32768 python -m tools.kv_memory
+    --memory 16GiB --config run.yaml --compression.layer_types 0_6_6_6_6_6_6_7 [--section.key VALUE ...]
 
 The cache is the engine's (lckv/cache/paged.py): pages from one pool. For a sequence of n tokens, per KV head of each layer that computes
 keys and values,
@@ -27,7 +28,7 @@ from megatron_ext.command_line import parse_run_config
 from megatron_ext.config import RunConfig
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError
-from megatron_ext.layout_validation import model_problems
+from megatron_ext.validation.layout import model_problems
 from tools.options import memory_size, positive
 from tools.tables import size, table
 
@@ -68,7 +69,8 @@ class CacheModel:
 
     @property
     def layers(self) -> tuple[int, int]:
-        """Layers that compute keys and values: those whose cache grows with the context, and those that only windowed layers read."""
+        """Layers that compute keys and values: those whose cache grows with the context, and those that only
+        windowed layers read."""
         layer_types = self.compression.map(self.num_layers)
         windowed = len(layer_types.windowed_kv_layers)
         return len(layer_types.kv_layers) - windowed, windowed
@@ -159,7 +161,8 @@ def cache_model(config: "LCKVLlamaConfig", dtype: str, page_size: int) -> CacheM
 
 
 def model_of_folder(folder: Path, dtype: str | None, page_size: int) -> tuple[CacheModel, int]:
-    """Of a Hugging Face folder, and its longest context in tokens; raises ConfigError where it is none that can be loaded."""
+    """Of a Hugging Face folder, and its longest context in tokens; raises ConfigError where it is none that
+    can be loaded."""
     from lckv.generation.loading import model_config  # transformers takes seconds: only folders wait
 
     if not (folder / "config.json").is_file():
@@ -169,11 +172,14 @@ def model_of_folder(folder: Path, dtype: str | None, page_size: int) -> tuple[Ca
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
     own = str(config.dtype).removeprefix("torch.")
-    return cache_model(config, dtype or (own if own in BYTES else "float32"), page_size), config.max_position_embeddings
+    return cache_model(
+        config, dtype or (own if own in BYTES else "float32"), page_size
+    ), config.max_position_embeddings
 
 
 def with_ratio(model: CacheModel, given: float | None) -> CacheModel:
-    """With the compression ratio that was measured or is asked of training; raises ConfigError where nothing merges."""
+    """With the compression ratio that was measured or is asked of training; raises ConfigError where nothing
+    merges."""
     policy = model.compression.policy
     merges = isinstance(policy, DMCConfig) and policy.stage != "zero_out"
     if given is not None and not (merges and 1 <= given < math.inf):
@@ -200,7 +206,12 @@ class Row:
     def cells(self) -> tuple[str, str, str, str]:
         """For the table."""
         less, more = sorted((self.model, self.plain))
-        return (self.name, self.show(self.model), self.show(self.plain), f"{more / less:.2f}x" if less else "")
+        return (
+            self.name,
+            self.show(self.model),
+            self.show(self.plain),
+            f"{more / less:.2f}x" if less else "",
+        )
 
 
 def rows(model: CacheModel, memory: int, contexts: Sequence[int], batches: Sequence[int]) -> Iterator[Row]:
@@ -209,7 +220,9 @@ def rows(model: CacheModel, memory: int, contexts: Sequence[int], batches: Seque
     yield Row("KV bytes per token", model.bytes_per_token, plain.bytes_per_token, "{:,.0f}".format)
     for tokens in contexts:
         name = f"sequence of {tokens:,} tokens"
-        yield Row(name, model.sequence_bytes(tokens), plain.sequence_bytes(tokens), lambda number: size(int(number)))
+        yield Row(
+            name, model.sequence_bytes(tokens), plain.sequence_bytes(tokens), lambda number: size(int(number))
+        )
     for tokens in contexts:
         mine, theirs = (largest_batch(each, tokens, memory) for each in (model, plain))
         yield Row(f"largest batch at {tokens:,} tokens", mine, theirs, "{:,}".format)
@@ -218,17 +231,23 @@ def rows(model: CacheModel, memory: int, contexts: Sequence[int], batches: Seque
         yield Row(f"longest context of {batch:,} at once", mine, theirs, "{:,}".format)
 
 
-def describe(model: CacheModel, memory: int, contexts: Sequence[int], batches: Sequence[int]) -> Iterator[str]:
+def describe(
+    model: CacheModel, memory: int, contexts: Sequence[int], batches: Sequence[int]
+) -> Iterator[str]:
     """The answer as text, a line each."""
     compression, (growing, windowed) = model.compression, model.layers
     yield (
-        f"keys and values of {growing + windowed} of {model.num_layers} layers, {model.kv_heads} KV heads of {model.head_dim} channels in "
+        f"keys and values of {growing + windowed} of {model.num_layers} layers, {model.kv_heads} KV heads of "
+        f"{model.head_dim} channels in "
         f"{model.dtype}; pages of {model.page_size} slots, {size(model.page_bytes)}"
     )
     if windowed:
         yield f"{windowed} of them only for a window of {compression.sliding_window:,} tokens"
     if model.state_bytes:
-        yield f"{model.compression_ratio:g} tokens per slot; state of the policy: {size(model.state_bytes)} per sequence"
+        yield (
+            f"{model.compression_ratio:g} tokens per slot; state of the policy: {size(model.state_bytes)} "
+            "per sequence"
+        )
     yield ""
     yield from table(
         [
@@ -257,21 +276,30 @@ def as_json(model: CacheModel, memory: int, contexts: Sequence[int], batches: Se
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.kv_memory",
-        usage="%(prog)s --memory SIZE (--model FOLDER | [--config FILE ...] [--section.key VALUE ...]) [options]",
+        usage=(
+            "%(prog)s --memory SIZE (--model FOLDER | [--config FILE ...] [--section.key VALUE ...]) "
+            "[options]"
+        ),
         description=__doc__,
         epilog="Settings of a run: pretrain_lckv.py --help.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--memory", type=memory_size, required=True, help="budget for the cache, such as 16GiB")
+    parser.add_argument(
+        "--memory", type=memory_size, required=True, help="budget for the cache, such as 16GiB"
+    )
     parser.add_argument(
         "--model", type=Path, metavar="FOLDER", help="Hugging Face folder (else: the settings of a run)"
     )
     parser.add_argument(
         "--context", type=positive, nargs="+", help="tokens per sequence (default: the model's longest)"
     )
-    parser.add_argument("--batch", type=positive, nargs="+", default=[1], help="sequences at once (default: 1)")
-    parser.add_argument("--page-size", type=positive, default=16, help="slots per page (default: %(default)s)")
+    parser.add_argument(
+        "--batch", type=positive, nargs="+", default=[1], help="sequences at once (default: 1)"
+    )
+    parser.add_argument(
+        "--page-size", type=positive, default=16, help="slots per page (default: %(default)s)"
+    )
     parser.add_argument(
         "--compression-ratio",
         type=float,
@@ -286,7 +314,9 @@ def answer(options: argparse.Namespace, rest: Sequence[str]) -> None:
     """Print it; `rest` are the options that describe a run."""
     if options.model is not None:
         if rest:
-            raise ConfigError(f"{' '.join(rest)} is given beside --model; a folder says all of the model itself.")
+            raise ConfigError(
+                f"{' '.join(rest)} is given beside --model; a folder says all of the model itself."
+            )
         model, longest = model_of_folder(options.model, options.dtype, options.page_size)
     else:
         run = parse_run_config(rest)

@@ -46,9 +46,13 @@ def _sandwich_middle(index: int, num_layers: int) -> str:
 
 
 LAYOUTS = (
-    Layout("plain", lambda index, _: str(index), "the reference: the largest cache, the best studied quality"),
+    Layout(
+        "plain", lambda index, _: str(index), "the reference: the largest cache, the best studied quality"
+    ),
     Layout("CLA", _cla, "half the cache is enough: trains and pipelines like a plain model"),
-    Layout("YOCO", _yoco, "long contexts: one layer's cache grows with them, the others keep their window only"),
+    Layout(
+        "YOCO", _yoco, "long contexts: one layer's cache grows with them, the others keep their window only"
+    ),
     Layout("LCKV (w=2)", _lckv, "the smallest cache, made near the top of the model: dearest to train"),
     Layout(
         "sandwich-middle",
@@ -60,7 +64,8 @@ LAYOUTS = (
 
 
 def cache_bytes(shape: ModelShape, layer_types: LayerTypes, *, window: int | None, tokens: int) -> int:
-    """KV cache in 16 bits of a context of `tokens`; keys and values that only sliding layers read are kept for the window."""
+    """KV cache in 16 bits of a context of `tokens`; keys and values that only sliding layers read are kept
+    for the window."""
     per_layer = kv_bytes_per_token(shape, layer_types) // len(layer_types.kv_layers)
     kept = 0
     for source in layer_types.kv_layers:
@@ -68,8 +73,11 @@ def cache_bytes(shape: ModelShape, layer_types: LayerTypes, *, window: int | Non
     return per_layer * kept
 
 
-def compare(shape: ModelShape, compression: CompressionConfig, context: int, maps: Sequence[str]) -> Iterator[str]:
-    """A table of a model with other maps, each the name of a layout or a map as in compression.layer_types (default: all layouts).
+def compare(
+    shape: ModelShape, compression: CompressionConfig, context: int, maps: Sequence[str]
+) -> Iterator[str]:
+    """A table of a model with other maps, each the name of a layout or a map as in compression.layer_types
+    (default: all layouts).
 
     `context`: tokens of a full context. Raises ValueError for what is neither a name nor a map.
     """
@@ -84,12 +92,15 @@ def compare(shape: ModelShape, compression: CompressionConfig, context: int, map
         name, when = (layout.name, layout.when) if layout else (f"map {number}", "")
         text = layout.layer_types(shape.num_layers) if layout else entry
         layer_types = LayerTypes.parse(text, shape.num_layers)
-        with_map = replace(compression, layer_types=text, sliding_window=window if layer_types.any_sliding else None)
+        with_map = replace(
+            compression, layer_types=text, sliding_window=window if layer_types.any_sliding else None
+        )
         rows.append((name, *_compared(shape, with_map, context), when))
         legend.append(f"{name:<16} {layer_types}")
     yield from table(rows)
     yield (
-        f"Sliding layers see {window:,} tokens, cyclic groups run {compression.forward_passes} + {compression.backward_passes} passes. "
+        f"Sliding layers see {window:,} tokens, cyclic groups run {compression.forward_passes} + "
+        f"{compression.backward_passes} passes. "
         "step cost: relative to a plain model; pipeline: whether it runs in stages."
     )
     yield from legend

@@ -1,4 +1,5 @@
-"""The generation engine as a model of EleutherAI's evaluation harness (lm-eval): every score is computed through the compressed cache.
+"""The generation engine as a model of EleutherAI's evaluation harness (lm-eval): every score is computed
+through the compressed cache.
 
 lm-eval is an optional package: `adapter` imports it.
 """
@@ -20,7 +21,11 @@ DEFAULT_NEW_TOKENS = 256
 
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _SAMPLING_NAMES = ("top_k", "top_p", "min_p", "repetition_penalty")
-_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {"num_beams": (1,), "num_return_sequences": (1,), "use_cache": (True,)}
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_return_sequences": (1,),
+    "use_cache": (True,),
+}
 
 
 class EngineRequests:
@@ -38,11 +43,16 @@ class EngineRequests:
         token_by_token: bool = False,
         seed: int = 0,
     ) -> None:
-        """`max_length`: longest text in tokens, from whose left is cut; `batch_size`: texts that are scored at once; `token_by_token`:
-        as generation would see them; `seed`: of tasks that sample."""
+        """`max_length`: longest text in tokens, from whose left is cut; `batch_size`: texts that are scored
+        at once; `token_by_token`: as generation would see them; `seed`: of tasks that sample."""
         super().__init__()
         self.tokenizer, self.max_length, self.cache_facts = tokenizer, max_length, CacheFacts(engine)
-        self._engine, self._batch_size, self._token_by_token, self._seed = engine, batch_size, token_by_token, seed
+        self._engine, self._batch_size, self._token_by_token, self._seed = (
+            engine,
+            batch_size,
+            token_by_token,
+            seed,
+        )
 
     @property
     def eot_token_id(self) -> int:
@@ -60,7 +70,9 @@ class EngineRequests:
         """Identifies the tokenizer in lm-eval's cache of requests."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         """Messages as a text."""
         return self.tokenizer.apply_chat_template(
             chat_history,
@@ -77,14 +89,18 @@ class EngineRequests:
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+        self,
+        requests: Sequence[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **_: Any,
     ) -> list[tuple[float, bool]]:
         """Log-probability of each continuation after its context, and whether it is the likeliest one."""
         pairs = [(context, continuation) for _, context, continuation in requests]
         return self._score(pairs, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts; of longer ones than the context in windows, as lm-eval cuts them."""
+        """Log-probability of whole texts; of longer ones than the context in windows, as lm-eval cuts
+        them."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         windows = [
@@ -102,7 +118,9 @@ class EngineRequests:
         scores = iter(self._score(list(itertools.chain(*windows)), disable_tqdm))
         return [sum(next(scores)[0] for _ in of_text) for of_text in windows]
 
-    def _score(self, pairs: Sequence[tuple[list[int], list[int]]], disable_tqdm: bool) -> list[tuple[float, bool]]:
+    def _score(
+        self, pairs: Sequence[tuple[list[int], list[int]]], disable_tqdm: bool
+    ) -> list[tuple[float, bool]]:
         """Longest first, so that memory that does not suffice is seen at once."""
         order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index][0]) - len(pairs[index][1]))
         found: dict[int, tuple[float, bool]] = {}
@@ -126,12 +144,15 @@ class EngineRequests:
         bar = tqdm(found, total=len(prompts), desc="generating", disable=disable_tqdm)
         return list(self._texts(bar))
 
-    def _prompt(self, number: int, context: str, settings: Mapping[str, Any]) -> tuple[list[int], SamplingParams]:
+    def _prompt(
+        self, number: int, context: str, settings: Mapping[str, Any]
+    ) -> tuple[list[int], SamplingParams]:
         params = sampling_params(settings, self._seed + number)
         room = self.max_length - params.max_new_tokens
         if room < 1:
             raise ConfigError(
-                f"a task asks for {params.max_new_tokens} new tokens, but the model's context is {self.max_length}; set max_gen_toks lower."
+                f"a task asks for {params.max_new_tokens} new tokens, but the model's context is "
+                f"{self.max_length}; set max_gen_toks lower."
             )
         return self.tok_encode(context)[-room:], params
 
@@ -146,7 +167,8 @@ class EngineRequests:
 
 
 def sampling_params(settings: Mapping[str, Any], seed: int) -> SamplingParams:
-    """From a task's generation_kwargs, transformers' and some of lm-eval's own. Raises ConfigError for what has no counterpart."""
+    """From a task's generation_kwargs, transformers' and some of lm-eval's own. Raises ConfigError for what
+    has no counterpart."""
     left = dict(settings)
     lengths = [left.pop(name) for name in _LENGTH_NAMES if name in left]
     until = left.pop("until", None) or []
@@ -174,7 +196,8 @@ def sampling_params(settings: Mapping[str, Any], seed: int) -> SamplingParams:
 
 
 def adapter(engine: Engine, tokenizer: Any, **options: Any) -> Any:
-    """An lm_eval.api.model.LM; `options` as `EngineRequests`. Its tokenization of contexts and continuations is lm-eval's own."""
+    """An lm_eval.api.model.LM; `options` as `EngineRequests`. Its tokenization of contexts and continuations
+    is lm-eval's own."""
     from lm_eval.api.model import TemplateLM
 
     return type("LCKVEngine", (EngineRequests, TemplateLM), {})(engine, tokenizer, **options)

@@ -3,8 +3,9 @@
     python -m tools.map_picture 0_6_6_6_6_6_6_7 --output docs/images/lckv.png
     python -m tools.map_picture "CLA: 0_0_2_2" "YOCO: 0s_1s_2_2" --output docs/images/sharing_maps.png
 
-Each argument is a map as in compression.layer_types, with an optional title before it. Layers stand bottom to top. A filled box
-computes keys and values; a line runs from every layer that reads another's to the layer that it reads.
+Each argument is a map as in compression.layer_types, with an optional title before it. Layers stand bottom to
+top. A filled box computes keys and values; a line runs from every layer that reads another's to the layer
+that it reads.
 """
 
 import argparse
@@ -85,7 +86,8 @@ def all_reads(layer_types: LayerTypes) -> list[Reads]:
 
 
 def lanes(reads: Sequence[Reads]) -> list[int]:
-    """A lane for each line, from 0 at the boxes, such that lines to different sources do not meet; short lines stay near."""
+    """A lane for each line, from 0 at the boxes, such that lines to different sources do not meet; short
+    lines stay near."""
     taken: list[list[Reads]] = []
     chosen = [0] * len(reads)
     for index in sorted(range(len(reads)), key=lambda index: len(reads[index].span)):
@@ -109,7 +111,9 @@ def draw(maps: Sequence[Titled], *, passes: str = "m + b") -> Figure:
     figure = Figure(figsize=(width, height), dpi=200, facecolor="white")
     left = (1 - INCH * sum(widths) / width) / 2
     for each, units in zip(maps, widths, strict=True):
-        axes = figure.add_axes((left, legend_height / height, INCH * units / width, 1 - legend_height / height))
+        axes = figure.add_axes(
+            (left, legend_height / height, INCH * units / width, 1 - legend_height / height)
+        )
         axes.set(xlim=(-LEFT, units - LEFT), ylim=(-0.2, depth + 0.7))
         axes.axis("off")
         _draw_map(axes, each, passes)
@@ -170,15 +174,27 @@ def _draw_map(axes: Axes, each: Titled, passes: str) -> None:
         if layer.sliding:
             for x in (0.16, 0.3, 0.44):
                 axes.add_patch(
-                    Rectangle((x, layer.index + 0.2), 0.07, BOX_HEIGHT - 0.4, color="white" if computes_kv else KV_FILL)
+                    Rectangle(
+                        (x, layer.index + 0.2),
+                        0.07,
+                        BOX_HEIGHT - 0.4,
+                        color="white" if computes_kv else KV_FILL,
+                    )
                 )
         x, y = BOX_WIDTH / 2 + 0.2 * layer.sliding, layer.index + BOX_HEIGHT / 2
         axes.text(
-            x, y, f"layer {layer.index}", ha="center", va="center_baseline", color="white" if computes_kv else INK
+            x,
+            y,
+            f"layer {layer.index}",
+            ha="center",
+            va="center_baseline",
+            color="white" if computes_kv else INK,
         )
     reads = all_reads(layer_types)
     for line, lane in zip(reads, lanes(reads), strict=True):
-        _line(axes, line, BOX_WIDTH + LANE * (1.2 + lane), both=layer_types[line.source].source != line.source)
+        _line(
+            axes, line, BOX_WIDTH + LANE * (1.2 + lane), both=layer_types[line.source].source != line.source
+        )
     for group in layer_groups(layer_types):
         if group.iterated:
             separator = "\n" if group.stop - group.start <= 2 else " "
@@ -188,12 +204,19 @@ def _draw_map(axes: Axes, each: Titled, passes: str) -> None:
 def _box(corner: tuple[float, float], *, computes_kv: bool) -> FancyBboxPatch:
     fill = KV_FILL if computes_kv else READER_FILL
     style = "round,pad=0,rounding_size=0.12"
-    return FancyBboxPatch(corner, BOX_WIDTH, BOX_HEIGHT, style, facecolor=fill, edgecolor=KV_FILL, linewidth=1)
+    return FancyBboxPatch(
+        corner, BOX_WIDTH, BOX_HEIGHT, style, facecolor=fill, edgecolor=KV_FILL, linewidth=1
+    )
 
 
 def _line(axes: Axes, reads: Reads, x: float, *, both: bool) -> None:
-    """From readers to their source; where the source is a reader too (`both`), the line arrives above the one that leaves."""
-    look: dict[str, Any] = {"color": UPWARD if reads.upward else DOWNWARD, "linewidth": 1.3, "solid_capstyle": "round"}
+    """From readers to their source; where the source is a reader too (`both`), the line arrives above the one
+    that leaves."""
+    look: dict[str, Any] = {
+        "color": UPWARD if reads.upward else DOWNWARD,
+        "linewidth": 1.3,
+        "solid_capstyle": "round",
+    }
     heights = [reader + BOX_HEIGHT / 2 for reader in reads.readers]
     arrival = reads.source + BOX_HEIGHT / 2 + 0.15 * both
     for height in heights:
@@ -205,7 +228,9 @@ def _line(axes: Axes, reads: Reads, x: float, *, both: bool) -> None:
 
 def _bracket(axes: Axes, bottom: int, top: int, text: str) -> None:
     x, low, high = -0.2, bottom, top + BOX_HEIGHT
-    axes.plot([x, x - 0.2, x - 0.2, x], [low, low, high, high], color=UPWARD, linewidth=1.3, solid_capstyle="round")
+    axes.plot(
+        [x, x - 0.2, x - 0.2, x], [low, low, high, high], color=UPWARD, linewidth=1.3, solid_capstyle="round"
+    )
     axes.text(x - 0.35, (low + high) / 2, text, rotation=90, ha="right", va="center", color=UPWARD)
 
 
@@ -213,18 +238,24 @@ def parse(text: str) -> Titled:
     """`MAP` or `TITLE: MAP`; raises ValueError where the map cannot be read."""
     title, colon, layer_types = text.rpartition(":")
     layer_types = layer_types.strip()
-    return Titled(title.strip() if colon else layer_types, LayerTypes.parse(layer_types, layer_types.count("_") + 1))
+    return Titled(
+        title.strip() if colon else layer_types, LayerTypes.parse(layer_types, layer_types.count("_") + 1)
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tools.map_picture", description="Draws sharing maps as a picture.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.map_picture", description="Draws sharing maps as a picture."
+    )
     parser.add_argument("maps", nargs="+", metavar="MAP", help='0_0_2_2, or "TITLE: 0_0_2_2"')
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("maps.png"), help="PNG to write (default: %(default)s)"
     )
     parser.add_argument(
-        "--passes", default="m + b", help='how often iterated layers run, such as "7 + 2" (default: %(default)s)'
+        "--passes",
+        default="m + b",
+        help='how often iterated layers run, such as "7 + 2" (default: %(default)s)',
     )
     arguments = parser.parse_args(argv)
     try:

@@ -11,7 +11,9 @@ def memory_size(text: str) -> int:
     """Bytes that a text such as 16GiB, 1.5GB or 4096 says."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS or float(match[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size in memory such as 16GiB, 1.5GB or a number of bytes")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size in memory such as 16GiB, 1.5GB or a number of bytes"
+        )
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 

@@ -1,8 +1,8 @@
 """Perplexity of texts: of a model in a Hugging Face folder, or of a checkpoint of this project on any layout.
 
-    python -m tools.perplexity --model out/model --text wiki.txt
-    python -m tools.perplexity --model out/model --text 'valid/*.jsonl.zst' --context 4096 --stride 1024 --through cache
-    torchrun --nproc-per-node 2 -m tools.perplexity --load runs/demo/checkpoints --text wiki.txt --tensor_model_parallel_size 2
+    python -m tools.perplexity --model out/model --text wiki.txt python -m tools.perplexity --model out/model
+    --text 'valid/*.jsonl.zst' --context 4096 --stride 1024 --through cache torchrun --nproc-per-node 2 -m
+    tools.perplexity --load runs/demo/checkpoints --text wiki.txt --tensor_model_parallel_size 2
 
 A text is cut into windows: the first predicts --context tokens, each further one the next --stride tokens, which see the tokens before
 them in the window too. Every token is predicted once, except a text's first where the tokenizer has none to put before it. Or only
@@ -100,15 +100,17 @@ class Measurement:
         self._tokens = self._bytes = self._texts = self._windows = 0
 
     def run(self, texts: Iterator[Text], losses: "WindowLosses", batch_size: int) -> Perplexity:
-        """Of `texts`, `batch_size` windows at a time. Raises ConfigError where there is nothing to predict, and ArithmeticError where the
-        loss is not finite."""
+        """Of `texts`, `batch_size` windows at a time. Raises ConfigError where there is nothing to predict,
+        and ArithmeticError where the loss is not finite."""
         windows, nats = self._all_windows(texts), []
         while batch := list(islice(windows, batch_size)):
             nats.append(losses(batch))
             self._windows += len(batch)
             self._report(sum(window.predicted for window in batch))
         if not nats:
-            raise ConfigError("--text: the files hold nothing to predict; a text of at least two tokens is needed.")
+            raise ConfigError(
+                "--text: the files hold nothing to predict; a text of at least two tokens is needed."
+            )
         total = math.fsum(nats)
         if not math.isfinite(total):
             raise ArithmeticError(f"the loss is {total}; are the model's weights and --dtype right?")
@@ -131,14 +133,20 @@ def _parser() -> argparse.ArgumentParser:
     add_model_options(parser, or_checkpoint=True)
     texts = parser.add_argument_group("texts")
     texts.add_argument(
-        "--text", nargs="+", required=True, metavar="PATH", help="texts and JSON lines (also .gz, .zst), folders, globs"
+        "--text",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="texts and JSON lines (also .gz, .zst), folders, globs",
     )
     texts.add_argument(
         "--json-key", default="text", metavar="KEY", help="of the text in a line of JSON (default: text)"
     )
     texts.add_argument("--max-tokens", type=positive, metavar="N", help="predict the first N tokens only")
     texts.add_argument(
-        "--no-bos", action="store_true", help="put no token before texts, even if the tokenizer has one for it"
+        "--no-bos",
+        action="store_true",
+        help="put no token before texts, even if the tokenizer has one for it",
     )
     texts.add_argument(
         "--context", type=positive, metavar="N", help="tokens of a window (default: the model's context)"
@@ -167,7 +175,9 @@ def _parser() -> argparse.ArgumentParser:
     checkpoint.add_argument(
         "--tokenizer_type", choices=["huggingface", "sentencepiece", "tiktoken"], help="default: the run's"
     )
-    checkpoint.add_argument("--tokenizer_model", help="directory or file of the tokenizer (default: the run's)")
+    checkpoint.add_argument(
+        "--tokenizer_model", help="directory or file of the tokenizer (default: the run's)"
+    )
     checkpoint.add_argument("--tensor_model_parallel_size", type=int, default=1, help="(default: 1)")
     checkpoint.add_argument("--pipeline_model_parallel_size", type=int, default=1, help="(default: 1)")
     return parser
@@ -200,17 +210,22 @@ def of_folder(options: argparse.Namespace) -> tuple[Perplexity, dict[str, Any]]:
         if options.through == "forward":
             losses = ParallelLosses(model, options.passes)
         else:
-            losses = CachedLosses(build_engine(options, model, tokenizer), token_by_token=options.through == "tokens")
+            losses = CachedLosses(
+                build_engine(options, model, tokenizer), token_by_token=options.through == "tokens"
+            )
             longest -= 1  # the engine's texts, the last token included, are at most as long as the context
     return measured(options, Coder.of_huggingface(tokenizer, begins=not options.no_bos), longest, losses)
 
 
 def of_checkpoint(options: argparse.Namespace) -> tuple[Perplexity, dict[str, Any]] | None:
-    """Of the newest good checkpoint in `options.load`, in the precision of its run; None except on one process."""
+    """Of the newest good checkpoint in `options.load`, in the precision of its run; None except on one
+    process."""
     from tools.checkpoint_losses import CheckpointLosses
 
     if options.through != "forward" or options.passes is not None:
-        raise ConfigError("--through and --passes are for --model; convert the checkpoint, or leave them out.")
+        raise ConfigError(
+            "--through and --passes are for --model; convert the checkpoint, or leave them out."
+        )
     with CheckpointLosses(options) as losses:
         found = measured(options, losses.coder, losses.context, losses)
         return found if losses.has_result else None
@@ -241,11 +256,13 @@ def cut_of(options: argparse.Namespace, longest: int | None) -> Cut:
     if rows is not None or row_length is not None:
         if rows is None or row_length is None or rows < 1 or row_length < 2:
             raise ConfigError(
-                f"--rows is {rows} and --row-length is {row_length}; they must be at least 1 and 2, and both be given."
+                f"--rows is {rows} and --row-length is {row_length}; they must be at least 1 and 2, and both "
+                "be given."
             )
         if (options.context, options.stride, options.max_tokens) != (None, None, None):
             raise ConfigError(
-                "--rows and --row-length are given beside --context, --stride or --max-tokens; leave out the latter."
+                "--rows and --row-length are given beside --context, --stride or --max-tokens; leave out the "
+                "latter."
             )
         context, name = row_length - 1, "--row-length - 1"
     if context is None:
@@ -269,8 +286,10 @@ def show(found: Perplexity, facts: dict[str, Any], options: argparse.Namespace) 
         print(json.dumps(content, indent=1))
         return
     print(
-        f"perplexity {found.perplexity:.4f} ({found.loss:.6f} nats per token, {found.bits_per_byte:.4f} bits per byte; "
-        f"{found.tokens:,} tokens in {found.texts:,} texts, {found.windows:,} windows of up to {facts['context']:,})"
+        f"perplexity {found.perplexity:.4f} ({found.loss:.6f} nats per token, {found.bits_per_byte:.4f} bits "
+        "per byte; "
+        f"{found.tokens:,} tokens in {found.texts:,} texts, {found.windows:,} windows of up to "
+        f"{facts['context']:,})"
     )
     ratio, passes, seconds = facts.get("compression_ratio"), facts.get("passes"), facts["seconds"]
     if ratio is not None:

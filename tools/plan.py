@@ -2,7 +2,8 @@
 
     python -m tools.plan --config run.yaml --world_size 64 --section.key value ... [--compare [MAP ...]]
 
-Takes the command line of pretrain_lckv.py. Needs no GPU, no processes and no data. Exit status: 0, or 2 where settings cannot work.
+Takes the command line of pretrain_lckv.py. Needs no GPU, no processes and no data. Exit status: 0, or 2 where
+settings cannot work.
 """
 
 import argparse
@@ -17,18 +18,23 @@ from lckv.sharing.picture import draw
 from megatron_ext.command_line import exit_with, parse_run_config
 from megatron_ext.config import RunConfig
 from megatron_ext.errors import ConfigError
-from megatron_ext.layout_validation import (
+from megatron_ext.model.cost import merging_line, model_shape
+from megatron_ext.model.memory import BYTES, kept_by_full_recompute, kept_bytes, state_bytes
+from megatron_ext.model.parameters import (
+    StageParameters,
+    padded_vocab_size,
+    stage_parameters,
+    total_parameters,
+)
+from megatron_ext.validation.layout import (
     data_parallel_problems,
     model_problems,
     pipeline_problems,
     recompute_problems,
     tensor_parallel_problems,
 )
-from megatron_ext.model.cost import merging_line, model_shape
-from megatron_ext.model.memory import BYTES, kept_by_full_recompute, kept_bytes, state_bytes
-from megatron_ext.model.parameters import StageParameters, padded_vocab_size, stage_parameters, total_parameters
-from megatron_ext.setting_rules import at_least
-from megatron_ext.validation import problems
+from megatron_ext.validation.rules import at_least
+from megatron_ext.validation.run import problems
 from tools.layouts import LAYOUTS, cache_bytes, compare
 from tools.tables import size, table
 
@@ -68,7 +74,9 @@ class Plan:
     def data_parallel_size(self) -> int:
         """Replicas of the model."""
         parallel = self.run.parallel
-        return self.world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+        return self.world_size // (
+            parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        )
 
     @property
     def micro_batches(self) -> int:
@@ -86,7 +94,9 @@ class Plan:
     @property
     def stages(self) -> tuple[StageParameters, ...]:
         """Parameters of the pipeline stages."""
-        return stage_parameters(self.run.model, self.layer_types, self.run.parallel, vocab_size=self.vocab_size)
+        return stage_parameters(
+            self.run.model, self.layer_types, self.run.parallel, vocab_size=self.vocab_size
+        )
 
 
 def describe(plan: Plan) -> Iterator[str]:
@@ -104,37 +114,62 @@ def _model(plan: Plan) -> Iterator[str]:
     run, shape, layer_types = plan.run, plan.shape, plan.layer_types
     compression, context = run.compression, plan.context
     total, layers = total_parameters(plan.stages, run.parallel), run.model.num_layers
-    yield f"parameters            {total:,}, keys and values computed in {len(layer_types.kv_layers)} of {layers} layers"
+    yield (
+        f"parameters            {total:,}, keys and values computed in {len(layer_types.kv_layers)} of "
+        f"{layers} layers"
+    )
     window, everything = compression.sliding_window, LayerTypes.plain(layers)
     plain, mine = kv_bytes_per_token(shape, everything), kv_bytes_per_token(shape, layer_types)
-    yield f"KV cache              {mine:,} bytes per token in 16 bits, {plain / mine:.2f}x less than a plain model's {plain:,}"
+    yield (
+        f"KV cache              {mine:,} bytes per token in 16 bits, {plain / mine:.2f}x less than a plain "
+        f"model's {plain:,}"
+    )
     merging = merging_line(run.compression.policy, kv_bytes=mine, plain_bytes=plain)
     if merging is not None:
         yield merging
-    full, plain_full = (cache_bytes(shape, kinds, window=window, tokens=context) for kinds in (layer_types, everything))
-    yield f"  full context        {size(full)} for {context:,} tokens, {plain_full / full:.2f}x less than {size(plain_full)}"
+    full, plain_full = (
+        cache_bytes(shape, kinds, window=window, tokens=context) for kinds in (layer_types, everything)
+    )
+    yield (
+        f"  full context        {size(full)} for {context:,} tokens, {plain_full / full:.2f}x less than "
+        f"{size(plain_full)}"
+    )
     cost = training_cost(shape, compression, recomputed_layers=plan.recomputed_layers)
     passes = f"{compression.forward_passes} passes without and {compression.backward_passes} with gradient"
     passes = f" ({passes} over each cyclic group)" if layer_types.any_cyclic else ""
     yield f"predicted cost        {cost.ratio:.2f}x a plain model's step{passes}"
-    yield f"FLOPs per token       {cost.model_flops:.3e} by the method, {cost.hardware_flops:.3e} with recomputation"
+    yield (
+        f"FLOPs per token       {cost.model_flops:.3e} by the method, {cost.hardware_flops:.3e} with "
+        "recomputation"
+    )
     tokens = run.train.train_iters * run.train.global_batch_size * run.train.seq_length
-    yield f"length                {run.train.train_iters:,} steps, {tokens:,} tokens, {cost.model_flops * tokens:.2e} FLOPs"
+    yield (
+        f"length                {run.train.train_iters:,} steps, {tokens:,} tokens, "
+        f"{cost.model_flops * tokens:.2e} FLOPs"
+    )
     peak = run.logging.peak_tflops
     if peak is not None:
         seconds = cost.hardware_flops * tokens / (plan.world_size * peak * 1e12 * plan.utilisation)
         time = f"{seconds / 86400:,.1f} days" if seconds >= 86400 else f"{seconds / 3600:,.1f} hours"
-        yield f"time                  {time} if every device does {100 * plan.utilisation:g} % of {peak:g} TFLOP/s (assumed, not measured)"
+        yield (
+            f"time                  {time} if every device does {100 * plan.utilisation:g} % of {peak:g} "
+            "TFLOP/s (assumed, not measured)"
+        )
 
 
 def _layout(plan: Plan) -> Iterator[str]:
     parallel, train = plan.run.parallel, plan.run.train
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     sequence = " + SP" if parallel.sequence_parallel else ""
-    yield f"layout                {plan.world_size} processes: TP {tensor}{sequence}, PP {stages}, DP {plan.data_parallel_size}"
     yield (
-        f"global batch          {train.global_batch_size:,} sequences = {plan.data_parallel_size} replicas x {plan.micro_batches} "
-        f"micro-batches x {train.micro_batch_size}; {train.global_batch_size * train.seq_length:,} tokens per step"
+        f"layout                {plan.world_size} processes: TP {tensor}{sequence}, PP {stages}, DP "
+        f"{plan.data_parallel_size}"
+    )
+    yield (
+        f"global batch          {train.global_batch_size:,} sequences = {plan.data_parallel_size} replicas x "
+        f"{plan.micro_batches} "
+        f"micro-batches x {train.micro_batch_size}; {train.global_batch_size * train.seq_length:,} tokens "
+        "per step"
     )
     if stages > 1:
         idle = (stages - 1) / (plan.micro_batches + stages - 1)
@@ -145,7 +180,16 @@ def _per_rank(plan: Plan) -> Iterator[tuple[str, ...]]:
     """Rows of the table of stages: what lies in the memory of each of their ranks."""
     run, stages = plan.run, plan.stages
     optimizer_ranks = plan.data_parallel_size if run.parallel.use_distributed_optimizer else 1
-    yield "stage", "layers", "parameters", "weights", "gradients", "optimizer", "activations", "sends per micro-batch"
+    yield (
+        "stage",
+        "layers",
+        "parameters",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "sends per micro-batch",
+    )
     for number, stage in enumerate(stages):
         state = state_bytes(stage.per_rank, run.train.precision, optimizer_ranks=optimizer_ranks)
         activations = "not predicted"
@@ -205,12 +249,15 @@ def find_vocab_size(run: RunConfig) -> int:
     """From model.vocab_size, the tokenizer or the datasets; raises ConfigError where none of them says."""
     if run.model.vocab_size is not None:
         return run.model.vocab_size
-    from megatron_ext.data.checks import find_vocabulary  # loads tokenizers: only runs without model.vocab_size wait
+    from megatron_ext.data.checks import (
+        find_vocabulary,
+    )  # loads tokenizers: only runs without model.vocab_size wait
 
     known = find_vocabulary(run.data)
     if known is None:
         raise ConfigError(
-            "the vocabulary is unknown; set model.vocab_size, or data.tokenizer_type and data.tokenizer_model."
+            "the vocabulary is unknown; set model.vocab_size, or data.tokenizer_type and "
+            "data.tokenizer_model."
         )
     return known.size
 
@@ -235,19 +282,27 @@ def _own_parser() -> argparse.ArgumentParser:
         epilog="All settings: pretrain_lckv.py --help.",
         allow_abbrev=False,
     )
-    parser.add_argument("--world_size", type=_positive, help="processes to pretend (default: one replica, TP x PP)")
+    parser.add_argument(
+        "--world_size", type=_positive, help="processes to pretend (default: one replica, TP x PP)"
+    )
     parser.add_argument(
         "--compare",
         nargs="*",
         metavar="MAP",
-        help="show the model with other maps instead: strings as in compression.layer_types, or names (default: all) of "
+        help=(
+            "show the model with other maps instead: strings as in compression.layer_types, or names "
+            "(default: all) of "
+        )
         + ", ".join(layout.name.split()[0] for layout in LAYOUTS),
     )
     parser.add_argument(
         "--utilisation",
         type=_share,
         default=0.4,
-        help="share of logging.peak_tflops assumed for the time, recomputation counted as work (default: %(default)s)",
+        help=(
+            "share of logging.peak_tflops assumed for the time, recomputation counted as work (default: "
+            "%(default)s)"
+        ),
     )
     return parser
 

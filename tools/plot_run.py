@@ -1,7 +1,8 @@
-"""Draws the curves of one or several runs from their metrics files: `python -m tools.plot_run RUN [RUN ...] -o curves.png`.
+"""Draws the curves of one or several runs from their metrics files: `python -m tools.plot_run RUN [RUN ...]
+-o curves.png`.
 
-A run is a metrics file (`logging.metrics_file`) or a directory with metrics.jsonl in it. Runs that are still being written
-can be drawn too.
+A run is a metrics file (`logging.metrics_file`) or a directory with metrics.jsonl in it. Runs that are still
+being written can be drawn too.
 """
 
 import argparse
@@ -43,7 +44,8 @@ class Run:
     reports: list[dict[str, Any]]
 
     def series(self, value: str, x: str, start: float = 0) -> tuple[list[float], list[float]]:
-        """Abscissas from `start` and ordinates of the reports that have `value`; a value that was not finite is nan."""
+        """Abscissas from `start` and ordinates of the reports that have `value`; a value that was not finite
+        is nan."""
         # A validation report need not repeat what the step's report says of the same iteration.
         places = {report["iteration"]: report[x] for report in self.reports if report.get(x) is not None}
         points = [
@@ -80,7 +82,8 @@ class Panel:
 
 
 def smooth(ordinates: Sequence[float], smoothing: float) -> list[float]:
-    """Exponential moving average, without the pull towards 0 at its start; nan stays nan and is not averaged in."""
+    """Exponential moving average, without the pull towards 0 at its start; nan stays nan and is not averaged
+    in."""
     average = weight = 0.0
     smoothed = []
     for ordinate in ordinates:
@@ -92,7 +95,8 @@ def smooth(ordinates: Sequence[float], smoothing: float) -> list[float]:
 
 
 def draw_curves(axes: Axes, runs: Sequence[Run], style: Style, value: str, **line: Any) -> None:
-    """One curve per run, in the run's colour; where curves are smoothed, the points themselves stay visible behind."""
+    """One curve per run, in the run's colour; where curves are smoothed, the points themselves stay visible
+    behind."""
     for index, run in enumerate(runs):
         abscissas, ordinates = run.series(value, style.x, style.start)
         colour = f"C{index % 10}"
@@ -165,7 +169,10 @@ def merge_maps(runs: Sequence[Run]) -> list[Panel]:
         rates = last_merge_rates(run.reports)
         title = f"{run.name}: tokens per slot at the end"
         return Panel(
-            title, ("compression_ratio",), lambda axes, _runs, _style: draw_merge_map(axes, rates), over_time=False
+            title,
+            ("compression_ratio",),
+            lambda axes, _runs, _style: draw_merge_map(axes, rates),
+            over_time=False,
         )
 
     return [panel(run) for run in runs if last_merge_rates(run.reports)]
@@ -181,7 +188,8 @@ PANELS = (
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs at `paths`, named by their directories; raises ConfigError naming the file that cannot be drawn."""
+    """The runs at `paths`, named by their directories; raises ConfigError naming the file that cannot be
+    drawn."""
     files = [path / METRICS_NAME if path.is_dir() else path for path in paths]
     runs = []
     for file, name in zip(files, _names(files), strict=True):
@@ -189,11 +197,14 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
             reports = read_metrics(file)
         except OSError as error:
             raise ConfigError(
-                f"{file} cannot be read: {error.strerror}; give a metrics file (logging.metrics_file of the run) or a "
+                f"{file} cannot be read: {error.strerror}; give a metrics file (logging.metrics_file of the "
+                "run) or a "
                 f"directory with {METRICS_NAME} in it."
             ) from error
         if not reports:
-            raise ConfigError(f"{file} has no reports yet; the run writes one every logging.log_interval iterations.")
+            raise ConfigError(
+                f"{file} has no reports yet; the run writes one every logging.log_interval iterations."
+            )
         runs.append(Run(name, reports))
     return runs
 
@@ -217,7 +228,8 @@ def plot(runs: Sequence[Run], style: Style) -> Figure:
     if not panels:
         wanted = ", ".join(value for panel in PANELS for value in panel.values)
         raise ConfigError(
-            f"no report from {style.x} {style.start:g} on has one of {wanted}; there is nothing to draw. Choose another --x or "
+            f"no report from {style.x} {style.start:g} on has one of {wanted}; there is nothing to draw. "
+            "Choose another --x or "
             "--start."
         )
     columns = min(2, len(panels))
@@ -229,8 +241,12 @@ def plot(runs: Sequence[Run], style: Style) -> Figure:
         axes.set_title(panel.title)
         if panel.over_time:
             _label_abscissa(axes, style)
-    handles = [figure.axes[0].plot([], [], color=f"C{index % 10}", linewidth=3)[0] for index in range(len(runs))]
-    figure.legend(handles, [run.name for run in runs], loc="outside upper left", ncols=min(4, len(runs)), frameon=False)
+    handles = [
+        figure.axes[0].plot([], [], color=f"C{index % 10}", linewidth=3)[0] for index in range(len(runs))
+    ]
+    figure.legend(
+        handles, [run.name for run in runs], loc="outside upper left", ncols=min(4, len(runs)), frameon=False
+    )
     return figure
 
 
@@ -253,7 +269,9 @@ def _smoothing(text: str) -> float:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The program's options."""
-    parser = argparse.ArgumentParser(prog="plot_run", description="Draws the curves of one or several runs as PNG.")
+    parser = argparse.ArgumentParser(
+        prog="plot_run", description="Draws the curves of one or several runs as PNG."
+    )
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help=f"metrics file, or directory with {METRICS_NAME}"
     )
@@ -262,9 +280,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--x", choices=X_LABELS, default="iteration", help="abscissa (default: %(default)s)")
     parser.add_argument(
-        "--smoothing", type=_smoothing, default=0.0, help="share of the past in each point, in [0, 1) (default: none)"
+        "--smoothing",
+        type=_smoothing,
+        default=0.0,
+        help="share of the past in each point, in [0, 1) (default: none)",
     )
-    parser.add_argument("--start", type=float, default=0, help="abscissa at which curves begin (default: %(default)s)")
+    parser.add_argument(
+        "--start", type=float, default=0, help="abscissa at which curves begin (default: %(default)s)"
+    )
     return parser.parse_args(argv)
 
 

@@ -67,11 +67,15 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     files = parser.add_argument_group("files")
-    files.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, directories or quoted globs")
+    files.add_argument(
+        "--input", nargs="+", required=True, metavar="PATH", help="files, directories or quoted globs"
+    )
     files.add_argument(
         "--output-prefix", required=True, metavar="PREFIX", help="path of the output without .bin or .idx"
     )
-    files.add_argument("--suffix", nargs="+", default=[], help="take only files whose names end with one of these")
+    files.add_argument(
+        "--suffix", nargs="+", default=[], help="take only files whose names end with one of these"
+    )
     files.add_argument(
         "--text-format",
         choices=("auto", "jsonl", "text"),
@@ -79,7 +83,11 @@ def _parser() -> argparse.ArgumentParser:
         help="default auto: by the names of the files",
     )
     files.add_argument(
-        "--json-keys", nargs="+", default=["text"], metavar="KEY", help="default text; of several each gets PREFIX_KEY"
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="default text; of several each gets PREFIX_KEY",
     )
     files.add_argument(
         "--skip-bad-lines", action="store_true", help="count bad records instead of stopping at the first"
@@ -106,8 +114,12 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument(
         "--shards", type=_positive, metavar="N", help="split the output into N; reads compressed input twice"
     )
-    size.add_argument("--shard-mib", type=_positive, metavar="MIB", help="split the output after so much input text")
-    shards.add_argument("--overwrite", action="store_true", help="delete the output of an earlier job and begin again")
+    size.add_argument(
+        "--shard-mib", type=_positive, metavar="MIB", help="split the output after so much input text"
+    )
+    shards.add_argument(
+        "--overwrite", action="store_true", help="delete the output of an earlier job and begin again"
+    )
     shards.add_argument(
         "--merge", action="store_true", help="inputs are datasets (prefixes or .idx files): append them"
     )
@@ -125,7 +137,9 @@ def _job(arguments: argparse.Namespace) -> PreprocessingJob:
     if arguments.tokenizer_type is None or arguments.tokenizer_model is None:
         raise ConfigError("--tokenizer-type and --tokenizer-model are needed to tokenize (not with --merge).")
     return PreprocessingJob(
-        sources=tuple(find_sources(arguments.input, suffixes=arguments.suffix, text_format=arguments.text_format)),
+        sources=tuple(
+            find_sources(arguments.input, suffixes=arguments.suffix, text_format=arguments.text_format)
+        ),
         output_prefix=arguments.output_prefix,
         tokenizer_type=arguments.tokenizer_type,
         tokenizer_model=arguments.tokenizer_model,
@@ -155,7 +169,9 @@ def _preprocess(job: PreprocessingJob, *, overwrite: bool) -> dict[str, DatasetM
             tokens += new_tokens
             seconds = max(bar.format_dict["elapsed"], 1e-9)
             text_rate = (stretch.end.text_bytes - begin[0].end.text_bytes) / seconds
-            bar.set_postfix_str(f"text {text_rate / 1e6:.1f} MB/s, {tokens / seconds:,.0f} tokens/s", refresh=False)
+            bar.set_postfix_str(
+                f"text {text_rate / 1e6:.1f} MB/s, {tokens / seconds:,.0f} tokens/s", refresh=False
+            )
             bar.update(stretch.disk_bytes - bar.n)
 
         return preprocess(job, report)
@@ -166,7 +182,11 @@ def _prefixes_to_merge(inputs: Sequence[str]) -> list[str]:
     prefixes: list[str] = []
     for entry in inputs:
         path = Path(entry)
-        found = sorted(str(file) for file in path.parent.glob(path.name)) if glob.has_magic(path.name) else [entry]
+        found = (
+            sorted(str(file) for file in path.parent.glob(path.name))
+            if glob.has_magic(path.name)
+            else [entry]
+        )
         if not found:
             raise ConfigError(f"--input {entry!r} stands for no file.")
         prefixes += [file.removesuffix(".idx").removesuffix(".bin").removesuffix(".json") for file in found]
@@ -176,7 +196,10 @@ def _prefixes_to_merge(inputs: Sequence[str]) -> list[str]:
 def _print_summary(manifests: Mapping[str, DatasetManifest]) -> None:
     for prefix, manifest in manifests.items():
         skipped = f", {manifest.skipped_records:,} bad records skipped" if manifest.skipped_records else ""
-        print(f"{prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens ({manifest.dtype}){skipped}")
+        print(
+            f"{prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens "
+            f"({manifest.dtype}){skipped}"
+        )
 
 
 if __name__ == "__main__":

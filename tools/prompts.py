@@ -1,4 +1,5 @@
-"""Prompts of command-line programs: a text, the lines of a file, chats; as tokens, each with its sampling settings."""
+"""Prompts of command-line programs: a text, the lines of a file, chats; as tokens, each with its sampling
+settings."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -29,19 +30,23 @@ class Chat:
     def __init__(self, tokenizer: Any, system: str | None = None) -> None:
         if getattr(tokenizer, "chat_template", None) is None:
             raise ConfigError(
-                "--chat or messages are given, but the model's tokenizer has no chat template; give plain prompts."
+                "--chat or messages are given, but the model's tokenizer has no chat template; give plain "
+                "prompts."
             )
         self._tokenizer = tokenizer
         self._before = [] if system is None else [{"role": "system", "content": system}]
 
     def tokens(self, messages: Sequence[Mapping[str, Any]], where: str) -> list[int]:
-        """Up to where the answer begins; `where` is named in the ConfigError for messages that the template refuses."""
+        """Up to where the answer begins; `where` is named in the ConfigError for messages that the template
+        refuses."""
         try:
             encoded = self._tokenizer.apply_chat_template(
                 [*self._before, *messages], add_generation_prompt=True, return_dict=True
             )
         except Exception as error:  # templates are programs of their own: anything can go wrong in them
-            raise ConfigError(f"{where}: the tokenizer's chat template refuses the messages: {error}") from error
+            raise ConfigError(
+                f"{where}: the tokenizer's chat template refuses the messages: {error}"
+            ) from error
         return list(encoded["input_ids"])
 
 
@@ -51,8 +56,9 @@ def single(text: str, tokenizer: Any, params: SamplingParams, chat: Chat | None)
 
 
 def read_batch(path: Path, tokenizer: Any, params: SamplingParams, chat: Chat | None) -> list[Prompt]:
-    """One prompt per line of a JSON-lines file: an object with `prompt` (a text) or `messages` (a chat), perhaps `id`, and fields of
-    `SamplingParams` that shall differ from `params`. Raises ConfigError naming file and line."""
+    """One prompt per line of a JSON-lines file: an object with `prompt` (a text) or `messages` (a chat),
+    perhaps `id`, and fields of `SamplingParams` that shall differ from `params`. Raises ConfigError naming
+    file and line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -67,7 +73,9 @@ def read_batch(path: Path, tokenizer: Any, params: SamplingParams, chat: Chat | 
     return found
 
 
-def _line(where: str, number: int, line: str, tokenizer: Any, params: SamplingParams, chat: Chat | None) -> Prompt:
+def _line(
+    where: str, number: int, line: str, tokenizer: Any, params: SamplingParams, chat: Chat | None
+) -> Prompt:
     try:
         content = json.loads(line)
     except ValueError as error:

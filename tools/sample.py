@@ -18,10 +18,16 @@ from megatron_ext.errors import ConfigError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load", type=Path, required=True, help="directory of checkpoints, or one checkpoint")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--load", type=Path, required=True, help="directory of checkpoints, or one checkpoint"
+    )
     parser.add_argument("--prompt", required=True, help="text to continue")
-    parser.add_argument("--new_tokens", type=int, default=64, help="most tokens to add (default: %(default)s)")
+    parser.add_argument(
+        "--new_tokens", type=int, default=64, help="most tokens to add (default: %(default)s)"
+    )
     parser.add_argument(
         "--temperature", type=float, default=0.8, help="0: always the likeliest token (default: %(default)s)"
     )
@@ -33,8 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--tokenizer_type", choices=["huggingface", "sentencepiece", "tiktoken"], help="default: the run's"
     )
     parser.add_argument("--tokenizer_model", help="directory or file of the tokenizer (default: the run's)")
-    parser.add_argument("--tensor_model_parallel_size", type=int, default=1, help="as in training (default: 1)")
-    parser.add_argument("--pipeline_model_parallel_size", type=int, default=1, help="as in training (default: 1)")
+    parser.add_argument(
+        "--tensor_model_parallel_size", type=int, default=1, help="as in training (default: 1)"
+    )
+    parser.add_argument(
+        "--pipeline_model_parallel_size", type=int, default=1, help="as in training (default: 1)"
+    )
     options = parser.parse_args(argv)
     set_up_logging()
     return exit_status(lambda: sample(options))
@@ -44,7 +54,8 @@ def sample(options: argparse.Namespace) -> None:
     """Print the continued prompt from rank 0."""
     if options.temperature < 0 or options.top_k < 0 or options.new_tokens < 1:
         raise ConfigError(
-            f"--temperature is {options.temperature}, --top_k {options.top_k}, --new_tokens {options.new_tokens}; they must be at "
+            f"--temperature is {options.temperature}, --top_k {options.top_k}, --new_tokens "
+            f"{options.new_tokens}; they must be at "
             "least 0, 0 and 1."
         )
     # torch and Megatron are loaded here, when logging is set up
@@ -52,9 +63,9 @@ def sample(options: argparse.Namespace) -> None:
 
     from megatron_ext.command_line import config_from_dict
     from megatron_ext.data.tokenizers import load_tokenizer
+    from megatron_ext.evaluation.sampling import continue_tokens
     from megatron_ext.parallel.process_groups import destroy, initialize
-    from megatron_ext.training.restore import restore, saved_settings
-    from megatron_ext.training.sampling import continue_tokens
+    from megatron_ext.restoring.model import restore, saved_settings
 
     saved = saved_settings(options.load)
     saved.pop("architecture")
@@ -91,7 +102,8 @@ def tokenizer_settings(saved: DataConfig, options: argparse.Namespace) -> DataCo
     )
     if data.tokenizer_type == "none":
         raise ConfigError(
-            "the run had no tokenizer (data.tokenizer_type is none); give --tokenizer_type and --tokenizer_model."
+            "the run had no tokenizer (data.tokenizer_type is none); give --tokenizer_type and "
+            "--tokenizer_model."
         )
     return data
 

@@ -5,9 +5,9 @@
     curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
         -d '{"model": "model", "prompt": "Once upon a time", "max_tokens": 32}'
 
-The name of the model is that of its folder unless --served-model-name is given. With LCKV_API_KEY in the environment, clients must
-send it as a bearer token. /health says whether requests are answered, /metrics is for Prometheus. SIGTERM lets running requests end
-(--shutdown-seconds) and then stops.
+The name of the model is that of its folder unless --served-model-name is given. With LCKV_API_KEY in the
+environment, clients must send it as a bearer token. /health says whether requests are answered, /metrics is
+for Prometheus. SIGTERM lets running requests end (--shutdown-seconds) and then stops.
 """
 
 import argparse
@@ -40,16 +40,28 @@ def parser() -> argparse.ArgumentParser:
     add_model_options(made)
     add_engine_options(made, batch_size=32)
     group = made.add_argument_group("server")
-    group.add_argument("--served-model-name", metavar="NAME", help="what clients call it (default: the folder's name)")
-    group.add_argument("--host", default="127.0.0.1", help="to listen on; 0.0.0.0: everywhere (default: %(default)s)")
+    group.add_argument(
+        "--served-model-name", metavar="NAME", help="what clients call it (default: the folder's name)"
+    )
+    group.add_argument(
+        "--host", default="127.0.0.1", help="to listen on; 0.0.0.0: everywhere (default: %(default)s)"
+    )
     group.add_argument("--port", type=int, default=8000, help="0: any free one (default: %(default)s)")
     group.add_argument(
         "--max-waiting", type=positive, default=256, metavar="N", help="more requests get 429 (default: 256)"
     )
-    group.add_argument("--max-prompt-tokens", type=positive, metavar="N", help="longest prompt (default: the context)")
-    group.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest answer (default: the context)")
     group.add_argument(
-        "--shutdown-seconds", type=positive, default=30, metavar="N", help="for running requests (default: 30)"
+        "--max-prompt-tokens", type=positive, metavar="N", help="longest prompt (default: the context)"
+    )
+    group.add_argument(
+        "--max-new-tokens", type=positive, metavar="N", help="longest answer (default: the context)"
+    )
+    group.add_argument(
+        "--shutdown-seconds",
+        type=positive,
+        default=30,
+        metavar="N",
+        help="for running requests (default: 30)",
     )
     return made
 
@@ -61,7 +73,9 @@ def serve(options: argparse.Namespace) -> None:
 
         from tools.serving.app import ServingLimits, create_app
     except ImportError as error:
-        raise ConfigError(f"serving needs the extra 'serve': pip install 'lckv-megatron[serve]' ({error})") from error
+        raise ConfigError(
+            f"serving needs the extra 'serve': pip install 'lckv-megatron[serve]' ({error})"
+        ) from error
     listening = _listen(options.host, options.port)
     model, tokenizer = load(options)
     context = model.config.max_position_embeddings
@@ -75,14 +89,17 @@ def serve(options: argparse.Namespace) -> None:
         options, model, tokenizer, max_waiting=options.max_waiting, max_prompt_tokens=limits.max_prompt_tokens
     )
     name = options.served_model_name or options.model.resolve().name
-    app = create_app(engine, tokenizer, model=name, limits=limits, api_key=os.environ.get(API_KEY_VARIABLE) or None)
+    app = create_app(
+        engine, tokenizer, model=name, limits=limits, api_key=os.environ.get(API_KEY_VARIABLE) or None
+    )
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=options.shutdown_seconds)
     logger.info("serving %s at http://%s:%d/v1", name, *listening.getsockname()[:2])
     uvicorn.Server(config).run(sockets=[listening])
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Done before the model is loaded, so that a port in use is said at once; clients are accepted when it is."""
+    """Done before the model is loaded, so that a port in use is said at once; clients are accepted when it
+    is."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -29,13 +29,16 @@ class Coder:
     decode: Callable[[list[int]], str]
 
     begin: int | None = None
-    """A token to put before every text, so that its own first token is predicted too; None: that one is given."""
+    """A token to put before every text, so that its own first token is predicted too; None: that one is
+    given."""
 
     @classmethod
     def of_huggingface(cls, tokenizer: Any, *, begins: bool = True) -> "Coder":
         """`begins`: with the token before texts that the tokenizer puts there, if any."""
         puts = (
-            begins and tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+            begins
+            and tokenizer.bos_token_id is not None
+            and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
         )
         return cls(
             lambda text: tokenizer.encode(text, add_special_tokens=False, verbose=False),
@@ -44,7 +47,8 @@ class Coder:
         )
 
     def text(self, text: str, most: int) -> "Text | None":
-        """The first tokens of `text`, at most `most` of them predicted; None where nothing is left to predict."""
+        """The first tokens of `text`, at most `most` of them predicted; None where nothing is left to
+        predict."""
         ids = self.encode(text)
         begin = [] if self.begin is None else [self.begin]
         kept = [*begin, *ids][: most + 1]
@@ -69,8 +73,8 @@ class Text:
     """Of the predicted part, in UTF-8."""
 
     def windows(self, context: int, stride: int) -> Iterator[Window]:
-        """The first one predicts up to `context` tokens, each further one the next `stride` (at most `context`), the last of which sees
-        `context` tokens."""
+        """The first one predicts up to `context` tokens, each further one the next `stride` (at most
+        `context`), the last of which sees `context` tokens."""
         done = 1
         while done < len(self.ids):
             end = min(len(self.ids), done + (context if done == 1 else stride))
@@ -79,7 +83,8 @@ class Text:
 
 
 def read_texts(paths: Sequence[str], json_key: str) -> Iterator[str]:
-    """The documents in files: each line of JSON lines, and whole texts. Raises ConfigError for what cannot be read."""
+    """The documents in files: each line of JSON lines, and whole texts. Raises ConfigError for what cannot be
+    read."""
     try:
         for record in RecordReader(find_sources(paths)):
             yield from parse_texts(record, [json_key])
@@ -100,7 +105,8 @@ def whole_texts(texts: Iterable[str], coder: Coder, max_tokens: int | None) -> I
 
 
 def rows_of_texts(texts: Iterable[str], coder: Coder, count: int, length: int) -> Iterator[Text]:
-    """The first `count` rows of `length` tokens, side by side, as if each were a text of its own; what is left of a text is not used.
+    """The first `count` rows of `length` tokens, side by side, as if each were a text of its own; what is
+    left of a text is not used.
 
     Raises ConfigError if there are fewer.
     """
@@ -114,5 +120,6 @@ def rows_of_texts(texts: Iterable[str], coder: Coder, count: int, length: int) -
             if found == count:
                 return
     raise ConfigError(
-        f"--text: there are {found} rows of {length} tokens; {count} are needed. Give a longer text, or fewer or shorter rows."
+        f"--text: there are {found} rows of {length} tokens; {count} are needed. Give a longer text, or "
+        "fewer or shorter rows."
     )

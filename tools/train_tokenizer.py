@@ -1,4 +1,5 @@
-"""Train a SentencePiece BPE tokenizer in the manner of Llama 2: byte fallback, single digits, white space kept."""
+"""Train a SentencePiece BPE tokenizer in the manner of Llama 2: byte fallback, single digits, white space
+kept."""
 
 import argparse
 import io
@@ -75,13 +76,23 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, directories or quoted globs")
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="PATH", help="files, directories or quoted globs"
+    )
     parser.add_argument("--output", required=True, metavar="FILE.model", help="the model to write")
-    parser.add_argument("--vocab-size", type=int, required=True, help="tokens, with 256 bytes and 3 control tokens")
-    parser.add_argument("--suffix", nargs="+", default=[], help="take only files whose names end with one of these")
-    parser.add_argument("--text-format", choices=("auto", "jsonl", "text"), default="auto", help="default: by name")
+    parser.add_argument(
+        "--vocab-size", type=int, required=True, help="tokens, with 256 bytes and 3 control tokens"
+    )
+    parser.add_argument(
+        "--suffix", nargs="+", default=[], help="take only files whose names end with one of these"
+    )
+    parser.add_argument(
+        "--text-format", choices=("auto", "jsonl", "text"), default="auto", help="default: by name"
+    )
     parser.add_argument("--json-key", default="text", help="where JSON lines have their text (default text)")
-    parser.add_argument("--max-mib", type=int, default=200, help="sample at most about so much text (default 200)")
+    parser.add_argument(
+        "--max-mib", type=int, default=200, help="sample at most about so much text (default 200)"
+    )
     parser.add_argument("--seed", type=int, default=1234, help="which documents are sampled (default 1234)")
     parser.add_argument("--threads", type=int, default=4, help="threads of the training (default 4)")
     return parser
@@ -120,7 +131,8 @@ def train(training: TokenizerTraining) -> bytes:
         if failures:
             raise failures[0] from None
         raise ConfigError(
-            f"no tokenizer of --vocab-size={training.vocab_size} can be trained on this text. SentencePiece says: {error}"
+            f"no tokenizer of --vocab-size={training.vocab_size} can be trained on this text. SentencePiece "
+            f"says: {error}"
         ) from error
     return model.getvalue()
 
@@ -152,7 +164,9 @@ def _sentences(training: TokenizerTraining) -> Iterator[str]:
                     yield line[start : start + _SENTENCE_CHARACTERS]
         bar.update(total - bar.n)
     if empty:
-        raise ConfigError("no text in the input: all documents are empty. Give other files or another --json-key.")
+        raise ConfigError(
+            "no text in the input: all documents are empty. Give other files or another --json-key."
+        )
     logger.info("training on it; this takes about a second per MB")
 
 

@@ -1,4 +1,5 @@
-"""Generation without end, in memory that does not grow: attention sinks and a window (`lckv/cache/streaming.py`)."""
+"""Generation without end, in memory that does not grow: attention sinks and a window
+(`lckv/cache/streaming.py`)."""
 
 from collections.abc import Iterator, Sequence
 from random import Random
@@ -21,13 +22,19 @@ _PROMPT_TAIL = 8
 
 
 def streaming_cache(model: LCKVLlamaForCausalLM, *, sinks: int, window: int) -> StreamingCache:
-    """For one row of a model. Raises ConfigError for models that merge tokens and for more tokens than the model's context."""
+    """For one row of a model. Raises ConfigError for models that merge tokens and for more tokens than the
+    model's context."""
     config, compression = model.config, model.config.compression_config()
     layer_types = compression.map(config.num_hidden_layers)
-    assert config.rope_parameters is not None and config.num_key_value_heads is not None and config.head_dim is not None
+    assert (
+        config.rope_parameters is not None
+        and config.num_key_value_heads is not None
+        and config.head_dim is not None
+    )
     if sinks + window > config.max_position_embeddings:
         raise ConfigError(
-            f"--sinks is {sinks} and --window is {window}; together they must be at most the model's context, "
+            f"--sinks is {sinks} and --window is {window}; together they must be at most the model's "
+            "context, "
             f"{config.max_position_embeddings} tokens."
         )
     base, scaling = config.rope_parameters["rope_theta"], config.rope_scaling_config()
@@ -62,7 +69,8 @@ class Continuation:
         *,
         prefill_chunk: int = 512,
     ) -> None:
-        """`prompt` of any length goes through the cache `prefill_chunk` tokens at a time when the first text is asked for."""
+        """`prompt` of any length goes through the cache `prefill_chunk` tokens at a time when the first text
+        is asked for."""
         self._model, self._cache, self._params = model, cache, params
         self._prompt, self._prefill_chunk = prompt, prefill_chunk
         self._text = AnswerText(tokenizer, params.stop, prompt[-_PROMPT_TAIL:])

@@ -56,7 +56,9 @@ class ParallelLosses:
         wanted = (counted & (place >= first[:, None])).to(device)
         tokens = tokens.to(device)
         padded = None if bool(counted.all()) else counted.to(device)
-        output = model.model.run(model.model.embed_tokens(tokens[:, :-1]), counted=padded, iteration=self._iteration)
+        output = model.model.run(
+            model.model.embed_tokens(tokens[:, :-1]), counted=padded, iteration=self._iteration
+        )
         assert output.last_hidden_state is not None
         self._note(output.passes, output.merge_rates, lengths)
         return summed_loss(model, output.last_hidden_state[wanted], tokens[:, 1:][wanted])
@@ -75,7 +77,8 @@ class ParallelLosses:
 
 
 def summed_loss(model: LCKVLlamaForCausalLM, hidden_states: Tensor, targets: Tensor) -> float:
-    """Cross-entropy in nats of `targets` int64 [n] after `hidden_states` [n, hidden], summed. Logits are made for a part at a time."""
+    """Cross-entropy in nats of `targets` int64 [n] after `hidden_states` [n, hidden], summed. Logits are made
+    for a part at a time."""
     part = max(1, _LOGITS_AT_ONCE // model.config.vocab_size)
     losses = (
         cross_entropy(model.lm_head(states).float(), following, reduction="none").double().sum().item()
@@ -85,12 +88,15 @@ def summed_loss(model: LCKVLlamaForCausalLM, hidden_states: Tensor, targets: Ten
 
 
 class TransformersLosses:
-    """One forward pass of transformers' own class for a model, whatever that is: an independent check of this project's."""
+    """One forward pass of transformers' own class for a model, whatever that is: an independent check of this
+    project's."""
 
     def __init__(self, folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> None:
         from transformers import AutoModelForCausalLM
 
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", local_files_only=True
+        )
         self._model = model.to(device).eval()
         self.context: int | None = getattr(model.config, "max_position_embeddings", None)
         """Tokens; None where the model does not say."""
@@ -119,7 +125,9 @@ class CachedLosses:
 
     def __call__(self, windows: Sequence[Window]) -> float:
         """See `WindowLosses`."""
-        scores = self._engine.score([window.tokens for window in windows], token_by_token=self._token_by_token)
+        scores = self._engine.score(
+            [window.tokens for window in windows], token_by_token=self._token_by_token
+        )
         self._facts.observe(sum(len(window.tokens) - 1 for window in windows))
         losses = (
             -score.logprobs[-window.predicted :].double().sum().item()

@@ -1,9 +1,11 @@
-"""The modelling files that travel with exported weights: with them a folder loads where the package `lckv` is not installed.
+"""The modelling files that travel with exported weights: with them a folder loads where the package `lckv` is
+not installed.
 
-transformers takes code from a model's folder (`trust_remote_code`) under rules of its own: all files lie flat in one folder, they
-import each other as `from .name import x`, which transformers finds with a regular expression, and a package that is imported
-outside of `try` must be installed. So every module of `lckv` that the model needs, at its top or inside a function, becomes one file
-with rewritten imports; apart from these lines the code is the package's.
+transformers takes code from a model's folder (`trust_remote_code`) under rules of its own: all files lie flat
+in one folder, they import each other as `from .name import x`, which transformers finds with a regular
+expression, and a package that is imported outside of `try` must be installed. So every module of `lckv` that
+the model needs, at its top or inside a function, becomes one file with rewritten imports; apart from these
+lines the code is the package's.
 """
 
 import ast
@@ -23,10 +25,11 @@ AUTO_MAP = {
     "AutoConfig": "modeling_lckv_llama.LCKVLlamaConfig",
     "AutoModelForCausalLM": "modeling_lckv_llama.LCKVLlamaForCausalLM",
 }
-"""What config.json of a model of that type says under `auto_map`: file and class, by the Auto class that needs them.
+"""What config.json of a model of that type says under `auto_map`: file and class, by the Auto class that
+needs them.
 
-Both name the same file: transformers imports everything that a file needs once for each file named here, and with two copies of a
-class an object from one copy is not an instance of the other.
+Both name the same file: transformers imports everything that a file needs once for each file named here, and
+with two copies of a class an object from one copy is not an instance of the other.
 """
 _ONE_COPY = """
 
@@ -72,7 +75,9 @@ class Bundler:
 
     def _path(self, module: str) -> Path | None:
         stem = self.root.joinpath(*module.split("."))
-        return next((path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.is_file()), None)
+        return next(
+            (path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.is_file()), None
+        )
 
     def _rewrite(self, module: str) -> tuple[str, list[str]]:
         """The module's text with its imports rewritten, and the modules of the package that it imports."""
@@ -81,7 +86,9 @@ class Bundler:
         text = path.read_text(encoding="utf-8")
         tree = ast.parse(text)
         if named := [
-            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and self._is_module_name(node.value)
+            node.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and self._is_module_name(node.value)
         ]:
             raise ValueError(
                 f"{module} names the module {named[0]!r} in a string, which is not there in a model's folder."
@@ -110,13 +117,16 @@ class Bundler:
     def _import(self, node: ast.Import | ast.ImportFrom, module: str) -> tuple[list[str] | None, list[str]]:
         """What replaces an import statement (None: nothing), and the modules of the package that it needs."""
         if isinstance(node, ast.ImportFrom) and node.level:
-            raise ValueError(f"{module}, line {node.lineno}: a relative import; the packages of this project use none.")
+            raise ValueError(
+                f"{module}, line {node.lineno}: a relative import; the packages of this project use none."
+            )
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
         tops = {name.partition(".")[0] for name in names}
         if self.package in tops:
             if isinstance(node, ast.Import):
                 raise ValueError(
-                    f"{module}, line {node.lineno}: 'import {names[0]}' has no counterpart in a model's folder; "
+                    f"{module}, line {node.lineno}: 'import {names[0]}' has no counterpart in a model's "
+                    "folder; "
                     f"write 'from ... import ...'."
                 )
             return self._own_import(node)
@@ -135,7 +145,10 @@ class Bundler:
                 continue
             flat = self._flat(target)
             # The second line makes transformers see that the file is needed.
-            lines += [f"from . import {flat} as {alias.asname or alias.name}", f"from .{flat} import __name__ as _"]
+            lines += [
+                f"from . import {flat} as {alias.asname or alias.name}",
+                f"from .{flat} import __name__ as _",
+            ]
             needed.append(target)
         if objects:
             lines.append(f"from .{self._flat(node.module)} import {', '.join(objects)}")
@@ -151,7 +164,8 @@ def modelling_files() -> dict[str, str]:
 
 
 def write_modelling_files(folder: Path) -> list[str]:
-    """Write the modelling files into a model's folder; config.json must have `AUTO_MAP`. Returns their names."""
+    """Write the modelling files into a model's folder; config.json must have `AUTO_MAP`. Returns their
+    names."""
     texts = modelling_files()
     for name, text in texts.items():
         write_file(folder / name, text.encode())

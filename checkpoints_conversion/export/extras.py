@@ -26,10 +26,12 @@ def export_extras(
     source_folder: Path | None = None,
     measured: Measured | None = None,
 ) -> list[str]:
-    """Write tokenizer, generation_config.json, README.md and, for a model of type lckv-llama, the modelling files into `folder`.
+    """Write tokenizer, generation_config.json, README.md and, for a model of type lckv-llama, the modelling
+    files into `folder`.
 
-    The tokenizer is that of `source_folder` where it has one, else `manifest.tokenizer`; without either there is none, and a warning.
-    `name` is what the card calls the model (default: the folder's name). Returns the names of the files written.
+    The tokenizer is that of `source_folder` where it has one, else `manifest.tokenizer`; without either there
+    is none, and a warning. `name` is what the card calls the model (default: the folder's name). Returns the
+    names of the files written.
 
     Raises ConversionError where the tokenizer that the manifest names is missing or cannot be exported.
     """
@@ -40,7 +42,10 @@ def export_extras(
     ids = {**description.token_ids}
     if tokenizer is not None and ids.get("eos_token_id") is None:
         ids["eos_token_id"] = load_tokenizer(tokenizer[0], str(tokenizer[1])).eod
-    write_file(folder / "generation_config.json", json.dumps(_generation_config(ids, source_folder), indent=1).encode())
+    write_file(
+        folder / "generation_config.json",
+        json.dumps(_generation_config(ids, source_folder), indent=1).encode(),
+    )
     with_code = config["model_type"] == MODEL_TYPE
     if with_code:
         names += write_modelling_files(folder)
@@ -62,18 +67,22 @@ def _tokenizer(manifest: ConversionManifest, source_folder: Path | None) -> tupl
     if source_folder is not None and has_tokenizer(source_folder):
         return "huggingface", source_folder
     if manifest.tokenizer is None:
-        logger.warning("No tokenizer is known for this model: add one to the folder, or name one on the command line.")
+        logger.warning(
+            "No tokenizer is known for this model: add one to the folder, or name one on the command line."
+        )
         return None
     path = Path(manifest.tokenizer)
     if not path.exists():
         raise ConversionError(
-            f"the tokenizer {path} that the model was trained with does not exist here; name a copy of it on the command line."
+            f"the tokenizer {path} that the model was trained with does not exist here; name a copy of it on "
+            "the command line."
         )
     return kind_of(path), path
 
 
 def _generation_config(token_ids: TokenIds, source_folder: Path | None) -> dict[str, Any]:
-    """That of the source where it has one, for it may say how the model is best sampled; else the special tokens."""
+    """That of the source where it has one, for it may say how the model is best sampled; else the special
+    tokens."""
     path = source_folder / "generation_config.json" if source_folder is not None else None
     if path is not None and path.is_file():
         return json.loads(path.read_bytes())

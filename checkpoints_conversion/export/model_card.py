@@ -1,4 +1,5 @@
-"""The page of an exported model, README.md: what it shares and merges, what that saves, how it was made, how to load it."""
+"""The page of an exported model, README.md: what it shares and merges, what that saves, how it was made, how
+to load it."""
 
 import math
 import re
@@ -51,7 +52,8 @@ def model_card(
 ) -> str:
     """The text of README.md for the model `name`.
 
-    `license_fields` are those of the source's own card (`license_of`); `with_code` says that modelling files lie beside the weights.
+    `license_fields` are those of the source's own card (`license_of`); `with_code` says that modelling files
+    lie beside the weights.
     """
     measured = measured or Measured()
     front = {"library_name": "transformers", "pipeline_tag": "text-generation", **(license_fields or {})}
@@ -70,7 +72,8 @@ def model_card(
 
 
 def license_of(folder: Path | None) -> dict[str, str]:
-    """The fields of the license in a model folder's own card; none where there is no card, or it says nothing."""
+    """The fields of the license in a model folder's own card; none where there is no card, or it says
+    nothing."""
     path = folder / "README.md" if folder is not None else None
     if path is None or not path.is_file():
         return {}
@@ -79,7 +82,11 @@ def license_of(folder: Path | None) -> dict[str, str]:
         front = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
     except yaml.YAMLError:
         front = None
-    return {name: str(front[name]) for name in _LICENSE_FIELDS if name in front} if isinstance(front, Mapping) else {}
+    return (
+        {name: str(front[name]) for name in _LICENSE_FIELDS if name in front}
+        if isinstance(front, Mapping)
+        else {}
+    )
 
 
 def _introduction(name: str, description: ModelDescription) -> Iterator[str]:
@@ -88,10 +95,14 @@ def _introduction(name: str, description: ModelDescription) -> Iterator[str]:
     yield f"# {name}"
     yield ""
     yield (
-        f"A decoder of the {description.family} family: {model.num_layers} layers of width {model.hidden_size}, "
-        f"{model.num_attention_heads} query heads and {model.query_groups} key/value heads of {model.head_dim} channels, "
-        f"{description.vocab_size:,} tokens of vocabulary, contexts of {model.max_position_embeddings:,} tokens, {parameters:,} "
-        f"parameters in {str(description.dtype).removeprefix('torch.')}. Keys and values are computed in {len(layer_types.kv_layers)} of "
+        f"A decoder of the {description.family} family: {model.num_layers} layers of width "
+        f"{model.hidden_size}, "
+        f"{model.num_attention_heads} query heads and {model.query_groups} key/value heads of "
+        f"{model.head_dim} channels, "
+        f"{description.vocab_size:,} tokens of vocabulary, contexts of {model.max_position_embeddings:,} "
+        f"tokens, {parameters:,} "
+        f"parameters in {str(description.dtype).removeprefix('torch.')}. Keys and values are computed in "
+        f"{len(layer_types.kv_layers)} of "
         f"{model.num_layers} layers."
     )
 
@@ -108,8 +119,10 @@ def _sharing(description: ModelDescription) -> Iterator[str]:
     yield f"`layer_types`: `{layer_types}`"
     if layer_types.any_cyclic:
         yield (
-            "\nLayers that read a layer above themselves are iterated when many tokens are processed at once, in training and for a "
-            f"prompt: {compression.forward_passes} passes without and {compression.backward_passes} with gradient. Generating a token "
+            "\nLayers that read a layer above themselves are iterated when many tokens are processed at "
+            "once, in training and for a "
+            f"prompt: {compression.forward_passes} passes without and {compression.backward_passes} with "
+            "gradient. Generating a token "
             "takes one pass."
         )
     if compression.sliding_window is not None:
@@ -121,7 +134,9 @@ def _sharing(description: ModelDescription) -> Iterator[str]:
 def _cache(description: ModelDescription, measured: Measured) -> Iterator[str]:
     model, policy = description.model, description.compression.policy
     layer_types, plain = description.compression.map(model.num_layers), LayerTypes.plain(model.num_layers)
-    shape = model_shape(model, vocab_size=description.vocab_size, seq_length=model.max_position_embeddings or 0)
+    shape = model_shape(
+        model, vocab_size=description.vocab_size, seq_length=model.max_position_embeddings or 0
+    )
     size = description.dtype.itemsize
     whole, mine = (kv_bytes_per_token(shape, kinds, bytes_per_number=size) for kinds in (plain, layer_types))
     rows: list[tuple[str, float]] = [("a plain model of these sizes", whole), ("this sharing map", mine)]
@@ -129,8 +144,10 @@ def _cache(description: ModelDescription, measured: Measured) -> Iterator[str]:
     yield ""
     if isinstance(policy, DMCConfig):
         yield (
-            f"Policy: Dynamic Memory Compression, stage {policy.stage}, trained towards {policy.target_compression_ratio:g} tokens per "
-            "slot. Each KV head decides for every token whether it opens a slot or is merged into the last one."
+            f"Policy: Dynamic Memory Compression, stage {policy.stage}, trained towards "
+            f"{policy.target_compression_ratio:g} tokens per "
+            "slot. Each KV head decides for every token whether it opens a slot or is merged into the last "
+            "one."
         )
         if measured.compression_ratio is not None:
             yield f"Measured: {measured.compression_ratio:.2f} tokens per slot."
@@ -153,7 +170,10 @@ def _history(manifest: ConversionManifest, measured: Measured) -> Iterator[str]:
         yield f"- From `{base}`."
     for conversion in _chain(manifest):
         if conversion.initialization is not None:
-            how = {"average": "averaged over the layers that read them", "copy": "copied from their own layer"}
+            how = {
+                "average": "averaged over the layers that read them",
+                "copy": "copied from their own layer",
+            }
             yield f"- Keys and values taken from a plain model: {how[conversion.initialization]}."
         if conversion.training is not None:
             yield from _training(conversion.training)
@@ -174,8 +194,10 @@ def _training(training: Mapping[str, Any]) -> Iterator[str]:
         yield f"- {train['global_batch_size']:,} sequences of {train['seq_length']:,} tokens per step, {train['precision']}."
     if "lr" in optimizer:
         yield (
-            f"- AdamW, peak learning rate {optimizer['lr']:g}, {optimizer['lr_decay_style']} schedule to {optimizer['min_lr']:g} with "
-            f"{optimizer['lr_warmup_iters']:,} iterations of warm-up, weight decay {optimizer['weight_decay']:g}."
+            f"- AdamW, peak learning rate {optimizer['lr']:g}, {optimizer['lr_decay_style']} schedule to "
+            f"{optimizer['min_lr']:g} with "
+            f"{optimizer['lr_warmup_iters']:,} iterations of warm-up, weight decay "
+            f"{optimizer['weight_decay']:g}."
         )
 
 
@@ -219,7 +241,8 @@ def _chain(manifest: ConversionManifest) -> Iterator[ConversionManifest]:
 
 
 def _hub_name(manifest: ConversionManifest) -> str | None:
-    """The name on the Hugging Face Hub of the model that it all began with; a folder of this machine is nobody else's business."""
+    """The name on the Hugging Face Hub of the model that it all began with; a folder of this machine is
+    nobody else's business."""
     source = next(_chain(manifest)).source
     on_hub = source.format == "huggingface" and re.fullmatch(r"[\w.-]+/[\w.-]+", source.path) is not None
     return source.path if on_hub and not Path(source.path).exists() else None

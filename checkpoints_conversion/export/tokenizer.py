@@ -1,8 +1,10 @@
-"""Tokenizer files beside exported weights: those of the source, or made from the vocabulary that a run was trained with.
+"""Tokenizer files beside exported weights: those of the source, or made from the vocabulary that a run was
+trained with.
 
-SentencePiece and tiktoken vocabularies become a tokenizer.json that transformers reads. The result is tried on a few texts before it
-is accepted, for transformers does not always give the ids that the model was trained on: it ignores the scores of a SentencePiece file,
-and replaces the tokenizer of some types of models by another one.
+SentencePiece and tiktoken vocabularies become a tokenizer.json that transformers reads. The result is tried
+on a few texts before it is accepted, for transformers does not always give the ids that the model was trained
+on: it ignores the scores of a SentencePiece file, and replaces the tokenizer of some types of models by
+another one.
 """
 
 import json
@@ -43,10 +45,12 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def write_tokenizer(kind: str, path: Path, folder: Path) -> list[str]:
-    """Write the tokenizer that `megatron_ext.data.tokenizers.load_tokenizer(kind, path)` loads as files that transformers reads.
+    """Write the tokenizer that `megatron_ext.data.tokenizers.load_tokenizer(kind, path)` loads as files that
+    transformers reads.
 
-    A folder's files are copied as they are. Returns the names of the files. Raises ConfigError where the tokenizer cannot be loaded,
-    and ConversionError where transformers would make something else of it in `folder`, whose config.json is there already.
+    A folder's files are copied as they are. Returns the names of the files. Raises ConfigError where the
+    tokenizer cannot be loaded, and ConversionError where transformers would make something else of it in
+    `folder`, whose config.json is there already.
     """
     if kind == "huggingface" and path.is_dir():
         names = [name for name in TOKENIZER_FILES if (path / name).is_file()]
@@ -68,7 +72,9 @@ def _make(kind: str, path: Path, original: Tokenizer, folder: Path) -> list[str]
     if kind == "huggingface":
         content, named = path.read_bytes(), {"eos_token": original.decode([original.eod])}
     else:
-        tokenizer, named = _from_sentencepiece(path) if kind == "sentencepiece" else _from_tiktoken(path, original)
+        tokenizer, named = (
+            _from_sentencepiece(path) if kind == "sentencepiece" else _from_tiktoken(path, original)
+        )
         content = tokenizer.to_str(pretty=True).encode()
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -96,8 +102,10 @@ def _check_agreement(original: Tokenizer, source: Path, folder: Path) -> None:
         expected, found = original.encode(text), tokenizer.encode(text)
         if expected != found:
             raise ConversionError(
-                f"the tokenizer {source} gives {expected} for {text!r}, but exported, transformers makes {found} of it: for models of "
-                "some types it takes a tokenizer class of its own. Export under another --family, such as lckv-llama."
+                f"the tokenizer {source} gives {expected} for {text!r}, but exported, transformers makes "
+                f"{found} of it: for models of "
+                "some types it takes a tokenizer class of its own. Export under another --family, such as "
+                "lckv-llama."
             )
 
 
@@ -116,13 +124,21 @@ def _from_sentencepiece(path: Path) -> tuple[Any, dict[str, str]]:
         raise ConversionError(f"{path} is no BPE model; no others can be exported.")
     if normalizer.remove_extra_whitespaces or normalizer.precompiled_charsmap:
         raise ConversionError(
-            f"{path} changes the text before it splits it (normalization {normalizer.name!r}, remove_extra_whitespaces "
-            f"{normalizer.remove_extra_whitespaces}); only models that keep the text as it is can be exported."
+            f"{path} changes the text before it splits it (normalization {normalizer.name!r}, "
+            "remove_extra_whitespaces "
+            f"{normalizer.remove_extra_whitespaces}); only models that keep the text as it is can be "
+            "exported."
         )
     vocabulary = {piece: index for index, (piece, _) in enumerate(scored)}
     merges = list(_merges(from_text))
     tokenizer = Tokenizer(
-        BPE(vocabulary, merges, unk_token=trainer.unk_piece, fuse_unk=True, byte_fallback=trainer.byte_fallback)
+        BPE(
+            vocabulary,
+            merges,
+            unk_token=trainer.unk_piece,
+            fuse_unk=True,
+            byte_fallback=trainer.byte_fallback,
+        )
     )
     prefix = [normalizers.Prepend("▁")] if normalizer.add_dummy_prefix else []
     tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
@@ -139,8 +155,9 @@ def _from_sentencepiece(path: Path) -> tuple[Any, dict[str, str]]:
 def _merges(scored: list[tuple[str, float]]) -> Iterator[tuple[str, str]]:
     """The pairs that make up each piece, in the order in which they are merged.
 
-    SentencePiece takes the piece with the highest score, wherever it is leftmost, so all pairs that make the same piece come at
-    once. Pieces of equal score are runs of spaces; they grow from the left, that is, by the pair whose first part is longest.
+    SentencePiece takes the piece with the highest score, wherever it is leftmost, so all pairs that make the
+    same piece come at once. Pieces of equal score are runs of spaces; they grow from the left, that is, by
+    the pair whose first part is longest.
     """
     vocabulary = {piece for piece, _ in scored}
     pairs = [

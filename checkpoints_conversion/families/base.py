@@ -18,9 +18,15 @@ from checkpoints_conversion.families.mapping import (
     infos_of_parts,
 )
 from checkpoints_conversion.families.windows import CompressionFields
-from checkpoints_conversion.tensors import ConversionError, TensorInfo, TensorSource, check_tensors, row_chunks
+from checkpoints_conversion.tensors import (
+    ConversionError,
+    TensorInfo,
+    TensorSource,
+    check_tensors,
+    row_chunks,
+)
 from megatron_ext.config import ModelConfig
-from megatron_ext.layout_validation import model_problems, rope_problems
+from megatron_ext.validation.layout import model_problems, rope_problems
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _IDENTITY = ("model_type", "architectures", "dtype", "torch_dtype", *TOKEN_IDS)
@@ -61,10 +67,12 @@ class Family:
     """Whether transformers insists that num_attention_heads divides hidden_size."""
 
     old_spelling: bool = True
-    """Whether software that knows only transformers 4 runs the family, so that configs are written in its spelling too."""
+    """Whether software that knows only transformers 4 runs the family, so that configs are written in its
+    spelling too."""
 
     def read_config(self, config: Mapping[str, Any], dtype: torch.dtype | None = None) -> ModelDescription:
-        """What a config.json says; `dtype` is that of the weights where it is known (default: what the config says, or float32).
+        """What a config.json says; `dtype` is that of the weights where it is known (default: what the config
+        says, or float32).
 
         Raises ConversionError that names every field that is unknown or has a value that cannot be converted.
         """
@@ -72,7 +80,9 @@ class Family:
         values = {each.target: each.read(config.get(name)) for name, each in self.fields.items()}
         model = ModelConfig(**{**values, **self.constants, **rope.read_rope(config)})
         layers = model.num_layers
-        _raise([*model_problems(model), *rope_problems(model), *self.compression.config_problems(config, layers)])
+        _raise(
+            [*model_problems(model), *rope_problems(model), *self.compression.config_problems(config, layers)]
+        )
         stated = config.get("dtype") or config.get("torch_dtype") or "float32"
         return ModelDescription(
             model=model,
@@ -87,7 +97,10 @@ class Family:
             yield f"model_type is {config.get('model_type')!r}; it must be {self.name!r}."
         architectures = config.get("architectures")
         if architectures and self.architecture not in architectures:
-            yield f"architectures is {architectures}; only a language model, {self.architecture}, can be converted."
+            yield (
+                f"architectures is {architectures}; only a language model, {self.architecture}, can be "
+                "converted."
+            )
         for name, each in self.fields.items():
             yield from each.problems(name, config.get(name))
         for name, fixed in self.fixed.items():
@@ -99,7 +112,8 @@ class Family:
         for name in config:
             if name not in known:
                 yield (
-                    f"{name} is {config[name]!r}; this field of a {self.name} model is unknown here and may change what the "
+                    f"{name} is {config[name]!r}; this field of a {self.name} model is unknown here and may "
+                    "change what the "
                     "model computes. Only if you know that it does not, remove it from the file."
                 )
 
@@ -112,17 +126,22 @@ class Family:
             if getattr(model, name) != value
         ]
         if self.divides_heads and model.hidden_size % model.num_attention_heads:
-            found.append(f"model.num_attention_heads {model.num_attention_heads} does not divide {model.hidden_size}")
+            found.append(
+                f"model.num_attention_heads {model.num_attention_heads} does not divide {model.hidden_size}"
+            )
         return [*found, *self.compression.problems(description.compression, model.num_layers)]
 
     def write_config(self, description: ModelDescription) -> dict[str, Any]:
-        """The content of config.json, in the spelling of transformers 5; where transformers 4 differs and knows the family, in
-        its spelling too.
+        """The content of config.json, in the spelling of transformers 5; where transformers 4 differs and
+        knows the family, in its spelling too.
 
-        `model.hidden_dropout`, which only training knows, has no field. Raises ConversionError where the family cannot express
-        the model.
+        `model.hidden_dropout`, which only training knows, has no field. Raises ConversionError where the
+        family cannot express the model.
         """
-        _raise((f"{problem}: {self.architecture} cannot express it." for problem in self.problems(description)), "")
+        _raise(
+            (f"{problem}: {self.architecture} cannot express it." for problem in self.problems(description)),
+            "",
+        )
         model = description.model
         content: dict[str, Any] = {
             "architectures": [self.architecture],
@@ -146,10 +165,15 @@ class Family:
     ) -> TensorSource:
         """Canonical tensors that are read from Hugging Face's when they are asked for.
 
-        Raises ConversionError naming all tensors of `hf`, which come from `where`, that are missing, superfluous or misshapen.
-        Passed over are the rotary frequencies that old checkpoints hold, and a head equal to the embedding to which it is tied.
+        Raises ConversionError naming all tensors of `hf`, which come from `where`, that are missing,
+        superfluous or misshapen. Passed over are the rotary frequencies that old checkpoints hold, and a head
+        equal to the embedding to which it is tied.
         """
-        found = {name: info for name, info in hf.infos().items() if not name.endswith(".self_attn.rotary_emb.inv_freq")}
+        found = {
+            name: info
+            for name, info in hf.infos().items()
+            if not name.endswith(".self_attn.rotary_emb.inv_freq")
+        }
         if not description.model.untie_embeddings_and_output_weights and HEAD in found and EMBEDDING in found:
             _check_tied(hf, where)
             del found[HEAD]
@@ -161,13 +185,16 @@ class Family:
     def hf_from_canonical(
         self, source: TensorSource, description: ModelDescription, where: object = "the model"
     ) -> TensorSource:
-        """Hugging Face's tensors that are read from canonical ones when they are asked for; errors as in `canonical_from_hf`."""
+        """Hugging Face's tensors that are read from canonical ones when they are asked for; errors as in
+        `canonical_from_hf`."""
         check_tensors(source.infos(), description.expected_tensors(), where)
         return SplitSource(source, self._fusions(description))
 
     def _fusions(self, description: ModelDescription) -> dict[str, Fusion]:
         expected = description.expected_tensors()
-        return {name: fusion_of(name, info, self.weights, description.model) for name, info in expected.items()}
+        return {
+            name: fusion_of(name, info, self.weights, description.model) for name, info in expected.items()
+        }
 
 
 def _raise(problems: Iterable[str], where: str = "config.json: ") -> None:
@@ -183,6 +210,7 @@ def _check_tied(hf: TensorSource, where: object) -> None:
         torch.equal(hf.read(HEAD, rows), hf.read(EMBEDDING, rows)) for rows in row_chunks(infos[HEAD])
     ):
         raise ConversionError(
-            f"{where}: {HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true in config.json. Set it to false if the head "
+            f"{where}: {HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true in config.json. Set "
+            "it to false if the head "
             "is one of its own, or remove the tensor."
         )

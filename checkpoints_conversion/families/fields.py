@@ -68,7 +68,9 @@ class Fixed:
 def token_problems(name: str, given: object) -> Iterator[str]:
     """What is wrong with the value of a field that gives special tokens."""
     tokens = given if isinstance(given, list) else [given]
-    if given is not None and not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
+    if given is not None and not all(
+        isinstance(token, int) and not isinstance(token, bool) for token in tokens
+    ):
         yield f"{name} is {given!r}; it must be null, the number of a token, or a list of such numbers."
 
 
@@ -87,7 +89,9 @@ COMMON_FIELDS = {
     "initializer_range": Field("init_method_std", float, default=0.02),
 }
 """Fields that every family has."""
-LLAMA_FIELDS = COMMON_FIELDS | {"num_key_value_heads": replace(COMMON_FIELDS["num_key_value_heads"], default=None)}
+LLAMA_FIELDS = COMMON_FIELDS | {
+    "num_key_value_heads": replace(COMMON_FIELDS["num_key_value_heads"], default=None)
+}
 """Early Llama configs do not give the number of key/value heads: there are as many as query heads."""
 
 COMMON_FIXED = {
@@ -102,7 +106,8 @@ COMMON_FIXED = {
 """Fields with one meaning in every family."""
 LLAMA_FIXED = COMMON_FIXED | {
     "attention_bias": Fixed(
-        False, "true adds a bias to the output projection of attention too, which the model here does not have"
+        False,
+        "true adds a bias to the output projection of attention too, which the model here does not have",
     ),
     "mlp_bias": Fixed(False, "the MLP here has no bias"),
     "rope_interleaved": Fixed(False, "rotary embeddings turn channel i with channel i + D/2", written=False),
@@ -116,7 +121,10 @@ IGNORED = {
     "unsloth_fixed": "who wrote the file",
     "is_llama_config": "says again what model_type says",
     "use_cache": "how the model is run",
-    "pretraining_tp": "old code of Hugging Face cut its matrix products into so many pieces: the same numbers up to rounding",
+    "pretraining_tp": (
+        "old code of Hugging Face cut its matrix products into so many pieces: the same numbers up to "
+        "rounding"
+    ),
     "output_attentions": "what a call returns",
     "output_hidden_states": "what a call returns",
     "return_dict": "what a call returns",

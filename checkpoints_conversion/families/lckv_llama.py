@@ -1,7 +1,8 @@
 """lckv-llama: every sharing map and policy, with this project's model class; and the published LCKV models.
 
-A config of this project has qkv_bias, qk_norm and the section compression. The published ones (Wu and Tu, ACL 2024) have the same
-model_type and the fields of the section beside those of Llama, the map as a text under the key layer_types.
+A config of this project has qkv_bias, qk_norm and the section compression. The published ones (Wu and Tu, ACL
+2024) have the same model_type and the fields of the section beside those of Llama, the map as a text under
+the key layer_types.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,7 +32,10 @@ _PUBLISHED_WINDOW = 4096
 def _config_problems(config: Mapping[str, Any], num_layers: int) -> Iterator[str]:
     beside = [name for name in _PUBLISHED_FIELDS if config.get(name) is not None]
     if config.get("compression") is not None and beside:
-        yield f"{', '.join(beside)} are given beside compression; only the latter belongs into a config of this project."
+        yield (
+            f"{', '.join(beside)} are given beside compression; only the latter belongs into a config of "
+            "this project."
+        )
     try:
         found = _read(config, num_layers).problems(num_layers)
     except ConfigError as error:

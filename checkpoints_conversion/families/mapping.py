@@ -1,8 +1,8 @@
 """From canonical tensors to those of a family and back, row by row.
 
-A canonical tensor is one tensor of Hugging Face's, or several interleaved by rows: in each of `groups` equal groups the same
-number of rows of each part. The fused query-key-value matrix has one group for each key/value head; the gated MLP one group
-with the gate above the up projection.
+A canonical tensor is one tensor of Hugging Face's, or several interleaved by rows: in each of `groups` equal
+groups the same number of rows of each part. The fused query-key-value matrix has one group for each key/value
+head; the gated MLP one group with the gate above the up projection.
 """
 
 import re
@@ -17,7 +17,8 @@ from checkpoints_conversion.tensors import CHUNK_BYTES, ConversionError, TensorI
 from megatron_ext.config import ModelConfig
 
 WeightNames = Mapping[str, tuple[str, ...]]
-"""From canonical names to those of a family, with {} for the number of the layer; several where rows are interleaved."""
+"""From canonical names to those of a family, with {} for the number of the layer; several where rows are
+interleaved."""
 _LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 
 
@@ -37,7 +38,8 @@ class Fusion:
     groups: int
 
     def runs(self, longest: int) -> Iterator[tuple[str, slice, slice]]:
-        """(part, its rows, the rows of the canonical tensor) for every stretch of at most `longest` rows that is connected in both."""
+        """(part, its rows, the rows of the canonical tensor) for every stretch of at most `longest` rows that
+        is connected in both."""
         row = 0
         for group in range(self.groups):
             for part in self.parts:
@@ -50,7 +52,8 @@ class Fusion:
 
 
 def fusion_of(canonical: str, info: TensorInfo, names: WeightNames, model: ModelConfig) -> Fusion:
-    """What the canonical tensor is made of in a family with these names; raises ConversionError where it has no such tensor."""
+    """What the canonical tensor is made of in a family with these names; raises ConversionError where it has
+    no such tensor."""
     layer = _LAYER.search(canonical)
     templates = names.get(_LAYER.sub("{}", canonical))
     if templates is None:
@@ -100,7 +103,9 @@ class FusedSource:
             given = ", ".join(f"{name} {str(dtype).removeprefix('torch.')}" for name, dtype in dtypes.items())
             raise ConversionError(f"{given}: these tensors become one; give them one dtype.")
         first = infos[fusion.parts[0].name]
-        return TensorInfo((sum(infos[part.name].shape[0] for part in fusion.parts), *first.shape[1:]), first.dtype)
+        return TensorInfo(
+            (sum(infos[part.name].shape[0] for part in fusion.parts), *first.shape[1:]), first.dtype
+        )
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """The tensor, or its rows start:stop."""
@@ -113,7 +118,9 @@ class FusedSource:
             first, last = max(start, ours.start), min(stop, ours.stop)
             if first < last:
                 shift = theirs.start - ours.start
-                result[first - start : last - start] = self.parts.read(part, slice(first + shift, last + shift))
+                result[first - start : last - start] = self.parts.read(
+                    part, slice(first + shift, last + shift)
+                )
         return result
 
 

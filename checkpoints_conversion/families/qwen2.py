@@ -15,7 +15,8 @@ QWEN2 = Family(
     name="qwen2",
     architecture="Qwen2ForCausalLM",
     fields=COMMON_FIELDS,
-    fixed=COMMON_FIXED | {"use_mrope": Fixed(False, "positions are those of a text, not of an image", written=False)},
+    fixed=COMMON_FIXED
+    | {"use_mrope": Fixed(False, "positions are those of a text, not of an image", written=False)},
     ignored=IGNORED,
     constants={"add_qkv_bias": True, "qk_layernorm": False},
     compression=WINDOW_PER_LAYER,

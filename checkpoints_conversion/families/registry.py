@@ -20,9 +20,12 @@ FAMILIES: Mapping[str, Family] = {family.name: family for family in (*PLAIN_FAMI
 
 
 def family_of(name: object) -> Family:
-    """The family with this name, which is the model_type of its configs; raises ConversionError where there is none."""
+    """The family with this name, which is the model_type of its configs; raises ConversionError where there
+    is none."""
     if not isinstance(name, str) or name not in FAMILIES:
-        raise ConversionError(f"config.json: model_type is {name!r}; models of {', '.join(FAMILIES)} can be converted.")
+        raise ConversionError(
+            f"config.json: model_type is {name!r}; models of {', '.join(FAMILIES)} can be converted."
+        )
     return FAMILIES[name]
 
 
@@ -40,8 +43,8 @@ def describe(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Mo
 
 
 def export_family(description: ModelDescription) -> Family:
-    """The family under which the model is written for Hugging Face: its own or another one that stock software runs if
-    one of them can express it, else lckv-llama."""
+    """The family under which the model is written for Hugging Face: its own or another one that stock
+    software runs if one of them can express it, else lckv-llama."""
     own = [family for family in PLAIN_FAMILIES if family.name == description.family]
     for family in (*own, *PLAIN_FAMILIES):
         if not family.problems(description):

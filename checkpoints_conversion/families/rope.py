@@ -1,7 +1,7 @@
 """Rotary position embedding in a Hugging Face config.
 
-transformers 5 has one field rope_parameters {rope_type, rope_theta, factor, ...}; transformers 4 has rope_theta and rope_scaling
-{rope_type or type, factor, ...}. Both are read.
+transformers 5 has one field rope_parameters {rope_type, rope_theta, factor, ...}; transformers 4 has
+rope_theta and rope_scaling {rope_type or type, factor, ...}. Both are read.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,15 +25,21 @@ _INTEGERS = ("original_max_position_embeddings",)
 
 
 def rope_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """What the model here cannot do, or what contradicts itself, in the rotary embedding of a Hugging Face config."""
-    spellings = {name: config[name] for name in ("rope_parameters", "rope_scaling") if config.get(name) is not None}
+    """What the model here cannot do, or what contradicts itself, in the rotary embedding of a Hugging Face
+    config."""
+    spellings = {
+        name: config[name] for name in ("rope_parameters", "rope_scaling") if config.get(name) is not None
+    }
     for name, value in spellings.items():
         if not isinstance(value, Mapping):
             yield f"{name} is {value!r}; it must be null or a mapping with rope_type."
             return
         yield from _scaling_problems(name, value)
     if len(spellings) == 2 and _scaling(spellings["rope_parameters"]) != _scaling(spellings["rope_scaling"]):
-        yield f"rope_parameters is {config['rope_parameters']} and rope_scaling is {config['rope_scaling']}; they differ."
+        yield (
+            f"rope_parameters is {config['rope_parameters']} and rope_scaling is {config['rope_scaling']}; "
+            "they differ."
+        )
     bases = [
         value
         for value in (config.get("rope_theta"), *(s.get("rope_theta") for s in spellings.values()))
@@ -109,7 +115,8 @@ def write_rope(model: ModelConfig) -> dict[str, Any]:
 
 
 def write_old_rope(model: ModelConfig) -> dict[str, Any]:
-    """The same as transformers 4 writes it. Software that does not know rope_parameters would silently take another base."""
+    """The same as transformers 4 writes it. Software that does not know rope_parameters would silently take
+    another base."""
     parameters = write_rope(model)["rope_parameters"]
     base = parameters.pop("rope_theta")
     return {"rope_theta": base, "rope_scaling": None if model.rope_scaling.type == "none" else parameters}

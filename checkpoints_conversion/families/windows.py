@@ -1,5 +1,5 @@
-"""Sliding windows of the layers, as the families write them, and as sharing maps: 0_1s_2s, each layer reading its own keys and
-values.
+"""Sliding windows of the layers, as the families write them, and as sharing maps: 0_1s_2s, each layer reading
+its own keys and values.
 
 transformers and this project agree on what a window of W is: a token sees itself and the W - 1 before it.
 """
@@ -97,7 +97,10 @@ def _all_or_none(compression: CompressionConfig, num_layers: int) -> Iterator[st
     yield from _plain_problems(compression, num_layers)
     sliding = _sliding(compression, num_layers)
     if any(sliding) and not all(sliding):
-        yield f"compression.layer_types is {compression.layer_types}: some layers have a window and some have none"
+        yield (
+            f"compression.layer_types is {compression.layer_types}: some layers have a window and some have "
+            "none"
+        )
 
 
 ONE_WINDOW = CompressionFields(
@@ -127,7 +130,8 @@ def _layer_window_problems(config: Mapping[str, Any], num_layers: int) -> Iterat
     window = config.get("sliding_window", _DEFAULT_WINDOW)
     if any(_sliding_layers(config, num_layers)) and not (uses and _is_window(window)):
         yield (
-            f"use_sliding_window is {uses} and sliding_window is {window!r}, but some layers have a window (layer_types, "
+            f"use_sliding_window is {uses} and sliding_window is {window!r}, but some layers have a window "
+            "(layer_types, "
             "max_window_layers); these need true and a number of tokens, at least 1."
         )
 
@@ -137,7 +141,9 @@ def _sliding_layers(config: Mapping[str, Any], num_layers: int) -> list[bool]:
         return [_KINDS[kind] for kind in config["layer_types"]]
     first = config.get("max_window_layers")
     first = _DEFAULT_MAX_WINDOW_LAYERS if first is None else first
-    uses = bool(config.get("use_sliding_window")) and config.get("sliding_window", _DEFAULT_WINDOW) is not None
+    uses = (
+        bool(config.get("use_sliding_window")) and config.get("sliding_window", _DEFAULT_WINDOW) is not None
+    )
     return [uses and index >= first for index in range(num_layers)]
 
 
@@ -160,5 +166,5 @@ WINDOW_PER_LAYER = CompressionFields(
     problems=_plain_problems,
     write=_write_layer_windows,
 )
-"""Each layer has the window or sees everything (Qwen): layer_types lists it; without the list, the layers from
-max_window_layers on have it if use_sliding_window is true."""
+"""Each layer has the window or sees everything (Qwen): layer_types lists it; without the list, the layers
+from max_window_layers on have it if use_sliding_window is true."""

@@ -1,8 +1,8 @@
-"""The files of PyTorch's distributed checkpoints (`__0_0.distcp`, ...): records of torch.save one behind the other, each a block of a
-tensor, and `.metadata`, the table of contents.
+"""The files of PyTorch's distributed checkpoints (`__0_0.distcp`, ...): records of torch.save one behind the
+other, each a block of a tensor, and `.metadata`, the table of contents.
 
-PyTorch's own reader takes whole records into memory; here any of their rows are read. Its writer (2.13) keeps all tensors of a file
-in memory until the file is written; here each is forgotten at once.
+PyTorch's own reader takes whole records into memory; here any of their rows are read. Its writer (2.13) keeps
+all tensors of a file in memory until the file is written; here each is forgotten at once.
 """
 
 import hashlib
@@ -55,7 +55,8 @@ _READING_ERRORS = (
 def stored_tensors(
     checkpoint: Path, contents: Metadata, is_wanted: Callable[[str], bool]
 ) -> dict[str, tuple[TensorInfo, list[Piece]]]:
-    """The tensors of a checkpoint with this table of contents, by their keys, and the pieces to read them from. Opens no file."""
+    """The tensors of a checkpoint with this table of contents, by their keys, and the pieces to read them
+    from. Opens no file."""
     found = {}
     for key, entry in contents.state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata) and is_wanted(key):
@@ -69,10 +70,14 @@ def stored_tensors(
     return found
 
 
-def _piece(checkpoint: Path, contents: Metadata, key: str, dtype: torch.dtype, chunk: ChunkStorageMetadata) -> Piece:
+def _piece(
+    checkpoint: Path, contents: Metadata, key: str, dtype: torch.dtype, chunk: ChunkStorageMetadata
+) -> Piece:
     stored = (contents.storage_data or {}).get(MetadataIndex(key, chunk.offsets))
     if stored is None or Path(stored.relative_path).name != str(stored.relative_path):
-        raise ConversionError(f"{checkpoint}: .metadata does not say where {key} is at {list(chunk.offsets)}.")
+        raise ConversionError(
+            f"{checkpoint}: .metadata does not say where {key} is at {list(chunk.offsets)}."
+        )
     path = checkpoint / stored.relative_path
     record = _Record(path, stored.offset, stored.length, key, tuple(chunk.sizes), dtype)
     return Piece(tuple(chunk.offsets), record.shape, record.copy_rows)
@@ -99,10 +104,13 @@ class _Record:
                     self._copy_from(file, self._first_byte, start, stop, target)
         except pickle.UnpicklingError as error:  # whose advice is to trust the file
             raise ConversionError(
-                f"{self.path}: {self.key} cannot be read, the file is damaged or holds something else than tensors. Nothing of it was run."
+                f"{self.path}: {self.key} cannot be read, the file is damaged or holds something else than "
+                "tensors. Nothing of it was run."
             ) from error
         except (OSError, *_READING_ERRORS) as error:
-            raise ConversionError(f"{self.path}: {self.key} cannot be read, the file is damaged: {error}") from error
+            raise ConversionError(
+                f"{self.path}: {self.key} cannot be read, the file is damaged: {error}"
+            ) from error
 
     def _copy_from(self, file: BinaryIO, first_byte: int, start: int, stop: int, target: Tensor) -> None:
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
@@ -117,14 +125,19 @@ class _Record:
 
     @cached_property
     def _first_byte(self) -> int | None:
-        """Where in the file the tensor's elements begin, one row behind the other; None where they are in another order."""
+        """Where in the file the tensor's elements begin, one row behind the other; None where they are in
+        another order."""
         with open(self.path, "rb") as file:
             tensor = self._load(file, "meta")
             with zipfile.ZipFile(_part(file, self.offset, self.length)) as archive:
                 data = [entry for entry in archive.infolist() if "/data/" in entry.filename]
             file.seek(self.offset + data[0].header_offset)
             name_bytes, extra_bytes = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
-        plain = len(data) == 1 and data[0].compress_type == zipfile.ZIP_STORED and data[0].file_size == tensor.nbytes
+        plain = (
+            len(data) == 1
+            and data[0].compress_type == zipfile.ZIP_STORED
+            and data[0].file_size == tensor.nbytes
+        )
         if not plain or not tensor.is_contiguous() or tensor.storage_offset():
             return None
         return self.offset + data[0].header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
@@ -180,8 +193,8 @@ class _Part(io.RawIOBase):
 def write_tensors(
     folder: Path, infos: Mapping[str, TensorInfo], read: Callable[[str, slice], Tensor]
 ) -> dict[str, FileEntry]:
-    """Writes the tensors `infos`, and .metadata, into a folder. `read(key, rows)` is called for rows of about CHUNK_BYTES at a time,
-    in order. Returns size and sha256 of the files with tensors."""
+    """Writes the tensors `infos`, and .metadata, into a folder. `read(key, rows)` is called for rows of about
+    CHUNK_BYTES at a time, in order. Returns size and sha256 of the files with tensors."""
     contents: dict[str, Any] = {}
     records: list[WriteResult] = []
     with ExitStack() as stack:
@@ -192,10 +205,14 @@ def write_tensors(
                 if files[-1].bytes >= FILE_BYTES:
                     files.append(stack.enter_context(_HashedFile(folder / f"__{len(files)}_0.distcp")))
                 shape = (rows.stop - rows.start, *info.shape[1:])
-                chunk = ChunkStorageMetadata(torch.Size((rows.start, *[0] * len(shape[1:]))), torch.Size(shape))
+                chunk = ChunkStorageMetadata(
+                    torch.Size((rows.start, *[0] * len(shape[1:]))), torch.Size(shape)
+                )
                 records.append(_append(files[-1], MetadataIndex(key, chunk.offsets), read(key, rows)))
                 chunks.append(chunk)
-            contents[key] = TensorStorageMetadata(TensorProperties(info.dtype), torch.Size(info.shape), chunks)
+            contents[key] = TensorStorageMetadata(
+                TensorProperties(info.dtype), torch.Size(info.shape), chunks
+            )
     dcp.FileSystemWriter(folder).finish(Metadata(contents), [records])
     return {file.path.name: file.entry for file in files}
 
@@ -217,7 +234,7 @@ class _HashedFile:
         self.path = path
         self.bytes = 0
         self._digest = hashlib.sha256()
-        self._file = open(path, "wb")  # noqa: SIM115 - closed by __exit__
+        self._file = open(path, "wb")  # noqa: SIM115 - closed by its owner
 
     def __enter__(self) -> "_HashedFile":
         return self

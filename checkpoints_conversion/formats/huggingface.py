@@ -26,21 +26,25 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 def read_config_file(folder: Path) -> dict[str, Any]:
-    """The content of the folder's config.json; raises ConversionError where there is none or it is not a JSON object."""
+    """The content of the folder's config.json; raises ConversionError where there is none or it is not a JSON
+    object."""
     content = _read_json(folder / CONFIG_NAME)
     if not isinstance(content, dict):
-        raise ConversionError(f"{folder / CONFIG_NAME} holds {type(content).__name__}; it must be a JSON object.")
+        raise ConversionError(
+            f"{folder / CONFIG_NAME} holds {type(content).__name__}; it must be a JSON object."
+        )
     return content
 
 
 class HuggingFaceFolder:
-    """The weights of a folder, under the names that they have there. Nothing is in memory until it is read."""
+    """The weights of a folder, under the names that they have there. Nothing is in memory until it is
+    read."""
 
     def __init__(self, path: Path, *, allow_pickle: bool = False) -> None:
         """Looks for model.safetensors or its index, and with `allow_pickle` for pytorch_model.bin.
 
-        Raises ConversionError where there are no weights, only pickled ones without `allow_pickle`, or where a file is missing,
-        truncated, or lacks a tensor that the index says it has.
+        Raises ConversionError where there are no weights, only pickled ones without `allow_pickle`, or where
+        a file is missing, truncated, or lacks a tensor that the index says it has.
         """
         self.path = path
         name = self._find(allow_pickle)
@@ -60,24 +64,31 @@ class HuggingFaceFolder:
             absent = [tensor for tensor in indexed if tensor not in found]
             if absent:
                 raise ConversionError(
-                    f"{file} lacks {len(absent)} tensors that {index.name} says it has, such as {absent[0]}. Fetch the model again."
+                    f"{file} lacks {len(absent)} tensors that {index.name} says it has, such as {absent[0]}. "
+                    "Fetch the model again."
                 )
             self._tensors |= {
-                tensor: stored for tensor, stored in found.items() if tensor in indexed or tensor not in self._tensors
+                tensor: stored
+                for tensor, stored in found.items()
+                if tensor in indexed or tensor not in self._tensors
             }
 
     def _find(self, allow_pickle: bool) -> str:
         """The name of the weights' file, whether or not they are in shards."""
         if not self.path.is_dir():
-            raise ConversionError(f"{self.path} is not a folder; give that of a model, with config.json and weights.")
+            raise ConversionError(
+                f"{self.path} is not a folder; give that of a model, with config.json and weights."
+            )
         for name in (_SAFETENSORS, _PICKLE) if allow_pickle else (_SAFETENSORS,):
             if (self.path / name).exists() or (self.path / (name + _INDEX)).exists():
                 return name
         pickles = sorted(file.name for file in self.path.iterdir() if file.suffix in _PICKLE_ENDINGS)
         if pickles:
             raise ConversionError(
-                f"{self.path} has no {_SAFETENSORS}, only pickled weights ({', '.join(pickles[:3])}). Pickles can run programs: take "
-                f"the model in safetensors, or allow pickles to read {_PICKLE} (nothing but tensors will be unpickled)."
+                f"{self.path} has no {_SAFETENSORS}, only pickled weights ({', '.join(pickles[:3])}). "
+                "Pickles can run programs: take "
+                f"the model in safetensors, or allow pickles to read {_PICKLE} (nothing but tensors will be "
+                "unpickled)."
             )
         raise ConversionError(
             f"{self.path} has neither {_SAFETENSORS} nor {_SAFETENSORS}{_INDEX}; these hold the weights."
@@ -100,11 +111,15 @@ def _shards(index: Path) -> dict[str, list[str]]:
     content = _read_json(index)
     names = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
-        raise ConversionError(f"{index}: weight_map is {names!r}; it must say for every tensor in which file it is.")
+        raise ConversionError(
+            f"{index}: weight_map is {names!r}; it must say for every tensor in which file it is."
+        )
     shards: dict[str, list[str]] = {}
     for tensor, file in names.items():
         if Path(file).name != file:
-            raise ConversionError(f"{index}: {tensor} is in {file!r}; only files of the same folder are read.")
+            raise ConversionError(
+                f"{index}: {tensor} is in {file!r}; only files of the same folder are read."
+            )
         shards.setdefault(file, []).append(tensor)
     return shards
 
@@ -132,24 +147,29 @@ class _PickledTensor:
 
 
 def _open_pickle(path: Path) -> dict[str, _PickledTensor]:
-    """The tensors of a file by torch.save; nothing but tensors is unpickled, and they are mapped, not read."""
+    """The tensors of a file by torch.save; nothing but tensors is unpickled, and they are mapped, not
+    read."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise ConversionError(
-            f"{path} is truncated, holds more than tensors, or is older than PyTorch 1.6 ({reason}). Take the model in safetensors."
+            f"{path} is truncated, holds more than tensors, or is older than PyTorch 1.6 ({reason}). Take "
+            "the model in safetensors."
         ) from error
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise ConversionError(f"{path} holds no dictionary of tensors; it must be the state of a model.")
     return {str(name): _PickledTensor(tensor) for name, tensor in content.items()}
 
 
-def write_safetensors(folder: Path, source: TensorSource, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> tuple[str, ...]:
-    """Writes the tensors of `source` to model.safetensors, or to shards with an index, and returns the names of the files with weights.
+def write_safetensors(
+    folder: Path, source: TensorSource, *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> tuple[str, ...]:
+    """Writes the tensors of `source` to model.safetensors, or to shards with an index, and returns the names
+    of the files with weights.
 
-    Each is read when it is written, in slices of rows. The files appear under their names when all are whole; after an error
-    there are none.
+    Each is read when it is written, in slices of rows. The files appear under their names when all are whole;
+    after an error there are none.
     """
     shards = _plan(source.infos(), max_shard_bytes)
     temporary = {name: folder / f".{name}.tmp" for name in shards}
@@ -185,4 +205,6 @@ def _plan(infos: Mapping[str, TensorInfo], max_shard_bytes: int) -> dict[str, li
     if len(groups) == 1:
         return {_SAFETENSORS: groups[0]}
     stem = _SAFETENSORS.removesuffix(".safetensors")
-    return {f"{stem}-{number:05}-of-{len(groups):05}.safetensors": group for number, group in enumerate(groups, 1)}
+    return {
+        f"{stem}-{number:05}-of-{len(groups):05}.safetensors": group for number, group in enumerate(groups, 1)
+    }

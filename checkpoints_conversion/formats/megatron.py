@@ -1,4 +1,5 @@
-"""The project's own checkpoints: read whatever the layout that saved them, and written for any layout that will load them.
+"""The project's own checkpoints: read whatever the layout that saved them, and written for any layout that
+will load them.
 
 Neither needs process groups, and neither holds more of a model than the rows that it is asked for.
 """
@@ -46,7 +47,8 @@ from megatron_ext.config import RunConfig, TrainConfig
 from megatron_ext.model.architecture import architecture
 
 MODEL_FILE_NAME = "model.yaml"
-"""Beside the checkpoints that a conversion writes: the sections `model` and `compression` of a run that trains the model."""
+"""Beside the checkpoints that a conversion writes: the sections `model` and `compression` of a run that
+trains the model."""
 DEFAULT_FAMILY = "llama"
 """Of a checkpoint that does not say where its model comes from."""
 Progress = Callable[[int, int], None]
@@ -76,14 +78,16 @@ def canonical_name(key: str) -> str:
 
 
 class MegatronCheckpoint:
-    """A checkpoint's model weights under canonical names (a TensorSource), in the dtype of the model that was trained: where
-    that is bfloat16, float32 main weights stay behind with the rest of the optimizer's state."""
+    """A checkpoint's model weights under canonical names (a TensorSource), in the dtype of the model that was
+    trained: where that is bfloat16, float32 main weights stay behind with the rest of the optimizer's
+    state."""
 
     def __init__(self, path: Path, *, verify_hashes: bool = True, progress: Progress | None = None) -> None:
-        """`path` is what `checkpoint.load` takes: one checkpoint, or a directory of them, of which the newest good one is read.
+        """`path` is what `checkpoint.load` takes: one checkpoint, or a directory of them, of which the newest
+        good one is read.
 
-        `progress` is told of the checking of hashes. Raises CheckpointError where there is no good checkpoint, ConversionError where
-        its weights are not those of the model that its settings describe.
+        `progress` is told of the checking of hashes. Raises CheckpointError where there is no good
+        checkpoint, ConversionError where its weights are not those of the model that its settings describe.
         """
         self.path, self.manifest = _choose(Path(path), verify_hashes, progress)
         """The folder of the checkpoint, and what its files are."""
@@ -97,7 +101,9 @@ class MegatronCheckpoint:
         self.conversion: ConversionManifest | None = read_conversion(self.path)
         """Where it comes from, if a conversion has written it."""
 
-        stored = stored_tensors(self.path, read_contents(self.path), lambda key: not key.startswith("optimizer."))
+        stored = stored_tensors(
+            self.path, read_contents(self.path), lambda key: not key.startswith("optimizer.")
+        )
         self._stored = {canonical_name(key): entry for key, entry in stored.items()}
         expected = self.description.expected_tensors()
         found = {name: without_padding(name, info, expected) for name, (info, _) in self._stored.items()}
@@ -117,7 +123,8 @@ class MegatronCheckpoint:
             vocab_size = self.settings["architecture"]["vocab_size"]
         except KeyError as error:
             raise ConversionError(
-                f"{self.path / CONFIG_NAME} has no section or field {error}; it is needed to know the model. Give a checkpoint that "
+                f"{self.path / CONFIG_NAME} has no section or field {error}; it is needed to know the model. "
+                "Give a checkpoint that "
                 "this project's training or conversion has saved."
             ) from error
         length = run.model.max_position_embeddings or run.train.seq_length
@@ -185,11 +192,13 @@ def write_checkpoint(
     manifest_json: Mapping[str, Any],
     progress: Progress | None = None,
 ) -> Path:
-    """Writes weights as a checkpoint in the new or empty folder `directory`; returns the checkpoint's own folder.
+    """Writes weights as a checkpoint in the new or empty folder `directory`; returns the checkpoint's own
+    folder.
 
-    `restore` and `checkpoint.finetune` load it on every layout; there is no optimizer in it, so a run cannot be resumed from
-    it. The tensors of `source`, which has those of `description`, are read in rows of some 32 MiB, cast to `dtype` (default: left as
-    they are) and forgotten. `manifest_json` is the content of conversion.json. Nothing is left behind where it fails or is stopped.
+    `restore` and `checkpoint.finetune` load it on every layout; there is no optimizer in it, so a run cannot
+    be resumed from it. The tensors of `source`, which has those of `description`, are read in rows of some 32
+    MiB, cast to `dtype` (default: left as they are) and forgotten. `manifest_json` is the content of
+    conversion.json. Nothing is left behind where it fails or is stopped.
 
     Raises ConversionError where the folder is not empty or tensors are missing; DiskFullError.
     """
@@ -235,7 +244,8 @@ def _check_room(directory: Path, weights_bytes: int) -> None:
     needed, free = weights_bytes + _ROOM_BYTES, shutil.disk_usage(existing).free
     if free < needed:
         raise DiskFullError(
-            f"{directory}: no space to write the model: it takes about {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free. "
+            f"{directory}: no space to write the model: it takes about {needed / 1e6:,.1f} MB, "
+            f"{free / 1e6:,.1f} MB are free. "
             "Free some space, or give a folder on another file system."
         )
 
@@ -267,7 +277,8 @@ def _megatron_key(name: str, names: Mapping[str, Any]) -> str:
 
 
 def _settings(description: ModelDescription) -> dict[str, Any]:
-    """config.json: a run with the model, and with defaults otherwise. It computes with numbers that can hold the weights."""
+    """config.json: a run with the model, and with defaults otherwise. It computes with numbers that can hold
+    the weights."""
     train = TrainConfig(
         precision="bf16" if description.dtype == torch.bfloat16 else "fp32",
         seq_length=description.model.max_position_embeddings or TrainConfig.seq_length,

@@ -42,6 +42,8 @@ def join_rows(pieces: Sequence[Piece], info: TensorInfo, rows: slice | None) -> 
         first = piece.offsets[0]
         low, high = max(start, first), min(stop, first + piece.sizes[0])
         if low < high:
-            beside = (slice(at, at + size) for at, size in zip(piece.offsets[1:], piece.sizes[1:], strict=True))
+            beside = (
+                slice(at, at + size) for at, size in zip(piece.offsets[1:], piece.sizes[1:], strict=True)
+            )
             piece.copy_rows(low - first, high - first, whole[(slice(low - start, high - start), *beside)])
     return whole

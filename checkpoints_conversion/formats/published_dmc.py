@@ -1,10 +1,12 @@
-"""The DMC models that NVIDIA has published (Llama-2-7B-DMC-4x and its siblings): checkpoints in Megatron's older layout.
+"""The DMC models that NVIDIA has published (Llama-2-7B-DMC-4x and its siblings): checkpoints in Megatron's
+older layout.
 
     FOLDER/latest_checkpointed_iteration.txt            the number of the newest iteration, or "release"
     FOLDER/iter_0002000/mp_rank_00/model_optim_rng.pt   tensor-parallel rank 0
     FOLDER/iter_0002000/mp_rank_00_001/...              the same of pipeline stage 1, where there are several stages
 
-A file is a dictionary that torch.save has pickled: the run's `args`, and its part of the weights under `model`.
+A file is a dictionary that torch.save has pickled: the run's `args`, and its part of the weights under
+`model`.
 """
 
 import argparse
@@ -42,15 +44,17 @@ _SPLIT_BY_ROWS = ("word_embeddings.weight", "output_layer.weight", ".linear_qkv.
 
 
 class PublishedDMCCheckpoint:
-    """A published model's weights under canonical names (a TensorSource), tensor-parallel ranks and pipeline stages joined."""
+    """A published model's weights under canonical names (a TensorSource), tensor-parallel ranks and pipeline
+    stages joined."""
 
     def __init__(
         self, path: Path, *, vocab_size: int | None = None, target_compression_ratio: float | None = None
     ) -> None:
         """`path` is the folder of one iteration, or the one with `latest_checkpointed_iteration.txt`.
 
-        `vocab_size`, the true one, and `target_compression_ratio` go before what the file says. Raises ConversionError where
-        files of ranks are missing or refused, or where the model is not one that can be converted.
+        `vocab_size`, the true one, and `target_compression_ratio` go before what the file says. Raises
+        ConversionError where files of ranks are missing or refused, or where the model is not one that can be
+        converted.
         """
         self.path = _find_folder(Path(path))
         """The folder of the iteration."""
@@ -60,7 +64,9 @@ class PublishedDMCCheckpoint:
         self._parts = _collect(self._ranks, arguments)
         embedding = self._parts.get("embedding.word_embeddings.weight")
         if embedding is None:
-            raise ConversionError(f"{self.path}: the first pipeline stage has no embedding; this is no language model.")
+            raise ConversionError(
+                f"{self.path}: the first pipeline stage has no embedding; this is no language model."
+            )
         self.description = describe(
             arguments,
             dtype=embedding[0].dtype,
@@ -99,23 +105,30 @@ class PublishedDMCCheckpoint:
         arguments, version = content.get("args"), content.get("checkpoint_version")
         where = self._ranks[0, 0].path
         if not isinstance(arguments, argparse.Namespace):
-            raise ConversionError(f"{where} holds no arguments of a run (`args`); they are needed to know the model.")
+            raise ConversionError(
+                f"{where} holds no arguments of a run (`args`); they are needed to know the model."
+            )
         if version != 3.0:
             raise ConversionError(
-                f"{where}: checkpoint_version is {version}; it must be 3.0, earlier ones have queries, keys and values in another order."
+                f"{where}: checkpoint_version is {version}; it must be 3.0, earlier ones have queries, keys "
+                "and values in another order."
             )
         found = Arguments(vars(arguments), where)
         sizes = (found.integer("tensor_model_parallel_size"), found.integer("pipeline_model_parallel_size"))
         expected = {(tensor, stage) for tensor in range(sizes[0]) for stage in range(sizes[1])}
         if missing := sorted(expected - self._ranks.keys()):
-            ranks = ", ".join(f"tensor-parallel rank {tensor} of stage {stage}" for tensor, stage in missing[:5])
+            ranks = ", ".join(
+                f"tensor-parallel rank {tensor} of stage {stage}" for tensor, stage in missing[:5]
+            )
             more = " ..." if len(missing) > 5 else ""
             raise ConversionError(
-                f"{self.path}: the files of {len(missing)} of {len(expected)} ranks are missing: {ranks}{more}."
+                f"{self.path}: the files of {len(missing)} of {len(expected)} ranks are missing: "
+                f"{ranks}{more}."
             )
         if extra := sorted(self._ranks.keys() - expected):
             raise ConversionError(
-                f"{self.path}: {self._ranks[extra[0]].path.parent.name} belongs to no rank of tensor_model_parallel_size {sizes[0]} "
+                f"{self.path}: {self._ranks[extra[0]].path.parent.name} belongs to no rank of "
+                f"tensor_model_parallel_size {sizes[0]} "
                 f"x pipeline_model_parallel_size {sizes[1]}; remove it."
             )
         return found
@@ -128,7 +141,8 @@ def _find_folder(path: Path) -> Path:
         path = path / (f"iter_{int(name):07d}" if name.isascii() and name.isdigit() else "release")
     if not any(_rank_folders(path)):
         raise ConversionError(
-            f"{path} holds no folders mp_rank_00 and so on; give the folder of one iteration, or the one with {_TRACKER_NAME}."
+            f"{path} holds no folders mp_rank_00 and so on; give the folder of one iteration, or the one "
+            f"with {_TRACKER_NAME}."
         )
     return path
 
@@ -144,7 +158,8 @@ def _open_ranks(folder: Path) -> dict[tuple[int, int], RankFile]:
         match = _RANK_FOLDER.fullmatch(path.name)
         if match is None:
             raise ConversionError(
-                f"{path}: of such names mp_rank_00 and mp_rank_00_000 are known; mixtures of experts are not converted."
+                f"{path}: of such names mp_rank_00 and mp_rank_00_000 are known; mixtures of experts are not "
+                "converted."
             )
         ranks[int(match[1]), int(match[2] or 0)] = RankFile(path / FILE_NAME)
     if (0, 0) not in ranks:
@@ -188,9 +203,12 @@ def _join(name: str, key: str, files: list[RankFile]) -> tuple[TensorInfo, list[
     (shape, *others) = shapes
     if others or shape is None or not shape:
         shown = ", ".join(
-            f"{path.parent.name} {'nothing' if part is None else list(part.shape)}" for path, part in found.items()
+            f"{path.parent.name} {'nothing' if part is None else list(part.shape)}"
+            for path, part in found.items()
         )
-        raise ConversionError(f"{files[0].path.parent.parent}: the parts of {key} do not fit together: {shown}.")
+        raise ConversionError(
+            f"{files[0].path.parent.parent}: the parts of {key} do not fit together: {shown}."
+        )
     dtype, ranks, rest = files[0].tensors[key].dtype, len(files), shape[1:]
     if name.endswith(_SPLIT_BY_COLUMNS):
         pieces = [_piece(file, key, (0, rank * shape[1]), shape) for rank, file in enumerate(files)]
@@ -206,10 +224,14 @@ def _join(name: str, key: str, files: list[RankFile]) -> tuple[TensorInfo, list[
         ]
         return TensorInfo((ranks * shape[0], *rest), dtype), pieces
     if name.endswith(_SPLIT_BY_ROWS):
-        pieces = [_piece(file, key, (rank * shape[0], *[0] * len(rest)), shape) for rank, file in enumerate(files)]
+        pieces = [
+            _piece(file, key, (rank * shape[0], *[0] * len(rest)), shape) for rank, file in enumerate(files)
+        ]
         return TensorInfo((ranks * shape[0], *rest), dtype), pieces
     return TensorInfo(shape, dtype), [_piece(files[0], key, (0,) * len(shape), shape)]
 
 
-def _piece(file: RankFile, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...], *, first: int = 0) -> Piece:
+def _piece(
+    file: RankFile, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...], *, first: int = 0
+) -> Piece:
     return Piece(offsets, sizes, partial(file.copy_rows, key, first))

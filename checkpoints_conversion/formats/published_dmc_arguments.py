@@ -1,4 +1,5 @@
-"""What the arguments of a run of Megatron's older training program, with its additions for DMC, say of the model."""
+"""What the arguments of a run of Megatron's older training program, with its additions for DMC, say of the
+model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -81,8 +82,8 @@ def describe(
 ) -> ModelDescription:
     """The model that was trained with `arguments`, whose embedding has `padded_vocab_size` rows of `dtype`.
 
-    The other two go before the arguments. Raises ConversionError naming the argument that is missing or has a value that cannot be
-    converted.
+    The other two go before the arguments. Raises ConversionError naming the argument that is missing or has a
+    value that cannot be converted.
     """
     _check_fixed(arguments)
     heads = arguments.integer("num_attention_heads")
@@ -94,7 +95,9 @@ def describe(
         ffn_hidden_size=arguments.integer("ffn_hidden_size"),
         num_attention_heads=heads,
         # Without grouped-query attention the number of groups is there, and means nothing.
-        num_query_groups=arguments.integer("num_query_groups") if arguments.flag("group_query_attention") else heads,
+        num_query_groups=arguments.integer("num_query_groups")
+        if arguments.flag("group_query_attention")
+        else heads,
         kv_channels=arguments.integer("kv_channels", hidden // heads),
         vocab_size=size,
         max_position_embeddings=arguments.integer("max_position_embeddings"),
@@ -120,18 +123,22 @@ def _check_fixed(arguments: Arguments) -> None:
         raise arguments.refuse("position_embedding_type", "'rope'")
 
 
-def _vocabulary(arguments: Arguments, padded: int, given: int | None) -> tuple[int, dict[str, int | list[int] | None]]:
+def _vocabulary(
+    arguments: Arguments, padded: int, given: int | None
+) -> tuple[int, dict[str, int | list[int] | None]]:
     tokenizer = arguments.values.get("tokenizer_type")
     known, tokens = _KNOWN_TOKENIZERS.get(tokenizer, (None, {})) if isinstance(tokenizer, str) else (None, {})
     size = given or arguments.values.get("vocab_size") or known
     if type(size) is not int:
         raise ConversionError(
-            f"{arguments.where}: the arguments do not say how many tokens the tokenizer ({tokenizer}) knows, and of the embedding's "
+            f"{arguments.where}: the arguments do not say how many tokens the tokenizer ({tokenizer}) knows, "
+            "and of the embedding's "
             f"{padded} rows some are padding. Give the vocabulary size."
         )
     if not 0 < size <= padded:
         raise ConversionError(
-            f"{arguments.where}: the vocabulary size is {size}, but the embedding has {padded} rows; give the true vocabulary size."
+            f"{arguments.where}: the vocabulary size is {size}, but the embedding has {padded} rows; give "
+            "the true vocabulary size."
         )
     return size, dict(tokens)
 
@@ -139,7 +146,8 @@ def _vocabulary(arguments: Arguments, padded: int, given: int | None) -> tuple[i
 def _policy(arguments: Arguments, dtype: torch.dtype, target_compression_ratio: float | None) -> DMCConfig:
     if target_compression_ratio is None and "dmc_cr" not in arguments.values:
         raise ConversionError(
-            f"{arguments.where}: the arguments do not say the compression ratio (dmc_cr); give it, such as 4 for Llama-2-7B-DMC-4x."
+            f"{arguments.where}: the arguments do not say the compression ratio (dmc_cr); give it, such as 4 "
+            "for Llama-2-7B-DMC-4x."
         )
     stage = "finetune"  # also the stage of a finished model
     if arguments.flag("dmc_is_stage_one"):
@@ -152,5 +160,7 @@ def _policy(arguments: Arguments, dtype: torch.dtype, target_compression_ratio: 
         initial_decision_bias=arguments.number("dmc_init_val", 5.0),
         temperature=arguments.number("dmc_temp", 0.1),
         window=arguments.integer("dmc_window_size", 12),
-        eps=torch.finfo(dtype).eps,  # that of the dtype in which the model was trained, whatever it will run in
+        eps=torch.finfo(
+            dtype
+        ).eps,  # that of the dtype in which the model was trained, whatever it will run in
     )

@@ -1,7 +1,7 @@
 """One rank's file of a checkpoint in Megatron's older layout.
 
-It is read with torch's weights_only unpickler. Of classes that this one does not know, a few that such files hold stand for nothing
-here; a file that names any other is refused.
+It is read with torch's weights_only unpickler. Of classes that this one does not know, a few that such files
+hold stand for nothing here; a file that names any other is refused.
 """
 
 import argparse
@@ -23,7 +23,8 @@ REMAP_BYTES = 256 * 2**20
 
 
 class _Ignored:
-    """Stands for an object of no use here: an enumeration among the arguments, a random state, FP8 scaling. Keeps nothing."""
+    """Stands for an object of no use here: an enumeration among the arguments, a random state, FP8 scaling.
+    Keeps nothing."""
 
     def __new__(cls, *_: object) -> "_Ignored":
         return super().__new__(cls)
@@ -72,7 +73,8 @@ class RankFile:
         model = self.content.get("model")
         if not isinstance(model, Mapping):
             raise ConversionError(
-                f"{self.path}: it has no weights under `model`; with an interleaved pipeline (model0, ...) they are not converted."
+                f"{self.path}: it has no weights under `model`; with an interleaved pipeline (model0, ...) "
+                "they are not converted."
             )
         self.tensors = dict(_flatten(model, self.path))
 
@@ -84,7 +86,8 @@ def _load(path: Path) -> Mapping[str, Any]:
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)", str(error))
         raise ConversionError(
-            f"{path} is refused: it names {name[1] if name else 'objects'}, which is not part of a model. Nothing of it was run. Take the "
+            f"{path} is refused: it names {name[1] if name else 'objects'}, which is not part of a model. "
+            "Nothing of it was run. Take the "
             "file from where the model was published."
         ) from error
     except FileNotFoundError:
@@ -123,4 +126,6 @@ def _flatten(model: Mapping[Any, Any], path: Path, prefix: str = "") -> Iterator
         elif isinstance(value, Tensor):
             yield key, value
         else:
-            raise ConversionError(f"{path}: {key} among the weights is a {type(value).__name__}, not a tensor.")
+            raise ConversionError(
+                f"{path}: {key} among the weights is a {type(value).__name__}, not a tensor."
+            )

@@ -1,8 +1,9 @@
 """safetensors files, read and written in pieces.
 
-The library opens and checks them; the bytes are read and written here, because the library's reader maps the whole file into
-memory and its writer takes all tensors at once. The format: eight bytes with the header's length, a JSON header with
-{name: {dtype, shape, data_offsets}}, and the tensors behind one another without gaps.
+The library opens and checks them; the bytes are read and written here, because the library's reader maps the
+whole file into memory and its writer takes all tensors at once. The format: eight bytes with the header's
+length, a JSON header with {name: {dtype, shape, data_offsets}}, and the tensors behind one another without
+gaps.
 """
 
 import json
@@ -16,7 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from checkpoints_conversion.tensors import WEIGHT_DTYPES, ConversionError, TensorInfo, TensorSource, row_chunks
+from checkpoints_conversion.tensors import (
+    WEIGHT_DTYPES,
+    ConversionError,
+    TensorInfo,
+    TensorSource,
+    row_chunks,
+)
 
 _DTYPES = {
     "F64": torch.float64,
@@ -62,15 +69,16 @@ class StoredTensor:
                 count = file.readinto(target)
                 if not count:
                     raise ConversionError(
-                        f"{self.path} is truncated: it ends at byte {os.path.getsize(self.path)}. Fetch it again."
+                        f"{self.path} is truncated: it ends at byte {os.path.getsize(self.path)}. Fetch it "
+                        "again."
                     )
                 target = target[count:]
         return result
 
 
 def open_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file by their names, in the order in which they lie. Raises ConversionError where it is truncated, is no
-    safetensors file, or cannot be read."""
+    """The tensors of a file by their names, in the order in which they lie. Raises ConversionError where it
+    is truncated, is no safetensors file, or cannot be read."""
     try:
         with open(path, "rb") as file:
             start = file.read(_LENGTH.size)
@@ -80,10 +88,13 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     except SafetensorError as error:
         if start.startswith(_PICKLES):
             raise ConversionError(
-                f"{path} is a pickle, whatever its name says. Pickles can run programs: take the model in safetensors, or give the file "
+                f"{path} is a pickle, whatever its name says. Pickles can run programs: take the model in "
+                "safetensors, or give the file "
                 "its true name, such as pytorch_model.bin, and allow pickles."
             ) from error
-        raise ConversionError(f"{path} is truncated or no safetensors file ({error}). Fetch it again.") from error
+        raise ConversionError(
+            f"{path} is truncated or no safetensors file ({error}). Fetch it again."
+        ) from error
     except OSError as error:
         raise ConversionError(f"{path} cannot be read: {error.strerror or error}.") from error
     header.pop("__metadata__", None)
@@ -100,7 +111,8 @@ def _stored(path: Path, name: str, entry: dict, data: int) -> StoredTensor:
 
 
 def write_safetensors_file(path: Path, source: TensorSource, names: Sequence[str]) -> None:
-    """Writes the named tensors of `source` in slices of rows, each read when it is written, and waits until they are on the disk.
+    """Writes the named tensors of `source` in slices of rows, each read when it is written, and waits until
+    they are on the disk.
 
     What is at `path` is overwritten; after an error there may be a part of a file.
     """
@@ -132,4 +144,10 @@ def _header(infos: dict[str, TensorInfo]) -> bytes:
 
 def _check_chunk(name: str, chunk: Tensor, info: TensorInfo, rows: slice) -> None:
     expected = (rows.stop - rows.start, *info.shape[1:])
-    assert tuple(chunk.shape) == expected and chunk.dtype == info.dtype, (name, chunk.shape, chunk.dtype, info, rows)
+    assert tuple(chunk.shape) == expected and chunk.dtype == info.dtype, (
+        name,
+        chunk.shape,
+        chunk.dtype,
+        info,
+        rows,
+    )

@@ -12,9 +12,12 @@ MARGIN_NATS = 1.0
 def main(prefix: str, metrics: str) -> int:
     """Print both numbers; 1 where the loss is less than MARGIN_NATS below the entropy."""
     entropy = unigram_entropy(prefix)
-    losses = [report["validation_loss"] for report in read_metrics(Path(metrics)) if "validation_loss" in report]
+    losses = [
+        report["validation_loss"] for report in read_metrics(Path(metrics)) if "validation_loss" in report
+    ]
     print(
-        f"validation loss {losses[-1]:.3f} nats per token; a model that knows only word frequencies has {entropy:.3f}"
+        f"validation loss {losses[-1]:.3f} nats per token; a model that knows only word frequencies has "
+        f"{entropy:.3f}"
     )
     if losses[-1] <= entropy - MARGIN_NATS:
         return 0

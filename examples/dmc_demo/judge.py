@@ -1,4 +1,5 @@
-"""What the retrofit cost and what it saved: perplexity of every stage, tokens per slot, bytes of KV cache per token."""
+"""What the retrofit cost and what it saved: perplexity of every stage, tokens per slot, bytes of KV cache per
+token."""
 
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ MOST_PERPLEXITY = 1.1
 
 
 def main(folder: str) -> int:
-    """Print a line per stage; 1 where the last one does not merge as it should, or has become worse for it."""
+    """Print a line per stage; 1 where the last one does not merge as it should, or has become worse for
+    it."""
     run = parse_run_config(["--config", str(Path(__file__).parent / "base.yaml")])
     shape = model_shape(run.model, vocab_size=0, seq_length=run.train.seq_length)
     whole = kv_bytes_per_token(shape, run.compression.map(run.model.num_layers), bytes_per_number=4)
@@ -29,11 +31,14 @@ def main(folder: str) -> int:
         print(f"{stage:<10} {perplexity[stage]:>10.2f} {ratio:>16.2f} {whole / ratio:>19.0f}")
     if ratio < LEAST_RATIO:
         print(
-            f"the last stage merges {ratio:.2f} tokens per slot; at least {LEAST_RATIO} were asked for", file=sys.stderr
+            f"the last stage merges {ratio:.2f} tokens per slot; at least {LEAST_RATIO} were asked for",
+            file=sys.stderr,
         )
         return 1
     if perplexity["finetune"] > MOST_PERPLEXITY * perplexity["control"]:
-        print("the last stage is more than 10 % worse than the plain model after as many steps", file=sys.stderr)
+        print(
+            "the last stage is more than 10 % worse than the plain model after as many steps", file=sys.stderr
+        )
         return 1
     return 0
 

@@ -43,8 +43,8 @@ def why_not_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> st
 def choose(name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int) -> Choice:
     """The backend `name`, or for "auto" the fastest that serves these tensors.
 
-    Raises ValueError, naming the setting and the obstacle, where an explicitly requested backend cannot serve: there is no
-    fallback.
+    Raises ValueError, naming the setting and the obstacle, where an explicitly requested backend cannot
+    serve: there is no fallback.
     """
     obstacle = why_not_flash(device, dtype, head_dim)
     requested = f"model.attention_backend is {name}"

@@ -1,8 +1,9 @@
 """Attention to keys with a bias on their score, at the cost of plain causal flash attention.
 
-Channel d - 1 of a key is its bias and channel d - 1 of a query the constant that brings it to the score, so any flash
-kernel adds it. But a query sees its newest key, its frontier, without bias: key t, or key t - 1 where query t does not
-see itself. So the kernel gets the keys below the frontier only, which is again a causal problem, one query shorter:
+Channel d - 1 of a key is its bias and channel d - 1 of a query the constant that brings it to the score, so
+any flash kernel adds it. But a query sees its newest key, its frontier, without bias: key t, or key t - 1
+where query t does not see itself. So the kernel gets the keys below the frontier only, which is again a
+causal problem, one query shorter:
 
     keys     0 1 2 3 4
     query 0  F                 F: the frontier, one dot product per query, joined to the kernel's softmax by its lse
@@ -11,10 +12,11 @@ see itself. So the kernel gets the keys below the frontier only, which is again 
     query 3  x x x F
     query 4  x x x x F
 
-The kernel's backward is given the output and the logsumexp of the whole softmax and so returns exactly the gradients
-through the keys below the frontier. Nothing of size s x s is made.
+The kernel's backward is given the output and the logsumexp of the whole softmax and so returns exactly the
+gradients through the keys below the frontier. Nothing of size s x s is made.
 
-Shapes: b rows, h query heads, g KV heads, s tokens, d channels; query [b, h, s, d], key and value [b, g, s, d].
+Shapes: b rows, h query heads, g KV heads, s tokens, d channels; query [b, h, s, d], key and value [b, g, s,
+d].
 """
 
 from collections.abc import Iterator
@@ -37,18 +39,27 @@ class _Piece(NamedTuple):
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, *, scale: float, dropout: float, pair: FlashPair
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visibility: Visibility,
+    *,
+    scale: float,
+    dropout: float,
+    pair: FlashPair,
 ) -> Tensor:
-    """Same contract as `reference.attend` with `biased`. Raises ValueError for a window and for dropout, which it does
-    not have."""
+    """Same contract as `reference.attend` with `biased`. Raises ValueError for a window and for dropout,
+    which it does not have."""
     if visibility.window is not None:
         raise ValueError(
-            f"compression.sliding_window is {visibility.window}; there are no sliding windows over merged tokens "
+            f"compression.sliding_window is {visibility.window}; there are no sliding windows over merged "
+            "tokens "
             "(compression.policy.name dmc): remove the 's' in compression.layer_types."
         )
     if dropout > 0:
         raise ValueError(
-            f"model.attention_dropout is {dropout}; it must be 0 where tokens are merged (compression.policy.name dmc)."
+            f"model.attention_dropout is {dropout}; it must be 0 where tokens are merged "
+            "(compression.policy.name dmc)."
         )
     return _Biased.apply(query, key, value, scale, list(_pieces(query, visibility)), pair)
 
@@ -73,7 +84,13 @@ def _grouped(heads: Tensor, like: Tensor) -> Tensor:
 class _Biased(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, pieces: list[_Piece], pair: FlashPair
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        pieces: list[_Piece],
+        pair: FlashPair,
     ) -> Tensor:
         output = torch.zeros_like(query)
         dtype = torch.promote_types(query.dtype, torch.float32)
@@ -110,8 +127,8 @@ def _forward(
     scale: float,
     pair: FlashPair,
 ) -> tuple[Any, ...]:
-    """Fills `output` and, except for query 0, `lse` and `share` [b, h, s], the frontier's part of the softmax. Returns
-    what the pair's backward wants back."""
+    """Fills `output` and, except for query 0, `lse` and `share` [b, h, s], the frontier's part of the
+    softmax. Returns what the pair's backward wants back."""
     _grouped(output, key)[:, :, :, 0] = value[:, :, None, 0]
     if query.shape[2] == 1:
         return ()
@@ -147,13 +164,16 @@ def _backward(
     dv[:, :, 0] = _grouped(gradient, key)[:, :, :, 0].sum(2)
     if query.shape[2] == 1:
         return
-    gradient, query, output, lse, share, dq = (tensor[:, :, 1:] for tensor in (gradient, query, output, lse, share, dq))
+    gradient, query, output, lse, share, dq = (
+        tensor[:, :, 1:] for tensor in (gradient, query, output, lse, share, dq)
+    )
     below_dq, below_dk, below_dv = pair.backward(
         gradient, query, key[:, :, :-1], value[:, :, :-1], Attended(output, lse, rest), scale
     )
     dk[:, :, :-1] += below_dk
     dv[:, :, :-1] += below_dv
-    # The frontier's terms are added in all channels; then the last one, which it is seen without, gets its own back.
+    # The frontier's terms are added in all channels; then the last one, which it is seen without, gets its
+    # own back.
     bias_gradient = dk[..., -1].clone()
     gradient, query, output, share = (_grouped(tensor, key) for tensor in (gradient, query, output, share))
     value, key = value[:, :, None, 1:], key[:, :, None, 1:]

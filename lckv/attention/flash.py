@@ -1,6 +1,7 @@
 """Attention on the flash-attn package (CUDA, float16 and bfloat16): windows and documents inside the kernel.
 
-The package is an argument, not an import, so that the index arithmetic here is tested where it is not installed.
+The package is an argument, not an import, so that the index arithmetic here is tested where it is not
+installed.
 """
 
 from typing import Protocol
@@ -121,7 +122,7 @@ def _documents(
         **options,  # type: ignore[arg-type]
     )
     if later is not None:
-        output = torch.zeros(shape[0] * shape[1], *shape[2:], dtype=output.dtype, device=output.device).index_copy(
-            0, later, output
-        )
+        output = torch.zeros(
+            shape[0] * shape[1], *shape[2:], dtype=output.dtype, device=output.device
+        ).index_copy(0, later, output)
     return output.view(shape)

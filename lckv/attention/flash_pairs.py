@@ -1,11 +1,12 @@
-"""Causal flash attention as a forward that also returns the logsumexp of each query's scores, and its backward.
+"""Causal flash attention as a forward that also returns the logsumexp of each query's scores, and its
+backward.
 
-A backward computes probabilities as exp(score - lse) and subtracts the row sum of gradient times output. Given the lse
-and the output of a larger softmax, of which this attention is one part, it returns this part's gradients: ring
-attention is built on that, and so is attention with biased keys (`lckv.attention.biased`).
+A backward computes probabilities as exp(score - lse) and subtracts the row sum of gradient times output.
+Given the lse and the output of a larger softmax, of which this attention is one part, it returns this part's
+gradients: ring attention is built on that, and so is attention with biased keys (`lckv.attention.biased`).
 
-Shapes: query, output and gradient [b, h, s, d], key and value [b, g, s, d] with h a multiple of g, lse [b, h, s] in
-float32, or in float64 for float64 queries.
+Shapes: query, output and gradient [b, h, s, d], key and value [b, g, s, d] with h a multiple of g, lse [b, h,
+s] in float32, or in float64 for float64 queries.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -54,14 +55,16 @@ def choose_pair(query: Tensor) -> FlashPair:
     if query.dtype == torch.float32:
         return AtenEfficient()
     raise ValueError(
-        f"attention to merged tokens on {query.device.type} takes float16, bfloat16 and float32, not {query.dtype}."
+        f"attention to merged tokens on {query.device.type} takes float16, bfloat16 and float32, not "
+        f"{query.dtype}."
     )
 
 
 def _require_multiple_of_8(query: Tensor) -> None:
     if query.shape[-1] % 8:
         raise ValueError(
-            f"model.kv_channels is {query.shape[-1]}; it must be a multiple of 8 for merged tokens (compression.policy.name "
+            f"model.kv_channels is {query.shape[-1]}; it must be a multiple of 8 for merged tokens "
+            "(compression.policy.name "
             "dmc) on GPUs."
         )
 
@@ -127,7 +130,9 @@ class AtenEfficient:
     def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Attended:
         """See `FlashPair`."""
         folded = _fold(query, key, value)
-        output, lse, *rest = _ATEN._scaled_dot_product_efficient_attention(*folded, None, True, 0.0, True, scale=scale)
+        output, lse, *rest = _ATEN._scaled_dot_product_efficient_attention(
+            *folded, None, True, 0.0, True, scale=scale
+        )
         lse = lse[..., : query.shape[2]]  # the kernel pads rows to its block
         return Attended(output.reshape(query.shape), lse.reshape(query.shape[:-1]), tuple(rest))
 
@@ -138,24 +143,38 @@ class AtenEfficient:
         folded = _fold(query, key, value)
         rows, heads, length, _ = folded[0].shape
         lse = pad(attended.lse, (0, -length % 32), value=torch.inf).reshape(rows, heads, -1)
-        gradient, output = (tensor.reshape(folded[0].shape).contiguous() for tensor in (gradient, attended.output))
+        gradient, output = (
+            tensor.reshape(folded[0].shape).contiguous() for tensor in (gradient, attended.output)
+        )
         *gradients, _ = _ATEN._scaled_dot_product_efficient_attention_backward(
-            gradient, *folded, None, output, lse, *attended.rest, 0.0, [True, True, True, False], True, scale=scale
+            gradient,
+            *folded,
+            None,
+            output,
+            lse,
+            *attended.rest,
+            0.0,
+            [True, True, True, False],
+            True,
+            scale=scale,
         )
         return _unfold(gradients, query, key)
 
 
 class FlashAttnInterface(Protocol):
-    """The functions of `flash_attn.flash_attn_interface` (2.7 and newer) that are used here; tensors are [b, s, heads,
-    d]."""
+    """The functions of `flash_attn.flash_attn_interface` (2.7 and newer) that are used here; tensors are [b,
+    s, heads, d]."""
 
     def _flash_attn_forward(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, ...]: ...
 
-    def _flash_attn_backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor: ...
+    def _flash_attn_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, **options: Any
+    ) -> Tensor: ...
 
 
 class FlashAttnPair:
-    """The flash-attn package: CUDA; float16 and bfloat16, heads of a multiple of 8 and at most 256 channels."""
+    """The flash-attn package: CUDA; float16 and bfloat16, heads of a multiple of 8 and at most 256
+    channels."""
 
     def __init__(self, interface: FlashAttnInterface) -> None:
         self._interface = interface
@@ -205,8 +224,8 @@ class FlashAttnPair:
 
 
 def _fold(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For kernels without grouped heads: query [b * g, h / g, s, d] and, without copying, key and value of the same
-    shape."""
+    """For kernels without grouped heads: query [b * g, h / g, s, d] and, without copying, key and value of
+    the same shape."""
     groups = key.shape[0] * key.shape[1]
     folded = query.reshape(groups, -1, *query.shape[2:])
     key, value = (tensor.reshape(groups, 1, *tensor.shape[2:]).expand_as(folded) for tensor in (key, value))

@@ -1,6 +1,8 @@
-"""Attention of one query per head to slots in pages: `attend` chooses between the Triton kernel of `kernels.paged` and its twin here.
+"""Attention of one query per head to slots in pages: `attend` chooses between the Triton kernel of
+`kernels.paged` and its twin here.
 
-Every chunk of the list of work is attended by itself, and what comes of a head's chunks is merged by the logsumexp of their scores.
+Every chunk of the list of work is attended by itself, and what comes of a head's chunks is merged by the
+logsumexp of their scores.
 
 Shapes: as in `lckv.attention.pages`.
 """
@@ -14,8 +16,8 @@ from torch import Tensor
 from lckv.attention.pages import Attended, Pages, Work, pages_of_a_chunk
 
 _BYTES_AT_ONCE = 2**20
-"""Keys, and as many values, that the twin copies out of their pages at once: what stays in the cache of a CPU core is read back at
-little cost."""
+"""Keys, and as many values, that the twin copies out of their pages at once: what stays in the cache of a CPU
+core is read back at little cost."""
 
 
 @cache
@@ -30,9 +32,12 @@ def why_not_kernel(device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-def attend(query: Tensor, pages: Pages, work: Work, first: Tensor | None, stop: Tensor, *, scale: float) -> Attended:
-    """softmax(scale * query key^T) value over slots first .. stop - 1 of each head; `query` [b, h, d], `first` (None: 0) and `stop`
-    int64 [b, g]. `work` covers these slots; others that it covers are not seen. Softmax is float32."""
+def attend(
+    query: Tensor, pages: Pages, work: Work, first: Tensor | None, stop: Tensor, *, scale: float
+) -> Attended:
+    """softmax(scale * query key^T) value over slots first .. stop - 1 of each head; `query` [b, h, d],
+    `first` (None: 0) and `stop` int64 [b, g]. `work` covers these slots; others that it covers are not seen.
+    Softmax is float32."""
     if why_not_kernel(query.device.type, query.dtype) is None:
         from lckv.attention.kernels.paged import attend as fused
 
@@ -70,20 +75,23 @@ def attend_in_torch(
 
 
 def _merge(output: Tensor, total: Tensor, peak: Tensor, work: Work) -> Attended:
-    """From chunks to heads. Of every chunk: the sum of exp(score - peak) value [w, h / g, d], that of exp(score - peak), and the peak
-    [w, h / g]."""
+    """From chunks to heads. Of every chunk: the sum of exp(score - peak) value [w, h / g, d], that of
+    exp(score - peak), and the peak [w, h / g]."""
     heads = len(work.bounds) - 1
     lowest = peak.new_full((heads, peak.shape[1]), torch.finfo(torch.float32).min)
     top = lowest.scatter_reduce_(0, work.head[:, None].expand_as(peak), peak, "amax")
     share = (peak - top.index_select(0, work.head)).exp_()
     sum_total = torch.zeros_like(top).index_add_(0, work.head, total * share)
-    sum_output = output.new_zeros(heads, *output.shape[1:]).index_add_(0, work.head, output.mul_(share[..., None]))
+    sum_output = output.new_zeros(heads, *output.shape[1:]).index_add_(
+        0, work.head, output.mul_(share[..., None])
+    )
     sum_output /= sum_total.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
     return Attended(sum_output, top + sum_total.log())
 
 
 def join(attended: Attended, score: Tensor, value: Tensor) -> Tensor:
-    """The output float32 [b, h, d] of attention to one more key, with `score` float32 [b, h] and `value` [b, g, d]."""
+    """The output float32 [b, h, d] of attention to one more key, with `score` float32 [b, h] and `value` [b,
+    g, d]."""
     lse = torch.logaddexp(attended.lse, score)
     output = attended.output * (attended.lse - lse).exp()[..., None]
     share = (score - lse).exp().unflatten(1, (value.shape[1], -1))[..., None]

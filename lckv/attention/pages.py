@@ -1,9 +1,11 @@
-"""Slots that lie in pages all over a pool, heads of any lengths, and the list of what attention to them has to look at.
+"""Slots that lie in pages all over a pool, heads of any lengths, and the list of what attention to them has
+to look at.
 
-The slots of every head are cut into chunks of whole pages; the work is a list of the chunks that hold something. So it grows with the
-slots there are, not with the longest head times the number of heads.
+The slots of every head are cut into chunks of whole pages; the work is a list of the chunks that hold
+something. So it grows with the slots there are, not with the longest head times the number of heads.
 
-Shapes: b rows, h query heads, g KV heads, d channels, p pages of n slots, c pages of a chunk, w chunks in the list.
+Shapes: b rows, h query heads, g KV heads, d channels, p pages of n slots, c pages of a chunk, w chunks in the
+list.
 """
 
 from typing import NamedTuple
@@ -21,17 +23,20 @@ class Pages(NamedTuple):
     """What one layer keeps."""
 
     key: Tensor
-    """[p, n, d]: the pool. Page 0 is owned by nobody; its slots, and those of owned pages that are not in use, are finite."""
+    """[p, n, d]: the pool. Page 0 is owned by nobody; its slots, and those of owned pages that are not in
+    use, are finite."""
 
     value: Tensor
     """[p, n, d]."""
 
     table: Tensor
-    """int32 [table rows, multiple of c], contiguous: the pages of each head, in order of their slots; 0 where it owns none."""
+    """int32 [table rows, multiple of c], contiguous: the pages of each head, in order of their slots; 0 where
+    it owns none."""
 
 
 class Work(NamedTuple):
-    """Chunks to attend to, those of one head side by side; int64. A head is its row's number times g plus its number in the row."""
+    """Chunks to attend to, those of one head side by side; int64. A head is its row's number times g plus its
+    number in the row."""
 
     head: Tensor
     """[w]: whose chunk it is."""
@@ -70,8 +75,8 @@ def list_work(
     columns: int,
     device: torch.device,
 ) -> Work:
-    """The chunks that hold slots `first` .. `stop` - 1 of each head; all [b * g]. `table_row` is the head's row in a table of `columns`
-    columns."""
+    """The chunks that hold slots `first` .. `stop` - 1 of each head; all [b * g]. `table_row` is the head's
+    row in a table of `columns` columns."""
     pages = pages_of_a_chunk(page_size, device.type)
     begin, end = first // (pages * page_size), -(-stop // (pages * page_size))
     counts = np.maximum(end - begin, 0)

@@ -27,8 +27,8 @@ class Part(NamedTuple):
 
 
 def attend(parts: Sequence[Part], scale: float) -> Tensor:
-    """softmax(scale * query key^T) value over the keys of all parts that are seen, 0 for a query that sees none; as `query`. Softmax is
-    float32."""
+    """softmax(scale * query key^T) value over the keys of all parts that are seen, 0 for a query that sees
+    none; as `query`. Softmax is float32."""
     scores = torch.cat([_scores(part, scale) for part in parts], -1)
     peak = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
     weights = (scores - peak).exp_()

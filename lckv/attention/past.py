@@ -1,7 +1,7 @@
 """Attention of new tokens to themselves and to what a cache holds of earlier ones.
 
-Queries are walked in blocks, so nothing of size (new tokens) x (all tokens) is made. It is what decoding and continued prompts use;
-a prompt without a past is ordinary attention (`backends.py`).
+Queries are walked in blocks, so nothing of size (new tokens) x (all tokens) is made. It is what decoding and
+continued prompts use; a prompt without a past is ordinary attention (`backends.py`).
 
 Shapes: b rows, h query heads, g KV heads, s new tokens, n slots, d channels of a head.
 """
@@ -53,17 +53,21 @@ class NewTokens(NamedTuple):
 def attend(
     query: Tensor, new: NewTokens, past: Past, visibility: Visibility, *, scale: float, biased: bool = False
 ) -> Tensor:
-    """softmax(scale * query key^T) value over the visible keys, 0 for a query that sees none; query [b, h, s, d], result the same in
-    the dtype of the values.
+    """softmax(scale * query key^T) value over the visible keys, 0 for a query that sees none; query [b, h, s,
+    d], result the same in the dtype of the values.
 
-    `visibility` (without documents) and `biased` as in `reference.attend`; keys of the past have no bias. Scores are float32.
+    `visibility` (without documents) and `biased` as in `reference.attend`; keys of the past have no bias.
+    Scores are float32.
     """
     rows, kv_heads, older, _ = past.key.shape
     size = min(_BLOCK, max(1, _MASK // max(1, rows * kv_heads * (older + new.key.shape[2]))))
     if biased:  # what a key's last channel says is said by the mask
         query = torch.cat((query[..., :-1], torch.zeros_like(query[..., :1])), -1)
     with torch.autocast(query.device.type, enabled=False):
-        key, value = torch.cat((past.key, new.key), 2), torch.cat((past.value, new.value.to(past.value.dtype)), 2)
+        key, value = (
+            torch.cat((past.key, new.key), 2),
+            torch.cat((past.value, new.value.to(past.value.dtype)), 2),
+        )
         dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
         key, value = (tensor.to(dtype).flatten(0, 1)[:, None] for tensor in (key, value))
         heads = query.to(dtype).unflatten(1, (kv_heads, -1)).flatten(0, 1)
@@ -96,17 +100,24 @@ def _attend_block(
     if one:  # the heads of a group see the same keys then: as queries of one head they cost less
         query = query.transpose(1, 2)
     key, value = (
-        tensor[:, :, : past.key.shape[2] + width].expand(-1, query.shape[1], -1, -1) for tensor in (key, value)
+        tensor[:, :, : past.key.shape[2] + width].expand(-1, query.shape[1], -1, -1)
+        for tensor in (key, value)
     )
     shape = (*past.lengths.shape, len(queries), -1)
     of_new = _visible_new(queries, width, new.counted, visibility).expand(*shape[:3], width)
-    seen = torch.cat((_visible_past(queries, new, past, visibility).expand(shape), of_new), -1).flatten(0, 1)[:, None]
+    seen = torch.cat((_visible_past(queries, new, past, visibility).expand(shape), of_new), -1).flatten(0, 1)[
+        :, None
+    ]
     mask = seen
     if biased:
-        bias = pad(_bias(new.key[:, :, :width], queries, behind), (past.key.shape[2], 0)).flatten(0, 1)[:, None]
+        bias = pad(_bias(new.key[:, :, :width], queries, behind), (past.key.shape[2], 0)).flatten(0, 1)[
+            :, None
+        ]
         mask = bias.to(query.dtype).masked_fill(~seen, -torch.inf)
     output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    output = output.masked_fill(~seen.any(-1, keepdim=True), 0.0)  # not all kernels know what the mean of nothing is
+    output = output.masked_fill(
+        ~seen.any(-1, keepdim=True), 0.0
+    )  # not all kernels know what the mean of nothing is
     return output.transpose(1, 2) if one else output
 
 

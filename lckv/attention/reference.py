@@ -1,4 +1,5 @@
-"""Attention as the formula says it, with the whole score matrix in memory: the oracle of every other backend."""
+"""Attention as the formula says it, with the whole score matrix in memory: the oracle of every other
+backend."""
 
 import torch
 from torch import Tensor
@@ -33,9 +34,10 @@ def attend(
 ) -> Tensor:
     """softmax(scale * query key^T) value over the visible keys; 0 for a query that sees none.
 
-    query [b, h, s, d], key and value [b, g, s, d] with h a multiple of g (query head i reads head i * g // h); result
-    as query. Scores are float32. `biased`: channel d - 1 carries a bias of the key, which does not count at the newest
-    key that a query sees (its frontier: key t, or key t - 1 where query t does not see itself).
+    query [b, h, s, d], key and value [b, g, s, d] with h a multiple of g (query head i reads head i * g //
+    h); result as query. Scores are float32. `biased`: channel d - 1 carries a bias of the key, which does not
+    count at the newest key that a query sees (its frontier: key t, or key t - 1 where query t does not see
+    itself).
     """
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)

@@ -1,8 +1,9 @@
 """Attention on PyTorch's scaled_dot_product_attention: memory linear in the length, on CPU and CUDA.
 
-Nothing of size length x length is made. A query that must not see itself is one row further down: dropping the first
-query and the last key turns "keys < t" into plain causality. A window is walked in chunks of queries against the slice
-of keys they can see. Documents are attended one by one. Keys with a bias: `lckv.attention.biased`.
+Nothing of size length x length is made. A query that must not see itself is one row further down: dropping
+the first query and the last key turns "keys < t" into plain causality. A window is walked in chunks of
+queries against the slice of keys they can see. Documents are attended one by one. Keys with a bias:
+`lckv.attention.biased`.
 """
 
 import torch
@@ -57,7 +58,9 @@ def _one_document(
     return pad(older, (0, 0, 1, 0))
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float, dropout: float) -> Tensor:
+def _causal(
+    query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float, dropout: float
+) -> Tensor:
     """Query t sees keys t - window + 1 .. t."""
     length, grouped = query.shape[2], query.shape[1] != key.shape[1]
     if window is None or window >= length:

@@ -1,4 +1,5 @@
-"""Which keys a query sees: causality with or without the query's own position, a sliding window, document boundaries.
+"""Which keys a query sees: causality with or without the query's own position, a sliding window, document
+boundaries.
 
 Shapes: b batch rows, s tokens of a row, n documents in the batch.
 """
@@ -15,8 +16,8 @@ class Documents:
     """Documents packed into the rows of a batch. A query sees no key of another document."""
 
     cu_seqlens: Tensor
-    """int32 [n + 1]: where each document starts in the b * s tokens, rows one after the other, and b * s at the end (the
-    convention of flash-attn's varlen interface). Every row starts a document."""
+    """int32 [n + 1]: where each document starts in the b * s tokens, rows one after the other, and b * s at
+    the end (the convention of flash-attn's varlen interface). Every row starts a document."""
 
     @cached_property
     def bounds(self) -> tuple[int, ...]:
@@ -29,13 +30,15 @@ class Documents:
         return max(stop - start for start, stop in zip(self.bounds, self.bounds[1:], strict=False))
 
     def spans(self, row_length: int) -> tuple[tuple[int, int, int], ...]:
-        """(row, start, stop) of every document in rows of `row_length` tokens; ValueError where one crosses a row's end."""
+        """(row, start, stop) of every document in rows of `row_length` tokens; ValueError where one crosses a
+        row's end."""
         spans = []
         for start, stop in zip(self.bounds, self.bounds[1:], strict=False):
             row, first = divmod(start, row_length)
             if first + stop - start > row_length:
                 raise ValueError(
-                    f"cu_seqlens: the document at tokens {start} to {stop - 1} crosses the end of a row of {row_length} tokens; "
+                    f"cu_seqlens: the document at tokens {start} to {stop - 1} crosses the end of a row of "
+                    f"{row_length} tokens; "
                     "every row must start a document."
                 )
             spans.append((row, first, first + stop - start))
@@ -43,7 +46,8 @@ class Documents:
 
     @cached_property
     def without_first_tokens(self) -> tuple[Tensor, Tensor]:
-        """Indices int64 of all tokens but the first of each document, and the cu_seqlens int32 [n + 1] of what is left."""
+        """Indices int64 of all tokens but the first of each document, and the cu_seqlens int32 [n + 1] of
+        what is left."""
         starts = self.cu_seqlens[:-1].long()
         kept = torch.ones(self.bounds[-1], dtype=torch.bool, device=starts.device)
         kept[starts] = False
@@ -53,7 +57,8 @@ class Documents:
 
 @dataclass(frozen=True, eq=False)
 class Visibility:
-    """What a layer's queries see: query t sees keys t - window + 1 .. t of its document, t itself unless excluded."""
+    """What a layer's queries see: query t sees keys t - window + 1 .. t of its document, t itself unless
+    excluded."""
 
     exclude_self: bool = False
     """Query t does not see key t: the keys of a cyclic layer do not exist yet at t."""

@@ -1,7 +1,9 @@
-"""What an inference cache is: it holds what the layers that compute keys and values have made of earlier tokens.
+"""What an inference cache is: it holds what the layers that compute keys and values have made of earlier
+tokens.
 
-A model reads the cache while it runs on new tokens and commits what it has computed for them when the last layer is done. So the
-passes of a plan can run on the same past as often as needed, and a forward that fails leaves the cache as it was.
+A model reads the cache while it runs on new tokens and commits what it has computed for them when the last
+layer is done. So the passes of a plan can run on the same past as often as needed, and a forward that fails
+leaves the cache as it was.
 
 Shapes: b rows, s new tokens, h query heads, g KV heads, d channels of a head.
 """
@@ -29,7 +31,8 @@ class KVCache(Protocol):
         ...
 
     def state(self, layer: int) -> Tensor | None:
-        """What the KV policy kept of `layer`, for `KVPolicy.extend`; None before the first token, or where it keeps nothing."""
+        """What the KV policy kept of `layer`, for `KVPolicy.extend`; None before the first token, or where it
+        keeps nothing."""
         ...
 
     def attend(
@@ -43,10 +46,11 @@ class KVCache(Protocol):
         scale: float,
         biased: bool,
     ) -> Tensor:
-        """Attention of `query` [b, h, s, d] to what `layer` has made of earlier tokens and to `new`; the same shape."""
+        """Attention of `query` [b, h, s, d] to what `layer` has made of earlier tokens and to `new`; the same
+        shape."""
         ...
 
     def commit(self, extensions: Mapping[int, Extension], counted: Tensor | None) -> None:
-        """Take in new tokens: what each layer that computes keys and values has made of them. `counted` is bool [b, s]; None: no
-        token is padding."""
+        """Take in new tokens: what each layer that computes keys and values has made of them. `counted` is
+        bool [b, s]; None: no token is padding."""
         ...

@@ -1,7 +1,8 @@
-"""A cache in one tensor per layer, for batches whose rows live equally long: what Hugging Face's `generate` needs.
+"""A cache in one tensor per layer, for batches whose rows live equally long: what Hugging Face's `generate`
+needs.
 
-Every KV head of every row has slots of its own number; memory is as long as the longest. (Batches whose rows come and go, and heads
-of very different lengths, are what the paged cache is for.)
+Every KV head of every row has slots of its own number; memory is as long as the longest. (Batches whose rows
+come and go, and heads of very different lengths, are what the paged cache is for.)
 
 Shapes: b rows, s new tokens, g KV heads, d channels of a head, n slots.
 """
@@ -17,15 +18,16 @@ from lckv.attention.visibility import Visibility
 from lckv.policies.base import Extension, KVPolicy
 
 _REVOCABLE = 32
-"""So many of the newest tokens can always be forgotten again: windowed layers keep as many tokens beyond their window."""
+"""So many of the newest tokens can always be forgotten again: windowed layers keep as many tokens beyond
+their window."""
 
 
 class ContiguousCache:
     """Implements `KVCache`. Made empty; the first commit decides rows, heads, dtype and device."""
 
     def __init__(self, layers: Iterable[int], policy: KVPolicy, windows: Mapping[int, int]) -> None:
-        """`layers` compute keys and values. `windows` holds those of them that only windowed layers read, with the window in tokens:
-        older tokens are dropped."""
+        """`layers` compute keys and values. `windows` holds those of them that only windowed layers read,
+        with the window in tokens: older tokens are dropped."""
         self._layers = {layer: _LayerSlots(policy, windows.get(layer)) for layer in layers}
         self._seen: Tensor | None = None
 
@@ -66,14 +68,18 @@ class ContiguousCache:
         biased: bool,
     ) -> Tensor:
         """See `KVCache`."""
-        tokens = past.NewTokens(new.key.permute(1, 2, 0, 3), new.value.permute(1, 2, 0, 3), counted, new.joins)
+        tokens = past.NewTokens(
+            new.key.permute(1, 2, 0, 3), new.value.permute(1, 2, 0, 3), counted, new.joins
+        )
         return past.attend(query, tokens, self._layers[layer].past, visibility, scale=scale, biased=biased)
 
     def commit(self, extensions: Mapping[int, Extension], counted: Tensor | None) -> None:
-        """See `KVCache`. Raises ValueError unless there is exactly one extension for every layer of the cache."""
+        """See `KVCache`. Raises ValueError unless there is exactly one extension for every layer of the
+        cache."""
         if extensions.keys() != self._layers.keys():
             raise ValueError(
-                f"the cache holds layers {sorted(self._layers)}; keys and values of {sorted(extensions)} came."
+                f"the cache holds layers {sorted(self._layers)}; keys and values of {sorted(extensions)} "
+                "came."
             )
         for layer, extension in extensions.items():
             self._layers[layer].write(extension, counted)
@@ -90,11 +96,13 @@ class ContiguousCache:
             layer.select_rows(index)
 
     def drop_newest(self, tokens: int) -> None:
-        """Forget the newest tokens of every row. Raises ValueError, with nothing forgotten, where that is impossible: merged tokens
-        cannot be taken apart, and a window has dropped what would come back."""
+        """Forget the newest tokens of every row. Raises ValueError, with nothing forgotten, where that is
+        impossible: merged tokens cannot be taken apart, and a window has dropped what would come back."""
         for number, layer in self._layers.items():
             if (obstacle := layer.why_not_drop(tokens)) is not None:
-                raise ValueError(f"the newest {tokens} tokens cannot be forgotten: layer {number} {obstacle}.")
+                raise ValueError(
+                    f"the newest {tokens} tokens cannot be forgotten: layer {number} {obstacle}."
+                )
         for layer in self._layers.values():
             layer.drop_newest(tokens)
         if self._seen is not None:
@@ -106,8 +114,12 @@ class _LayerSlots:
 
     def __init__(self, policy: KVPolicy, window: int | None) -> None:
         self._policy, self._window = policy, window
-        self._slots: past.Past | None = None  # one slot more than room for: where tokens go that are not written
-        self._longest = 0  # an upper bound, so that lengths are fetched from the device only when they might matter
+        self._slots: past.Past | None = (
+            None  # one slot more than room for: where tokens go that are not written
+        )
+        self._longest = (
+            0  # an upper bound, so that lengths are fetched from the device only when they might matter
+        )
         self._gone: Tensor | None = None  # int64 [b, g]: tokens that the window has dropped
         self.state: Tensor | None = None
 
@@ -124,7 +136,8 @@ class _LayerSlots:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
     def write(self, extension: Extension, counted: Tensor | None) -> None:
-        """Write the whole slots among the new tokens; the first replaces the newest slot where it joins it."""
+        """Write the whole slots among the new tokens; the first replaces the newest slot where it joins
+        it."""
         key, value = extension.key.detach(), extension.value.detach()
         tokens, rows, heads, channels = key.shape
         if self._slots is None:
@@ -132,7 +145,9 @@ class _LayerSlots:
             lengths = torch.zeros(rows, heads, dtype=torch.int64, device=key.device)
             self._slots = past.Past(empty, empty.clone(), lengths)
         written, slots = slots_of(extension, self._policy.whole(extension), counted, self._slots.lengths)
-        first = self._slots.lengths if extension.joins is None else self._slots.lengths - extension.joins.long()
+        first = (
+            self._slots.lengths if extension.joins is None else self._slots.lengths - extension.joins.long()
+        )
         shift = self._make_room(tokens, first + written.sum(0))
         if shift is not None:
             slots = slots - shift
@@ -165,8 +180,8 @@ class _LayerSlots:
             self._slots = self._slots._replace(lengths=(self._slots.lengths - tokens).clamp(min=0))
 
     def _make_room(self, tokens: int, lengths: Tensor) -> Tensor | None:
-        """For up to `tokens` more slots per head, after which there are `lengths` [b, g]. Returns how many of the oldest of these were
-        dropped, [b, g]; None: none were."""
+        """For up to `tokens` more slots per head, after which there are `lengths` [b, g]. Returns how many of
+        the oldest of these were dropped, [b, g]; None: none were."""
         assert self._slots is not None
         self._slots = self._slots._replace(lengths=lengths)
         self._longest += tokens
@@ -206,9 +221,13 @@ def _without_oldest(slots: past.Past, shift: Tensor) -> past.Past:
 def slots_of(
     extension: Extension, whole: Tensor | None, counted: Tensor | None, lengths: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Which new tokens are written (bool [s, b, g]) and to which slot each goes (int64 [s, b, g], valid where written), with slots
-    `lengths` [b, g] in use so far."""
-    written = torch.ones(extension.key.shape[:3], dtype=torch.bool, device=lengths.device) if whole is None else whole
+    """Which new tokens are written (bool [s, b, g]) and to which slot each goes (int64 [s, b, g], valid where
+    written), with slots `lengths` [b, g] in use so far."""
+    written = (
+        torch.ones(extension.key.shape[:3], dtype=torch.bool, device=lengths.device)
+        if whole is None
+        else whole
+    )
     if counted is not None:
         written = written & counted.transpose(0, 1)[..., None]
     first = lengths if extension.joins is None else lengths - extension.joins.long()

@@ -1,8 +1,11 @@
-"""Which page holds which slots, of every layer, sequence and KV head; and what taking in tokens takes of the pool.
+"""Which page holds which slots, of every layer, sequence and KV head; and what taking in tokens takes of the
+pool.
 
-The host decides, on its own copies: lengths and pages owned are known exactly there, without asking the device.
+The host decides, on its own copies: lengths and pages owned are known exactly there, without asking the
+device.
 
-Shapes: l layers, b sequences in question, g KV heads, c columns of the tables (pages of the longest sequence).
+Shapes: l layers, b sequences in question, g KV heads, c columns of the tables (pages of the longest
+sequence).
 """
 
 from collections.abc import Sequence
@@ -61,7 +64,8 @@ class PageTables:
         columns: int,
         device: torch.device,
     ) -> None:
-        """`windows`: of each layer, the window in tokens beyond which nobody looks; None: everything is kept."""
+        """`windows`: of each layer, the window in tokens beyond which nobody looks; None: everything is
+        kept."""
         self.lengths = np.zeros((len(windows), sequences, heads), np.int64)
         """[l, all sequences, g]: slots so far."""
         kept = [_EVERYTHING if window is None else max(1, window - 1) for window in windows]
@@ -96,7 +100,9 @@ class PageTables:
 
     def apply(self, growth: Growth, pool: PagePool) -> None:
         """Take the pages from the pool, which has enough, and give back what is not needed any more."""
-        freed, taken = (self._positions(growth.sequences, columns) for columns in (growth.freed, growth.taken))
+        freed, taken = (
+            self._positions(growth.sequences, columns) for columns in (growth.freed, growth.taken)
+        )
         if len(freed):
             pool.give_back(self._host.reshape(-1)[freed])
             self._write(freed, np.zeros(len(freed), np.int32))

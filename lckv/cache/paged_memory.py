@@ -1,4 +1,5 @@
-"""All that a paged cache allocates, once: slots in pages, who owns them, lengths, and what the KV policy keeps of each sequence.
+"""All that a paged cache allocates, once: slots in pages, who owns them, lengths, and what the KV policy
+keeps of each sequence.
 
 Shapes: l layers that compute keys and values, b all sequences, g KV heads, d channels, s new tokens.
 """
@@ -50,7 +51,8 @@ class PagedMemory:
         self.tokens: Integers = np.zeros(max_sequences, np.int64)
         """The same on the host."""
         self.state = self._make_state(max_sequences)
-        """float32 [l, tokens of a state, b, g, channels of a state], zeros where there is no token; None: the policy keeps nothing."""
+        """float32 [l, tokens of a state, b, g, channels of a state], zeros where there is no token; None: the
+        policy keeps nothing."""
         self.version = 0
         """Changes whenever something is taken in or forgotten."""
 
@@ -79,7 +81,9 @@ class PagedMemory:
         heads, channels = self.lengths.shape[-1], self.pool.key.shape[-1]
         token = torch.zeros(1, 1, heads, channels)
         context = TokenContext(rotate=lambda heads: heads)
-        state = self.policy.extend(None, token, token, token if self.policy.reads_query else None, context).state
+        state = self.policy.extend(
+            None, token, token, token if self.policy.reads_query else None, context
+        ).state
         if state is None:
             return None
         shape = (len(self.number), len(state), sequences, *state.shape[2:])

@@ -1,6 +1,7 @@
 """Some sequences of a paged cache, as the cache of a batch.
 
-Shapes: b rows, s new tokens, h query heads, g KV heads, d channels of a head, l layers that compute keys and values.
+Shapes: b rows, s new tokens, h query heads, g KV heads, d channels of a head, l layers that compute keys and
+values.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,8 @@ from lckv.cache.pool import OutOfPagesError
 from lckv.policies.base import Extension
 
 _BYTES_AT_ONCE = 2**27
-"""Keys, and as many values, of earlier tokens that chunks of new tokens copy out of their pages at once, if one row has not more."""
+"""Keys, and as many values, of earlier tokens that chunks of new tokens copy out of their pages at once, if
+one row has not more."""
 
 
 class _Placed(NamedTuple):
@@ -45,7 +47,8 @@ class PagedRows:
     def __init__(self, memory: PagedMemory, sequences: Integers) -> None:
         self._memory, self._sequences = memory, sequences
         self._rows, self._begin = (
-            torch.from_numpy(array).to(memory.lengths.device) for array in (sequences, memory.tables.begin(sequences))
+            torch.from_numpy(array).to(memory.lengths.device)
+            for array in (sequences, memory.tables.begin(sequences))
         )
         heads = memory.tables.lengths.shape[-1]
         self._table_rows = (sequences[:, None] * heads + np.arange(heads)).ravel()
@@ -80,7 +83,8 @@ class PagedRows:
         scale: float,
         biased: bool,
     ) -> Tensor:
-        """See `KVCache`. One token per row is attended where the slots lie; for more, their pages are copied together."""
+        """See `KVCache`. One token per row is attended where the slots lie; for more, their pages are copied
+        together."""
         self._refresh()
         number = self._memory.number[layer]
         if query.shape[2] == 1:
@@ -104,24 +108,28 @@ class PagedRows:
 
     @torch.no_grad()
     def commit(self, extensions: Mapping[int, Extension], counted: Tensor | None) -> None:
-        """See `KVCache`. Raises OutOfPagesError, and ValueError where a sequence becomes longer than the cache's `max_tokens` or there is
-        not exactly one extension for each of its layers; the cache is then as it was."""
+        """See `KVCache`. Raises OutOfPagesError, and ValueError where a sequence becomes longer than the
+        cache's `max_tokens` or there is not exactly one extension for each of its layers; the cache is then
+        as it was."""
         memory = self._memory
         if extensions.keys() != memory.number.keys():
             raise ValueError(
-                f"the cache holds layers {sorted(memory.number)}; keys and values of {sorted(extensions)} came."
+                f"the cache holds layers {sorted(memory.number)}; keys and values of {sorted(extensions)} "
+                "came."
             )
         placed = self._place([extensions[layer] for layer in memory.number], counted)
         lengths, added = self._on_host(placed, counted)
         longest = int((memory.tokens[self._sequences] + added).max())
         if longest > memory.max_tokens:
             raise ValueError(
-                f"a sequence of {longest} tokens does not fit; max_tokens of the cache is {memory.max_tokens}."
+                f"a sequence of {longest} tokens does not fit; max_tokens of the cache is "
+                f"{memory.max_tokens}."
             )
         growth = memory.tables.growth(self._sequences, lengths)
         if growth.pages > memory.pool.free:
             raise OutOfPagesError(
-                f"{int(added.sum())} more tokens in {len(added)} sequences need {growth.pages} pages, but {memory.pool.free} of "
+                f"{int(added.sum())} more tokens in {len(added)} sequences need {growth.pages} pages, but "
+                f"{memory.pool.free} of "
                 f"{memory.pool.pages} are free; close sequences, or make the cache with more pages."
             )
         memory.version += 1
@@ -162,11 +170,14 @@ class PagedRows:
             return attended.output.to(query.dtype)
         channels = query.shape[-1] - biased
         own_key = new.key[0, :, :, None, :channels].float()
-        score = (query.unflatten(1, (stop.shape[1], -1))[..., :channels].float() * own_key).sum(-1).flatten(1) * scale
+        score = (query.unflatten(1, (stop.shape[1], -1))[..., :channels].float() * own_key).sum(-1).flatten(
+            1
+        ) * scale
         return paged.join(attended, score, new.value[0].float()).to(query.dtype)
 
     def _work_of(self, number: int, window: int | None) -> Work:
-        """The chunks that hold what one token per row may see of a layer. Layers of equal lengths share them."""
+        """The chunks that hold what one token per row may see of a layer. Layers of equal lengths share
+        them."""
         lengths = self._host_lengths[number].ravel()
         name = lengths.tobytes(), window
         if name not in self._work:
@@ -194,7 +205,8 @@ class PagedRows:
         return past.Past(key, value, self._lengths[number, rows] - first * memory.page_size)
 
     def _place(self, extensions: Sequence[Extension], counted: Tensor | None) -> list[_Placed]:
-        """Where new tokens go. One token per row: of all layers at once; more: layer by layer, which takes less memory."""
+        """Where new tokens go. One token per row: of all layers at once; more: layer by layer, which takes
+        less memory."""
         tokens = len(extensions[0].key)
         parts = [extensions] if tokens == 1 else [[extension] for extension in extensions]
         placed: list[_Placed] = []
@@ -227,12 +239,15 @@ class PagedRows:
         """Write to the pages that the tables have by now."""
         memory, page_size = self._memory, self._memory.page_size
         slots = part.slots if part.written is None else part.slots.clamp(min=0)
-        page = memory.tables.table.view(-1)[self._begin[part.layers].flatten(0, 1) + slots // page_size].long()
+        page = memory.tables.table.view(-1)[
+            self._begin[part.layers].flatten(0, 1) + slots // page_size
+        ].long()
         if part.written is not None:
             page = page.where(part.written, 0)
         key, value = part.extension.key, part.extension.value
         if part.written is not None or (memory.windowed and len(slots) > 1):
-            # What is not kept, or has slid out of a window within these tokens, goes to page 0, which stays zeros.
+            # What is not kept, or has slid out of a window within these tokens, goes to page 0, which stays
+            # zeros.
             key, value = (tensor.masked_fill((page == 0)[..., None], 0) for tensor in (key, value))
         place = (page * page_size + slots % page_size).flatten()
         for pool, tensor in ((memory.pool.key, key), (memory.pool.value, value)):

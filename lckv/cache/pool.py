@@ -1,4 +1,5 @@
-"""Memory for slots, in pages that belong to nobody in particular: layers, sequences and KV heads take them and give them back."""
+"""Memory for slots, in pages that belong to nobody in particular: layers, sequences and KV heads take them
+and give them back."""
 
 import numpy as np
 import torch
@@ -10,10 +11,12 @@ class OutOfPagesError(RuntimeError):
 
 
 class PagePool:
-    """Keys and values of `pages` pages, and a free list of their numbers, which begin at 1: page 0 is zeros, belongs to nobody and
-    stands where there is no page."""
+    """Keys and values of `pages` pages, and a free list of their numbers, which begin at 1: page 0 is zeros,
+    belongs to nobody and stands where there is no page."""
 
-    def __init__(self, pages: int, page_size: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, pages: int, page_size: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.pages = pages
         self.key, self.value = (
             torch.zeros(pages + 1, page_size, head_dim, dtype=dtype, device=device) for _ in range(2)

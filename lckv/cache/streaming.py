@@ -1,10 +1,13 @@
-"""Generation without end in constant memory: the first tokens (attention sinks) and the newest ones (StreamingLLM, Xiao et al. 2023).
+"""Generation without end in constant memory: the first tokens (attention sinks) and the newest ones
+(StreamingLLM, Xiao et al. 2023).
 
-Queries see what is kept at positions within the cache: sinks at 0, 1, ..., the others right behind them. Attention depends on
-distances only, and the newest tokens keep theirs; so their keys stay as they came, rotated to running positions, and it is the query
-that is turned to where the sinks see it. Before running positions grow large they begin again, and keys are turned once for that.
+Queries see what is kept at positions within the cache: sinks at 0, 1, ..., the others right behind them.
+Attention depends on distances only, and the newest tokens keep theirs; so their keys stay as they came,
+rotated to running positions, and it is the query that is turned to where the sinks see it. Before running
+positions grow large they begin again, and keys are turned once for that.
 
-A layer that has a sliding window of its own, within that of the cache, sees what it was trained to see: its window and no sinks.
+A layer that has a sliding window of its own, within that of the cache, sees what it was trained to see: its
+window and no sinks.
 
 Shapes: b rows, s new tokens, h query heads, g KV heads, d channels of a head.
 """
@@ -38,7 +41,8 @@ class _Kept(NamedTuple):
 
 
 class StreamingCache:
-    """Implements `KVCache` for rows that begin together. It is never `empty`: not even the first tokens see all that came before."""
+    """Implements `KVCache` for rows that begin together. It is never `empty`: not even the first tokens see
+    all that came before."""
 
     empty = False
 
@@ -57,15 +61,16 @@ class StreamingCache:
         sinks: int = 4,
         window: int,
     ) -> None:
-        """`layers` compute keys and values; `windows` holds those of them that only windowed layers read, with the window in tokens.
-        `frequencies` are RoPE's (`lckv.rope.inverse_frequencies`). A query sees the first `sinks` tokens and the newest `window`, its own
-        included.
+        """`layers` compute keys and values; `windows` holds those of them that only windowed layers read,
+        with the window in tokens. `frequencies` are RoPE's (`lckv.rope.inverse_frequencies`). A query sees
+        the first `sinks` tokens and the newest `window`, its own included.
 
         Raises ValueError for another KV policy than dense, and for sizes out of range.
         """
         if policy.name != "dense":
             raise ValueError(
-                f"compression.policy.name is {policy.name}; streaming with attention sinks drops single tokens, which merged ones are not "
+                f"compression.policy.name is {policy.name}; streaming with attention sinks drops single "
+                "tokens, which merged ones are not "
                 "any more: generate within the model's context instead, or use a model without merging."
             )
         for name, size, least in (("rows", rows, 1), ("sinks", sinks, 0), ("window", window, 1)):
@@ -138,7 +143,10 @@ class StreamingCache:
             groups = [
                 parts.Part(query[:, :, block], *kept.newest, _between(older, oldest, newest)),
                 parts.Part(
-                    query[:, :, block], key[:, :, near], value[:, :, near], _between(fresh[:, near], oldest, newest)
+                    query[:, :, block],
+                    key[:, :, near],
+                    value[:, :, near],
+                    _between(fresh[:, near], oldest, newest),
                 ),
             ]
             if sinks:
@@ -149,10 +157,12 @@ class StreamingCache:
 
     @torch.no_grad()
     def commit(self, extensions: Mapping[int, Extension], counted: Tensor | None) -> None:
-        """See `KVCache`. Raises ValueError unless there is exactly one extension for every layer of the cache."""
+        """See `KVCache`. Raises ValueError unless there is exactly one extension for every layer of the
+        cache."""
         if extensions.keys() != self._layers.keys():
             raise ValueError(
-                f"the cache holds layers {sorted(self._layers)}; keys and values of {sorted(extensions)} came."
+                f"the cache holds layers {sorted(self._layers)}; keys and values of {sorted(extensions)} "
+                "came."
             )
         tokens = len(next(iter(extensions.values())).key)
         added = torch.full_like(self._tokens, tokens) if counted is None else counted.sum(1)
@@ -187,7 +197,9 @@ class StreamingCache:
         angles = rotation((position - (token - self._start[:, None]))[:, None], self._frequencies)
         return rotate(query.float(), angles).to(query.dtype)
 
-    def _sinks_with(self, kept: _Kept, key: Tensor, value: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _sinks_with(
+        self, kept: _Kept, key: Tensor, value: Tensor, counted: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Keys and values of the sinks, with those that are among new ones [b, g, s, d]."""
         if self._fewest >= self._sinks:
             return kept.sinks
@@ -197,18 +209,22 @@ class StreamingCache:
     def _with_new(
         self, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], token: Tensor, counted: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """`old` [b, g, r, d] where place i of a row belongs to `token` [b, r], if that is not among the new ones [b, g, s, d]."""
+        """`old` [b, g, r, d] where place i of a row belongs to `token` [b, r], if that is not among the new
+        ones [b, g, s, d]."""
         there = token - self._tokens[:, None]  # how many new ones come before it
         added = new[0].shape[2] if counted is None else counted.sum(1)[:, None]
         is_new = ((there >= 0) & (there < added))[:, None, :, None]
         if counted is not None:
             there = there + counted.int().argmax(1)[:, None]
         index = there.clamp(0, new[0].shape[2] - 1)[:, None, :, None].expand_as(old[0])
-        key, value = (fresh.gather(2, index).where(is_new, before) for before, fresh in zip(old, new, strict=True))
+        key, value = (
+            fresh.gather(2, index).where(is_new, before) for before, fresh in zip(old, new, strict=True)
+        )
         return key, value
 
     def _begin_again(self) -> None:
-        """Give the next token a running position that is not larger than the cache. A key is turned once or twice while it is kept."""
+        """Give the next token a running position that is not larger than the cache. A key is turned once or
+        twice while it is kept."""
         self._furthest = self._sinks + self._widest
         shift = (self.seen - self._furthest).clamp(min=0)
         self._start += shift
@@ -224,7 +240,8 @@ def _copy(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> None:
 
 
 def _tokens_in(places: int, tokens: Tensor) -> Tensor:
-    """int64 [b, places]: which token lies in each place after `tokens` [b] tokens; negative where none does."""
+    """int64 [b, places]: which token lies in each place after `tokens` [b] tokens; negative where none
+    does."""
     newest = tokens[:, None] - 1
     return newest - (newest - torch.arange(places, device=tokens.device)) % places
 

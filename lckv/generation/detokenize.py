@@ -1,4 +1,5 @@
-"""Text from tokens that come one by one: whole characters only, and nothing of a text that ends the answer."""
+"""Text from tokens that come one by one: whole characters only, and nothing of a text that ends the
+answer."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -7,7 +8,8 @@ _REPLACEMENT = "\ufffd"
 """What decoders write for bytes that are no character, perhaps because the rest of it is yet to come."""
 
 _LONGEST_WAIT = 8
-"""Tokens that may be held back for the rest of a character, which has 4 bytes at most; more of them are no character at all."""
+"""Tokens that may be held back for the rest of a character, which has 4 bytes at most; more of them are no
+character at all."""
 
 
 class Tokenizer(Protocol):
@@ -21,8 +23,9 @@ class Tokenizer(Protocol):
 class Detokenizer:
     """Turns tokens into text as they come.
 
-    Decoders treat the beginning of a text in their own way (spaces), so the newest tokens are decoded behind those before them, and
-    what these give alone is taken off. The work per token does not depend on how many there were.
+    Decoders treat the beginning of a text in their own way (spaces), so the newest tokens are decoded behind
+    those before them, and what these give alone is taken off. The work per token does not depend on how many
+    there were.
     """
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
@@ -64,7 +67,8 @@ class StopTexts:
         """The text that was found; nothing may be added after it."""
 
     def add(self, text: str) -> str:
-        """The part of `text`, and of what was held back before, that cannot belong to one of the texts, or is before it."""
+        """The part of `text`, and of what was held back before, that cannot belong to one of the texts, or is
+        before it."""
         held = self._held + text
         ends = [(held.find(each) + len(each), -len(each), each) for each in self._texts if each in held]
         if ends:

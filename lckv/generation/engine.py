@@ -29,8 +29,9 @@ logger = logging.getLogger(__name__)
 class Engine:
     """Answers requests with one model and one cache.
 
-    One thread at a time runs `step`, again and again; any thread may call the other methods meanwhile. What a request gets depends on
-    nothing but its prompt and parameters: in float32 its answer is the same alone, among others, and after a preemption.
+    One thread at a time runs `step`, again and again; any thread may call the other methods meanwhile. What a
+    request gets depends on nothing but its prompt and parameters: in float32 its answer is the same alone,
+    among others, and after a preemption.
     """
 
     def __init__(
@@ -49,17 +50,26 @@ class Engine:
         prefill: Literal["parallel", "exact"] = "parallel",
         prefill_tolerance: float = DEFAULT_TOLERANCE,
     ) -> None:
-        """`tokenizer`: for the answers' text and for stop texts. `cache`: default one of `memory_bytes` (see `paged_cache`) in pages of
-        `page_size` slots. At most `max_batch_size` requests run and `max_waiting` wait. `max_tokens`: of prompt and answer together,
-        default the model's context; fewer need smaller tables. `max_prompt_tokens`: default what `max_tokens` leaves. `prefill_chunk`:
-        tokens of prompts that one step computes, beside one token of every answer. `prefill`: prompts in parallel, or "exact", token by
-        token, which differs only where layers are iterated; `prefill_tolerance`: see `Settling`, 0 for all m + b passes. Raises
-        ValueError for settings that make no sense."""
+        """`tokenizer`: for the answers' text and for stop texts. `cache`: default one of `memory_bytes` (see
+        `paged_cache`) in pages of `page_size` slots. At most `max_batch_size` requests run and `max_waiting`
+        wait. `max_tokens`: of prompt and answer together, default the model's context; fewer need smaller
+        tables. `max_prompt_tokens`: default what `max_tokens` leaves. `prefill_chunk`: tokens of prompts that
+        one step computes, beside one token of every answer. `prefill`: prompts in parallel, or "exact", token
+        by token, which differs only where layers are iterated; `prefill_tolerance`: see `Settling`, 0 for all
+        m + b passes. Raises ValueError for settings that make no sense."""
         check_settings(
-            max_batch_size, max_waiting, max_tokens, max_prompt_tokens, prefill_chunk, prefill, prefill_tolerance
+            max_batch_size,
+            max_waiting,
+            max_tokens,
+            max_prompt_tokens,
+            prefill_chunk,
+            prefill,
+            prefill_tolerance,
         )
         self.model, self.tokenizer = model.eval(), tokenizer
-        context = min(model.config.max_position_embeddings, max_tokens or model.config.max_position_embeddings)
+        context = min(
+            model.config.max_position_embeddings, max_tokens or model.config.max_position_embeddings
+        )
         self.cache = cache or paged_cache(
             model.config,
             dtype=model.dtype,
@@ -104,10 +114,11 @@ class Engine:
         request_id: str | None = None,
         on_token: Callable[[TokenEvent], None] | None = None,
     ) -> Request:
-        """Hand in a request. `on_token` is called for each of its events by the thread that runs `step` (or `cancel`) and must be quick; it
-        may call `cancel` and `submit`, not `step`.
+        """Hand in a request. `on_token` is called for each of its events by the thread that runs `step` (or
+        `cancel`) and must be quick; it may call `cancel` and `submit`, not `step`.
 
-        Raises ValueError for what can never be answered, with every reason, and QueueFullError where too many requests wait.
+        Raises ValueError for what can never be answered, with every reason, and QueueFullError where too many
+        requests wait.
         """
         prompt = token_ids(prompt_ids)
         problems = self.limits.request_problems(prompt, params)
@@ -120,7 +131,8 @@ class Engine:
         with self._lock:
             if request.request_id in self._jobs:
                 raise ValueError(
-                    f"request_id {request.request_id!r} is that of a request that is not finished; give another one, or none."
+                    f"request_id {request.request_id!r} is that of a request that is not finished; give "
+                    "another one, or none."
                 )
             self._scheduler.add(job)
             self._jobs[request.request_id] = job
@@ -128,7 +140,8 @@ class Engine:
         return request
 
     def cancel(self, request_id: str) -> bool:
-        """End a request; its pages are free after the step that is running, if one is. False if there is none of that name (any more)."""
+        """End a request; its pages are free after the step that is running, if one is. False if there is none
+        of that name (any more)."""
         with self._lock:
             job = self._jobs.get(request_id)
             if job is None or job in self._cancelled:
@@ -153,7 +166,8 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
-        """Admit requests, give every answer that is under way its next token, compute a chunk of prompts; what came of it.
+        """Admit requests, give every answer that is under way its next token, compute a chunk of prompts;
+        what came of it.
 
         A failure ends the requests that it hits with finish_reason "error", and no others.
         """
@@ -176,8 +190,8 @@ class Engine:
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
     ) -> list[Completion]:
-        """The answers to `prompts`, in their order. Raises ValueError as `submit` does and RuntimeError if one fails; the others are
-        then cancelled."""
+        """The answers to `prompts`, in their order. Raises ValueError as `submit` does and RuntimeError if
+        one fails; the others are then cancelled."""
         of_each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         requests: list[Request] = []
         try:
@@ -200,9 +214,11 @@ class Engine:
         return completions
 
     def score(self, token_lists: Sequence[Sequence[int]], *, token_by_token: bool = False) -> list[Scores]:
-        """How probable each text of tokens is, computed through the cache; see `Scores`. Requests that run are set aside meanwhile.
+        """How probable each text of tokens is, computed through the cache; see `Scores`. Requests that run
+        are set aside meanwhile.
 
-        Raises ValueError for texts that `submit` would refuse as prompts, but a text may be as long as the context.
+        Raises ValueError for texts that `submit` would refuse as prompts, but a text may be as long as the
+        context.
         """
         texts = [token_ids(tokens) for tokens in token_lists]
         limits = self.limits
@@ -223,13 +239,17 @@ class Engine:
         return self._counters.stats(self._scheduler, self.cache, self._forward.compression_ratio)
 
     def _compute(self, jobs: Sequence[Job]) -> list[TokenEvent]:
-        """Compute the next chunk of some running requests, and a token for each whose tokens are all computed then."""
+        """Compute the next chunk of some running requests, and a token for each whose tokens are all computed
+        then."""
         present = self._scheduler.make_room(jobs)
         events = [self._out_of_pages(job) for job in jobs if job.sequence is not None and job not in present]
         if not present:
             return events
         counts = [self._scheduler.chunk(job) for job in present]
-        chunks = [job.tokens[job.computed : job.computed + count] for job, count in zip(present, counts, strict=True)]
+        chunks = [
+            job.tokens[job.computed : job.computed + count]
+            for job, count in zip(present, counts, strict=True)
+        ]
         try:
             forwarded = self._forward([job.sequence for job in present if job.sequence is not None], chunks)
             for row, job in enumerate(present):
@@ -259,7 +279,9 @@ class Engine:
             raise
         for job, choice, right in zip(rows, choices, finite, strict=True):
             if not right:
-                events.append(self._fail(job, "the model's logits are not finite; are its weights and dtype right?"))
+                events.append(
+                    self._fail(job, "the model's logits are not finite; are its weights and dtype right?")
+                )
                 continue
             if len(job.tokens) == job.prompt_tokens:
                 self._counters.prompt(job.prompt_tokens, job.prefill_passes)
@@ -272,7 +294,8 @@ class Engine:
             return self._deliver(job, job.end("length"))
         return self._fail(
             job,
-            f"the prompt's {job.prompt_tokens} tokens do not fit into the cache, whose {self.cache.pages} pages are full after "
+            f"the prompt's {job.prompt_tokens} tokens do not fit into the cache, whose {self.cache.pages} "
+            "pages are full after "
             f"{job.computed}; give the engine more memory_bytes.",
         )
 

@@ -35,8 +35,8 @@ class Forward:
         """Tokens per slot of all open sequences after the last call; see `PagedCache.compression_ratio`."""
 
     def __call__(self, sequences: Sequence[int], tokens: Sequence[Sequence[int]]) -> Forwarded:
-        """Compute the next `tokens` of `sequences`, at least one of each, which the cache then holds. Raises OutOfPagesError, with the
-        cache as it was, if it has no room for them."""
+        """Compute the next `tokens` of `sequences`, at least one of each, which the cache then holds. Raises
+        OutOfPagesError, with the cache as it was, if it has no room for them."""
         device = self.model.device
         counts = [len(row) for row in tokens]
         width = max(counts)
@@ -46,7 +46,9 @@ class Forward:
         if min(counts) < width:
             counted = torch.arange(width, device=device) < torch.tensor(counts, device=device)[:, None]
         iteration, settling = self._iteration(len(tokens), width, counted, device)
-        output = self.model.model.run(embedded, self._cache.rows(sequences), counted=counted, iteration=iteration)
+        output = self.model.model.run(
+            embedded, self._cache.rows(sequences), counted=counted, iteration=iteration
+        )
         self.compression_ratio = self._cache.compression_ratio
         assert output.last_hidden_state is not None
         if not self.iterated or width == 1:
@@ -57,7 +59,10 @@ class Forward:
     def newest_logits(self, forwarded: Forwarded, rows: Sequence[int], counts: Sequence[int]) -> Tensor:
         """[rows, V]: logits of the newest token of some rows, of which row i has `counts[i]`."""
         device = self.model.device
-        index = torch.tensor(rows, device=device), torch.tensor([counts[row] - 1 for row in rows], device=device)
+        index = (
+            torch.tensor(rows, device=device),
+            torch.tensor([counts[row] - 1 for row in rows], device=device),
+        )
         return self.model.lm_head(forwarded.hidden_states[index])
 
     def _iteration(

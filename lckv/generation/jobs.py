@@ -14,7 +14,9 @@ _PROMPT_TAIL = 8
 class Job:
     """State of one request. Only the thread that runs the engine's step changes it."""
 
-    def __init__(self, request: Request, tokenizer: Tokenizer | None, *, ends: frozenset[int], max_tokens: int) -> None:
+    def __init__(
+        self, request: Request, tokenizer: Tokenizer | None, *, ends: frozenset[int], max_tokens: int
+    ) -> None:
         """`ends`: tokens that end the answer; `max_tokens`: of prompt and answer together."""
         self.request, self.params = request, request.params
         self.tokens = list(request.prompt_ids)

@@ -34,9 +34,13 @@ class Limits:
         wrong = params.problems()
         unknown = [] if wrong else [token for token in params.stop_token_ids if not self._known(token)]
         if unknown:
-            wrong.append(f"stop_token_ids has {unknown[0]}; the model's tokens are 0 to {self.vocabulary - 1}.")
+            wrong.append(
+                f"stop_token_ids has {unknown[0]}; the model's tokens are 0 to {self.vocabulary - 1}."
+            )
         if params.stop and not self.has_tokenizer:
-            wrong.append("stop needs the texts of tokens; give the engine a tokenizer, or use stop_token_ids.")
+            wrong.append(
+                "stop needs the texts of tokens; give the engine a tokenizer, or use stop_token_ids."
+            )
         return [*wrong, *self.text_problems(prompt, "the prompt", self.prompt_tokens)]
 
     def text_problems(self, tokens: Sequence[int], name: str, most: int) -> Iterator[str]:
@@ -45,15 +49,20 @@ class Limits:
             yield f"{name} is empty; it must have at least one token."
         unknown = next((place for place, token in enumerate(tokens) if not self._known(token)), None)
         if unknown is not None:
-            yield f"{name}'s token {unknown} is {tokens[unknown]}; the model's tokens are 0 to {self.vocabulary - 1}."
+            yield (
+                f"{name}'s token {unknown} is {tokens[unknown]}; the model's tokens are 0 to "
+                f"{self.vocabulary - 1}."
+            )
         if len(tokens) > most:
             yield (
-                f"{name} has {len(tokens)} tokens; it must have at most {most}. (There is room for {self.context} tokens of prompt and "
+                f"{name} has {len(tokens)} tokens; it must have at most {most}. (There is room for "
+                f"{self.context} tokens of prompt and "
                 "answer together; see max_tokens and max_prompt_tokens.)"
             )
         elif len(tokens) > self.pool_tokens:
             yield (
-                f"{name} has {len(tokens)} tokens; the cache has room for {self.pool_tokens}, in {self.pages} pages. Give the engine more "
+                f"{name} has {len(tokens)} tokens; the cache has room for {self.pool_tokens}, in "
+                f"{self.pages} pages. Give the engine more "
                 "memory_bytes."
             )
 
@@ -67,7 +76,8 @@ def token_ids(tokens: Sequence[int]) -> tuple[int, ...]:
         return tuple(index(token) for token in tokens)
     except TypeError:
         raise ValueError(
-            f"a prompt must be a sequence of token ids; here is a {type(tokens).__name__} that is none. Texts are to be tokenised before."
+            f"a prompt must be a sequence of token ids; here is a {type(tokens).__name__} that is none. "
+            "Texts are to be tokenised before."
         ) from None
 
 

@@ -1,6 +1,8 @@
-"""Models and tokenizers from Hugging Face folders: this project's, and plain Llama, Mistral, Qwen2 and Qwen3 models.
+"""Models and tokenizers from Hugging Face folders: this project's, and plain Llama, Mistral, Qwen2 and Qwen3
+models.
 
-A plain model is an `LCKVLlamaForCausalLM` whose layers read their own keys and values; the weights have the same names.
+A plain model is an `LCKVLlamaForCausalLM` whose layers read their own keys and values; the weights have the
+same names.
 """
 
 from collections.abc import Iterator, Mapping
@@ -59,9 +61,10 @@ def load_model(
 ) -> tuple[LCKVLlamaForCausalLM, PreTrainedTokenizerBase | None]:
     """The model of a folder, in evaluation mode, and its tokenizer, None where the folder has none.
 
-    `dtype`: default what the folder says. `device`: default a GPU where there is one. Raises OSError for a folder that has no
-    config.json or no safetensors, and ValueError for models that would not be computed right: of another kind, with fields that have no
-    meaning here, with weights that are missing or superfluous.
+    `dtype`: default what the folder says. `device`: default a GPU where there is one. Raises OSError for a
+    folder that has no config.json or no safetensors, and ValueError for models that would not be computed
+    right: of another kind, with fields that have no meaning here, with weights that are missing or
+    superfluous.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
@@ -74,7 +77,9 @@ def load_model(
             f"{folder} has no *.safetensors; weights in other formats are not read, since they are pickled."
         )
     device = (
-        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.device(device)
+        if device is not None
+        else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     )
     loaded: Any = LCKVLlamaForCausalLM.from_pretrained(
         folder,
@@ -108,19 +113,24 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
 
 def model_config(folder: Path) -> LCKVLlamaConfig:
-    """What the config.json of a folder means here. Raises ValueError with every field that means nothing here."""
+    """What the config.json of a folder means here. Raises ValueError with every field that means nothing
+    here."""
     content, _ = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
     family = content.get("model_type")
     if family == LCKVLlamaConfig.model_type:
         return LCKVLlamaConfig.from_pretrained(folder, local_files_only=True)
     if family not in _FAMILIES:
         known = ", ".join((LCKVLlamaConfig.model_type, *_FAMILIES))
-        raise ValueError(f"{folder}/config.json: model_type is {family!r}; models of these types can be run: {known}.")
+        raise ValueError(
+            f"{folder}/config.json: model_type is {family!r}; models of these types can be run: {known}."
+        )
     theirs = AutoConfig.from_pretrained(folder, local_files_only=True)
     problems = [f"{folder}/config.json: {problem}" for problem in _problems(content, family)]
     if problems:
         raise ValueError("\n".join(problems))
-    same: dict[str, Any] = {name: getattr(theirs, name) for name in _SAME if getattr(theirs, name, None) is not None}
+    same: dict[str, Any] = {
+        name: getattr(theirs, name) for name in _SAME if getattr(theirs, name, None) is not None
+    }
     same |= {name: None for name in ("bos_token_id", "eos_token_id") if getattr(theirs, name, None) is None}
     same |= _FAMILIES[family]
     return LCKVLlamaConfig(**same, compression=_windows(theirs))
@@ -134,12 +144,16 @@ def _problems(content: Mapping[str, Any], family: str) -> Iterator[str]:
     for name, value in content.items():
         if name not in known and value is not None:
             yield (
-                f"{name} is {value!r}; this field of a {family} model is unknown here and may change what the model computes. Only if you "
+                f"{name} is {value!r}; this field of a {family} model is unknown here and may change what "
+                "the model computes. Only if you "
                 "know that it does not, remove it from the file."
             )
     kinds = {*(content.get("layer_types") or ())} - {"full_attention", "sliding_attention"}
     if kinds:
-        yield f"layer_types has {', '.join(sorted(map(repr, kinds)))}; layers must be full_attention or sliding_attention."
+        yield (
+            f"layer_types has {', '.join(sorted(map(repr, kinds)))}; layers must be full_attention or "
+            "sliding_attention."
+        )
 
 
 def _windows(theirs: PreTrainedConfig) -> dict[str, Any] | None:

@@ -24,8 +24,9 @@ def paged_cache(
     max_sequences: int = 64,
     max_tokens: int | None = None,
 ) -> PagedCache:
-    """An empty cache of at most `memory_bytes`, tables and all, and not more than `max_sequences` of `max_tokens` (default: the model's
-    context) can ever need. Default: 80 % of what is free on a GPU, 1 GiB elsewhere.
+    """An empty cache of at most `memory_bytes`, tables and all, and not more than `max_sequences` of
+    `max_tokens` (default: the model's context) can ever need. Default: 80 % of what is free on a GPU, 1 GiB
+    elsewhere.
 
     Raises ValueError where not even one page for each KV head of a sequence fits.
     """
@@ -52,20 +53,27 @@ def paged_cache(
         memory_bytes = _DEFAULT_BYTES_ON_CPU
     heads = len(layer_types.kv_layers) * config.num_key_value_heads
     fixed = max_sequences * smallest.bytes_per_sequence + smallest.bytes_per_page
-    pages = min((memory_bytes - fixed) // smallest.bytes_per_page, heads * max_sequences * -(-max_tokens // page_size))
+    pages = min(
+        (memory_bytes - fixed) // smallest.bytes_per_page, heads * max_sequences * -(-max_tokens // page_size)
+    )
     if pages < heads:
         raise ValueError(
-            f"memory_bytes is {memory_bytes}; it must be at least {fixed + heads * smallest.bytes_per_page}: {fixed} for the tables of "
-            f"{max_sequences} sequences (max_batch_size) of {max_tokens} tokens (max_tokens), and a page for each of the {heads} KV heads "
+            f"memory_bytes is {memory_bytes}; it must be at least {fixed + heads * smallest.bytes_per_page}: "
+            f"{fixed} for the tables of "
+            f"{max_sequences} sequences (max_batch_size) of {max_tokens} tokens (max_tokens), and a page for "
+            f"each of the {heads} KV heads "
             "that the model keeps."
         )
     return make(pages=pages, max_sequences=max_sequences)
 
 
 def longest_sequence(cache: PagedCache, most: int) -> int:
-    """Tokens, at most `most`, of the longest sequence that has room in an empty `cache` if nothing is merged."""
+    """Tokens, at most `most`, of the longest sequence that has room in an empty `cache` if nothing is
+    merged."""
     sequence = cache.open()
     try:
-        return bisect_right(range(1, most + 1), cache.pages, key=lambda tokens: cache.pages_needed([sequence], tokens))
+        return bisect_right(
+            range(1, most + 1), cache.pages, key=lambda tokens: cache.pages_needed([sequence], tokens)
+        )
     finally:
         cache.close(sequence)

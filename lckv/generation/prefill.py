@@ -1,7 +1,9 @@
-"""Prompts through the iterated layers of a map: how many passes, and when a row's keys and values have settled.
+"""Prompts through the iterated layers of a map: how many passes, and when a row's keys and values have
+settled.
 
-The passes of a plan approach what decoding token by token gives: with m + b passes the first m + b tokens are exact, and the error of
-the others about halves with each pass (LCKV, Wu and Tu, ACL 2024). Passes end where the shared keys and values hardly change.
+The passes of a plan approach what decoding token by token gives: with m + b passes the first m + b tokens are
+exact, and the error of the others about halves with each pass (LCKV, Wu and Tu, ACL 2024). Passes end where
+the shared keys and values hardly change.
 
 Shapes: s tokens, b rows, g KV heads, d channels of a head.
 """
@@ -21,16 +23,24 @@ tools/benchmarks/results/prefill_passes.csv, where all 9 passes change it by 0.0
 class Settling:
     """Says when iterating may end; see `PlanRunner.converged`.
 
-    A row that has settled keeps its keys and values: they are written over those of later passes, which other rows may still need. So
-    a row ends with what it would end with alone.
+    A row that has settled keeps its keys and values: they are written over those of later passes, which other
+    rows may still need. So a row ends with what it would end with alone.
     """
 
     def __init__(
-        self, tolerance: float, passes: int, rows: int, counted: Tensor | None, *, biased: bool, device: torch.device
+        self,
+        tolerance: float,
+        passes: int,
+        rows: int,
+        counted: Tensor | None,
+        *,
+        biased: bool,
+        device: torch.device,
     ) -> None:
-        """`tolerance`: the largest relative change (of the root mean square over a row's tokens, of the keys or the values of any
-        shared layer) that counts as none. `passes`: at most so many. `counted` bool [b, s]: tokens that are not padding; None: all.
-        `biased`: channel d - 1 of keys is a bias of hard decisions, which have to be the same."""
+        """`tolerance`: the largest relative change (of the root mean square over a row's tokens, of the keys
+        or the values of any shared layer) that counts as none. `passes`: at most so many. `counted` bool [b,
+        s]: tokens that are not padding; None: all. `biased`: channel d - 1 of keys is a bias of hard
+        decisions, which have to be the same."""
         self._tolerance, self._biased = tolerance, biased
         self._counted = None if counted is None else counted.transpose(0, 1)[:, :, None, None]
         self._layers: tuple[int, ...] = ()
@@ -38,8 +48,8 @@ class Settling:
         self._any_settled = False
         self._pass = 0
         self.passes = torch.full((rows,), min(2, passes), dtype=torch.int64, device=device)
-        """int64 [b]: passes that each row needed: those until its keys and values settled, and one that reads them. Where several
-        groups of layers are iterated, of the group that took the most."""
+        """int64 [b]: passes that each row needed: those until its keys and values settled, and one that reads
+        them. Where several groups of layers are iterated, of the group that took the most."""
 
     def __call__(self, previous: Mapping[int, Extension], current: Mapping[int, Extension]) -> bool:
         """Compare the keys and values of two passes; True where all rows have settled."""
@@ -59,7 +69,8 @@ class Settling:
         return all(settled)
 
     def _change(self, before: Extension, after: Extension) -> Tensor:
-        """float32 [b]: the larger of the relative changes of keys and values; infinite where decisions differ."""
+        """float32 [b]: the larger of the relative changes of keys and values; infinite where decisions
+        differ."""
         value = self._relative(before.value, after.value)
         if not self._biased:
             return torch.maximum(value, self._relative(before.key, after.key))

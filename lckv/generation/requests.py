@@ -1,4 +1,5 @@
-"""Requests to the engine: what a user hands in, what comes back token by token, and what is there at the end."""
+"""Requests to the engine: what a user hands in, what comes back token by token, and what is there at the
+end."""
 
 import threading
 from collections.abc import Callable
@@ -8,8 +9,8 @@ from typing import Literal
 from lckv.generation.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-"""Why an answer ended: a stop text or token or the end of the sequence; its length, the model's context or the cache; a call to
-`cancel`; a failure, which `Completion.error` describes."""
+"""Why an answer ended: a stop text or token or the end of the sequence; its length, the model's context or
+the cache; a call to `cancel`; a failure, which `Completion.error` describes."""
 
 
 class QueueFullError(RuntimeError):
@@ -26,8 +27,8 @@ class TokenEvent:
     """The new token, a stop token included; None for an end that came without one (cancelled, error)."""
 
     text: str
-    """What is certain of the answer's text now and was not before: whole characters, nothing of a stop text. Always empty for an engine
-    without a tokenizer. Texts of all events make the answer."""
+    """What is certain of the answer's text now and was not before: whole characters, nothing of a stop text.
+    Always empty for an engine without a tokenizer. Texts of all events make the answer."""
 
     text_offset: int
     """Characters of the answer before `text`."""
@@ -71,7 +72,8 @@ class Completion:
     """How often its memory was given to others in between."""
 
     prefill_passes: int | None = None
-    """Passes over the iterated layers that the prompt took (the most of any part of it); None where no layer is iterated."""
+    """Passes over the iterated layers that the prompt took (the most of any part of it); None where no layer
+    is iterated."""
 
 
 class Request:
@@ -84,7 +86,12 @@ class Request:
         params: SamplingParams,
         on_token: Callable[[TokenEvent], None] | None = None,
     ) -> None:
-        self.request_id, self.prompt_ids, self.params, self.on_token = request_id, prompt_ids, params, on_token
+        self.request_id, self.prompt_ids, self.params, self.on_token = (
+            request_id,
+            prompt_ids,
+            params,
+            on_token,
+        )
         self._done = threading.Event()
         self._completion: Completion | None = None
 
@@ -94,10 +101,12 @@ class Request:
         return self._done.is_set()
 
     def result(self, timeout: float | None = None) -> Completion:
-        """Wait for the answer, while another thread runs the engine. Raises TimeoutError after `timeout` seconds."""
+        """Wait for the answer, while another thread runs the engine. Raises TimeoutError after `timeout`
+        seconds."""
         if not self._done.wait(timeout):
             raise TimeoutError(
-                f"request {self.request_id} is not finished after {timeout} seconds; does a thread run the engine's step?"
+                f"request {self.request_id} is not finished after {timeout} seconds; does a thread run the "
+                "engine's step?"
             )
         assert self._completion is not None
         return self._completion

@@ -1,6 +1,7 @@
 """From logits to tokens: how a request wants its tokens chosen, and the choice for a batch of requests.
 
-A row's tokens depend on its own logits, parameters, earlier tokens and generator only, never on the other rows.
+A row's tokens depend on its own logits, parameters, earlier tokens and generator only, never on the other
+rows.
 
 Shapes: b rows, V tokens of the vocabulary.
 """
@@ -22,7 +23,8 @@ MAX_LOGPROBS = 20
 class SamplingParams:
     """How the tokens of one request are chosen and when it ends.
 
-    The penalty comes first, then temperature, top_k, top_p and min_p, each on what the one before has left (as in transformers).
+    The penalty comes first, then temperature, top_k, top_p and min_p, each on what the one before has left
+    (as in transformers).
     """
 
     temperature: float = 1.0
@@ -38,7 +40,8 @@ class SamplingParams:
     """Only tokens at least so probable, relative to the most probable one."""
 
     repetition_penalty: float = 1.0
-    """Positive logits of tokens of the prompt and the answer are divided by it, negative ones multiplied (Keskar et al. 2019)."""
+    """Positive logits of tokens of the prompt and the answer are divided by it, negative ones multiplied
+    (Keskar et al. 2019)."""
 
     seed: int | None = None
     """The same seed gives the same answer, whatever else is running; None: another answer each time."""
@@ -56,8 +59,8 @@ class SamplingParams:
     """Whether the model's end-of-sequence tokens are tokens like others."""
 
     logprobs: int | None = None
-    """With every token its log-probability and those of so many most probable ones, natural logarithms of the model's distribution
-    before any of the settings above; None: none."""
+    """With every token its log-probability and those of so many most probable ones, natural logarithms of the
+    model's distribution before any of the settings above; None: none."""
 
     def problems(self) -> list[str]:
         """Everything that is wrong with these settings: field, value, required relation."""
@@ -80,11 +83,16 @@ class SamplingParams:
                 "a finite number above 0 (1: no penalty)",
             ),
             ("seed", self.seed is None or _whole(self.seed), "an integer, or None"),
-            ("max_new_tokens", _whole(self.max_new_tokens) and self.max_new_tokens >= 1, "an integer of at least 1"),
+            (
+                "max_new_tokens",
+                _whole(self.max_new_tokens) and self.max_new_tokens >= 1,
+                "an integer of at least 1",
+            ),
             ("stop", _tuple_of(str, self.stop) and all(self.stop), "a tuple of texts that are not empty"),
             (
                 "stop_token_ids",
-                isinstance(self.stop_token_ids, tuple) and all(_whole(token) for token in self.stop_token_ids),
+                isinstance(self.stop_token_ids, tuple)
+                and all(_whole(token) for token in self.stop_token_ids),
                 "a tuple of integers",
             ),
             ("ignore_eos", isinstance(self.ignore_eos, bool), "true or false"),
@@ -95,7 +103,9 @@ class SamplingParams:
             ),
         )
         return [
-            f"{name} is {getattr(self, name)!r}; it must be {relation}." for name, right, relation in rules if not right
+            f"{name} is {getattr(self, name)!r}; it must be {relation}."
+            for name, right, relation in rules
+            if not right
         ]
 
 
@@ -112,18 +122,24 @@ class Choice(NamedTuple):
 
 
 def sample(
-    logits: Tensor, params: Sequence[SamplingParams], generators: Sequence[Random], previous: Sequence[Sequence[int]]
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    generators: Sequence[Random],
+    previous: Sequence[Sequence[int]],
 ) -> list[Choice]:
     """One token for each row of `logits` [b, V].
 
-    `previous` are the tokens of prompt and answer so far. A row's generator gives one number, unless the row is greedy.
+    `previous` are the tokens of prompt and answer so far. A row's generator gives one number, unless the row
+    is greedy.
     """
     scores = logits.float()
     chosen = filtered(scores, params, previous)
     best = chosen.argmax(-1)
     drawn = [row for row, each in enumerate(params) if each.temperature > 0]
     if drawn:
-        uniform = torch.tensor([generators[row].random() for row in drawn], dtype=torch.float64).to(logits.device)
+        uniform = torch.tensor([generators[row].random() for row in drawn], dtype=torch.float64).to(
+            logits.device
+        )
         index = torch.tensor(drawn, device=logits.device)
         best[index] = _draw(chosen[index], uniform)
     tokens = best.tolist()
@@ -133,7 +149,8 @@ def sample(
 
 
 def filtered(scores: Tensor, params: Sequence[SamplingParams], previous: Sequence[Sequence[int]]) -> Tensor:
-    """What is left of float32 logits [b, V] after the penalty, temperature (0: as 1) and the filters; -inf: never chosen."""
+    """What is left of float32 logits [b, V] after the penalty, temperature (0: as 1) and the filters; -inf:
+    never chosen."""
     scores = _penalised(scores, params, previous)
 
     def column(values: Sequence[float]) -> Tensor:
@@ -151,7 +168,9 @@ def filtered(scores: Tensor, params: Sequence[SamplingParams], previous: Sequenc
         shares = ordered.softmax(-1)
         before = shares.cumsum(-1) - shares
         # The first stays, also where float32 makes 0 of top_p; with top_p 1 all stay.
-        beyond = (before >= column([row.top_p if row.top_p < 1 else torch.inf for row in params])) & (before > 0)
+        beyond = (before >= column([row.top_p if row.top_p < 1 else torch.inf for row in params])) & (
+            before > 0
+        )
         scores = torch.empty_like(scores).scatter_(1, order, ordered.masked_fill(beyond, -torch.inf))
     if any(row.min_p > 0 for row in params):
         floor = column([math.log(row.min_p) if row.min_p > 0 else -torch.inf for row in params])
@@ -173,7 +192,8 @@ def _penalised(scores: Tensor, params: Sequence[SamplingParams], previous: Seque
 
 
 def _draw(scores: Tensor, uniform: Tensor) -> Tensor:
-    """int64 [b]: the inverse of each row's cumulative distribution at `uniform` float64 [b], at least 0 and below 1."""
+    """int64 [b]: the inverse of each row's cumulative distribution at `uniform` float64 [b], at least 0 and
+    below 1."""
     cumulative = scores.double().softmax(-1).cumsum(-1)
     # A double below 1 times the total is below the total: a token with a share of its own is found.
     at = uniform[:, None] * cumulative[:, -1:]
@@ -187,7 +207,9 @@ def _with_logprobs(
     own = logprobs.gather(1, chosen[:, None]).squeeze(1).tolist()
     most = min(max(row.logprobs or 0 for row in params), scores.shape[1])
     values, best = logprobs.topk(most, -1)
-    for row, token, logprob, numbers, names in zip(params, tokens, own, values.tolist(), best.tolist(), strict=True):
+    for row, token, logprob, numbers, names in zip(
+        params, tokens, own, values.tolist(), best.tolist(), strict=True
+    ):
         if row.logprobs is None:
             yield Choice(token)
         else:

@@ -1,8 +1,8 @@
 """Which requests run, and on which tokens, in the next step: first come, first served, as far as pages go.
 
-A request is admitted when there are pages for its whole prompt, however little of it the policy will keep, beside what those that run
-still need for theirs. What answers need is not known, so pages may run out: then the youngest request gives its own back, waits in
-front of the others, and is computed again later.
+A request is admitted when there are pages for its whole prompt, however little of it the policy will keep,
+beside what those that run still need for theirs. What answers need is not known, so pages may run out: then
+the youngest request gives its own back, waits in front of the others, and is computed again later.
 """
 
 import threading
@@ -15,8 +15,8 @@ from lckv.generation.requests import QueueFullError
 
 
 class Scheduler:
-    """Waiting and running requests, both from the oldest to the youngest. `add` may be called from any thread, the rest from one at a
-    time."""
+    """Waiting and running requests, both from the oldest to the youngest. `add` may be called from any
+    thread, the rest from one at a time."""
 
     def __init__(
         self,
@@ -28,8 +28,9 @@ class Scheduler:
         exact: bool,
         iterated: bool,
     ) -> None:
-        """`prefill_chunk`: tokens, padding included, of prompts in one step. `exact`: prompts go token by token. `iterated`: computing
-        several tokens at once is an approximation, which only prompts may be subject to."""
+        """`prefill_chunk`: tokens, padding included, of prompts in one step. `exact`: prompts go token by
+        token. `iterated`: computing several tokens at once is an approximation, which only prompts may be
+        subject to."""
         self._cache, self._max_batch_size, self._max_waiting = cache, max_batch_size, max_waiting
         self._prefill_chunk, self._exact, self._iterated = prefill_chunk, exact, iterated
         self._lock = threading.Lock()
@@ -47,7 +48,8 @@ class Scheduler:
         with self._lock:
             if len(self._waiting) >= self._max_waiting:
                 raise QueueFullError(
-                    f"{len(self._waiting)} requests are waiting, and max_waiting is {self._max_waiting}; try again when some are done."
+                    f"{len(self._waiting)} requests are waiting, and max_waiting is {self._max_waiting}; try "
+                    "again when some are done."
                 )
             self._waiting.append(job)
 
@@ -80,9 +82,11 @@ class Scheduler:
         return [job for job in self.running if self.chunk(job) == 1]
 
     def prefilling(self) -> list[Job]:
-        """Those whose next chunk is computed in this step, the oldest first, as many as the padded chunks allow.
+        """Those whose next chunk is computed in this step, the oldest first, as many as the padded chunks
+        allow.
 
-        A chunk is never cut to make room for another request's: what a request gets must not depend on its neighbours.
+        A chunk is never cut to make room for another request's: what a request gets must not depend on its
+        neighbours.
         """
         chosen: list[Job] = []
         width = 0
@@ -104,8 +108,9 @@ class Scheduler:
         return max(1, min(parallel - job.computed, self._prefill_chunk))
 
     def make_room(self, jobs: Sequence[Job]) -> list[Job]:
-        """Those of some running requests that can compute their next chunk, after the youngest have made room. The only one that runs,
-        if even it finds none, falls back to chunks of one token; and to nothing, when it is left out of the result."""
+        """Those of some running requests that can compute their next chunk, after the youngest have made
+        room. The only one that runs, if even it finds none, falls back to chunks of one token; and to
+        nothing, when it is left out of the result."""
         jobs = list(jobs)
         while jobs and not self._fits(jobs, [self.chunk(job) for job in jobs]):
             if len(self.running) > 1:

@@ -14,7 +14,8 @@ class Scores(NamedTuple):
     """Of a text of n tokens."""
 
     logprobs: Tensor
-    """float32 [n - 1] on the CPU: natural logarithm of the probability of each token but the first, given those before it."""
+    """float32 [n - 1] on the CPU: natural logarithm of the probability of each token but the first, given
+    those before it."""
 
     greedy: Tensor
     """bool [n - 1] on the CPU: whether it is the most probable one."""
@@ -24,8 +25,8 @@ class Scores(NamedTuple):
 def score(
     forward: Forward, cache: PagedCache, texts: Sequence[Sequence[int]], *, chunk: int, tokens_at_once: int
 ) -> list[Scores]:
-    """Score `texts` through an empty `cache`, `chunk` tokens of each at a time; of several texts together at most `tokens_at_once`,
-    padding included, as far as there is room. The longest come first.
+    """Score `texts` through an empty `cache`, `chunk` tokens of each at a time; of several texts together at
+    most `tokens_at_once`, padding included, as far as there is room. The longest come first.
 
     Raises OutOfPagesError for a text that finds no room alone.
     """
@@ -62,5 +63,7 @@ def _score_together(
             logits = forward.model.lm_head(hidden_states[row, : len(tokens)]).float()
             following = torch.tensor(texts[row][start + 1 : start + 1 + len(tokens)], device=logits.device)
             own = logits.gather(-1, following[:, None]).squeeze(1)
-            parts[row].append(Scores((own - logits.logsumexp(-1)).cpu(), (logits.argmax(-1) == following).cpu()))
+            parts[row].append(
+                Scores((own - logits.logsumexp(-1)).cpu(), (logits.argmax(-1) == following).cpu())
+            )
     return [Scores(*(torch.cat(pieces) for pieces in zip(*part, strict=True))) for part in parts]

@@ -36,8 +36,8 @@ class EngineStats:
     pages_in_use: int
     pages_free: int
     compression_ratio: float
-    """Tokens per slot of the cache over layers, KV heads and all sequences that ran in the newest step (or were scored last); 1 before
-    there was any."""
+    """Tokens per slot of the cache over layers, KV heads and all sequences that ran in the newest step (or
+    were scored last); 1 before there was any."""
 
     prefill_passes: float
     """Passes over iterated layers that a prompt took, the mean over prompts; 0 where nothing is iterated."""

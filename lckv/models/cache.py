@@ -1,4 +1,5 @@
-"""The cache that Hugging Face's `generate` carries along: one entry per layer that computes keys and values."""
+"""The cache that Hugging Face's `generate` carries along: one entry per layer that computes keys and
+values."""
 
 from typing import Any
 
@@ -13,7 +14,8 @@ from lckv.policies.build import build_policy
 class LCKVCache(Cache):
     """What `generate` asks of a cache, around `ContiguousCache`.
 
-    It counts columns of the batch (padding included), as `attention_mask` does; what is stored is only what attention needs.
+    It counts columns of the batch (padding included), as `attention_mask` does; what is stored is only what
+    attention needs.
     """
 
     def __init__(self, config: LCKVLlamaConfig) -> None:
@@ -38,14 +40,18 @@ class LCKVCache(Cache):
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Not how this cache is filled; the model commits to `slots`."""
-        raise TypeError("LCKVCache is filled by LCKVLlamaForCausalLM only; other models need a cache of transformers.")
+        raise TypeError(
+            "LCKVCache is filled by LCKVLlamaForCausalLM only; other models need a cache of transformers."
+        )
 
     def reset(self) -> None:
         """Forget everything."""
         compression = self._config.compression_config()
         num_layers, policy = self._config.num_hidden_layers, build_policy(compression.policy)
         self._merges, self._columns = policy.biases_keys, 0
-        self.slots = ContiguousCache(compression.map(num_layers).kv_layers, policy, compression.windows(num_layers))
+        self.slots = ContiguousCache(
+            compression.map(num_layers).kv_layers, policy, compression.windows(num_layers)
+        )
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Beam search."""
@@ -62,9 +68,12 @@ class LCKVCache(Cache):
             self.slots.select_rows(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens (given as a negative number). Raises ValueError where tokens were merged or dropped."""
+        """Forget the newest tokens (given as a negative number). Raises ValueError where tokens were merged
+        or dropped."""
         if tokens_to_remove > 0:
-            raise ValueError(f"crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}.")
+            raise ValueError(
+                f"crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}."
+            )
         if tokens_to_remove < 0 and not self.slots.empty:
             self.slots.drop_newest(-tokens_to_remove)
             self._columns = max(0, self._columns + tokens_to_remove)

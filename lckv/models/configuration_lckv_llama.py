@@ -28,21 +28,22 @@ _ROPE_PARAMETERS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-"""The kinds of rotary position embedding, and what each needs in `rope_parameters`, in the order of `lckv.rope`'s dataclasses."""
+"""The kinds of rotary position embedding, and what each needs in `rope_parameters`, in the order of
+`lckv.rope`'s dataclasses."""
 
 
 class LCKVLlamaConfig(PreTrainedConfig):
     """Configuration of `LCKVLlamaForCausalLM`: Llama's fields, and what makes its KV cache small.
 
-    Fields that Llama's configuration does not have: `qkv_bias` (Qwen2), `qk_norm` (Qwen3), and `compression`, the fields of
-    `lckv.config.CompressionConfig` as a dict. The published LCKV models have some of these beside Llama's fields, the map as a
-    string under `layer_types`; they are read all the same.
+    Fields that Llama's configuration does not have: `qkv_bias` (Qwen2), `qk_norm` (Qwen3), and `compression`,
+    the fields of `lckv.config.CompressionConfig` as a dict. The published LCKV models have some of these
+    beside Llama's fields, the map as a string under `layer_types`; they are read all the same.
 
     Raises ValueError for settings that do not fit together, with field, value and way out.
     """
 
     model_type = "lckv-llama"
-    keys_to_ignore_at_inference = [  # noqa: RUF012 transformers reads it from the class
+    keys_to_ignore_at_inference = [  # noqa: RUF012 - transformers reads it
         "past_key_values",
         "auxiliary_loss",
         "merge_rates",
@@ -78,7 +79,8 @@ class LCKVLlamaConfig(PreTrainedConfig):
         if given["head_dim"] is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
-                    f"hidden_size is {self.hidden_size}; it must be a multiple of num_attention_heads, which is "
+                    f"hidden_size is {self.hidden_size}; it must be a multiple of num_attention_heads, which "
+                    "is "
                     f"{self.num_attention_heads}, or head_dim must be given."
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
@@ -87,7 +89,9 @@ class LCKVLlamaConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {kwargs[name]}: {why}; it must be {value}.")
             kwargs.pop(name, None)
         if __name__.startswith("lckv."):
-            kwargs.pop("auto_map", None)  # names modelling files, which this class does not write when it is saved
+            kwargs.pop(
+                "auto_map", None
+            )  # names modelling files, which this class does not write when it is saved
         published = {name: kwargs.pop(name) for name in _PUBLISHED_FIELDS if name in kwargs}
         self.compression = self._compression(self.compression, published)
         super().__post_init__(**kwargs)
@@ -112,7 +116,8 @@ class LCKVLlamaConfig(PreTrainedConfig):
     def _compression(given: dict[str, Any] | None, published: Mapping[str, Any]) -> dict[str, Any]:
         if given is not None and published:
             raise ValueError(
-                f"{', '.join(published)} are given beside compression; the published LCKV models have only the former, and models of "
+                f"{', '.join(published)} are given beside compression; the published LCKV models have only "
+                "the former, and models of "
                 "this version only the latter."
             )
         fields = dict(given or published)
@@ -120,8 +125,10 @@ class LCKVLlamaConfig(PreTrainedConfig):
             fields.pop("sliding_window", None)  # they always have one, whether or not a layer has a window
         if not isinstance(fields.get("layer_types"), str | None):
             raise ValueError(
-                f"layer_types is {fields['layer_types']}; it must be the sharing map, such as 0_6_6_6_6_6_6_7. (Transformers' own field "
-                "of this name, a list of attention kinds, has no meaning here: mark layers with a window by an 's' in the map.)"
+                f"layer_types is {fields['layer_types']}; it must be the sharing map, such as "
+                "0_6_6_6_6_6_6_7. (Transformers' own field "
+                "of this name, a list of attention kinds, has no meaning here: mark layers with a window by "
+                "an 's' in the map.)"
             )
         return asdict(CompressionConfig.from_dict(fields))
 
@@ -130,13 +137,17 @@ class LCKVLlamaConfig(PreTrainedConfig):
             yield f"hidden_act is {self.hidden_act!r}; only silu is supported."
         if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
             yield (
-                f"num_attention_heads is {self.num_attention_heads}; it must be a multiple of num_key_value_heads, which is "
+                f"num_attention_heads is {self.num_attention_heads}; it must be a multiple of "
+                "num_key_value_heads, which is "
                 f"{self.num_key_value_heads}."
             )
         if self.head_dim % 2:
             yield f"head_dim is {self.head_dim}; it must be even."
         if self.attention_dropout > 0 and build_policy(self.compression_config().policy).biases_keys:
-            yield f"attention_dropout is {self.attention_dropout}; it must be 0 where tokens are merged (compression.policy.name dmc)."
+            yield (
+                f"attention_dropout is {self.attention_dropout}; it must be 0 where tokens are merged "
+                "(compression.policy.name dmc)."
+            )
         yield from self._rope_problems()
 
     def _rope_problems(self) -> Iterator[str]:

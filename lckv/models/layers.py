@@ -1,4 +1,5 @@
-"""The layers of an LCKV model: its weights under Hugging Face's names, and how the plan of a sharing map runs them.
+"""The layers of an LCKV model: its weights under Hugging Face's names, and how the plan of a sharing map runs
+them.
 
 Shapes: b rows, s new tokens, h query heads, g KV heads, d channels of a head.
 """
@@ -38,7 +39,8 @@ class Tokens:
 
 
 class LCKVLlamaAttention(nn.Module):
-    """Self-attention of one layer of a sharing map. A layer that only reads keys and values has no weights for them."""
+    """Self-attention of one layer of a sharing map. A layer that only reads keys and values has no weights
+    for them."""
 
     def __init__(self, config: LCKVLlamaConfig, layer_idx: int) -> None:
         super().__init__()
@@ -66,13 +68,15 @@ class LCKVLlamaAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, source: Extension | None, tokens: Tokens
     ) -> tuple[Tensor, Extension | None, Statistics | None]:
-        """Attend from [b, s, hidden] to `source`, or to the layer's own keys and values; they and their statistics are returned."""
+        """Attend from [b, s, hidden] to `source`, or to the layer's own keys and values; they and their
+        statistics are returned."""
         query = self._heads("q", hidden_states)
         own, statistics = self.keys_values(hidden_states, tokens, query) if self.computes_kv else (None, None)
         reads = own if source is None else source
         if reads is None:
             raise ValueError(
-                f"layer {self.layer_idx} reads the keys and values of layer {self.source}, which were not given to it."
+                f"layer {self.layer_idx} reads the keys and values of layer {self.source}, which were not "
+                "given to it."
             )
         query = self.policy.query(query, tokens.contexts[self.layer_idx]).permute(1, 2, 0, 3)
         output = self._attend(query, reads, tokens).transpose(1, 2).flatten(2)
@@ -81,7 +85,8 @@ class LCKVLlamaAttention(nn.Module):
     def keys_values(
         self, hidden_states: Tensor, tokens: Tokens, query: Tensor | None = None
     ) -> tuple[Extension, Statistics | None]:
-        """The layer's keys and values from [b, s, hidden]; `query` [s, b, h, d] saves projecting it where the policy reads it."""
+        """The layer's keys and values from [b, s, hidden]; `query` [s, b, h, d] saves projecting it where the
+        policy reads it."""
         if query is None and self.policy.reads_query:
             query = self._heads("q", hidden_states)
         key, value, context = (
@@ -111,14 +116,18 @@ class LCKVLlamaAttention(nn.Module):
         visibility = replace(self.visibility, documents=tokens.contexts[self.layer_idx].documents)
         dropout = self.config.attention_dropout if self.training else 0.0
         key, value = (tensor.permute(1, 2, 0, 3) for tensor in (reads.key, reads.value))
-        return self._backend(query)(query, key, value, visibility, scale=scale, dropout=dropout, biased=biased)
+        return self._backend(query)(
+            query, key, value, visibility, scale=scale, dropout=dropout, biased=biased
+        )
 
     def _backend(self, query: Tensor) -> Attend:
         name = self.config._attn_implementation or "sdpa"
         if name not in _BACKENDS:
             raise ValueError(f"attn_implementation is {name!r}; this model has {', '.join(_BACKENDS)}.")
         try:
-            return choose(_BACKENDS[name], device=query.device, dtype=query.dtype, head_dim=self.head_dim).attend
+            return choose(
+                _BACKENDS[name], device=query.device, dtype=query.dtype, head_dim=self.head_dim
+            ).attend
         except ValueError as error:
             raise ValueError(f"attn_implementation is {name!r} and cannot be used here: {error}") from error
 
@@ -138,7 +147,8 @@ class LCKVLlamaMLP(nn.Module):
 
 
 _Flat = tuple[Tensor | None, ...]
-"""Hidden states, then the fields of the layer's own `Extension`, then its merge rate: what checkpointing can pass on."""
+"""Hidden states, then the fields of the layer's own `Extension`, then its merge rate: what checkpointing can
+pass on."""
 
 
 class LCKVLlamaDecoderLayer(nn.Module):
@@ -156,9 +166,10 @@ class LCKVLlamaDecoderLayer(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, hidden_states: Tensor, tokens: Tokens, part: str, *source: Tensor | None) -> _Flat:
-        """`part` is "all", "keys_values" (nothing else is returned) or "without_source" (attention is left out, as if it were 0).
-        `source` are the fields of what the layer reads, if it reads another's. Everything goes through here, so that hooks on the module
-        (sharded or offloaded weights) see every use."""
+        """`part` is "all", "keys_values" (nothing else is returned) or "without_source" (attention is left
+        out, as if it were 0). `source` are the fields of what the layer reads, if it reads another's.
+        Everything goes through here, so that hooks on the module (sharded or offloaded weights) see every
+        use."""
         if part == "keys_values":
             own, statistics = self.self_attn.keys_values(self.input_layernorm(hidden_states), tokens)
             return hidden_states, *own, *(statistics or (None,))
@@ -166,7 +177,9 @@ class LCKVLlamaDecoderLayer(nn.Module):
         statistics = None
         if part == "all":
             reads = Extension(*source) if source else None  # type: ignore[arg-type]
-            output, own_or_none, statistics = self.self_attn(self.input_layernorm(hidden_states), reads, tokens)
+            output, own_or_none, statistics = self.self_attn(
+                self.input_layernorm(hidden_states), reads, tokens
+            )
             hidden_states = hidden_states + output
         elif self.self_attn.computes_kv:
             own_or_none, statistics = self.self_attn.keys_values(self.input_layernorm(hidden_states), tokens)
@@ -180,7 +193,8 @@ class PlannedLayers:
     def __init__(
         self, layers: Sequence[LCKVLlamaDecoderLayer], tokens: Tokens, hidden_states: list[Tensor] | None
     ) -> None:
-        """Each layer's result in the pass that counts is added to `hidden_states`, if there is such a list."""
+        """Each layer's result in the pass that counts is added to `hidden_states`, if there is such a
+        list."""
         self._layers, self._tokens, self._hidden_states = layers, tokens, hidden_states
         self.kept: dict[int, Extension] = {}
         """Keys and values of the pass that counts, if there is a cache for them."""
@@ -210,7 +224,8 @@ class PlannedLayers:
         return own
 
     def run_without_source(self, index: int, hidden_states: Tensor) -> tuple[Tensor, Extension | None]:
-        """Without older tokens attention to zero keys and values is exactly 0; with some, the zeros are among them."""
+        """Without older tokens attention to zero keys and values is exactly 0; with some, the zeros are among
+        them."""
         if self._tokens.past is not None:
             return self.run(index, hidden_states, self.zeros(hidden_states), kept=False)
         return _unflat(self._layers[index](hidden_states, self._tokens, "without_source"))[:2]

@@ -1,7 +1,7 @@
 """A Llama-family decoder with shared or merged keys and values, for Hugging Face's tools.
 
-The mathematics - plan, policies, attention, rotation, caches - is that of the training model, through `lckv`; here is only what
-`generate`, `Trainer` and `from_pretrained` expect.
+The mathematics - plan, policies, attention, rotation, caches - is that of the training model, through `lckv`;
+here is only what `generate`, `Trainer` and `from_pretrained` expect.
 
 Shapes: b rows, s new tokens, g KV heads.
 """
@@ -34,7 +34,8 @@ class LCKVOutput(ModelOutput):
     """What the model returns; fields that were not asked for are None."""
 
     loss: Tensor | None = None
-    """float32 []: mean cross-entropy of the shifted labels in nats; in training with a policy that has one, plus `auxiliary_loss`."""
+    """float32 []: mean cross-entropy of the shifted labels in nats; in training with a policy that has one,
+    plus `auxiliary_loss`."""
     logits: Tensor | None = None
     """[b, s, vocabulary]."""
     past_key_values: LCKVCache | None = None
@@ -45,7 +46,8 @@ class LCKVOutput(ModelOutput):
     auxiliary_loss: Tensor | None = None
     """float32 []: the KV policy's, mean over rows."""
     merge_rates: Tensor | None = None
-    """float32 [KV-computing layers, b, g]: share of tokens that were merged; None without merging or with a cache."""
+    """float32 [KV-computing layers, b, g]: share of tokens that were merged; None without merging or with a
+    cache."""
     passes: int | None = None
     """Passes that were run over the iterated groups of layers."""
 
@@ -66,8 +68,8 @@ class LCKVLlamaPreTrainedModel(PreTrainedModel):
     config: LCKVLlamaConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LCKVLlamaDecoderLayer"]  # noqa: RUF012 transformers reads it from the class
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _no_split_modules = ["LCKVLlamaDecoderLayer"]  # noqa: RUF012 - transformers reads it
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 - transformers reads it
     _supports_flash_attn = True
     _supports_sdpa = True
 
@@ -78,7 +80,9 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
     def __init__(self, config: LCKVLlamaConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList([LCKVLlamaDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList(
+            [LCKVLlamaDecoderLayer(config, index) for index in range(config.num_hidden_layers)]
+        )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         compression = config.compression_config()
         self.layer_types = compression.map(config.num_hidden_layers)
@@ -98,8 +102,9 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> LCKVOutput:
-        """`input_ids` int64 [b, s] or `inputs_embeds` [b, s, hidden]; `attention_mask` [b, older + s], 0 for padding on either side;
-        `position_ids` int64 [b, s], where restarting from 0 begins another sequence in the same row."""
+        """`input_ids` int64 [b, s] or `inputs_embeds` [b, s, hidden]; `attention_mask` [b, older + s], 0 for
+        padding on either side; `position_ids` int64 [b, s], where restarting from 0 begins another sequence
+        in the same row."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds.")
         embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -123,7 +128,8 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         """The cache to read and to fill, if any."""
         if given is not None and not isinstance(given, LCKVCache):
             raise ValueError(
-                f"past_key_values is a {type(given).__name__}; this model keeps one entry per layer that computes keys and values: pass an "
+                f"past_key_values is a {type(given).__name__}; this model keeps one entry per layer that "
+                "computes keys and values: pass an "
                 "LCKVCache(model.config), or None."
             )
         if use_cache is None:
@@ -132,7 +138,8 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
             return None
         if self.training and torch.is_grad_enabled():
             raise ValueError(
-                "use_cache is set, or past_key_values given, in training; what is in a cache has no gradient, and merging is decided "
+                "use_cache is set, or past_key_values given, in training; what is in a cache has no "
+                "gradient, and merging is decided "
                 "without noise there: leave them out, or call model.eval()."
             )
         return LCKVCache(self.config) if given is None else given
@@ -147,12 +154,14 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         iteration: Iteration | None = None,
         output_hidden_states: bool = False,
     ) -> LCKVOutput:
-        """Run the layers on embedded tokens [b, s, hidden] with any cache, which takes them in. `counted` bool [b, s]: not padding;
-        `iteration`: for maps that iterate, default the configuration's m + b passes."""
+        """Run the layers on embedded tokens [b, s, hidden] with any cache, which takes them in. `counted`
+        bool [b, s]: not padding; `iteration`: for maps that iterate, default the configuration's m + b
+        passes."""
         rows, tokens = hidden_states.shape[:2]
         if cache is not None and not cache.empty and len(cache.seen) != rows:
             raise ValueError(
-                f"the batch has {rows} rows, but its cache holds {len(cache.seen)}; a row of the cache goes with each."
+                f"the batch has {rows} rows, but its cache holds {len(cache.seen)}; a row of the cache goes "
+                "with each."
             )
         context = Tokens(self._contexts(hidden_states, cache, counted, position_ids), counted, cache)
         states = [hidden_states] if output_hidden_states else None
@@ -181,7 +190,11 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         return PlanRunner(self.layer_types, iteration.passes - 1, 1, iteration.converged)
 
     def _contexts(
-        self, hidden_states: Tensor, cache: KVCache | None, counted: Tensor | None, position_ids: Tensor | None
+        self,
+        hidden_states: Tensor,
+        cache: KVCache | None,
+        counted: Tensor | None,
+        position_ids: Tensor | None,
     ) -> dict[int, TokenContext]:
         rows, tokens = hidden_states.shape[:2]
         device = hidden_states.device
@@ -190,7 +203,9 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
             position_ids = position_ids.expand(rows, tokens)
         documents = None if older else documents_of(counted, position_ids)
         if position_ids is None:
-            position_ids = positions(counted, cache.seen if cache is not None and older else None, rows, tokens, device)
+            position_ids = positions(
+                counted, cache.seen if cache is not None and older else None, rows, tokens, device
+            )
         angles = rotation(position_ids.transpose(0, 1)[:, :, None], self._frequencies(device))
         context = TokenContext(
             partial(rotate, angles=angles),
@@ -207,7 +222,8 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         return contexts
 
     def _frequencies(self, device: torch.device) -> Tensor:
-        """float32 whatever the model's dtype, and no buffer, which loading or casting the model would spoil."""
+        """float32 whatever the model's dtype, and no buffer, which loading or casting the model would
+        spoil."""
         config = self.config
         assert config.rope_parameters is not None and config.head_dim is not None
         return inverse_frequencies(
@@ -218,11 +234,11 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
 class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
     """The decoder with its language-model head.
 
-    There are no schedules here: in training, a KV policy that has stages is at the end of its stage (a fading channel is gone, the whole
-    compression ratio is asked for). Its randomness follows torch's CPU generator.
+    There are no schedules here: in training, a KV policy that has stages is at the end of its stage (a fading
+    channel is gone, the whole compression ratio is asked for). Its randomness follows torch's CPU generator.
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 transformers reads it from the class
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - transformers reads it
 
     def __init__(self, config: LCKVLlamaConfig) -> None:
         super().__init__(config)
@@ -245,20 +261,31 @@ class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> LCKVOutput | tuple[Any, ...]:
-        """As `LCKVLlamaModel`; `labels` int64 [b, s] are shifted inside, -100 is ignored; `logits_to_keep`: of the last so many tokens,
-        or of the tokens at these indices (0: all). Remaining arguments go to transformers' loss function."""
+        """As `LCKVLlamaModel`; `labels` int64 [b, s] are shifted inside, -100 is ignored; `logits_to_keep`:
+        of the last so many tokens, or of the tokens at these indices (0: all). Remaining arguments go to
+        transformers' loss function."""
         if output_attentions:
-            raise ValueError("output_attentions: attention weights are never in memory as a whole here; leave it out.")
+            raise ValueError(
+                "output_attentions: attention weights are never in memory as a whole here; leave it out."
+            )
         if labels is not None and use_cache is None and past_key_values is None:
             use_cache = False
         output = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
             if self.training and output.auxiliary_loss is not None:
                 loss = loss + output.auxiliary_loss * _share(labels, **kwargs)
         result = LCKVOutput(
@@ -269,7 +296,9 @@ class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
             auxiliary_loss=output.auxiliary_loss,
             merge_rates=output.merge_rates,
         )
-        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
+        return (
+            result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
+        )
 
     def _prepare_cache_for_generation(  # type: ignore[override]  # what it is given besides differs between versions
         self,
@@ -282,12 +311,14 @@ class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
         """`generate` gets a cache of this model's own kind."""
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
-                f"cache_implementation is {generation_config.cache_implementation!r}; this model has a cache of its own kind, which is "
+                f"cache_implementation is {generation_config.cache_implementation!r}; this model has a cache "
+                "of its own kind, which is "
                 "small already: leave it out."
             )
         if generation_mode == GenerationMode.ASSISTED_GENERATION and self.model.policy.biases_keys:
             raise ValueError(
-                "assisted decoding forgets the tokens that it rejects, which is impossible once they are merged (compression.policy): "
+                "assisted decoding forgets the tokens that it rejects, which is impossible once they are "
+                "merged (compression.policy): "
                 "leave out assistant_model and prompt_lookup_num_tokens."
             )
         given = model_kwargs.get("past_key_values")
@@ -296,8 +327,8 @@ class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
 
 
 def _share(labels: Tensor, num_items_in_batch: Tensor | int | None = None, **kwargs: Any) -> Tensor | float:
-    """Share of this micro-batch in its batch: transformers' `Trainer` adds up the losses of micro-batches, and `num_items_in_batch` is
-    the number of targets in all of them. 1 where it is not given."""
+    """Share of this micro-batch in its batch: transformers' `Trainer` adds up the losses of micro-batches,
+    and `num_items_in_batch` is the number of targets in all of them. 1 where it is not given."""
     if num_items_in_batch is None:
         return 1.0
     targets = kwargs.get("shift_labels")

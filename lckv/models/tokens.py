@@ -13,15 +13,18 @@ from lckv.attention.visibility import Documents
 def counted_tokens(attention_mask: Tensor | None, tokens: int, older: int) -> Tensor | None:
     """bool [b, s]: which of the newest `tokens` tokens are not padding; None: all are not.
 
-    `attention_mask` is [b, older + s] of 0 and 1, with `older` columns for what a cache holds. Raises ValueError for a mask of another
-    shape and for padding between new tokens, which causal attention has no meaning for.
+    `attention_mask` is [b, older + s] of 0 and 1, with `older` columns for what a cache holds. Raises
+    ValueError for a mask of another shape and for padding between new tokens, which causal attention has no
+    meaning for.
     """
     if attention_mask is None:
         return None
     if attention_mask.dim() != 2 or attention_mask.shape[1] != older + tokens:
         raise ValueError(
-            f"attention_mask has shape {list(attention_mask.shape)}; it must be [batch, {older + tokens}], with 1 for tokens and 0 for "
-            f"padding, for {older} earlier columns and {tokens} new ones. Which key a query sees follows from the sharing map."
+            f"attention_mask has shape {list(attention_mask.shape)}; it must be [batch, {older + tokens}], "
+            "with 1 for tokens and 0 for "
+            f"padding, for {older} earlier columns and {tokens} new ones. Which key a query sees follows "
+            "from the sharing map."
         )
     mask = attention_mask[:, older:].bool()
     if bool(mask.all()):
@@ -36,7 +39,8 @@ def counted_tokens(attention_mask: Tensor | None, tokens: int, older: int) -> Te
 
 
 def documents_of(counted: Tensor | None, position_ids: Tensor | None) -> Documents | None:
-    """Rows split where padding ends and where positions start again from 0 (packed sequences); None: rows are whole.
+    """Rows split where padding ends and where positions start again from 0 (packed sequences); None: rows are
+    whole.
 
     Both are [b, s]; None: no padding, no restarts.
     """
@@ -62,7 +66,9 @@ def _begins(counted: Tensor) -> Tensor:
     return counted & ~pad(counted[:, :-1], (1, 0))
 
 
-def positions(counted: Tensor | None, seen: Tensor | None, rows: int, tokens: int, device: torch.device) -> Tensor:
+def positions(
+    counted: Tensor | None, seen: Tensor | None, rows: int, tokens: int, device: torch.device
+) -> Tensor:
     """int64 [b, s]: positions of new tokens behind `seen` [b] older ones; of padding, something in range."""
     every = torch.ones(rows, tokens, dtype=torch.bool, device=device) if counted is None else counted
     new = (every.cumsum(1) - 1).clamp(min=0)

@@ -1,7 +1,7 @@
 """Runs the layers of a sharing map by its plan, whatever the layers are made of.
 
-Keys and values are arguments and results, never state: recompute, several micro-batches in flight, pipeline stages and caches
-cannot mix them up, and a source that is missing is an error.
+Keys and values are arguments and results, never state: recompute, several micro-batches in flight, pipeline
+stages and caches cannot mix them up, and a source that is missing is an error.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,15 +19,18 @@ KV = TypeVar("KV")
 """What readers of a layer get: its keys and values, and whatever goes with them."""
 
 Converged = Callable[[Mapping[int, KV], Mapping[int, KV]], bool]
-"""Whether the keys and values of one pass differ so little from those of the pass before that iterating may end."""
+"""Whether the keys and values of one pass differ so little from those of the pass before that iterating may
+end."""
 
 
 class Layers(Protocol[KV]):
     """The layers of one model or pipeline stage, for one micro-batch. Hidden states have any layout."""
 
-    def run(self, index: int, hidden_states: Tensor, source: KV | None, *, kept: bool) -> tuple[Tensor, KV | None]:
-        """The whole layer. `source` is what it reads, None where it reads its own. Returns its hidden states and what it computes
-        for readers, if anything. `kept`: this is the pass whose results count."""
+    def run(
+        self, index: int, hidden_states: Tensor, source: KV | None, *, kept: bool
+    ) -> tuple[Tensor, KV | None]:
+        """The whole layer. `source` is what it reads, None where it reads its own. Returns its hidden states
+        and what it computes for readers, if anything. `kept`: this is the pass whose results count."""
         ...
 
     def keys_values(self, index: int, hidden_states: Tensor) -> KV:
@@ -35,7 +38,8 @@ class Layers(Protocol[KV]):
         ...
 
     def run_without_source(self, index: int, hidden_states: Tensor) -> tuple[Tensor, KV | None]:
-        """A cyclic layer in the first pass over its group, when the keys and values that it reads are zeros; as `run`."""
+        """A cyclic layer in the first pass over its group, when the keys and values that it reads are zeros;
+        as `run`."""
         ...
 
     def zeros(self, hidden_states: Tensor) -> KV:
@@ -79,7 +83,9 @@ class PlanRunner(Generic[KV]):
                     start = hidden_states if torch.is_grad_enabled() else hidden_states.detach()
                     current = self._prepare(group, layers, start, available, previous)
                 used += 1
-                done = previous is not None and self.converged is not None and self.converged(previous, current)
+                done = (
+                    previous is not None and self.converged is not None and self.converged(previous, current)
+                )
                 previous = current
                 if done:
                     break
@@ -96,7 +102,8 @@ class PlanRunner(Generic[KV]):
         available: Mapping[int, KV],
         previous: Mapping[int, KV] | None,
     ) -> dict[int, KV]:
-        """One pass that stops at the keys and values of the highest layer that cyclic layers read; returns theirs.
+        """One pass that stops at the keys and values of the highest layer that cyclic layers read; returns
+        theirs.
 
         `previous` None is the first pass.
         """
@@ -135,8 +142,8 @@ class PlanRunner(Generic[KV]):
 def source_of(
     layer_types: LayerTypes, index: int, available: Mapping[int, KV], previous: Mapping[int, KV] | None
 ) -> KV | None:
-    """What layer `index` reads, from this pass or the previous one; None where it reads its own. Raises ValueError where it is
-    missing."""
+    """What layer `index` reads, from this pass or the previous one; None where it reads its own. Raises
+    ValueError where it is missing."""
     kind = layer_types[index]
     if kind.source == index:
         return None

@@ -1,7 +1,7 @@
 """Key and value weights of a shared map from those of a plain model: copy or average.
 
-The average is the rule of MLKV (Zuhri et al. 2024): a layer that computes keys and values for others starts from the mean of the
-weights of all layers that will read it.
+The average is the rule of MLKV (Zuhri et al. 2024): a layer that computes keys and values for others starts
+from the mean of the weights of all layers that will read it.
 """
 
 from collections.abc import Callable
@@ -25,11 +25,13 @@ def initial_kv_weight(
 ) -> Tensor:
     """The key or value weight (or bias) of `layer`, which computes keys and values in `layer_types`.
 
-    `plain_weight(i)` gives that of layer i of the plain model, of any shape; the result has the same shape and dtype. The mean
-    is taken in float32. Raises ValueError for a layer that computes no keys and values.
+    `plain_weight(i)` gives that of layer i of the plain model, of any shape; the result has the same shape
+    and dtype. The mean is taken in float32. Raises ValueError for a layer that computes no keys and values.
     """
     if layer not in layer_types.kv_layers:
-        raise ValueError(f"layer {layer} computes no keys and values in {layer_types}: it has no such weights.")
+        raise ValueError(
+            f"layer {layer} computes no keys and values in {layer_types}: it has no such weights."
+        )
     sources = source_layers(layer_types, layer, how)
     if len(sources) == 1:
         return plain_weight(sources[0])

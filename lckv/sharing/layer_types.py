@@ -1,8 +1,8 @@
 """The layer-type language: one string says whose keys and values every layer reads.
 
-`0_6_6_6_6_6_6_7` has one entry per layer, joined by "_". Entry i is the index a(i) of the layer whose keys and values layer i
-reads; an "s" behind it gives the layer a sliding window. The language is that of LCKV (Wu and Tu, ACL 2024; its public code
-calls the entries layer types).
+`0_6_6_6_6_6_6_7` has one entry per layer, joined by "_". Entry i is the index a(i) of the layer whose keys
+and values layer i reads; an "s" behind it gives the layer a sliding window. The language is that of LCKV (Wu
+and Tu, ACL 2024; its public code calls the entries layer types).
 """
 
 import re
@@ -59,20 +59,24 @@ class LayerTypes:
             if match is None:
                 shown = repr(entry) if entry else "empty"
                 raise ValueError(
-                    f"compression.layer_types {text!r}: entry {index} (character {column}) is {shown}; an entry is the index of "
-                    'the layer to read from, with an optional "s" for a sliding window, and entries are joined by "_".'
+                    f"compression.layer_types {text!r}: entry {index} (character {column}) is {shown}; an "
+                    "entry is the index of "
+                    'the layer to read from, with an optional "s" for a sliding window, and entries are '
+                    'joined by "_".'
                 )
             source = int(match[1])
             if source >= num_layers:
                 raise ValueError(
-                    f"compression.layer_types {text!r}: entry {index} (character {column}) reads layer {source}, but the "
+                    f"compression.layer_types {text!r}: entry {index} (character {column}) reads layer "
+                    f"{source}, but the "
                     f"model has layers 0 to {num_layers - 1} (model.num_layers is {num_layers})."
                 )
             layers.append(LayerType(index, source, bool(match[2])))
             column += len(entry) + 1
         if len(layers) != num_layers:
             raise ValueError(
-                f"compression.layer_types {text!r} has {len(layers)} entries but model.num_layers is {num_layers}; "
+                f"compression.layer_types {text!r} has {len(layers)} entries but model.num_layers is "
+                f"{num_layers}; "
                 "give one entry per layer."
             )
         return cls(tuple(layers))
@@ -91,7 +95,8 @@ class LayerTypes:
 
     @cached_property
     def kv_layers(self) -> tuple[int, ...]:
-        """Layers that compute keys and values, ascending: those that occur in the map. The others have no K/V weights."""
+        """Layers that compute keys and values, ascending: those that occur in the map. The others have no K/V
+        weights."""
         return tuple(sorted({layer.source for layer in self.layers}))
 
     @property
@@ -106,7 +111,8 @@ class LayerTypes:
 
     @cached_property
     def windowed_kv_layers(self) -> tuple[int, ...]:
-        """Those of `kv_layers` that only layers with a window read, so that a cache need not keep more than the window."""
+        """Those of `kv_layers` that only layers with a window read, so that a cache need not keep more than
+        the window."""
         sliding = {layer.index for layer in self.layers if layer.sliding}
         return tuple(layer for layer in self.kv_layers if sliding.issuperset(self.readers(layer)))
 

@@ -1,9 +1,11 @@
-"""Iteration plans: in which order, and how often, the layers of a sharing map run in training and parallel evaluation.
+"""Iteration plans: in which order, and how often, the layers of a sharing map run in training and parallel
+evaluation.
 
-Layers run from the bottom. A cyclic layer reads keys and values that a layer above it has yet to compute, so it begins a group
-that extends to the highest layer referenced inside it. A group runs m passes without gradient, then b with gradient, each from
-the group's input states: a cyclic layer reads the keys and values of the previous pass (zeros before the first), every other
-layer those of the same pass. Layers outside groups run once. (LCKV, Wu and Tu, ACL 2024, sections 3.1 and 3.2.)
+Layers run from the bottom. A cyclic layer reads keys and values that a layer above it has yet to compute, so
+it begins a group that extends to the highest layer referenced inside it. A group runs m passes without
+gradient, then b with gradient, each from the group's input states: a cyclic layer reads the keys and values
+of the previous pass (zeros before the first), every other layer those of the same pass. Layers outside groups
+run once. (LCKV, Wu and Tu, ACL 2024, sections 3.1 and 3.2.)
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,8 @@
 """Steps that ranks take together, and whose outcome is the same for all of them.
 
-A rank that fails on its own while the others walk into the next collective is how saving and loading come to hang. Here a
-step ends with the ranks telling each other how it went: either all go on or all raise the same error.
+A rank that fails on its own while the others walk into the next collective is how saving and loading come to
+hang. Here a step ends with the ranks telling each other how it went: either all go on or all raise the same
+error.
 """
 
 import time
@@ -48,15 +49,17 @@ class Agreement:
     def everywhere(self, step: str, action: Callable[[], T]) -> T:
         """Runs `action` on every rank; returns this rank's result when it succeeded on all ranks.
 
-        Raises, on all ranks: CheckpointError or a class of it where the user can help (the first rank's message, with the
-        ranks that failed), RuntimeError with the traceback for everything else, MissingRanksError.
+        Raises, on all ranks: CheckpointError or a class of it where the user can help (the first rank's
+        message, with the ranks that failed), RuntimeError with the traceback for everything else,
+        MissingRanksError.
         """
         outcome = _attempt(action)
         self._exchange(step, outcome.failure)
         return outcome.value  # type: ignore[return-value]
 
     def gather(self, step: str, action: Callable[[], T]) -> list[T]:
-        """Like `everywhere`, but returns every rank's result, in rank order. Results are pickled: keep them small."""
+        """Like `everywhere`, but returns every rank's result, in rank order. Results are pickled: keep them
+        small."""
         outcome = _attempt(action)
         self._exchange(step, outcome.failure)
         values: list[Any] = [None] * self.world_size
@@ -88,25 +91,29 @@ class Agreement:
         except RuntimeError as error:
             minutes = self._timeout.total_seconds() / 60
             raise MissingRanksError(
-                f"checkpoint, step '{step}': not every rank arrived within {minutes:g} minutes, as rank {self.rank} "
+                f"checkpoint, step '{step}': not every rank arrived within {minutes:g} minutes, as rank "
+                f"{self.rank} "
                 f"saw it: {error}"
             ) from error
 
 
 @contextmanager
 def agreement(timeout_minutes: float) -> Iterator[Agreement]:
-    """An Agreement over all ranks. A rank that is missing at a step for longer than the time-out is an error on the others."""
+    """An Agreement over all ranks. A rank that is missing at a step for longer than the time-out is an error
+    on the others."""
     timeout = timedelta(minutes=timeout_minutes)
     try:
         if missing := _roll_call(timeout):
             raise MissingRanksError(
                 f"checkpoint: {_name_ranks(missing)} did not come to it within {timeout_minutes:g} minutes"
             )
-        # gloo, whatever the default backend: plans and messages need no GPU memory, and only gloo can say who is missing.
+        # gloo, whatever the default backend: plans and messages need no GPU memory, and only gloo can say who
+        # is missing.
         group = dist.new_group(backend="gloo", timeout=timeout)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         raise MissingRanksError(
-            f"checkpoint: not every rank came to it within {timeout_minutes:g} minutes; rank 0 says which. ({error})"
+            f"checkpoint: not every rank came to it within {timeout_minutes:g} minutes; rank 0 says which. "
+            f"({error})"
         ) from error
     try:
         yield Agreement(group, timeout)
@@ -115,7 +122,8 @@ def agreement(timeout_minutes: float) -> Iterator[Agreement]:
 
 
 def _roll_call(timeout: timedelta) -> list[int]:
-    """On rank 0, waits until every rank has called this as often as rank 0 has; returns those that have not. Others go on."""
+    """On rank 0, waits until every rank has called this as often as rank 0 has; returns those that have not.
+    Others go on."""
     store = dist.distributed_c10d._get_default_store()
     calls = store.add(f"checkpoint/calls/{dist.get_rank()}", 1)
     missing = list(range(dist.get_world_size())) if dist.get_rank() == 0 else []
@@ -130,13 +138,15 @@ def _roll_call(timeout: timedelta) -> list[int]:
 def _attempt(action: Callable[[], T]) -> _Outcome[T]:
     try:
         return _Outcome(action(), None)
-    except (Exception, CheckpointException) as error:  # noqa: BLE001 - other ranks must hear of it
+    except (Exception, CheckpointException) as error:  # noqa: BLE001 - told, whatever it is
         return _Outcome(None, _describe(error))
 
 
 def _describe(error: BaseException) -> _Failure:
     # What torch's distributed checkpoint collected from the ranks comes before its own wrapper.
-    errors = [inner for inner, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    errors = (
+        [inner for inner, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    )
     for inner in errors:
         if full := disk_full_in(inner):
             return _Failure(DiskFullError, str(full))

@@ -55,7 +55,8 @@ class Candidates:
 
 
 def list_checkpoints(directory: Path) -> list[CheckpointInfo]:
-    """The checkpoints of a directory in the order in which they were saved; empty where there are none, or no directory.
+    """The checkpoints of a directory in the order in which they were saved; empty where there are none, or no
+    directory.
 
     Those whose manifest cannot be read come last, in order of their iteration.
     """
@@ -66,7 +67,8 @@ def list_checkpoints(directory: Path) -> list[CheckpointInfo]:
 
 
 def read_pointer(directory: Path) -> str | None:
-    """The name in `latest`, None where there is no such file. Raises DamagedCheckpointError when it is not a name."""
+    """The name in `latest`, None where there is no such file. Raises DamagedCheckpointError when it is not a
+    name."""
     try:
         name = (directory / POINTER_NAME).read_bytes().decode(errors="replace").strip()
     except FileNotFoundError:
@@ -74,7 +76,9 @@ def read_pointer(directory: Path) -> str | None:
     except OSError as error:
         raise DamagedCheckpointError(f"{POINTER_NAME} cannot be read: {error}") from error
     if not _CHECKPOINT.fullmatch(name):
-        raise DamagedCheckpointError(f"{POINTER_NAME} holds {name[:40]!r}, which is not the name of a checkpoint")
+        raise DamagedCheckpointError(
+            f"{POINTER_NAME} holds {name[:40]!r}, which is not the name of a checkpoint"
+        )
     return name
 
 
@@ -84,19 +88,23 @@ def write_pointer(directory: Path, name: str) -> None:
 
 
 def find_candidates(path: Path) -> Candidates:
-    """What `checkpoint.load` can mean: one checkpoint, or a directory of them - then `latest` first, then newest first.
+    """What `checkpoint.load` can mean: one checkpoint, or a directory of them - then `latest` first, then
+    newest first.
 
     Raises NoCheckpointError.
     """
     if not path.is_dir():
         raise NoCheckpointError(
-            f"checkpoint.load: {path} is not a directory that exists; give a directory of checkpoints or one checkpoint"
+            f"checkpoint.load: {path} is not a directory that exists; give a directory of checkpoints or one "
+            "checkpoint"
         )
     if _CHECKPOINT.fullmatch(path.name) or (path / MANIFEST_NAME).exists():
         return Candidates((path,), may_fall_back=False, pointer_problem=None)
     newest_first = [info.path for info in reversed(_scan(path))]
     if not newest_first:
-        raise NoCheckpointError(f"checkpoint.load: {path} holds no checkpoint (folders named iter_0000100 and so on)")
+        raise NoCheckpointError(
+            f"checkpoint.load: {path} holds no checkpoint (folders named iter_0000100 and so on)"
+        )
     problem = None
     try:
         name = read_pointer(path)
@@ -112,9 +120,11 @@ def find_candidates(path: Path) -> Candidates:
 def choose_checkpoint(
     path: Path, candidates: Candidates, verify: Callable[[Path], tuple[Manifest | None, Sequence[str]]]
 ) -> tuple[Path, Manifest, str | None]:
-    """The best of the candidates of `path` that is not damaged, and why better ones were passed over, None where there are none.
+    """The best of the candidates of `path` that is not damaged, and why better ones were passed over, None
+    where there are none.
 
-    `verify` returns a checkpoint's manifest, None where it cannot be read, and all that is wrong. Raises DamagedCheckpointError.
+    `verify` returns a checkpoint's manifest, None where it cannot be read, and all that is wrong. Raises
+    DamagedCheckpointError.
     """
     tried = [candidates.pointer_problem] if candidates.pointer_problem is not None else []
     for checkpoint in candidates.checkpoints:
@@ -129,11 +139,14 @@ def choose_checkpoint(
         raise DamagedCheckpointError(
             f"checkpoint.load: {tried[0]}. Load another one, or the directory to take the newest good one"
         )
-    raise DamagedCheckpointError("\n  ".join([f"checkpoint.load: no good checkpoint in {path}; tried:", *tried]))
+    raise DamagedCheckpointError(
+        "\n  ".join([f"checkpoint.load: no good checkpoint in {path}; tried:", *tried])
+    )
 
 
 def prepare_staging(directory: Path, iteration: int, needed_bytes: int) -> tuple[Path, int]:
-    """Makes the temporary folder of a checkpoint, after removing what crashes have left; returns it and its sequence number.
+    """Makes the temporary folder of a checkpoint, after removing what crashes have left; returns it and its
+    sequence number.
 
     Raises DiskFullError when the checkpoint will not fit.
     """
@@ -154,8 +167,10 @@ def prepare_staging(directory: Path, iteration: int, needed_bytes: int) -> tuple
 def explain_full_disk(directory: Path, iteration: int, needed_bytes: int, free_bytes: int) -> str:
     """The message of a DiskFullError."""
     return (
-        f"checkpoint.save: no space for {_name(iteration)} in {directory}: it takes about {needed_bytes / 1e6:,.1f} MB, "
-        f"{free_bytes / 1e6:,.1f} MB are free. Earlier checkpoints and '{POINTER_NAME}' are as they were. Free some space, "
+        f"checkpoint.save: no space for {_name(iteration)} in {directory}: it takes about "
+        f"{needed_bytes / 1e6:,.1f} MB, "
+        f"{free_bytes / 1e6:,.1f} MB are free. Earlier checkpoints and '{POINTER_NAME}' are as they were. "
+        "Free some space, "
         f"lower checkpoint.keep_last, or set checkpoint.save to another file system"
     )
 
@@ -177,8 +192,8 @@ def publish(staging: Path, iteration: int) -> Path:
 def remove_old(directory: Path, keep_last: int | None) -> None:
     """Deletes all but the last `keep_last` checkpoints (None: none), and one that was replaced.
 
-    What cannot be read is not counted and not touched, nor is the one that `latest` points to. A failure is only logged: the
-    new checkpoint is safe.
+    What cannot be read is not counted and not touched, nor is the one that `latest` points to. A failure is
+    only logged: the new checkpoint is safe.
     """
     kept = read_pointer(directory)
     whole = [info.path for info in _scan(directory) if info.manifest is not None]
@@ -195,7 +210,8 @@ def remove_old(directory: Path, keep_last: int | None) -> None:
 
 
 def _scan(directory: Path) -> list[CheckpointInfo]:
-    """The checkpoints in order of saving, those without a readable manifest last. Opens nothing but manifests."""
+    """The checkpoints in order of saving, those without a readable manifest last. Opens nothing but
+    manifests."""
     found = []
     for path in directory.iterdir():
         if match := _CHECKPOINT.fullmatch(path.name):
@@ -204,7 +220,9 @@ def _scan(directory: Path) -> list[CheckpointInfo]:
                 found.append(CheckpointInfo(path, iteration, read_manifest(path), None))
             except DamagedCheckpointError as error:
                 found.append(CheckpointInfo(path, iteration, None, str(error)))
-    return sorted(found, key=lambda info: (info.manifest.sequence if info.manifest else math.inf, info.iteration))
+    return sorted(
+        found, key=lambda info: (info.manifest.sequence if info.manifest else math.inf, info.iteration)
+    )
 
 
 def _check_sizes(info: CheckpointInfo) -> CheckpointInfo:

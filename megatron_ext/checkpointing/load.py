@@ -24,7 +24,13 @@ from megatron_ext.checkpointing.manifest import (
     share_of_rank,
 )
 from megatron_ext.checkpointing.rng import reseed, restore_rng_states
-from megatron_ext.checkpointing.save import CONFIG_NAME, PROGRESS_NAME, SCHEDULER_NAME, current_layout, rng_file
+from megatron_ext.checkpointing.save import (
+    CONFIG_NAME,
+    PROGRESS_NAME,
+    SCHEDULER_NAME,
+    current_layout,
+    rng_file,
+)
 from megatron_ext.checkpointing.state import apply_state, check_fit, read_state, sharded_state
 
 logger = logging.getLogger(__name__)
@@ -69,16 +75,18 @@ def load_checkpoint(
 ) -> LoadedCheckpoint:
     """Loads model, optimizer, schedule and random states in place. All ranks call it together.
 
-    `path` is one checkpoint, or a directory of them: then the one that `latest` names, and when that is damaged the newest good
-    one, with a warning. `expected_model` holds settings that must be equal in the checkpoint's config, under the same keys
-    (nested mappings are compared key by key; keys that an older checkpoint does not have are only reported).
+    `path` is one checkpoint, or a directory of them: then the one that `latest` names, and when that is
+    damaged the newest good one, with a warning. `expected_model` holds settings that must be equal in the
+    checkpoint's config, under the same keys (nested mappings are compared key by key; keys that an older
+    checkpoint does not have are only reported).
 
-    With `finetune`, or without `optimizer`, only weights are loaded; an optimizer then takes its main weights from them.
-    Random states are restored where optimizer and layout are those of the saved run; on another layout all generators are
-    seeded from `seed` and the iteration.
+    With `finetune`, or without `optimizer`, only weights are loaded; an optimizer then takes its main weights
+    from them. Random states are restored where optimizer and layout are those of the saved run; on another
+    layout all generators are seeded from `seed` and the iteration.
 
-    Raises the same error on all ranks: NoCheckpointError, DamagedCheckpointError (with all that was tried) and MismatchError
-    before any weight is changed; MissingRanksError when a rank does not come to a step within `timeout_minutes`.
+    Raises the same error on all ranks: NoCheckpointError, DamagedCheckpointError (with all that was tried)
+    and MismatchError before any weight is changed; MissingRanksError when a rank does not come to a step
+    within `timeout_minutes`.
     """
     weights_only = finetune or optimizer is None
     with agreement(timeout_minutes) as ranks:
@@ -87,7 +95,8 @@ def load_checkpoint(
         same_layout = manifest.layout == current_layout()
 
         state = ranks.everywhere(
-            "prepare loading", lambda: sharded_state(model, None if weights_only else optimizer, is_loading=True)
+            "prepare loading",
+            lambda: sharded_state(model, None if weights_only else optimizer, is_loading=True),
         )
         check_fit(ranks, checkpoint, state)
         state = read_state(ranks, checkpoint, state)
@@ -104,7 +113,10 @@ def load_checkpoint(
         ranks.everywhere("apply what was read", apply)
     if ranks.rank == 0:
         logger.info(
-            "loaded %s of %s (iteration %d)", "the weights" if weights_only else "all", checkpoint, manifest.iteration
+            "loaded %s of %s (iteration %d)",
+            "the weights" if weights_only else "all",
+            checkpoint,
+            manifest.iteration,
         )
     return LoadedCheckpoint(checkpoint, manifest.iteration, run.progress, run.config, same_layout)
 
@@ -145,7 +157,9 @@ def _read_run(checkpoint: Path, expected_model: Mapping[str, Any]) -> _Run:
     differences = list(_differences(expected, config, ""))
     if differences:
         lines = [f"checkpoint.load: {checkpoint} is of another model:", *differences]
-        raise MismatchError("\n  ".join(lines) + "\nSet these fields as in the checkpoint, or load another one")
+        raise MismatchError(
+            "\n  ".join(lines) + "\nSet these fields as in the checkpoint, or load another one"
+        )
     scheduler = checkpoint / SCHEDULER_NAME
     return _Run(
         progress=_read_json(checkpoint / PROGRESS_NAME),
@@ -168,7 +182,9 @@ def _differences(expected: Any, stored: Any, field: str) -> Iterator[str]:
             if key in stored:
                 yield from _differences(value, stored[key], name)
             else:
-                logger.warning("the checkpoint does not say what %s was; this run has %s", name, json.dumps(value))
+                logger.warning(
+                    "the checkpoint does not say what %s was; this run has %s", name, json.dumps(value)
+                )
     elif expected != stored:
         yield f"{field}: {json.dumps(stored)} in the checkpoint, {json.dumps(expected)} in this run"
 
@@ -179,8 +195,10 @@ def _load_scheduler(scheduler: OptimizerParamScheduler, state: dict[str, Any]) -
         scheduler.load_state_dict(state)
     except AssertionError as error:
         raise MismatchError(
-            f"checkpoint.load: the learning-rate schedule differs from that of the saved run: {error}. Set the fields of "
-            f"`optimizer` and train.train_iters as they were, or use checkpoint.finetune to start a new schedule"
+            f"checkpoint.load: the learning-rate schedule differs from that of the saved run: {error}. Set "
+            "the fields of "
+            "`optimizer` and train.train_iters as they were, or use checkpoint.finetune to start a new "
+            "schedule"
         ) from error
 
 
@@ -195,6 +213,7 @@ def _load_rng(checkpoint: Path, manifest: Manifest, same_layout: bool, rank: int
 
 def _explain_reseeding(saved: Layout) -> str:
     return (
-        f"the checkpoint was saved by {saved}, this run has {current_layout()}: random states are seeded anew, and the run goes "
+        f"the checkpoint was saved by {saved}, this run has {current_layout()}: random states are seeded "
+        "anew, and the run goes "
         f"on within rounding instead of bit for bit"
     )

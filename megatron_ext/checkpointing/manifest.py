@@ -1,10 +1,11 @@
 """The manifest of a checkpoint: its last file to be written, which says what the others must be.
 
-manifest.json holds the schema version, the iteration, the parallel layout, a running number, and size and sha256 of every
-other file; a hash of its own content comes last. A folder without a valid manifest is not a checkpoint.
+manifest.json holds the schema version, the iteration, the parallel layout, a running number, and size and
+sha256 of every other file; a hash of its own content comes last. A folder without a valid manifest is not a
+checkpoint.
 
-The hashes find damage, not malice: who can change a file can change the manifest. Reading is safe all the same, see
-`strategies.py`.
+The hashes find damage, not malice: who can change a file can change the manifest. Reading is safe all the
+same, see `strategies.py`.
 """
 
 import dataclasses
@@ -58,7 +59,8 @@ class Manifest:
     """Optimizer steps done when it was saved."""
 
     sequence: int
-    """Higher than that of every checkpoint that was in the directory before: the order of saving, without a clock."""
+    """Higher than that of every checkpoint that was in the directory before: the order of saving, without a
+    clock."""
 
     layout: Layout
     files: Mapping[str, FileEntry]
@@ -83,7 +85,9 @@ def read_manifest(checkpoint: Path) -> Manifest:
     try:
         content = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise DamagedCheckpointError(f"{MANIFEST_NAME} is missing: saving did not finish, or it was deleted") from None
+        raise DamagedCheckpointError(
+            f"{MANIFEST_NAME} is missing: saving did not finish, or it was deleted"
+        ) from None
     except (OSError, ValueError) as error:
         raise DamagedCheckpointError(f"{MANIFEST_NAME} cannot be read: {error}") from error
     try:
@@ -113,7 +117,8 @@ def list_files(checkpoint: Path) -> list[str]:
 def hash_files(
     checkpoint: Path, names: Iterable[str], progress: Callable[[int], None] | None = None
 ) -> dict[str, FileEntry]:
-    """Size and sha256 of files, read in pieces by a few threads. Any of them calls `progress` with the bytes just read."""
+    """Size and sha256 of files, read in pieces by a few threads. Any of them calls `progress` with the bytes
+    just read."""
     names = list(names)
     with ThreadPoolExecutor(_HASHING_THREADS) as threads:
         entries = threads.map(lambda name: _hash_file(checkpoint / name, progress), names)
@@ -127,7 +132,9 @@ def find_wrong_sizes(checkpoint: Path, manifest: Manifest) -> list[str]:
         try:
             size = (checkpoint / name).stat().st_size
         except OSError as error:
-            problems.append(f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {error}")
+            problems.append(
+                f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {error}"
+            )
             continue
         if size != entry.bytes:
             problems.append(f"{name} has {size:,} bytes instead of {entry.bytes:,}")
@@ -137,16 +144,22 @@ def find_wrong_sizes(checkpoint: Path, manifest: Manifest) -> list[str]:
 def find_wrong_hashes(
     checkpoint: Path, manifest: Manifest, names: Iterable[str], progress: Callable[[int], None] | None = None
 ) -> list[str]:
-    """Those of the named files whose content is not the one that was written, each as a sentence; `progress` as for `hash_files`."""
+    """Those of the named files whose content is not the one that was written, each as a sentence; `progress`
+    as for `hash_files`."""
     try:
         found = hash_files(checkpoint, names, progress)
     except OSError as error:
         return [f"reading fails: {error}"]
-    return [f"{name} has changed (sha256 differs)" for name, entry in found.items() if entry != manifest.files[name]]
+    return [
+        f"{name} has changed (sha256 differs)"
+        for name, entry in found.items()
+        if entry != manifest.files[name]
+    ]
 
 
 def share_of_rank(sizes: Mapping[str, int], rank: int, world_size: int) -> list[str]:
-    """The files that a rank reads when all ranks share the work, so that every rank has about the same number of bytes."""
+    """The files that a rank reads when all ranks share the work, so that every rank has about the same number
+    of bytes."""
     loads = [0] * world_size
     share = []
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):

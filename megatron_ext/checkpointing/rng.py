@@ -1,7 +1,7 @@
 """The states of all random number generators of a rank, as tensors.
 
-They are saved per rank, because every rank draws other numbers. On the layout that they were saved from, they come back bit for
-bit; on another one no rank has a state of its own, and all are seeded anew.
+They are saved per rank, because every rank draws other numbers. On the layout that they were saved from, they
+come back bit for bit; on another one no rank has a state of its own, and all are seeded anew.
 """
 
 import random
@@ -21,9 +21,10 @@ _TRACKER = "tracker."
 
 
 def rng_states() -> dict[str, Tensor]:
-    """States of Python's random, NumPy's global generator, torch on CPU and CUDA, and Megatron's tracked generators."""
+    """States of Python's random, NumPy's global generator, torch on CPU and CUDA, and Megatron's tracked
+    generators."""
     version, words, gauss = random.getstate()
-    _, key, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - the global generator, which libraries use
+    _, key, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - libraries use it
     states = {
         "python.words": torch.tensor([version, *words], dtype=torch.int64),
         "python.gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
@@ -46,10 +47,12 @@ def restore_rng_states(states: dict[str, Tensor]) -> None:
     random.setstate((version, tuple(words), gauss[0] if gauss else None))
     position, has_gauss = states["numpy.position"].tolist()
     key = states["numpy.key"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", key, position, has_gauss, states["numpy.gauss"].item()))  # noqa: NPY002
+    np.random.set_state(("MT19937", key, position, has_gauss, states["numpy.gauss"].item()))  # noqa: NPY002 - libraries use it
     tracker = get_cuda_rng_tracker()
     graph_safe = is_graph_safe_cuda_rng_tracker(tracker)
-    tracked = {name.removeprefix(_TRACKER): state for name, state in states.items() if name.startswith(_TRACKER)}
+    tracked = {
+        name.removeprefix(_TRACKER): state for name, state in states.items() if name.startswith(_TRACKER)
+    }
     tracker.set_states(
         {name: convert_cuda_rng_state(state, to_graphable=graph_safe) for name, state in tracked.items()}
     )
@@ -59,10 +62,11 @@ def restore_rng_states(states: dict[str, Tensor]) -> None:
 
 
 def reseed(seed: int, iteration: int) -> None:
-    """Seeds all generators from the run's seed and the iteration: other numbers than at the start, the same on every try."""
+    """Seeds all generators from the run's seed and the iteration: other numbers than at the start, the same
+    on every try."""
     mixed = int(np.random.SeedSequence([seed, iteration]).generate_state(1)[0]) >> 1
     stage_seed = mixed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(stage_seed)
-    np.random.seed(stage_seed)  # noqa: NPY002
+    np.random.seed(stage_seed)  # noqa: NPY002 - libraries use it
     torch.manual_seed(stage_seed)
     model_parallel_cuda_manual_seed(stage_seed)

@@ -1,6 +1,7 @@
 """Writes a checkpoint so that at every moment, whatever dies, the directory holds the last good one.
 
-    temporary folder -> tensors, run state, random states -> hashes -> manifest -> rename -> `latest` -> old ones deleted
+    temporary folder -> tensors, run state, random states -> hashes -> manifest -> rename -> `latest` -> old
+    ones deleted
 
 A checkpoint's folder:
     *.distcp, .metadata, metadata.json, common.pt     tensors of model and optimizer in Megatron's torch_dist format
@@ -27,7 +28,14 @@ from megatron_ext.atomic import sync_file, write_file
 from megatron_ext.checkpointing import folders
 from megatron_ext.checkpointing.agreement import Agreement, agreement
 from megatron_ext.checkpointing.errors import CheckpointError, DiskFullError
-from megatron_ext.checkpointing.manifest import FileEntry, Layout, Manifest, hash_files, list_files, write_manifest
+from megatron_ext.checkpointing.manifest import (
+    FileEntry,
+    Layout,
+    Manifest,
+    hash_files,
+    list_files,
+    write_manifest,
+)
 from megatron_ext.checkpointing.rng import rng_states
 from megatron_ext.checkpointing.state import bytes_to_write, sharded_state, split_for_saving, write_state
 from megatron_ext.errors import ConfigError
@@ -54,17 +62,19 @@ def save_checkpoint(
 ) -> Path:
     """Saves a run into a new folder of `directory`; returns the folder. All ranks call it together.
 
-    `model` are the chunks of this rank, wrapped or not; `progress` and `config` hold what JSON can hold (tuples come back as
-    lists). Afterwards all but the last `keep_last` checkpoints are deleted (None: none is). A checkpoint of the same
-    iteration is replaced. Needs model parallelism to be initialised.
+    `model` are the chunks of this rank, wrapped or not; `progress` and `config` hold what JSON can hold
+    (tuples come back as lists). Afterwards all but the last `keep_last` checkpoints are deleted (None: none
+    is). A checkpoint of the same iteration is replaced. Needs model parallelism to be initialised.
 
-    Raises the same error on all ranks and leaves earlier checkpoints as they were: DiskFullError (also before anything is
-    written, when it will not fit), CheckpointError for other failures of files, MissingRanksError when a rank does not come
-    to a step within `timeout_minutes`.
+    Raises the same error on all ranks and leaves earlier checkpoints as they were: DiskFullError (also before
+    anything is written, when it will not fit), CheckpointError for other failures of files, MissingRanksError
+    when a rank does not come to a step within `timeout_minutes`.
     """
     directory = Path(directory)
     if keep_last is not None and keep_last < 1:
-        raise ConfigError(f"checkpoint.keep_last: {keep_last} given; at least 1 is needed, or null to keep all")
+        raise ConfigError(
+            f"checkpoint.keep_last: {keep_last} given; at least 1 is needed, or null to keep all"
+        )
     with agreement(timeout_minutes) as ranks:
         sharded, common = ranks.everywhere(
             "collect state", lambda: split_for_saving(sharded_state(model, optimizer, is_loading=False))
@@ -115,7 +125,8 @@ def rng_file(rank: int) -> str:
 def _check_visible(staging: Path, rank: int) -> None:
     if not staging.is_dir():
         raise CheckpointError(
-            f"checkpoint.save: rank {rank} does not see {staging}, which rank 0 has made; the directory must be on a file "
+            f"checkpoint.save: rank {rank} does not see {staging}, which rank 0 has made; the directory must "
+            "be on a file "
             f"system that all nodes share"
         )
 
@@ -146,7 +157,8 @@ def _write_run(
 
 
 def _hash_all(ranks: Agreement, staging: Path) -> dict[str, FileEntry]:
-    """Size and hash of every file. Each rank hashes what it has written itself, from its node's memory, and makes it durable."""
+    """Size and hash of every file. Each rank hashes what it has written itself, from its node's memory, and
+    makes it durable."""
 
     def hash_own() -> dict[str, FileEntry]:
         own = [name for name in list_files(staging) if _writer_of(name) == ranks.rank]
@@ -155,7 +167,9 @@ def _hash_all(ranks: Agreement, staging: Path) -> dict[str, FileEntry]:
         return hash_files(staging, own)
 
     files = {name: entry for part in ranks.gather("hash files", hash_own) for name, entry in part.items()}
-    ranks.on_first("sync the folder of random states", lambda: sync_file(staging / "rng"))  # the other by the manifest
+    ranks.on_first(
+        "sync the folder of random states", lambda: sync_file(staging / "rng")
+    )  # the other by the manifest
     return dict(sorted(files.items()))
 
 

@@ -1,4 +1,5 @@
-"""The tensors of model and optimizer: what is saved and loaded, in a form that knows which part of the whole each rank holds."""
+"""The tensors of model and optimizer: what is saved and loaded, in a form that knows which part of the whole
+each rank holds."""
 
 import io
 from collections.abc import Sequence
@@ -43,8 +44,11 @@ _SHOWN = 10
 _EXTRA_STATE = "_extra_state"
 
 
-def sharded_state(model: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, *, is_loading: bool) -> State:
-    """What Megatron's distributed checkpoint saves, or fills. Collective: the distributed optimizer gathers its state."""
+def sharded_state(
+    model: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, *, is_loading: bool
+) -> State:
+    """What Megatron's distributed checkpoint saves, or fills. Collective: the distributed optimizer gathers
+    its state."""
     finish_parameter_gather(model)
     chunks = unwrap_model(list(model))
     metadata = _metadata()
@@ -59,13 +63,15 @@ def sharded_state(model: Sequence[torch.nn.Module], optimizer: MegatronOptimizer
 
 
 def _without_extra_state(chunk: State) -> State:
-    """Transformer Engine keeps FP8 scaling there, pickled. It is not used here; without it checkpoints move between Transformer
-    Engine's layers and local ones, and nothing pickled reaches Transformer Engine's loader."""
+    """Transformer Engine keeps FP8 scaling there, pickled. It is not used here; without it checkpoints move
+    between Transformer Engine's layers and local ones, and nothing pickled reaches Transformer Engine's
+    loader."""
     return {key: entry for key, entry in chunk.items() if not key.endswith(_EXTRA_STATE)}
 
 
 def split_for_saving(state: State) -> tuple[State, State]:
-    """(tensors and objects that are sharded, what is equal on all ranks). Collective: checks that the shards cover the whole."""
+    """(tensors and objects that are sharded, what is equal on all ranks). Collective: checks that the shards
+    cover the whole."""
     return save_preprocess(state)
 
 
@@ -79,7 +85,8 @@ def bytes_to_write(sharded: State) -> int:
 
 
 def write_state(ranks: Agreement, checkpoint: Path, sharded: State, common: State) -> None:
-    """Writes the files of Megatron's format into the folder. Data-parallel ranks share what they hold copies of."""
+    """Writes the files of Megatron's format into the folder. Data-parallel ranks share what they hold copies
+    of."""
     strategy = FullyParallelSaveStrategyWrapper(DirectSave(ranks.group), _data_group())
     ranks.everywhere("write tensors", lambda: strategy.save(sharded, checkpoint))
     ranks.on_first("write common.pt", lambda: write_common(checkpoint, common))
@@ -94,7 +101,8 @@ def write_common(checkpoint: Path, common: State) -> None:
 
 
 def read_state(ranks: Agreement, checkpoint: Path, state: State) -> State:
-    """Fills the tensors of `state` from a checkpoint, whatever layout it was saved from, and returns it with the common part."""
+    """Fills the tensors of `state` from a checkpoint, whatever layout it was saved from, and returns it with
+    the common part."""
     strategy = FullyParallelLoadStrategyWrapper(SafeLoad(ranks.group), _data_group())
     return ranks.everywhere(
         "read tensors",
@@ -115,7 +123,9 @@ def apply_state(state: State, model: Sequence[torch.nn.Module], optimizer: Megat
         missing, unexpected = chunk.load_state_dict(state[_chunk_name(i, chunks)], strict=False)
         wrong = [key for key in (*missing, *unexpected) if not key.endswith(_EXTRA_STATE)]
         if wrong:
-            raise MismatchError(f"the model and what was read have different names: {', '.join(wrong[:_SHOWN])}")
+            raise MismatchError(
+                f"the model and what was read have different names: {', '.join(wrong[:_SHOWN])}"
+            )
     if "optimizer" in state and optimizer is not None:
         leaves = _leaves(optimizer)
         for i, leaf in enumerate(leaves):
@@ -131,24 +141,36 @@ def apply_state(state: State, model: Sequence[torch.nn.Module], optimizer: Megat
 def check_fit(ranks: Agreement, checkpoint: Path, state: State) -> None:
     """Compares names and shapes of what is to be loaded with what a checkpoint holds, over all ranks.
 
-    Without the optimizer in `state`, the one in the checkpoint does not matter. Raises MismatchError with all differences.
+    Without the optimizer in `state`, the one in the checkpoint does not matter. Raises MismatchError with all
+    differences.
     """
     wanted_by_rank = ranks.gather("list tensors", lambda: _wanted(state))
     wanted = {key: entry for entries in wanted_by_rank for key, entry in entries.items()}
 
     def compare() -> None:
         stored = read_contents(checkpoint).state_dict_metadata
-        shapes = {key: tuple(entry.size) for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+        shapes = {
+            key: tuple(entry.size)
+            for key, entry in stored.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
         absent = sorted(wanted.keys() - stored.keys())
-        extra = sorted(key for key in stored.keys() - wanted.keys() if "optimizer" in state or not _of_optimizer(key))
-        other = [key for key, entry in sorted(wanted.items()) if key in shapes and not entry.accepts(shapes[key])]
+        extra = sorted(
+            key for key in stored.keys() - wanted.keys() if "optimizer" in state or not _of_optimizer(key)
+        )
+        other = [
+            key for key, entry in sorted(wanted.items()) if key in shapes and not entry.accepts(shapes[key])
+        ]
         if absent or extra or other:
-            shown = [f"{key} (there {list(shapes[key])}, here {list(wanted[key].shape or ())})" for key in other]
+            shown = [
+                f"{key} (there {list(shapes[key])}, here {list(wanted[key].shape or ())})" for key in other
+            ]
             parts = {"missing there": absent, "only there": extra, "other shape": shown}
             only_optimizer = all(map(_of_optimizer, absent + extra + other))
             if only_optimizer and not any(map(_of_optimizer, stored)):
                 raise MismatchError(
-                    f"checkpoint.load: {checkpoint} holds weights only, no optimizer to go on with. Set checkpoint.finetune to "
+                    f"checkpoint.load: {checkpoint} holds weights only, no optimizer to go on with. Set "
+                    "checkpoint.finetune to "
                     "start from its weights at iteration 0"
                 )
             raise MismatchError(_explain_misfit(checkpoint, parts, only_optimizer))
@@ -185,14 +207,17 @@ def _of_optimizer(key: str) -> bool:
 
 
 def _explain_misfit(checkpoint: Path, parts: dict[str, list[str]], only_optimizer: bool) -> str:
-    lines = [f"checkpoint.load: {checkpoint} does not fit this run's {'optimizer' if only_optimizer else 'model'}"]
+    lines = [
+        f"checkpoint.load: {checkpoint} does not fit this run's {'optimizer' if only_optimizer else 'model'}"
+    ]
     for title, names in parts.items():
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             lines.append(f"  {title}: {', '.join(names[:_SHOWN])}{more}")
     if only_optimizer:
         lines.append(
-            "Use parallel.use_distributed_optimizer and train.precision as in its config.json, or checkpoint.finetune to load "
+            "Use parallel.use_distributed_optimizer and train.precision as in its config.json, or "
+            "checkpoint.finetune to load "
             "weights only"
         )
     else:
@@ -222,7 +247,8 @@ def _chunk_name(index: int, chunks: Sequence[torch.nn.Module]) -> str:
 
 
 def finish_parameter_gather(model: Sequence[torch.nn.Module]) -> None:
-    """With overlap_param_gather the updated weights of other ranks arrive only in the next forward pass: fetch them now."""
+    """With overlap_param_gather the updated weights of other ranks arrive only in the next forward pass:
+    fetch them now."""
     for chunk in model:
         if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
@@ -233,22 +259,28 @@ def _leaves(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 
 
 def _load_distributed_optimizer(optimizer: DistributedOptimizer, state: State) -> None:
-    """Loads in two steps, because megatron-core 0.16 is wrong in one with torch's Adam, the optimizer without Transformer Engine.
+    """Loads in two steps, because megatron-core 0.16 is wrong in one with torch's Adam, the optimizer without
+    Transformer Engine.
 
-    It then asks for a `step` among the tensors, where there is none, and it gives all weights one and the same step tensor:
-    each would advance the step of all others.
+    It then asks for a `step` among the tensors, where there is none, and it gives all weights one and the
+    same step tensor: each would advance the step of all others.
     """
     tensors = state["param_state"]
-    optimizer.load_state_dict({key: value for key, value in state.items() if not key.startswith("param_state")})
+    optimizer.load_state_dict(
+        {key: value for key, value in state.items() if not key.startswith("param_state")}
+    )
     inner_states = optimizer.optimizer.state
-    steps = {parameter: inner.pop("step").clone() for parameter, inner in inner_states.items() if "step" in inner}
+    steps = {
+        parameter: inner.pop("step").clone() for parameter, inner in inner_states.items() if "step" in inner
+    }
     optimizer.load_parameter_state_from_fully_reshardable(tensors)
     for parameter, step in steps.items():
         inner_states[parameter]["step"] = step
 
 
 def _fill_missing_optimizer_state(optimizer: MegatronOptimizer) -> None:
-    """Gives an optimizer that has not stepped yet the zeros that it would start from; Megatron cannot save or load without."""
+    """Gives an optimizer that has not stepped yet the zeros that it would start from; Megatron cannot save or
+    load without."""
     for leaf in _leaves(optimizer):
         inner = leaf.optimizer
         if inner is None or leaf.init_state_fn is None:

@@ -1,16 +1,20 @@
 """How tensors get into the files of Megatron's `torch_dist` format and out of them.
 
-The files are the ones that `megatron.core.dist_checkpointing` reads and writes; two things differ from its own strategies.
+The files are the ones that `megatron.core.dist_checkpointing` reads and writes; two things differ from its
+own strategies.
 
-**No process is forked or spawned for writing.** Megatron's writer forks, from a process that holds CUDA and gloo threads; a
-child that dies there (for example for want of psutil) leaves the parent waiting forever. Here every rank writes its file itself.
+**No process is forked or spawned for writing.** Megatron's writer forks, from a process that holds CUDA and
+gloo threads; a child that dies there (for example for want of psutil) leaves the parent waiting forever. Here
+every rank writes its file itself.
 
 **Nothing is unpickled that could run code.** Of a checkpoint's files
   - *.distcp hold tensors, and objects of Transformer Engine: read with torch's weights_only unpickler;
   - common.pt holds the optimizer's hyper-parameters: the same;
-  - .metadata, the table of contents, is a pickle of torch's dataclasses: read with an unpickler that knows only these;
+  - .metadata, the table of contents, is a pickle of torch's dataclasses: read with an unpickler that knows
+    only these;
   - all the rest is JSON and safetensors.
-So a checkpoint from a stranger can be wrong, but it cannot take over the process. That its files are the ones that were written
+So a checkpoint from a stranger can be wrong, but it cannot take over the process. That its files are the ones
+that were written
 is said by the manifest, which is checked before any of them is read.
 """
 
@@ -62,7 +66,8 @@ _CLASSES_OF_CONTENTS = {
 
 
 class DirectSave(SaveShardedStrategy):
-    """Every rank writes what it is the main owner of, in its own process. A failure on one rank is raised on all."""
+    """Every rank writes what it is the main owner of, in its own process. A failure on one rank is raised on
+    all."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(BACKEND, VERSION)
@@ -97,7 +102,9 @@ class SafeLoad(LoadShardedStrategy):
         tensors = [entries[0] for entries in by_key.values() if isinstance(entries[0], ShardedTensor)]
         flat = mcore_to_pyt_state_dict(by_key, is_loading=True)
         planner = _SafePlanner(
-            shapes_validation_sharded_tensors=[tensor for tensor in tensors if not tensor.allow_shape_mismatch],
+            shapes_validation_sharded_tensors=[
+                tensor for tensor in tensors if not tensor.allow_shape_mismatch
+            ],
             allow_shape_mismatch_sharded_tensors={
                 tensor.key: tensor for tensor in tensors if tensor.allow_shape_mismatch
             },
@@ -140,7 +147,8 @@ class SafeCommonLoad(TorchCommonLoadStrategy):
 
 
 def read_contents(checkpoint: Path) -> Metadata:
-    """The table of contents of a checkpoint: names, shapes and dtypes of its tensors. Raises DamagedCheckpointError."""
+    """The table of contents of a checkpoint: names, shapes and dtypes of its tensors. Raises
+    DamagedCheckpointError."""
     return _SafeReader(checkpoint).read_metadata()
 
 
@@ -175,13 +183,16 @@ class _SafeReader(dcp.FileSystemReader):
             except _UNPICKLING_ERRORS as error:
                 raise DamagedCheckpointError(f"{file.name} cannot be read: {error}") from error
         if not isinstance(metadata, Metadata):
-            raise DamagedCheckpointError(f"{file.name} holds a {type(metadata).__name__}, not a table of contents")
+            raise DamagedCheckpointError(
+                f"{file.name} holds a {type(metadata).__name__}, not a table of contents"
+            )
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
 
 
 class _ContentsUnpickler(pickle.Unpickler):
-    """Knows the dataclasses of a table of contents, dtypes, shapes and paths; all of them only hold values."""
+    """Knows the dataclasses of a table of contents, dtypes, shapes and paths; all of them only hold
+    values."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name in _CLASSES_OF_CONTENTS.get(module, ()):

@@ -30,9 +30,9 @@ class Batch:
     """int64 [b, s]: position of each token in its row, or in its document with `data.reset_position_ids`."""
 
     cu_seqlens: Tensor | None
-    """int32 [n + 1], only with `data.reset_attention_mask`: where each document begins among the b * s tokens flattened row
-    by row, and b * s at the end, as flash-attn's varlen functions and `lckv.attention` take it. A row always ends a
-    document. A query sees no key of another document."""
+    """int32 [n + 1], only with `data.reset_attention_mask`: where each document begins among the b * s tokens
+    flattened row by row, and b * s at the end, as flash-attn's varlen functions and `lckv.attention` take it.
+    A row always ends a document. A query sees no key of another document."""
 
     sample_ids: tuple[int, ...] = ()
     """Number of each row in the dataset: what the randomness of KV policies depends on."""
@@ -41,18 +41,22 @@ class Batch:
     """bool [b, s]: tokens that are not padding; None where none is."""
 
 
-def make_batch(samples: Mapping[str, Tensor], data: DataConfig, eod: int | None, device: torch.device | str) -> Batch:
+def make_batch(
+    samples: Mapping[str, Tensor], data: DataConfig, eod: int | None, device: torch.device | str
+) -> Batch:
     """Complete `samples` ("tokens" and "labels", int64 [b, s]) to a batch on `device`.
 
-    A document ends with its `eod` token; the next token begins another. Labels and positions follow Megatron's
-    eod_mask_loss (no loss on predicting what comes after an eod) and reset_position_ids. Negative tokens are padding: they
-    get no loss, and 0 takes their place. Everything is computed where the samples are, normally on the CPU, so that no
-    device has to be waited for. Raises ConfigError if a setting needs `eod` but there is none.
+    A document ends with its `eod` token; the next token begins another. Labels and positions follow
+    Megatron's eod_mask_loss (no loss on predicting what comes after an eod) and reset_position_ids. Negative
+    tokens are padding: they get no loss, and 0 takes their place. Everything is computed where the samples
+    are, normally on the CPU, so that no device has to be waited for. Raises ConfigError if a setting needs
+    `eod` but there is none.
     """
     asked = [n for n in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask") if getattr(data, n)]
     if asked and eod is None:
         raise ConfigError(
-            f"data.{asked[0]}=true needs to know the end-of-document token; set data.tokenizer_type and data.tokenizer_model."
+            f"data.{asked[0]}=true needs to know the end-of-document token; set data.tokenizer_type and "
+            "data.tokenizer_model."
         )
     tokens, labels = samples["tokens"].long(), samples["labels"].long()
     loss_mask = labels >= 0

@@ -1,8 +1,9 @@
 """Which datasets a split draws from, in which proportion, and in which order.
 
-Every sample has the same number of tokens, so weights, which are fractions of the tokens, are fractions of the samples.
-Samples are dealt out one at a time, each to the source that is furthest behind its share. So the first k samples of a
-blend do not depend on how many are drawn in all, and after any k a source is at most a few samples off its share.
+Every sample has the same number of tokens, so weights, which are fractions of the tokens, are fractions of
+the samples. Samples are dealt out one at a time, each to the source that is furthest behind its share. So the
+first k samples of a blend do not depend on how many are drawn in all, and after any k a source is at most a
+few samples off its share.
 """
 
 import math
@@ -58,7 +59,8 @@ def parse_blend(field: str, entries: Sequence[str]) -> Blend | None:
             if (number is None) == (place % 2 == 0):
                 wanted = "a weight" if place % 2 == 0 else "a prefix"
                 raise ConfigError(
-                    f"{field}: entry {place + 1} is {entries[place]!r}, but {wanted} belongs there. Give PREFIX ..., or "
+                    f"{field}: entry {place + 1} is {entries[place]!r}, but {wanted} belongs there. Give "
+                    "PREFIX ..., or "
                     "WEIGHT PREFIX WEIGHT PREFIX ..."
                 )
         if len(entries) % 2:
@@ -68,7 +70,8 @@ def parse_blend(field: str, entries: Sequence[str]) -> Blend | None:
         for weight, prefix in zip(weights, prefixes, strict=True):
             if not (weight > 0 and math.isfinite(weight)):
                 raise ConfigError(
-                    f"{field}: the weight of {prefix} is {weight:g}, but must be > 0. Leave out what has none."
+                    f"{field}: the weight of {prefix} is {weight:g}, but must be > 0. Leave out what has "
+                    "none."
                 )
     _check_prefixes(field, prefixes)
     return Blend(prefixes, weights)
@@ -89,7 +92,8 @@ def _check_prefixes(field: str, prefixes: Sequence[str]) -> None:
         raise ConfigError(f"{field}: {prefix} is given twice. Give it once, with the sum of the weights.")
     if len(prefixes) > MAX_SOURCES:
         raise ConfigError(
-            f"{field}: {len(prefixes)} datasets, but at most {MAX_SOURCES} can be blended. Merge some of them."
+            f"{field}: {len(prefixes)} datasets, but at most {MAX_SOURCES} can be blended. Merge some of "
+            "them."
         )
 
 
@@ -102,7 +106,8 @@ def parse_split(split: str) -> tuple[float, float, float, float]:
     shares = [number for number in numbers if number is not None and number >= 0 and math.isfinite(number)]
     if len(shares) < len(numbers) or not 1 <= len(shares) <= 3 or sum(shares) <= 0:
         raise ConfigError(
-            f"data.split={split!r} must be one to three shares >= 0 with a sum > 0: training, validation, test, as in 969,30,1."
+            f"data.split={split!r} must be one to three shares >= 0 with a sum > 0: training, validation, "
+            "test, as in 969,30,1."
         )
     return 0.0, shares[0] / sum(shares), sum(shares[:2]) / sum(shares), 1.0
 
@@ -131,7 +136,8 @@ def split_sources(data: DataConfig) -> list[SplitSources | None]:
     given = [f"data.{split}_data_path" for split in SPLITS if getattr(data, f"{split}_data_path")]
     if data.data_path and given:
         problems.append(
-            f"data.data_path and {given[0]} are both given. Give data_path with split, or a path for each split."
+            f"data.data_path and {given[0]} are both given. Give data_path with split, or a path for each "
+            "split."
         )
     if not data.data_path and not data.train_data_path:
         problems.append("data.data_path, data.train_data_path and data.mock are all unset. Set one of them.")
@@ -143,7 +149,8 @@ def split_sources(data: DataConfig) -> list[SplitSources | None]:
 
 
 def deal_samples(weights: Sequence[float], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Source (int16 [size]) of each sample of a blend, and its number among the samples of that source (int64 [size])."""
+    """Source (int16 [size]) of each sample of a blend, and its number among the samples of that source (int64
+    [size])."""
     from megatron.core.datasets import helpers
 
     source, number = np.zeros(size, np.int16), np.zeros(size, np.int64)
@@ -153,7 +160,8 @@ def deal_samples(weights: Sequence[float], size: int) -> tuple[np.ndarray, np.nd
 
 
 def deal_all_samples(sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Like `deal_samples` with the sizes as weights, until every source has given each of its samples once."""
+    """Like `deal_samples` with the sizes as weights, until every source has given each of its samples
+    once."""
     from megatron.core.datasets import helpers
 
     source, number = np.zeros(sum(sizes), np.int16), np.zeros(sum(sizes), np.int64)

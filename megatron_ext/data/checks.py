@@ -23,7 +23,8 @@ _PROBE_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Size in tokens and end-of-document token of the vocabulary that datasets were made with; identity, if known."""
+    """Size in tokens and end-of-document token of the vocabulary that datasets were made with; identity, if
+    known."""
 
     size: int
     eod: int
@@ -33,7 +34,8 @@ class Vocabulary:
 
 
 def find_vocabulary(data: DataConfig) -> Vocabulary | None:
-    """The vocabulary of the configured tokenizer; without one that of the datasets, if their PREFIX.json agree; else None.
+    """The vocabulary of the configured tokenizer; without one that of the datasets, if their PREFIX.json
+    agree; else None.
 
     Raises ConfigError if the tokenizer cannot be loaded or the settings cannot be read.
     """
@@ -56,10 +58,10 @@ def find_vocabulary(data: DataConfig) -> Vocabulary | None:
 def check_data(data: DataConfig, vocab_size: int) -> list[str]:
     """All that is wrong with the settings, files and tokens of the data, a line each; nothing is built.
 
-    `vocab_size` is the model's, without padding. Looked at are: settings that contradict each other or cannot be read;
-    missing, truncated or damaged .bin and .idx files; PREFIX.json that disagrees with the files, with the configured
-    tokenizer or with other datasets; token ids outside the vocabulary (without PREFIX.json a sample of the tokens: the rest
-    is checked as it is read).
+    `vocab_size` is the model's, without padding. Looked at are: settings that contradict each other or cannot
+    be read; missing, truncated or damaged .bin and .idx files; PREFIX.json that disagrees with the files,
+    with the configured tokenizer or with other datasets; token ids outside the vocabulary (without
+    PREFIX.json a sample of the tokens: the rest is checked as it is read).
     """
     problems: list[str] = []
     if data.mock:
@@ -95,11 +97,15 @@ def _first_vocabulary(prefixes: list[str]) -> Vocabulary | None:
     """What the first dataset that says so was made with: the others have to agree with it."""
     for prefix in prefixes:
         if manifest := read_manifest(prefix):
-            return Vocabulary(manifest.vocab_size, manifest.eod, manifest.tokenizer_fingerprint, f"{prefix}.json")
+            return Vocabulary(
+                manifest.vocab_size, manifest.eod, manifest.tokenizer_fingerprint, f"{prefix}.json"
+            )
     return None
 
 
-def _dataset_problems(prefix: str, data: DataConfig, vocab_size: int, expected: Vocabulary | None) -> Iterator[str]:
+def _dataset_problems(
+    prefix: str, data: DataConfig, vocab_size: int, expected: Vocabulary | None
+) -> Iterator[str]:
     info = read_index(prefix)
     if not info.tokens:
         yield f"dataset {prefix} holds no token."
@@ -112,10 +118,16 @@ def _dataset_problems(prefix: str, data: DataConfig, vocab_size: int, expected: 
         )
         yield from _token_problems(prefix, info, vocab_size, needs_eod[:1], expected)
         return
-    if (manifest.dtype, manifest.documents, manifest.tokens) != (str(info.dtype), info.sequences, info.tokens):
+    if (manifest.dtype, manifest.documents, manifest.tokens) != (
+        str(info.dtype),
+        info.sequences,
+        info.tokens,
+    ):
         yield (
-            f"{prefix}.json describes {manifest.documents} documents with {manifest.tokens} tokens ({manifest.dtype}), but the "
-            f"index has {info.sequences} with {info.tokens} ({info.dtype}): it belongs to other files. Copy all three again."
+            f"{prefix}.json describes {manifest.documents} documents with {manifest.tokens} tokens "
+            f"({manifest.dtype}), but the "
+            f"index has {info.sequences} with {info.tokens} ({info.dtype}): it belongs to other files. Copy "
+            "all three again."
         )
     yield from _vocabulary_problems(prefix, manifest, vocab_size, expected)
     if needs_eod and not manifest.append_eod:
@@ -130,16 +142,20 @@ def _vocabulary_problems(
         ours = (expected.fingerprint, expected.size, expected.eod)
         if theirs != ours:
             names = ("fingerprint", "vocab_size", "eod")
-            differing = [f"{n} {a} instead of {b}" for n, a, b in zip(names, theirs, ours, strict=True) if a != b]
+            differing = [
+                f"{n} {a} instead of {b}" for n, a, b in zip(names, theirs, ours, strict=True) if a != b
+            ]
             yield (
-                f"dataset {prefix} was made with another tokenizer than {expected.origin}: {', '.join(differing)}. Use the "
+                f"dataset {prefix} was made with another tokenizer than {expected.origin}: "
+                f"{', '.join(differing)}. Use the "
                 "tokenizer that made it, or make it again."
             )
     if manifest.max_token_id >= vocab_size:
         yield _outside(prefix, manifest.max_token_id, vocab_size)
     elif manifest.vocab_size > vocab_size:
         yield (
-            f"model.vocab_size={vocab_size} is smaller than the vocabulary of dataset {prefix}, {manifest.vocab_size}. Leave "
+            f"model.vocab_size={vocab_size} is smaller than the vocabulary of dataset {prefix}, "
+            f"{manifest.vocab_size}. Leave "
             "it unset, or set it to that."
         )
 
@@ -158,20 +174,25 @@ def _token_problems(
             break
         eod_seen = eod_seen or (expected is not None and bool((probe == expected.eod).any()))
     if needs_eod and expected is None:
-        yield f"data.{needs_eod[0]}=true needs to know the end-of-document token. Set data.tokenizer_type and tokenizer_model."
+        yield (
+            f"data.{needs_eod[0]}=true needs to know the end-of-document token. Set data.tokenizer_type and "
+            "tokenizer_model."
+        )
     elif needs_eod and not eod_seen:
         yield _no_eod(needs_eod[0], prefix)
 
 
 def _no_eod(setting: str, prefix: str) -> str:
     return (
-        f"data.{setting}=true would do nothing: the documents of {prefix} have no end-of-document token. Make it again with "
+        f"data.{setting}=true would do nothing: the documents of {prefix} have no end-of-document token. "
+        "Make it again with "
         "--append-eod."
     )
 
 
 def _outside(prefix: str, token: int, vocab_size: int) -> str:
     return (
-        f"{prefix}.bin holds the token {token}, but the vocabulary has {vocab_size}. Set model.vocab_size to that of the "
+        f"{prefix}.bin holds the token {token}, but the vocabulary has {vocab_size}. Set model.vocab_size to "
+        "that of the "
         "tokenizer that made the dataset."
     )

@@ -1,7 +1,7 @@
 """The training, validation and test samples of a run.
 
-Rank 0 checks the data and builds the sample indices; the other ranks wait for it, then all open the same files. Samples
-follow from the seed and the files alone.
+Rank 0 checks the data and builds the sample indices; the other ranks wait for it, then all open the same
+files. Samples follow from the seed and the files alone.
 """
 
 import logging
@@ -66,13 +66,13 @@ def build_datasets(
 ) -> Datasets:
     """Build the splits; all ranks must call this.
 
-    `num_samples` says how many samples training, validation and test draw: documents are repeated, epoch after epoch, as
-    often as it takes. None: as many as there are without repeating any. 0, or no share in `data.split`: no dataset. The
-    first samples are the same whatever the number. `eod` only shapes mock documents. `vocab_size` is that of the model,
-    without padding.
+    `num_samples` says how many samples training, validation and test draw: documents are repeated, epoch
+    after epoch, as often as it takes. None: as many as there are without repeating any. 0, or no share in
+    `data.split`: no dataset. The first samples are the same whatever the number. `eod` only shapes mock
+    documents. `vocab_size` is that of the model, without padding.
 
-    Raises ConfigError, on all ranks and before any index is built, for whatever `check_data` finds, and if a split has too
-    few tokens for one sample; TimeoutError after `data.index_timeout_minutes`.
+    Raises ConfigError, on all ranks and before any index is built, for whatever `check_data` finds, and if a
+    split has too few tokens for one sample; TimeoutError after `data.index_timeout_minutes`.
     """
     if data.mock:
         samples = [_MOCK_SAMPLES if number is None else number for number in num_samples]
@@ -89,7 +89,9 @@ def build_datasets(
         if problems:
             raise ConfigError("\n".join(problems))
         return [
-            None if sources is None or number == 0 else _Split(data, split, sources, seq_length, seed).build(number)
+            None
+            if sources is None or number == 0
+            else _Split(data, split, sources, seq_length, seed).build(number)
             for split, (sources, number) in enumerate(zip(split_sources(data), num_samples, strict=True))
         ]
 
@@ -113,7 +115,8 @@ class _Split:
     seed: int
 
     def build(self, samples: int | None) -> dict[str, Any] | None:
-        """Build the indices. Returns what `_open` needs, as plain JSON; None if there is no sample and none is asked for."""
+        """Build the indices. Returns what `_open` needs, as plain JSON; None if there is no sample and none
+        is asked for."""
         ranges, weights = self._usable_ranges(samples)
         if not ranges:
             return None
@@ -124,8 +127,12 @@ class _Split:
             counts = np.bincount(source, minlength=len(ranges)).tolist()
             depends_on = {"index_version": 1, "weights": weights, "per_epoch": per_epoch, "samples": samples}
             blend = str(self._save_blend(self._cache(ranges[0]), depends_on, source, number))
-        logger.info("%s: %s samples of %s", SPLITS[self.split], counts, [documents.prefix for documents in ranges])
-        directories = [self._build_source(documents, count) for documents, count in zip(ranges, counts, strict=True)]
+        logger.info(
+            "%s: %s samples of %s", SPLITS[self.split], counts, [documents.prefix for documents in ranges]
+        )
+        directories = [
+            self._build_source(documents, count) for documents, count in zip(ranges, counts, strict=True)
+        ]
         sources = [
             {"prefix": documents.prefix, "directory": str(directory), "length": count}
             for documents, directory, count in zip(ranges, directories, counts, strict=True)
@@ -140,7 +147,8 @@ class _Split:
         blend = self.sources.blend
         weights = blend.weights if len(blend.prefixes) > 1 else None
         ranges = [
-            document_range(prefix, *self.sources.documents(read_index(prefix).sequences)) for prefix in blend.prefixes
+            document_range(prefix, *self.sources.documents(read_index(prefix).sequences))
+            for prefix in blend.prefixes
         ]
         small = [documents for documents in ranges if not documents.samples_per_epoch(self.seq_length)]
         if small and (weights is not None or (len(small) == len(ranges) and samples is not None)):
@@ -152,8 +160,10 @@ class _Split:
     def _too_small(self, documents: DocumentRange) -> str:
         share = f", its share by data.split={self.data.split}," if self.data.data_path else ""
         return (
-            f"the {SPLITS[self.split]} split of {documents.prefix} has {documents.last - documents.first} documents{share} with "
-            f"{documents.tokens} tokens in all, but one sample takes train.seq_length + 1 = {self.seq_length + 1}. Use more "
+            f"the {SPLITS[self.split]} split of {documents.prefix} has {documents.last - documents.first} "
+            f"documents{share} with "
+            f"{documents.tokens} tokens in all, but one sample takes train.seq_length + 1 = "
+            f"{self.seq_length + 1}. Use more "
             "text, a shorter train.seq_length or other shares."
         )
 
@@ -164,7 +174,9 @@ class _Split:
             return deal_samples(weights or per_epoch, samples)
         return deal_all_samples(per_epoch) if weights is None else deal_without_repeats(weights, per_epoch)
 
-    def _save_blend(self, cache: Path, depends_on: dict[str, Any], source: np.ndarray, number: np.ndarray) -> Path:
+    def _save_blend(
+        self, cache: Path, depends_on: dict[str, Any], source: np.ndarray, number: np.ndarray
+    ) -> Path:
         def build(directory: Path) -> None:
             save_array(directory / "source.npy", source)
             save_array(directory / "number.npy", number)
@@ -203,7 +215,8 @@ def _wait_until_seen(directory: Path) -> None:
         if time.monotonic() > deadline:
             rank = dist.get_rank() if dist.is_initialized() else 0
             raise ConfigError(
-                f"rank {rank} on {socket.gethostname()} does not see {directory}, which rank 0 has made. Datasets and "
+                f"rank {rank} on {socket.gethostname()} does not see {directory}, which rank 0 has made. "
+                "Datasets and "
                 "data.data_cache_path must be on storage that all nodes share."
             )
         time.sleep(0.5)

@@ -36,7 +36,8 @@ class EncodingSettings:
 
 @dataclass(frozen=True)
 class Stretch:
-    """A batch's stretch of the input: where it ends, what was read from disk by then, and whether a shard ends with it."""
+    """A batch's stretch of the input: where it ends, what was read from disk by then, and whether a shard
+    ends with it."""
 
     end: Position
     disk_bytes: int
@@ -55,7 +56,8 @@ class Documents:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A batch after tokenizing: documents for each key, and messages about the bad records that were skipped."""
+    """A batch after tokenizing: documents for each key, and messages about the bad records that were
+    skipped."""
 
     by_key: tuple[Documents, ...]
     bad: tuple[str, ...]
@@ -69,8 +71,8 @@ def encode_records(
 ) -> EncodedStream:
     """Tokenize all records of a reader. With one worker this process does it, else as many others do.
 
-    A shard ends with the record that reaches the next multiple of `shard_text_bytes` bytes of input text, and with the
-    input. Raises BadRecordError for the first bad record, unless they are skipped.
+    A shard ends with the record that reaches the next multiple of `shard_text_bytes` bytes of input text, and
+    with the input. Raises BadRecordError for the first bad record, unless they are skipped.
     """
     encode = functools.partial(_encode, settings)
     batches = _batches(reader, shard_text_bytes)
@@ -82,7 +84,9 @@ def encode_records(
 def _batches(reader: RecordReader, shard_text_bytes: int | None) -> Iterator[tuple[list[Record], Stretch]]:
     def next_boundary(position: Position) -> float:
         return (
-            math.inf if shard_text_bytes is None else (position.text_bytes // shard_text_bytes + 1) * shard_text_bytes
+            math.inf
+            if shard_text_bytes is None
+            else (position.text_bytes // shard_text_bytes + 1) * shard_text_bytes
         )
 
     records: list[Record] = []
@@ -103,7 +107,9 @@ def _batches(reader: RecordReader, shard_text_bytes: int | None) -> Iterator[tup
 def _in_order(
     batches: Iterator[tuple[list[Record], Stretch]], encode: Callable[[list[Record]], Encoded], workers: int
 ) -> EncodedStream:
-    context = multiprocessing.get_context("spawn")  # a fork could copy a locked lock of a tokenizer library's threads
+    context = multiprocessing.get_context(
+        "spawn"
+    )  # a fork could copy a locked lock of a tokenizer library's threads
     executor = ProcessPoolExecutor(workers, mp_context=context)
     pending: deque[tuple[Stretch, Future[Encoded]]] = deque()
     try:
@@ -117,7 +123,8 @@ def _in_order(
             yield done, future.result()
     except BrokenProcessPool as error:
         raise RuntimeError(
-            "a tokenizing process died, perhaps for lack of memory; use fewer --workers or a smaller --max-document-mib."
+            "a tokenizing process died, perhaps for lack of memory; use fewer --workers or a smaller "
+            "--max-document-mib."
         ) from error
     finally:
         executor.shutdown(cancel_futures=True)

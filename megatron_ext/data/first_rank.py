@@ -1,4 +1,5 @@
-"""Work that rank 0 does while the other ranks wait, however long it takes, without a collective that could time out."""
+"""Work that rank 0 does while the other ranks wait, however long it takes, without a collective that could
+time out."""
 
 import json
 import logging
@@ -8,7 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store  # there is no public way to the group's store
+from torch.distributed.distributed_c10d import (
+    _get_default_store,
+)  # there is no public way to the group's store
 
 from megatron_ext.errors import ConfigError
 
@@ -19,12 +22,13 @@ _LONGEST_PAUSE_SECONDS = 2.0
 
 
 def on_first_rank(work: Callable[[], Any], *, what: str, timeout_minutes: float, timeout_setting: str) -> Any:
-    """Result of `work()`, which rank 0 alone does, on every rank. The result must be plain JSON. All ranks must call this.
+    """Result of `work()`, which rank 0 alone does, on every rank. The result must be plain JSON. All ranks
+    must call this.
 
-    While they wait, the other ranks log every 30 s what for, and for whom (rank 1 as a warning, the others as information).
-    If the work fails, they fail at once too, with its message: ConfigError if it was one, else RuntimeError. After
-    `timeout_minutes` (the value of the setting `timeout_setting`) they raise TimeoutError. If rank 0 dies and the store with
-    it, they raise RuntimeError.
+    While they wait, the other ranks log every 30 s what for, and for whom (rank 1 as a warning, the others as
+    information). If the work fails, they fail at once too, with its message: ConfigError if it was one, else
+    RuntimeError. After `timeout_minutes` (the value of the setting `timeout_setting`) they raise
+    TimeoutError. If rank 0 dies and the store with it, they raise RuntimeError.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return work()
@@ -57,21 +61,29 @@ def _work(work: Callable[[], Any], store: dist.Store, call: int) -> Any:
     return result
 
 
-def _wait(store: dist.Store, call: int, what: str, timeout_minutes: float, timeout_setting: str) -> dict[str, Any]:
+def _wait(
+    store: dist.Store, call: int, what: str, timeout_minutes: float, timeout_setting: str
+) -> dict[str, Any]:
     begin = time.monotonic()
     next_log, pause = _LOG_EVERY_SECONDS, 0.01
     while not store.check([f"outcome {call}"]):
         waited = time.monotonic() - begin
         if waited > 60 * timeout_minutes:
             raise TimeoutError(
-                f"rank {dist.get_rank()} has waited {waited / 60:.3g} minutes for the {what}, {_who(store, call)}. If that "
+                f"rank {dist.get_rank()} has waited {waited / 60:.3g} minutes for the {what}, "
+                f"{_who(store, call)}. If that "
                 f"takes so long, raise {timeout_setting} ({timeout_minutes:g})."
             )
         if waited >= next_log:
             next_log += _LOG_EVERY_SECONDS
             level = logging.WARNING if dist.get_rank() == 1 else logging.INFO
             logger.log(
-                level, "waiting for the %s, %s: %.0f s of %.0f s", what, _who(store, call), waited, 60 * timeout_minutes
+                level,
+                "waiting for the %s, %s: %.0f s of %.0f s",
+                what,
+                _who(store, call),
+                waited,
+                60 * timeout_minutes,
             )
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)

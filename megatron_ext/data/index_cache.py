@@ -1,7 +1,7 @@
 """Directories of arrays that are built once and then only read, by any number of processes and runs.
 
-A directory is named after all that its contents depend on, is built under another name and then renamed. So it is never
-seen half-built, and never used for a dataset that has changed since.
+A directory is named after all that its contents depend on, is built under another name and then renamed. So
+it is never seen half-built, and never used for a dataset that has changed since.
 """
 
 import hashlib
@@ -21,11 +21,14 @@ CACHE_NAME = "index_cache"
 
 
 def cache_parent(data_cache_path: str | None, prefix: str) -> Path:
-    """Where indices of the dataset `prefix` are kept: `data_cache_path`, or a directory beside the dataset."""
+    """Where indices of the dataset `prefix` are kept: `data_cache_path`, or a directory beside the
+    dataset."""
     return Path(data_cache_path) if data_cache_path else Path(prefix).absolute().parent / CACHE_NAME
 
 
-def cached_directory(parent: Path, name: str, depends_on: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
+def cached_directory(
+    parent: Path, name: str, depends_on: Mapping[str, Any], build: Callable[[Path], None]
+) -> Path:
     """The directory in `parent` for `depends_on`; if it is not there yet, `build` fills it.
 
     Raises ConfigError if the directory cannot be written.
@@ -42,7 +45,8 @@ def cached_directory(parent: Path, name: str, depends_on: Mapping[str, Any], bui
         _rename(unfinished, directory)
     except OSError as error:
         raise ConfigError(
-            f"cannot write the sample indices into {parent} ({error}). Set data.data_cache_path to a directory that can be "
+            f"cannot write the sample indices into {parent} ({error}). Set data.data_cache_path to a "
+            "directory that can be "
             "written, has space, and is seen by every node."
         ) from error
     finally:
@@ -59,7 +63,8 @@ def _rename(unfinished: Path, directory: Path) -> None:
 
 
 class ArrayFile:
-    """Writes a .npy file block by block, with an ordinary error on a full disk (a memory map would kill the process)."""
+    """Writes a .npy file block by block, with an ordinary error on a full disk (a memory map would kill the
+    process)."""
 
     def __init__(self, path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
         self._dtype = dtype

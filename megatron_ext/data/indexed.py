@@ -1,6 +1,7 @@
 """Writing and checking megatron's indexed datasets in bounded memory.
 
-PREFIX.bin holds the tokens of all documents, one after the other. PREFIX.idx tells where each begins, little-endian:
+PREFIX.bin holds the tokens of all documents, one after the other. PREFIX.idx tells where each begins,
+little-endian:
 
     9 bytes  magic            int32 [n]    length of each sequence, in tokens
     uint64   version, 1       int64 [n]    where each begins in PREFIX.bin, in bytes
@@ -8,8 +9,9 @@ PREFIX.bin holds the tokens of all documents, one after the other. PREFIX.idx te
     uint64   n
     uint64   d + 1
 
-Here every document is one sequence. megatron's own builder keeps all lengths in Python lists (tens of bytes for each); this
-one keeps them in a temporary file. `megatron.core.datasets.indexed_dataset.IndexedDataset` reads what is written here.
+Here every document is one sequence. megatron's own builder keeps all lengths in Python lists (tens of bytes
+for each); this one keeps them in a temporary file. `megatron.core.datasets.indexed_dataset.IndexedDataset`
+reads what is written here.
 """
 
 import os
@@ -39,7 +41,8 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 @dataclass(frozen=True)
 class IndexInfo:
-    """Header of an index: type of a token, number of sequences and of documents, size of PREFIX.bin in tokens."""
+    """Header of an index: type of a token, number of sequences and of documents, size of PREFIX.bin in
+    tokens."""
 
     dtype: np.dtype
     sequences: int
@@ -79,7 +82,9 @@ class IndexedWriter:
         """Append a whole indexed dataset of the same dtype; each of its sequences becomes a document."""
         info = read_index(prefix)
         if info.dtype != self.dtype:
-            raise ConfigError(f"{prefix}.bin holds {info.dtype}, the others {self.dtype}; they cannot be merged.")
+            raise ConfigError(
+                f"{prefix}.bin holds {info.dtype}, the others {self.dtype}; they cannot be merged."
+            )
         with Path(f"{prefix}.bin").open("rb") as source:
             shutil.copyfileobj(source, self._bin, 1 << 20)
         for lengths in index_lengths(prefix):
@@ -140,7 +145,9 @@ def read_index(prefix: str) -> IndexInfo:
     missing = [str(path) for path in (bin_path, index_path) if not path.is_file()]
     if missing:
         hint = " A prefix has no .bin or .idx at its end." if prefix.endswith((".bin", ".idx")) else ""
-        raise ConfigError(f"dataset {prefix}: {' and '.join(missing)} not found.{hint} Make it with {_REMEDY}.")
+        raise ConfigError(
+            f"dataset {prefix}: {' and '.join(missing)} not found.{hint} Make it with {_REMEDY}."
+        )
     with index_path.open("rb") as index:
         header = index.read(_HEADER.size)
     if len(header) < _HEADER.size or not header.startswith(_MAGIC):
@@ -160,7 +167,8 @@ def read_index(prefix: str) -> IndexInfo:
     tokens = _tokens_of(index_path, sequences, dtype)
     if bin_path.stat().st_size != tokens * dtype.itemsize:
         raise ConfigError(
-            f"{bin_path}: {bin_path.stat().st_size} bytes, but {index_path.name} calls for {tokens * dtype.itemsize}; it is "
+            f"{bin_path}: {bin_path.stat().st_size} bytes, but {index_path.name} calls for "
+            f"{tokens * dtype.itemsize}; it is "
             f"truncated or belongs to another index. Copy both files again, or make them with {_REMEDY}."
         )
     return IndexInfo(dtype, sequences, boundaries - 1, tokens)

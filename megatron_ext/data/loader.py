@@ -1,7 +1,7 @@
 """The samples of one data-parallel rank, micro-batch by micro-batch, read ahead by worker processes.
 
-The place in the data is one number for the whole run, the samples consumed so far. The next D * M samples (D data-parallel
-ranks, M sequences per micro-batch) are one micro-batch of each rank:
+The place in the data is one number for the whole run, the samples consumed so far. The next D * M samples (D
+data-parallel ranks, M sequences per micro-batch) are one micro-batch of each rank:
 
     consumed | rank 0: M samples | rank 1: M samples | ... | rank D-1: M samples | then the next micro-batches
 
@@ -36,12 +36,12 @@ def build_data_iterator(
     num_workers: int,
     seed: int,
 ) -> Iterator[dict[str, Tensor]]:
-    """Endless iterator over this rank's micro-batches: "tokens" and "labels", int64 [micro_batch_size, seq_length], and
-    "sample_ids", int64 [micro_batch_size], the number of each sample in the dataset.
+    """Endless iterator over this rank's micro-batches: "tokens" and "labels", int64 [micro_batch_size,
+    seq_length], and "sample_ids", int64 [micro_batch_size], the number of each sample in the dataset.
 
-    It begins at sample `consumed_samples` of the dataset and leaves the random state of the process alone; `seed` is that
-    of the workers, which draw nothing for the datasets of this package. Raises ConfigError when the samples are exhausted:
-    nothing is read twice unnoticed.
+    It begins at sample `consumed_samples` of the dataset and leaves the random state of the process alone;
+    `seed` is that of the workers, which draw nothing for the datasets of this package. Raises ConfigError
+    when the samples are exhausted: nothing is read twice unnoticed.
     """
     batches = _RankBatches(
         samples=len(dataset),
@@ -96,20 +96,24 @@ def _until_exhausted(loader: DataLoader, batches: _RankBatches) -> Iterator[dict
     try:
         yield from reading
     except RuntimeError as error:
-        error.add_note(f"while data.num_workers={loader.num_workers} processes read samples; with 0 this process does")
+        error.add_note(
+            f"while data.num_workers={loader.num_workers} processes read samples; with 0 this process does"
+        )
         raise
     finally:
         _end_readers(reading)
     raise ConfigError(
-        f"the dataset's {batches.samples} samples are exhausted, and another micro-batch is asked for. Build it with more "
-        "samples: train.train_iters * train.global_batch_size for training, train.eval_iters * train.global_batch_size for "
+        f"the dataset's {batches.samples} samples are exhausted, and another micro-batch is asked for. Build "
+        "it with more "
+        "samples: train.train_iters * train.global_batch_size for training, train.eval_iters * "
+        "train.global_batch_size for "
         "an evaluation."
     )
 
 
 def _end_readers(reading: Any) -> None:
-    """End the processes of DataLoader's iterator at once. An error keeps the iterator alive, and what Python does at its exit, a
-    SIGTERM, is what readers ignore: it would wait for them without end."""
+    """End the processes of DataLoader's iterator at once. An error keeps the iterator alive, and what Python
+    does at its exit, a SIGTERM, is what readers ignore: it would wait for them without end."""
     if isinstance(reading, _MultiProcessingDataLoaderIter):
         reading._shutdown_workers()
         for process in reading._workers:
@@ -118,6 +122,7 @@ def _end_readers(reading: Any) -> None:
 
 
 def _leave_signals_to_the_run(_worker: int) -> None:
-    """Batch systems signal all processes of a job; readers must live on while the run does its last step and saves."""
+    """Batch systems signal all processes of a job; readers must live on while the run does its last step and
+    saves."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

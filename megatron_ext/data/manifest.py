@@ -1,4 +1,5 @@
-"""What is known of an indexed dataset beside its tokens: PREFIX.json, written next to PREFIX.bin and PREFIX.idx."""
+"""What is known of an indexed dataset beside its tokens: PREFIX.json, written next to PREFIX.bin and
+PREFIX.idx."""
 
 import json
 from collections.abc import Mapping
@@ -106,10 +107,13 @@ def read_manifest(prefix: str) -> DatasetManifest | None:
             raise ValueError(f"its format is not {FORMAT}")
         shard = values.pop("shard")
         sources = tuple(SourceFile(**source) for source in values.pop("sources"))
-        return _checked(DatasetManifest(**values, sources=sources, shard=None if shard is None else _shard(shard)))
+        return _checked(
+            DatasetManifest(**values, sources=sources, shard=None if shard is None else _shard(shard))
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{path}: not a dataset description ({error}). Make the dataset again with tools/preprocess_data.py, or delete "
+            f"{path}: not a dataset description ({error}). Make the dataset again with "
+            "tools/preprocess_data.py, or delete "
             "this file to use the dataset unchecked."
         ) from error
 

@@ -8,8 +8,8 @@ from torch import Tensor
 class MockSamples(torch.utils.data.Dataset):
     """`length` samples full of documents that count upwards from a random token, around the vocabulary.
 
-    Documents have 1 to about seq_length tokens, a quarter of it on average, and end with `eod` if there is one. A sample
-    depends on the seed and its number only.
+    Documents have 1 to about seq_length tokens, a quarter of it on average, and end with `eod` if there is
+    one. A sample depends on the seed and its number only.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """From raw text to indexed datasets, shard by shard.
 
-A shard is complete when its manifest is there. A job that is started again goes on behind the last complete shard. Without
-shards the whole output counts as one.
+A shard is complete when its manifest is there. A job that is started again goes on behind the last complete
+shard. Without shards the whole output counts as one.
 """
 
 import contextlib
@@ -64,11 +64,14 @@ def preprocess(
 ) -> dict[str, DatasetManifest]:
     """Do a job, or what is left of it. Returns the manifests by prefix, in order.
 
-    At the start and after each batch `report` gets the stretch of the input that is done, and the number of new tokens.
-    Raises ConfigError for bad input (with file and line), output of another job in the same place, or no document at all.
+    At the start and after each batch `report` gets the stretch of the input that is done, and the number of
+    new tokens. Raises ConfigError for bad input (with file and line), output of another job in the same
+    place, or no document at all.
     """
     if len(job.json_keys) > 1 and (text := next((s for s in job.sources if not s.jsonl), None)):
-        raise ConfigError(f"--json-keys {' '.join(job.json_keys)} needs JSON lines, but {text.path} is a text.")
+        raise ConfigError(
+            f"--json-keys {' '.join(job.json_keys)} needs JSON lines, but {text.path} is a text."
+        )
     run = _Run(job, report)
     run.find_complete_shards()
     if not run.complete:
@@ -123,7 +126,9 @@ class _Run:
     def _prefixes(self) -> list[str]:
         """Prefixes of the next shard, one for each key."""
         shard = "" if self._shard_text_bytes is None else f"-{self._shards:05d}"
-        return [f"{self._job.output_prefix}{shard}{_key_suffix(self._job, key)}" for key in self._job.json_keys]
+        return [
+            f"{self._job.output_prefix}{shard}{_key_suffix(self._job, key)}" for key in self._job.json_keys
+        ]
 
     def find_complete_shards(self) -> None:
         """Take over the shards that an earlier run of the same job has completed."""
@@ -141,12 +146,14 @@ class _Run:
         for name in (*_MEANING, "json_key", "sources"):
             if getattr(manifest, name) != getattr(expected, name):
                 raise ConfigError(
-                    f"{prefix}.json is of another job: {name} differs. Give another --output-prefix, or --overwrite to begin "
+                    f"{prefix}.json is of another job: {name} differs. Give another --output-prefix, or "
+                    "--overwrite to begin "
                     "again."
                 )
         if (manifest.shard and manifest.shard.text_bytes) != self._shard_text_bytes:
             raise ConfigError(
-                f"{prefix}.json is of a job with shards of another size. Give the same, or --overwrite to begin again."
+                f"{prefix}.json is of a job with shards of another size. Give the same, or --overwrite to "
+                "begin again."
             )
 
     def _take_over(self, shard: dict[str, DatasetManifest]) -> None:
@@ -164,7 +171,9 @@ class _Run:
         )
         reader = RecordReader(job.sources, self._start, job.max_document_bytes)
         self._report(Stretch(self._start, reader.disk_bytes), 0)
-        stream = encode_records(reader, settings, workers=job.workers, shard_text_bytes=self._shard_text_bytes)
+        stream = encode_records(
+            reader, settings, workers=job.workers, shard_text_bytes=self._shard_text_bytes
+        )
         with contextlib.closing(stream):
             while not self.complete:
                 self._write_shard(stream)
@@ -175,7 +184,9 @@ class _Run:
             for prefix, key in zip(self._prefixes(), self._job.json_keys, strict=True)
         }
         with ExitStack() as stack:
-            writers = [stack.enter_context(IndexedWriter(prefix, np.dtype(self._empty.dtype))) for prefix in shard]
+            writers = [
+                stack.enter_context(IndexedWriter(prefix, np.dtype(self._empty.dtype))) for prefix in shard
+            ]
             for stretch, encoded in stream:
                 for prefix, writer, documents in zip(shard, writers, encoded.by_key, strict=True):
                     writer.add(documents.tokens, documents.lengths)
@@ -186,7 +197,8 @@ class _Run:
                     break
             if stretch.final and not any(m.documents for m in (*self.manifests.values(), *shard.values())):
                 raise ConfigError(
-                    f"no document in {', '.join(s.path for s in self._job.sources[:3])}: all are empty or bad."
+                    f"no document in {', '.join(s.path for s in self._job.sources[:3])}: all are empty or "
+                    "bad."
                 )
             for writer in writers:
                 writer.close()
@@ -215,9 +227,11 @@ def _extended(manifest: DatasetManifest, documents: Documents, bad_records: int)
 
 
 def merge_shards(prefixes: Sequence[str], output_prefix: str) -> DatasetManifest:
-    """Append datasets, such as the shards of one job, to one another without loading them. Returns the manifest.
+    """Append datasets, such as the shards of one job, to one another without loading them. Returns the
+    manifest.
 
-    Raises ConfigError if one is damaged, if they were made by different tokenizers, or if a shard of a job is missing.
+    Raises ConfigError if one is damaged, if they were made by different tokenizers, or if a shard of a job is
+    missing.
     """
     found: dict[str, DatasetManifest] = {}
     for prefix in prefixes:
@@ -253,13 +267,15 @@ def _check_no_shard_missing(manifests: Mapping[str, DatasetManifest]) -> None:
         index = 0 if manifest.shard is None else manifest.shard.index
         if index != expected:
             raise ConfigError(
-                f"cannot merge: before {prefix}, shard number {index}, belongs shard number {expected}. Give all shards of "
+                f"cannot merge: before {prefix}, shard number {index}, belongs shard number {expected}. Give "
+                "all shards of "
                 "a job, in order."
             )
         expected = 0 if manifest.shard is None or manifest.shard.final else index + 1
         before = prefix
     if expected:
         raise ConfigError(
-            f"cannot merge: {before} is not the last shard of its job. Give all of them; if they are not there yet, run the "
+            f"cannot merge: {before} is not the last shard of its job. Give all of them; if they are not "
+            "there yet, run the "
             "job again to finish it."
         )

@@ -1,11 +1,12 @@
 """Samples of seq_length + 1 tokens from indexed datasets, epoch after epoch.
 
-In each epoch the documents are put into a new random order and laid end to end; sample j covers tokens j*s to (j+1)*s, the
-last of them only as a label, and the rest after the last whole sample is left out of this epoch. Then the samples are put
-into a random order. So every document comes once per epoch, and what comes first does not depend on how many epochs are
-drawn: a run may be made longer without seeing anything twice. (megatron's GPTDataset shuffles the documents of all epochs
-together, in an order that changes with the number of samples asked for.) Random orders come from numpy's RandomState,
-whose streams are the same in all versions of numpy.
+In each epoch the documents are put into a new random order and laid end to end; sample j covers tokens j*s to
+(j+1)*s, the last of them only as a label, and the rest after the last whole sample is left out of this epoch.
+Then the samples are put into a random order. So every document comes once per epoch, and what comes first
+does not depend on how many epochs are drawn: a run may be made longer without seeing anything twice.
+(megatron's GPTDataset shuffles the documents of all epochs together, in an order that changes with the number
+of samples asked for.) Random orders come from numpy's RandomState, whose streams are the same in all versions
+of numpy.
 """
 
 import math
@@ -63,9 +64,9 @@ def build_epochs(
 ) -> Path:
     """Build, or find, the index of enough epochs for `samples` samples. Returns its directory.
 
-    It holds `documents.npy` int32 [epochs, documents], the order of the documents; `starts.npy` [epochs, samples + 1, 2],
-    for each sample the place in that order and the token at which it begins; `order.npy` [epochs, samples], the order of
-    the samples.
+    It holds `documents.npy` int32 [epochs, documents], the order of the documents; `starts.npy` [epochs,
+    samples + 1, 2], for each sample the place in that order and the token at which it begins; `order.npy`
+    [epochs, samples], the order of the samples.
     """
     per_epoch = documents.samples_per_epoch(seq_length)
     epochs = max(1, math.ceil(samples / per_epoch))
@@ -95,12 +96,16 @@ def _write_epochs(
         "starts": (np.int64 if wide else np.int32, (epochs, per_epoch + 1, 2)),
         "order": (np.uint32 if per_epoch < np.iinfo(np.uint32).max else np.int64, (epochs, per_epoch)),
     }
-    files = {name: ArrayFile(directory / f"{name}.npy", np.dtype(d), shape) for name, (d, shape) in kinds.items()}
+    files = {
+        name: ArrayFile(directory / f"{name}.npy", np.dtype(d), shape) for name, (d, shape) in kinds.items()
+    }
     for epoch in range(epochs):
         random = np.random.RandomState([number % 2**32 for number in (*seed, epoch)])
         order = (documents.first + random.permutation(count)).astype(np.int32)
         files["documents"].write(order)
-        files["starts"].write(helpers.build_sample_idx(lengths, order, seq_length, 1, documents.tokens, True, True))
+        files["starts"].write(
+            helpers.build_sample_idx(lengths, order, seq_length, 1, documents.tokens, True, True)
+        )
         files["order"].write(random.permutation(per_epoch))
     for file in files.values():
         file.close()
@@ -122,7 +127,10 @@ class EpochSamples(torch.utils.data.Dataset):
 
     def __reduce__(self) -> Any:
         """Workers open the files themselves: a pickled memory map would carry all of its contents."""
-        return partial(EpochSamples, length=self._length, vocab_size=self._vocab_size), (self._prefix, self._directory)
+        return partial(EpochSamples, length=self._length, vocab_size=self._vocab_size), (
+            self._prefix,
+            self._directory,
+        )
 
     def __len__(self) -> int:
         return self._length
@@ -142,7 +150,8 @@ class EpochSamples(torch.utils.data.Dataset):
         lowest, highest = int(text.min()), int(text.max())
         if lowest < 0 or highest >= self._vocab_size:
             raise ConfigError(
-                f"{self._prefix}.bin holds the token {lowest if lowest < 0 else highest}, but the vocabulary has "
+                f"{self._prefix}.bin holds the token {lowest if lowest < 0 else highest}, but the vocabulary "
+                "has "
                 f"{self._vocab_size}. Set model.vocab_size to that of the tokenizer that made the dataset."
             )
         tokens = torch.from_numpy(text)

@@ -20,7 +20,8 @@ _JSONL_SUFFIXES = (".jsonl", ".ndjson")
 
 @dataclass(frozen=True)
 class Source:
-    """One input file: JSON lines with a document each, or a text that is one document. `size` is bytes on disk."""
+    """One input file: JSON lines with a document each, or a text that is one document. `size` is bytes on
+    disk."""
 
     path: str
     size: int
@@ -34,7 +35,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Position:
-    """A place between two records: `line` lines and `offset` bytes into `source`; `text_bytes` since the very start."""
+    """A place between two records: `line` lines and `offset` bytes into `source`; `text_bytes` since the very
+    start."""
 
     source: int = 0
     line: int = 0
@@ -62,12 +64,13 @@ class BadRecordError(ConfigError):
 def find_sources(
     inputs: Sequence[str], *, suffixes: Sequence[str] = (), text_format: TextFormat = "auto"
 ) -> list[Source]:
-    """The files that `inputs` (files, globs, directories) stand for, in the order given; globs and directories sorted.
+    """The files that `inputs` (files, globs, directories) stand for, in the order given; globs and
+    directories sorted.
 
-    Of a directory all files are taken, recursively, hidden ones excepted; `suffixes` keeps those whose name ends with
-    one of them. With "auto", names ending with .jsonl or .ndjson (outside directories also .json; with or without .gz
-    or .zst behind) are JSON lines, and other files are texts. Raises ConfigError if an input does not exist, stands for
-    no file, or is a text by its name but looks like JSON lines.
+    Of a directory all files are taken, recursively, hidden ones excepted; `suffixes` keeps those whose name
+    ends with one of them. With "auto", names ending with .jsonl or .ndjson (outside directories also .json;
+    with or without .gz or .zst behind) are JSON lines, and other files are texts. Raises ConfigError if an
+    input does not exist, stands for no file, or is a text by its name but looks like JSON lines.
     """
     sources: list[Source] = []
     for entry in inputs:
@@ -75,7 +78,9 @@ def find_sources(
         kept = [path for path in found if not suffixes or path.name.endswith(tuple(suffixes))]
         if not kept:
             hint = f"; no name ends with {' or '.join(suffixes)}" if found else ""
-            raise ConfigError(f"input {entry!r} stands for no file{hint}. Give files, globs or directories that exist.")
+            raise ConfigError(
+                f"input {entry!r} stands for no file{hint}. Give files, globs or directories that exist."
+            )
         jsonl_suffixes = _JSONL_SUFFIXES if Path(entry).is_dir() else (*_JSONL_SUFFIXES, ".json")
         sources += [_source(path, text_format, jsonl_suffixes) for path in kept]
         if text_format == "auto" and not Path(entry).is_dir():
@@ -87,7 +92,9 @@ def _expand(entry: str) -> list[Path]:
     path = Path(entry)
     if path.is_dir():
         inside = (found for found in path.rglob("*") if found.is_file())
-        return sorted(found for found in inside if not any(p.startswith(".") for p in found.relative_to(path).parts))
+        return sorted(
+            found for found in inside if not any(p.startswith(".") for p in found.relative_to(path).parts)
+        )
     if path.exists() or not has_magic(entry):
         return [path] if path.exists() else []
     return sorted(Path(found) for found in glob(entry, recursive=True) if Path(found).is_file())
@@ -105,7 +112,8 @@ def _refuse_doubtful(sources: Sequence[Source]) -> None:
             with Path(source.path).open("rb") as start:
                 if start.read(1) == b"{":
                     raise ConfigError(
-                        f"input {source.path!r} looks like JSON lines but has another name; say --text-format jsonl or text."
+                        f"input {source.path!r} looks like JSON lines but has another name; say "
+                        "--text-format jsonl or text."
                     )
 
 
@@ -153,13 +161,16 @@ class RecordReader:
     def _text(self, source: Source, stream: BinaryIO) -> Iterator[Record]:
         record = Record(source.path, 0, stream.read(self._max_record_bytes + 1))
         self._check_length(record)
-        self.position = Position(self.position.source + 1, text_bytes=self.position.text_bytes + len(record.data))
+        self.position = Position(
+            self.position.source + 1, text_bytes=self.position.text_bytes + len(record.data)
+        )
         yield record
 
     def _check_length(self, record: Record) -> None:
         if len(record.data) > self._max_record_bytes:
             raise ConfigError(
-                f"{record.place}: the document is longer than {self._max_record_bytes >> 20} MiB, the bound on memory; "
+                f"{record.place}: the document is longer than {self._max_record_bytes >> 20} MiB, the bound "
+                "on memory; "
                 "is it the right format? If so, raise --max-document-mib."
             )
 
@@ -187,7 +198,9 @@ def parse_texts(record: Record, keys: Sequence[str]) -> list[str]:
 
 def _text_of_key(record: Record, value: Mapping[str, object], key: str) -> str:
     if key not in value:
-        raise BadRecordError(f"{record.place}: no key {key!r}; the keys are {', '.join(map(repr, value)) or 'none'}.")
+        raise BadRecordError(
+            f"{record.place}: no key {key!r}; the keys are {', '.join(map(repr, value)) or 'none'}."
+        )
     text = value[key]
     if not isinstance(text, str):
         raise BadRecordError(f"{record.place}: {key!r} is not a text but {type(text).__name__}.")
@@ -195,7 +208,9 @@ def _text_of_key(record: Record, value: Mapping[str, object], key: str) -> str:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise BadRecordError(f"{record.place}: {key!r} holds half of a surrogate pair, not a character.") from error
+            raise BadRecordError(
+                f"{record.place}: {key!r} holds half of a surrogate pair, not a character."
+            ) from error
     return text
 
 
@@ -213,7 +228,9 @@ def _skip(source: Source, stream: BinaryIO, count: int) -> None:
     while count > 0:
         chunk = stream.read(min(count, CHUNK_BYTES))
         if not chunk:
-            raise ConfigError(f"{source.path}: shorter than when it was read before; start again with --overwrite.")
+            raise ConfigError(
+                f"{source.path}: shorter than when it was read before; start again with --overwrite."
+            )
         count -= len(chunk)
 
 

@@ -9,8 +9,8 @@ from megatron_ext.errors import ConfigError
 def unigram_entropy(prefix: str) -> float:
     """Entropy of the frequencies of the tokens in a dataset, in nats per token.
 
-    It is the loss of the best model that knows how frequent each token is, but nothing of its context. Raises ConfigError
-    if the dataset is damaged or empty.
+    It is the loss of the best model that knows how frequent each token is, but nothing of its context. Raises
+    ConfigError if the dataset is damaged or empty.
     """
     info = read_index(prefix)
     if not info.tokens:

@@ -1,7 +1,8 @@
-"""Tokenizers behind one small interface: Hugging Face, SentencePiece and tiktoken vocabularies, from local files only.
+"""Tokenizers behind one small interface: Hugging Face, SentencePiece and tiktoken vocabularies, from local
+files only.
 
-None of them ever maps text to a control token: a document that contains the characters of an end-of-document token does
-not end there. Programs append `eod` themselves.
+None of them ever maps text to a control token: a document that contains the characters of an end-of-document
+token does not end there. Programs append `eod` themselves.
 """
 
 import base64
@@ -23,10 +24,12 @@ TIKTOKEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How Llama 3 splits text before merging: contractions, words, up to three digits, signs, line ends, spaces."""
+"""How Llama 3 splits text before merging: contractions, words, up to three digits, signs, line ends,
+spaces."""
 
 _TIKTOKEN_CHUNK = 400_000
-"""Characters given to tiktoken at a time: its regular expressions overflow the stack on longer runs of white space."""
+"""Characters given to tiktoken at a time: its regular expressions overflow the stack on longer runs of white
+space."""
 
 
 class Tokenizer(Protocol):
@@ -80,16 +83,24 @@ def load_tokenizer(kind: str, path: str | None) -> Tokenizer:
 
     Raises ConfigError if the path is missing, is of another kind, or defines no end-of-document token.
     """
-    loaders = {"huggingface": _load_huggingface, "sentencepiece": _load_sentencepiece, "tiktoken": _load_tiktoken}
+    loaders = {
+        "huggingface": _load_huggingface,
+        "sentencepiece": _load_sentencepiece,
+        "tiktoken": _load_tiktoken,
+    }
     if kind not in loaders:
         raise ConfigError(f"tokenizer_type={kind!r} is unknown; use one of {', '.join(loaders)}.")
     if path is None:
-        raise ConfigError(f"tokenizer_type={kind!r} needs tokenizer_model, the tokenizer's file or directory.")
+        raise ConfigError(
+            f"tokenizer_type={kind!r} needs tokenizer_model, the tokenizer's file or directory."
+        )
     location = Path(path)
     if not location.exists():
         raise ConfigError(f"tokenizer_model={path!r} does not exist; give the tokenizer's file or directory.")
     if kind != "huggingface" and location.is_dir():
-        raise ConfigError(f"tokenizer_model={path!r} is a directory, but tokenizer_type={kind!r} needs the file in it.")
+        raise ConfigError(
+            f"tokenizer_model={path!r} is a directory, but tokenizer_type={kind!r} needs the file in it."
+        )
     return loaders[kind](location)
 
 
@@ -113,13 +124,16 @@ def _named_eod(vocabulary: Mapping[str, int], path: Path) -> int:
 
 def _wrong_kind(path: Path, kind: str, reason: object) -> ConfigError:
     return ConfigError(
-        f"tokenizer_model='{path}' is not a readable {kind} tokenizer ({reason}); check the file, or give the right "
+        f"tokenizer_model='{path}' is not a readable {kind} tokenizer ({reason}); check the file, or give "
+        "the right "
         f"tokenizer_type (one of {', '.join(KINDS)})."
     )
 
 
 def _load_huggingface(path: Path) -> Tokenizer:
-    if path.is_dir() and ((path / "tokenizer_config.json").exists() or not (path / "tokenizer.json").exists()):
+    if path.is_dir() and (
+        (path / "tokenizer_config.json").exists() or not (path / "tokenizer.json").exists()
+    ):
         return _load_huggingface_directory(path)
     return _load_tokenizer_json(path / "tokenizer.json" if path.is_dir() else path)
 
@@ -200,7 +214,11 @@ def _load_tiktoken(path: Path) -> Tokenizer:
     ranks = _read_ranks(path)
     special = {name: len(ranks) + offset for offset, name in enumerate(_llama3_special_tokens())}
     encoding = tiktoken.Encoding(
-        path.name, pat_str=TIKTOKEN_PATTERN, mergeable_ranks=ranks, special_tokens=special, explicit_n_vocab=None
+        path.name,
+        pat_str=TIKTOKEN_PATTERN,
+        mergeable_ranks=ranks,
+        special_tokens=special,
+        explicit_n_vocab=None,
     )
 
     def encode(text: str) -> list[int]:
@@ -246,4 +264,7 @@ def _llama3_special_tokens() -> list[str]:
         10: "<|python_tag|>",
     }
     reserved = iter(range(256))
-    return [named[place] if place in named else f"<|reserved_special_token_{next(reserved)}|>" for place in range(256)]
+    return [
+        named[place] if place in named else f"<|reserved_special_token_{next(reserved)}|>"
+        for place in range(256)
+    ]

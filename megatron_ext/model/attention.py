@@ -1,6 +1,7 @@
 """Self-attention over keys and values that may be another layer's.
 
-Shapes: s tokens, b micro-batch, h query heads and g KV heads of this tensor-parallel rank, d channels of a head.
+Shapes: s tokens, b micro-batch, h query heads and g KV heads of this tensor-parallel rank, d channels of a
+head.
 """
 
 from functools import partial
@@ -24,7 +25,8 @@ from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 
 
 class CoreAttention(MegatronModule):
-    """The attention of one layer, without projections: picks the kernel and knows what the layer's queries see."""
+    """The attention of one layer, without projections: picks the kernel and knows what the layer's queries
+    see."""
 
     def __init__(
         self,
@@ -45,7 +47,9 @@ class CoreAttention(MegatronModule):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
         """query [s, b, h, d], key and value [s, b, g, d] to [s, b, h * d]."""
-        backend = choose(self.config.attention_kernel, device=query.device, dtype=query.dtype, head_dim=query.shape[-1])
+        backend = choose(
+            self.config.attention_kernel, device=query.device, dtype=query.dtype, head_dim=query.shape[-1]
+        )
         visibility = Visibility(self.exclude_self, self.window, documents)
         attend = partial(
             backend.attend,
@@ -66,8 +70,8 @@ class CoreAttention(MegatronModule):
 class SharedKVAttention(Attention):
     """Self-attention of one layer of a sharing map.
 
-    A layer that computes keys and values has Megatron's fused `linear_qkv`, laid out as everywhere in Megatron; a layer that only
-    reads has `linear_q` and no K/V weights.
+    A layer that computes keys and values has Megatron's fused `linear_qkv`, laid out as everywhere in
+    Megatron; a layer that only reads has `linear_q` and no K/V weights.
     """
 
     def __init__(
@@ -112,20 +116,24 @@ class SharedKVAttention(Attention):
     def _head_norm(self, spec: object) -> torch.nn.Module | None:
         if spec is None or not self.config.qk_layernorm:
             return None
-        return build_module(spec, config=self.config, hidden_size=self.head_dim, eps=self.config.layernorm_epsilon)
+        return build_module(
+            spec, config=self.config, hidden_size=self.head_dim, eps=self.config.layernorm_epsilon
+        )
 
     def forward(
         self, hidden_states: Tensor, shared: KeyValue | None, context: TokenContext
     ) -> tuple[tuple[Tensor, Tensor | None], KeyValue | None, Statistics | None]:
-        """Attend from `hidden_states` [s, b, hidden] (normalised) to `shared`, or to the layer's own keys and values.
+        """Attend from `hidden_states` [s, b, hidden] (normalised) to `shared`, or to the layer's own keys and
+        values.
 
-        `shared` is given iff the layer reads another layer's. Returns Megatron's (output, bias), the layer's own keys and values if
-        it computes any, and its policy's statistics.
+        `shared` is given iff the layer reads another layer's. Returns Megatron's (output, bias), the layer's
+        own keys and values if it computes any, and its policy's statistics.
         """
         reads_own = self.layer_type.source == self.layer_type.index
         if reads_own != (shared is None):
             raise ValueError(
-                f"layer {self.layer_type.index} reads the keys and values of layer {self.layer_type.source}, which were "
+                f"layer {self.layer_type.index} reads the keys and values of layer {self.layer_type.source}, "
+                "which were "
                 f"{'not ' if shared is None else ''}given to it."
             )
         query, own, statistics = self._project(hidden_states, context)
@@ -146,7 +154,9 @@ class SharedKVAttention(Attention):
             _, own, statistics = self._project(hidden_states, context)
             assert own is not None
             return own, statistics
-        mixed, _ = self.linear_qkv(hidden_states, kv_only=(self.num_query_groups_per_partition, self.head_dim))
+        mixed, _ = self.linear_qkv(
+            hidden_states, kv_only=(self.num_query_groups_per_partition, self.head_dim)
+        )
         key, value = mixed.view(*mixed.shape[:2], -1, 2, self.head_dim).unbind(3)
         return self._keys_values(None, key, value, context)
 
@@ -173,7 +183,9 @@ class SharedKVAttention(Attention):
         if self._groups_split_over_ranks:
             ranks_per_group = self.world_size // self.config.num_query_groups
             mixed = all_gather_last_dim_from_tensor_parallel_region(mixed, group=self.pg_collection.tp)
-            mixed = mixed.chunk(self.config.num_query_groups, dim=-1)[self.pg_collection.tp.rank() // ranks_per_group]
+            mixed = mixed.chunk(self.config.num_query_groups, dim=-1)[
+                self.pg_collection.tp.rank() // ranks_per_group
+            ]
         mixed = mixed.unflatten(-1, (groups, -1, self.head_dim))
         return mixed[:, :, :, :-2].flatten(2, 3), mixed[:, :, :, -2], mixed[:, :, :, -1]
 

@@ -54,7 +54,9 @@ class SharedKVBlock(TransformerBlock):
         self.end_layer = self.first_layer + len(self.layers)
         self.groups = self._groups_of_stage()
         compression = config.compression
-        self.runner = PlanRunner[KeyValue](self.layer_types, compression.forward_passes, compression.backward_passes)
+        self.runner = PlanRunner[KeyValue](
+            self.layer_types, compression.forward_passes, compression.backward_passes
+        )
         self.merge_rates = MergeRates(config, build_policy(config.compression.policy), self.pg_collection.tp)
         self.payload_in = self._payload(self.first_layer)
         self.payload_out = self._payload(self.end_layer)
@@ -69,8 +71,10 @@ class SharedKVBlock(TransformerBlock):
                 continue
             if group.iterated and (start, stop) != (group.start, group.stop):
                 raise ConfigError(
-                    f"compression.layer_types {self.layer_types} iterates layers {group.start} to {group.stop - 1} together, but "
-                    f"parallel.pipeline_model_parallel_size {self.config.pipeline_model_parallel_size} splits them over stages."
+                    f"compression.layer_types {self.layer_types} iterates layers {group.start} to "
+                    f"{group.stop - 1} together, but "
+                    f"parallel.pipeline_model_parallel_size {self.config.pipeline_model_parallel_size} "
+                    "splits them over stages."
                 )
             groups.append(LayerGroup(start, stop, group.iterated))
         return tuple(groups)
@@ -99,21 +103,27 @@ class SharedKVBlock(TransformerBlock):
     ) -> tuple[Tensor, PolicyReport]:
         """Run the stage's layers.
 
-        hidden_states: [s / shards, b, hidden] from the embedding; on a later stage None, the input is what `set_input_tensor` got.
-        `row_seeds` are those of `PolicyInputs`. Returns normalised hidden states on the last stage and the next stage's input on
-        others, and what the KV policy did in the last pass.
+        hidden_states: [s / shards, b, hidden] from the embedding; on a later stage None, the input is what
+        `set_input_tensor` got. `row_seeds` are those of `PolicyInputs`. Returns normalised hidden states on
+        the last stage and the next stage's input on others, and what the KV policy did in the last pass.
         """
         available: KeyValues = {}
         rate_sum = None
         if not self.pre_process:
-            hidden_states, available, rate_sum = self.payload_in.unpack(self.input_tensor, seq_length, micro_batch_size)
+            hidden_states, available, rate_sum = self.payload_in.unpack(
+                self.input_tensor, seq_length, micro_batch_size
+            )
         assert hidden_states is not None
         contexts = self._contexts(context, row_seeds, (seq_length, micro_batch_size), hidden_states.device)
         statistics: dict[int, Statistics] = {}
-        forked = tensor_parallel.get_cuda_rng_tracker().fork() if self.config.sequence_parallel else nullcontext()
+        forked = (
+            tensor_parallel.get_cuda_rng_tracker().fork() if self.config.sequence_parallel else nullcontext()
+        )
         with forked:
             layers = _StageLayers(self, contexts, statistics)
-            hidden_states, available, _ = run_groups(self.runner, self.groups, layers, hidden_states, available)
+            hidden_states, available, _ = run_groups(
+                self.runner, self.groups, layers, hidden_states, available
+            )
         rate_sum = self.merge_rates.add(rate_sum, statistics)
         if self.final_layernorm is not None:
             hidden_states = self.final_layernorm(hidden_states)

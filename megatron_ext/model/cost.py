@@ -21,11 +21,13 @@ def model_shape(model: ModelConfig, *, vocab_size: int, seq_length: int) -> Mode
 
 
 def merging_line(policy: DenseConfig | DMCConfig, *, kv_bytes: int, plain_bytes: int) -> str | None:
-    """What merging is to make of `kv_bytes` of KV cache per token, next to a plain model's; None where nothing merges."""
+    """What merging is to make of `kv_bytes` of KV cache per token, next to a plain model's; None where
+    nothing merges."""
     if not isinstance(policy, DMCConfig) or policy.stage == "zero_out":
         return None
     reached = kv_bytes / policy.target_compression_ratio
     return (
-        f"merging               {policy.target_compression_ratio:g} tokens per slot asked for: {reached:,.0f} bytes per token, "
+        f"merging               {policy.target_compression_ratio:g} tokens per slot asked for: "
+        f"{reached:,.0f} bytes per token, "
         f"{plain_bytes / reached:.2f}x less than a plain model"
     )

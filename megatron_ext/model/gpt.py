@@ -45,8 +45,8 @@ class SharedKVGPTModel(LanguageModule):
         recompute_num_layers: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
-        """`frequencies`: RoPE radians per position, float32 [D / 2]. `vocab_size` is the true one; ids from it to
-        `padded_vocab_size` are padding, which never receives probability."""
+        """`frequencies`: RoPE radians per position, float32 [D / 2]. `vocab_size` is the true one; ids from
+        it to `padded_vocab_size` are padding, which never receives probability."""
         super().__init__(config=config, pg_collection=pg_collection)
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process = pre_process, post_process
@@ -94,11 +94,14 @@ class SharedKVGPTModel(LanguageModule):
     ) -> tuple[Tensor, PolicyReport]:
         """tokens, position_ids and labels are int64 [b, s].
 
-        Returns, with what the KV policy did: on the last stage the loss of each token, float32 [b, s] in nats, or without
-        labels this rank's part of the logits [b, s, padded vocabulary / TP]; on other stages what the next stage receives.
+        Returns, with what the KV policy did: on the last stage the loss of each token, float32 [b, s] in
+        nats, or without labels this rank's part of the logits [b, s, padded vocabulary / TP]; on other stages
+        what the next stage receives.
         """
         micro_batch_size, seq_length = tokens.shape
-        hidden_states = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
+        hidden_states = (
+            self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
+        )
         angles = rotation(self._rows(position_ids), self.frequencies)
         context = TokenContext(
             partial(rotate, angles=angles),
@@ -107,7 +110,9 @@ class SharedKVGPTModel(LanguageModule):
             training=self.training,
             progress=policy.progress,
         )
-        hidden_states, report = self.decoder(hidden_states, context, policy.row_seeds, seq_length, micro_batch_size)
+        hidden_states, report = self.decoder(
+            hidden_states, context, policy.row_seeds, seq_length, micro_batch_size
+        )
         if not self.post_process:
             return hidden_states, report
         auxiliary = self.decoder.merge_rates.auxiliary_loss(report.rate_sum, policy.progress)
@@ -122,8 +127,11 @@ class SharedKVGPTModel(LanguageModule):
         return position_ids.transpose(0, 1)[:, :, None]
 
     def _loss(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of each token, float32 [s, b], of hidden states [s / shards, b, hidden] and labels [s, b]."""
-        chunk = self.cross_entropy_chunk_size // labels.shape[1] if self.cross_entropy_chunk_size else len(labels)
+        """Cross-entropy of each token, float32 [s, b], of hidden states [s / shards, b, hidden] and labels
+        [s, b]."""
+        chunk = (
+            self.cross_entropy_chunk_size // labels.shape[1] if self.cross_entropy_chunk_size else len(labels)
+        )
         if chunk >= len(labels):
             return tensor_parallel.vocab_parallel_cross_entropy(self._logits(hidden_states), labels)
         if self.config.sequence_parallel:
@@ -134,11 +142,16 @@ class SharedKVGPTModel(LanguageModule):
             return tensor_parallel.vocab_parallel_cross_entropy(logits, targets)
 
         parts = zip(hidden_states.split(max(1, chunk)), labels.split(max(1, chunk)), strict=True)
-        return torch.cat([tensor_parallel.checkpoint(chunk_loss, False, states, part) for states, part in parts])
+        return torch.cat(
+            [tensor_parallel.checkpoint(chunk_loss, False, states, part) for states, part in parts]
+        )
 
     def _logits(self, hidden_states: Tensor, *, gathered: bool = False) -> Tensor:
-        """This rank's part of the logits, [s, b, padded vocabulary / TP]; padding is as low as the dtype goes."""
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        """This rank's part of the logits, [s, b, padded vocabulary / TP]; padding is as low as the dtype
+        goes."""
+        weight = (
+            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        )
         gathered = gathered and self.config.sequence_parallel
         logits, _ = self.output_layer(hidden_states, weight=weight, gathered=gathered)
         first = self.pg_collection.tp.rank() * logits.shape[-1]

@@ -1,4 +1,5 @@
-"""Initial weights that do not depend on the layout: every parameter is drawn whole from a seed of its own, then sharded.
+"""Initial weights that do not depend on the layout: every parameter is drawn whole from a seed of its own,
+then sharded.
 
 A run with TP=2 x PP=2 therefore starts from the weights of the same run on one process.
 """
@@ -27,8 +28,8 @@ def global_parameters(model: SharedKVGPTModel) -> Iterator[tuple[str, torch.nn.P
 
 @torch.no_grad()
 def initialize_weights(model: SharedKVGPTModel, *, seed: int, std: float) -> None:
-    """Fill all parameters in place: matrices from N(0, std^2), those that write to the residual stream with std divided by
-    sqrt(2 * num_layers) (GPT-2); norms 1, biases 0, rows of vocabulary padding 0."""
+    """Fill all parameters in place: matrices from N(0, std^2), those that write to the residual stream with
+    std divided by sqrt(2 * num_layers) (GPT-2); norms 1, biases 0, rows of vocabulary padding 0."""
     for name, parameter in global_parameters(model):
         if parameter.dim() == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
@@ -55,7 +56,8 @@ def _whole_shape(model: SharedKVGPTModel, name: str, parameter: Tensor) -> list[
 
 
 def shard(model: SharedKVGPTModel, name: str, whole: Tensor) -> Tensor:
-    """This tensor-parallel rank's part of a whole parameter (of the embedding and output layer: its true rows)."""
+    """This tensor-parallel rank's part of a whole parameter (of the embedding and output layer: its true
+    rows)."""
     ranks, rank = model.pg_collection.tp.size(), model.pg_collection.tp.rank()
     if name in (_EMBEDDING, _OUTPUT):
         padding = whole.new_zeros(model.padded_vocab_size - len(whole), *whole.shape[1:])

@@ -24,12 +24,13 @@ class LayerOutput(NamedTuple):
 class SharedKVLayer(TransformerLayer):
     """Megatron's TransformerLayer (norms, MLP, residuals, recompute, sharding) around `SharedKVAttention`.
 
-    A pass of the plan may need the whole layer (`forward`), its keys and values alone (`keys_values`), or its MLP alone
-    (`feed_forward`).
+    A pass of the plan may need the whole layer (`forward`), its keys and values alone (`keys_values`), or its
+    MLP alone (`feed_forward`).
     """
 
     def forward(self, hidden_states: Tensor, shared: KeyValue | None, context: TokenContext) -> LayerOutput:
-        """[s, b, hidden] to the same; `shared` is given iff the layer reads another layer's keys and values."""
+        """[s, b, hidden] to the same; `shared` is given iff the layer reads another layer's keys and
+        values."""
         normed = self.input_layernorm(hidden_states)
         output_with_bias, own, statistics = self.self_attention(normed, shared, context)
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)

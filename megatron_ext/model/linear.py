@@ -12,14 +12,16 @@ from torch import Tensor
 class QKVLinear(ColumnParallelLinear):
     """Megatron's fused projection. Rows of each KV head: its query heads, then its key, then its value.
 
-    A pass of a cyclic group that only serves the next one needs no queries of its top layer; `kv_only` multiplies with the rows of
-    keys and values alone. The slicing happens inside `forward`, after the hooks of overlapped weight gathering.
+    A pass of a cyclic group that only serves the next one needs no queries of its top layer; `kv_only`
+    multiplies with the rows of keys and values alone. The slicing happens inside `forward`, after the hooks
+    of overlapped weight gathering.
     """
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, *, kv_only: tuple[int, int] | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """[s, b, hidden] to [s, b, rows of this rank], or with `kv_only` = (KV heads of this rank, D) to [s, b, heads * 2 * D]."""
+        """[s, b, hidden] to [s, b, rows of this rank], or with `kv_only` = (KV heads of this rank, D) to [s,
+        b, heads * 2 * D]."""
         if kv_only is None:
             return super().forward(input_, weight)
         if not (self.allreduce_dgrad or self.sequence_parallel):

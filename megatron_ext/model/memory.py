@@ -1,4 +1,5 @@
-"""What a training run keeps in a rank's memory, predicted without building the model. Neither torch nor Megatron is loaded.
+"""What a training run keeps in a rank's memory, predicted without building the model. Neither torch nor
+Megatron is loaded.
 
 State, in bytes per parameter of the rank (DP data-parallel ranks share the optimizer's where it is distributed):
     bf16: weights 2, gradients 4, optimizer 12 (float32 weights and two moments)      fp32: weights 4, gradients 4, optimizer 8
@@ -38,7 +39,8 @@ class StateBytes:
 
 
 def state_bytes(parameters: int, precision: str, *, optimizer_ranks: int) -> StateBytes:
-    """Of a rank with so many parameters, whose optimizer state is shared out over `optimizer_ranks` ranks (1: not at all)."""
+    """Of a rank with so many parameters, whose optimizer state is shared out over `optimizer_ranks` ranks (1:
+    not at all)."""
     per_parameter = 12 if precision == "bf16" else 8
     return StateBytes(
         weights=parameters * BYTES[precision],
@@ -59,7 +61,8 @@ class Kept:
 
 
 def kept_by_full_recompute(compression: CompressionConfig, num_layers: int, layers: range) -> Kept:
-    """For the pipeline stage with `layers`. At least one pass without gradient (m >= 1) is assumed of cyclic groups."""
+    """For the pipeline stage with `layers`. At least one pass without gradient (m >= 1) is assumed of cyclic
+    groups."""
     layer_types = compression.map(num_layers)
     first, last = compression.forward_passes, compression.forward_passes + compression.backward_passes - 1
     inputs, read = 0, set()
@@ -70,19 +73,23 @@ def kept_by_full_recompute(compression: CompressionConfig, num_layers: int, laye
                     read.add((layer.source, _pass_read(layer, group, number, last)))
             inputs += sum(index in layers for index in range(group.start, group.stop))
     # What arrives from the previous stage is one tensor, kept whole: also what only later stages read.
-    arriving = {(layer.source, last) for layer in layer_types.layers[layers.start :] if layer.source < layers.start}
+    arriving = {
+        (layer.source, last) for layer in layer_types.layers[layers.start :] if layer.source < layers.start
+    }
     return Kept(inputs, len(read | arriving))
 
 
 def _run_by_pass(layer_types: LayerTypes, group: LayerGroup, *, kept: bool) -> Iterator[LayerType]:
-    """Layers whose attention reads another layer in a pass; the passes before the kept one stop below the group's top."""
+    """Layers whose attention reads another layer in a pass; the passes before the kept one stop below the
+    group's top."""
     for layer in layer_types.layers[group.start : group.stop if kept else group.stop - 1]:
         if layer.source != layer.index:
             yield layer
 
 
 def _pass_read(layer: LayerType, group: LayerGroup, number: int, last: int) -> int:
-    """From which pass come the keys and values that `layer` reads in pass `number`; below the group only the last pass's survive."""
+    """From which pass come the keys and values that `layer` reads in pass `number`; below the group only the
+    last pass's survive."""
     if layer.source < group.start:
         return last
     return number - 1 if layer.cyclic else number

@@ -1,4 +1,5 @@
-"""A KV policy that merges tokens, on Megatron's ranks: its noise, and its merge rates summed over heads, layers and stages.
+"""A KV policy that merges tokens, on Megatron's ranks: its noise, and its merge rates summed over heads,
+layers and stages.
 
 Shapes: b micro-batch, s tokens, G KV heads of the model, g those of this rank, R columns (see `MergeRates`).
 """
@@ -37,14 +38,16 @@ class PolicyReport:
     """float32 [b, g] of each layer of this stage that computes keys and values, without graph."""
 
     rate_sum: Tensor | None = None
-    """float32 [b, R]: differentiable sum over layers and KV heads of this and earlier stages; None without merging."""
+    """float32 [b, R]: differentiable sum over layers and KV heads of this and earlier stages; None without
+    merging."""
 
     auxiliary_loss: Tensor | None = None
     """float32 [b], on the last stage."""
 
 
 def row_seed(run_seed: int, sample_id: int) -> int:
-    """The seed of one row's randomness: the same wherever and whenever the sample is trained on in this run."""
+    """The seed of one row's randomness: the same wherever and whenever the sample is trained on in this
+    run."""
     return _seed(run_seed, sample_id)
 
 
@@ -56,8 +59,8 @@ def _seed(*numbers: int) -> int:
 class MergeRates:
     """Sums merge rates over the KV heads of all ranks and the layers of a model.
 
-    One column [b, 1] holds the sum over all KV heads. Where the loss is to be computed per tensor-parallel rank, as the public code
-    does, column r holds the sum over the heads of rank r.
+    One column [b, 1] holds the sum over all KV heads. Where the loss is to be computed per tensor-parallel
+    rank, as the public code does, column r holds the sum over the heads of rank r.
     """
 
     def __init__(
@@ -71,7 +74,8 @@ class MergeRates:
         self.columns = (group.size() if self._per_rank else 1) if policy.biases_keys else 0
 
     def local_heads(self) -> slice:
-        """Which of the model's KV heads this rank has; with more ranks than heads, several ranks have the same."""
+        """Which of the model's KV heads this rank has; with more ranks than heads, several ranks have the
+        same."""
         mine = max(1, self._heads // self._group.size())
         first = self._group.rank() * self._heads // self._group.size()
         return slice(first, first + mine)
@@ -92,7 +96,9 @@ class MergeRates:
             return None
         total = earlier
         if statistics:
-            local = torch.stack([reported.merge_rate for reported in statistics.values()]).sum((0, 2))[:, None]
+            local = torch.stack([reported.merge_rate for reported in statistics.values()]).sum((0, 2))[
+                :, None
+            ]
             if self._per_rank:
                 column = torch.arange(self.columns, device=local.device) == self._group.rank()
                 local = local * column

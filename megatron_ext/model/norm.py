@@ -7,8 +7,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 class RMSNorm(torch.nn.RMSNorm):
     """PyTorch's RMSNorm with the constructor that Megatron's specs call.
 
-    Megatron's own wrapper of it refuses sequence parallelism; there the weight's gradient is partial on every rank and must be
-    summed over the tensor-parallel group, which the attribute `sequence_parallel` of the weight asks for.
+    Megatron's own wrapper of it refuses sequence parallelism; there the weight's gradient is partial on every
+    rank and must be summed over the tensor-parallel group, which the attribute `sequence_parallel` of the
+    weight asks for.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:

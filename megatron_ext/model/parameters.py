@@ -1,8 +1,10 @@
-"""How many parameters a run's model has, and where they are, without building it. Neither torch nor Megatron is loaded.
+"""How many parameters a run's model has, and where they are, without building it. Neither torch nor Megatron
+is loaded.
 
 Per layer, with h hidden size, a = query heads x d, g KV heads, d channels of a head, f MLP width:
     query and output 2 h a + keys and values 2 h g d (if it computes any) + MLP 3 h f + norms 2 h
-and biases (a + 2 g d) and norms of heads (2 d) where the model has them; a layer that only reads keys and values has neither for
+and biases (a + 2 g d) and norms of heads (2 d) where the model has them; a layer that only reads keys and
+values has neither for
 them. Around the layers: embedding and output layer, padded vocabulary x h each, and the final norm, h.
 """
 
@@ -57,7 +59,8 @@ def stage_parameters(
         found.append(
             StageParameters(
                 layers=layers,
-                split=matrix * (first + (last and not tied)) + sum(_split(model, kv) for kv in computes_kv) // ranks,
+                split=matrix * (first + (last and not tied))
+                + sum(_split(model, kv) for kv in computes_kv) // ranks,
                 copied=sum(_norms(model, kv) for kv in computes_kv) + model.hidden_size * last,
                 tied_copy=matrix * (last and tied and not first),
             )
@@ -66,7 +69,8 @@ def stage_parameters(
 
 
 def total_parameters(stages: tuple[StageParameters, ...], parallel: ParallelConfig) -> int:
-    """Parameters of the whole model: copies on other ranks and a tied output layer count once, vocabulary padding counts."""
+    """Parameters of the whole model: copies on other ranks and a tied output layer count once, vocabulary
+    padding counts."""
     return sum(stage.split * parallel.tensor_model_parallel_size + stage.copied for stage in stages)
 
 

@@ -30,7 +30,8 @@ class ImplementationChoice:
 
 
 def choose_implementation(requested: str) -> ImplementationChoice:
-    """`model.transformer_impl` to local or transformer_engine; an explicit request that cannot be met is a ConfigError."""
+    """`model.transformer_impl` to local or transformer_engine; an explicit request that cannot be met is a
+    ConfigError."""
     asked = f"model.transformer_impl is {requested}"
     if requested == "local":
         return ImplementationChoice("local", asked)
@@ -92,7 +93,8 @@ def layer_spec(modules: _Modules, *, computes_kv: bool) -> ModuleSpec:
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=modules.linear_fc1, linear_fc2=modules.row_linear)
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=modules.linear_fc1, linear_fc2=modules.row_linear),
             ),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={}
@@ -105,7 +107,9 @@ def layer_spec(modules: _Modules, *, computes_kv: bool) -> ModuleSpec:
     )
 
 
-def block_submodules(layer_types: LayerTypes, layers: range, implementation: str) -> TransformerBlockSubmodules:
+def block_submodules(
+    layer_types: LayerTypes, layers: range, implementation: str
+) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage, and the final norm."""
     modules = _modules(implementation)
     specs = [layer_spec(modules, computes_kv=index in layer_types.kv_layers) for index in layers]

@@ -15,13 +15,15 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass
 class SharedKVTransformerConfig(TransformerConfig):
-    """Megatron's TransformerConfig with the sharing map, so that every module built from a spec knows its layer's place."""
+    """Megatron's TransformerConfig with the sharing map, so that every module built from a spec knows its
+    layer's place."""
 
     compression: CompressionConfig = field(default_factory=CompressionConfig)
     """Sharing map, passes, window and KV policy."""
 
     attention_kernel: str = "auto"
-    """model.attention_backend: the backend of lckv.attention (Megatron's `attention_backend` is Transformer Engine's)."""
+    """model.attention_backend: the backend of lckv.attention (Megatron's `attention_backend` is Transformer
+    Engine's)."""
 
     @property
     def layer_types(self) -> LayerTypes:
@@ -74,7 +76,8 @@ def transformer_config(
         bias_dropout_fusion=cuda,
         bias_activation_fusion=cuda,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=cuda and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        gradient_accumulation_fusion=cuda
+        and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
         calculate_per_token_loss=True,
         hetereogenous_dist_checkpoint=True,
         deallocate_pipeline_outputs=True,
@@ -82,4 +85,5 @@ def transformer_config(
 
 
 def _keep(weight: torch.Tensor) -> None:
-    """Megatron's modules leave their weights alone; `initialization.py` sets them, independently of the layout."""
+    """Megatron's modules leave their weights alone; `initialization.py` sets them, independently of the
+    layout."""

@@ -1,6 +1,8 @@
-"""What travels between two pipeline stages: hidden states, and the keys and values that later stages still read.
+"""What travels between two pipeline stages: hidden states, and the keys and values that later stages still
+read.
 
-Megatron's schedules differentiate through the first tensor of a stage's output only, so everything travels in one flat tensor.
+Megatron's schedules differentiate through the first tensor of a stage's output only, so everything travels in
+one flat tensor.
 """
 
 from dataclasses import dataclass
@@ -63,16 +65,19 @@ class PipelinePayload:
         key_values = [torch.Size(heads).numel()] * (2 * len(self.sources))
         return [torch.Size(hidden).numel(), *key_values, _PIECES * micro_batch_size * self.merge_columns]
 
-    def pack(self, hidden_states: Tensor, key_values: dict[int, KeyValue], merge_rates: Tensor | None = None) -> Tensor:
-        """Hidden states [s / shards, b, hidden], the crossing keys and values [s, b, heads, D] and the sum of merge rates
-        float32 [b, columns] as one tensor."""
+    def pack(
+        self, hidden_states: Tensor, key_values: dict[int, KeyValue], merge_rates: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states [s / shards, b, hidden], the crossing keys and values [s, b, heads, D] and the sum of
+        merge rates float32 [b, columns] as one tensor."""
         if self._only_hidden:
             return hidden_states
         parts = [hidden_states]
         for source in self.sources:
             if source not in key_values:
                 raise ValueError(
-                    f"a later pipeline stage reads the keys and values of layer {source}, which this stage does not have; "
+                    f"a later pipeline stage reads the keys and values of layer {source}, which this stage "
+                    "does not have; "
                     f"it has those of {sorted(key_values) or 'no layer'}."
                 )
             parts += key_values[source]
@@ -87,8 +92,10 @@ class PipelinePayload:
         expected = self.shape(seq_length, micro_batch_size)
         if tensor.numel() != torch.Size(expected).numel():
             raise ValueError(
-                f"the previous pipeline stage sent {tensor.numel()} numbers, expected {torch.Size(expected).numel()} for "
-                f"{micro_batch_size} x {seq_length} tokens and the keys and values of layers {list(self.sources)}."
+                f"the previous pipeline stage sent {tensor.numel()} numbers, expected "
+                f"{torch.Size(expected).numel()} for "
+                f"{micro_batch_size} x {seq_length} tokens and the keys and values of layers "
+                f"{list(self.sources)}."
             )
         hidden = self._hidden_shape(seq_length, micro_batch_size)
         if self._only_hidden:

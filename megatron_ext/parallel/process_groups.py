@@ -1,4 +1,5 @@
-"""Start and end of the process groups: torch.distributed from torchrun's environment, and Megatron's groups on top."""
+"""Start and end of the process groups: torch.distributed from torchrun's environment, and Megatron's groups
+on top."""
 
 import logging
 import os
@@ -25,9 +26,9 @@ def device_of_rank() -> torch.device:
 def initialize(parallel: ParallelConfig, seed: int) -> None:
     """Start torch.distributed, if it is not running yet, and Megatron's process groups and random states.
 
-    NCCL with CUDA, else gloo. Without torchrun the run is a single process. A collective that waits longer than
-    `parallel.distributed_timeout_minutes` fails. Weights do not depend on the random states set here (see
-    `model/initialization.py`); dropout does.
+    NCCL with CUDA, else gloo. Without torchrun the run is a single process. A collective that waits longer
+    than `parallel.distributed_timeout_minutes` fails. Weights do not depend on the random states set here
+    (see `model/initialization.py`); dropout does.
     """
     cpu.install()
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
@@ -49,7 +50,8 @@ def _start_torch_distributed(timeout: timedelta) -> None:
         local_rank, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local_rank >= devices:
             raise ConfigError(
-                f"torchrun started a process with LOCAL_RANK {local_rank}, but this machine has {devices} GPU(s); "
+                f"torchrun started a process with LOCAL_RANK {local_rank}, but this machine has {devices} "
+                "GPU(s); "
                 f"use --nproc-per-node {devices} at most."
             )
         torch.cuda.set_device(device)

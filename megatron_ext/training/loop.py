@@ -32,7 +32,11 @@ from megatron_ext.model.cost import model_shape
 from megatron_ext.model.parameters import padded_vocab_size
 from megatron_ext.parallel.process_groups import device_of_rank
 from megatron_ext.training.optimizer import build_optimizer
-from megatron_ext.training.policy_stages import check_decision_channel, check_succession, zero_decision_channel
+from megatron_ext.training.policy_stages import (
+    check_decision_channel,
+    check_succession,
+    zero_decision_channel,
+)
 from megatron_ext.training.report import Report, open_report
 from megatron_ext.training.step import Evaluation, Samples, evaluate, require_finite, train_step
 from megatron_ext.training.stopping import stop_requests
@@ -73,7 +77,8 @@ class Training:
 
 
 def fit(run: RunConfig) -> Position:
-    """Train `run` to its last iteration, or until it is asked to stop. Needs process groups. Returns how far it came."""
+    """Train `run` to its last iteration, or until it is asked to stop. Needs process groups. Returns how far
+    it came."""
     torch.use_deterministic_algorithms(run.train.deterministic)
     check_save_directory(run.checkpoint)
     vocab_size, eod = vocabulary(run.model, run.data)
@@ -114,7 +119,8 @@ def vocabulary(model: ModelConfig, data: DataConfig) -> tuple[int, int | None]:
         )
     if known is not None and model.vocab_size is not None and model.vocab_size < known.size:
         raise ConfigError(
-            f"model.vocab_size is {model.vocab_size}, but the vocabulary of {known.origin} has {known.size} tokens; "
+            f"model.vocab_size is {model.vocab_size}, but the vocabulary of {known.origin} has {known.size} "
+            "tokens; "
             f"leave model.vocab_size out, or set it to at least {known.size}."
         )
     size = model.vocab_size or (known.size if known is not None else 0)
@@ -163,15 +169,18 @@ def _resume(
 
 
 def check_save_directory(checkpoint: CheckpointConfig) -> None:
-    """ConfigError where checkpoint.save holds checkpoints of a run that this one does not go on from: keep_last would delete them."""
+    """ConfigError where checkpoint.save holds checkpoints of a run that this one does not go on from:
+    keep_last would delete them."""
     if checkpoint.save is None:
         return
     save, load = Path(checkpoint.save).absolute(), Path(checkpoint.load or "").absolute()
     found = list_checkpoints(save)
     if found and (checkpoint.load is None or save not in (load, load.parent)):
         raise ConfigError(
-            f"checkpoint.save {checkpoint.save} holds checkpoints of another run ({found[-1].path.name} and {len(found) - 1} more). To "
-            f"go on from them set checkpoint.load to {checkpoint.save}; for a new run choose another checkpoint.save."
+            f"checkpoint.save {checkpoint.save} holds checkpoints of another run ({found[-1].path.name} and "
+            f"{len(found) - 1} more). To "
+            f"go on from them set checkpoint.load to {checkpoint.save}; for a new run choose another "
+            "checkpoint.save."
         )
 
 
@@ -205,7 +214,9 @@ def _iterator(training: Training, dataset: SampleDataset, consumed_samples: int)
 def _iterate(training: Training, position: Position, report: Report) -> Position:
     run, saved = training.run, position.iteration
     if training.datasets.train is None:
-        raise ConfigError("there is no training data; give data.data_path, data.train_data_path or data.mock.")
+        raise ConfigError(
+            "there is no training data; give data.data_path, data.train_data_path or data.mock."
+        )
     samples = _iterator(training, training.datasets.train, position.consumed_samples)
     reason = None
     with stop_requests(run.train.exit_duration_minutes) as stop:
@@ -247,7 +258,8 @@ def _validate(training: Training, position: Position) -> Evaluation:
     dataset = training.datasets.valid
     if dataset is None:
         raise ConfigError(
-            f"train.eval_interval is {training.run.train.eval_interval}, but there is no validation data; give a validation share in "
+            f"train.eval_interval is {training.run.train.eval_interval}, but there is no validation data; "
+            "give a validation share in "
             "data.split, or data.valid_data_path, or set train.eval_interval to 0."
         )
     gathers_late = training.run.parallel.overlap_param_gather

@@ -21,7 +21,8 @@ class Merging:
     """Layers that compute keys and values, ascending."""
 
     rates: Tensor
-    """float64 [layers, KV heads of the model], on the CPU: share of tokens merged, NaN where a decision was not finite."""
+    """float64 [layers, KV heads of the model], on the CPU: share of tokens merged, NaN where a decision was
+    not finite."""
 
     auxiliary_loss: float
     """Mean over rows of the policy's loss."""
@@ -65,7 +66,9 @@ class MergeRateMeter:
         if not self._active:
             return None
             # per layer and head: sum of rates and number of rows; then sum and number of the loss
-        table = torch.zeros(2, len(self._layers) * self._heads + 1, dtype=torch.float64, device=device_of_rank())
+        table = torch.zeros(
+            2, len(self._layers) * self._heads + 1, dtype=torch.float64, device=device_of_rank()
+        )
         grid = table[:, :-1].view(2, len(self._layers), self._heads)
         for place, layer in enumerate(self._layers):
             if layer in self._sums:

@@ -17,7 +17,8 @@ logger = logging.getLogger(__name__)
 
 Value = float | int | str
 NOT_FINITE = "not_finite"
-"""Key of a note on values that JSON cannot express: {name: "nan", "inf" or "-inf"}. The values themselves are null."""
+"""Key of a note on values that JSON cannot express: {name: "nan", "inf" or "-inf"}. The values themselves are
+null."""
 
 
 class Sink(Protocol):
@@ -33,9 +34,10 @@ class Sink(Protocol):
 class MetricsWriter:
     """Writes each report to every place that the configuration names. A context manager.
 
-    `resumed_iteration` is the iteration that the run continues from, 0 for a fresh one: later reports of an interrupted run
-    are dropped, so that the file of a resumed run has the lines of an uninterrupted one. `settings` (nested dictionaries)
-    are shown in Weights & Biases; source code, the state of git and what is printed are not sent there.
+    `resumed_iteration` is the iteration that the run continues from, 0 for a fresh one: later reports of an
+    interrupted run are dropped, so that the file of a resumed run has the lines of an uninterrupted one.
+    `settings` (nested dictionaries) are shown in Weights & Biases; source code, the state of git and what is
+    printed are not sent there.
     """
 
     def __init__(
@@ -90,7 +92,8 @@ class JsonLines:
             self._file.flush()
         except OSError as error:
             raise ConfigError(
-                f"logging.metrics_file {self._path} cannot be written at iteration {iteration}: {error.strerror}; "
+                f"logging.metrics_file {self._path} cannot be written at iteration {iteration}: "
+                f"{error.strerror}; "
                 "make room, or choose another file, and resume."
             ) from error
 
@@ -101,7 +104,11 @@ class JsonLines:
 
 def json_line(iteration: int, values: Mapping[str, Value]) -> str:
     """A report as one line of valid JSON, whatever the numbers."""
-    odd = {name: str(value) for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)}
+    odd = {
+        name: str(value)
+        for name, value in values.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    }
     record: dict[str, object] = {"iteration": iteration, **values, **dict.fromkeys(odd)}
     if odd:
         record[NOT_FINITE] = odd
@@ -135,7 +142,8 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _keep_until(path: Path, iteration: int) -> None:
-    """Drop from a file the reports after `iteration`; a fresh run (0) moves a whole file of earlier reports aside."""
+    """Drop from a file the reports after `iteration`; a fresh run (0) moves a whole file of earlier reports
+    aside."""
     if not path.exists() or path.stat().st_size == 0:
         return
     if iteration == 0:
@@ -145,7 +153,9 @@ def _keep_until(path: Path, iteration: int) -> None:
         logger.warning("%s holds the reports of an earlier run; it is now %s", path, aside)
         return
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if (report := _parse(line)) is not None and report["iteration"] <= iteration]
+    kept = [
+        line for line in lines if (report := _parse(line)) is not None and report["iteration"] <= iteration
+    ]
     if len(kept) < len(lines):
         write_file(path, b"".join(kept))
         logger.info("%s: %d reports after iteration %d are dropped", path, len(lines) - len(kept), iteration)

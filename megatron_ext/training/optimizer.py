@@ -32,7 +32,9 @@ def build_optimizer(
     return built, _scheduler(built, optimizer, train)
 
 
-def _scheduler(built: MegatronOptimizer, config: OptimizerConfig, train: TrainConfig) -> OptimizerParamScheduler:
+def _scheduler(
+    built: MegatronOptimizer, config: OptimizerConfig, train: TrainConfig
+) -> OptimizerParamScheduler:
     decay_iters = config.lr_decay_iters or train.train_iters
     return OptimizerParamScheduler(
         built,

@@ -1,4 +1,5 @@
-"""What a run shows while it trains: a progress bar in a terminal, one line per report elsewhere. Built by one rank only."""
+"""What a run shows while it trains: a progress bar in a terminal, one line per report elsewhere. Built by one
+rank only."""
 
 import logging
 import sys
@@ -42,7 +43,8 @@ def step_line(values: Mapping[str, Value], names: tuple[str, ...] = tuple(_SHOWN
 
 
 class Progress:
-    """Shows how far a run is. With `enabled`, and where stderr is a terminal, as a bar; otherwise as lines of the log."""
+    """Shows how far a run is. With `enabled`, and where stderr is a terminal, as a bar; otherwise as lines of
+    the log."""
 
     def __init__(self, total_iterations: int, start_iteration: int, enabled: bool) -> None:
         self._total = total_iterations
@@ -50,14 +52,23 @@ class Progress:
         self._bar: tqdm | None = None
         if enabled and sys.stderr.isatty():
             self._stack.enter_context(logging_redirect_tqdm())  # lines of the log stay above the bar
-            bar = tqdm(total=total_iterations, initial=start_iteration, unit="it", dynamic_ncols=True, file=sys.stderr)
+            bar = tqdm(
+                total=total_iterations,
+                initial=start_iteration,
+                unit="it",
+                dynamic_ncols=True,
+                file=sys.stderr,
+            )
             self._bar = self._stack.enter_context(bar)
 
     def report(self, iteration: int, values: Mapping[str, Value]) -> None:
         """Show that `iteration` is done, with `values` by the names of the metrics file."""
         if self._bar is None:
             logger.info(
-                "iteration %d/%d | %s", iteration, self._total, step_line(values) + self._remaining(iteration, values)
+                "iteration %d/%d | %s",
+                iteration,
+                self._total,
+                step_line(values) + self._remaining(iteration, values),
             )
             return
         if "validation_loss" in values:
@@ -70,7 +81,10 @@ class Progress:
         seconds = values.get("iteration_seconds")
         if not isinstance(seconds, float | int):
             return ""
-        return f" | {seconds:.3g} s/iteration, {timedelta(seconds=round(seconds * (self._total - iteration)))} left"
+        return (
+            f" | {seconds:.3g} s/iteration, {timedelta(seconds=round(seconds * (self._total - iteration)))} "
+            "left"
+        )
 
     def close(self) -> None:
         """Leave the terminal as it was."""

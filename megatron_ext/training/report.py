@@ -70,7 +70,8 @@ class Report:
         self.restart_clock()
 
     def _merging(self, merging: Merging | None, consumed_samples: int) -> dict[str, Value]:
-        """The policy's loss, the compression ratio asked for and reached, and the merge rate of every layer and KV head."""
+        """The policy's loss, the compression ratio asked for and reached, and the merge rate of every layer
+        and KV head."""
         policy = build_policy(self._run.compression.policy)
         if merging is None or not isinstance(policy, DMCPolicy):
             return {}
@@ -99,7 +100,9 @@ class Report:
 
 
 @contextmanager
-def open_report(run: RunConfig, shape: ModelShape, *, parameters: int, start_iteration: int) -> Iterator[Report]:
+def open_report(
+    run: RunConfig, shape: ModelShape, *, parameters: int, start_iteration: int
+) -> Iterator[Report]:
     """The reports of a run that goes on from `start_iteration`, beginning with its summary."""
     device, world_size = device_of_rank(), dist.get_world_size()
     cost = cost_of(run, shape)
@@ -111,7 +114,9 @@ def open_report(run: RunConfig, shape: ModelShape, *, parameters: int, start_ite
         yield Report(run, throughput, None, None)
         return
     logger.info("\n%s", describe(run, shape, parameters=parameters, device=device, world_size=world_size))
-    with MetricsWriter(run.logging, resumed_iteration=start_iteration, settings=config_to_dict(run)) as writer:
+    with MetricsWriter(
+        run.logging, resumed_iteration=start_iteration, settings=config_to_dict(run)
+    ) as writer:
         progress = Progress(run.train.train_iters, start_iteration, run.logging.progress_bar)
         try:
             yield Report(run, throughput, writer, progress)

@@ -75,7 +75,8 @@ def train_step(
     *,
     progress: float,
 ) -> StepResult:
-    """Forward and backward of the global batch's micro-batches on this rank, gradient reduction, and the update.
+    """Forward and backward of the global batch's micro-batches on this rank, gradient reduction, and the
+    update.
 
     `progress` is the share of the run that is done before this step, 0 .. 1.
     """
@@ -88,19 +89,25 @@ def train_step(
     scheduler.step(increment=1)
     loss, num_tokens = mean_loss(losses)
     odd_ranks = () if math.isfinite(loss) else _ranks_of_odd_losses(losses)
-    return StepResult(loss, num_tokens, float(grad_norm or 0.0), float(learning_rate), odd_ranks, rates.total())
+    return StepResult(
+        loss, num_tokens, float(grad_norm or 0.0), float(learning_rate), odd_ranks, rates.total()
+    )
 
 
 def require_finite(result: StepResult, iteration: int, train: TrainConfig) -> None:
-    """Raise NonFiniteLossError where the loss or the gradient norm of a step is not finite, NonFiniteDecisionError where a merge
-    decision is not, if train.check_for_nan_in_loss."""
+    """Raise NonFiniteLossError where the loss or the gradient norm of a step is not finite,
+    NonFiniteDecisionError where a merge decision is not, if train.check_for_nan_in_loss."""
     if train.check_for_nan_in_loss and result.merging is not None:
         check_finite(result.merging.rates[:, None], result.merging.layers, iteration)
-    if train.check_for_nan_in_loss and not (math.isfinite(result.lm_loss) and math.isfinite(result.grad_norm)):
+    if train.check_for_nan_in_loss and not (
+        math.isfinite(result.lm_loss) and math.isfinite(result.grad_norm)
+    ):
         ranks = ", ".join(map(str, result.odd_ranks)) or "none"
         raise NonFiniteLossError(
-            f"iteration {iteration}: the loss is {result.lm_loss} and the gradient norm {result.grad_norm} (ranks with such a loss: "
-            f"{ranks}). Nothing was saved after the last checkpoint. Resume from it with a lower optimizer.lr or other data, or set "
+            f"iteration {iteration}: the loss is {result.lm_loss} and the gradient norm {result.grad_norm} "
+            "(ranks with such a loss: "
+            f"{ranks}). Nothing was saved after the last checkpoint. Resume from it with a lower "
+            "optimizer.lr or other data, or set "
             "train.check_for_nan_in_loss to false to go on regardless."
         )
 
@@ -133,9 +140,12 @@ def micro_batches(train: TrainConfig) -> int:
 def stage_shapes(
     model: MegatronModule, seq_length: int, micro_batch_size: int
 ) -> Callable[[Shapes, Shapes], tuple[Shapes, Shapes]]:
-    """Megatron's hook for the shapes of tensors between stages: those of the payloads with shared keys and values."""
+    """Megatron's hook for the shapes of tensors between stages: those of the payloads with shared keys and
+    values."""
     decoder = get_attr_wrapped_model(model, "decoder")
-    shapes = ([payload.shape(seq_length, micro_batch_size)] for payload in (decoder.payload_in, decoder.payload_out))
+    shapes = (
+        [payload.shape(seq_length, micro_batch_size)] for payload in (decoder.payload_in, decoder.payload_out)
+    )
     received, sent = shapes
     return lambda _received, _sent: (received, sent)
 
@@ -150,7 +160,8 @@ def run_schedule(
     progress: float,
     forward_only: bool,
 ) -> list[Tensor]:
-    """Losses of this rank's micro-batches, float64 [2] each: sum and number of tokens. Empty before the last stage."""
+    """Losses of this rank's micro-batches, float64 [2] each: sum and number of tokens. Empty before the last
+    stage."""
 
     def forward_step(iterator: Samples, stage: MegatronModule) -> tuple[Tensor, Callable[..., object]]:
         batch = make_batch(next(iterator))
@@ -177,8 +188,9 @@ def run_schedule(
 
 
 def token_loss(loss_mask: Tensor, auxiliary: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What is differentiated: the sum of the losses [b, s] of tokens with `loss_mask` [b, s], each with its row's auxiliary loss [b]
-    added; the number of tokens; and for reporting, float64 [2], the sum without auxiliary loss and the number."""
+    """What is differentiated: the sum of the losses [b, s] of tokens with `loss_mask` [b, s], each with its
+    row's auxiliary loss [b] added; the number of tokens; and for reporting, float64 [2], the sum without
+    auxiliary loss and the number."""
     count = loss_mask.sum()
     total = (losses.float() * loss_mask).sum()
     reported = torch.stack((total.detach().double(), count.double()))
@@ -197,7 +209,9 @@ def _ranks_of_odd_losses(losses: list[Tensor]) -> tuple[int, ...]:
 
 def mean_loss(losses: list[Tensor]) -> tuple[float, int]:
     """Mean over all ranks' tokens and their number, on every rank."""
-    total = torch.stack(losses).sum(0) if losses else torch.zeros(2, dtype=torch.float64, device=device_of_rank())
+    total = (
+        torch.stack(losses).sum(0) if losses else torch.zeros(2, dtype=torch.float64, device=device_of_rank())
+    )
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         last = parallel_state.get_pipeline_model_parallel_last_rank()

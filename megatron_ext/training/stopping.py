@@ -1,7 +1,9 @@
-"""When a run ends before its last iteration: a signal from the batch system, or its time is up. All ranks agree on it.
+"""When a run ends before its last iteration: a signal from the batch system, or its time is up. All ranks
+agree on it.
 
-Signals must reach the training processes, not torchrun: torchrun dies of SIGUSR1, and after a SIGTERM it leaves them 30 seconds before
-it kills them. train.exit_duration_minutes needs no signal and counts from the start of the process, loading included.
+Signals must reach the training processes, not torchrun: torchrun dies of SIGUSR1, and after a SIGTERM it
+leaves them 30 seconds before it kills them. train.exit_duration_minutes needs no signal and counts from the
+start of the process, loading included.
 """
 
 import signal

@@ -14,12 +14,15 @@ from pathlib import Path
 
 import torch
 
-# Dense peaks in TFLOP/s: bf16 on tensor cores with fp32 accumulation, and fp32 without TF32 (PyTorch's default). The name
-# is the first pattern that the device's name has. Data sheets print the doubled rate of sparse matrices; that is halved here.
-# Sources, NVIDIA's data sheets and architecture whitepapers:
-#   A100, A800, A30, A40, A10: data sheets; H100 and H800 (SXM, PCIe, NVL), H200, GH200: Hopper data sheets (SXM 1978.9, NVL
-#   1671, PCIe 1513 with sparsity); H20: data sheet; B200, B300: HGX data sheet; GB200: NVL72 data sheet / 72; L4, L40, L40S: data
-#   sheets; RTX 3090, A6000: GA102 whitepaper; RTX 4080, 4090, 6000 Ada: AD102 whitepaper; RTX 5090: RTX Blackwell whitepaper.
+# Dense peaks in TFLOP/s: bf16 on tensor cores with fp32 accumulation, and fp32 without TF32 (PyTorch's
+# default). The name is the first pattern that the device's name has. Data sheets print the doubled rate of
+# sparse matrices; that is halved here. Sources, NVIDIA's data sheets and architecture whitepapers:
+#   A100, A800, A30, A40, A10: data sheets; H100 and H800 (SXM, PCIe, NVL), H200, GH200: Hopper data sheets
+# (SXM 1978.9, NVL
+#   1671, PCIe 1513 with sparsity); H20: data sheet; B200, B300: HGX data sheet; GB200: NVL72 data sheet / 72;
+# L4, L40, L40S: data
+#   sheets; RTX 3090, A6000: GA102 whitepaper; RTX 4080, 4090, 6000 Ada: AD102 whitepaper; RTX 5090: RTX
+# Blackwell whitepaper.
 _PEAKS: tuple[tuple[str, float, float], ...] = (
     (r"GB200", 2500.0, 80.0),
     (r"B[23]00", 2250.0, 75.0),
@@ -49,9 +52,11 @@ _OTHERS = re.compile(r"\b(RTX \d+ (Ti|SUPER|D|Laptop)|MIG)\b", re.IGNORECASE)
 
 
 def peak_tflops(device_name: str, precision: str) -> float | None:
-    """Dense peak in TFLOP/s of a CUDA device, named as by torch.cuda.get_device_name; None where it is not known.
+    """Dense peak in TFLOP/s of a CUDA device, named as by torch.cuda.get_device_name; None where it is not
+    known.
 
-    `precision` is train.precision. bf16 is counted with fp32 accumulation, without sparsity; fp32 without TF32.
+    `precision` is train.precision. bf16 is counted with fp32 accumulation, without sparsity; fp32 without
+    TF32.
     """
     if _OTHERS.search(device_name):
         return None
@@ -62,7 +67,8 @@ def peak_tflops(device_name: str, precision: str) -> float | None:
 
 
 def memory_in_use() -> int:
-    """Largest memory so far, in bytes: allocated on this process's CUDA device, or resident in this process without CUDA."""
+    """Largest memory so far, in bytes: allocated on this process's CUDA device, or resident in this process
+    without CUDA."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return _peak_resident_bytes()
@@ -95,7 +101,8 @@ class Throughput:
     """Dense peak of one device in TFLOP/s; None: no utilisation is reported."""
 
     def metrics(self, tokens: int, seconds: float) -> dict[str, float]:
-        """Speed of processing `tokens` tokens, over all devices, in `seconds`; utilisations are fractions of 1."""
+        """Speed of processing `tokens` tokens, over all devices, in `seconds`; utilisations are fractions of
+        1."""
         per_device = tokens / seconds / self.world_size
         model_tflops = per_device * self.model_flops_per_token / 1e12
         found = {

@@ -66,7 +66,9 @@ def assert_nothing_is_left(folder: Path, *kept: str) -> None:
     assert sorted(path.name for path in folder.iterdir()) == sorted(kept)
 
 
-def test_a_conversion_ends_with_a_proof(llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_conversion_ends_with_a_proof(
+    llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO")
     hf_to_megatron(str(llama), tmp_path / "megatron")
     assert "result              equal" in caplog.text
@@ -104,7 +106,9 @@ def test_what_was_done_is_written_beside_the_weights(llama: Path, tmp_path: Path
     ],
     ids=["map", "dmc", "window"],
 )
-def test_what_a_conversion_changes_is_proven_too(changes: dict[str, object], llama: Path, tmp_path: Path) -> None:
+def test_what_a_conversion_changes_is_proven_too(
+    changes: dict[str, object], llama: Path, tmp_path: Path
+) -> None:
     description = hf_to_megatron(str(llama), tmp_path / "megatron", changes=changes, proof="always")
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back", proof="always")
     assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == "lckv-llama"
@@ -143,7 +147,9 @@ def test_a_model_too_large_for_a_proof(
     caplog.set_level("INFO")
     monkeypatch.setattr("checkpoints_conversion.verify.LARGEST_AUTOMATIC_PROOF", 1000)
     hf_to_megatron(str(llama), tmp_path / "megatron")
-    command = f"python -m checkpoints_conversion verify --hf-path {llama} --megatron-path {tmp_path / 'megatron'}"
+    command = (
+        f"python -m checkpoints_conversion verify --hf-path {llama} --megatron-path {tmp_path / 'megatron'}"
+    )
     assert command in caplog.text
     assert "result" not in caplog.text
 
@@ -243,7 +249,10 @@ NAME = "model.layers.1.mlp.up_proj.weight"
         (_with(lambda tensors: tensors.pop(NAME)), f"1 missing: {NAME}"),
         (_with(lambda tensors: tensors.update(extra=torch.zeros(2))), "1 not part of the model: extra"),
         (_with(lambda tensors: tensors.update({NAME: torch.zeros(2, 2)})), rf"{NAME} \[2, 2\] instead of"),
-        (_with(lambda tensors: tensors[NAME][3, 1].fill_(np.nan)), f"{NAME} contains 1 of .* NaN or infinite"),
+        (
+            _with(lambda tensors: tensors[NAME][3, 1].fill_(np.nan)),
+            f"{NAME} contains 1 of .* NaN or infinite",
+        ),
         (_pickled, "only pickled weights"),
         (_config(attention_multiplier=2.0), "attention_multiplier is 2.0"),
         (_config(model_type="gpt_neox"), "model_type is 'gpt_neox'"),
@@ -268,8 +277,14 @@ def test_pickles_are_read_where_they_are_allowed(copy: Path, tmp_path: Path) -> 
         ({"compression.layer_types": "0_1_2_2"}, "has 4 entries but model.num_layers is 3"),
         ({"compression.layer_types": "0s_1_2"}, "compression.sliding_window is not set"),
         ({"compression.policy.stage": "zero_out"}, "compression.policy.stage belongs to policy dmc"),
-        ({"compression.policy.name": "dmc", "compression.policy.stage": "retrofit"}, "train that stage first"),
-        ({"compression.forward_passes": "many"}, "compression.forward_passes is 'many'; it must be an integer"),
+        (
+            {"compression.policy.name": "dmc", "compression.policy.stage": "retrofit"},
+            "train that stage first",
+        ),
+        (
+            {"compression.forward_passes": "many"},
+            "compression.forward_passes is 'many'; it must be an integer",
+        ),
     ],
 )
 def test_settings_that_do_not_fit(changes: dict[str, object], said: str, llama: Path, tmp_path: Path) -> None:
@@ -290,7 +305,9 @@ def test_a_damaged_checkpoint(llama: Path, tmp_path: Path) -> None:
 
 
 def test_a_family_that_cannot_express_the_model(llama: Path, tmp_path: Path) -> None:
-    hf_to_megatron(str(llama), tmp_path / "megatron", changes={"compression.layer_types": "0_0_2"}, proof="never")
+    hf_to_megatron(
+        str(llama), tmp_path / "megatron", changes={"compression.layer_types": "0_0_2"}, proof="never"
+    )
     with pytest.raises(ConversionError, match="LlamaForCausalLM cannot express it"):
         megatron_to_hf(tmp_path / "megatron", tmp_path / "back", family="llama")
     assert_nothing_is_left(tmp_path, "megatron")

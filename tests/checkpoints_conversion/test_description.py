@@ -54,7 +54,11 @@ def test_json_loses_nothing(
 
 
 def test_defaults_that_depend_on_others_are_filled_in() -> None:
-    assert (DESCRIPTION.model.ffn_hidden_size, DESCRIPTION.model.num_query_groups, DESCRIPTION.model.kv_channels) == (
+    assert (
+        DESCRIPTION.model.ffn_hidden_size,
+        DESCRIPTION.model.num_query_groups,
+        DESCRIPTION.model.kv_channels,
+    ) == (
         704,
         4,
         64,
@@ -79,7 +83,9 @@ def test_plain(compression: CompressionConfig, plain: bool) -> None:
 
 
 def test_incomplete_and_impossible_models_are_refused() -> None:
-    with pytest.raises(ConversionError, match=r"model.vocab_size is None and model.max_position_embeddings is 64"):
+    with pytest.raises(
+        ConversionError, match=r"model.vocab_size is None and model.max_position_embeddings is 64"
+    ):
         replace(DESCRIPTION, model=replace(DESCRIPTION.model, vocab_size=None))
     with pytest.raises(ConversionError, match=r"has 2 entries but model.num_layers is 4"):
         replace(DESCRIPTION, compression=CompressionConfig("0_1"))

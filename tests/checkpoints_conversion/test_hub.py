@@ -28,7 +28,8 @@ def test_a_file(tmp_path: Path) -> None:
 
 def test_a_name_without_a_network() -> None:
     with pytest.raises(
-        ConversionError, match=r"nobody/no-such-model is not a folder .* it cannot be fetched: .*or give a folder"
+        ConversionError,
+        match=r"nobody/no-such-model is not a folder .* it cannot be fetched: .*or give a folder",
     ):
         local_folder("nobody/no-such-model")
 
@@ -48,6 +49,17 @@ def test_only_weights_configurations_and_tokenizers_are_fetched(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     assert local_folder("someone/model") == tmp_path
     assert asked.pop("name") == "someone/model"
-    wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model"]
-    unwanted = ["pytorch_model.bin", "modeling.py", "original/consolidated.00.pth", "original/params.json", "README.md"]
+    wanted = [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.model",
+    ]
+    unwanted = [
+        "pytorch_model.bin",
+        "modeling.py",
+        "original/consolidated.00.pth",
+        "original/params.json",
+        "README.md",
+    ]
     assert list(filter_repo_objects(wanted + unwanted, **asked)) == wanted

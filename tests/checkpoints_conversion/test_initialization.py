@@ -1,4 +1,5 @@
-"""Weights of a shared map from a plain model's: the official code's numbers, and the rule for every map, layout and part."""
+"""Weights of a shared map from a plain model's: the official code's numbers, and the rule for every map,
+layout and part."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -40,7 +41,9 @@ def description_of(model: ModelConfig, compression: CompressionConfig = PLAIN) -
 def random_weights(description: ModelDescription, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     infos = description.expected_tensors()
-    return {name: torch.randn(info.shape, generator=generator, dtype=info.dtype) for name, info in infos.items()}
+    return {
+        name: torch.randn(info.shape, generator=generator, dtype=info.dtype) for name, info in infos.items()
+    }
 
 
 def split(fused: Tensor, model: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,10 +88,14 @@ def test_golden(how: str) -> None:
     assert (query.shape, key.shape) == ((64, 64), (32, 64))
     plain = {}
     for index in range(layers):
-        projections = (found[f"model.layers.{index}.self_attn.{part}_proj.weight"].view(2, -1, 64) for part in "qkv")
+        projections = (
+            found[f"model.layers.{index}.self_attn.{part}_proj.weight"].view(2, -1, 64) for part in "qkv"
+        )
         fused = torch.cat(list(projections), 1).flatten(0, 1)
         plain[f"decoder.layers.{index}.self_attention.linear_qkv.weight"] = fused
-    source, _, _ = initialize(MemorySource(plain), description_of(model), CompressionConfig("0_6_6_6_6_6_6_7"), how)
+    source, _, _ = initialize(
+        MemorySource(plain), description_of(model), CompressionConfig("0_6_6_6_6_6_6_7"), how
+    )
     for index in range(layers):
         name = f"model.layers.{index}.self_attn.{{}}_proj.weight"
         if index not in (0, 6, 7):
@@ -102,7 +109,9 @@ def test_golden(how: str) -> None:
             if how == "copy":
                 assert torch.equal(part, found[name.format(projection)])
             else:
-                torch.testing.assert_close(part, found["converted." + name.format(projection)], atol=1e-6, rtol=0)
+                torch.testing.assert_close(
+                    part, found["converted." + name.format(projection)], atol=1e-6, rtol=0
+                )
 
 
 @pytest.mark.parametrize("how", ["average", "copy"])
@@ -146,14 +155,20 @@ def test_rows_are_those_of_the_whole(data: st.DataObject) -> None:
     for index in sorted(set(sources)):
         sources[index] = index
     model = replace(
-        MODEL, num_layers=layers, num_attention_heads=groups * per_group, num_query_groups=groups, kv_channels=2 * width
+        MODEL,
+        num_layers=layers,
+        num_attention_heads=groups * per_group,
+        num_query_groups=groups,
+        kv_channels=2 * width,
     )
     compression = CompressionConfig("_".join(map(str, sources)))
     how = data.draw(st.sampled_from(["copy", "average"]))
     plain = MemorySource(random_weights(description_of(model)))
     source, changed, _ = initialize(plain, description_of(model), compression, how)
     check_tensors(source.infos(), changed.expected_tensors(), "it")
-    name = data.draw(st.sampled_from([name for name in source.infos() if "linear_q" in name or "layernorm" in name]))
+    name = data.draw(
+        st.sampled_from([name for name in source.infos() if "linear_q" in name or "layernorm" in name])
+    )
     start, stop = sorted(data.draw(st.tuples(*2 * [st.integers(0, source.infos()[name].shape[0])])))
     assert torch.equal(source.read(name, slice(start, stop)), source.read(name)[start:stop])
 
@@ -200,7 +215,11 @@ def test_a_shared_model_keeps_its_map() -> None:
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
-        (LCKV, CompressionConfig("0_3_3_3"), r"0_3_3_3 .* cannot be made .* shares keys and values already \(0_2_2_3,"),
+        (
+            LCKV,
+            CompressionConfig("0_3_3_3"),
+            r"0_3_3_3 .* cannot be made .* shares keys and values already \(0_2_2_3,",
+        ),
         (LCKV, PLAIN, "start from a plain model"),
         (LCKV, replace(LCKV, force_nodiag=True), "force_nodiag True"),
         (PLAIN, CompressionConfig("0_1_2_3_3"), "has 5 entries but model.num_layers is 4"),

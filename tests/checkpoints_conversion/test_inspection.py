@@ -93,7 +93,10 @@ def test_a_published_dmc_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["config.json", "manifest.json"], "megatron"),
         (["latest", "iter_0000010/config.json"], "megatron"),
         (["mp_rank_00/model_optim_rng.pt"], "published-dmc"),
-        (["latest_checkpointed_iteration.txt", "iter_0002000/mp_rank_00/model_optim_rng.pt"], "published-dmc"),
+        (
+            ["latest_checkpointed_iteration.txt", "iter_0002000/mp_rank_00/model_optim_rng.pt"],
+            "published-dmc",
+        ),
     ],
 )
 def test_formats(content: list[str], expected: str, tmp_path: Path) -> None:

@@ -42,7 +42,10 @@ FIRST = ConversionManifest(
     DESCRIPTION, ConversionSource("huggingface", "someone/model", {"a": "00"}), "average", tokenizer="there"
 )
 SECOND = replace(
-    FIRST, source=ConversionSource("megatron", "runs/1", {}), training={"progress": {"iteration": 3}}, previous=FIRST
+    FIRST,
+    source=ConversionSource("megatron", "runs/1", {}),
+    training={"progress": {"iteration": 3}},
+    previous=FIRST,
 )
 
 

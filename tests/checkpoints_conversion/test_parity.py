@@ -1,7 +1,9 @@
-"""Hugging Face's and Megatron's logits of the same tokens, on every layout; weights there and back bit for bit.
+"""Hugging Face's and Megatron's logits of the same tokens, on every layout; weights there and back bit for
+bit.
 
-Each model goes through the whole conversion. The cases are chosen so that every family meets every number of key/value heads per
-rank - one, several, a part of one - and every kind of map and policy meets tensor and pipeline parallelism.
+Each model goes through the whole conversion. The cases are chosen so that every family meets every number of
+key/value heads per rank - one, several, a part of one - and every kind of map and policy meets tensor and
+pipeline parallelism.
 """
 
 from collections.abc import Sequence
@@ -24,7 +26,7 @@ from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from megatron_ext.checkpointing.save import save_checkpoint
 from megatron_ext.config import ParallelConfig
 from megatron_ext.parallel.process_groups import initialize
-from megatron_ext.training.restore import restore, saved_settings
+from megatron_ext.restoring.model import restore, saved_settings
 from tests.checkpoints_conversion.tiny_models import SIZES, saved_model
 from tests.ranks import run_on_ranks
 
@@ -50,7 +52,10 @@ class Case:
 
 
 def shared(layer_types: str, **more: object) -> dict[str, object]:
-    return {"compression.layer_types": layer_types, **{f"compression.{name}": value for name, value in more.items()}}
+    return {
+        "compression.layer_types": layer_types,
+        **{f"compression.{name}": value for name, value in more.items()},
+    }
 
 
 TIED = {"tie_word_embeddings": True}
@@ -68,13 +73,19 @@ CASES = {
     "CLA": Case("llama", GQA, shared("0_0_2_2"), layouts=LAYOUTS),
     "YOCO": Case("mistral", MHA, shared("0s_1s_2_2"), layouts=((1, 1), (2, 2))),
     "LCKV": Case("llama", GQA, shared("0_2_2_3") | CYCLIC, layouts=WITHOUT_PP),
-    "LCKV MQA biases": Case("qwen2", MQA, shared("0s_2_2_3", sliding_window=6) | CYCLIC, layouts=((1, 1), (4, 1))),
-    "LCKV norms tied": Case("qwen3", MHA, shared("0_3_3_3") | CYCLIC, settings=TIED, layouts=((1, 1), (4, 1))),
+    "LCKV MQA biases": Case(
+        "qwen2", MQA, shared("0s_2_2_3", sliding_window=6) | CYCLIC, layouts=((1, 1), (4, 1))
+    ),
+    "LCKV norms tied": Case(
+        "qwen3", MHA, shared("0_3_3_3") | CYCLIC, settings=TIED, layouts=((1, 1), (4, 1))
+    ),
     "MixAttention without own position": Case(
         "qwen3", GQA, shared("0_1s_1s_3", sliding_window=4, force_nodiag=True), layouts=((2, 1), (1, 2))
     ),
     "DMC stage 1": Case("llama", GQA, DMC, layouts=((1, 1), (4, 1), (2, 2))),
-    "DMC stage 1 MQA biases": Case("qwen2", MQA, DMC, {"use_sliding_window": False}, layouts=((4, 1), (1, 2))),
+    "DMC stage 1 MQA biases": Case(
+        "qwen2", MQA, DMC, {"use_sliding_window": False}, layouts=((4, 1), (1, 2))
+    ),
     "merging": Case("lckv-llama", GQA, settings={"compression": {"policy": MERGING}}, layouts=LAYOUTS),
     "merging CLA MQA": Case(
         "lckv-llama",
@@ -159,7 +170,9 @@ class Matrix:
         hf_to_megatron(str(source), target, changes=case.changes, proof="never")
         with reference_folder(open_huggingface(source), open_megatron(target)) as folder:
             reference = Reference(folder, torch.float32)
-            self.expected[name] = torch.stack([reference.logits(row) for row in torch.from_numpy(TOKENS)]).numpy()
+            self.expected[name] = torch.stack(
+                [reference.logits(row) for row in torch.from_numpy(TOKENS)]
+            ).numpy()
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +237,9 @@ def save_resharded(models: Sequence[tuple[Path, Path]], ranks: int) -> None:
         stage = restore(source, parallel).stage
         settings = saved_settings(source)
         progress = {"iteration": 1, "consumed_samples": 0, "consumed_tokens": 0}
-        save_checkpoint(target, 1, model=[stage], optimizer=None, scheduler=None, progress=progress, config=settings)
+        save_checkpoint(
+            target, 1, model=[stage], optimizer=None, scheduler=None, progress=progress, config=settings
+        )
 
 
 def test_resharding_changes_nothing(matrix: Matrix, tmp_path: Path) -> None:

@@ -33,7 +33,9 @@ def test_help_lists_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.parametrize("name", SUBCOMMANDS)
 def test_help_has_examples_that_are_right(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    examples = [line.strip() for line in help_of(name, capsys=capsys).splitlines() if line.startswith(f"  {name} ")]
+    examples = [
+        line.strip() for line in help_of(name, capsys=capsys).splitlines() if line.startswith(f"  {name} ")
+    ]
     assert examples
     for example in examples:
         build_parser().parse_args(shlex.split(example))
@@ -59,7 +61,10 @@ def called(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_hf_to_megatron(called: dict[str, Any]) -> None:
-    command = "hf-to-megatron --hf-path a/b --megatron-path c --init copy --dtype bfloat16 --no-verify --allow-pickle"
+    command = (
+        "hf-to-megatron --hf-path a/b --megatron-path c --init copy --dtype bfloat16 --no-verify "
+        "--allow-pickle"
+    )
     settings = "--compression.layer_types 0_1 --compression.policy.name dmc --compression.policy.window null"
     assert program.main([*command.split(), *settings.split()]) == 0
     assert called == {
@@ -77,7 +82,10 @@ def test_hf_to_megatron(called: dict[str, Any]) -> None:
 
 
 def test_megatron_to_hf(called: dict[str, Any]) -> None:
-    command = "megatron-to-hf --megatron-path a --hf-path b --family llama --max-shard-size 1.5GB --tokenizer t --verify always"
+    command = (
+        "megatron-to-hf --megatron-path a --hf-path b --family llama --max-shard-size 1.5GB --tokenizer t "
+        "--verify always"
+    )
     assert program.main(command.split()) == 0
     assert called == {
         "arguments": (Path("a"), Path("b")),
@@ -91,7 +99,10 @@ def test_megatron_to_hf(called: dict[str, Any]) -> None:
 
 
 def test_published_dmc(called: dict[str, Any]) -> None:
-    command = "published-dmc-to-megatron --dmc-path a --megatron-path b --vocab-size 32000 --target-compression-ratio 4"
+    command = (
+        "published-dmc-to-megatron --dmc-path a --megatron-path b --vocab-size 32000 "
+        "--target-compression-ratio 4"
+    )
     assert program.main(command.split()) == 0
     assert (called["vocab_size"], called["target_compression_ratio"], called["proof"]) == (32000, 4.0, "auto")
 

@@ -73,7 +73,10 @@ def test_an_empty_folder_may_be_there(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_not_empty(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("x")
-    with pytest.raises(ConversionError, match="is not empty; a conversion writes a new folder"), staged(tmp_path):
+    with (
+        pytest.raises(ConversionError, match="is not empty; a conversion writes a new folder"),
+        staged(tmp_path),
+    ):
         raise AssertionError("must not start")
     with pytest.raises(ConversionError, match="mine is a file"):
         check_free(tmp_path / "mine")
@@ -105,7 +108,9 @@ def test_only_one_conversion_at_a_time(tmp_path: Path) -> None:
 
 def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path: Path) -> None:
     target = tmp_path / "model"
-    process = subprocess.Popen([sys.executable, "-c", WRITE_FOR_EVER, str(target)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITE_FOR_EVER, str(target)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"
     process.send_signal(signal.SIGKILL)

@@ -31,7 +31,13 @@ CASES = [
 
 
 def _model(settings: dict) -> ModelConfig:
-    sizes = {"num_layers": 4, "hidden_size": 16, "num_attention_heads": 4, "num_query_groups": 2, "vocab_size": 32}
+    sizes = {
+        "num_layers": 4,
+        "hidden_size": 16,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "vocab_size": 32,
+    }
     return ModelConfig(**(sizes | {"make_vocab_size_divisible_by": 1} | settings))
 
 
@@ -40,7 +46,9 @@ def _parameters() -> list[dict[str, TensorInfo]]:
     train = TrainConfig(precision="fp32")
     found = []
     for settings, compression in CASES:
-        stage = build_stage(_model(settings), CompressionConfig(**compression), ParallelConfig(), train, vocab_size=32)
+        stage = build_stage(
+            _model(settings), CompressionConfig(**compression), ParallelConfig(), train, vocab_size=32
+        )
         found.append({name: TensorInfo(tuple(p.shape), p.dtype) for name, p in global_parameters(stage)})
     return found
 
@@ -65,12 +73,16 @@ def test_all_differences_are_told_but_not_at_any_length() -> None:
 
 @pytest.mark.parametrize("dtype", tensors.WEIGHT_DTYPES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_numbers_that_are_none_are_counted(dtype: torch.dtype, bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_that_are_none_are_counted(
+    dtype: torch.dtype, bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tensors, "CHUNK_BYTES", 64)
     tensor = torch.zeros(20, 5, dtype=dtype)
     check_finite("good", tensor, "a.safetensors")
     tensor[19, 3] = tensor[7, 1] = bad
-    with pytest.raises(ConversionError, match=r"a.safetensors: w contains 2 of 100 values that are NaN or infinite"):
+    with pytest.raises(
+        ConversionError, match=r"a.safetensors: w contains 2 of 100 values that are NaN or infinite"
+    ):
         check_finite("w", tensor, "a.safetensors")
 
 

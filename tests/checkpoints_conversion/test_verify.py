@@ -25,7 +25,9 @@ from tests.checkpoints_conversion.tiny_models import saved_model
 from tests.megatron_ext.model.stages import VOCAB
 from tests.ranks import run_on_ranks
 
-EQUAL = Comparison(rows=1, length=2, max_difference=1e-4, mean_difference=1e-5, largest_logit=10.0, agreement=1.0)
+EQUAL = Comparison(
+    rows=1, length=2, max_difference=1e-4, mean_difference=1e-5, largest_logit=10.0, agreement=1.0
+)
 NAN = float("nan")
 
 
@@ -75,7 +77,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     saved_model(folder / "hf", "llama")
     saved_model(folder / "other", "llama", rms_norm_eps=1e-6, tie_word_embeddings=True)
     hf_to_megatron(str(folder / "hf"), folder / "plain", proof="never")
-    hf_to_megatron(str(folder / "hf"), folder / "shared", changes={"compression.layer_types": "0_2_2"}, proof="never")
+    hf_to_megatron(
+        str(folder / "hf"), folder / "shared", changes={"compression.layer_types": "0_2_2"}, proof="never"
+    )
     return folder
 
 
@@ -90,7 +94,9 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def verify(models: Path, hf: str, megatron: str, *options: str) -> int:
-    return main(["verify", "--hf-path", str(models / hf), "--megatron-path", str(models / megatron), *options])
+    return main(
+        ["verify", "--hf-path", str(models / hf), "--megatron-path", str(models / megatron), *options]
+    )
 
 
 @pytest.mark.usefixtures("pool")
@@ -189,7 +195,9 @@ def test_bad_options(options: list[str], said: str, models: Path, capfd: pytest.
     assert said in capfd.readouterr().err
 
 
-def test_different_models_are_told_apart_by_their_settings(models: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_different_models_are_told_apart_by_their_settings(
+    models: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert verify(models, "other", "plain") == 2
     said = capfd.readouterr().err
     assert "are different models, of which the outputs cannot agree" in said
@@ -209,14 +217,18 @@ def test_a_proof_that_does_not_end(models: Path, monkeypatch: pytest.MonkeyPatch
     """torchrun's ranks are sessions of their own, as here."""
     monkeypatch.setattr(sys, "executable", _program(tmp_path, "setsid -w sleep 200"))
     start = time.monotonic()
-    with pytest.raises(ConversionError, match=r"were not there after 0\.5 seconds; give its 2 process\(es\) more time"):
+    with pytest.raises(
+        ConversionError, match=r"were not there after 0\.5 seconds; give its 2 process\(es\) more time"
+    ):
         _compute(models, tmp_path, 0.5)
     assert time.monotonic() - start < 100
 
 
 def test_a_proof_whose_processes_fail(models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "executable", _program(tmp_path, "echo out of memory >&2; exit 3"))
-    with pytest.raises(ConversionError, match=r"could not be computed by 2 process\(es\)\. .*\n  out of memory"):
+    with pytest.raises(
+        ConversionError, match=r"could not be computed by 2 process\(es\)\. .*\n  out of memory"
+    ):
         _compute(models, tmp_path, 60)
 
 

@@ -53,7 +53,8 @@ EXTRAS: dict[str, dict[str, Any]] = {
 
 
 def tiny_model(family: str, **settings: Any) -> PreTrainedModel:
-    """A model with `SIZES`, `EXTRAS` and `settings`, all of whose weights, norms and biases too, are random."""
+    """A model with `SIZES`, `EXTRAS` and `settings`, all of whose weights, norms and biases too, are
+    random."""
     configuration, architecture = CLASSES[family]
     torch.manual_seed(1)
     model = architecture(configuration(**(SIZES | EXTRAS[family] | settings))).eval()

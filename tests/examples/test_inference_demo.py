@@ -1,4 +1,5 @@
-"""The demo of inference: its five models differ in their cache only, and every command of its script is one that the programs know."""
+"""The demo of inference: its five models differ in their cache only, and every command of its script is one
+that the programs know."""
 
 import os
 import re
@@ -10,7 +11,7 @@ import pytest
 
 from checkpoints_conversion.options import build_parser
 from megatron_ext.command_line import config_to_dict, parse_run_config
-from megatron_ext.validation import problems
+from megatron_ext.validation.run import problems
 from tools import generate, perplexity
 from tools.benchmarks import inference
 
@@ -37,7 +38,11 @@ def commands(tmp_path_factory):
     python.chmod(0o755)
     environment = {"PATH": os.environ["PATH"], "PYTHON": str(python), "DATA": str(data)}
     result = subprocess.run(
-        ["bash", str(DEMO / "run.sh"), str(folder / "out")], env=environment, capture_output=True, text=True, timeout=60
+        ["bash", str(DEMO / "run.sh"), str(folder / "out")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert result.returncode == 0, result.stderr
     return [shlex.split(line) for line in result.stdout.splitlines() if line.startswith(("-m ", "tools/"))]
@@ -59,7 +64,9 @@ def test_the_models_are_trained_alike(commands):
 
 
 def test_they_differ_in_map_and_policy(commands):
-    compressions = [parse_run_config(arguments).compression for arguments in options(commands, "pretrain_lckv.py")]
+    compressions = [
+        parse_run_config(arguments).compression for arguments in options(commands, "pretrain_lckv.py")
+    ]
     kinds = [(each.policy.name, each.map(8).any_cyclic, each.map(8).any_sliding) for each in compressions]
     assert kinds == [
         ("dense", False, False), ("dense", True, False), ("dense", False, True), ("dmc", False, False), ("dmc", True, False),
@@ -69,22 +76,34 @@ def test_they_differ_in_map_and_policy(commands):
 
 
 def test_what_is_trained_is_converted_and_measured(commands):
-    converted = [build_parser().parse_args(arguments) for arguments in options(commands, "checkpoints_conversion")]
-    trained = [parse_run_config(arguments).checkpoint.save for arguments in options(commands, "pretrain_lckv.py")]
+    converted = [
+        build_parser().parse_args(arguments) for arguments in options(commands, "checkpoints_conversion")
+    ]
+    trained = [
+        parse_run_config(arguments).checkpoint.save for arguments in options(commands, "pretrain_lckv.py")
+    ]
     assert [str(each.megatron_path) for each in converted] == trained
     folders = [str(each.hf_path) for each in converted]
-    (measured,) = (inference._parser().parse_args(each) for each in options(commands, "tools.benchmarks.inference"))
+    (measured,) = (
+        inference._parser().parse_args(each) for each in options(commands, "tools.benchmarks.inference")
+    )
     assert [text.partition("=")[2] for text in measured.models] == folders
     longest = parse_run_config(options(commands, "pretrain_lckv.py")[0]).train.seq_length
     assert max(measured.context, *(length + 1 for length in measured.lengths)) <= longest
-    for program, parser in (("tools.perplexity", perplexity._parser()), ("tools.generate", generate._parser())):
+    for program, parser in (
+        ("tools.perplexity", perplexity._parser()),
+        ("tools.generate", generate._parser()),
+    ):
         assert [str(parser.parse_args(each).model) for each in options(commands, program)] == folders
 
 
 def test_its_page_names_what_it_makes():
     page = (DEMO / "README.md").read_text(encoding="utf-8")
     run = parse_run_config(["--config", str(DEMO / "base.yaml"), "--config", str(DEMO / "dmc.yaml")])
-    assert f"{run.train.train_iters} steps of {run.train.global_batch_size * run.train.seq_length:,} tokens" in page
+    assert (
+        f"{run.train.train_iters} steps of {run.train.global_batch_size * run.train.seq_length:,} tokens"
+        in page
+    )
     for model in MODELS:
         compression = parse_run_config(
             ["--config", str(DEMO / f"{model}.yaml"), "--config", str(DEMO / "base.yaml")]

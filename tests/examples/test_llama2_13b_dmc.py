@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.command_line import config_to_dict, parse_run_config
-from megatron_ext.validation import problems
+from megatron_ext.validation.run import problems
 
 RECIPE = Path(__file__).resolve().parents[2] / "examples" / "llama2_13b_dmc"
 STAGES = ("zero_out", "retrofit", "finetune")
@@ -43,7 +43,12 @@ def test_every_stage_takes_the_weights_that_the_one_before_saves(runs):
 def test_the_stages_differ_in_nothing_else(runs):
     first, *others = (config_to_dict(run) for run in runs.values())
     for sections in (first, *others):
-        del sections["compression"]["policy"], sections["optimizer"], sections["checkpoint"], sections["logging"]
+        del (
+            sections["compression"]["policy"],
+            sections["optimizer"],
+            sections["checkpoint"],
+            sections["logging"],
+        )
         for name in ("train_iters", "seed", "eval_interval"):
             del sections["train"][name]
     assert all(sections == first for sections in others)
@@ -62,7 +67,8 @@ def launch(folder, *arguments, **variables):
 def test_a_stage_is_launched(tmp_path):
     said = launch(tmp_path, "retrofit", "--train.seed", "1").stdout
     assert said == (
-        "examples/llama2_13b_dmc/retrofit.yaml runs/llama2_13b_dmc/retrofit/checkpoints 1410 examples/llama2_13b_dmc "
+        "examples/llama2_13b_dmc/retrofit.yaml runs/llama2_13b_dmc/retrofit/checkpoints 1410 "
+        "examples/llama2_13b_dmc "
         "--train.seed 1\n"
     )
 
@@ -71,7 +77,9 @@ def test_a_stage_that_was_interrupted_goes_on(tmp_path):
     checkpoints = tmp_path / "runs" / "llama2_13b_dmc" / "zero_out" / "checkpoints"
     checkpoints.mkdir(parents=True)
     (checkpoints / "latest").touch()
-    assert launch(tmp_path, "zero_out").stdout.endswith("examples/llama2_13b_dmc --checkpoint.finetune false\n")
+    assert launch(tmp_path, "zero_out").stdout.endswith(
+        "examples/llama2_13b_dmc --checkpoint.finetune false\n"
+    )
     assert "--checkpoint.finetune" not in launch(tmp_path, "zero_out", CHECKPOINTS="elsewhere").stdout
 
 

@@ -1,4 +1,5 @@
-"""Every recipe's configuration can work on the processes that its page names, its page says what the plan says, and it is launched."""
+"""Every recipe's configuration can work on the processes that its page names, its page says what the plan
+says, and it is launched."""
 
 import os
 import re
@@ -9,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.command_line import parse_run_config
-from megatron_ext.validation import problems
+from megatron_ext.validation.run import problems
 from tools.plan import main as plan
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
-RECIPES = sorted(path.parent for path in EXAMPLES.glob("*/launch.sh") if (path.parent / "pretrain.yaml").exists())
+RECIPES = sorted(
+    path.parent for path in EXAMPLES.glob("*/launch.sh") if (path.parent / "pretrain.yaml").exists()
+)
 SCRIPTS = sorted(EXAMPLES.rglob("*.sh"))
 MOCK = "--data.mock true --data.data_path [] --data.tokenizer_type none --data.tokenizer_model null"
 
@@ -61,7 +64,9 @@ def test_its_page_shows_what_the_plan_says(recipe: Path, capsys, monkeypatch) ->
 @recipes
 def test_its_page_names_the_processes_that_are_launched(recipe: Path) -> None:
     script = (recipe / "launch.sh").read_text(encoding="utf-8")
-    nodes, gpus = (int(re.search(rf"#SBATCH --{name}=(\d+)", script)[1]) for name in ("nodes", "gpus-per-node"))
+    nodes, gpus = (
+        int(re.search(rf"#SBATCH --{name}=(\d+)", script)[1]) for name in ("nodes", "gpus-per-node")
+    )
     assert nodes * gpus == world_size(recipe)
     assert f"{nodes} nodes of {gpus} H100 80 GB ({world_size(recipe)} processes" in page(recipe)
 
@@ -74,7 +79,9 @@ def test_its_page_promises_no_more_than_is_known(recipe: Path) -> None:
 
 def test_every_folder_has_a_line_in_the_overview() -> None:
     overview = (EXAMPLES / "README.md").read_text(encoding="utf-8")
-    folders = {path.name for path in EXAMPLES.iterdir() if path.is_dir() and not path.name.startswith((".", "_"))}
+    folders = {
+        path.name for path in EXAMPLES.iterdir() if path.is_dir() and not path.name.startswith((".", "_"))
+    }
     assert {name for name in folders if f"[{name}]({name})" not in overview} == set()
 
 
@@ -95,19 +102,34 @@ def launch(recipe: Path, folder: Path, *options: str, **variables: str) -> tuple
     for name, body in commands.items():
         (folder / "bin" / name).write_text(f"#!/usr/bin/env bash\n{body}\n", encoding="utf-8")
         (folder / "bin" / name).chmod(0o755)
-    environment = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(ROOT), "VENV": str(folder)}
-    environment |= {"SLURM_JOB_ID": "1234567", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "two"} | variables
+    environment = {
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "VENV": str(folder),
+    }
+    environment |= {
+        "SLURM_JOB_ID": "1234567",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "two",
+    } | variables
     command = ["bash", str(recipe / "launch.sh"), *options]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     said = [line.partition(" ") for line in result.stdout.splitlines()]
-    return [rest for word, _, rest in said if word == "srun"], [rest for word, _, rest in said if word == "python"]
+    return [rest for word, _, rest in said if word == "srun"], [
+        rest for word, _, rest in said if word == "python"
+    ]
 
 
 @recipes
 def test_every_node_starts_its_processes(recipe: Path, tmp_path: Path) -> None:
     given, started = launch(
-        recipe, tmp_path, "--train.seed", "7", CHECKPOINTS=str(tmp_path / "run"), CONTAINER_MOUNTS="/data:/data"
+        recipe,
+        tmp_path,
+        "--train.seed",
+        "7",
+        CHECKPOINTS=str(tmp_path / "run"),
+        CONTAINER_MOUNTS="/data:/data",
     )
     assert {
         "--ntasks-per-node=1",
@@ -127,7 +149,11 @@ def test_every_node_starts_its_processes(recipe: Path, tmp_path: Path) -> None:
 
 def test_a_job_goes_on_where_the_one_before_it_stopped(tmp_path: Path) -> None:
     (tmp_path / "latest").touch()
-    variables = {"CHECKPOINTS": str(tmp_path), "MINUTES": "90", "CONFIG": str(EXAMPLES / "demo" / "pretrain.yaml")}
+    variables = {
+        "CHECKPOINTS": str(tmp_path),
+        "MINUTES": "90",
+        "CONFIG": str(EXAMPLES / "demo" / "pretrain.yaml"),
+    }
     _, started = launch(RECIPES[0], tmp_path, **variables)
     run = parse_run_config(started[started.index("pretrain_lckv.py") + 1 :])
     assert run.checkpoint.load == run.checkpoint.save == str(tmp_path)
@@ -138,7 +164,9 @@ def test_a_job_goes_on_where_the_one_before_it_stopped(tmp_path: Path) -> None:
 @recipes
 def test_the_trial_of_the_overview_works(recipe: Path) -> None:
     overview = (EXAMPLES / "README.md").read_text(encoding="utf-8")
-    trial = re.search(r"sbatch examples/RECIPE/launch\.sh (--train\.train_iters 20.*?)```", overview, re.DOTALL)[1]
+    trial = re.search(
+        r"sbatch examples/RECIPE/launch\.sh (--train\.train_iters 20.*?)```", overview, re.DOTALL
+    )[1]
     options = shlex.split(trial.replace("\\\n", " "))
     run = parse_run_config(["--config", str(recipe / "pretrain.yaml"), *options])
     assert problems(run, world_size(recipe)) == []
@@ -147,6 +175,8 @@ def test_the_trial_of_the_overview_works(recipe: Path) -> None:
 
 def test_the_launcher_outside_of_a_job_says_so(tmp_path: Path) -> None:
     command = ["bash", str(EXAMPLES / "launch_on_slurm.sh"), "examples/yoco_3b"]
-    result = subprocess.run(command, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        command, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=60
+    )
     assert result.returncode != 0
     assert "this runs inside of a Slurm job: sbatch examples/yoco_3b/launch.sh" in result.stderr

@@ -1,4 +1,5 @@
-"""The models recorded in golden/lckv, for Megatron: their settings, and their weights and gradients under Megatron's names."""
+"""The models recorded in golden/lckv, for Megatron: their settings, and their weights and gradients under
+Megatron's names."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -31,7 +32,9 @@ class Golden:
     def load(cls, name: str) -> "Golden":
         with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
             header = json.loads(file.metadata()["golden"])
-        return cls(header, load_file(FOLDER / f"{name}.safetensors"), load_file(FOLDER / f"{name}.grads.safetensors"))
+        return cls(
+            header, load_file(FOLDER / f"{name}.safetensors"), load_file(FOLDER / f"{name}.grads.safetensors")
+        )
 
     @property
     def model(self) -> ModelConfig:

@@ -1,4 +1,5 @@
-"""The cost model: against operations counted while the Megatron model really runs, and against tensors' bytes."""
+"""The cost model: against operations counted while the Megatron model really runs, and against tensors'
+bytes."""
 
 import pytest
 import torch
@@ -21,7 +22,15 @@ MODEL = ModelConfig(
     make_vocab_size_divisible_by=1,
 )
 SHAPE = ModelShape(6, 32, 96, 4, 2, 8, vocab_size=40, seq_length=16)
-MAPS = ["0_1_2_3_4_5", "0_0_2_2_4_4", "0_4_4_4_4_5", "0_3_3_3_3_3", "1_1_3_3_5_5", "0_2_4_2_4_5", "5_5_5_5_5_5"]
+MAPS = [
+    "0_1_2_3_4_5",
+    "0_0_2_2_4_4",
+    "0_4_4_4_4_5",
+    "0_3_3_3_3_3",
+    "1_1_3_3_5_5",
+    "0_2_4_2_4_5",
+    "5_5_5_5_5_5",
+]
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
@@ -37,10 +46,13 @@ def test_counted_operations(layer_types: str, recompute: str) -> None:
 
 
 def training_cost_without_attention(compression: CompressionConfig, recomputed_layers: int) -> float:
-    """The FLOPs that the cost model gives where queries see no keys (a window of 1 that excludes the query's own position)."""
+    """The FLOPs that the cost model gives where queries see no keys (a window of 1 that excludes the query's
+    own position)."""
     blind = "_".join(f"{layer.source}s" for layer in compression.map(6))
     settings = {**vars(compression), "layer_types": blind, "sliding_window": 1, "force_nodiag": True}
-    return training_cost(SHAPE, CompressionConfig(**settings), recomputed_layers=recomputed_layers).hardware_flops
+    return training_cost(
+        SHAPE, CompressionConfig(**settings), recomputed_layers=recomputed_layers
+    ).hardware_flops
 
 
 def counted_flops_per_token(compression: CompressionConfig, recompute: str) -> float:

@@ -1,4 +1,5 @@
-"""The Auto classes know the models after `import lckv`, in whatever order packages are imported. Each order needs a process of its own."""
+"""The Auto classes know the models after `import lckv`, in whatever order packages are imported. Each order
+needs a process of its own."""
 
 import subprocess
 import sys

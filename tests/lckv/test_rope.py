@@ -37,7 +37,9 @@ def test_frequencies_and_rotation_are_those_of_transformers(parameters: dict, sc
     positions = torch.arange(200)[None]
     cos, sin = theirs(query, positions)
     expected, _ = apply_rotary_pos_emb(query, query, cos, sin)
-    torch.testing.assert_close(rotate(query, rotation(positions[:, None], frequencies)), expected, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(
+        rotate(query, rotation(positions[:, None], frequencies)), expected, rtol=1e-5, atol=2e-5
+    )
 
 
 def test_bfloat16_does_not_reach_the_angles() -> None:

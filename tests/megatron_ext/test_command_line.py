@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 
 from lckv.policies.dense.config import DenseConfig
 from lckv.policies.dmc.config import DMCConfig
-from megatron_ext.command_line import config_from_dict, config_to_dict, exit_with, parse_run_config, save_config
+from megatron_ext.command_line import (
+    config_from_dict,
+    config_to_dict,
+    exit_with,
+    parse_run_config,
+    save_config,
+)
 from megatron_ext.config import RunConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.settings import variants_of
@@ -41,9 +47,13 @@ def test_no_arguments_are_the_defaults():
 
 
 def test_later_files_win_and_options_win_over_files_wherever_they_stand(tmp_path):
-    first = write(tmp_path / "a.yaml", "train: {train_iters: 5, seed: 1, seq_length: 32}\noptimizer:\n  lr: 3e-4\n")
+    first = write(
+        tmp_path / "a.yaml", "train: {train_iters: 5, seed: 1, seq_length: 32}\noptimizer:\n  lr: 3e-4\n"
+    )
     second = write(tmp_path / "b.yaml", "train: {seed: 2, seq_length: 64}\n")
-    run = parse_run_config(["--train.seq_length=128", "--config", first, "--config", second, "--data.mock", "true"])
+    run = parse_run_config(
+        ["--train.seq_length=128", "--config", first, "--config", second, "--data.mock", "true"]
+    )
     assert (run.train.train_iters, run.train.seed, run.train.seq_length) == (5, 2, 128)
     assert run.optimizer.lr == 3e-4 and run.data.mock is True
 
@@ -86,7 +96,9 @@ def test_lists_of_texts(text, expected, tmp_path):
 
 def test_the_kv_policy_is_chosen_by_its_name(tmp_path):
     assert parse_run_config([]).compression.policy == DenseConfig()
-    options = "--compression.policy.name dmc --compression.policy.stage retrofit --compression.policy.window null"
+    options = (
+        "--compression.policy.name dmc --compression.policy.stage retrofit --compression.policy.window null"
+    )
     expected = DMCConfig(stage="retrofit", window=None, target_compression_ratio=4.0)
     argv = [*options.split(), "--compression.policy.target_compression_ratio=4"]
     assert parse_run_config(argv).compression.policy == expected
@@ -105,7 +117,8 @@ def test_a_stage_may_be_given_before_the_policy_that_has_it(tmp_path):
 
 
 BELONGS = (
-    "compression.policy.stage belongs to policy dmc; compression.policy.name is dense: remove the former, or set the latter "
+    "compression.policy.stage belongs to policy dmc; compression.policy.name is dense: remove the former, or "
+    "set the latter "
     "to dmc."
 )
 
@@ -138,21 +151,36 @@ def test_nested_sections(tmp_path):
         (["--data.mock", "1"], "data.mock is '1'; it must be true or false."),
         (["--model.kv_channels", "x"], "model.kv_channels is 'x'; it must be an integer or null."),
         (["--train.precision", "fp8"], "train.precision is 'fp8'; it must be one of fp32, bf16."),
-        (["--data.data_path", "[a, [b]]"], "data.data_path is '[a, [b]]'; it must be a list of texts, such as [a, b]."),
+        (
+            ["--data.data_path", "[a, [b]]"],
+            "data.data_path is '[a, [b]]'; it must be a list of texts, such as [a, b].",
+        ),
         (["--data.data_path", "[a"], "data.data_path is '[a'; it must be a list of texts, such as [a, b]."),
-        (["--train", "5"], "train is a section; its settings are train.train_iters, train.micro_batch_size, "),
-        (["--model.rope_scaling", "x"], "model.rope_scaling is a section; its settings are model.rope_scaling.type, "),
+        (
+            ["--train", "5"],
+            "train is a section; its settings are train.train_iters, train.micro_batch_size, ",
+        ),
+        (
+            ["--model.rope_scaling", "x"],
+            "model.rope_scaling is a section; its settings are model.rope_scaling.type, ",
+        ),
         (["--compression.policy.stage", "retrofit"], f"error: {BELONGS}\n"),
         (
             ["--compression.policy.name", "dcm", "--compression.policy.stage", "retrofit"],
             "error: compression.policy.name is 'dcm'; it must be one of dense, dmc.\n",
         ),
-        (["--compression.policy.stge", "x"], "policy.stge is unknown; did you mean compression.policy.stage?"),
+        (
+            ["--compression.policy.stge", "x"],
+            "policy.stge is unknown; did you mean compression.policy.stage?",
+        ),
         (
             ["--compression.policy.name=dmc", "--compression.policy.stage", "retro"],
             "compression.policy.stage is 'retro'; it must be one of zero_out, retrofit, finetune.",
         ),
-        (["--data.split", "9,1", "3"], "unrecognized arguments: 3; settings are given as --section.key VALUE."),
+        (
+            ["--data.split", "9,1", "3"],
+            "unrecognized arguments: 3; settings are given as --section.key VALUE.",
+        ),
         (["--data.mock"], "--data.mock: expected one argument"),
         (["--config"], "--config: expected one argument"),
     ],
@@ -176,7 +204,10 @@ def test_wrong_options(argv, message, capsys):
             "run.yaml: compression.policy is 'dmc'; it must be a mapping of names to values.",
         ),
         ("compression: {policy: {stage: finetune}}", f"run.yaml: {BELONGS}"),
-        ("compression: {policy: {name: null}}", "compression.policy.name is None; it must be one of dense, dmc."),
+        (
+            "compression: {policy: {name: null}}",
+            "compression.policy.name is None; it must be one of dense, dmc.",
+        ),
         (
             "compression: {policy: {name: dmc, stge: x}}",
             "policy.stge is unknown; did you mean compression.policy.stage?",
@@ -198,11 +229,15 @@ def test_wrong_files(text, message, tmp_path, capsys):
 def test_all_problems_of_files_and_options_are_said_at_once(tmp_path, capsys):
     file = write(tmp_path / "run.yaml", "train: {seed: x, train_iter: 1}\ndata: {mock: 3}\n")
     said = refusal(["--config", file, "--optimizer.lr", "fast", "--compression.policy.eps", "1"], capsys)
-    assert all(key in said for key in ("train.seed", "train.train_iter ", "data.mock", "optimizer.lr", "policy.eps"))
+    assert all(
+        key in said for key in ("train.seed", "train.train_iter ", "data.mock", "optimizer.lr", "policy.eps")
+    )
 
 
 def test_files_that_cannot_be_read(tmp_path, capsys):
-    assert "cannot be read: No such file or directory." in refusal(["--config", str(tmp_path / "none.yaml")], capsys)
+    assert "cannot be read: No such file or directory." in refusal(
+        ["--config", str(tmp_path / "none.yaml")], capsys
+    )
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     assert "is not a text in UTF-8" in refusal(["--config", str(tmp_path / "binary")], capsys)
 
@@ -240,22 +275,35 @@ def test_help_explains_every_field_with_its_default(capsys):
     for key, _, _ in leaves(RunConfig):
         assert f"--{key} " in shown
     assert "Tokens per sequence. (type: int, default: 1024)" in shown
-    assert "Save and exit cleanly after this long (for batch systems with time limits). (type: float | null" in shown
+    assert (
+        "Save and exit cleanly after this long (for batch systems with time limits). (type: float | null"
+        in shown
+    )
     assert "train: Length, batch and numerics of the run:" in shown
     assert (
-        "compression.policy: What is kept along the sequence: --compression.policy.name {dense,dmc} dense: Keep"
-        in shown
+        "compression.policy: What is kept along the sequence: --compression.policy.name {dense,dmc} dense: "
+        "Keep" in shown
     )
     assert "compression.policy dmc: --compression.policy.stage {zero_out,retrofit,finetune}" in shown
 
 
 def test_help_needs_no_torch():
-    program = "import sys; from megatron_ext.command_line import parse_run_config; assert 'torch' not in sys.modules"
+    program = (
+        "import sys; from megatron_ext.command_line import parse_run_config; assert 'torch' not in "
+        "sys.modules"
+    )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 def test_print_config_can_be_run_again(tmp_path, capsys):
-    argv = ["--compression.layer_types", "0_0_2_2", "--data.data_path", "[1,a]", "--optimizer.adam_eps", "1e-9"]
+    argv = [
+        "--compression.layer_types",
+        "0_0_2_2",
+        "--data.data_path",
+        "[1,a]",
+        "--optimizer.adam_eps",
+        "1e-9",
+    ]
     argv += ["--compression.policy.name", "dmc", "--compression.policy.temperature", "0.2"]
     with pytest.raises(SystemExit) as stop:
         parse_run_config([*argv, "--print_config"])

@@ -21,7 +21,9 @@ def sections(section=RunConfig, prefix=""):
     ("name", "section"), list(sections()), ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_every_field_is_documented_and_frozen(name, section):
-    described = {entry.arg_name: entry.description for entry in docstring_parser.parse_from_object(section).params}
+    described = {
+        entry.arg_name: entry.description for entry in docstring_parser.parse_from_object(section).params
+    }
     for field in dataclasses.fields(section):
         if not dataclasses.is_dataclass(typing.get_type_hints(section)[field.name]):
             assert described.get(field.name), f"{name}.{field.name} has no docstring"
@@ -36,7 +38,9 @@ def test_a_run_can_be_a_dictionary_key():
 def test_derived_sizes():
     model = ModelConfig(hidden_size=96, num_attention_heads=6)
     assert (model.head_dim, model.query_groups, model.ffn_size) == (16, 6, 256)
-    given = ModelConfig(hidden_size=96, num_attention_heads=6, num_query_groups=2, kv_channels=32, ffn_hidden_size=100)
+    given = ModelConfig(
+        hidden_size=96, num_attention_heads=6, num_query_groups=2, kv_channels=32, ffn_hidden_size=100
+    )
     assert (given.head_dim, given.query_groups, given.ffn_size) == (32, 2, 100)
 
 

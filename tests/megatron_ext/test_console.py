@@ -12,7 +12,9 @@ def raising(error: Exception) -> None:
     raise error
 
 
-@pytest.mark.parametrize(("error", "status"), [(ConfigError("set x to 1"), 2), (ArithmeticError("the loss is nan"), 1)])
+@pytest.mark.parametrize(
+    ("error", "status"), [(ConfigError("set x to 1"), 2), (ArithmeticError("the loss is nan"), 1)]
+)
 def test_messages(error: Exception, status: int, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR):
         assert exit_status(lambda: raising(error)) == status

@@ -28,7 +28,8 @@ def test_installing_twice_changes_nothing() -> None:
 
 def test_importing_patches_nothing() -> None:
     code = (
-        "import torch; before = torch.zeros, torch.cuda.current_device, torch.Tensor.cuda; import megatron_ext.cpu;"
+        "import torch; before = torch.zeros, torch.cuda.current_device, torch.Tensor.cuda; import "
+        "megatron_ext.cpu;"
         "assert before == (torch.zeros, torch.cuda.current_device, torch.Tensor.cuda)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -40,7 +41,9 @@ def test_nothing_is_patched_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu.install()
 
 
-@pytest.mark.parametrize("name", ["current_device", "set_device", "synchronize", "empty_cache", "current_stream"])
+@pytest.mark.parametrize(
+    "name", ["current_device", "set_device", "synchronize", "empty_cache", "current_stream"]
+)
 def test_device_calls(name: str) -> None:
     result = getattr(torch.cuda, name)(*([0] if name == "set_device" else []))
     assert result == (torch.device("cpu") if name == "current_device" else None)
@@ -86,7 +89,8 @@ def test_tensors_stay_where_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "name"), [(torch.float32, "torch.cuda.FloatTensor"), (torch.bfloat16, "torch.cuda.BFloat16Tensor")]
+    ("dtype", "name"),
+    [(torch.float32, "torch.cuda.FloatTensor"), (torch.bfloat16, "torch.cuda.BFloat16Tensor")],
 )
 def test_types_are_named_as_the_optimizers_expect(dtype: torch.dtype, name: str) -> None:
     tensor = torch.zeros(1, dtype=dtype)

@@ -115,18 +115,26 @@ def test_settings_of_variants_that_are_not_chosen():
         "1: thing.age belongs to thing tree or cat; thing.name is stone: remove the former, or set the latter to tree or cat.",
         "1: thing.height belongs to thing tree; thing.name is stone: remove the former, or set the latter to tree.",
     ]
-    assert refusal({"other": {"roots": {"metres": 2}}}).startswith("0: other.roots.metres belongs to other tree;")
+    assert refusal({"other": {"roots": {"metres": 2}}}).startswith(
+        "0: other.roots.metres belongs to other tree;"
+    )
 
 
 def test_an_unknown_name_is_the_only_thing_said_about_a_variant():
     assert refusal({"thing": {"name": "house", "age": "old"}}) == (
         "0: thing.name is 'house'; it must be one of stone, tree, cat."
     )
-    assert refusal({"thing": {"name": ["tree"]}}) == "0: thing.name is ['tree']; it must be one of stone, tree, cat."
+    assert (
+        refusal({"thing": {"name": ["tree"]}})
+        == "0: thing.name is ['tree']; it must be one of stone, tree, cat."
+    )
 
 
 def test_values_of_the_wrong_type_and_unknown_keys():
-    assert refusal({"thing": {"name": "tree", "age": "old"}}) == "0: thing.age is 'old'; it must be an integer or null."
+    assert (
+        refusal({"thing": {"name": "tree", "age": "old"}})
+        == "0: thing.age is 'old'; it must be an integer or null."
+    )
     assert refusal({"thing": {"hight": 1}}) == "0: thing.hight is unknown; did you mean thing.height?"
     assert refusal({"thing": 5}) == "0: thing is 5; it must be a mapping of names to values."
     assert refusal(5) == "0: the configuration is 5; it must be a mapping of names to values."
@@ -134,7 +142,10 @@ def test_values_of_the_wrong_type_and_unknown_keys():
 
 def test_a_key_has_one_setting_for_each_variant_that_has_it():
     known = settings_of(Garden)
-    assert [setting.needs for setting in known["thing.age"]] == [("thing.name", "tree"), ("thing.name", "cat")]
+    assert [setting.needs for setting in known["thing.age"]] == [
+        ("thing.name", "tree"),
+        ("thing.name", "cat"),
+    ]
     assert [setting.default for setting in known["other.name"]] == ["cat"]
     assert "thing" not in known and "thing.roots" not in known
 
@@ -142,8 +153,8 @@ def test_a_key_has_one_setting_for_each_variant_that_has_it():
 def test_help_groups_settings_by_variant():
     shown = " ".join(describe_settings(Garden).split())
     assert (
-        "thing: What is in the middle: --thing.name {stone,tree,cat} stone: Lies there. tree: Grows and grows, "
-        in shown
+        "thing: What is in the middle: --thing.name {stone,tree,cat} stone: Lies there. tree: Grows and "
+        "grows, " in shown
     )
     assert "100 % of the time. cat: Sleeps." in shown and "Further" not in shown
     assert "thing tree: --thing.age AGE In years; null: unknown. (type: int | null, default: 5)" in shown

@@ -42,6 +42,9 @@ def test_text_survives(vocabulary: Path) -> None:
 
 def test_the_exported_tokenizer_gives_the_same_ids(vocabulary: Path, tmp_path: Path) -> None:
     write_tokenizer(kind_of(vocabulary), vocabulary, tmp_path)
-    original, exported = load_tokenizer("sentencepiece", str(vocabulary)), load_tokenizer("huggingface", str(tmp_path))
+    original, exported = (
+        load_tokenizer("sentencepiece", str(vocabulary)),
+        load_tokenizer("huggingface", str(tmp_path)),
+    )
     for text in TEXTS:
         assert exported.encode(text) == original.encode(text)

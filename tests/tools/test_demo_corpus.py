@@ -25,7 +25,9 @@ def test_it_is_the_standard_library_and_its_documentation(corpus: Path) -> None:
     assert texts["json/decoder.py"] == Path(sysconfig.get_path("stdlib"), "json", "decoder.py").read_text()
     assert "def" in texts["pydoc/for"] or "for" in texts["pydoc/for"]
     assert "math" in " ".join(texts) or "builtin/itertools" in texts
-    assert not [source for source in texts if "/tests/" in source or source.startswith(("test/", "site-packages"))]
+    assert not [
+        source for source in texts if "/tests/" in source or source.startswith(("test/", "site-packages"))
+    ]
     assert all(text.strip() for text in texts.values())
     home = str(Path.home())
     assert not [source for source in texts if source.startswith("/") or home in source]
@@ -58,5 +60,8 @@ def test_bad_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["--output", str(tmp_path / "corpus.txt")]) == 2
     assert "must end with .jsonl" in capsys.readouterr().err
     assert main(["--output", str(tmp_path / "corpus.jsonl"), "--max-bytes", "1"]) == 2
-    assert "no document of Python's standard library was found that fits into --max-bytes=1" in capsys.readouterr().err
+    assert (
+        "no document of Python's standard library was found that fits into --max-bytes=1"
+        in capsys.readouterr().err
+    )
     assert not list(tmp_path.iterdir())

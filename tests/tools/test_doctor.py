@@ -64,9 +64,15 @@ def _versions(**versions: str | None) -> Callable[[str], str | None]:
     return lambda name: versions.get(name.replace("-", "_"), "1.0")
 
 
-def test_requirement_that_is_absent_or_out_of_range_prevents_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "requirements", lambda: ["megatron-core>=0.16.1,<0.17", "psutil>=5.9", "torch>=2.6"])
-    monkeypatch.setattr(doctor, "_version", _versions(megatron_core="0.17.0", psutil=None, torch="2.13.0+cpu"))
+def test_requirement_that_is_absent_or_out_of_range_prevents_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        doctor, "requirements", lambda: ["megatron-core>=0.16.1,<0.17", "psutil>=5.9", "torch>=2.6"]
+    )
+    monkeypatch.setattr(
+        doctor, "_version", _versions(megatron_core="0.17.0", psutil=None, torch="2.13.0+cpu")
+    )
     report = Report()
     doctor._requirements(report)
     assert report.found["torch"] == "2.13.0+cpu (supported: >=2.6)"

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_ext.config import ParallelConfig
 from megatron_ext.errors import ConfigError
-from megatron_ext.training.logits_file import read_tokens
+from megatron_ext.evaluation.logits_file import read_tokens
 from tests.megatron_ext.training.runs import tiny_run, train
 from tests.ranks import run_on_ranks
 from tools.dump_logits import main
@@ -18,19 +18,29 @@ YOCO = {"layer_types": "0s_1s_2_2", "sliding_window": 8}
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
-    run_on_ranks(1, train, tiny_run(compression=YOCO, checkpoint={"save": str(folder)}, train={"train_iters": 3}))
+    run_on_ranks(
+        1, train, tiny_run(compression=YOCO, checkpoint={"save": str(folder)}, train={"train_iters": 3})
+    )
     return folder
 
 
 def dump(checkpoints: str, tokens: str, output: str, *layout: str) -> int:
-    return main(["--load", checkpoints, "--tokens", tokens, "--output", output, "--rows_at_once", "2", *layout])
+    return main(
+        ["--load", checkpoints, "--tokens", tokens, "--output", output, "--rows_at_once", "2", *layout]
+    )
 
 
 def test_every_layout_gives_the_same_logits(checkpoints: Path, tmp_path: Path) -> None:
     tokens = np.random.default_rng(0).integers(97, size=(5, 11))
     np.save(tmp_path / "tokens.npy", tokens)
     found = []
-    for name, ranks, tp, pp in [("one", 1, 1, 1), ("tp", 2, 2, 1), ("pp", 2, 1, 2), ("both", 4, 2, 2), ("dp", 2, 1, 1)]:
+    for name, ranks, tp, pp in [
+        ("one", 1, 1, 1),
+        ("tp", 2, 2, 1),
+        ("pp", 2, 1, 2),
+        ("both", 4, 2, 2),
+        ("dp", 2, 1, 1),
+    ]:
         layout = [f"--tensor_model_parallel_size={tp}", f"--pipeline_model_parallel_size={pp}"]
         arguments = (str(checkpoints), str(tmp_path / "tokens.npy"), str(tmp_path / f"{name}.npy"), *layout)
         assert run_on_ranks(ranks, dump, *arguments) == [0] * ranks
@@ -72,7 +82,7 @@ def test_a_layout_that_cannot_be(checkpoints: Path, tmp_path: Path) -> None:
 
 def restore_error(checkpoints: str, pp_or_tp: int) -> str:
     from megatron_ext.parallel.process_groups import initialize
-    from megatron_ext.training.restore import restore
+    from megatron_ext.restoring.model import restore
 
     initialize(ParallelConfig(), seed=1)
     wanted = (

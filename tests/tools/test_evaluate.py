@@ -1,4 +1,5 @@
-"""lm-eval through the engine: scores are those of the logits, tasks run offline, and what cannot work is named."""
+"""lm-eval through the engine: scores are those of the logits, tasks run offline, and what cannot work is
+named."""
 
 import json
 import sys
@@ -49,7 +50,11 @@ ANSWERS: dict[str, Any] = {
     "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
 }
 DOCUMENTS = [
-    {"question": f"document {number} of the", "choices": [" corpus", " hello world", " word"], "answer": number % 3}
+    {
+        "question": f"document {number} of the",
+        "choices": [" corpus", " hello world", " word"],
+        "answer": number % 3,
+    }
     for number in range(6)
 ]
 DOCUMENTS[0]["question"] += " word" * 200  # longer than the context
@@ -58,7 +63,11 @@ DOCUMENTS[0]["question"] += " word" * 200  # longer than the context
 @pytest.fixture
 def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of tasks, and nothing else that lm-eval and its data sets could reach."""
-    for name, value in {"HF_HOME": str(tmp_path / "home"), "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}.items():
+    for name, value in {
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HUB_OFFLINE": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     folder = tmp_path / "tasks"
     folder.mkdir()
@@ -73,13 +82,26 @@ def loglikelihood(model: Any, tokens: list[int], predicted: int) -> tuple[float,
     with torch.no_grad():
         logits = model(torch.tensor([tokens[:-1]]), use_cache=False).logits[0, -predicted:].double()
     wanted = torch.tensor(tokens[-predicted:])
-    return logits.log_softmax(-1)[range(predicted), wanted].sum().item(), bool((logits.argmax(-1) == wanted).all())
+    return logits.log_softmax(-1)[range(predicted), wanted].sum().item(), bool(
+        (logits.argmax(-1) == wanted).all()
+    )
 
 
-def test_tasks_run_with_the_compressed_cache(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tasks_run_with_the_compressed_cache(
+    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_folder(tmp_path / "model", CYCLIC, MERGING)
     names = "tiny_choices,tiny_texts,tiny_answers"
-    options = ["--model", str(tmp_path / "model"), "--tasks", names, "--include-path", str(tasks), "--limit", "4"]
+    options = [
+        "--model",
+        str(tmp_path / "model"),
+        "--tasks",
+        names,
+        "--include-path",
+        str(tasks),
+        "--limit",
+        "4",
+    ]
     assert main([*options, "--output", str(tmp_path / "scores.json")]) == 0
     shown = capsys.readouterr().out
     assert all(f"|{name}" in shown.replace(" ", "") for name in names.split(","))
@@ -98,7 +120,12 @@ def test_scores_are_those_of_the_logits(tmp_path: Path) -> None:
     model, tokenizer = load_model(tmp_path)
     engine = Engine(model, tokenizer=tokenizer, page_size=4, max_batch_size=3)
     lm = adapter(engine, tokenizer, max_length=20, batch_size=2)
-    pairs = [("hello", " world"), ("document", " 3 of the corpus: word"), ("", "hello world"), ("corpus" * 20, " word")]
+    pairs = [
+        ("hello", " world"),
+        ("document", " 3 of the corpus: word"),
+        ("", "hello world"),
+        ("corpus" * 20, " word"),
+    ]
     found = lm.loglikelihood([SimpleNamespace(args=pair) for pair in pairs], disable_tqdm=True)
     for (context, continuation), (score, greedy) in zip(pairs, found, strict=True):
         whole = tokenizer(context + continuation).input_ids
@@ -135,7 +162,9 @@ def test_answers_are_the_engines(tmp_path: Path) -> None:
     lm = adapter(engine, tokenizer, max_length=12, batch_size=2, seed=5)
     contexts = ["hello world", "the corpus: " * 9, "document"]
     settings = {"until": "\n", "max_gen_toks": 6, "do_sample": True, "temperature": 0.8, "top_k": 20}
-    found = lm.generate_until([SimpleNamespace(args=(context, settings)) for context in contexts], disable_tqdm=True)
+    found = lm.generate_until(
+        [SimpleNamespace(args=(context, settings)) for context in contexts], disable_tqdm=True
+    )
     for number, (context, answer) in enumerate(zip(contexts, found, strict=True)):
         prompt = tokenizer(context).input_ids[-6:]
         params = SamplingParams(0.8, top_k=20, max_new_tokens=6, stop=("\n",), seed=5 + number)
@@ -148,7 +177,12 @@ def test_chats_and_special_tokens(tmp_path: Path) -> None:
     save_folder(tmp_path, begins=True, chat=True)
     model, tokenizer = load_model(tmp_path)
     lm = adapter(
-        Engine(model, tokenizer=tokenizer), tokenizer, max_length=8, batch_size=4, token_by_token=False, seed=0
+        Engine(model, tokenizer=tokenizer),
+        tokenizer,
+        max_length=8,
+        batch_size=4,
+        token_by_token=False,
+        seed=0,
     )
     history = [{"role": "user", "content": "hello"}]
     assert lm.apply_chat_template(history) == "[user] hello\n[assistant] "
@@ -165,7 +199,9 @@ def test_settings_of_generation_tasks() -> None:
     assert sampling_params({"temperature": 0.7, "top_p": 0.9, "top_k": 0}, 0) == SamplingParams(
         0.7, top_p=0.9, max_new_tokens=256, seed=0
     )
-    with pytest.raises(ConfigError, match=r"generation_kwargs\.num_beams is 4; the engine has nothing of the kind"):
+    with pytest.raises(
+        ConfigError, match=r"generation_kwargs\.num_beams is 4; the engine has nothing of the kind"
+    ):
         sampling_params({"num_beams": 4}, 0)
     with pytest.raises(ConfigError, match=r"generation_kwargs: top_p is 2\.0"):
         sampling_params({"top_p": 2.0}, 0)
@@ -201,7 +237,9 @@ def test_unknown_tasks_are_named(
     )
 
 
-def test_it_says_that_lm_eval_is_missing(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_it_says_that_lm_eval_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert main(["--model", "nowhere", "--tasks", "x"]) == 2
     assert "lm-eval is not installed" in capfd.readouterr().err

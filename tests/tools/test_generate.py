@@ -34,10 +34,22 @@ def run(folder: Path, *options: str) -> int:
 
 
 def test_one_prompt(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = ["--max-new-tokens", "12", "--temperature", "0.9", "--top-k", "40", "--seed", "3", "--ignore-eos"]
+    settings = [
+        "--max-new-tokens",
+        "12",
+        "--temperature",
+        "0.9",
+        "--top-k",
+        "40",
+        "--seed",
+        "3",
+        "--ignore-eos",
+    ]
     assert run(folder, "--prompt", "hello world", *settings) == 0
     shown = capsys.readouterr()
-    answer = expected(folder, "hello world", max_new_tokens=12, temperature=0.9, top_k=40, seed=3, ignore_eos=True)
+    answer = expected(
+        folder, "hello world", max_new_tokens=12, temperature=0.9, top_k=40, seed=3, ignore_eos=True
+    )
     assert shown.out == f"{answer}\n"
     assert "12 tokens in " in shown.err
     assert "tokens per slot measured; at most " in shown.err and " pages of 1.00 KiB in use" in shown.err
@@ -126,7 +138,9 @@ def test_failed_prompts_are_counted(folder: Path, tmp_path: Path, capfd: pytest.
         ("", "prompts.jsonl has no prompts"),
     ],
 )
-def test_bad_batches(line: str, said: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_bad_batches(
+    line: str, said: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text(line)
     assert run(folder, "--batch", str(path)) == 2
@@ -138,8 +152,14 @@ def test_bad_batches(line: str, said: str, folder: Path, tmp_path: Path, capfd: 
     [
         (["--prompt", ""], "the prompt cannot be answered: the prompt is empty"),
         (["--prompt", "q" * 80], "the prompt has 80 tokens; it must have at most 63"),
-        (["--prompt", "a", "--temperature", "-1", "--max-new-tokens", "0"], "--temperature is -1.0; it must be"),
-        (["--prompt", "a", "--temperature", "-1", "--max-new-tokens", "0"], "--max-new-tokens is 0; it must be"),
+        (
+            ["--prompt", "a", "--temperature", "-1", "--max-new-tokens", "0"],
+            "--temperature is -1.0; it must be",
+        ),
+        (
+            ["--prompt", "a", "--temperature", "-1", "--max-new-tokens", "0"],
+            "--max-new-tokens is 0; it must be",
+        ),
         (["--batch", "nowhere.jsonl"], "--batch nowhere.jsonl cannot be read"),
         (
             ["--batch", "x", "--stream"],

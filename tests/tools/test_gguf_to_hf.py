@@ -8,7 +8,8 @@ import pytest
 from tools import gguf_to_hf
 
 gguf_packages = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("gguf", "accelerate")), reason="needs the extra gguf"
+    any(importlib.util.find_spec(name) is None for name in ("gguf", "accelerate")),
+    reason="needs the extra gguf",
 )
 
 
@@ -25,7 +26,9 @@ def convert(tmp_path: Path) -> int:
         (b"GGUF and then nothing sensible", "transformers cannot read it"),
     ],
 )
-def test_bad_files(content: bytes | None, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_bad_files(
+    content: bytes | None, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     if content is not None:
         (tmp_path / "model.gguf").write_bytes(content)
     assert convert(tmp_path) == 2
@@ -33,7 +36,9 @@ def test_bad_files(content: bytes | None, said: str, tmp_path: Path, capfd: pyte
     assert {path.name for path in tmp_path.iterdir()} <= {"model.gguf"}
 
 
-def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_missing_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(gguf_to_hf, "_PACKAGES", ("gguf_of_the_future",))
     assert convert(tmp_path) == 2
     assert "reading GGUF needs gguf_of_the_future: pip install -e '.[gguf]'" in capfd.readouterr().err

@@ -1,4 +1,5 @@
-"""Predicted memory of the KV cache is what the allocator needs; questions that make no sense are answered with what is wrong."""
+"""Predicted memory of the KV cache is what the allocator needs; questions that make no sense are answered
+with what is wrong."""
 
 import argparse
 import json
@@ -25,7 +26,12 @@ def allocated(made: LCKVLlamaForCausalLM, batch: int, tokens: int, page_size: in
     """A cache for `batch` sequences of `tokens` tokens, as large as can ever be needed."""
     cpu = torch.device("cpu")
     return paged_cache(
-        made.config, dtype=torch.float32, device=cpu, page_size=page_size, max_sequences=batch, max_tokens=tokens
+        made.config,
+        dtype=torch.float32,
+        device=cpu,
+        page_size=page_size,
+        max_sequences=batch,
+        max_tokens=tokens,
     )
 
 
@@ -54,7 +60,9 @@ def test_all_bytes_are_predicted() -> None:
     made, tokens = model(SHARED, MERGING), 1024
     predicted = cache_model(made.config, "float32", page_size=16)
     cache = allocated(made, 3, tokens, 16)
-    assert cache.bytes_per_sequence == predicted.table_bytes(tokens) + predicted.state_bytes + 8  # a number of tokens
+    assert (
+        cache.bytes_per_sequence == predicted.table_bytes(tokens) + predicted.state_bytes + 8
+    )  # a number of tokens
     assert cache.num_bytes == pytest.approx(
         3 * predicted.sequence_bytes(tokens), rel=0.02
     )  # a page of zeros, and the above
@@ -127,13 +135,21 @@ def test_a_run_next_to_a_plain_model(capsys: pytest.CaptureFixture[str]) -> None
     assert main([*RUN, *arguments]) == 0
     shown = capsys.readouterr().out
     assert (
-        "keys and values of 3 of 4 layers, 4 KV heads of 64 channels in bfloat16; pages of 16 slots, 4.00 KiB" in shown
+        "keys and values of 3 of 4 layers, 4 KV heads of 64 channels in bfloat16; pages of 16 slots, 4.00 KiB"
+        in shown
     )
-    assert "largest batch at 1,600 tokens" in shown and "longest context of 8 at once" in shown and "1.33x" in shown
+    assert (
+        "largest batch at 1,600 tokens" in shown
+        and "longest context of 8 at once" in shown
+        and "1.33x" in shown
+    )
 
 
 def test_merging_is_counted_with_its_target_or_as_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    dmc = [f"--compression.policy.{name}" for name in ("name=dmc", "stage=retrofit", "target_compression_ratio=4")]
+    dmc = [
+        f"--compression.policy.{name}"
+        for name in ("name=dmc", "stage=retrofit", "target_compression_ratio=4")
+    ]
     for given, ratio in ([], 4.0), (["--compression-ratio", "2.5"], 2.5):
         assert main([*RUN, *dmc, *given, "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
@@ -167,10 +183,18 @@ def test_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             "keeps every token: its policy is dmc in stage zero_out",
         ),
         (
-            ["--compression-ratio", "0.5", "--compression.policy.name=dmc", "--compression.policy.stage=finetune"],
+            [
+                "--compression-ratio",
+                "0.5",
+                "--compression.policy.name=dmc",
+                "--compression.policy.stage=finetune",
+            ],
             "--compression-ratio is 0.5; it must be at least 1",
         ),
-        (["--model", "nowhere"], "--model.num_layers 4 is given beside --model; a folder says all of the model itself"),
+        (
+            ["--model", "nowhere"],
+            "--model.num_layers 4 is given beside --model; a folder says all of the model itself",
+        ),
     ],
 )
 def test_bad_questions(arguments: list[str], said: str, capfd: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,12 @@ def test_a_bracket_for_each_iterated_group_says_how_often() -> None:
         ("0s_1", ["computes keys and values", "sees a window only"]),
         (
             "1_1_1",
-            ["computes keys and values", "computes none", "reads a layer below", "reads a layer above: iterated"],
+            [
+                "computes keys and values",
+                "computes none",
+                "reads a layer below",
+                "reads a layer above: iterated",
+            ],
         ),
     ],
 )
@@ -66,7 +71,9 @@ def test_the_legend_explains_what_occurs(layer_types: str, signs: list[str]) -> 
 
 def test_sliding_layers_have_bars() -> None:
     def bars(layer_types: str) -> int:
-        return sum(not isinstance(patch, FancyBboxPatch) for patch in draw([parse(layer_types)]).axes[0].patches)
+        return sum(
+            not isinstance(patch, FancyBboxPatch) for patch in draw([parse(layer_types)]).axes[0].patches
+        )
 
     assert (bars("0_1_2"), bars("0s_1_2s")) == (0, 6)
 
@@ -87,7 +94,9 @@ def test_who_reads_whom() -> None:
 def test_lines_in_one_lane_do_not_meet(sources: list[int]) -> None:
     reads = all_reads(LayerTypes.parse("_".join(map(str, sources)), len(sources)))
     chosen = lanes(reads)
-    assert sum(len(line.readers) for line in reads) == sum(source != index for index, source in enumerate(sources))
+    assert sum(len(line.readers) for line in reads) == sum(
+        source != index for index, source in enumerate(sources)
+    )
     for i, one in enumerate(reads):
         for j, other in enumerate(reads[:i]):
             if chosen[i] == chosen[j] and one.source != other.source:
@@ -104,7 +113,9 @@ def test_the_program_writes_a_picture(tmp_path, capsys) -> None:
     assert 700 < height < 1000
 
 
-@pytest.mark.parametrize(("text", "message"), [("0_x", "entry 1 (character 3) is 'x'"), ("T: 0_5", "reads layer 5")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("0_x", "entry 1 (character 3) is 'x'"), ("T: 0_5", "reads layer 5")]
+)
 def test_a_map_that_cannot_be_read(capsys, text: str, message: str) -> None:
     assert main([text]) == 2
     assert message in capsys.readouterr().err

@@ -38,7 +38,9 @@ def measured(folder: Path, text: Path, capsys: pytest.CaptureFixture[str], *opti
 
 
 @pytest.mark.parametrize(("layer_types", "policy"), KINDS)
-def test_all_ways_agree(layer_types, policy, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_ways_agree(
+    layer_types, policy, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_folder(tmp_path / "model", layer_types, policy)
     sizes = [f"--context={CONTEXT}", "--stride=7", "--prefill-tolerance=0"]
     found = {
@@ -51,7 +53,8 @@ def test_all_ways_agree(layer_types, policy, tmp_path: Path, text: Path, capsys:
     assert found["forward"]["passes"] == (12 if layer_types in (CYCLIC, TWO_GROUPS, CYCLIC_WINDOWS) else None)
     merges = (found["forward"]["compression_ratio"] or 1.0) > 1.1
     assert merges == (policy is not None)
-    # Not the same: caches are looked at a batch at a time, of which the engine may have computed the texts one after the other.
+    # Not the same: caches are looked at a batch at a time, of which the engine may have computed the texts
+    # one after the other.
     for way in ("cache", "tokens"):
         ratio = found[way]["compression_ratio"]
         assert ratio == pytest.approx(found["forward"]["compression_ratio"] or 1.0, rel=0.1), way
@@ -66,11 +69,20 @@ def test_it_is_that_of_the_logits(tmp_path: Path, text: Path, capsys: pytest.Cap
     found = measured(tmp_path / "model", text, capsys)
     assert found["loss"] == pytest.approx(expected, abs=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
-    assert found["bits_per_byte"] == pytest.approx(expected * (tokens.numel() - 1) / math.log(2) / len(TEXT), rel=1e-5)
-    assert (found["tokens"], found["bytes"], found["texts"], found["windows"]) == (tokens.numel() - 1, len(TEXT), 1, 1)
+    assert found["bits_per_byte"] == pytest.approx(
+        expected * (tokens.numel() - 1) / math.log(2) / len(TEXT), rel=1e-5
+    )
+    assert (found["tokens"], found["bytes"], found["texts"], found["windows"]) == (
+        tokens.numel() - 1,
+        len(TEXT),
+        1,
+        1,
+    )
 
 
-def test_windows_of_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_of_texts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_folder(tmp_path / "model", PLAIN, MERGING)
     lines = [{"text": TEXT[:12]}, {"text": TEXT[20:80]}, {"text": ""}, {"text": TEXT}]
     path = tmp_path / "texts.jsonl"
@@ -105,7 +117,9 @@ def test_rows(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) ->
     with torch.no_grad():
         expected = model(rows, labels=rows).loss.item()
     for way in ("forward", "tokens", "transformers"):
-        found = measured(tmp_path / "model", text, capsys, "--rows", "3", "--row-length", "9", "--through", way)
+        found = measured(
+            tmp_path / "model", text, capsys, "--rows", "3", "--row-length", "9", "--through", way
+        )
         assert found["loss"] == pytest.approx(expected, abs=1e-5), way
         assert (found["tokens"], found["windows"]) == (24, 3)
         assert found["bytes"] == sum(len(tokenizer.decode(row[1:])) for row in rows)
@@ -153,10 +167,22 @@ def test_what_is_printed(tmp_path: Path, text: Path, capsys: pytest.CaptureFixtu
     ("options", "said"),
     [
         (["--context", "65"], "--context is 65; it must be at most 64, the model's context"),
-        (["--rows", "0", "--row-length", "9"], "--rows is 0 and --row-length is 9; they must be at least 1 and 2"),
-        (["--rows", "3"], "--rows is 3 and --row-length is None; they must be at least 1 and 2, and both be given"),
-        (["--rows", "1", "--row-length", "66"], "--row-length - 1 is 65; it must be at most 64, the model's context"),
-        (["--rows", "1", "--row-length", "9", "--stride", "2"], "--rows and --row-length are given beside --context"),
+        (
+            ["--rows", "0", "--row-length", "9"],
+            "--rows is 0 and --row-length is 9; they must be at least 1 and 2",
+        ),
+        (
+            ["--rows", "3"],
+            "--rows is 3 and --row-length is None; they must be at least 1 and 2, and both be given",
+        ),
+        (
+            ["--rows", "1", "--row-length", "66"],
+            "--row-length - 1 is 65; it must be at most 64, the model's context",
+        ),
+        (
+            ["--rows", "1", "--row-length", "9", "--stride", "2"],
+            "--rows and --row-length are given beside --context",
+        ),
         (
             ["--rows", "90", "--row-length", "9"],
             "rows of 9 tokens; 90 are needed. Give a longer text, or fewer or shorter",
@@ -215,13 +241,18 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def of_run(folder: str, output: str, *options: str) -> int:
     tokenizer = ("--tokenizer_type=sentencepiece", f"--tokenizer_model={folder}/tokenizer.model")
-    return main([f"--load={folder}/run", f"--text={folder}/text.txt", f"--output={output}", *tokenizer, *options])
+    return main(
+        [f"--load={folder}/run", f"--text={folder}/text.txt", f"--output={output}", *tokenizer, *options]
+    )
 
 
 def test_every_layout_of_a_checkpoint_gives_the_same(checkpoints: Path, tmp_path: Path) -> None:
     found = {}
     for name, ranks, tp, pp in [("one", 1, 1, 1), ("tp", 2, 2, 1), ("pp", 2, 1, 2), ("dp", 2, 1, 1)]:
-        output, layout = tmp_path / name, (f"--tensor_model_parallel_size={tp}", f"--pipeline_model_parallel_size={pp}")
+        output, layout = (
+            tmp_path / name,
+            (f"--tensor_model_parallel_size={tp}", f"--pipeline_model_parallel_size={pp}"),
+        )
         options = ("--context=8", "--stride=5", "--max-tokens=24", *layout)
         assert run_on_ranks(ranks, of_run, str(checkpoints), str(output), *options) == [0] * ranks
         found[name] = json.loads(output.read_text())
@@ -231,7 +262,9 @@ def test_every_layout_of_a_checkpoint_gives_the_same(checkpoints: Path, tmp_path
         assert values["loss"] == pytest.approx(found["one"]["loss"], abs=2e-6), name
 
 
-def test_checkpoints_run_forward_only(checkpoints: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_checkpoints_run_forward_only(
+    checkpoints: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     for options in (["--through", "cache"], ["--passes", "3"]):
         assert of_run(str(checkpoints), str(tmp_path / "out"), *options) == 2
         assert (

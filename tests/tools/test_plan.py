@@ -1,4 +1,5 @@
-"""The plan of a run: its numbers are those of the model that would be built, and everything that cannot work is named at once."""
+"""The plan of a run: its numbers are those of the model that would be built, and everything that cannot work
+is named at once."""
 
 import re
 import subprocess
@@ -19,7 +20,16 @@ from tests.ranks import run_on_ranks
 from tools.plan import Plan, find_vocab_size, main, size_problems
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ["--model.num_layers", "4", "--model.hidden_size", "32", "--model.vocab_size", "50", "--data.mock", "true"]
+TINY = [
+    "--model.num_layers",
+    "4",
+    "--model.hidden_size",
+    "32",
+    "--model.vocab_size",
+    "50",
+    "--data.mock",
+    "true",
+]
 TINY += [
     "--model.num_query_groups",
     "2",
@@ -50,7 +60,8 @@ def line(lines: list[str], start: str) -> str:
 
 
 def built(argv: list[str]) -> tuple[int, tuple[int, ...], int]:
-    """Run on every rank: parameters in all, the shape that it sends to the next stage, and parameters held."""
+    """Run on every rank: parameters in all, the shape that it sends to the next stage, and parameters
+    held."""
     run = parse_run_config(argv)
     initialize(run.parallel, seed=1)
     stage = build_stage(run.model, run.compression, run.parallel, run.train, vocab_size=50)
@@ -91,13 +102,21 @@ def test_a_plan_from_top_to_bottom(capsys) -> None:
     ]
     assert "┐ iterated" in lines[1]
     assert "window 16" in lines[3]
-    assert line(lines, "KV cache").endswith("192 bytes per token in 16 bits, 1.33x less than a plain model's 256")
+    assert line(lines, "KV cache").endswith(
+        "192 bytes per token in 16 bits, 1.33x less than a plain model's 256"
+    )
     assert line(lines, "  full context").endswith("9.00 KiB for 64 tokens, 1.78x less than 16.00 KiB")
-    assert line(lines, "predicted cost").endswith("(7 passes without and 2 with gradient over each cyclic group)")
+    assert line(lines, "predicted cost").endswith(
+        "(7 passes without and 2 with gradient over each cyclic group)"
+    )
     assert line(lines, "length").startswith("length                10 steps, 5,120 tokens, ")
-    assert line(lines, "time").endswith("hours if every device does 40 % of 0.001 TFLOP/s (assumed, not measured)")
+    assert line(lines, "time").endswith(
+        "hours if every device does 40 % of 0.001 TFLOP/s (assumed, not measured)"
+    )
     assert line(lines, "layout").endswith("4 processes: TP 1, PP 1, DP 4")
-    assert line(lines, "global batch").endswith("8 sequences = 4 replicas x 2 micro-batches x 1; 512 tokens per step")
+    assert line(lines, "global batch").endswith(
+        "8 sequences = 4 replicas x 2 micro-batches x 1; 512 tokens per step"
+    )
     assert "not predicted" not in line(lines, "0  ")
     assert not any(text.startswith("pipeline") for text in lines)
 
@@ -122,12 +141,16 @@ def test_replicas_share_the_state_of_a_distributed_optimizer(capsys) -> None:
     def optimizer(*argv: str) -> float:
         return float(re.split(r"  +", line(planned(capsys, "--world_size", "4", *argv), "0  "))[5].split()[0])
 
-    assert optimizer("--parallel.use_distributed_optimizer", "false") == pytest.approx(4 * optimizer(), rel=1e-3)
+    assert optimizer("--parallel.use_distributed_optimizer", "false") == pytest.approx(
+        4 * optimizer(), rel=1e-3
+    )
 
 
 def test_time_follows_operations_devices_and_utilisation(capsys) -> None:
     def hours(*argv: str) -> float:
-        return float(line(planned(capsys, "--logging.peak_tflops", "1e-6", *argv), "time").split()[1].replace(",", ""))
+        return float(
+            line(planned(capsys, "--logging.peak_tflops", "1e-6", *argv), "time").split()[1].replace(",", "")
+        )
 
     base = hours()
     assert hours("--utilisation", "0.2") == pytest.approx(2 * base, rel=0.05)
@@ -148,7 +171,9 @@ def test_costs_are_those_that_the_run_itself_reports(capsys, argv: list[str]) ->
     run = parse_run_config([*TINY, *argv])
     plan = Plan(run, 4, 50, 0.4)
     assert plan.recomputed_layers == recomputed_layers(run)
-    assert f"{cost_of(run, plan.shape).hardware_flops:.3e} with recomputation" in line(planned(capsys, *argv), "FLOPs")
+    assert f"{cost_of(run, plan.shape).hardware_flops:.3e} with recomputation" in line(
+        planned(capsys, *argv), "FLOPs"
+    )
 
 
 def test_named_layouts_are_compared(capsys) -> None:
@@ -157,7 +182,13 @@ def test_named_layouts_are_compared(capsys) -> None:
     assert [text for text in lines[1:6] for name in names if text.startswith(name)] == lines[1:6]
     assert "64 tokens" in lines[0]
     assert lines[6].startswith("Sliding layers see 1,024 tokens, cyclic groups run 7 + 2 passes.")
-    assert [text.split()[-1] for text in lines[7:]] == ["0_1_2_3", "0_0_2_2", "0s_1s_2_2", "0_2_2_3", "0_1_1_3"]
+    assert [text.split()[-1] for text in lines[7:]] == [
+        "0_1_2_3",
+        "0_0_2_2",
+        "0s_1s_2_2",
+        "0_2_2_3",
+        "0_1_1_3",
+    ]
 
 
 def test_maps_are_compared_with_the_run_s_own_settings(capsys) -> None:
@@ -189,7 +220,10 @@ def test_all_problems_are_named_and_the_plan_is_shown_where_sizes_fit(capsys) ->
         (["--world_size", "3", *PIPELINE], "3 processes were started"),
         (["--train.global_batch_size", "7", "--world_size", "2"], "train.global_batch_size is 7"),
         (["--compression.layer_types", "0_0"], "compression.layer_types '0_0' has 2 entries"),
-        (["--compression.layer_types", "0_2_2_3", *PIPELINE], "iterates over layers and does not run as a pipeline"),
+        (
+            ["--compression.layer_types", "0_2_2_3", *PIPELINE],
+            "iterates over layers and does not run as a pipeline",
+        ),
         (
             ["--train.recompute_num_layers", "9", "--train.recompute_granularity", "full"],
             "train.recompute_num_layers is 9",
@@ -206,7 +240,7 @@ def test_sizes_that_do_not_fit_have_no_plan(capsys, argv: list[str], problem: st
 
 
 def test_every_problem_of_sizes_is_one_of_the_run() -> None:
-    from megatron_ext.validation import problems
+    from megatron_ext.validation.run import problems
 
     run = parse_run_config(
         [*TINY, "--train.seq_length", "0", "--model.num_layers", "0", "--train.micro_batch_size", "0"]
@@ -216,7 +250,10 @@ def test_every_problem_of_sizes_is_one_of_the_run() -> None:
 
 def test_a_vocabulary_that_nothing_tells(capsys) -> None:
     error = refused(capsys, "--data.data_path", "absent")
-    assert "the vocabulary is unknown; set model.vocab_size, or data.tokenizer_type and data.tokenizer_model." in error
+    assert (
+        "the vocabulary is unknown; set model.vocab_size, or data.tokenizer_type and data.tokenizer_model."
+        in error
+    )
 
 
 def test_a_tokenizer_that_is_not_there(capsys) -> None:
@@ -259,8 +296,16 @@ def test_windows_of_one_kind_of_reader_only_bound_the_cache() -> None:
 
 
 def test_a_plan_needs_neither_torch_nor_megatron() -> None:
-    script = "import sys; from tools.plan import main; main(sys.argv[1:]); print(sorted({'torch', 'megatron'} & set(sys.modules)))"
+    script = (
+        "import sys; from tools.plan import main; main(sys.argv[1:]); print(sorted({'torch', 'megatron'} & "
+        "set(sys.modules)))"
+    )
     result = subprocess.run(
-        [sys.executable, "-c", script, *TINY], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", script, *TINY],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     assert result.stdout.splitlines()[-1] == "[]"

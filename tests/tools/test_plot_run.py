@@ -87,7 +87,11 @@ def test_validation_is_placed_by_the_tokens_of_its_iteration(tmp_path):
 
 
 def test_values_that_were_not_finite_leave_a_gap(tmp_path):
-    lines = [json_line(1, {"lm_loss": 3.0}), json_line(2, {"lm_loss": math.nan}), json_line(3, {"lm_loss": 1.0})]
+    lines = [
+        json_line(1, {"lm_loss": 3.0}),
+        json_line(2, {"lm_loss": math.nan}),
+        json_line(3, {"lm_loss": 1.0}),
+    ]
     (run,) = read_runs([make_run(tmp_path / "a", lines)])
     assert run.series("lm_loss", "iteration") == ([1, 2, 3], [3.0, pytest.approx(math.nan, nan_ok=True), 1.0])
 
@@ -165,7 +169,9 @@ def test_nothing_to_draw_is_said_by_plot_itself():
 
 
 def test_a_run_that_merges_gets_a_heat_map_of_its_last_report(tmp_path: Path) -> None:
-    rates = {f"merge_rate/layer_{layer}/head_{head}": 0.25 * (layer + head) for layer in (0, 2) for head in (0, 1)}
+    rates = {
+        f"merge_rate/layer_{layer}/head_{head}": 0.25 * (layer + head) for layer in (0, 2) for head in (0, 1)
+    }
     first = {"iteration": 1, "compression_ratio": 1.0, **dict.fromkeys(rates, 0.0)}
     last = {
         "iteration": 2,

@@ -57,7 +57,11 @@ def manifest_of(prefix: str) -> DatasetManifest:
 
 
 def files() -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in Path.cwd().iterdir() if path.suffix in (".bin", ".idx", ".json")}
+    return {
+        path.name: path.read_bytes()
+        for path in Path.cwd().iterdir()
+        if path.suffix in (".bin", ".idx", ".json")
+    }
 
 
 def test_a_dataset_and_its_description(tokenizer_model: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,8 +75,16 @@ def test_a_dataset_and_its_description(tokenizer_model: str, capsys: pytest.Capt
     assert manifest.documents == 60
     assert manifest.tokens == tokens
     assert manifest.max_token_id == max(map(max, documents))
-    assert (manifest.tokenizer_type, manifest.tokenizer_fingerprint) == ("sentencepiece", tokenizer.fingerprint)
-    assert (manifest.vocab_size, manifest.eod, manifest.dtype, manifest.append_eod) == (320, 2, "uint16", True)
+    assert (manifest.tokenizer_type, manifest.tokenizer_fingerprint) == (
+        "sentencepiece",
+        tokenizer.fingerprint,
+    )
+    assert (manifest.vocab_size, manifest.eod, manifest.dtype, manifest.append_eod) == (
+        320,
+        2,
+        "uint16",
+        True,
+    )
     assert [(source.path, source.bytes) for source in manifest.sources] == [("corpus.jsonl", len(lines()))]
     output = capsys.readouterr()
     assert f"out/corpus: 60 documents, {tokens:,} tokens (uint16)" in output.out
@@ -90,13 +102,25 @@ def test_all_kinds_of_input_in_order(tokenizer_model: str) -> None:
     assert run(tokenizer_model, "--input", "in", "--output-prefix", "all", "--no-append-eod") == 0
     assert documents_in("all") == expected(tokenizer_model, TEXTS[:32], eod=False)
     assert not manifest_of("all").append_eod
-    arguments = ["--input", "in/*.txt", "in/a.jsonl", "in", "--suffix", "a.jsonl", "d.txt", "--output-prefix", "some"]
+    arguments = [
+        "--input",
+        "in/*.txt",
+        "in/a.jsonl",
+        "in",
+        "--suffix",
+        "a.jsonl",
+        "d.txt",
+        "--output-prefix",
+        "some",
+    ]
     assert run(tokenizer_model, *arguments) == 0
     assert documents_in("some") == expected(tokenizer_model, [TEXTS[30], *TEXTS[:10], *TEXTS[:10], TEXTS[30]])
 
 
 @pytest.mark.parametrize("shards", [[], ["--shards", "3"]])
-def test_workers_change_nothing(tokenizer_model: str, shards: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_change_nothing(
+    tokenizer_model: str, shards: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("megatron_ext.data.encoding._BATCH_RECORDS", 7)
     Path("corpus.jsonl").write_bytes(lines())
     Path("one").mkdir()
@@ -112,7 +136,9 @@ def test_workers_change_nothing(tokenizer_model: str, shards: list[str], monkeyp
 
 
 def test_several_keys(tokenizer_model: str) -> None:
-    Path("corpus.jsonl").write_bytes(b'{"title": "hello", "text": "world word"}\n{"title": "", "text": "corpus"}\n')
+    Path("corpus.jsonl").write_bytes(
+        b'{"title": "hello", "text": "world word"}\n{"title": "", "text": "corpus"}\n'
+    )
     keys = ["--json-keys", "title", "text"]
     assert run(tokenizer_model, "--input", "corpus.jsonl", "--output-prefix", "out", *keys) == 0
     assert documents_in("out_title") == expected(tokenizer_model, ["hello"])
@@ -164,7 +190,9 @@ def test_an_interrupted_job_goes_on_after_its_last_shard(
     assert {name: Path(name).stat().st_mtime_ns for name in kept} == kept
 
 
-def test_a_failure_leaves_only_complete_shards(tokenizer_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_leaves_only_complete_shards(
+    tokenizer_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     Path("corpus.jsonl").write_bytes(lines(TEXTS[:45]) + b'{"text": 5}\n' + lines(TEXTS[45:]))
     job = ["--input", "corpus.jsonl", "--output-prefix", "part", "--shards", "3"]
     assert run(tokenizer_model, *job) == 2
@@ -183,7 +211,9 @@ def test_a_job_that_is_done_is_not_done_again(tokenizer_model: str) -> None:
         assert {path: path.stat().st_mtime_ns for path in Path.cwd().iterdir()} == before
 
 
-def test_output_of_another_job_is_not_mixed_in(tokenizer_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_of_another_job_is_not_mixed_in(
+    tokenizer_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     Path("corpus.jsonl").write_bytes(lines())
     job = ["--input", "corpus.jsonl", "--output-prefix", "part", "--shards", "4"]
     assert run(tokenizer_model, *job) == 0
@@ -201,7 +231,9 @@ def test_output_of_another_job_is_not_mixed_in(tokenizer_model: str, capsys: pyt
     assert sorted(path.name for path in Path.cwd().glob("part*.bin")) == ["part-00000.bin", "part-00001.bin"]
 
 
-def test_damaged_output_is_not_taken_for_complete(tokenizer_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_output_is_not_taken_for_complete(
+    tokenizer_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     Path("corpus.jsonl").write_bytes(lines())
     job = ["--input", "corpus.jsonl", "--output-prefix", "part", "--shards", "2"]
     assert run(tokenizer_model, *job) == 0
@@ -213,7 +245,9 @@ def test_damaged_output_is_not_taken_for_complete(tokenizer_model: str, capsys: 
 def test_bad_lines_are_counted_on_request(
     tokenizer_model: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    Path("corpus.jsonl").write_bytes(lines(TEXTS[:3]) + b'{"text": \n[]\n\n{"text": ""}\n' + lines(TEXTS[3:5]))
+    Path("corpus.jsonl").write_bytes(
+        lines(TEXTS[:3]) + b'{"text": \n[]\n\n{"text": ""}\n' + lines(TEXTS[3:5])
+    )
     arguments = ["--input", "corpus.jsonl", "--output-prefix", "out"]
     assert run(tokenizer_model, *arguments) == 2
     assert "error: corpus.jsonl:4: not valid JSON (" in capsys.readouterr().err
@@ -230,10 +264,19 @@ def test_bad_lines_are_counted_on_request(
     [
         (["--input", "none.jsonl"], "input 'none.jsonl' stands for no file"),
         (["--input", "empty.jsonl"], "no document in empty.jsonl: all are empty or bad."),
-        (["--input", "text.txt", "--json-keys", "a", "b"], "--json-keys a b needs JSON lines, but text.txt is a text."),
+        (
+            ["--input", "text.txt", "--json-keys", "a", "b"],
+            "--json-keys a b needs JSON lines, but text.txt is a text.",
+        ),
         (["--input", "bad.jsonl.gz"], "bad.jsonl.gz: truncated or damaged"),
-        (["--input", "long.jsonl", "--max-document-mib", "1"], "long.jsonl:1: the document is longer than 1 MiB"),
-        (["--input", "text.txt", "--tokenizer-model", "none.model"], "tokenizer_model='none.model' does not exist"),
+        (
+            ["--input", "long.jsonl", "--max-document-mib", "1"],
+            "long.jsonl:1: the document is longer than 1 MiB",
+        ),
+        (
+            ["--input", "text.txt", "--tokenizer-model", "none.model"],
+            "tokenizer_model='none.model' does not exist",
+        ),
         (["--merge", "--input", "none-*.idx"], "--input 'none-*.idx' stands for no file"),
         (["--merge", "--input", "none"], "none.json not found"),
     ],
@@ -325,7 +368,8 @@ def test_memory_does_not_grow_with_the_input(tokenizer_model: str) -> None:
         Path(f"{documents}.jsonl").write_bytes(b'{"text": "a"}\n' * documents)
     tokenizer = ["--tokenizer-type", "sentencepiece", "--tokenizer-model", tokenizer_model]
     peaks = [
-        peak_kib("--input", f"{size}.jsonl", "--output-prefix", f"out{size}", *tokenizer) for size in (small, large)
+        peak_kib("--input", f"{size}.jsonl", "--output-prefix", f"out{size}", *tokenizer)
+        for size in (small, large)
     ]
     merged = peak_kib("--merge", "--input", f"out{large}", "--output-prefix", "merged")
     assert read_index("merged").documents == large

@@ -7,7 +7,7 @@ import torch
 
 from megatron_ext.config import DataConfig, ParallelConfig
 from megatron_ext.errors import ConfigError
-from megatron_ext.training.sampling import continue_tokens
+from megatron_ext.evaluation.sampling import continue_tokens
 from tests.megatron_ext.model.stages import MAPS, make_stage
 from tests.ranks import run_on_ranks
 from tools.sample import main, tokenizer_settings
@@ -16,7 +16,14 @@ from tools.sample import main, tokenizer_settings
 def sampled(tp: int, pp: int, temperature: float, seed: int, eod: int = -1) -> list[int]:
     parallel = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
     stage = make_stage(MAPS["yoco"], parallel).eval()
-    options = {"new_tokens": 8, "context": 6, "temperature": temperature, "top_k": 20, "eod": eod, "seed": seed}
+    options = {
+        "new_tokens": 8,
+        "context": 6,
+        "temperature": temperature,
+        "top_k": 20,
+        "eod": eod,
+        "seed": seed,
+    }
     return continue_tokens(stage, [1, 2, 3], **options)
 
 
@@ -58,7 +65,9 @@ def test_impossible_options(option: str, capfd: pytest.CaptureFixture[str]) -> N
 
 def test_a_run_without_tokenizer_needs_one() -> None:
     options = argparse.Namespace(tokenizer_type=None, tokenizer_model=None)
-    with pytest.raises(ConfigError, match=r"the run had no tokenizer .*; give --tokenizer_type and --tokenizer_model"):
+    with pytest.raises(
+        ConfigError, match=r"the run had no tokenizer .*; give --tokenizer_type and --tokenizer_model"
+    ):
         tokenizer_settings(DataConfig(), options)
     options = argparse.Namespace(tokenizer_type="tiktoken", tokenizer_model="ranks")
     assert tokenizer_settings(DataConfig(), options).tokenizer_model == "ranks"

@@ -36,14 +36,24 @@ class Server:
             "OMP_NUM_THREADS": "1",
             **({"LCKV_API_KEY": key} if key else {}),
         }
-        command = [sys.executable, str(ROOT / "tools" / "serve.py"), "--model", str(folder), "--port", "0", *options]
+        command = [
+            sys.executable,
+            str(ROOT / "tools" / "serve.py"),
+            "--model",
+            str(folder),
+            "--port",
+            "0",
+            *options,
+        ]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         self.log: list[str] = []
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         assert self._ready.wait(START_SECONDS), self.log
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key or "none", max_retries=10, timeout=60)
+        self.client = openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=key or "none", max_retries=10, timeout=60
+        )
 
     def _read(self) -> None:
         assert self.process.stderr is not None
@@ -79,7 +89,10 @@ def test_openais_library_completes_streams_and_chats(server: Server) -> None:
     ask = {"model": "tiny", "prompt": "Once", "max_tokens": 10, "temperature": 0}
     whole = client.completions.create(**ask).choices[0]
     assert whole.finish_reason == "length"
-    assert "".join(piece.choices[0].text for piece in client.completions.create(**ask, stream=True)) == whole.text
+    assert (
+        "".join(piece.choices[0].text for piece in client.completions.create(**ask, stream=True))
+        == whole.text
+    )
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     chat = {"model": "tiny", "messages": messages, "max_tokens": 10, "temperature": 0}
     answer = client.chat.completions.create(**chat)
@@ -118,8 +131,12 @@ def test_a_client_that_leaves_frees_its_pages(server: Server) -> None:
     while server.metric("lckv_pages_in_use") > 0 or server.metric("lckv_running") > 0:
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert server.metric("lckv_cancelled_total") >= before  # an answer may have been complete before its client left
-    assert server.client.completions.create(model="tiny", prompt="x", max_tokens=2).usage.completion_tokens == 2
+    assert (
+        server.metric("lckv_cancelled_total") >= before
+    )  # an answer may have been complete before its client left
+    assert (
+        server.client.completions.create(model="tiny", prompt="x", max_tokens=2).usage.completion_tokens == 2
+    )
 
 
 def test_sigterm_lets_running_answers_end(server: Server) -> None:
@@ -149,7 +166,10 @@ def test_sigterm_lets_running_answers_end(server: Server) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--max-new-tokens", "97"], "--max-new-tokens is 97; it must be at most the model's context, 96 tokens"),
+        (
+            ["--max-new-tokens", "97"],
+            "--max-new-tokens is 97; it must be at most the model's context, 96 tokens",
+        ),
         (["--port", "99999"], "--host 127.0.0.1 --port 99999: cannot listen there"),
         (["--memory", "1KB"], "memory_bytes is 1000; it must be at least"),
     ],

@@ -17,7 +17,9 @@ from tools.text_windows import Coder, Text, read_texts, rows_of_texts, whole_tex
 def test_every_token_but_the_first_is_predicted_once(length: int, context: int, data: st.DataObject) -> None:
     stride = data.draw(st.integers(1, context))
     windows = list(Text(list(range(length)), length).windows(context, stride))
-    assert [token for window in windows for token in window.tokens[-window.predicted :]] == list(range(1, length))
+    assert [token for window in windows for token in window.tokens[-window.predicted :]] == list(
+        range(1, length)
+    )
     assert all(1 <= window.predicted < len(window.tokens) <= context + 1 for window in windows)
     assert all(window.predicted == stride for window in windows[1:-1])
     # As much context as there is: none could begin earlier.

@@ -50,7 +50,10 @@ def test_other_inputs(corpus: Path) -> None:
     Path("texts").mkdir()
     for number, text in enumerate(TEXTS):
         Path(f"texts/{number:02d}.txt").write_text(text)
-    models = [train(TokenizerTraining(tuple(find_sources([path])), 330)) for path in ("corpus.jsonl", "*.zst", "texts")]
+    models = [
+        train(TokenizerTraining(tuple(find_sources([path])), 330))
+        for path in ("corpus.jsonl", "*.zst", "texts")
+    ]
     assert models[0] == models[1] == models[2]
 
 
@@ -74,13 +77,21 @@ def test_lines_of_any_length_are_learnt_from(corpus: Path) -> None:
     ("arguments", "message"),
     [
         (["--input", "none.jsonl"], "input 'none.jsonl' stands for no file"),
-        (["--input", "corpus.jsonl", "--vocab-size", "100"], "no tokenizer of --vocab-size=100 can be trained"),
-        (["--input", "corpus.jsonl", "--vocab-size", "9000"], "no tokenizer of --vocab-size=9000 can be trained"),
+        (
+            ["--input", "corpus.jsonl", "--vocab-size", "100"],
+            "no tokenizer of --vocab-size=100 can be trained",
+        ),
+        (
+            ["--input", "corpus.jsonl", "--vocab-size", "9000"],
+            "no tokenizer of --vocab-size=9000 can be trained",
+        ),
         (["--input", "corpus.jsonl", "--json-key", "body"], "corpus.jsonl:1: no key 'body'"),
         (["--input", "empty.jsonl"], "no text in the input: all documents are empty"),
     ],
 )
-def test_bad_input(corpus: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input(
+    corpus: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     Path("empty.jsonl").write_text('{"text": ""}\n')
     assert main(["--vocab-size", "330", "--output", "tokenizer.model", *arguments]) == 2
     assert f"error: {message}" in capsys.readouterr().err

@@ -21,7 +21,9 @@ def test_it_is_the_engines_answer_while_everything_is_kept(layer_types: str | No
     prompt = tokenizer("hello world").input_ids
     for params in (
         SamplingParams(0.0, max_new_tokens=20, ignore_eos=True),
-        SamplingParams(1.0, top_k=50, seed=4, max_new_tokens=20, repetition_penalty=1.3, stop=("o", "a", "e")),
+        SamplingParams(
+            1.0, top_k=50, seed=4, max_new_tokens=20, repetition_penalty=1.3, stop=("o", "a", "e")
+        ),
     ):
         expected = Engine(model, tokenizer=tokenizer).generate([prompt], params)[0]
         for sinks, chunk in ((4, 512), (0, 2)):

@@ -1,11 +1,13 @@
-"""Measures how the memory of one training step (forward and backward) grows with the number of layers, for several sharing maps.
+"""Measures how the memory of one training step (forward and backward) grows with the number of layers, for
+several sharing maps.
 
     python -m tools.benchmarks.activation_memory --output tools/benchmarks/results/activation_memory.csv
 
-saved: bytes of activations that forward keeps for backward, each storage counted once (exact, on any device). predicted: what
-megatron_ext/model/memory.py expects of them with full recompute. peak: the most bytes alive at a time during the step, beyond
-weights and gradients. growth: per layer since the row above, in layer inputs (tokens x hidden size numbers); that of the peak contains
-the random states that Megatron's recompute keeps, 5 or 10 kB of host memory per layer.
+saved: bytes of activations that forward keeps for backward, each storage counted once (exact, on any device).
+predicted: what megatron_ext/model/memory.py expects of them with full recompute. peak: the most bytes alive
+at a time during the step, beyond weights and gradients. growth: per layer since the row above, in layer
+inputs (tokens x hidden size numbers); that of the peak contains the random states that Megatron's recompute
+keeps, 5 or 10 kB of host memory per layer.
 """
 
 import argparse
@@ -45,7 +47,9 @@ class Step:
         """Of a new model without pipeline stages. Needs process groups."""
         vocab_size = model.vocab_size or 1
         stage = build_stage(model, compression, parallel, train, vocab_size=vocab_size)
-        tokens = torch.randint(vocab_size, (train.micro_batch_size, train.seq_length), device=device_of_rank())
+        tokens = torch.randint(
+            vocab_size, (train.micro_batch_size, train.seq_length), device=device_of_rank()
+        )
         positions = torch.arange(train.seq_length, device=tokens.device).expand_as(tokens)
 
         def forward() -> torch.Tensor:
@@ -77,7 +81,11 @@ class Step:
 
 
 def measure(
-    name: str, layer_types: Callable[[int], str], depths: Sequence[int], model: ModelConfig, train: TrainConfig
+    name: str,
+    layer_types: Callable[[int], str],
+    depths: Sequence[int],
+    model: ModelConfig,
+    train: TrainConfig,
 ) -> Iterator[dict[str, object]]:
     """One row for each number of layers."""
     layer_input = torch.finfo(torch.bfloat16 if train.precision == "bf16" else torch.float32).bits // 8
@@ -113,7 +121,9 @@ def measure(
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--heads", type=int, default=4)

@@ -2,9 +2,10 @@
 
     python -m tools.benchmarks.conversion_memory --output tools/benchmarks/results/conversion_memory.csv
 
-peak_bytes: by how much the resident memory of the converting process grows (Linux), mapped files included. allowed_bytes: 1.3 times the
-largest tensor and 64 MiB. cpu_seconds: those in which the process computed; of use where other programs run meanwhile. Models are Llamas
-in bfloat16 with random weights; what is measured is reading, mapping, writing and hashing, without the proof at the end.
+peak_bytes: by how much the resident memory of the converting process grows (Linux), mapped files included.
+allowed_bytes: 1.3 times the largest tensor and 64 MiB. cpu_seconds: those in which the process computed; of
+use where other programs run meanwhile. Models are Llamas in bfloat16 with random weights; what is measured is
+reading, mapping, writing and hashing, without the proof at the end.
 """
 
 import argparse
@@ -49,7 +50,8 @@ class RandomWeights:
 
 
 def model_of(size: int, vocab_size: int) -> ModelDescription:
-    """A Llama of about `size` bytes, whose largest tensor, the embedding, has `vocab_size` rows of a kilobyte."""
+    """A Llama of about `size` bytes, whose largest tensor, the embedding, has `vocab_size` rows of a
+    kilobyte."""
     layers = 1
     while True:
         model = ModelConfig(
@@ -117,7 +119,8 @@ def _status(name: str) -> int:
 
 
 def measure_in_turn(description: ModelDescription) -> Iterator[dict[str, object]]:
-    """All conversions of a model, each by a new process, in which there is nothing yet that it could use again."""
+    """All conversions of a model, each by a new process, in which there is nothing yet that it could use
+    again."""
     with TemporaryDirectory() as folder:
         write_source(description, Path(folder))
         for name in conversions(description, Path(folder)):
@@ -127,9 +130,15 @@ def measure_in_turn(description: ModelDescription) -> Iterator[dict[str, object]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 200, 400, 800], help="sizes of the models")
-    parser.add_argument("--vocab-size", type=int, default=40000, help="rows of the largest tensor, a kilobyte each")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--megabytes", type=int, nargs="+", default=[100, 200, 400, 800], help="sizes of the models"
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, default=40000, help="rows of the largest tensor, a kilobyte each"
+    )
     parser.add_argument("--output", type=Path, help="CSV file")
     options = parser.parse_args(argv)
     if not _CLEAR.exists():

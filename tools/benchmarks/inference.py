@@ -1,12 +1,13 @@
 """Measures what a small KV cache gains in generation and what it costs, next to a plain model, in one run.
 
-    python -m tools.benchmarks.inference --output tools/benchmarks/results/inference.csv --picture docs/images/inference.png
-    python -m tools.benchmarks.inference --models out/plain out/lckv out/dmc --text held_out.txt --lengths 128 256 --context 256
-    python -m tools.benchmarks.inference --random plain lckv dmc8=plain,dmc=8 --layers 32 --hidden-size 4096 --heads 32 --kv-heads 8
+    python -m tools.benchmarks.inference --output tools/benchmarks/results/inference.csv --picture
+    docs/images/inference.png python -m tools.benchmarks.inference --models out/plain out/lckv out/dmc --text
+    held_out.txt --lengths 128 256 --context 256 python -m tools.benchmarks.inference --random plain lckv
+    dmc8=plain,dmc=8 --layers 32 --hidden-size 4096 --heads 32 --kv-heads 8
 
-Models are Hugging Face folders, or have random weights: a map as in compression.layer_types, or the name of a layout of tools/layouts.py,
-and dmc=CR where CR tokens shall be merged into a slot. Ratios are to the first one. Times are medians of rounds in which the models take
-turns.
+Models are Hugging Face folders, or have random weights: a map as in compression.layer_types, or the name of a
+layout of tools/layouts.py, and dmc=CR where CR tokens shall be merged into a slot. Ratios are to the first
+one. Times are medians of rounds in which the models take turns.
 
     prefill         a prompt in one piece, up to the logits of its last token; passes over iterated layers as many as it takes to settle
     operations      of that, counted; if nothing else took time, times would have the same ratio
@@ -30,7 +31,14 @@ from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError
 from tools.benchmarks.generation.admission import cache_for
 from tools.benchmarks.generation.comparison import OF_LARGEST_BATCH, Row, Settings, compare
-from tools.benchmarks.generation.models import RandomModel, Sizes, Subject, load_folder, random_tokens, text_tokens
+from tools.benchmarks.generation.models import (
+    RandomModel,
+    Sizes,
+    Subject,
+    load_folder,
+    random_tokens,
+    text_tokens,
+)
 from tools.benchmarks.timing import CLOCKS, setting, write_csv
 from tools.options import memory_size, positive
 from tools.text_windows import read_texts
@@ -55,7 +63,9 @@ def subjects(options: argparse.Namespace) -> list[Subject]:
         options.sliding_window,
         longest,
     )
-    random = options.random if options.random or options.models else [RandomModel.parse(text) for text in RANDOM]
+    random = (
+        options.random if options.random or options.models else [RandomModel.parse(text) for text in RANDOM]
+    )
     default = torch.bfloat16 if device.type == "cuda" else torch.float32
     for each in random:
         model = each.build(sizes, dtype=dtype or default, device=device)
@@ -63,7 +73,8 @@ def subjects(options: argparse.Namespace) -> list[Subject]:
     names = [subject.name for subject in found]
     if len(set(names)) < len(names):
         raise ConfigError(
-            f"the models are called {', '.join(names)}; each needs a name of its own: its folder's, or NAME=MAP."
+            f"the models are called {', '.join(names)}; each needs a name of its own: its folder's, or "
+            "NAME=MAP."
         )
     return found
 
@@ -77,7 +88,8 @@ def _of_folder(
     context = model.config.max_position_embeddings
     if longest > context:
         raise ConfigError(
-            f"--models {folder} has a context of {context} tokens, but {longest} are measured; give smaller --lengths and --context."
+            f"--models {folder} has a context of {context} tokens, but {longest} are measured; give smaller "
+            "--lengths and --context."
         )
     name = name if equals else folder.resolve().name
     if not options.text:
@@ -88,7 +100,9 @@ def _of_folder(
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
-    return Subject(name, model, text_tokens(read_texts(options.text, "text"), encode, options.prompts, longest))
+    return Subject(
+        name, model, text_tokens(read_texts(options.text, "text"), encode, options.prompts, longest)
+    )
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -111,7 +125,8 @@ def measure(options: argparse.Namespace) -> None:
     for rows in compare(models, settings):
         found += rows
         print(
-            line(title(rows[0]), {row.model: f"{row.value:,.4g} ({row.ratio:.3g}x)" for row in rows}, names), flush=True
+            line(title(rows[0]), {row.model: f"{row.value:,.4g} ({row.ratio:.3g}x)" for row in rows}, names),
+            flush=True,
         )
     if options.output is not None:
         write_csv(options.output, csv_rows(models, settings, found))
@@ -126,11 +141,13 @@ def check(options: argparse.Namespace) -> None:
     steps = Settings.steps_of(options.repeats)
     if steps >= options.context:
         raise ConfigError(
-            f"--context is {options.context}; it must be more than the {steps} tokens that --repeats {options.repeats} decodes."
+            f"--context is {options.context}; it must be more than the {steps} tokens that --repeats "
+            f"{options.repeats} decodes."
         )
     if not 0 <= options.prefill_tolerance < 1:
         raise ConfigError(
-            f"--prefill-tolerance is {options.prefill_tolerance}; it must be at least 0 (all passes) and below 1."
+            f"--prefill-tolerance is {options.prefill_tolerance}; it must be at least 0 (all passes) and "
+            "below 1."
         )
     for path in (options.output, options.picture):
         try:
@@ -151,7 +168,9 @@ def line(first: str, cells: Mapping[str, str], names: Sequence[str]) -> str:
     return f"{first:<42}{''.join(f'{cells.get(name, str()):<22}' for name in names)}".rstrip()
 
 
-def csv_rows(models: Sequence[Subject], settings: Settings, rows: Iterable[Row]) -> Iterator[dict[str, object]]:
+def csv_rows(
+    models: Sequence[Subject], settings: Settings, rows: Iterable[Row]
+) -> Iterator[dict[str, object]]:
     """Rows with what they were measured on."""
     by_name = {subject.name: subject.model for subject in models}
     for row in rows:
@@ -183,11 +202,15 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     models = parser.add_argument_group("models")
-    models.add_argument("--models", nargs="+", default=[], metavar="[NAME=]FOLDER", help="Hugging Face folders")
+    models.add_argument(
+        "--models", nargs="+", default=[], metavar="[NAME=]FOLDER", help="Hugging Face folders"
+    )
     models.add_argument(
         "--text",
         nargs="+",
-        help="files with the text of prompts for --models (default: random tokens); see tools.text_perplexity",
+        help=(
+            "files with the text of prompts for --models (default: random tokens); see tools.text_perplexity"
+        ),
     )
     models.add_argument(
         "--random",
@@ -216,13 +239,21 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("--device", help="such as cuda:1 or cpu (default: a GPU if there is one)")
     measured = parser.add_argument_group("what is measured")
     measured.add_argument(
-        "--lengths", type=positive, nargs="+", default=[512, 2048], help="tokens of prompts (default: 512 2048)"
+        "--lengths",
+        type=positive,
+        nargs="+",
+        default=[512, 2048],
+        help="tokens of prompts (default: 512 2048)",
     )
     measured.add_argument(
         "--context", type=positive, default=1024, help="tokens of sequences in batches (default: %(default)s)"
     )
     measured.add_argument(
-        "--batches", type=positive, nargs="*", default=[1, 4], help="sequences that are decoded at once (default: 1 4)"
+        "--batches",
+        type=positive,
+        nargs="*",
+        default=[1, 4],
+        help="sequences that are decoded at once (default: 1 4)",
     )
     measured.add_argument(
         "--memory",
@@ -240,7 +271,9 @@ def _parser() -> argparse.ArgumentParser:
         help="see tools.generate (default: %(default)s)",
     )
     measured.add_argument("--repeats", type=positive, default=5, help="rounds (default: %(default)s)")
-    measured.add_argument("--clock", choices=[*CLOCKS], default="wall", help="cpu: on a busy machine, with one thread")
+    measured.add_argument(
+        "--clock", choices=[*CLOCKS], default="wall", help="cpu: on a busy machine, with one thread"
+    )
     measured.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--output", type=Path, metavar="FILE", help="CSV file to write")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="PNG to draw")

@@ -2,8 +2,9 @@
 
     python tools/benchmarks/prefill_passes.py --output tools/benchmarks/results/prefill_passes.csv
 
-The exact perplexity is that of decoding token by token. Beside it stands that of parallel prefill with a fixed number of passes, and with
-passes until the shared keys and values change less than a tolerance. The text is the sources of Python's standard library, as bytes.
+The exact perplexity is that of decoding token by token. Beside it stands that of parallel prefill with a
+fixed number of passes, and with passes until the shared keys and values change less than a tolerance. The
+text is the sources of Python's standard library, as bytes.
 """
 
 import argparse
@@ -27,7 +28,9 @@ _TRAINING_TOKENS = 3_000_000
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--maps", nargs="+", choices=[*MAPS], default=[*MAPS])
     parser.add_argument("--steps", type=int, default=1000, help="training steps (default: %(default)s)")
     parser.add_argument("--hidden-size", type=int, default=96)
@@ -44,7 +47,13 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name}: training loss {loss:.3f} nats per byte", flush=True)
         for row in measure(model, held_out.view(options.rows, -1)):
             rows.append(
-                {"map": name, "layer_types": MAPS[name], "training_steps": options.steps, **row, **setting("cpu")}
+                {
+                    "map": name,
+                    "layer_types": MAPS[name],
+                    "training_steps": options.steps,
+                    **row,
+                    **setting("cpu"),
+                }
             )
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     if options.output:
@@ -75,7 +84,9 @@ def new_model(layer_types: str, hidden_size: int) -> LCKVLlamaForCausalLM:
     )
 
 
-def train(model: LCKVLlamaForCausalLM, tokens: Tensor, steps: int, *, rows: int = 2, length: int = 256) -> float:
+def train(
+    model: LCKVLlamaForCausalLM, tokens: Tensor, steps: int, *, rows: int = 2, length: int = 256
+) -> float:
     """The mean loss of the last tenth of the steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps, pct_start=0.1)
@@ -117,7 +128,8 @@ def measure(model: LCKVLlamaForCausalLM, tokens: Tensor) -> list[dict[str, objec
 
     found = [row("token by token", "", 1, exact)]
     found += [
-        row("passes", passes, passes, parallel(model, tokens, Iteration(passes))) for passes in range(1, most + 1)
+        row("passes", passes, passes, parallel(model, tokens, Iteration(passes)))
+        for passes in range(1, most + 1)
     ]
     for tolerance in TOLERANCES:
         settling = Settling(tolerance, most, len(tokens), None, biased=False, device=tokens.device)
@@ -128,7 +140,9 @@ def measure(model: LCKVLlamaForCausalLM, tokens: Tensor) -> list[dict[str, objec
 
 def parallel(model: LCKVLlamaForCausalLM, tokens: Tensor, iteration: Iteration) -> float:
     """Mean loss in nats of a prefill of whole rows."""
-    output = model.model.run(model.model.embed_tokens(tokens), LCKVCache(model.config).slots, iteration=iteration)
+    output = model.model.run(
+        model.model.embed_tokens(tokens), LCKVCache(model.config).slots, iteration=iteration
+    )
     assert output.last_hidden_state is not None
     return _loss(model.lm_head(output.last_hidden_state), tokens)
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-"""cpu counts the seconds in which this process computed, on all its threads: of use where other programs run meanwhile."""
+"""cpu counts the seconds in which this process computed, on all its threads: of use where other programs run
+meanwhile."""
 
 
 def median_seconds(
@@ -20,8 +21,8 @@ def median_seconds(
 ) -> dict[str, float]:
     """Median seconds of each function over `repeats` rounds, after `warmup` rounds that do not count.
 
-    In a round every function runs once, so that whatever else the machine does meanwhile hits all of them alike. `clock` is
-    one of CLOCKS.
+    In a round every function runs once, so that whatever else the machine does meanwhile hits all of them
+    alike. `clock` is one of CLOCKS.
     """
     now = CLOCKS[clock]
     seconds: dict[str, list[float]] = {name: [] for name in functions}
@@ -37,8 +38,8 @@ def median_seconds(
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
-    """Bytes of tensors alive at once during `function`, in addition to those from before: CUDA's if there is CUDA, else the
-    CPU's."""
+    """Bytes of tensors alive at once during `function`, in addition to those from before: CUDA's if there is
+    CUDA, else the CPU's."""
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -60,7 +61,9 @@ def peak_bytes(function: Callable[[], object]) -> int:
 def setting(device: str) -> dict[str, str]:
     """Columns that say where and when a row was measured; `device` is cpu or cuda."""
     return {
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads",
+        "hardware": torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{torch.get_num_threads()} CPU threads",
         "python_torch": f"{platform.python_version()} {torch.__version__}",
         "date": date.today().isoformat(),
     }

@@ -1,8 +1,10 @@
-"""Times one training step (forward and backward) of several sharing maps against Megatron's own GPTModel, in one run.
+"""Times one training step (forward and backward) of several sharing maps against Megatron's own GPTModel, in
+one run.
 
     python tools/benchmarks/training_step.py --output tools/benchmarks/results/training_step.csv
 
-Each map's measured ratio to the plain map stands beside the ratio that its operation count predicts (lckv/cost.py).
+Each map's measured ratio to the plain map stands beside the ratio that its operation count predicts
+(lckv/cost.py).
 """
 
 import argparse
@@ -55,7 +57,10 @@ class Sizes:
     def model(self) -> ModelConfig:
         """Eight layers of these sizes."""
         return ModelConfig(
-            num_layers=8, hidden_size=self.hidden_size, num_attention_heads=self.heads, num_query_groups=self.kv_heads
+            num_layers=8,
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.heads,
+            num_query_groups=self.kv_heads,
         )
 
     @property
@@ -65,7 +70,8 @@ class Sizes:
 
 
 def megatron_step(sizes: Sizes, tokens: torch.Tensor) -> Callable[[], None]:
-    """A step of Megatron's GPTModel with its local spec, whose norm is exchanged for one that the configuration allows."""
+    """A step of Megatron's GPTModel with its local spec, whose norm is exchanged for one that the
+    configuration allows."""
     config = transformer_config(sizes.model, CompressionConfig(), ParallelConfig(), sizes.train)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
@@ -106,7 +112,9 @@ def shared_step(sizes: Sizes, compression: CompressionConfig, tokens: torch.Tens
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=4)
@@ -129,7 +137,9 @@ def main(argv: list[str] | None = None) -> None:
         options.precision,
     )
     initialize(ParallelConfig(), seed=1)
-    tokens = torch.randint(sizes.vocab_size, (sizes.micro_batch_size, sizes.seq_length), device=device_of_rank())
+    tokens = torch.randint(
+        sizes.vocab_size, (sizes.micro_batch_size, sizes.seq_length), device=device_of_rank()
+    )
     steps = {"megatron GPTModel": megatron_step(sizes, tokens)}
     steps |= {name: shared_step(sizes, compression, tokens) for name, compression in MAPS.items()}
     measured = median_seconds(steps, repeats=options.repeats)
@@ -151,7 +161,10 @@ def main(argv: list[str] | None = None) -> None:
                 **setting(device_of_rank().type),
             }
         )
-        print(f"{name:<18} {1000 * seconds:9.1f} ms   {ratio:5.2f}x plain, predicted {predicted:5.2f}x", flush=True)
+        print(
+            f"{name:<18} {1000 * seconds:9.1f} ms   {ratio:5.2f}x plain, predicted {predicted:5.2f}x",
+            flush=True,
+        )
     if options.output:
         write_csv(options.output, rows)
     destroy()

@@ -1,4 +1,5 @@
-"""From the engine's events to OpenAI's objects: whole answers and streamed pieces of them, for both kinds of requests."""
+"""From the engine's events to OpenAI's objects: whole answers and streamed pieces of them, for both kinds of
+requests."""
 
 import time
 from collections.abc import Callable
@@ -52,7 +53,9 @@ def logprobs_of(kind: Kind, events: list[TokenEvent], text_of: TokenText) -> dic
         return {
             "tokens": [text_of(event.token) for event in told if event.token is not None],
             "token_logprobs": [event.logprob for event in told],
-            "top_logprobs": [{text_of(token): value for token, value in event.top_logprobs} for event in told],
+            "top_logprobs": [
+                {text_of(token): value for token, value in event.top_logprobs} for event in told
+            ],
             "text_offset": [event.text_offset for event in told],
         }
     return {"content": [_chat_logprob(event, text_of) for event in told]}
@@ -74,17 +77,31 @@ def whole_choice(
     """One complete answer; `prefix` is the echoed prompt."""
     text = prefix + "".join(event.text for event in events)
     content = (
-        {"text": text} if kind == "completion" else {"message": {"role": "assistant", "content": text, "refusal": None}}
+        {"text": text}
+        if kind == "completion"
+        else {"message": {"role": "assistant", "content": text, "refusal": None}}
     )
     reason = _FINISH_REASONS[events[-1].finish_reason or "stop"]
-    return {"index": index, **content, "logprobs": logprobs_of(kind, events, text_of), "finish_reason": reason}
+    return {
+        "index": index,
+        **content,
+        "logprobs": logprobs_of(kind, events, text_of),
+        "finish_reason": reason,
+    }
 
 
 def piece_choice(kind: Kind, index: int, event: TokenEvent, text_of: TokenText) -> dict[str, Any]:
     """One event of a streamed answer."""
-    content: dict[str, Any] = {"text": event.text} if kind == "completion" else {"delta": {"content": event.text}}
+    content: dict[str, Any] = (
+        {"text": event.text} if kind == "completion" else {"delta": {"content": event.text}}
+    )
     reason = None if event.finish_reason is None else _FINISH_REASONS[event.finish_reason]
-    return {"index": index, **content, "logprobs": logprobs_of(kind, [event], text_of), "finish_reason": reason}
+    return {
+        "index": index,
+        **content,
+        "logprobs": logprobs_of(kind, [event], text_of),
+        "finish_reason": reason,
+    }
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

@@ -1,4 +1,5 @@
-"""The HTTP application: OpenAI-style completions and chat over one engine, with limits, health and metrics."""
+"""The HTTP application: OpenAI-style completions and chat over one engine, with limits, health and
+metrics."""
 
 import asyncio
 import hmac
@@ -54,7 +55,9 @@ class Served:
     metrics: ServerMetrics
 
 
-def create_app(engine: Engine, tokenizer: Any, *, model: str, limits: ServingLimits, api_key: str | None) -> FastAPI:
+def create_app(
+    engine: Engine, tokenizer: Any, *, model: str, limits: ServingLimits, api_key: str | None
+) -> FastAPI:
     """The application; the engine's thread lives as long as it does. `api_key` None: everyone may ask."""
     worker = EngineWorker(engine)
     served = Served(worker, ServedTokenizer(tokenizer), model, limits, ServerMetrics(engine))
@@ -73,7 +76,8 @@ def create_app(engine: Engine, tokenizer: Any, *, model: str, limits: ServingLim
 
 
 class _Guard:
-    """Key, size of the body, and counting, around every route. Plain ASGI, so that streams and disconnects pass through untouched."""
+    """Key, size of the body, and counting, around every route. Plain ASGI, so that streams and disconnects
+    pass through untouched."""
 
     def __init__(self, app: ASGIApp, served: Served, api_key: str | None) -> None:
         self._app, self._served, self._api_key = app, served, api_key
@@ -108,7 +112,9 @@ def _refusal(request: Request, api_key: str | None, max_body_bytes: int) -> JSON
         if length is None or not length.isdigit():
             return JSONResponse(errors.error_content(411, "The header Content-Length is needed."), 411)
         if int(length) > max_body_bytes:
-            return JSONResponse(errors.error_content(413, f"The body may have at most {max_body_bytes} bytes."), 413)
+            return JSONResponse(
+                errors.error_content(413, f"The body may have at most {max_body_bytes} bytes."), 413
+            )
     return None
 
 
@@ -131,13 +137,19 @@ def _add_routes(app: FastAPI, served: Served) -> None:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         _check(served, body)
         if body.echo and body.logprobs is not None:
-            raise ApiError(400, "echo with logprobs is not supported: there are none for the prompt.", param="echo")
+            raise ApiError(
+                400, "echo with logprobs is not supported: there are none for the prompt.", param="echo"
+            )
         given = body.prompts()
         if not 1 <= len(given) <= served.limits.max_prompts:
             raise ApiError(
-                400, f"prompt: {len(given)} prompts; 1 to {served.limits.max_prompts} are allowed.", param="prompt"
+                400,
+                f"prompt: {len(given)} prompts; 1 to {served.limits.max_prompts} are allowed.",
+                param="prompt",
             )
-        prompts = [await served.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in given]
+        prompts = [
+            await served.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in given
+        ]
         prefixes = [served.tokenizer.decode(prompt) if body.echo else "" for prompt in given]
         jobs = [_job(served, body, prompt, body.max_tokens, body.logprobs, "prompt") for prompt in prompts]
         return await _answer(served, request, body, "completion", jobs, prefixes)
@@ -161,7 +173,9 @@ def _add_routes(app: FastAPI, served: Served) -> None:
 
 def _check(served: Served, body: GenerationRequest) -> None:
     if body.model != served.model:
-        raise ApiError(404, f"model {body.model!r} is not served here; this is {served.model!r}.", param="model")
+        raise ApiError(
+            404, f"model {body.model!r} is not served here; this is {served.model!r}.", param="model"
+        )
     problem = body.unsupported()
     if problem is not None:
         raise ApiError(400, problem, param=problem.partition(" ")[0])
@@ -171,22 +185,32 @@ Job = tuple[Sequence[int], SamplingParams]
 
 
 def _job(
-    served: Served, body: GenerationRequest, prompt: Sequence[int], new_tokens: int, logprobs: int | None, param: str
+    served: Served,
+    body: GenerationRequest,
+    prompt: Sequence[int],
+    new_tokens: int,
+    logprobs: int | None,
+    param: str,
 ) -> Job:
     """A prompt within the limits, and how to continue it."""
     limits = served.limits
     if len(prompt) > limits.max_prompt_tokens:
         raise ApiError(
-            400, f"{param}: {len(prompt)} tokens; at most {limits.max_prompt_tokens} are allowed.", param=param
+            400,
+            f"{param}: {len(prompt)} tokens; at most {limits.max_prompt_tokens} are allowed.",
+            param=param,
         )
     if new_tokens > limits.max_new_tokens:
         raise ApiError(
-            400, f"max_tokens is {new_tokens}; at most {limits.max_new_tokens} are allowed.", param="max_tokens"
+            400,
+            f"max_tokens is {new_tokens}; at most {limits.max_new_tokens} are allowed.",
+            param="max_tokens",
         )
     if len(prompt) + new_tokens > limits.context:
         raise ApiError(
             400,
-            f"{param} has {len(prompt)} tokens and max_tokens is {new_tokens}; together they may be at most {limits.context}.",
+            f"{param} has {len(prompt)} tokens and max_tokens is {new_tokens}; together they may be at most "
+            f"{limits.context}.",
             param="max_tokens",
         )
     params = body.sampling(max_new_tokens=new_tokens, logprobs=logprobs)
@@ -197,7 +221,12 @@ def _job(
 
 
 async def _answer(
-    served: Served, request: Request, body: GenerationRequest, kind: Kind, jobs: list[Job], prefixes: list[str]
+    served: Served,
+    request: Request,
+    body: GenerationRequest,
+    kind: Kind,
+    jobs: list[Job],
+    prefixes: list[str],
 ) -> Response:
     prefix = {"completion": "cmpl", "chat": "chatcmpl"}[kind]
     header = Header(kind, f"{prefix}-{uuid.uuid4().hex}", served.model)
@@ -207,7 +236,9 @@ async def _answer(
     if body.stream:
         usage_wanted = body.stream_options is not None and body.stream_options.include_usage
         pieces = _stream(served, header, answers, prefixes, prompt_tokens if usage_wanted else None, started)
-        return StreamingResponse(pieces, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        return StreamingResponse(
+            pieces, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+        )
     try:
         events = await _collect(served, request, answers, started)
     finally:
@@ -243,7 +274,9 @@ def _submit(served: Served, answer_id: str, jobs: list[Job]) -> list[Answer]:
     return answers
 
 
-async def _collect(served: Served, request: Request, answers: list[Answer], started: float) -> list[list[TokenEvent]]:
+async def _collect(
+    served: Served, request: Request, answers: list[Answer], started: float
+) -> list[list[TokenEvent]]:
     """All events of all answers. A client that goes away in between ends it."""
 
     async def gather() -> list[list[TokenEvent]]:
@@ -283,18 +316,24 @@ async def _stream(
     generated = 0
     try:
         for index, prefix in enumerate(prefixes):
-            opening = {"delta": {"role": "assistant", "content": ""}} if header.kind == "chat" else {"text": prefix}
+            opening = (
+                {"delta": {"role": "assistant", "content": ""}} if header.kind == "chat" else {"text": prefix}
+            )
             if header.kind == "chat" or prefix:
                 choice = {"index": index, **opening, "logprobs": None, "finish_reason": None}
                 yield _sse(header.body([choice], piece=True))
         async for index, event in _merged([_timed(served, answer, started) for answer in answers]):
             generated += event.token is not None
             if event.finish_reason == "error":
-                yield _sse(errors.error_content(500, "the model failed on this request; see the server's log."))
+                yield _sse(
+                    errors.error_content(500, "the model failed on this request; see the server's log.")
+                )
                 continue
             if event.text or event.finish_reason is not None or event.logprob is not None:
                 yield _sse(
-                    header.body([piece_choice(header.kind, index, event, served.tokenizer.token_text)], piece=True)
+                    header.body(
+                        [piece_choice(header.kind, index, event, served.tokenizer.token_text)], piece=True
+                    )
                 )
         if prompt_tokens is not None:
             yield _sse(header.body([], piece=True, usage=usage(prompt_tokens, generated)))

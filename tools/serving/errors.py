@@ -18,7 +18,9 @@ _TYPES: dict[int, str] = {
 class ApiError(Exception):
     """Something that the client is told: an HTTP status, a sentence, and the field that it is about."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, retry_after: int | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, retry_after: int | None = None
+    ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.retry_after = status, message, param, retry_after
 
@@ -39,7 +41,9 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def of_http(_: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse(error_content(error.status_code, str(error.detail)), error.status_code, error.headers)
+        return JSONResponse(
+            error_content(error.status_code, str(error.detail)), error.status_code, error.headers
+        )
 
     @app.exception_handler(RequestValidationError)
     async def of_validation(_: Request, error: RequestValidationError) -> JSONResponse:

@@ -1,6 +1,7 @@
 """What a client may ask for: the requests of OpenAI's HTTP interface, and what they mean to the engine.
 
-A field that is not listed is refused with its name, and so is a value that this server cannot honour: nothing is ignored silently.
+A field that is not listed is refused with its name, and so is a value that this server cannot honour: nothing
+is ignored silently.
 """
 
 from collections.abc import Mapping, Sequence

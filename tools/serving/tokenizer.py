@@ -1,4 +1,5 @@
-"""The tokenizer as the server uses it: away from the event loop, one text at a time, apart from the engine's."""
+"""The tokenizer as the server uses it: away from the event loop, one text at a time, apart from the
+engine's."""
 
 import asyncio
 import copy
@@ -21,11 +22,16 @@ class ServedTokenizer:
         return await asyncio.to_thread(self._encode, text, add_special_tokens=True)
 
     async def encode_chat(self, conversation: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation, by the model's chat template. Raises ApiError where there is none, or it refuses."""
+        """Token ids of a conversation, by the model's chat template. Raises ApiError where there is none, or
+        it refuses."""
         if getattr(self._tokenizer, "chat_template", None) is None:
-            raise ApiError(400, "this model's tokenizer has no chat template; use /v1/completions.", param="messages")
+            raise ApiError(
+                400, "this model's tokenizer has no chat template; use /v1/completions.", param="messages"
+            )
         try:
-            text = self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+            text = self._tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=True
+            )
         except Exception as error:
             raise ApiError(
                 400, f"messages: the model's chat template refuses them: {error}", param="messages"
@@ -40,7 +46,8 @@ class ServedTokenizer:
             return self._tokenizer.decode(prompt)
 
     def token_text(self, token: int) -> str:
-        """The text of one token, special ones too; of a part of a character its name in the vocabulary, which tells it from others."""
+        """The text of one token, special ones too; of a part of a character its name in the vocabulary, which
+        tells it from others."""
         with self._lock:
             text = self._tokenizer.decode([token], skip_special_tokens=False)
             return self._tokenizer.convert_ids_to_tokens(token) if "\ufffd" in text else text

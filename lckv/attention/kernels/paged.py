@@ -1,9 +1,9 @@
 # mypy: disallow-untyped-defs=False
 """Decoding attention over ragged paged slots as two Triton kernels.
 
-A program of the first kernel attends one chunk of one KV head: it loads the chunk's pages once for all query heads of the group, and
-leaves their output and the logsumexp of their scores. A program of the second merges what came of the chunks of one head. There are
-no atomics: every run gives the same bits.
+A program of the first kernel attends one chunk of one KV head: it loads the chunk's pages once for all query
+heads of the group, and leaves their output and the logsumexp of their scores. A program of the second merges
+what came of the chunks of one head. There are no atomics: every run gives the same bits.
 
 Shapes: as in `lckv.attention.pages`.
 """
@@ -21,7 +21,9 @@ _LEAST = 16
 """Smallest size of a matrix that the tensor cores take."""
 
 
-def attend(query: Tensor, pages: Pages, work: Work, first: Tensor | None, stop: Tensor, *, scale: float) -> Attended:
+def attend(
+    query: Tensor, pages: Pages, work: Work, first: Tensor | None, stop: Tensor, *, scale: float
+) -> Attended:
     """Same contract as `lckv.attention.paged.attend`."""
     rows, query_heads, channels = query.shape
     heads, page_size = stop.numel(), pages.key.shape[1]
@@ -33,7 +35,8 @@ def attend(query: Tensor, pages: Pages, work: Work, first: Tensor | None, stop: 
         for number in (len(work.head), heads)
     )
     part_lse, lse = (
-        torch.empty(number, group, dtype=torch.float32, device=query.device) for number in (len(work.head), heads)
+        torch.empty(number, group, dtype=torch.float32, device=query.device)
+        for number in (len(work.head), heads)
     )
     sizes = {
         "GROUP": max(_LEAST, triton.next_power_of_2(group)),
@@ -107,7 +110,9 @@ def _merge(part, part_lse, bounds, output, lse, group, channels, GROUP: tl.const
     end = tl.load(bounds + head + 1)
     while number < end:
         of_chunk = tl.load(part_lse + number * group + member, member < group, -float("inf"))
-        features = tl.load(part + (number * group + member)[:, None] * channels + channel[None, :], inside, 0.0)
+        features = tl.load(
+            part + (number * group + member)[:, None] * channels + channel[None, :], inside, 0.0
+        )
         new_peak = tl.maximum(peak, of_chunk)
         base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
         kept, share = tl.exp(peak - base), tl.exp(of_chunk - base)

@@ -1,9 +1,11 @@
 """Merging that goes on where it stopped: what of the newest slots later tokens need to know.
 
-The state holds the newest tokens of each head's last slot, as many as a window W can reach back to (W - 1; at least 1, and 1 for
-their mean where there is no window), newest last: key and value before RoPE, and weight. Where a slot has fewer tokens the weight is 0.
+The state holds the newest tokens of each head's last slot, as many as a window W can reach back to (W - 1; at
+least 1, and 1 for their mean where there is no window), newest last: key and value before RoPE, and weight.
+Where a slot has fewer tokens the weight is 0.
 
-Shapes: s new tokens, b rows, g KV heads, d channels, n tokens of the state; a state is float32 [n, b, g, 2 d + 1].
+Shapes: s new tokens, b rows, g KV heads, d channels, n tokens of the state; a state is float32 [n, b, g, 2 d
++ 1].
 """
 
 import torch
@@ -16,7 +18,8 @@ from lckv.policies.dmc.pooling import pool
 
 
 class Turn:
-    """Moves the padding in front of each row's tokens behind them, so that they follow the state's; and back again."""
+    """Moves the padding in front of each row's tokens behind them, so that they follow the state's; and back
+    again."""
 
     def __init__(self, counted: Tensor | None) -> None:
         """`counted` as in `TokenContext`."""
@@ -44,8 +47,9 @@ def fresh_state(window: int | None, key: Tensor) -> Tensor:
 
 
 def openings(logits: Tensor, state: Tensor, context: TokenContext, turn: Turn) -> Tensor:
-    """bool [s, b, g], tokens first: which open a slot whatever their decision is, as `decisions.forced_openings`, but a row's first
-    token only where there is no slot yet. `logits` are [s, b, g]."""
+    """bool [s, b, g], tokens first: which open a slot whatever their decision is, as
+    `decisions.forced_openings`, but a row's first token only where there is no slot yet. `logits` are [s, b,
+    g]."""
     opens = turn.there(forced_openings(logits, context))[..., None].repeat(1, 1, logits.shape[2])
     fresh = state[-1, ..., -1] == 0
     opens[0] = fresh if context.counted is None else fresh | ~context.counted.any(0)[:, None]
@@ -63,12 +67,14 @@ def advance(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pooled keys and values [s, b, g, d] of the new tokens, and the state after them.
 
-    `merge` (0 or 1) and `weight` are float32 [s, b, g]. `counted` (bool [s, b]; None: all) are tokens, ahead of all padding, which
-    leaves no trace.
+    `merge` (0 or 1) and `weight` are float32 [s, b, g]. `counted` (bool [s, b]; None: all) are tokens, ahead
+    of all padding, which leaves no trace.
     """
     everything = torch.cat((state, torch.cat((key.float(), value.float(), weight[..., None]), -1)))
     merged = torch.cat((torch.ones_like(state[..., -1]), merge))  # what the state holds is one slot
-    pooled = _pool_one(everything, merge[0], window) if len(merge) == 1 else _pool_many(everything, merged, window)
+    pooled = (
+        _pool_one(everything, merge[0], window) if len(merge) == 1 else _pool_many(everything, merged, window)
+    )
     pooled_key, pooled_value = (part[-len(merge) :].to(key.dtype) for part in pooled)
     after = _mean_after if window is None else _tokens_after
     return pooled_key, pooled_value, after(everything, merged, len(state), counted)
@@ -79,7 +85,9 @@ def _pool_one(everything: Tensor, merge: Tensor, window: int | None) -> tuple[Te
     reached = everything if window is None else everything[-window:]
     shares = reached[..., -1:].clone()
     shares[:-1] *= merge[..., None]
-    pooled_key, pooled_value = ((reached[..., :-1] * shares).sum(0, keepdim=True) / shares.sum(0)).chunk(2, -1)
+    pooled_key, pooled_value = ((reached[..., :-1] * shares).sum(0, keepdim=True) / shares.sum(0)).chunk(
+        2, -1
+    )
     return pooled_key, pooled_value
 
 
@@ -92,7 +100,8 @@ def _pool_many(everything: Tensor, merged: Tensor, window: int | None) -> tuple[
 
 
 def _tokens_after(everything: Tensor, merged: Tensor, tokens: int, counted: Tensor | None) -> Tensor:
-    """The newest `tokens` tokens up to each row's last counted one, without weight where they are not in its slot."""
+    """The newest `tokens` tokens up to each row's last counted one, without weight where they are not in its
+    slot."""
     device, (length, rows) = everything.device, everything.shape[:2]
     added = torch.full((rows,), length - tokens, device=device) if counted is None else counted.sum(0)
     index, row = torch.arange(tokens, device=device)[:, None] + added, torch.arange(rows, device=device)
@@ -113,5 +122,7 @@ def _mean_after(everything: Tensor, merged: Tensor, tokens: int, counted: Tensor
     later = torch.cat((merged[1:], torch.ones_like(merged[:1])))
     weight = (weight * later.flip(0).cumprod(0).flip(0))[..., None]
     total = weight.sum(0, keepdim=True)
-    mean = (everything[..., :-1] * weight).sum(0, keepdim=True) / total.clamp(min=torch.finfo(torch.float32).tiny)
+    mean = (everything[..., :-1] * weight).sum(0, keepdim=True) / total.clamp(
+        min=torch.finfo(torch.float32).tiny
+    )
     return torch.cat((mean, total), -1)

@@ -1,7 +1,8 @@
-"""Merge decisions: from the last channel of keys and queries to what is merged, what is hidden, and what is counted.
+"""Merge decisions: from the last channel of keys and queries to what is merged, what is hidden, and what is
+counted.
 
-Shapes: s tokens, b rows, g KV heads, h query heads, d channels of a head. Everything here is float32, whatever the
-model's dtype.
+Shapes: s tokens, b rows, g KV heads, h query heads, d channels of a head. Everything here is float32,
+whatever the model's dtype.
 """
 
 from collections.abc import Sequence
@@ -24,8 +25,8 @@ class Decisions(NamedTuple):
     """[s, b, g]: 1 merges the token into the last slot, 0 opens a new one; between 0 and 1 in training."""
 
     bias: Tensor
-    """[s, b, g]: log(1 - merge of the next token), at least `HIDDEN`: what a later query adds to the score of this
-    token."""
+    """[s, b, g]: log(1 - merge of the next token), at least `HIDDEN`: what a later query adds to the score of
+    this token."""
 
 
 def decision_logits(key: Tensor, initial_bias: float) -> Tensor:
@@ -34,14 +35,14 @@ def decision_logits(key: Tensor, initial_bias: float) -> Tensor:
 
 
 def importance(query: Tensor, kv_heads: int, initial_bias: float, eps: float) -> Tensor:
-    """w [s, b, g]: weight of a token in its slot, the mean over the query heads of a group, from queries [s, b, h, d]
-    before RoPE."""
+    """w [s, b, g]: weight of a token in its slot, the mean over the query heads of a group, from queries [s,
+    b, h, d] before RoPE."""
     return torch.sigmoid(query[..., -1].float().unflatten(-1, (kv_heads, -1)).mean(-1) + initial_bias) + eps
 
 
 def forced_openings(logits: Tensor, context: TokenContext) -> Tensor:
-    """bool [s, b]: tokens that open a slot whatever their decision is: the first of each document, padding, and what
-    follows it."""
+    """bool [s, b]: tokens that open a slot whatever their decision is: the first of each document, padding,
+    and what follows it."""
     tokens, rows = logits.shape[:2]
     opens = torch.zeros(rows, tokens, dtype=torch.bool, device=logits.device)
     opens[:, 0] = True
@@ -77,8 +78,8 @@ def straight_through(merge: Tensor) -> Tensor:
 
 
 def merge_rate(merge: Tensor, logits: Tensor, counted: Tensor | None) -> Tensor:
-    """[b, g]: share of the counted tokens (bool [s, b]; None: all) that are merged, differentiable in `merge` [s, b,
-    g]; NaN where one of the decision logits is not finite; 0 for a row of padding."""
+    """[b, g]: share of the counted tokens (bool [s, b]; None: all) that are merged, differentiable in `merge`
+    [s, b, g]; NaN where one of the decision logits is not finite; 0 for a row of padding."""
     merged = straight_through(merge)
     tokens: Tensor | int = len(merged)
     if counted is not None:
@@ -87,8 +88,8 @@ def merge_rate(merge: Tensor, logits: Tensor, counted: Tensor | None) -> Tensor:
 
 
 def draw_noise(shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> Tensor:
-    """The difference of two Gumbel variables, which is logistic, for `shape` [s, b, g]; row i depends on `seeds[i]`
-    only."""
+    """The difference of two Gumbel variables, which is logistic, for `shape` [s, b, g]; row i depends on
+    `seeds[i]` only."""
     tokens, rows, heads = shape
     if len(seeds) != rows:
         raise ValueError(f"{len(seeds)} seeds for {rows} rows; every row needs one.")
@@ -104,8 +105,8 @@ class NonFiniteDecisionError(ArithmeticError):
 
 
 def check_finite(merge_rate: Tensor, layers: Sequence[int], iteration: int) -> None:
-    """Raises NonFiniteDecisionError with layer, KV head and iteration where a rate [len(layers), b, all KV heads] is
-    not finite."""
+    """Raises NonFiniteDecisionError with layer, KV head and iteration where a rate [len(layers), b, all KV
+    heads] is not finite."""
     wrong = (~merge_rate.isfinite()).any(1).nonzero().tolist()
     if wrong:
         places = ", ".join(f"layer {layers[layer]} KV head {head}" for layer, head in wrong[:8])

@@ -1,5 +1,5 @@
-"""Dynamic Memory Compression as a KV policy: keys and values become running means over the tokens merged into a
-slot."""
+"""Dynamic Memory Compression as a KV policy: keys and values become running means over the tokens merged into
+a slot."""
 
 from collections.abc import Sequence
 
@@ -15,8 +15,9 @@ from lckv.policies.dmc.pooling import pool
 class DMCPolicy:
     """Merges tokens; see `KVPolicy` for the contract.
 
-    In stage zero_out nothing is merged: the last channel of queries and keys fades. In the others that channel of a key
-    is the bias of its score and that of a query sqrt(d), which attention's scale 1 / sqrt(d) turns into 1.
+    In stage zero_out nothing is merged: the last channel of queries and keys fades. In the others that
+    channel of a key is the bias of its score and that of a query sqrt(d), which attention's scale 1 / sqrt(d)
+    turns into 1.
     """
 
     name = "dmc"
@@ -38,7 +39,8 @@ class DMCPolicy:
     def keys_values(
         self, key: Tensor, value: Tensor, query: Tensor | None, context: TokenContext
     ) -> tuple[KeyValue, Statistics | None]:
-        """Decisions, pooling, RoPE at the newest token of each slot, and the bias that hides what was merged later."""
+        """Decisions, pooling, RoPE at the newest token of each slot, and the bias that hides what was merged
+        later."""
         if not self.biases_keys:
             return KeyValue(self._fade(key, context), value), None
         assert query is not None
@@ -91,7 +93,8 @@ class DMCPolicy:
     def auxiliary_loss(self, merge_rate: Tensor, progress: float) -> Tensor | None:
         """Loss of each row [b] for merging less than the target asks for.
 
-        `merge_rate` is [b], or for `loss_per_tp_rank` [b, ranks], each rank's mean by itself. None in stage zero_out.
+        `merge_rate` is [b], or for `loss_per_tp_rank` [b, ranks], each rank's mean by itself. None in stage
+        zero_out.
         """
         if not self.biases_keys:
             return None

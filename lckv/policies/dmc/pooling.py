@@ -2,9 +2,9 @@
 
     P_t = sum over s in t - W + 1 .. t of c(t, s) w_s y_s / sum of c(t, s) w_s    for y = k and v, c(t, s) = p_{s+1} ... p_t
 
-with p the merge decisions and w the importance. p of the first token of a row plays no part. `pool` chooses between the
-fused Triton kernel of `kernels.pooling` and the two algorithms here. All compute in float32, with memory linear in the
-length.
+with p the merge decisions and w the importance. p of the first token of a row plays no part. `pool` chooses
+between the fused Triton kernel of `kernels.pooling` and the two algorithms here. All compute in float32, with
+memory linear in the length.
 
 Shapes: s tokens, b rows, g KV heads, d channels.
 """
@@ -23,9 +23,11 @@ LARGEST_KERNEL_WINDOW = 64
 """The kernel's work on decisions grows with the square of the window."""
 
 
-def pool(key: Tensor, value: Tensor, merge: Tensor, weight: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-    """P for keys and values [s, b, g, d], in their dtypes; merge p and weight w are float32 [s, b, g], window W is in
-    tokens."""
+def pool(
+    key: Tensor, value: Tensor, merge: Tensor, weight: Tensor, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """P for keys and values [s, b, g, d], in their dtypes; merge p and weight w are float32 [s, b, g], window
+    W is in tokens."""
     if window is not None and why_not_kernel(key.device.type, window) is None:
         from lckv.policies.dmc.kernels.pooling import pool as fused
 
@@ -41,7 +43,10 @@ def why_not_kernel(device_type: str, window: int | None) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if window is None or window > LARGEST_KERNEL_WINDOW:
-        return f"the Triton kernel takes windows up to {LARGEST_KERNEL_WINDOW} tokens, compression.policy.window is {window}"
+        return (
+            f"the Triton kernel takes windows up to {LARGEST_KERNEL_WINDOW} tokens, "
+            f"compression.policy.window is {window}"
+        )
     return None
 
 
@@ -56,7 +61,8 @@ def pool_in_torch(
 
 
 def pool_by_formula(features: Tensor, merge: Tensor, weight: Tensor, window: int | None) -> Tensor:
-    """The formula for `features` [s, b, g, d] as it stands, with a matrix of s x s: the oracle of the others."""
+    """The formula for `features` [s, b, g, d] as it stands, with a matrix of s x s: the oracle of the
+    others."""
     length = features.shape[0]
     row, rows = torch.zeros_like(merge), []
     for token in range(length):
@@ -81,7 +87,8 @@ def _shares(merge: Tensor, weight: Tensor, window: int) -> Tensor:
 
 
 class _Band(torch.autograd.Function):
-    """The product of a banded matrix, one per row and head, with features: W shifted multiply-adds and no copies."""
+    """The product of a banded matrix, one per row and head, with features: W shifted multiply-adds and no
+    copies."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, shares: Tensor) -> Tensor:
@@ -108,7 +115,9 @@ def _without_window(key: Tensor, value: Tensor, merge: Tensor, weight: Tensor) -
     weight = weight[..., None]
     total = _Recurrence.apply(weight, merge)
     means = (_Recurrence.apply(features * weight, merge) / total for features in (key, value))
-    pooled_key, pooled_value = (mean.to(features.dtype) for mean, features in zip(means, (key, value), strict=True))
+    pooled_key, pooled_value = (
+        mean.to(features.dtype) for mean, features in zip(means, (key, value), strict=True)
+    )
     return pooled_key, pooled_value
 
 
@@ -132,8 +141,8 @@ class _Recurrence(torch.autograd.Function):
 
 
 def _recur(terms: Tensor, factors: Tensor) -> Tensor:
-    """S_t = factors_t S_{t-1} + terms_t in about 2 sqrt(s) steps: within chunks, all of them at once, then from chunk
-    to chunk."""
+    """S_t = factors_t S_{t-1} + terms_t in about 2 sqrt(s) steps: within chunks, all of them at once, then
+    from chunk to chunk."""
     length = terms.shape[0]
     chunk = math.isqrt(length)
     missing = -length % chunk

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import lckv  # noqa: F401 registers the model
+import lckv  # noqa: F401
 from checkpoints_conversion.export.bundle import AUTO_MAP, Bundler, write_modelling_files
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
@@ -19,23 +19,31 @@ MODULES = {
     "pkg/__init__.py": "",
     "pkg/models/__init__.py": "",
     "pkg/models/modeling.py": (
-        '"""A model."""\n\nimport math\n\nfrom torch import nn\n\nfrom pkg.models.configuration import Config\n'
-        "from pkg.parts import blocks, pieces as bits\nfrom pkg.parts.blocks import (\n    DEPTH,\n    WIDTH as wide,\n)\n\n\n"
-        "def area() -> float:\n    from pkg.kernels.fast import square\n\n    return square(DEPTH) + wide + blocks.DEPTH + bits.ONE\n"
+        '"""A model."""\n\nimport math\n\nfrom torch import nn\n\nfrom pkg.models.configuration import '
+        "Config\n"
+        "from pkg.parts import blocks, pieces as bits\nfrom pkg.parts.blocks import (\n    DEPTH,\n    WIDTH "
+        "as wide,\n)\n\n\n"
+        "def area() -> float:\n    from pkg.kernels.fast import square\n\n    return square(DEPTH) + wide + "
+        "blocks.DEPTH + bits.ONE\n"
     ),
     "pkg/models/configuration.py": "class Config:\n    pass\n",
     "pkg/parts/__init__.py": "",
     "pkg/parts/blocks.py": "DEPTH, WIDTH = 3, 4\n",
     "pkg/parts/pieces.py": "ONE = 1\n",
     "pkg/kernels/__init__.py": "",
-    "pkg/kernels/fast.py": "import missing_kernels.language as ml\n\n\ndef square(x):\n    return ml.multiply(x, x)\n",
+    "pkg/kernels/fast.py": (
+        "import missing_kernels.language as ml\n\n\ndef square(x):\n    return ml.multiply(x, x)\n"
+    ),
     "pkg/unused.py": "import pkg.models\n",
 }
 ENTRIES = ("pkg.models.configuration", "pkg.models.modeling")
 
 
 def bundler(root: Path, **changed: str) -> Bundler:
-    for name, text in {**MODULES, **{name.replace("__", "/") + ".py": text for name, text in changed.items()}}.items():
+    for name, text in {
+        **MODULES,
+        **{name.replace("__", "/") + ".py": text for name, text in changed.items()},
+    }.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     return Bundler(root, "pkg", ENTRIES)
@@ -101,7 +109,10 @@ def test_code_that_cannot_be_bundled(text: str, said: str, tmp_path: Path) -> No
 MODELS = {
     "sandwich": {"layer_types": "0_2_2_3", "forward_passes": 3, "backward_passes": 1},
     "windows": {"layer_types": "0s_1_1_1s", "sliding_window": 4},
-    "merging": {"layer_types": "0_2_2_3", "policy": {"name": "dmc", "stage": "finetune", "initial_decision_bias": 0.1}},
+    "merging": {
+        "layer_types": "0_2_2_3",
+        "policy": {"name": "dmc", "stage": "finetune", "initial_decision_bias": 0.1},
+    },
 }
 
 LOAD_WITHOUT_THE_PACKAGE = """
@@ -162,7 +173,9 @@ def test_a_folder_loads_where_the_package_is_missing(tmp_path: Path) -> None:
     models = {name: save_tiny(tmp_path / name, compression) for name, compression in MODELS.items()}
     command = [sys.executable, "-c", LOAD_WITHOUT_THE_PACKAGE, *(str(tmp_path / name) for name in models)]
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
+    )
     assert result.returncode == 0, result.stderr
     tokens = torch.arange(24).view(2, 12) % 19
     for name, model in models.items():

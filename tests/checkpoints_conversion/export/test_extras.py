@@ -22,13 +22,26 @@ from megatron_ext.config import ModelConfig
 from tests.megatron_ext.data.builders import train_sentencepiece
 
 MODEL = ModelConfig(
-    num_layers=4, hidden_size=64, num_attention_heads=4, num_query_groups=2, vocab_size=320, max_position_embeddings=128
+    num_layers=4,
+    hidden_size=64,
+    num_attention_heads=4,
+    num_query_groups=2,
+    vocab_size=320,
+    max_position_embeddings=128,
 )
-MERGING = CompressionConfig(layer_types="0_2_2_3", policy=DMCConfig(stage="finetune", target_compression_ratio=4.0))
+MERGING = CompressionConfig(
+    layer_types="0_2_2_3", policy=DMCConfig(stage="finetune", target_compression_ratio=4.0)
+)
 TRAINING = {
     "progress": {"iteration": 1000, "consumed_samples": 8000, "consumed_tokens": 8192000},
     "train": {"global_batch_size": 8, "seq_length": 1024, "precision": "bf16"},
-    "optimizer": {"lr": 3e-4, "min_lr": 3e-5, "lr_decay_style": "cosine", "lr_warmup_iters": 100, "weight_decay": 0.1},
+    "optimizer": {
+        "lr": 3e-4,
+        "min_lr": 3e-5,
+        "lr_decay_style": "cosine",
+        "lr_warmup_iters": 100,
+        "weight_decay": 0.1,
+    },
 }
 
 
@@ -92,7 +105,9 @@ def test_card_says_what_the_model_is() -> None:
 def test_card_of_a_plain_model_promises_nothing_special() -> None:
     description = describe(CompressionConfig())
     card = model_card(
-        "plain", description, ConversionManifest(description, ConversionSource("huggingface", "/models/mine", {}))
+        "plain",
+        description,
+        ConversionManifest(description, ConversionSource("huggingface", "/models/mine", {})),
     )
     assert "trust_remote_code" not in card and "References" not in card and "/models" not in card
     assert "Policy: every token is kept." in card
@@ -122,7 +137,10 @@ def test_license_of_the_source(text: str, expected: dict[str, str], tmp_path: Pa
 
 
 def test_a_trained_model_gets_everything(tmp_path: Path) -> None:
-    folder, vocabulary = folder_with_config(tmp_path / "out", "lckv-llama"), train_sentencepiece(tmp_path / "t.model")
+    folder, vocabulary = (
+        folder_with_config(tmp_path / "out", "lckv-llama"),
+        train_sentencepiece(tmp_path / "t.model"),
+    )
     names = export_extras(folder, describe(), manifest(describe(), vocabulary))
     assert sorted(names) == sorted(
         [*modelling_files(), "tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md"]
@@ -153,7 +171,9 @@ def test_a_converted_model_keeps_what_its_source_has(tmp_path: Path) -> None:
 
 def test_special_tokens_make_the_generation_config(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = folder_with_config(tmp_path / "out", "llama")
-    description = replace(describe(CompressionConfig()), token_ids={"bos_token_id": None, "eos_token_id": [2, 5]})
+    description = replace(
+        describe(CompressionConfig()), token_ids={"bos_token_id": None, "eos_token_id": [2, 5]}
+    )
     with caplog.at_level(logging.WARNING):
         export_extras(folder, description, manifest(description))
     assert "No tokenizer is known for this model" in caplog.text

@@ -32,7 +32,9 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tokenizer
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_vocabulary_and_end_of_document_stay(kind: str, pairs: dict[str, tuple[Tokenizer, Tokenizer, Path]]) -> None:
+def test_vocabulary_and_end_of_document_stay(
+    kind: str, pairs: dict[str, tuple[Tokenizer, Tokenizer, Path]]
+) -> None:
     original, written, folder = pairs[kind]
     assert (written.vocab_size, written.eod) == (original.vocab_size, original.eod)
     assert has_tokenizer(folder)
@@ -45,7 +47,9 @@ def test_ids_and_text_stay(kind: str, text: str, pairs: dict[str, tuple[Tokenize
     original, written, _ = pairs[kind]
     ids = original.encode(text)
     assert written.encode(text) == ids
-    if kind != "tiktoken":  # its decoder, like ours, replaces halves of characters, each library in its own way
+    if (
+        kind != "tiktoken"
+    ):  # its decoder, like ours, replaces halves of characters, each library in its own way
         assert written.decode(ids) == original.decode(ids)
 
 

@@ -79,9 +79,18 @@ def test_transformers_sees_the_same_in_the_written_config(name: str, tmp_path: P
 
 def test_values_land_in_their_fields() -> None:
     model = _read(LLAMA_3_2_1B).model
-    assert (model.num_layers, model.hidden_size, model.ffn_hidden_size, model.vocab_size) == (16, 2048, 8192, 128256)
+    assert (model.num_layers, model.hidden_size, model.ffn_hidden_size, model.vocab_size) == (
+        16,
+        2048,
+        8192,
+        128256,
+    )
     assert (model.num_attention_heads, model.num_query_groups, model.kv_channels) == (32, 8, 64)
-    assert (model.layernorm_epsilon, model.rotary_base, model.rope_scaling) == (1e-5, 500000.0, LLAMA3_SCALING)
+    assert (model.layernorm_epsilon, model.rotary_base, model.rope_scaling) == (
+        1e-5,
+        500000.0,
+        LLAMA3_SCALING,
+    )
     assert not model.untie_embeddings_and_output_weights
     assert model.max_position_embeddings == 131072
     smol = _read(SMOLLM2_135M)
@@ -118,7 +127,11 @@ def test_configs_of_transformers_classes_are_read(family: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("config", [LLAMA_3_1_8B, LLAMA_2_13B, QWEN3_0_6B, MISTRAL_7B_V0_1, TINYLLAMA_LCKV])
 def test_both_spellings_of_transformers_mean_the_same(config: dict[str, Any]) -> None:
-    new = {name: value for name, value in config.items() if name not in ("rope_theta", "rope_scaling", "torch_dtype")}
+    new = {
+        name: value
+        for name, value in config.items()
+        if name not in ("rope_theta", "rope_scaling", "torch_dtype")
+    }
     scaling = config.get("rope_scaling") or {"rope_type": "default"}
     new["rope_parameters"] = scaling | {"rope_theta": config.get("rope_theta", 10000.0)}
     new["dtype"] = config["torch_dtype"]
@@ -132,7 +145,9 @@ def test_software_that_knows_only_transformers_4_finds_base_and_scaling() -> Non
     assert written["rope_theta"] == 500000.0
     assert written["rope_scaling"] == LLAMA_3_1_8B["rope_scaling"]
     assert LLAMA.write_config(_read(LLAMA_2_13B))["rope_scaling"] is None
-    assert LlamaConfig.from_dict(written).rope_parameters == LLAMA_3_1_8B["rope_scaling"] | {"rope_theta": 500000.0}
+    assert LlamaConfig.from_dict(written).rope_parameters == LLAMA_3_1_8B["rope_scaling"] | {
+        "rope_theta": 500000.0
+    }
 
 
 @pytest.mark.parametrize(
@@ -250,13 +265,17 @@ def test_the_dtype_of_the_weights_wins() -> None:
         ({"sliding_window": 9, "layer_types": ["full_attention"] * 4}, None, None),
     ],
 )
-def test_windows_of_qwen_become_maps(change: dict[str, Any], layer_types: str | None, window: int | None) -> None:
+def test_windows_of_qwen_become_maps(
+    change: dict[str, Any], layer_types: str | None, window: int | None
+) -> None:
     base = {name: value for name, value in QWEN2_5_0_5B.items() if name != "sliding_window"}
     config = base | {"num_hidden_layers": 4, "max_window_layers": 2} | change
     description = _read(config)
     assert description.compression == CompressionConfig(layer_types=layer_types, sliding_window=window)
     theirs = AutoConfig.for_model(**copy.deepcopy(config))
-    kinds = ["sliding_attention" if layer.sliding else "full_attention" for layer in description.compression.map(4)]
+    kinds = [
+        "sliding_attention" if layer.sliding else "full_attention" for layer in description.compression.map(4)
+    ]
     assert theirs.layer_types == kinds
     again = AutoConfig.for_model(**QWEN2.write_config(description))
     assert (again.layer_types, again.sliding_window) == (kinds, window)
@@ -265,7 +284,10 @@ def test_windows_of_qwen_become_maps(change: dict[str, Any], layer_types: str | 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layer_types": ["full_attention"]}, "it must be null or 24 times one of full_attention, sliding_attention"),
+        (
+            {"layer_types": ["full_attention"]},
+            "it must be null or 24 times one of full_attention, sliding_attention",
+        ),
         ({"layer_types": ["chunked_attention"] * 24}, "layer_types is ['chunked_attention'"),
         (
             {"layer_types": ["sliding_attention"] * 24},
@@ -299,7 +321,9 @@ def test_published_lckv_windows() -> None:
     assert _read(TINYLLAMA_LCKV).compression.sliding_window is None  # in every config, needed or not
     sliding = TINYLLAMA_LCKV | {"num_hidden_layers": 3, "layer_types": "0s_0s_2"}
     assert _read(sliding).compression.sliding_window == 4096
-    assert _read({name: value for name, value in sliding.items() if name != "sliding_window"}) == _read(sliding)
+    assert _read({name: value for name, value in sliding.items() if name != "sliding_window"}) == _read(
+        sliding
+    )
     settings = {"force_nodiag": True, "forward_passes": 3, "backward_passes": 1}
     assert _read(sliding | settings).compression == CompressionConfig("0s_0s_2", 3, 1, 4096, True)
     assert _read(sliding | {"layer_types": None}).compression == CompressionConfig()
@@ -314,7 +338,10 @@ def test_published_lckv_windows() -> None:
         ({"compression": {"layer_types": None, "windows": 3}}, "compression: windows is unknown"),
         (
             {"compression": {}},
-            "layer_types, forward_passes, backward_passes, sliding_window, force_nodiag are given beside compression",
+            (
+                "layer_types, forward_passes, backward_passes, sliding_window, force_nodiag are given beside "
+                "compression"
+            ),
         ),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"qkv_bias": "some"}, "qkv_bias is 'some'; it must be true or false"),
@@ -342,7 +369,9 @@ EVERYTHING = ModelDescription(
         qk_layernorm=True,
         init_method_std=0.03,
     ),
-    compression=CompressionConfig("0_3_3_3", 3, 1, None, True, DMCConfig(stage="finetune", window=None, eps=1e-4)),
+    compression=CompressionConfig(
+        "0_3_3_3", 3, 1, None, True, DMCConfig(stage="finetune", window=None, eps=1e-4)
+    ),
     family="lckv-llama",
     dtype=torch.bfloat16,
     token_ids={"bos_token_id": 3, "eos_token_id": [4, 5], "pad_token_id": 6},
@@ -365,7 +394,9 @@ def test_lckv_config_carries_everything(tmp_path: Path) -> None:
 
 def test_dropout_of_attention_is_carried() -> None:
     description = replace(
-        EVERYTHING, model=replace(EVERYTHING.model, attention_dropout=0.1), compression=CompressionConfig("0_0_2_2")
+        EVERYTHING,
+        model=replace(EVERYTHING.model, attention_dropout=0.1),
+        compression=CompressionConfig("0_0_2_2"),
     )
     assert _read(LCKV_LLAMA.write_config(description)) == description
 
@@ -388,7 +419,12 @@ def test_dropout_of_attention_is_carried() -> None:
             {"layer_types": "0_0_2_2"},
             "compression.layer_types is 0_0_2_2: layers read the keys and values of others",
         ),
-        ("llama", {}, {"layer_types": "0s_1s_2s_3s", "sliding_window": 4}, "0s_1s_2s_3s: layers have a window"),
+        (
+            "llama",
+            {},
+            {"layer_types": "0s_1s_2s_3s", "sliding_window": 4},
+            "0s_1s_2s_3s: layers have a window",
+        ),
         (
             "mistral",
             {},
@@ -404,7 +440,9 @@ def test_what_a_family_cannot_express(
 ) -> None:
     plain = {"add_qkv_bias": False, "qk_layernorm": family == "qwen3"}
     description = replace(
-        EVERYTHING, model=replace(EVERYTHING.model, **(plain | model)), compression=CompressionConfig(**compression)
+        EVERYTHING,
+        model=replace(EVERYTHING.model, **(plain | model)),
+        compression=CompressionConfig(**compression),
     )
     with pytest.raises(ConversionError, match=r"ForCausalLM cannot express it") as caught:
         FAMILIES[family].write_config(description)

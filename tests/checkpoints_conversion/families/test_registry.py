@@ -48,7 +48,10 @@ def test_stock_software_runs_what_it_can(
     family: str, model: dict[str, Any], compression: dict[str, Any], expected: str
 ) -> None:
     description = replace(
-        PLAIN, family=family, model=replace(PLAIN.model, **model), compression=CompressionConfig(**compression)
+        PLAIN,
+        family=family,
+        model=replace(PLAIN.model, **model),
+        compression=CompressionConfig(**compression),
     )
     chosen = export_family(description)
     assert chosen.name == expected

@@ -19,7 +19,13 @@ from checkpoints_conversion.families.lckv_llama import LCKV_LLAMA
 from checkpoints_conversion.families.llama import LLAMA
 from checkpoints_conversion.families.registry import FAMILIES, describe
 from checkpoints_conversion.formats.huggingface import HuggingFaceFolder, read_config_file, write_safetensors
-from checkpoints_conversion.tensors import ConversionError, MemorySource, TensorInfo, TensorSource, check_tensors
+from checkpoints_conversion.tensors import (
+    ConversionError,
+    MemorySource,
+    TensorInfo,
+    TensorSource,
+    check_tensors,
+)
 from lckv.config import CompressionConfig
 from megatron_ext.config import ModelConfig
 from tests.checkpoints_conversion.tiny_models import CLASSES, SIZES, logits, saved_model, tiny_model
@@ -40,7 +46,13 @@ def _assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None
 def _description(**settings: Any) -> ModelDescription:
     """Of a Llama of 3 layers, with settings of the model or the compression."""
     compression = {name: settings.pop(name) for name in ("layer_types", "sliding_window") if name in settings}
-    model = {"num_layers": 3, "hidden_size": 24, "ffn_hidden_size": 20, "num_attention_heads": 4, "vocab_size": 11}
+    model = {
+        "num_layers": 3,
+        "hidden_size": 24,
+        "ffn_hidden_size": 20,
+        "num_attention_heads": 4,
+        "vocab_size": 11,
+    }
     return ModelDescription(
         model=ModelConfig(**(model | {"max_position_embeddings": 8} | settings)),
         compression=CompressionConfig(**compression),
@@ -95,7 +107,9 @@ def test_weights_are_where_the_golden_models_have_them(name: str) -> None:
         family="lckv-llama",
         dtype=torch.float32,
     )
-    theirs = {name: tensor for name, tensor in golden.tensors.items() if name.startswith(("model.", "lm_head."))}
+    theirs = {
+        name: tensor for name, tensor in golden.tensors.items() if name.startswith(("model.", "lm_head."))
+    }
     canonical = LCKV_LLAMA.canonical_from_hf(MemorySource(theirs), description)
     _assert_equal(_whole(canonical), golden.weights())
     _assert_equal(_whole(LCKV_LLAMA.hf_from_canonical(canonical, description)), theirs)
@@ -136,7 +150,9 @@ def test_query_key_value_are_interleaved_by_key_value_head(
             assert torch.equal(canonical.read(f"{ours}linear_qkv.{kind}"), torch.cat(rows))
         assert (f"{ours}k_layernorm.weight" in canonical.infos()) == (norm and computes_kv)
         if norm:
-            assert torch.equal(canonical.read(f"{ours}q_layernorm.weight"), theirs.tensors[f"{attention}q_norm.weight"])
+            assert torch.equal(
+                canonical.read(f"{ours}q_layernorm.weight"), theirs.tensors[f"{attention}q_norm.weight"]
+            )
     _assert_equal(_whole(LCKV_LLAMA.hf_from_canonical(canonical, description)), dict(theirs.tensors))
 
 
@@ -179,7 +195,11 @@ class _WatchedSource:
 def test_fused_tensors_are_read_in_pieces(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mapping, "CHUNK_BYTES", 500)
     description = _description(num_query_groups=2)
-    infos = LCKV_LLAMA.hf_tensors(description) if direction == "canonical_from_hf" else description.expected_tensors()
+    infos = (
+        LCKV_LLAMA.hf_tensors(description)
+        if direction == "canonical_from_hf"
+        else description.expected_tensors()
+    )
     watched = _WatchedSource(_random(infos))
     source = getattr(LCKV_LLAMA, direction)(watched, description)
     assert watched.sizes == []
@@ -224,12 +244,16 @@ def test_missing_superfluous_and_misshapen_tensors_are_named_at_once() -> None:
 
 def test_what_becomes_one_tensor_must_have_one_dtype() -> None:
     description, tensors = _theirs()
-    tensors["model.layers.0.self_attn.k_proj.weight"] = tensors["model.layers.0.self_attn.k_proj.weight"].bfloat16()
+    tensors["model.layers.0.self_attn.k_proj.weight"] = tensors[
+        "model.layers.0.self_attn.k_proj.weight"
+    ].bfloat16()
     message = _complaint(description, tensors)
     assert "model.layers.0.self_attn.k_proj.weight bfloat16" in message
     assert "these tensors become one; give them one dtype" in message
     tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16()
-    tensors["model.layers.0.self_attn.k_proj.weight"] = tensors["model.layers.0.self_attn.k_proj.weight"].float()
+    tensors["model.layers.0.self_attn.k_proj.weight"] = tensors[
+        "model.layers.0.self_attn.k_proj.weight"
+    ].float()
     canonical = LLAMA.canonical_from_hf(MemorySource(tensors), description)
     assert canonical.read("decoder.final_layernorm.weight").dtype == torch.bfloat16
 

@@ -1,4 +1,5 @@
-"""Tiny models with random weights, saved by this project's training code on any layout; runs inside a rank."""
+"""Tiny models with random weights, saved by this project's training code on any layout; runs inside a
+rank."""
 
 import zlib
 from dataclasses import replace
@@ -24,7 +25,9 @@ TRAIN = TrainConfig(precision="fp32", seq_length=LENGTH)
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
-def describe(compression: CompressionConfig, dtype: torch.dtype = torch.float32, **model: Any) -> ModelDescription:
+def describe(
+    compression: CompressionConfig, dtype: torch.dtype = torch.float32, **model: Any
+) -> ModelDescription:
     """The description of a stage of `make_stage`."""
     config = replace(MODEL, vocab_size=VOCAB, max_position_embeddings=LENGTH, **model)
     return ModelDescription(config, compression, "llama", dtype)
@@ -56,7 +59,8 @@ def whole_weights(description: ModelDescription) -> dict[str, Tensor]:
 
 
 def stage_with(description: ModelDescription, parallel: ParallelConfig) -> SharedKVGPTModel:
-    """This rank's stage with `whole_weights`; vocabulary padding holds large numbers. Initialises process groups."""
+    """This rank's stage with `whole_weights`; vocabulary padding holds large numbers. Initialises process
+    groups."""
     fields = {name: getattr(description.model, name) for name in QWEN}
     stage = make_stage(description.compression, parallel, TRAIN, **fields)
     weights = whole_weights(description)
@@ -105,4 +109,6 @@ def save(stage: SharedKVGPTModel, description: ModelDescription, directory: Path
 
 def manifest_of(description: ModelDescription) -> ConversionManifest:
     """As of a conversion from Hugging Face."""
-    return ConversionManifest(description, ConversionSource("huggingface", "somewhere", {"model.safetensors": "00"}))
+    return ConversionManifest(
+        description, ConversionSource("huggingface", "somewhere", {"model.safetensors": "00"})
+    )

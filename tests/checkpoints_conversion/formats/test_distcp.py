@@ -19,7 +19,9 @@ from checkpoints_conversion.tensors import ConversionError, TensorInfo, row_chun
 from megatron_ext.checkpointing.manifest import hash_files
 from megatron_ext.checkpointing.strategies import read_contents
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # PyTorch's reader and writer say so
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:torch.distributed is disabled"
+)  # PyTorch's reader and writer say so
 
 TENSORS = {
     "float": torch.arange(35.0).view(7, 5),
@@ -104,7 +106,8 @@ def test_nothing_is_run(tmp_path):
     write_tensors(tmp_path, infos_of({"float": TENSORS["float"]}), lambda key, rows: TENSORS[key][rows])
     _replace_record(tmp_path, _Malicious(f"touch {tmp_path}/run"))
     with pytest.raises(
-        ConversionError, match=r"float cannot be read, .* holds something else than tensors. Nothing of it was run"
+        ConversionError,
+        match=r"float cannot be read, .* holds something else than tensors. Nothing of it was run",
     ):
         read(tmp_path, "float")
     assert not (tmp_path / "run").exists()
@@ -141,10 +144,15 @@ def test_a_part_of_a_file_is_a_file(data):
     content = bytes(range(100))
     offset = data.draw(st.integers(0, 100))
     length = data.draw(st.integers(0, 100 - offset))
-    part, plain = distcp._part(io.BytesIO(content), offset, length), io.BytesIO(content[offset : offset + length])
+    part, plain = (
+        distcp._part(io.BytesIO(content), offset, length),
+        io.BytesIO(content[offset : offset + length]),
+    )
     for _ in range(5):
         whence = data.draw(st.sampled_from([os.SEEK_SET, os.SEEK_END]))
-        place = data.draw(st.integers(0, 120)) if whence == os.SEEK_SET else data.draw(st.integers(-length, 20))
+        place = (
+            data.draw(st.integers(0, 120)) if whence == os.SEEK_SET else data.draw(st.integers(-length, 20))
+        )
         assert part.seek(place, whence) == plain.seek(place, whence)
         count = data.draw(st.integers(0, 60))
         assert part.read(count) == plain.read(count)

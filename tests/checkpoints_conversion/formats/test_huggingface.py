@@ -131,7 +131,9 @@ def test_the_index_decides_between_two_tensors_of_one_name(tmp_path: Path) -> No
 
 
 def test_folders_without_weights(tmp_path: Path) -> None:
-    with pytest.raises(ConversionError, match=r"has neither model.safetensors nor model.safetensors.index.json"):
+    with pytest.raises(
+        ConversionError, match=r"has neither model.safetensors nor model.safetensors.index.json"
+    ):
         HuggingFaceFolder(tmp_path)
     with pytest.raises(ConversionError, match="nowhere is not a folder; give that of a model"):
         HuggingFaceFolder(tmp_path / "nowhere")
@@ -176,7 +178,9 @@ class _Bomb:
 
 
 @pytest.mark.parametrize("content", [{"w": _Bomb()}, [torch.zeros(1)], {"w": 3}])
-def test_pickles_of_anything_but_tensors(content: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickles_of_anything_but_tensors(
+    content: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     folder = _pickled(tmp_path / "m", content)
     with pytest.raises(ConversionError, match=r"holds more than tensors|holds no dictionary of tensors"):
@@ -272,9 +276,12 @@ print(resident("VmHWM") - before, largest, total)
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_memory_is_that_of_the_largest_tensor(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", _PEAK, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", _PEAK, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     peak, largest, total = map(int, done.stdout.split())
     assert total > 3 * largest  # a model that is held would be seen
-    # The fused tensor that is read whole, one chunk of rows that is copied into it, and what malloc keeps for itself.
+    # The fused tensor that is read whole, one chunk of rows that is copied into it, and what malloc keeps for
+    # itself.
     assert peak < 1.3 * largest + 32 * 2**20

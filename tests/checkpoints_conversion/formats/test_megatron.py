@@ -23,10 +23,10 @@ from megatron_ext.checkpointing.folders import list_checkpoints, read_pointer
 from megatron_ext.checkpointing.manifest import hash_files, list_files, read_manifest, write_manifest
 from megatron_ext.command_line import config_from_dict
 from megatron_ext.config import ParallelConfig
+from megatron_ext.evaluation.logits import compute_logits
 from megatron_ext.parallel.process_groups import initialize
+from megatron_ext.restoring.model import restore
 from megatron_ext.text_yaml import load_text_yaml
-from megatron_ext.training.logits import compute_logits
-from megatron_ext.training.restore import restore
 from tests.checkpoints_conversion.formats.checkpoints import (
     CASES,
     EMBEDDING,
@@ -83,7 +83,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path
 
     def path_of(case: str, layout: str) -> Path:
         if not (root / layout).exists():
-            cases = [name for name, description in CASES.items() if "pp2" not in layout or not is_cyclic(description)]
+            cases = [
+                name
+                for name, description in CASES.items()
+                if "pp2" not in layout or not is_cyclic(description)
+            ]
             run_on_ranks(ranks_of(LAYOUTS[layout]), _save, cases, LAYOUTS[layout], root / layout)
         return root / layout / case
 
@@ -239,13 +243,18 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def restored(written: Path) -> Callable[[str, str], tuple[list[Restored], Tensor]]:
-    """What the ranks of a layout make of a case, and the logits that it must give; a layout does all cases when first asked for."""
+    """What the ranks of a layout make of a case, and the logits that it must give; a layout does all cases
+    when first asked for."""
     known: dict[str, list[dict[str, Restored]]] = {}
     expected = run_on_ranks(1, _logits, list(CASES))[0]
 
     def results_of(case: str, layout: str) -> tuple[list[Restored], Tensor]:
         if layout not in known:
-            cases = [name for name, description in CASES.items() if "pp2" not in layout or not is_cyclic(description)]
+            cases = [
+                name
+                for name, description in CASES.items()
+                if "pp2" not in layout or not is_cyclic(description)
+            ]
             known[layout] = run_on_ranks(ranks_of(LAYOUTS[layout]), _restore, cases, LAYOUTS[layout], written)
         return [results[case] for results in known[layout]], expected[case]
 
@@ -379,6 +388,10 @@ def test_tensors_that_are_not_those_of_the_model(tmp_path):
     weights[EMBEDDING] = weights[EMBEDDING][: VOCAB - 1]
     with pytest.raises(ConversionError) as raised:
         write_checkpoint(tmp_path / "model", CASES["plain"], MemorySource(weights), manifest_json={})
-    for part in ("missing: decoder.final_layernorm", "not part of the model: extra", "[60, 32] instead of [61, 32]"):
+    for part in (
+        "missing: decoder.final_layernorm",
+        "not part of the model: extra",
+        "[60, 32] instead of [61, 32]",
+    ):
         assert part in str(raised.value)
     assert not (tmp_path / "model").exists()

@@ -17,7 +17,7 @@ from megatron_ext.checkpointing.errors import MismatchError
 from megatron_ext.config import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig
 from megatron_ext.model.initialization import global_parameters, shard
 from megatron_ext.parallel.process_groups import initialize
-from megatron_ext.training.restore import restore
+from megatron_ext.restoring.model import restore
 from tests.checkpoints_conversion.formats.checkpoints import manifest_of, whole_weights
 from tests.megatron_ext.training.runs import tiny_run, train
 from tests.ranks import run_on_ranks
@@ -37,7 +37,9 @@ def _different(directory: Path, weights: dict[str, Tensor]) -> list[str]:
     return [
         name
         for name, parameter in global_parameters(stage)
-        if not torch.equal(parameter[: len(weights[name])], shard(stage, name, weights[name])[: len(weights[name])])
+        if not torch.equal(
+            parameter[: len(weights[name])], shard(stage, name, weights[name])[: len(weights[name])]
+        )
     ]
 
 
@@ -47,7 +49,10 @@ def test_a_run_with_an_optimizer(tmp_path):
     checkpoint = MegatronCheckpoint(tmp_path)
     assert checkpoint.iteration == 2
     assert checkpoint.description == ModelDescription(
-        replace(run.model, max_position_embeddings=run.train.seq_length), run.compression, "llama", torch.bfloat16
+        replace(run.model, max_position_embeddings=run.train.seq_length),
+        run.compression,
+        "llama",
+        torch.bfloat16,
     )
     weights = {name: checkpoint.read(name) for name in checkpoint.infos()}
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
@@ -55,7 +60,9 @@ def test_a_run_with_an_optimizer(tmp_path):
 
 
 def _starting_from(model: Path, **compression: Any) -> RunConfig:
-    run = run_with(model={"max_position_embeddings": 64}, checkpoint={"load": str(model)}, compression=compression)
+    run = run_with(
+        model={"max_position_embeddings": 64}, checkpoint={"load": str(model)}, compression=compression
+    )
     return replace(run, checkpoint=replace(run.checkpoint, finetune=True))
 
 
@@ -129,7 +136,9 @@ def _peaks(directory: Path, description: ModelDescription) -> tuple[float, float
     return writing, reading, rows
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux' /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux' /proc"
+)
 def test_memory_does_not_grow_with_the_model(tmp_path):
     model = ModelConfig(
         num_layers=2, hidden_size=1024, ffn_hidden_size=4096, vocab_size=16384, max_position_embeddings=64

@@ -1,4 +1,5 @@
-"""The published DMC checkpoints, in the layout in which Megatron's older training program saves: small ones, made here."""
+"""The published DMC checkpoints, in the layout in which Megatron's older training program saves: small ones,
+made here."""
 
 import argparse
 import io
@@ -108,7 +109,8 @@ def stage_of(name: str, stages: int, layers: int) -> int:
 
 
 def nested(tensors: dict[str, Any]) -> dict[str, Any]:
-    """As models built before Megatron-core have them: dictionaries in dictionaries, the innermost with dotted names."""
+    """As models built before Megatron-core have them: dictionaries in dictionaries, the innermost with dotted
+    names."""
     found: dict[str, Any] = {"language_model": {"embedding": {"word_embeddings": {}}, "encoder": {}}}
     for key, tensor in tensors.items():
         parts = key.split(".")
@@ -124,7 +126,8 @@ def nested(tensors: dict[str, Any]) -> dict[str, Any]:
 def publish(
     folder: Path, *, tensor: int = 1, pipeline: int = 1, style: str = "transformer engine", **arguments: Any
 ) -> Path:
-    """Write `whole_weights` as a run with these arguments saves them; ... removes one. Returns the folder of the iteration."""
+    """Write `whole_weights` as a run with these arguments saves them; ... removes one. Returns the folder of
+    the iteration."""
     given = ARGUMENTS | arguments
     given = {name: value for name, value in given.items() if value is not ...}
     sizes = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
@@ -143,7 +146,9 @@ def publish(
             else:
                 model["decoder.layers.0.self_attention.linear_qkv._extra_state"] = io.BytesIO(b"scaling")
             path = (
-                iteration / (f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pipeline > 1 else "")) / "model_optim_rng.pt"
+                iteration
+                / (f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pipeline > 1 else ""))
+                / "model_optim_rng.pt"
             )
             path.parent.mkdir(parents=True)
             rng = {
@@ -185,7 +190,9 @@ def test_every_layout_and_style(tmp_path, tensor, pipeline, style):
     assert checkpoint.files == sorted(str(path.relative_to(iteration)) for path in iteration.rglob("*.pt"))
     assert checkpoint.description == PUBLISHED
     weights = whole_weights(PUBLISHED)
-    assert checkpoint.infos() == {name: TensorInfo(tuple(each.shape), each.dtype) for name, each in weights.items()}
+    assert checkpoint.infos() == {
+        name: TensorInfo(tuple(each.shape), each.dtype) for name, each in weights.items()
+    }
     for name, weight in weights.items():
         assert torch.equal(checkpoint.read(name), weight), name
         for rows in (slice(3, 29), slice(0, 1), slice(-5, None)):
@@ -217,7 +224,9 @@ def test_bfloat16_and_its_epsilon(tmp_path):
 
 def test_a_tied_model(tmp_path):
     iteration = publish(tmp_path, pipeline=2, untie_embeddings_and_output_weights=False)
-    checkpoint = load(iteration)  # the last stage's copy of the embedding, here its own output layer, is left out
+    checkpoint = load(
+        iteration
+    )  # the last stage's copy of the embedding, here its own output layer, is left out
     assert not checkpoint.description.model.untie_embeddings_and_output_weights
     assert "output_layer.weight" not in checkpoint.infos()
 
@@ -262,7 +271,8 @@ def test_vocabulary(tmp_path):
     with pytest.raises(ConversionError, match=r"vocabulary size is 32000, but the embedding has 128 rows"):
         PublishedDMCCheckpoint(publish(tmp_path / "b"))
     with pytest.raises(
-        ConversionError, match=r"\(HuggingFaceTokenizer\) knows, and of the embedding's 128 rows some are padding"
+        ConversionError,
+        match=r"\(HuggingFaceTokenizer\) knows, and of the embedding's 128 rows some are padding",
     ):
         PublishedDMCCheckpoint(publish(tmp_path / "c", tokenizer_type="HuggingFaceTokenizer"))
 
@@ -378,7 +388,9 @@ def test_two_names_of_one_tensor(tmp_path):
 def test_ranks_that_are_missing_or_too_many(tmp_path):
     iteration = publish(tmp_path, tensor=2, pipeline=2)
     (iteration / "mp_rank_01_001").rename(tmp_path / "elsewhere")
-    with pytest.raises(ConversionError, match="files of 1 of 4 ranks are missing: tensor-parallel rank 1 of stage 1"):
+    with pytest.raises(
+        ConversionError, match="files of 1 of 4 ranks are missing: tensor-parallel rank 1 of stage 1"
+    ):
         load(iteration)
     (tmp_path / "elsewhere").rename(iteration / "mp_rank_02_000")
     (iteration / "mp_rank_02_000" / "model_optim_rng.pt").rename(tmp_path / "file")
@@ -397,7 +409,9 @@ def test_a_rank_of_another_layout(tmp_path):
     iteration = publish(tmp_path)
     publish(tmp_path / "other", tensor=2)
     (tmp_path / "other" / "iter_0002000" / "mp_rank_01").rename(iteration / "mp_rank_01")
-    with pytest.raises(ConversionError, match="mp_rank_01 belongs to no rank of tensor_model_parallel_size 1"):
+    with pytest.raises(
+        ConversionError, match="mp_rank_01 belongs to no rank of tensor_model_parallel_size 1"
+    ):
         load(iteration)
 
 

@@ -42,12 +42,16 @@ def test_the_library_reads_what_is_written(tmp_path: Path, monkeypatch: pytest.M
 
 
 @given(data=st.data())
-def test_what_the_library_writes_is_read(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_what_the_library_writes_is_read(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     path = tmp_path_factory.mktemp("library") / "w.safetensors"
     extra = {"i": torch.arange(3), "f8": torch.zeros(3).to(torch.float8_e4m3fn), "flag": torch.tensor([True])}
     save_file(SOURCE.tensors | extra, path)
     found = open_safetensors(path)
-    assert {name: stored.info for name, stored in found.items()} == MemorySource(SOURCE.tensors | extra).infos()
+    assert {name: stored.info for name, stored in found.items()} == MemorySource(
+        SOURCE.tensors | extra
+    ).infos()
     name = data.draw(st.sampled_from(list(SOURCE.tensors)))
     tensor = SOURCE.tensors[name]
     assert torch.equal(found[name].read(), tensor)
@@ -61,7 +65,9 @@ def test_truncated_files(length: int, tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     write_safetensors_file(path, SOURCE, list(SOURCE.tensors))
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(ConversionError, match=r"w.safetensors is truncated or no safetensors file \(.*Fetch it again"):
+    with pytest.raises(
+        ConversionError, match=r"w.safetensors is truncated or no safetensors file \(.*Fetch it again"
+    ):
         open_safetensors(path)
 
 

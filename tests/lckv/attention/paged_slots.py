@@ -61,7 +61,9 @@ class Slots:
         """float64, head by head."""
         heads = self.query.double().cpu().reshape(self.lengths.numel(), -1, self.query.shape[-1])
         outputs, lses = torch.zeros_like(heads), torch.full(heads.shape[:2], -torch.inf, dtype=torch.float64)
-        for head, (row, length) in enumerate(zip(self.rows.tolist(), self.lengths.flatten().tolist(), strict=True)):
+        for head, (row, length) in enumerate(
+            zip(self.rows.tolist(), self.lengths.flatten().tolist(), strict=True)
+        ):
             first = 0 if self.first is None else int(self.first.flatten()[head])
             owned = self.pages.table[row].long()
             key, value = (pool[owned].flatten(0, 1)[first:length].double().cpu() for pool in self.pages[:2])

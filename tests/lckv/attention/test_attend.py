@@ -1,4 +1,5 @@
-"""Every attention backend against the plain oracle: causality, excluded self, windows, documents, grouped heads, gradients."""
+"""Every attention backend against the plain oracle: causality, excluded self, windows, documents, grouped
+heads, gradients."""
 
 import types
 from functools import partial
@@ -15,8 +16,8 @@ from lckv.attention.visibility import Documents, Visibility
 
 
 def stand_in() -> types.SimpleNamespace:
-    """flash-attn's two functions as its documentation defines them, in plain PyTorch: [.., heads, d], window counted to the left of
-    the diagonal, documents by cu_seqlens."""
+    """flash-attn's two functions as its documentation defines them, in plain PyTorch: [.., heads, d], window
+    counted to the left of the diagonal, documents by cu_seqlens."""
 
     def rows(
         q: Tensor,
@@ -53,7 +54,11 @@ def stand_in() -> types.SimpleNamespace:
         assert lengths.max() == max_seqlen_q == max_seqlen_k
         assert cu_seqlens_q[-1] == len(q)
         pieces = [tensor.split(lengths.tolist()) for tensor in (q, k, v)]
-        done = [rows(*(piece[None] for piece in one), **options)[0] for one in zip(*pieces, strict=True) if len(one[0])]
+        done = [
+            rows(*(piece[None] for piece in one), **options)[0]
+            for one in zip(*pieces, strict=True)
+            if len(one[0])
+        ]
         return torch.cat(done)
 
     return types.SimpleNamespace(flash_attn_func=rows, flash_attn_varlen_func=packed)
@@ -91,7 +96,9 @@ def test_output_and_gradients_equal_the_oracle(backend: str, case: tuple) -> Non
     results = []
     for attend in (reference.attend, BACKENDS[backend]):
         output = attend(*leaves, visibility, scale=0.3)
-        gradients = torch.autograd.grad((output * weight).sum() + sum(leaf.sum() * 0 for leaf in leaves), leaves)
+        gradients = torch.autograd.grad(
+            (output * weight).sum() + sum(leaf.sum() * 0 for leaf in leaves), leaves
+        )
         results.append((output, *gradients))
     for expected, found in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # the oracle's scores are float32
@@ -151,7 +158,8 @@ class TestChoice:
 
     def test_an_explicit_request_never_falls_back(self) -> None:
         with pytest.raises(
-            ValueError, match=r"model\.attention_backend is flash, but .* Set model\.attention_backend to auto"
+            ValueError,
+            match=r"model\.attention_backend is flash, but .* Set model\.attention_backend to auto",
         ):
             choose("flash", device=self.cpu, dtype=torch.float32, head_dim=64)
 

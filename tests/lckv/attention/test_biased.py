@@ -1,4 +1,5 @@
-"""Attention to keys with a bias: the frontier decomposition against the whole score matrix, on every pair of kernels."""
+"""Attention to keys with a bias: the frontier decomposition against the whole score matrix, on every pair of
+kernels."""
 
 import inspect
 import types
@@ -40,7 +41,21 @@ class FlashAttnStandIn:
         return attended.output.transpose(1, 2), attended.lse, None, torch.tensor([3, 4])
 
     def _flash_attn_backward(
-        self, dout, q, k, v, *, out, softmax_lse, dq, dk, dv, softmax_scale, deterministic, rng_state, **options
+        self,
+        dout,
+        q,
+        k,
+        v,
+        *,
+        out,
+        softmax_lse,
+        dq,
+        dk,
+        dv,
+        softmax_scale,
+        deterministic,
+        rng_state,
+        **options,
     ):
         assert options == self.EXPECTED
         assert deterministic is False
@@ -60,7 +75,9 @@ def tensors(rows, kv_heads, group, length, channels=8, dtype=torch.float64, bias
     """Query, key, value [b, heads, s, d], laid out [s, b, heads, d] as in the model, with bias channels."""
     generator = torch.Generator().manual_seed(length + 100 * group)
     heads = (kv_heads * group, kv_heads, kv_heads)
-    query, key, value = (torch.randn(length, rows, n, channels, dtype=dtype, generator=generator) for n in heads)
+    query, key, value = (
+        torch.randn(length, rows, n, channels, dtype=dtype, generator=generator) for n in heads
+    )
     chosen = torch.randint(len(biases), key.shape[:-1], generator=generator)
     query[..., -1], key[..., -1] = channels**0.5, torch.tensor(biases, dtype=dtype)[chosen]
     return [tensor.permute(1, 2, 0, 3).requires_grad_() for tensor in (query, key, value)]
@@ -160,7 +177,9 @@ def test_nothing_of_length_times_length_is_made():
 def test_windows_and_dropout_are_refused():
     inputs = tensors(1, 1, 1, 4)
     for attend in BACKENDS.values():
-        with pytest.raises(ValueError, match=r"compression.sliding_window is 3; .*compression.policy.name dmc.*remove"):
+        with pytest.raises(
+            ValueError, match=r"compression.sliding_window is 3; .*compression.policy.name dmc.*remove"
+        ):
             attend(*inputs, Visibility(window=3), scale=1.0, biased=True)
         with pytest.raises(ValueError, match=r"model.attention_dropout is 0.1; it must be 0"):
             attend(*inputs, Visibility(), scale=1.0, biased=True, dropout=0.1)
@@ -175,8 +194,13 @@ def test_the_pair_for_each_device_and_dtype():
     assert isinstance(choose_pair(meta(torch.bfloat16)), AtenFlash)
     assert isinstance(choose_pair(meta(torch.float32)), AtenEfficient)
     odd = meta(torch.bfloat16, 12)
-    for refuse in (lambda: choose_pair(odd), lambda: FlashAttnPair(FlashAttnStandIn()).forward(odd, odd, odd, 1.0)):
-        with pytest.raises(ValueError, match=r"model.kv_channels is 12; it must be a multiple of 8 .* on GPUs"):
+    for refuse in (
+        lambda: choose_pair(odd),
+        lambda: FlashAttnPair(FlashAttnStandIn()).forward(odd, odd, odd, 1.0),
+    ):
+        with pytest.raises(
+            ValueError, match=r"model.kv_channels is 12; it must be a multiple of 8 .* on GPUs"
+        ):
             refuse()
     with pytest.raises(ValueError, match=r"on meta takes float16, bfloat16 and float32, not torch.float64"):
         choose_pair(meta(torch.float64))
@@ -204,14 +228,39 @@ class CudaStandIn:
         return attended.output, attended.lse, None, None, q.shape[2], k.shape[2], "seed", "offset", None
 
     def _scaled_dot_product_flash_attention_backward(
-        self, grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, seed, offset, *, scale
+        self,
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cum_q,
+        cum_k,
+        max_q,
+        max_k,
+        dropout_p,
+        is_causal,
+        seed,
+        offset,
+        *,
+        scale,
     ):
-        assert (cum_q, cum_k, max_q, max_k, dropout_p, is_causal) == (None, None, q.shape[2], k.shape[2], 0.0, True)
+        assert (cum_q, cum_k, max_q, max_k, dropout_p, is_causal) == (
+            None,
+            None,
+            q.shape[2],
+            k.shape[2],
+            0.0,
+            True,
+        )
         assert (seed, offset) == ("seed", "offset")
         assert lse.is_contiguous()
         return AtenCPU().backward(grad, q, k, v, Attended(out, lse), scale)
 
-    def _scaled_dot_product_efficient_attention(self, q, k, v, bias, compute_lse, dropout_p, is_causal, *, scale):
+    def _scaled_dot_product_efficient_attention(
+        self, q, k, v, bias, compute_lse, dropout_p, is_causal, *, scale
+    ):
         assert (bias, compute_lse, dropout_p, is_causal) == (None, True, 0.0, True)
         assert q.shape == k.shape == v.shape
         attended = AtenCPU().forward(q, k, v, scale)
@@ -259,7 +308,9 @@ def cuda_errors(dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-3), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-3), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)]
+)
 def test_on_cuda(dtype, tolerance):
     (errors,) = run_on_ranks(1, cuda_errors, dtype, device="cuda")
     assert max(errors) < tolerance

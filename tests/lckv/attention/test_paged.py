@@ -1,4 +1,5 @@
-"""Attention of one query per head to paged slots: the twin against the formula, the kernel interpreted, compiled and on CUDA."""
+"""Attention of one query per head to paged slots: the twin against the formula, the kernel interpreted,
+compiled and on CUDA."""
 
 import os
 import subprocess

@@ -33,8 +33,12 @@ def plain(query: Tensor, new: NewTokens, old: Past, visibility: Visibility, bias
                 if visibility.window is not None:
                     keys = keys[max(0, len(keys) - visibility.window + int(visibility.exclude_self)) :]
                 if keys:
-                    score = [query[row, head, t, :scored] @ key[:scored] * 0.3 + bias for key, _, bias in keys]
-                    result[row, head, t] = torch.stack(score).softmax(0) @ torch.stack([value for _, value, _ in keys])
+                    score = [
+                        query[row, head, t, :scored] @ key[:scored] * 0.3 + bias for key, _, bias in keys
+                    ]
+                    result[row, head, t] = torch.stack(score).softmax(0) @ torch.stack(
+                        [value for _, value, _ in keys]
+                    )
     return result
 
 
@@ -50,7 +54,9 @@ def plain(query: Tensor, new: NewTokens, old: Past, visibility: Visibility, bias
     block=st.sampled_from([1, 2, 128]),
     seed=st.integers(0, 99),
 )
-def test_equals_the_plain_computation(rows, kv_heads, group, length, slots, exclude_self, kind, padding, block, seed):
+def test_equals_the_plain_computation(
+    rows, kv_heads, group, length, slots, exclude_self, kind, padding, block, seed
+):
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -93,7 +99,9 @@ def test_without_a_past_it_is_ordinary_attention(exclude_self: bool, biased: boo
     visibility = Visibility(exclude_self)
     if biased:
         query[..., -1] = 1 / 0.3  # brings a key's bias to its score
-    found = past.attend(query, NewTokens(key, value, None, None), nothing, visibility, scale=0.3, biased=biased)
+    found = past.attend(
+        query, NewTokens(key, value, None, None), nothing, visibility, scale=0.3, biased=biased
+    )
     expected = reference.attend(query, key, value, visibility, scale=0.3, biased=biased)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
@@ -128,6 +136,8 @@ def test_half_precision_is_as_exact_as_the_fused_kernel() -> None:
         assert torch.equal(past.attend(query, new, old, Visibility(), scale=0.125), found)
     key, value = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
     fused = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=0.125)
-    exact = torch.nn.functional.scaled_dot_product_attention(query.double(), key.double(), value.double(), scale=0.125)
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        query.double(), key.double(), value.double(), scale=0.125
+    )
     assert found.dtype == torch.bfloat16
     assert (found - exact).norm() < 1.5 * (fused - exact).norm() < 0.01 * exact.norm()

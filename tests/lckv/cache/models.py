@@ -33,7 +33,12 @@ MERGING = {
     "target_compression_ratio": 2.0,
 }
 
-CASES = [(name, policy) for name in MAPS for policy in ("dense", "dmc") if policy == "dense" or "s" not in MAPS[name]]
+CASES = [
+    (name, policy)
+    for name in MAPS
+    for policy in ("dense", "dmc")
+    if policy == "dense" or "s" not in MAPS[name]
+]
 
 
 @cache
@@ -82,7 +87,9 @@ def contiguous_cache(built: LCKVLlamaForCausalLM) -> ContiguousCache:
     return ContiguousCache(**cache_settings(built))
 
 
-def paged_cache(built: LCKVLlamaForCausalLM, pages: int = 400, page_size: int = 4, **sizes: int) -> PagedCache:
+def paged_cache(
+    built: LCKVLlamaForCausalLM, pages: int = 400, page_size: int = 4, **sizes: int
+) -> PagedCache:
     return PagedCache(
         **cache_settings(built),
         kv_heads=built.config.num_key_value_heads,
@@ -100,8 +107,11 @@ def text(length: int, seed: int = 0) -> list[int]:
 
 
 @torch.inference_mode()
-def logits(built: LCKVLlamaForCausalLM, rows: Sequence[Sequence[int]], cache: object, passes: int = 40) -> list[Tensor]:
-    """[tokens, vocabulary] of each row, of any lengths, which the cache takes in at once; enough passes to be exact."""
+def logits(
+    built: LCKVLlamaForCausalLM, rows: Sequence[Sequence[int]], cache: object, passes: int = 40
+) -> list[Tensor]:
+    """[tokens, vocabulary] of each row, of any lengths, which the cache takes in at once; enough passes to be
+    exact."""
     width = max(len(row) for row in rows)
     padded = torch.tensor([[*row, *(0,) * (width - len(row))] for row in rows])
     lengths = torch.tensor([len(row) for row in rows])

@@ -11,7 +11,8 @@ from lckv.rope import rotate, rotation
 
 
 class RecomputingCache:
-    """Implements `KVCache` for one token after the other. Keeps all tokens, of which it uses some; float64."""
+    """Implements `KVCache` for one token after the other. Keeps all tokens, of which it uses some;
+    float64."""
 
     empty = False
 

@@ -41,7 +41,9 @@ def facts_at(positions: Tensor, counted: Tensor) -> TokenContext:
     group=st.integers(1, 3),
     exclude_self=st.booleans(),
     calls=st.lists(
-        st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=3, max_size=3), min_size=1, max_size=6
+        st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=3, max_size=3),
+        min_size=1,
+        max_size=6,
     ),
 )
 def test_any_pieces_equal_the_whole(policy, kv_heads, group, exclude_self, calls):
@@ -50,7 +52,11 @@ def test_any_pieces_equal_the_whole(policy, kv_heads, group, exclude_self, calls
     visibility = Visibility(exclude_self, window)
     length = sum(max(count for count, _ in call) for call in calls) + 1
     whole = [tensor.detach() for tensor in layer(length, 3, kv_heads, group)]
-    cache, used, found = ContiguousCache([0], policy, {} if window is None else {0: window}), [0] * 3, [[], [], []]
+    cache, used, found = (
+        ContiguousCache([0], policy, {} if window is None else {0: window}),
+        [0] * 3,
+        [[], [], []],
+    )
     for call in calls:
         width = max(1, *(count + before for count, before in call))
         # padding has keys that would show
@@ -69,7 +75,13 @@ def test_any_pieces_equal_the_whole(policy, kv_heads, group, exclude_self, calls
             cache.commit({0: extension}, counted.T)
             _drop_all(cache)  # so that the first tokens, too, are read through the cache
         outputs = cache.attend(
-            0, query, extension, counted.T, visibility, scale=query.shape[-1] ** -0.5, biased=policy.biases_keys
+            0,
+            query,
+            extension,
+            counted.T,
+            visibility,
+            scale=query.shape[-1] ** -0.5,
+            biased=policy.biases_keys,
         )
         cache.commit({0: extension}, counted.T)
         for row, (count, before) in enumerate(call):
@@ -79,7 +91,9 @@ def test_any_pieces_equal_the_whole(policy, kv_heads, group, exclude_self, calls
         tensors = [tensor[: used[row], row : row + 1] for tensor in whole]
         if used[row]:
             facts = context(used[row], 1)
-            key_value, _ = policy.keys_values(tensors[1], tensors[2], tensors[0] if policy.reads_query else None, facts)
+            key_value, _ = policy.keys_values(
+                tensors[1], tensors[2], tensors[0] if policy.reads_query else None, facts
+            )
             output = attend(policy.query(tensors[0], facts), key_value, visibility, biased=policy.biases_keys)
             torch.testing.assert_close(torch.cat(found[row]), output[:, 0], rtol=0, atol=2e-5)
 

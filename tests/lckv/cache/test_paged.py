@@ -53,7 +53,14 @@ def owned_pages(cache: PagedCache) -> np.ndarray:
 def everything(cache: PagedCache) -> list[Tensor]:
     """Copies of all that a cache knows."""
     memory = cache._memory
-    tensors = (memory.pool.key, memory.pool.value, memory.tables.table, memory.lengths, memory.seen, memory.state)
+    tensors = (
+        memory.pool.key,
+        memory.pool.value,
+        memory.tables.table,
+        memory.lengths,
+        memory.seen,
+        memory.state,
+    )
     arrays = (memory.tables.lengths, memory.tokens, memory.pool._free_list[: memory.pool.free])
     return [tensor.clone() for tensor in (*tensors, *map(torch.from_numpy, arrays)) if tensor is not None]
 
@@ -116,7 +123,8 @@ LONGEST = 40
 
 
 class Requests(RuleBasedStateMachine):
-    """Sequences open, grow by chunks of any lengths in any company, and close, in a cache that is too small for all of them."""
+    """Sequences open, grow by chunks of any lengths in any company, and close, in a cache that is too small
+    for all of them."""
 
     built = model("LCKV", "dmc")
 
@@ -156,7 +164,9 @@ class Requests(RuleBasedStateMachine):
             said = None
         if said is None:
             assert needed > free
-            assert all(torch.equal(one, other) for one, other in zip(before, everything(self.cache), strict=True))
+            assert all(
+                torch.equal(one, other) for one, other in zip(before, everything(self.cache), strict=True)
+            )
             return
         assert free - self.cache.pages_free <= needed
         for row, tokens, part in zip(rows, new, said, strict=True):
@@ -215,7 +225,9 @@ def test_out_of_pages_changes_nothing() -> None:
     said = logits(built, [tokens[:14]], cache.rows([one]))
     logits(built, [tokens[:12]], cache.rows([other]))
     before = everything(cache)
-    with pytest.raises(OutOfPagesError, match=r"16 more tokens in 1 sequences need \d+ pages, but \d+ of 34 are free"):
+    with pytest.raises(
+        OutOfPagesError, match=r"16 more tokens in 1 sequences need \d+ pages, but \d+ of 34 are free"
+    ):
         logits(built, [tokens[14:]], cache.rows([one]))
     assert all(torch.equal(one, other) for one, other in zip(before, everything(cache), strict=True))
     cache.close(other)
@@ -250,7 +262,8 @@ def test_windowed_layers_hold_a_bounded_number_of_pages() -> None:
         assert cache.pages_needed([0], 1) <= 2 * 4
     close(said, parallel_logits(built, tokens))
     assert cache.lengths(0, 3).tolist() == [90, 90]
-    # Layer 3 needs 4 pages for tokens 90 to 96; the others' windows lie in 3 then, instead of 2, and give those 2 back.
+    # Layer 3 needs 4 pages for tokens 90 to 96; the others' windows lie in 3 then, instead of 2, and give
+    # those 2 back.
     assert cache.pages_needed([0], 7) == 2 * (4 + 3)
 
 
@@ -258,7 +271,14 @@ def test_a_window_of_one_token() -> None:
     """Only the newest token is seen, which no cache holds."""
     built = model("windowed and whole")
     settings = cache_settings(built) | {"windows": dict.fromkeys(built.model.layer_types.kv_layers, 1)}
-    sizes = {"kv_heads": 2, "head_dim": 8, "dtype": torch.float32, "device": "cpu", "pages": 9, "page_size": 1}
+    sizes = {
+        "kv_heads": 2,
+        "head_dim": 8,
+        "dtype": torch.float32,
+        "device": "cpu",
+        "pages": 9,
+        "page_size": 1,
+    }
     cache = PagedCache(**settings, **sizes, max_sequences=1, max_tokens=9)
     view = cache.rows([cache.open()])
     for tokens in (5, 1, 3):
@@ -280,12 +300,19 @@ def test_bytes_are_those_of_pages_and_sequences() -> None:
             assert cache.num_bytes == (cache.pages + 1) * cache.bytes_per_page + 5 * cache.bytes_per_sequence
         assert small.bytes_per_page == 2 * 4 * 8 * 4
         assert large.num_bytes - small.num_bytes == 20 * small.bytes_per_page
-        pointers = [tensor.data_ptr() for tensor in vars(small._memory).values() if isinstance(tensor, Tensor)]
+        pointers = [
+            tensor.data_ptr() for tensor in vars(small._memory).values() if isinstance(tensor, Tensor)
+        ]
         pool = small._pool.key.data_ptr(), small._pool.value.data_ptr()
         allocated = small.num_bytes
         decode(built, small.rows([small.open()]), text(30), [20, *[1] * 10])
-        assert small.num_bytes == allocated and pool == (small._pool.key.data_ptr(), small._pool.value.data_ptr())
-        assert pointers == [tensor.data_ptr() for tensor in vars(small._memory).values() if isinstance(tensor, Tensor)]
+        assert small.num_bytes == allocated and pool == (
+            small._pool.key.data_ptr(),
+            small._pool.value.data_ptr(),
+        )
+        assert pointers == [
+            tensor.data_ptr() for tensor in vars(small._memory).values() if isinstance(tensor, Tensor)
+        ]
         if policy == "dense":
             assert small.pages_in_use == 2 * 2 * 8  # layers, heads, pages of 4 for 30 tokens
 
@@ -298,7 +325,9 @@ def test_pages_needed() -> None:
         for chunk in (7, 1, 1, 9, 30):
             needed, free = cache.pages_needed([one, other], [chunk, 1]), cache.pages_free
             logits(built, [text(chunk), text(1)], cache.rows([one, other]))
-            assert free - cache.pages_free == needed if policy == "dense" else free - cache.pages_free <= needed
+            assert (
+                free - cache.pages_free == needed if policy == "dense" else free - cache.pages_free <= needed
+            )
         assert cache.pages_needed([one], 4) == 2 * 2 or policy == "dmc"
 
 
@@ -351,11 +380,15 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="max_sequences is 2, and so many are open"):
         cache.open()
     view = cache.rows([sequence])
-    with pytest.raises(ValueError, match=r"the cache holds layers \[0, 1, 2, 3\]; keys and values of \[\] came"):
+    with pytest.raises(
+        ValueError, match=r"the cache holds layers \[0, 1, 2, 3\]; keys and values of \[\] came"
+    ):
         view.commit({}, None)
     logits(built, [text(8)], view)
     before = everything(cache)
-    with pytest.raises(ValueError, match="a sequence of 11 tokens does not fit; max_tokens of the cache is 10"):
+    with pytest.raises(
+        ValueError, match="a sequence of 11 tokens does not fit; max_tokens of the cache is 10"
+    ):
         logits(built, [text(3)], view)
     assert all(torch.equal(one, other) for one, other in zip(before, everything(cache), strict=True))
 

@@ -139,7 +139,8 @@ def test_thousands_of_tokens(dtype: torch.dtype, exclude_self: bool, tolerance: 
 def test_memory_of_windowed_layers() -> None:
     """They keep their own window, without sinks."""
     shapes = [
-        kept.newest[0].shape[2] + kept.sinks[0].shape[2] for kept in streaming_cache(model("YOCO"))._layers.values()
+        kept.newest[0].shape[2] + kept.sinks[0].shape[2]
+        for kept in streaming_cache(model("YOCO"))._layers.values()
     ]
     assert shapes == [4, 4, 4, 15 + 4]
 
@@ -154,7 +155,8 @@ def test_what_is_refused() -> None:
         "frequencies": FREQUENCIES,
     }
     with pytest.raises(
-        ValueError, match=r"compression.policy.name is dmc; streaming with attention sinks drops single tokens"
+        ValueError,
+        match=r"compression.policy.name is dmc; streaming with attention sinks drops single tokens",
     ):
         StreamingCache([0], DMCPolicy(DMCConfig()), {}, **settings, window=16)
     for wrong, least in (({"window": 0}, 1), ({"sinks": -1, "window": 4}, 0), ({"rows": 0, "window": 4}, 1)):

@@ -10,8 +10,11 @@ from tests.lckv.cache.models import paged_cache
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=10, ignore_eos=True)
 
 
-def engine(model: LCKVLlamaForCausalLM, *, pages: int = 2000, max_sequences: int = 8, **settings: Any) -> Engine:
-    """With all passes over iterated layers, unless told otherwise; sequences of up to 127 tokens in pages of 4."""
+def engine(
+    model: LCKVLlamaForCausalLM, *, pages: int = 2000, max_sequences: int = 8, **settings: Any
+) -> Engine:
+    """With all passes over iterated layers, unless told otherwise; sequences of up to 127 tokens in pages of
+    4."""
     cache = paged_cache(model, pages=pages, max_sequences=max_sequences, max_tokens=127)
     return Engine(model, cache=cache, **{"prefill_tolerance": 0.0, **settings})
 

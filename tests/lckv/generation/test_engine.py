@@ -33,11 +33,13 @@ def test_answers_are_those_of_generate(name: str, policy: str) -> None:
 
 @pytest.mark.parametrize(("name", "policy"), CASES)
 def test_neighbours_chunks_exactness_and_lack_of_memory_change_nothing(name: str, policy: str) -> None:
-    """Four requests alone, together, with prompts in chunks of 4 tokens, with prompts token by token, and in a cache so small that they
-    give their pages to one another."""
+    """Four requests alone, together, with prompts in chunks of 4 tokens, with prompts token by token, and in
+    a cache so small that they give their pages to one another."""
     built = model(name, policy)
     alone = engine(built)
-    expected = [alone.generate([prompt], each)[0].token_ids for prompt, each in zip(PROMPTS, SAMPLED, strict=True)]
+    expected = [
+        alone.generate([prompt], each)[0].token_ids for prompt, each in zip(PROMPTS, SAMPLED, strict=True)
+    ]
     pages_of_one = alone.cache.pages_needed([alone.cache.open()], len(PROMPTS[-1]) + GREEDY.max_new_tokens)
     tight = engine(built, pages=int(1.6 * pages_of_one))
     for tried in (engine(built), engine(built, prefill_chunk=4), engine(built, prefill="exact"), tight):
@@ -116,12 +118,20 @@ def test_recorded_answers(name: str) -> None:
         max_position_embeddings=128,
         compression={
             field: header[field]
-            for field in ("layer_types", "forward_passes", "backward_passes", "sliding_window", "force_nodiag")
+            for field in (
+                "layer_types",
+                "forward_passes",
+                "backward_passes",
+                "sliding_window",
+                "force_nodiag",
+            )
         },
     )
     built = LCKVLlamaForCausalLM(config).eval()
     weights = {
-        key: tensor for key, tensor in load_file(FOLDER / f"{name}.safetensors").items() if key in built.state_dict()
+        key: tensor
+        for key, tensor in load_file(FOLDER / f"{name}.safetensors").items()
+        if key in built.state_dict()
     }
     built.load_state_dict(weights)
     generated = golden.tensors["generated"]
@@ -147,7 +157,9 @@ def test_page_size_does_not_matter() -> None:
     built = model("CLA", "dmc")
     answers = []
     for page_size in (1, 3, 16):
-        cache = paged_cache(built, pages=4000 // page_size, page_size=page_size, max_sequences=4, max_tokens=127)
+        cache = paged_cache(
+            built, pages=4000 // page_size, page_size=page_size, max_sequences=4, max_tokens=127
+        )
         answers.append([answer.token_ids for answer in Engine(built, cache=cache).generate(PROMPTS, SAMPLED)])
     assert answers[0] == answers[1] == answers[2]
 

@@ -91,7 +91,9 @@ class _Halves:
 
 
 @pytest.mark.parametrize(("steps", "reason"), [(4, "cancelled"), (5, "stop")])
-def test_a_stop_text_in_what_was_held_back_counts_unless_the_request_was_cancelled(steps: int, reason: str) -> None:
+def test_a_stop_text_in_what_was_held_back_counts_unless_the_request_was_cancelled(
+    steps: int, reason: str
+) -> None:
     tried = engine(model("plain"), tokenizer=_Halves())
     request = tried.submit(text(5), replace(GREEDY, stop=("\ufffd\ufffd",), max_new_tokens=5))
     for _ in range(steps):

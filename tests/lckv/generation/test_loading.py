@@ -112,7 +112,10 @@ def _saved(tmp_path: Path, name: str = "llama", **changes: Any) -> Path:
     [
         (
             {"model_type": "gpt2"},
-            "model_type is 'gpt2'; models of these types can be run: lckv-llama, llama, mistral, qwen2, qwen3.",
+            (
+                "model_type is 'gpt2'; models of these types can be run: lckv-llama, llama, mistral, qwen2, "
+                "qwen3."
+            ),
         ),
         (
             {"attention_bias": True},
@@ -126,7 +129,10 @@ def _saved(tmp_path: Path, name: str = "llama", **changes: Any) -> Path:
         ),
         (
             {"logit_softcapping": 30.0},
-            "logit_softcapping is 30.0; this field of a llama model is unknown here and may change what the model computes.",
+            (
+                "logit_softcapping is 30.0; this field of a llama model is unknown here and may change what the "
+                "model computes."
+            ),
         ),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only silu is supported."),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}, "rope_type is 'yarn'"),
@@ -168,11 +174,14 @@ def test_weights_that_do_not_fit_are_refused(what: str, tmp_path: Path) -> None:
 
 def test_folders_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        FileNotFoundError, match=r"config\.json does not exist; give the folder of a model in Hugging Face's format\."
+        FileNotFoundError,
+        match=r"config\.json does not exist; give the folder of a model in Hugging Face's format\.",
     ):
         load_model(tmp_path / "nowhere")
     folder = _saved(tmp_path)
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match="weights in other formats are not read, since they are pickled"):
+    with pytest.raises(
+        FileNotFoundError, match="weights in other formats are not read, since they are pickled"
+    ):
         load_model(folder)

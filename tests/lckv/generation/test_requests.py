@@ -22,12 +22,17 @@ from tests.lckv.generation.engines import GREEDY, empty, engine
             [1] * 128,
             GREEDY,
             (
-                "the prompt has 128 tokens; it must have at most 127. (There is room for 128 tokens of prompt and answer together; see "
+                "the prompt has 128 tokens; it must have at most 127. (There is room for 128 tokens of "
+                "prompt and answer together; see "
                 "max_tokens and max_prompt_tokens.)"
             ),
         ),
         ([1], replace(GREEDY, top_p=0.0), "top_p is 0.0; it must be above 0 and at most 1."),
-        ([1], replace(GREEDY, stop_token_ids=(50,)), "stop_token_ids has 50; the model's tokens are 0 to 49."),
+        (
+            [1],
+            replace(GREEDY, stop_token_ids=(50,)),
+            "stop_token_ids has 50; the model's tokens are 0 to 49.",
+        ),
         (
             [1],
             replace(GREEDY, stop=("x",)),
@@ -36,12 +41,18 @@ from tests.lckv.generation.engines import GREEDY, empty, engine
         (
             ["a"],
             GREEDY,
-            "a prompt must be a sequence of token ids; here is a list that is none. Texts are to be tokenised before.",
+            (
+                "a prompt must be a sequence of token ids; here is a list that is none. Texts are to be "
+                "tokenised before."
+            ),
         ),
         (
             "ab",
             GREEDY,
-            "a prompt must be a sequence of token ids; here is a str that is none. Texts are to be tokenised before.",
+            (
+                "a prompt must be a sequence of token ids; here is a str that is none. Texts are to be tokenised "
+                "before."
+            ),
         ),
     ],
 )
@@ -61,7 +72,9 @@ def test_all_reasons_are_given_at_once() -> None:
 def test_a_prompt_that_the_pool_can_never_hold_is_refused() -> None:
     small = engine(model("CLA"), pages=4 * 5)  # 2 layers of 2 heads: 20 tokens
     small.submit(text(20), GREEDY)
-    message = "the prompt has 21 tokens; the cache has room for 20, in 20 pages. Give the engine more memory_bytes."
+    message = (
+        "the prompt has 21 tokens; the cache has room for 20, in 20 pages. Give the engine more memory_bytes."
+    )
     with pytest.raises(ValueError) as raised:
         small.submit(text(21), GREEDY)
     assert str(raised.value) == message
@@ -105,7 +118,11 @@ def test_max_prompt_tokens_and_the_longest_prompt() -> None:
         ("max_prompt_tokens", 0, "max_prompt_tokens is 0; it must be at least 1."),
         ("prefill_chunk", -1, "prefill_chunk is -1; it must be at least 1."),
         ("prefill", "fast", "prefill is 'fast'; it must be 'parallel' or 'exact'."),
-        ("prefill_tolerance", 1.0, "prefill_tolerance is 1.0; it must be at least 0 (all passes) and below 1."),
+        (
+            "prefill_tolerance",
+            1.0,
+            "prefill_tolerance is 1.0; it must be at least 0 (all passes) and below 1.",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(field: str, value: Any, message: str) -> None:
@@ -118,7 +135,8 @@ def test_a_name_is_given_once_at_a_time() -> None:
     tried = engine(model("plain"))
     tried.submit([1], GREEDY, request_id="mine")
     with pytest.raises(
-        ValueError, match=r"request_id 'mine' is that of a request that is not finished; give another one, or none\."
+        ValueError,
+        match=r"request_id 'mine' is that of a request that is not finished; give another one, or none\.",
     ):
         tried.submit([1], GREEDY, request_id="mine")
     tried.run_until_idle()

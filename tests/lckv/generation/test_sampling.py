@@ -1,4 +1,5 @@
-"""Choosing tokens: the filters of transformers, the distribution that is left of the logits, and rows that know nothing of each other."""
+"""Choosing tokens: the filters of transformers, the distribution that is left of the logits, and rows that
+know nothing of each other."""
 
 from dataclasses import replace
 from random import Random
@@ -51,7 +52,9 @@ def test_filters_are_those_of_transformers(params: list[SamplingParams], seed: i
     logits = _logits(len(params), seed)
     previous = torch.randint(VOCABULARY, (len(params), 6), generator=torch.Generator().manual_seed(seed))
     ours = filtered(logits, params, previous.tolist())
-    theirs = [_of_transformers(each)(previous[row][None], logits[row][None])[0] for row, each in enumerate(params)]
+    theirs = [
+        _of_transformers(each)(previous[row][None], logits[row][None])[0] for row, each in enumerate(params)
+    ]
     torch.testing.assert_close(ours, torch.stack(theirs), rtol=1e-6, atol=1e-6)
 
 
@@ -98,7 +101,9 @@ def test_a_row_does_not_depend_on_the_others(params: list[SamplingParams], seed:
     previous = [list(range(row)) for row in range(len(params))]
     together = sample(logits, params, [Random(str(row)) for row in range(len(params))], previous)
     for row, each in enumerate(params):
-        assert sample(logits[row : row + 1], [each], [Random(str(row))], previous[row : row + 1]) == [together[row]]
+        assert sample(logits[row : row + 1], [each], [Random(str(row))], previous[row : row + 1]) == [
+            together[row]
+        ]
 
 
 @pytest.mark.parametrize(("temperature", "numbers"), [(0.0, 0), (1.0, 1)])
@@ -127,14 +132,22 @@ def test_the_extremes_of_the_generator_give_tokens_that_can_be_chosen() -> None:
 
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).nan_to_num(neginf=-1e30)
     params = [SamplingParams(top_k=2)]
-    assert [sample(logits, params, [Fixed(u)], [[]])[0].token for u in (0.0, 0.49, 0.51, 1 - 2**-53)] == [1, 1, 2, 2]
+    assert [sample(logits, params, [Fixed(u)], [[]])[0].token for u in (0.0, 0.49, 0.51, 1 - 2**-53)] == [
+        1,
+        1,
+        2,
+        2,
+    ]
 
 
 def test_logprobs_are_those_of_the_model_before_any_setting() -> None:
     logits = _logits(3)
     wants = SamplingParams(temperature=0.2, top_k=1, logprobs=4)
     chosen = sample(
-        logits, [wants, replace(wants, logprobs=0), replace(wants, logprobs=None)], [Random("1")] * 3, [[]] * 3
+        logits,
+        [wants, replace(wants, logprobs=0), replace(wants, logprobs=None)],
+        [Random("1")] * 3,
+        [[]] * 3,
     )
     logprobs = logits.log_softmax(-1)
     best = logprobs[0].topk(4)
@@ -180,6 +193,9 @@ def test_what_is_wrong_with_settings_is_said(field: str, value: Any, relation: s
 
 def test_right_settings_have_no_problems_and_wrong_ones_are_all_named() -> None:
     assert (
-        SamplingParams(temperature=0, top_k=3, seed=-4, stop=("a",), stop_token_ids=(1,), logprobs=0).problems() == []
+        SamplingParams(
+            temperature=0, top_k=3, seed=-4, stop=("a",), stop_token_ids=(1,), logprobs=0
+        ).problems()
+        == []
     )
     assert len(SamplingParams(temperature=-1, top_p=2, max_new_tokens=0).problems()) == 3

@@ -35,7 +35,11 @@ ACTIONS = st.one_of(
 
 
 @settings(max_examples=12)
-@given(actions=st.lists(ACTIONS, min_size=3, max_size=12), pages=st.integers(40, 90), chunk=st.sampled_from([3, 8, 64]))
+@given(
+    actions=st.lists(ACTIONS, min_size=3, max_size=12),
+    pages=st.integers(40, 90),
+    chunk=st.sampled_from([3, 8, 64]),
+)
 @pytest.mark.parametrize("policy", ["dense", "dmc"])
 def test_whatever_happens_answers_are_right_and_nothing_is_left(
     policy: str, actions: list[tuple[str, int, int]], pages: int, chunk: int
@@ -101,7 +105,10 @@ def test_answers_go_on_while_a_long_prompt_is_read() -> None:
     tokens = []
     while not second.finished:
         tokens.append([event.request_id == first.request_id for event in tried.step()])
-    assert tokens == [[True]] * 4 + [[True, False], [True, False]]  # 5 chunks, the last of which gives a token
+    assert tokens == [[True]] * 4 + [
+        [True, False],
+        [True, False],
+    ]  # 5 chunks, the last of which gives a token
 
 
 def test_prompts_are_read_together_as_far_as_a_chunk_goes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,8 +142,12 @@ def test_the_youngest_gives_way_and_comes_back_first() -> None:
     built = model("plain")
     params = [replace(GREEDY, max_new_tokens=length) for length in (20, 20, 20, 1)]
     prompts = [text(length, seed) for seed, length in enumerate((8, 8, 8, 35))]
-    expected = [engine(built).generate([prompt], each)[0] for prompt, each in zip(prompts, params, strict=True)]
-    tried = engine(built, pages=8 * 14, max_batch_size=3)  # 56 tokens, of 84 that the first three need in the end
+    expected = [
+        engine(built).generate([prompt], each)[0] for prompt, each in zip(prompts, params, strict=True)
+    ]
+    tried = engine(
+        built, pages=8 * 14, max_batch_size=3
+    )  # 56 tokens, of 84 that the first three need in the end
     requests = [tried.submit(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
     steps = []
     while tried.has_work:

@@ -8,7 +8,17 @@ from torch import Tensor
 
 from lckv.models.cache import LCKVCache
 from lckv.policies.dmc.config import DMCConfig
-from tests.lckv.models.tiny import CYCLIC, CYCLIC_WINDOWS, MERGING, PLAIN, SHARED, WINDOWS, close, model, tokens
+from tests.lckv.models.tiny import (
+    CYCLIC,
+    CYCLIC_WINDOWS,
+    MERGING,
+    PLAIN,
+    SHARED,
+    WINDOWS,
+    close,
+    model,
+    tokens,
+)
 
 
 def filled(
@@ -47,7 +57,7 @@ def test_rows_are_reordered_chosen_and_repeated() -> None:
             expected = one(torch.cat((ids, next_ids), 1), use_cache=False).logits[:, 6:]
 
             def continued(cache: LCKVCache, rows: list[int]) -> Tensor:
-                return one(next_ids[rows], past_key_values=cache).logits  # noqa: B023 called at once
+                return one(next_ids[rows], past_key_values=cache).logits  # noqa: B023
 
             cache = one(ids).past_key_values
             untouched = copy.deepcopy(cache)
@@ -74,7 +84,9 @@ def test_newest_tokens_are_forgotten(layer_types: str | None) -> None:
         found = one(others, past_key_values=cache).logits
         close(found, one(torch.cat((ids[:, :6], others), 1), use_cache=False).logits[:, 6:], 1e-4)
     assert cache.is_croppable
-    with pytest.raises(ValueError, match="crop takes the number of tokens to remove as a negative number, not 3"):
+    with pytest.raises(
+        ValueError, match="crop takes the number of tokens to remove as a negative number, not 3"
+    ):
         cache.crop(3)
 
 
@@ -101,7 +113,11 @@ def test_windows_forget_only_what_they_keep() -> None:
         assert cache.get_seq_length() == 50
         longer = one(ids[:, :30]).past_key_values
         longer.crop(-29)  # no window has dropped anything that is needed
-        close(one(others, past_key_values=longer).logits, one(torch.cat((ids[:, :1], others), 1)).logits[:, 1:], 1e-4)
+        close(
+            one(others, past_key_values=longer).logits,
+            one(torch.cat((ids[:, :1], others), 1)).logits[:, 1:],
+            1e-4,
+        )
 
 
 def test_keys_that_some_layer_sees_as_a_whole_are_kept() -> None:
@@ -129,10 +145,14 @@ def test_it_belongs_to_this_model() -> None:
         LCKVCache(model().config).update(torch.zeros(1), torch.zeros(1), 0)
 
 
-@pytest.mark.parametrize(("layer_types", "layers"), [(None, 4), ("0_0_2_2", 2), ("0_3_3_3", 2), ("3_3_3_3", 1)])
+@pytest.mark.parametrize(
+    ("layer_types", "layers"), [(None, 4), ("0_0_2_2", 2), ("0_3_3_3", 2), ("3_3_3_3", 1)]
+)
 def test_bytes_follow_the_layers_that_own_keys(layer_types: str | None, layers: int) -> None:
     cache = filled(layer_types, rows=2, length=40, num_hidden_layers=4)
-    per_layer = 2 * 2 * 2 * 41 * 8 * 4 + 2 * 2 * 8  # keys and values with a place to write nothing to; lengths
+    per_layer = (
+        2 * 2 * 2 * 41 * 8 * 4 + 2 * 2 * 8
+    )  # keys and values with a place to write nothing to; lengths
     assert cache.slots.num_bytes == layers * per_layer
 
 
@@ -169,12 +189,24 @@ def test_a_step_waits_for_the_device_once(policy: DMCConfig | None, monkeypatch:
         cache = one(ids, attention_mask=mask[:, :20]).past_key_values
         one(ids[:, :1], attention_mask=mask[:, :21], past_key_values=cache)
         waits: list[str] = []
-        for name in ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "nonzero", "unique", "cpu"):
+        for name in (
+            "__bool__",
+            "__int__",
+            "__float__",
+            "__index__",
+            "item",
+            "tolist",
+            "nonzero",
+            "unique",
+            "cpu",
+        ):
             method = getattr(Tensor, name)
             monkeypatch.setattr(
                 Tensor,
                 name,
-                lambda *args, name=name, method=method, **options: waits.append(name) or method(*args, **options),
+                lambda *args, name=name, method=method, **options: (
+                    waits.append(name) or method(*args, **options)
+                ),
             )
         for step in range(21, 26):
             one(

@@ -25,7 +25,8 @@ def test_defaults() -> None:
 
 
 def test_published_configuration() -> None:
-    """What the public LCKV models have in config.json; the window there means something only with an "s" in the map."""
+    """What the public LCKV models have in config.json; the window there means something only with an "s" in
+    the map."""
     published = {
         "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1, "use_sequential": False, "rope_theta": 5e5, "rope_scaling": None,
         "forward_passes": 3, "backward_passes": 1, "sliding_window": 4096, "force_nodiag": True,
@@ -34,20 +35,29 @@ def test_published_configuration() -> None:
     assert config.compression_config() == CompressionConfig("0_2_2_3", 3, 1, None, True)
     assert config.rope_parameters["rope_theta"] == 5e5
     assert made(**published, layer_types="0_2s_2_3").compression_config().sliding_window == 4096
-    assert made(**published, layer_types=None).compression_config() == CompressionConfig(None, 3, 1, None, True)
+    assert made(**published, layer_types=None).compression_config() == CompressionConfig(
+        None, 3, 1, None, True
+    )
 
 
 def test_policy() -> None:
     config = made(
         compression={"layer_types": "0_0_2_2", "policy": {"name": "dmc", "stage": "finetune", "window": None}}
     )
-    assert config.compression_config() == CompressionConfig("0_0_2_2", policy=DMCConfig(stage="finetune", window=None))
+    assert config.compression_config() == CompressionConfig(
+        "0_0_2_2", policy=DMCConfig(stage="finetune", window=None)
+    )
     assert config.compression["policy"]["temperature"] == 0.1  # written out, whatever later defaults are
 
 
 def test_rope_scaling() -> None:
     assert made(rope_scaling={"type": "linear", "factor": 2.0}).rope_scaling_config() == LinearScaling(2.0)
-    llama3 = {"low_freq_factor": 1.0, "factor": 8.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    llama3 = {
+        "low_freq_factor": 1.0,
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     config = made(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **llama3})
     assert config.rope_scaling_config() == Llama3Scaling(8.0, 1.0, 4.0, 8192)
 
@@ -63,7 +73,10 @@ DMC = {"policy": {"name": "dmc", "stage": "finetune"}}
             r"attention_bias is True: .*qkv_bias is that of queries, keys and values; it must be False",
         ),
         ({"mlp_bias": True}, "mlp_bias is True: biases in the MLP are not supported; it must be False"),
-        ({"use_sequential": True}, "use_sequential is True: generation is token by token anyway; it must be False"),
+        (
+            {"use_sequential": True},
+            "use_sequential is True: generation is token by token anyway; it must be False",
+        ),
         ({"pretraining_tp": 2}, "pretraining_tp is 2: slicing of weights is not supported; it must be 1"),
         ({"layer_types": "0_0_2_2", "compression": {}}, "layer_types are given beside compression"),
         (
@@ -72,7 +85,10 @@ DMC = {"policy": {"name": "dmc", "stage": "finetune"}}
         ),
         ({"layer_types": "0_0_2"}, "compression.layer_types '0_0_2' has 3 entries"),
         ({"sliding_window": 8}, "compression.sliding_window is 8 but no layer .* is marked with 's'"),
-        ({"compression": {"windows": 3}}, "compression.windows is 3; there is no such field. Known: layer_types, "),
+        (
+            {"compression": {"windows": 3}},
+            "compression.windows is 3; there is no such field. Known: layer_types, ",
+        ),
         (
             {"compression": {"policy": {"name": "h2o"}}},
             "compression.policy.name is 'h2o'; the KV policies are dense, dmc",

@@ -47,7 +47,9 @@ def test_pieces_equal_the_whole(layer_types, heads, window, force_nodiag, sizes,
             for size in pieces:
                 part = slice(done, done + size)
                 done += size
-                output = one(ids[:, part], attention_mask=mask[:, :done], past_key_values=cache, use_cache=True)
+                output = one(
+                    ids[:, part], attention_mask=mask[:, :done], past_key_values=cache, use_cache=True
+                )
                 cache = output.past_key_values
                 found.append(output.logits)
             counted = mask.bool()

@@ -18,7 +18,9 @@ def generate(one: LCKVLlamaForCausalLM, ids: Tensor, new: int = 8, **options: An
 
 
 @any_model
-def test_left_padded_batch_is_what_its_rows_are_alone(layer_types: str | None, policy: DMCConfig | None) -> None:
+def test_left_padded_batch_is_what_its_rows_are_alone(
+    layer_types: str | None, policy: DMCConfig | None
+) -> None:
     one = model(layer_types, policy)
     rows = [tokens(1, length, seed=length)[0] for length in (7, 3, 1)]
     ids, mask = padded(rows, [0, 4, 6], 7)

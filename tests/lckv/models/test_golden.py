@@ -1,4 +1,5 @@
-"""The recorded models of golden/lckv, loaded as their authors published them: a flat configuration, weights by name."""
+"""The recorded models of golden/lckv, loaded as their authors published them: a flat configuration, weights
+by name."""
 
 import pytest
 import torch
@@ -63,7 +64,15 @@ def test_generation(name: str) -> None:
     golden = Golden.load(name)
     prompt, expected = golden.tensors["input_ids"][:, :12], golden.tensors["generated"]
     output = load(golden).generate(
-        prompt, max_new_tokens=expected.shape[1], do_sample=False, output_logits=True, return_dict_in_generate=True
+        prompt,
+        max_new_tokens=expected.shape[1],
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
     )
     assert torch.equal(output.sequences[:, 12:], expected)
-    close(torch.stack(output.logits, 1), golden.tensors["generated_logits"], golden.tolerance["generated_logits"])
+    close(
+        torch.stack(output.logits, 1),
+        golden.tensors["generated_logits"],
+        golden.tolerance["generated_logits"],
+    )

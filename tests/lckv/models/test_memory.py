@@ -31,9 +31,17 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("layer_types", "policy"),
-    [(PLAIN, None), (CYCLIC, None), (WINDOWS, None), (SHARED, MERGING), (SHARED, DMCConfig(stage="finetune"))],
+    [
+        (PLAIN, None),
+        (CYCLIC, None),
+        (WINDOWS, None),
+        (SHARED, MERGING),
+        (SHARED, DMCConfig(stage="finetune")),
+    ],
 )
-def test_nothing_grows_with_the_square_of_the_length(layer_types: str | None, policy: DMCConfig | None) -> None:
+def test_nothing_grows_with_the_square_of_the_length(
+    layer_types: str | None, policy: DMCConfig | None
+) -> None:
     sizes = {
         "num_attention_heads": 1,
         "num_key_value_heads": 1,

@@ -35,7 +35,9 @@ LEFT = [0, 5, 8, 1]  # with the first row on neither side, the second and third 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @any_model
-def test_padding_changes_nothing(layer_types: str | None, policy: DMCConfig | None, implementation: str) -> None:
+def test_padding_changes_nothing(
+    layer_types: str | None, policy: DMCConfig | None, implementation: str
+) -> None:
     one = model(layer_types, policy)
     one.set_attn_implementation(implementation)
     ids, mask = padded(ROWS, LEFT, 9)
@@ -102,7 +104,9 @@ def test_a_cache_continues(layer_types: str | None, policy: DMCConfig | None) ->
         close(torch.cat(parts, 1), expected, 1e-4)
         assert isinstance(cache, LCKVCache)
         assert cache.get_seq_length() == 12
-        assert one.model.run(one.model.embed_tokens(ids[:, :1]), cache.slots).passes == 1  # exact for one token
+        assert (
+            one.model.run(one.model.embed_tokens(ids[:, :1]), cache.slots).passes == 1
+        )  # exact for one token
 
 
 @any_model
@@ -171,7 +175,9 @@ def test_first_pass_over_new_tokens_sees_older_ones_and_zeros(policy: DMCConfig 
         for layer in one.model.layers[:3]:
             states = layer(states, facts, "all", *(zeros if layer.self_attn.source == 3 else ()))[0]
         close(
-            one.model.layers[3].self_attn.keys_values(one.model.layers[3].input_layernorm(states), facts)[0].key,
+            one.model.layers[3]
+            .self_attn.keys_values(one.model.layers[3].input_layernorm(states), facts)[0]
+            .key,
             passes[0],
         )
 
@@ -210,7 +216,9 @@ def test_loss_ignores_what_is_labelled_so() -> None:
     labels = ids.clone()
     labels[0, :4] = labels[1, 5:] = -100
     output = one(ids, labels=labels)
-    losses = torch.nn.functional.cross_entropy(output.logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    losses = torch.nn.functional.cross_entropy(
+        output.logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none"
+    )
     used = labels[:, 1:] != -100
     close(output.loss, losses[used].mean())
     # What transformers' Trainer says of a batch of several micro-batches
@@ -311,7 +319,9 @@ def test_no_cache_in_training(asked: dict) -> None:
     with pytest.raises(ValueError, match="use_cache is set, or past_key_values given, in training"):
         one(ids, **asked)
     assert one(ids).past_key_values is None
-    with torch.no_grad():  # a model that generates between training steps, without being switched to evaluation
+    with (
+        torch.no_grad()
+    ):  # a model that generates between training steps, without being switched to evaluation
         assert one(ids, **asked).past_key_values.get_seq_length() == 4
 
 
@@ -324,7 +334,8 @@ def test_backends_that_are_not_there() -> None:
     one = model()
     one.config._attn_implementation = "flex_attention"
     with pytest.raises(
-        ValueError, match="attn_implementation is 'flex_attention'; this model has eager, sdpa, flash_attention_2"
+        ValueError,
+        match="attn_implementation is 'flex_attention'; this model has eager, sdpa, flash_attention_2",
     ):
         one(tokens(1, 3))
     one.config._attn_implementation = "flash_attention_2"
@@ -339,7 +350,9 @@ def test_a_layer_without_its_source_is_an_error() -> None:
     attention = one.model.layers[1].self_attn
     assert not hasattr(attention, "k_proj")
     contexts = one.model._contexts(torch.zeros(1, 2, 32), None, None, None)
-    with pytest.raises(ValueError, match="layer 1 reads the keys and values of layer 0, which were not given to it"):
+    with pytest.raises(
+        ValueError, match="layer 1 reads the keys and values of layer 0, which were not given to it"
+    ):
         attention(torch.zeros(1, 2, 32), None, Tokens(contexts, None, None))
 
 

@@ -1,4 +1,5 @@
-"""On a plain map the model is transformers' own of the same family, with the same weights under the same names."""
+"""On a plain map the model is transformers' own of the same family, with the same weights under the same
+names."""
 
 from typing import Any
 
@@ -28,10 +29,22 @@ _LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
 CASES: dict[str, tuple[type, type, str | None, dict[str, Any], dict[str, Any]]] = {
     # transformers' classes, the map, what both configurations have, what only ours has
     "llama": (LlamaConfig, LlamaForCausalLM, None, {}, {}),
-    "llama3": (LlamaConfig, LlamaForCausalLM, None, {"rope_parameters": _LLAMA3, "tie_word_embeddings": True}, {}),
+    "llama3": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        None,
+        {"rope_parameters": _LLAMA3, "tie_word_embeddings": True},
+        {},
+    ),
     "linear": (LlamaConfig, LlamaForCausalLM, None, {"rope_parameters": _LINEAR, "head_dim": 12}, {}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, None, {"num_key_value_heads": 4}, {"qkv_bias": True}),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, None, {"head_dim": 16, "num_key_value_heads": 1}, {"qk_norm": True}),
+    "qwen3": (
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        None,
+        {"head_dim": 16, "num_key_value_heads": 1},
+        {"qk_norm": True},
+    ),
     "mistral": (MistralConfig, MistralForCausalLM, "0s_1s_2s", {}, {}),
 }
 

@@ -32,7 +32,9 @@ def test_masks_of_another_shape(mask: torch.Tensor, older: int, shape: str) -> N
 def test_padding_between_tokens() -> None:
     with pytest.raises(ValueError, match="attention_mask: row 1 has padding between its tokens"):
         counted_tokens(bools("0110", "1101"), 4, 0)
-    assert counted_tokens(bools("0110", "1001"), 1, 3) is not None  # between those of two calls it means nothing
+    assert (
+        counted_tokens(bools("0110", "1001"), 1, 3) is not None
+    )  # between those of two calls it means nothing
 
 
 def test_documents() -> None:

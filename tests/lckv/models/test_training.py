@@ -1,4 +1,5 @@
-"""Training: gradient checkpointing, the stages of merging, its noise and its loss, and transformers' Trainer."""
+"""Training: gradient checkpointing, the stages of merging, its noise and its loss, and transformers'
+Trainer."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from lckv.policies.dense.policy import DensePolicy
 from lckv.policies.dmc.config import DMCConfig
 from tests.lckv.models.tiny import CYCLIC, MAPS, MERGING, PLAIN, SHARED, TWO_GROUPS, close, model, tokens
 
-RETROFIT = DMCConfig(stage="retrofit", initial_decision_bias=0.25, temperature=1.0, target_compression_ratio=4.0)
+RETROFIT = DMCConfig(
+    stage="retrofit", initial_decision_bias=0.25, temperature=1.0, target_compression_ratio=4.0
+)
 
 
 def trained(one: LCKVLlamaForCausalLM, seed: int = 7) -> tuple[Tensor, dict[str, Tensor]]:
@@ -73,7 +76,8 @@ def test_auxiliary_loss() -> None:
     evaluated = one(ids, labels=ids)
     assert evaluated.auxiliary_loss > 0
     close(
-        evaluated.loss, torch.nn.functional.cross_entropy(evaluated.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        evaluated.loss,
+        torch.nn.functional.cross_entropy(evaluated.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()),
     )
     output = one.train()(ids, labels=ids)
     entropy = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())

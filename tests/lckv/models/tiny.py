@@ -19,8 +19,11 @@ MERGING = DMCConfig(stage="finetune", initial_decision_bias=0.25, window=3)
 """Merges about two of five tokens of a model with random weights."""
 
 
-def config(layer_types: str | None = PLAIN, policy: DMCConfig | None = None, **fields: Any) -> LCKVLlamaConfig:
-    """Three or more layers; so many passes that prompts of up to 12 tokens are exact on any map; a window of 3 where there is one."""
+def config(
+    layer_types: str | None = PLAIN, policy: DMCConfig | None = None, **fields: Any
+) -> LCKVLlamaConfig:
+    """Three or more layers; so many passes that prompts of up to 12 tokens are exact on any map; a window of
+    3 where there is one."""
     compression = {
         "layer_types": layer_types,
         "forward_passes": fields.pop("forward_passes", 10),
@@ -44,7 +47,9 @@ def config(layer_types: str | None = PLAIN, policy: DMCConfig | None = None, **f
     return LCKVLlamaConfig(**{**sizes, **fields}, compression=compression)
 
 
-def model(layer_types: str | None = PLAIN, policy: DMCConfig | None = None, **fields: Any) -> LCKVLlamaForCausalLM:
+def model(
+    layer_types: str | None = PLAIN, policy: DMCConfig | None = None, **fields: Any
+) -> LCKVLlamaForCausalLM:
     """In evaluation; always the same weights."""
     torch.manual_seed(0)
     return LCKVLlamaForCausalLM(config(layer_types, policy, **fields)).eval()

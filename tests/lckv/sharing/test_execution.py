@@ -1,4 +1,5 @@
-"""How a plan is run: what is missing is an error, passes stop where they may, and only the last one counts."""
+"""How a plan is run: what is missing is an error, passes stop where they may, and only the last one
+counts."""
 
 import pytest
 import torch
@@ -47,7 +48,8 @@ def test_a_missing_source_is_an_error() -> None:
     ):
         source_of(LayerTypes.parse("0_0_2", 3), 1, {2: None}, None)
     with pytest.raises(
-        ValueError, match=r"layer 1 reads the keys and values of layer 4, but the previous pass has those of \[\]"
+        ValueError,
+        match=r"layer 1 reads the keys and values of layer 4, but the previous pass has those of \[\]",
     ):
         source_of(LayerTypes.parse("0_4_4_4_4_5", 6), 1, {4: None}, None)
 
@@ -70,7 +72,9 @@ def test_one_pass_reads_zeros() -> None:
 
 def test_converged_passes_end_early() -> None:
     asked = []
-    outcome, _ = run("1_1", 7, 2, lambda previous, current: asked.append((previous, current)) or len(asked) == 2)
+    outcome, _ = run(
+        "1_1", 7, 2, lambda previous, current: asked.append((previous, current)) or len(asked) == 2
+    )
     assert outcome.passes == 4
     assert [set(pair[0]) | set(pair[1]) for pair in asked] == [{1}, {1}]
 

@@ -14,7 +14,9 @@ RECORDED = json.loads((FOLDER / "plans.json").read_text())
 @pytest.mark.parametrize(
     "entry",
     RECORDED["plans"] + RECORDED["variants"],
-    ids=lambda entry: f"{entry['layer_types']}-{entry.get('forward_passes', 7)}-{entry.get('backward_passes', 2)}",
+    ids=lambda entry: (
+        f"{entry['layer_types']}-{entry.get('forward_passes', 7)}-{entry.get('backward_passes', 2)}"
+    ),
 )
 def test_plans_are_those_of_the_official_code(entry: dict) -> None:
     layer_types = LayerTypes.parse(entry["layer_types"], entry["layer_types"].count("_") + 1)
@@ -39,7 +41,9 @@ maps = st.integers(1, 20).flatmap(lambda n: st.lists(st.integers(0, n - 1), min_
 def test_groups_cover_all_layers_once_and_hold_what_their_cyclic_layers_read(sources: list[int]) -> None:
     layer_types = LayerTypes.parse("_".join(map(str, sources)), len(sources))
     groups = layer_groups(layer_types)
-    assert [index for group in groups for index in range(group.start, group.stop)] == list(range(len(sources)))
+    assert [index for group in groups for index in range(group.start, group.stop)] == list(
+        range(len(sources))
+    )
     for group in groups:
         members = layer_types.layers[group.start : group.stop]
         assert group.iterated == any(layer.cyclic for layer in members)

@@ -1,9 +1,11 @@
-"""A program that is killed while it saves, at every place where that could matter; run by test_save_faults.py.
+"""A program that is killed while it saves, at every place where that could matter; run by
+test_save_faults.py.
 
     python -m tests.megatron_ext.checkpointing.killed_saves DIRECTORY
 
-For every place, a process saves iteration 1, trains, and is killed in the save of iteration 2, all in DIRECTORY/place. The
-weights of both iterations are put beside the directories. One process that has imported everything forks the others.
+For every place, a process saves iteration 1, trains, and is killed in the save of iteration 2, all in
+DIRECTORY/place. The weights of both iterations are put beside the directories. One process that has imported
+everything forks the others.
 """
 
 import os

@@ -22,7 +22,10 @@ from tests.ranks import run_on_ranks
 FAILURES: dict[str, dict[int, BaseException]] = {
     "user": {1: MismatchError("field x: 1 given")},
     "system": {0: PermissionError(13, "Permission denied", "/some/file")},
-    "full": {0: ValueError("follows from it"), 1: OSError(errno.ENOSPC, "No space left on device", "/some/file")},
+    "full": {
+        0: ValueError("follows from it"),
+        1: OSError(errno.ENOSPC, "No space left on device", "/some/file"),
+    },
     "bug": {1: KeyError("forgotten")},
     "torch": {1: CheckpointException("write", {0: (OSError(errno.EDQUOT, "Disk quota exceeded"), None)})},  # type: ignore[dict-item]
 }
@@ -52,7 +55,11 @@ def _outcomes(kind: str) -> tuple[str, str]:
         ("user", "MismatchError", ["field x: 1 given", "(on rank 1)"]),
         ("system", "CheckpointError", ["some step", "PermissionError", "/some/file", "(on rank 0)"]),
         ("full", "DiskFullError", ["No space left on device: '/some/file'", "(on ranks 0, 1)"]),
-        ("bug", "RuntimeError", ["some step", "(on rank 1)", "Traceback", "KeyError: 'forgotten'", "in _fail"]),
+        (
+            "bug",
+            "RuntimeError",
+            ["some step", "(on rank 1)", "Traceback", "KeyError: 'forgotten'", "in _fail"],
+        ),
         ("torch", "DiskFullError", ["Disk quota exceeded"]),
     ],
 )

@@ -93,7 +93,9 @@ def test_one_checkpoint_by_name_has_no_fallback(tmp_path: Path) -> None:
         (b"../../iter_0000001", "which is not the name of a checkpoint"),
     ],
 )
-def test_a_wrong_pointer_is_reported_and_the_newest_taken(tmp_path: Path, pointer: bytes, problem: str) -> None:
+def test_a_wrong_pointer_is_reported_and_the_newest_taken(
+    tmp_path: Path, pointer: bytes, problem: str
+) -> None:
     for iteration in (2, 1):
         save(tmp_path, iteration)
     (tmp_path / "latest").write_bytes(pointer)
@@ -115,7 +117,9 @@ def test_an_unreadable_pointer_is_damage(tmp_path: Path) -> None:
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(NoCheckpointError, match=r"checkpoint\.load: .*absent is not a directory that exists; give"):
+    with pytest.raises(
+        NoCheckpointError, match=r"checkpoint\.load: .*absent is not a directory that exists; give"
+    ):
         find_candidates(tmp_path / "absent")
     (tmp_path / "iter_x").mkdir()
     with pytest.raises(NoCheckpointError, match="holds no checkpoint"):

@@ -90,7 +90,9 @@ DAMAGES: list[tuple[str, Callable[[Path], None], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "damage", "reason"), DAMAGES, ids=[f"{d.__name__}-{n}" for n, d, _ in DAMAGES])
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"), DAMAGES, ids=[f"{d.__name__}-{n}" for n, d, _ in DAMAGES]
+)
 def test_damage_falls_back_with_a_reason(
     directory: Path, name: str, damage: Callable[[Path], None], reason: str
 ) -> None:

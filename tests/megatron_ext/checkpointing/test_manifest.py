@@ -39,7 +39,9 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_round_trip(checkpoint: Path) -> None:
     manifest = read_manifest(checkpoint)
     assert list(manifest.files) == [".metadata", "a.bin", "rng/0"]
-    assert manifest.files["rng/0"] == FileEntry(0, "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855")
+    assert manifest.files["rng/0"] == FileEntry(
+        0, "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    )
     assert (manifest.iteration, manifest.sequence, manifest.layout, manifest.bytes) == (3, 1, LAYOUT, 1008)
     assert find_wrong_sizes(checkpoint, manifest) == []
     assert find_wrong_hashes(checkpoint, manifest, manifest.files) == []
@@ -48,10 +50,15 @@ def test_round_trip(checkpoint: Path) -> None:
 def test_damage_is_described(checkpoint: Path) -> None:
     manifest = read_manifest(checkpoint)
     (checkpoint / ".metadata").write_bytes(b"contentS")
-    assert find_wrong_hashes(checkpoint, manifest, manifest.files) == [".metadata has changed (sha256 differs)"]
+    assert find_wrong_hashes(checkpoint, manifest, manifest.files) == [
+        ".metadata has changed (sha256 differs)"
+    ]
     (checkpoint / "a.bin").write_bytes(b"a" * 999)
     (checkpoint / "rng" / "0").unlink()
-    assert find_wrong_sizes(checkpoint, manifest) == ["a.bin has 999 bytes instead of 1,000", "rng/0 is missing"]
+    assert find_wrong_sizes(checkpoint, manifest) == [
+        "a.bin has 999 bytes instead of 1,000",
+        "rng/0 is missing",
+    ]
     (problem,) = find_wrong_hashes(checkpoint, manifest, ["rng/0"])
     assert problem.startswith("reading fails: ")
 
@@ -65,7 +72,9 @@ def test_every_flipped_bit_of_the_manifest_is_found(checkpoint: Path, place: flo
     damaged[int(place * len(damaged))] ^= 1 << bit
     path.write_bytes(damaged)
     try:
-        unharmed = read_manifest(checkpoint) == manifest  # only what does not change the content may pass: white space
+        unharmed = (
+            read_manifest(checkpoint) == manifest
+        )  # only what does not change the content may pass: white space
     except DamagedCheckpointError as error:
         unharmed = MANIFEST_NAME in str(error)
     path.write_bytes(before)
@@ -103,7 +112,10 @@ def test_manifest_is_plain_json_with_a_version(checkpoint: Path) -> None:
     assert content["layout"] == dataclasses.asdict(LAYOUT)
 
 
-@given(sizes=st.dictionaries(st.text(min_size=1), st.integers(0, 10**12), max_size=40), world_size=st.integers(1, 9))
+@given(
+    sizes=st.dictionaries(st.text(min_size=1), st.integers(0, 10**12), max_size=40),
+    world_size=st.integers(1, 9),
+)
 def test_ranks_share_all_files_fairly(sizes: dict[str, int], world_size: int) -> None:
     shares = [share_of_rank(sizes, rank, world_size) for rank in range(world_size)]
     assert sorted(name for share in shares for name in share) == sorted(sizes)

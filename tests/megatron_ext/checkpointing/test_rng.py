@@ -1,4 +1,5 @@
-"""Random states: all generators come back bit for bit, and re-seeding depends on seed, iteration and stage."""
+"""Random states: all generators come back bit for bit, and re-seeding depends on seed, iteration and
+stage."""
 
 import random
 from typing import Any
@@ -34,7 +35,9 @@ def _draw() -> list[Any]:
 
 def _round_trip() -> None:
     initialize(ParallelConfig(), seed=3)
-    for extra in range(3):  # the second Gaussian of a pair is kept by the generator: save with and without one
+    for extra in range(
+        3
+    ):  # the second Gaussian of a pair is kept by the generator: save with and without one
         random.gauss(0, 1)
         np.random.standard_normal(1 + extra)  # noqa: NPY002
         saved = safetensors.torch.load(safetensors.torch.save(rng_states()))
@@ -64,4 +67,6 @@ def test_reseeding_depends_on_seed_iteration_and_stage() -> None:
         assert len({str(draw) for draw in numbers}) == 3
     assert first[0] != second[0]
     together = run_on_ranks(2, _numbers_of_seeds, 1)
-    assert together[0] == together[1], "data-parallel ranks of one stage start alike, as Megatron's seeding has it"
+    assert together[0] == together[1], (
+        "data-parallel ranks of one stage start alike, as Megatron's seeding has it"
+    )

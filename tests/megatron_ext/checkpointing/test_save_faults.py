@@ -24,7 +24,14 @@ SURVIVES_AS_2 = {"before the deletion", "in the deletion"}
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("killed")
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.megatron_ext.checkpointing.killed_saves", str(directory)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "tests.megatron_ext.checkpointing.killed_saves",
+        str(directory),
+    ]
     result = subprocess.run(
         command, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
     )
@@ -181,7 +188,8 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     assert first == second
     assert first[0] == "CheckpointError"
     assert (
-        f"make the temporary folder: NotADirectoryError: [Errno 20] Not a directory: '{tmp_path / 'file'}" in first[1]
+        f"make the temporary folder: NotADirectoryError: [Errno 20] Not a directory: '{tmp_path / 'file'}"
+        in first[1]
     )
 
 

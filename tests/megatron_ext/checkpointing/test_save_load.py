@@ -1,4 +1,5 @@
-"""Whole runs: a resumed run equals the uninterrupted one, on the same layout bit for bit and on others in every tensor."""
+"""Whole runs: a resumed run equals the uninterrupted one, on the same layout bit for bit and on others in
+every tensor."""
 
 import json
 import logging
@@ -78,7 +79,9 @@ def _resumed(case: Case, directory: Path) -> tuple[list[float], dict[str, Tensor
     ],
     ids=str,
 )
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path, world_size: int, case: Case) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    tmp_path: Path, world_size: int, case: Case
+) -> None:
     uninterrupted = run_on_ranks(world_size, _uninterrupted, case)
     saving = run_on_ranks(world_size, _interrupted, case, tmp_path)
     resumed = run_on_ranks(world_size, _resumed, case, tmp_path)
@@ -129,7 +132,9 @@ def test_another_layout_gets_the_same_whole_state(
         assert not same_layout
         _assert_equal(state, whole)
         assert first == again
-        assert all(first[name] != other_seed[name] for name in first if not name.endswith(("gauss", "position")))
+        assert all(
+            first[name] != other_seed[name] for name in first if not name.endswith(("gauss", "position"))
+        )
 
 
 def _log_of_load(case: Case, directory: Path) -> str:
@@ -149,7 +154,8 @@ def test_another_layout_says_that_random_states_are_new(tmp_path: Path) -> None:
     assert _log_of_load_on(2, Case(tp=2), tmp_path) == ["", ""]
     first, second = _log_of_load_on(2, Case(), tmp_path)
     assert (
-        "saved by 2 cpu rank(s) (TP 2, PP 1, CP 1, DP 1), this run has 2 cpu rank(s) (TP 1, PP 1, CP 1, DP 2)" in first
+        "saved by 2 cpu rank(s) (TP 2, PP 1, CP 1, DP 1), this run has 2 cpu rank(s) (TP 1, PP 1, CP 1, DP 2)"
+        in first
     )
     assert "seeded anew" in first
     assert second == ""
@@ -159,7 +165,9 @@ def _log_of_load_on(world_size: int, case: Case, directory: Path) -> list[str]:
     return run_on_ranks(world_size, _log_of_load, case, directory)
 
 
-def _load_weights(case: Case, directory: Path, with_optimizer: bool) -> tuple[dict[str, Tensors], Tensors, bool]:
+def _load_weights(
+    case: Case, directory: Path, with_optimizer: bool
+) -> tuple[dict[str, Tensors], Tensors, bool]:
     run = Run(case, seed=99)
     before = rng_states()
     if with_optimizer:
@@ -167,7 +175,9 @@ def _load_weights(case: Case, directory: Path, with_optimizer: bool) -> tuple[di
     else:
         run.load(directory, optimizer=None, scheduler=None)
     untouched = all(torch.equal(before[name], state) for name, state in rng_states().items())
-    fresh = run.scheduler.num_steps == 0 and not any(leaf.optimizer.state for leaf in run.optimizer.chained_optimizers)
+    fresh = run.scheduler.num_steps == 0 and not any(
+        leaf.optimizer.state for leaf in run.optimizer.chained_optimizers
+    )
     weights = run.weights()
     main = run.moments("main")
     return {"weights": weights}, main, untouched and fresh
@@ -175,7 +185,8 @@ def _load_weights(case: Case, directory: Path, with_optimizer: bool) -> tuple[di
 
 @pytest.mark.parametrize(("with_optimizer", "distributed"), [(True, True), (True, False), (False, True)])
 def test_weights_only(tmp_path: Path, with_optimizer: bool, distributed: bool) -> None:
-    """Into a bf16 model whose optimizer keeps float32 main weights: they must follow, or the first step undoes the loading."""
+    """Into a bf16 model whose optimizer keeps float32 main weights: they must follow, or the first step
+    undoes the loading."""
     whole = run_on_ranks(1, _save, Case(), tmp_path)[0]
     case = Case(tp=2, bf16=True, distributed_optimizer=distributed)
     for weights, main, fresh in run_on_ranks(2, _load_weights, case, tmp_path, with_optimizer):
@@ -183,7 +194,9 @@ def test_weights_only(tmp_path: Path, with_optimizer: bool, distributed: bool) -
         rounded = {name: tensor.bfloat16() for name, tensor in whole["weights"].items()}
         _assert_equal(weights, {"weights": rounded})
         if with_optimizer:
-            _assert_equal({"main": main}, {"main": {name: tensor.float() for name, tensor in rounded.items()}})
+            _assert_equal(
+                {"main": main}, {"main": {name: tensor.float() for name, tensor in rounded.items()}}
+            )
 
 
 def _save_before_the_first_step(case: Case, directory: Path) -> list[float]:
@@ -234,7 +247,9 @@ def test_keep_last(tmp_path: Path) -> None:
 
 def test_keep_last_below_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"checkpoint\.keep_last: 0 given; at least 1"):
-        save_checkpoint(tmp_path, 1, model=[], optimizer=None, scheduler=None, progress={}, config={}, keep_last=0)
+        save_checkpoint(
+            tmp_path, 1, model=[], optimizer=None, scheduler=None, progress={}, config={}, keep_last=0
+        )
 
 
 def _save_without_processes(directory: Path) -> tuple[list[str], list[str]]:
@@ -264,7 +279,11 @@ def _refuse_to_load(case: Case, directory: Path, options: dict[str, Any]) -> tup
         run.load(directory, **options)
     except Exception as error:
         after = _snapshot_of_weights(run)
-        return type(error).__name__, str(error), all(torch.equal(before[name], after[name]) for name in before)
+        return (
+            type(error).__name__,
+            str(error),
+            all(torch.equal(before[name], after[name]) for name in before),
+        )
     return "", "", False
 
 
@@ -312,7 +331,9 @@ def _snapshot_of_weights(run: Run) -> Tensors:
     ],
     ids=["settings", "tensors", "optimizer", "schedule"],
 )
-def test_another_model_is_refused(tmp_path: Path, case: Case, options: dict[str, Any], parts: list[str]) -> None:
+def test_another_model_is_refused(
+    tmp_path: Path, case: Case, options: dict[str, Any], parts: list[str]
+) -> None:
     run_on_ranks(2, _save, Case(), tmp_path)
     first, second = run_on_ranks(2, _refuse_to_load, case, tmp_path, options)
     assert first[:2] == second[:2]
@@ -325,7 +346,9 @@ def test_another_model_is_refused(tmp_path: Path, case: Case, options: dict[str,
 
 def _save_weights(directory: Path) -> None:
     run = Run(Case())
-    save_checkpoint(directory, 1, model=run.model, optimizer=None, scheduler=None, progress={}, config=run.case.config)
+    save_checkpoint(
+        directory, 1, model=run.model, optimizer=None, scheduler=None, progress={}, config=run.case.config
+    )
 
 
 def test_weights_without_an_optimizer_are_no_run_to_resume(tmp_path: Path) -> None:

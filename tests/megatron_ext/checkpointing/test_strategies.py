@@ -57,7 +57,9 @@ def test_the_table_of_contents_is_not_trusted(tmp_path: Path) -> None:
     assert not trap.exists()
 
 
-@pytest.mark.parametrize("name", ["torch.hub.load", "torch.load", "torch._utils._rebuild_tensor", "builtins.eval"])
+@pytest.mark.parametrize(
+    "name", ["torch.hub.load", "torch.load", "torch._utils._rebuild_tensor", "builtins.eval"]
+)
 def test_only_the_listed_names_are_known(tmp_path: Path, name: str) -> None:
     module, _, attribute = name.rpartition(".")
     (tmp_path / ".metadata").write_bytes(f"c{module}\n{attribute}\n.".encode())
@@ -85,7 +87,9 @@ def test_the_common_part_is_not_trusted(tmp_path: Path) -> None:
     assert not trap.exists()
 
 
-def test_a_full_disk_is_told_from_what_torch_makes_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_told_from_what_torch_makes_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Raised from the OSError, or while handling it; between ranks only the exception itself travels."""
 
     def fail(*args: Any) -> None:
@@ -147,7 +151,10 @@ def _load_with_megatron(directory: Path) -> bool:
     assert plain.keys() == {key for key, entry in contents.items() if hasattr(entry, "size")}
     with agreement(1) as ranks:
         empty = {key: torch.zeros_like(value) for key, value in plain.items()}
-        sharded = {key: dist_checkpointing.ShardedTensor.from_rank_offsets(key, value) for key, value in empty.items()}
+        sharded = {
+            key: dist_checkpointing.ShardedTensor.from_rank_offsets(key, value)
+            for key, value in empty.items()
+        }
         loaded = SafeLoad(ranks.group).load(sharded, path)
     return all(torch.equal(loaded[key], value) for key, value in plain.items())
 

@@ -1,4 +1,5 @@
-"""A tiny GPT of Megatron's own local layers with optimizer and schedule, for tests of checkpoints; runs inside a rank."""
+"""A tiny GPT of Megatron's own local layers with optimizer and schedule, for tests of checkpoints; runs
+inside a rank."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,7 +9,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -49,7 +54,10 @@ class Case:
     @property
     def config(self) -> dict[str, Any]:
         """Settings to save; the model's are compared on loading."""
-        return {"model": {"num_layers": self.num_layers, "hidden_size": self.hidden_size}, "train": {"seed": 7}}
+        return {
+            "model": {"num_layers": self.num_layers, "hidden_size": self.hidden_size},
+            "train": {"seed": 7},
+        }
 
 
 class Run:
@@ -57,7 +65,9 @@ class Run:
 
     def __init__(self, case: Case, seed: int = 7) -> None:
         self.case = case
-        initialize(ParallelConfig(tensor_model_parallel_size=case.tp, pipeline_model_parallel_size=case.pp), seed)
+        initialize(
+            ParallelConfig(tensor_model_parallel_size=case.tp, pipeline_model_parallel_size=case.pp), seed
+        )
         dtype = torch.bfloat16 if case.bf16 else torch.float32
         self.config = _transformer_config(case, dtype)
         gpt: torch.nn.Module = GPTModel(
@@ -74,7 +84,9 @@ class Run:
             gpt = Float16Module(self.config, gpt)
         sharded = case.distributed_optimizer
         ddp_config = DistributedDataParallelConfig(
-            use_distributed_optimizer=sharded, overlap_grad_reduce=case.overlap, overlap_param_gather=case.overlap
+            use_distributed_optimizer=sharded,
+            overlap_grad_reduce=case.overlap,
+            overlap_param_gather=case.overlap,
         )
         self.model = [DistributedDataParallel(self.config, ddp_config, gpt)]
         self.config.finalize_model_grads_func = finalize_model_grads
@@ -151,9 +163,13 @@ class Run:
         )
 
     def moments(self, key: str) -> dict[str, torch.Tensor]:
-        """One tensor of the optimizer's state (exp_avg, exp_avg_sq, main) per weight of the whole model, on every rank."""
+        """One tensor of the optimizer's state (exp_avg, exp_avg_sq, main) per weight of the whole model, on
+        every rank."""
         return self._whole(
-            {name: self._optimizer_tensor(p, key) for name, p in unwrap_model(self.model)[0].named_parameters()}
+            {
+                name: self._optimizer_tensor(p, key)
+                for name, p in unwrap_model(self.model)[0].named_parameters()
+            }
         )
 
     def _optimizer_tensor(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
@@ -212,7 +228,8 @@ def _transformer_config(case: Case, dtype: torch.dtype) -> TransformerConfig:
 
 
 def _forward(_: Any, model: torch.nn.Module) -> Any:
-    # Without dependence on the layout: every rank of a data-parallel group sees other tokens, all of a pipeline the same.
+    # Without dependence on the layout: every rank of a data-parallel group sees other tokens, all of a
+    # pipeline the same.
     generator = torch.Generator().manual_seed(parallel_state.get_data_parallel_rank())
     tokens = torch.randint(0, VOCABULARY, (2, SEQUENCE + 1), generator=generator)
     positions = torch.arange(SEQUENCE)[None].expand(2, -1)

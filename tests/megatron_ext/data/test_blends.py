@@ -29,7 +29,8 @@ def counts_of(source: np.ndarray, sources: int) -> np.ndarray:
 
 def numbers_are_consecutive(source: np.ndarray, number: np.ndarray) -> bool:
     return all(
-        number[source == which].tolist() == list(range((source == which).sum())) for which in set(source.tolist())
+        number[source == which].tolist() == list(range((source == which).sum()))
+        for which in set(source.tolist())
     )
 
 
@@ -40,7 +41,8 @@ def test_every_source_gets_its_share(weights: list[float], size: int) -> None:
     assert numbers_are_consecutive(source, number)
     shares = np.array(weights) / sum(weights)
     for k in (size // 3, size):
-        # Each sample goes to the source that is furthest behind; the classical bound of that rule is harmonic.
+        # Each sample goes to the source that is furthest behind; the classical bound of that rule is
+        # harmonic.
         allowed = 1 + sum(1 / rank for rank in range(1, len(weights) + 1))
         assert np.abs(counts_of(source[:k], len(weights)) - shares * k).max() < allowed
 
@@ -135,12 +137,19 @@ def test_splits_are_megatrons(count: int, shares: tuple[int, int, int]) -> None:
     for ours, bounds in zip(split_sources(DataConfig(data_path=("a",), split=split)), theirs, strict=True):
         assert (ours is None) == (bounds is None)
         if ours is not None and bounds is not None:
-            assert np.abs(np.subtract(ours.documents(count), [round(bound * count) for bound in bounds])).max() <= 1
+            assert (
+                np.abs(np.subtract(ours.documents(count), [round(bound * count) for bound in bounds])).max()
+                <= 1
+            )
 
 
 def test_a_path_for_each_split() -> None:
     data = DataConfig(train_data_path=("1", "a", "2", "b"), valid_data_path=("c",))
-    assert split_sources(data) == [SplitSources(Blend(("a", "b"), (1, 2))), SplitSources(Blend(("c",), None)), None]
+    assert split_sources(data) == [
+        SplitSources(Blend(("a", "b"), (1, 2))),
+        SplitSources(Blend(("c",), None)),
+        None,
+    ]
 
 
 @pytest.mark.parametrize(

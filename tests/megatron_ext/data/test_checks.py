@@ -85,7 +85,10 @@ def test_another_tokenizer(tmp_path: Path, sentencepiece_model: Path) -> None:
     )
     change_manifest(prefix, eod=2, tokenizer_fingerprint=FINGERPRINT, vocab_size=300)
     found = problems(prefix, 320, **settings)
-    assert f"fingerprint {FINGERPRINT} instead of {tokenizer.fingerprint}, vocab_size 300 instead of 320" in found
+    assert (
+        f"fingerprint {FINGERPRINT} instead of {tokenizer.fingerprint}, vocab_size 300 instead of 320"
+        in found
+    )
     missing = problems(prefix, 320, tokenizer_type="sentencepiece", tokenizer_model=str(tmp_path / "none"))
     assert "does not exist" in missing
 
@@ -94,8 +97,8 @@ def test_datasets_of_different_tokenizers(prefix: str, tmp_path: Path) -> None:
     other = write_dataset(tmp_path / "other", DOCUMENTS, fingerprint="f" * 16)
     found = problems(prefix, data_path=(prefix, other))
     assert (
-        f"dataset {other} was made with another tokenizer than {prefix}.json: fingerprint {'f' * 16} instead of"
-        in found
+        f"dataset {other} was made with another tokenizer than {prefix}.json: fingerprint {'f' * 16} instead "
+        "of" in found
     )
 
 
@@ -113,20 +116,28 @@ def test_without_a_manifest_it_is_said_that_the_tokenizer_is_unchecked(
     manifest_path(prefix).unlink()
     with caplog.at_level(logging.WARNING):
         assert problems(prefix) == ""
-    assert "d.json not found: whether the tokenizer is the one that made the dataset is not checked" in caplog.text
+    assert (
+        "d.json not found: whether the tokenizer is the one that made the dataset is not checked"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize("setting", ["eod_mask_loss", "reset_position_ids", "reset_attention_mask"])
 def test_documents_without_an_end(tmp_path: Path, sentencepiece_model: Path, setting: str) -> None:
     tokenizer = {"tokenizer_type": "sentencepiece", "tokenizer_model": str(sentencepiece_model)}
     unknown = write_dataset(tmp_path / "unknown", DOCUMENTS, manifest=False)
-    assert f"data.{setting}=true needs to know the end-of-document token" in problems(unknown, **{setting: True})
+    assert f"data.{setting}=true needs to know the end-of-document token" in problems(
+        unknown, **{setting: True}
+    )
     assert f"data.{setting}=true would do nothing" in problems(unknown, **tokenizer, **{setting: True})
     ended = write_dataset(tmp_path / "ended", [[5, 6, 2]], manifest=False)
     assert problems(ended, **tokenizer, **{setting: True}) == ""
     without = write_dataset(tmp_path / "without", DOCUMENTS, append_eod=False)
     found = problems(without, **{setting: True})
-    assert f"data.{setting}=true would do nothing: the documents of {without} have no end-of-document token" in found
+    assert (
+        f"data.{setting}=true would do nothing: the documents of {without} have no end-of-document token"
+        in found
+    )
 
 
 def test_the_whole_of_a_large_dataset_is_probed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +156,12 @@ def test_where_the_vocabulary_is_known_from(prefix: str, tmp_path: Path, sentenc
     assert vocabulary is not None
     assert (vocabulary.size, vocabulary.eod, vocabulary.fingerprint) == (1000, EOD, FINGERPRINT)
     named = find_vocabulary(
-        replace(data, tokenizer_type="sentencepiece", tokenizer_model=str(sentencepiece_model), data_path=("none",))
+        replace(
+            data,
+            tokenizer_type="sentencepiece",
+            tokenizer_model=str(sentencepiece_model),
+            data_path=("none",),
+        )
     )
     assert named is not None
     assert (named.size, named.eod) == (320, 2)

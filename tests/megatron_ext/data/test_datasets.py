@@ -107,7 +107,10 @@ def test_the_first_samples_do_not_depend_on_the_number(prefixes: list[str]) -> N
 def test_splits_share_no_document(tmp_path: Path) -> None:
     prefix = write_dataset(tmp_path / "d", [range(1 + 9 * n, 10 + 9 * n) for n in range(100)])
     built = build(DataConfig(data_path=(prefix,), split="80,15,5"), None, None, None)
-    seen = [{token for text in texts_of(split) for token in text} for split in (built.train, built.valid, built.test)]
+    seen = [
+        {token for text in texts_of(split) for token in text}
+        for split in (built.train, built.valid, built.test)
+    ]
     assert not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
     assert max(seen[0]) <= 720 < min(seen[1])
     assert max(seen[1]) <= 855 < min(seen[2])
@@ -124,7 +127,9 @@ def test_a_path_for_each_split(prefixes: list[str]) -> None:
 def test_indices_are_kept_beside_the_dataset_or_where_told(tmp_path: Path) -> None:
     prefix = write_dataset(tmp_path / "data" / "d", numbered_documents([40] * 3))
     build(DataConfig(data_path=(prefix,), split="1,0,0"), 5)
-    assert [path.name.rsplit("-", 1)[0] for path in (tmp_path / "data" / "index_cache").iterdir()] == ["d-train"]
+    assert [path.name.rsplit("-", 1)[0] for path in (tmp_path / "data" / "index_cache").iterdir()] == [
+        "d-train"
+    ]
     build(DataConfig(data_path=(prefix,), split="1,0,0", data_cache_path=str(tmp_path / "cache")), 5)
     assert [path.name.rsplit("-", 1)[0] for path in (tmp_path / "cache").iterdir()] == ["d-train"]
 
@@ -189,8 +194,12 @@ def test_mock_documents_count_upwards_and_end(eod: int | None) -> None:
 
 def test_from_files_to_batches(tmp_path: Path) -> None:
     """Documents of ten tokens, the last of which ends them, read by worker processes."""
-    prefixes = [write_dataset(tmp_path / f"d{n}", numbered_documents([10] * 40, first=1 + n * 360)) for n in range(2)]
-    data = DataConfig(data_path=tuple(prefixes), split="1,0,0", reset_position_ids=True, reset_attention_mask=True)
+    prefixes = [
+        write_dataset(tmp_path / f"d{n}", numbered_documents([10] * 40, first=1 + n * 360)) for n in range(2)
+    ]
+    data = DataConfig(
+        data_path=tuple(prefixes), split="1,0,0", reset_position_ids=True, reset_attention_mask=True
+    )
     train = build(data, 60, seq_length=25).train
     assert train is not None
     batches = [
@@ -258,6 +267,8 @@ def test_a_rank_that_does_not_see_the_index(prefixes: list[str], tmp_path: Path)
 
 
 def test_bad_data_is_an_error_on_every_rank(tmp_path: Path) -> None:
-    rank_0, rank_1 = run_on_ranks(2, build_on_rank, [str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path), False)
+    rank_0, rank_1 = run_on_ranks(
+        2, build_on_rank, [str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path), False
+    )
     assert rank_0 == rank_1
     assert "a.bin and" in rank_0

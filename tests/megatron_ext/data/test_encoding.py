@@ -46,7 +46,9 @@ def test_shards_end_at_records_near_the_multiples_of_their_size(
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_first_bad_record_is_the_error(reader: RecordReader, sentencepiece_model: Path, workers: int) -> None:
+def test_the_first_bad_record_is_the_error(
+    reader: RecordReader, sentencepiece_model: Path, workers: int
+) -> None:
     with pytest.raises(BadRecordError, match=r"corpus\.jsonl:1: no key 'body'"):
         list(encode(reader, sentencepiece_model, workers, key="body"))
     assert reader.position.line < 500

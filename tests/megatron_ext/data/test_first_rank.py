@@ -92,7 +92,9 @@ time.sleep(60)
 
 
 def test_the_death_of_rank_0_with_the_store_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    with subprocess.Popen([sys.executable, "-c", STORE_PROCESS], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", STORE_PROCESS], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         store = dist.TCPStore("127.0.0.1", int(process.stdout.readline()), is_master=False)
         monkeypatch.setattr(dist, "is_initialized", lambda: True)

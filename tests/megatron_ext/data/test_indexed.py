@@ -48,8 +48,14 @@ def test_files_are_those_of_megatrons_builder(
     assert files_of(ours) == files_of(stock_builder(folder / "stock", documents, token_dtype(vocab_size)))
     assert read == [len(document) for document in documents]
     info = read_index(ours)
-    assert (info.sequences, info.documents, info.tokens) == (len(documents), len(documents), sum(map(len, documents)))
-    assert np.concatenate(list(token_chunks(ours, info, 5))).tolist() == [token for d in documents for token in d]
+    assert (info.sequences, info.documents, info.tokens) == (
+        len(documents),
+        len(documents),
+        sum(map(len, documents)),
+    )
+    assert np.concatenate(list(token_chunks(ours, info, 5))).tolist() == [
+        token for d in documents for token in d
+    ]
 
 
 def test_megatron_reads_the_files(tmp_path: Path) -> None:
@@ -102,7 +108,10 @@ def test_files_that_are_missing_truncated_or_of_another_kind(tmp_path: Path) -> 
     fails(r"d\.idx not found\. Make it with tools/preprocess_data\.py")
     bin_path.unlink()
     fails(r"d\.bin not found")
-    fails(r"d\.bin\.bin and .*d\.bin\.idx not found\. A prefix has no \.bin or \.idx at its end", f"{prefix}.bin")
+    fails(
+        r"d\.bin\.bin and .*d\.bin\.idx not found\. A prefix has no \.bin or \.idx at its end",
+        f"{prefix}.bin",
+    )
     bin_path.write_bytes(tokens[:-2])
     fails(r"d\.bin: 6 bytes, but d\.idx calls for 8; it is truncated")
     index_path.write_bytes(index[:-1])

@@ -68,9 +68,14 @@ def test_a_step_has_the_same_samples_on_every_layout(
     ]
     for step in range(more_steps + 1):
         seen = [
-            number for iterator in iterators for batch in islice(iterator, micro_batches) for number in numbers(batch)
+            number
+            for iterator in iterators
+            for batch in islice(iterator, micro_batches)
+            for number in numbers(batch)
         ]
-        assert sorted(seen) == list(range(consumed + step * global_batch, consumed + (step + 1) * global_batch))
+        assert sorted(seen) == list(
+            range(consumed + step * global_batch, consumed + (step + 1) * global_batch)
+        )
 
 
 def test_order_within_a_step() -> None:
@@ -117,12 +122,19 @@ def test_a_bad_sample_is_an_error_of_its_own_kind(num_workers: int) -> None:
     iterator = build_data_iterator(Numbers(10, bad=3), consumed_samples=0, **settings)
     with pytest.raises(ConfigError, match="sample is bad") as caught:
         list(iterator)
-    # The error keeps DataLoader's iterator alive; its readers, which ignore SIGTERM, would keep Python from ending.
+    # The error keeps DataLoader's iterator alive; its readers, which ignore SIGTERM, would keep Python from
+    # ending.
     assert caught.value is not None and set(multiprocessing.active_children()) <= before
 
 
 def test_the_death_of_a_worker_is_an_error() -> None:
-    settings = {"micro_batch_size": 1, "data_parallel_rank": 0, "data_parallel_size": 1, "num_workers": 1, "seed": 1}
+    settings = {
+        "micro_batch_size": 1,
+        "data_parallel_rank": 0,
+        "data_parallel_size": 1,
+        "num_workers": 1,
+        "seed": 1,
+    }
     iterator = build_data_iterator(Numbers(10, bad=-1), consumed_samples=0, **settings)
     with pytest.raises(RuntimeError, match=r"killed by signal|exited unexpectedly") as caught:
         next(iterator)
@@ -137,7 +149,13 @@ class Stuck(Numbers):
 
 def test_hanging_storage_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "READ_TIMEOUT_SECONDS", 1)
-    settings = {"micro_batch_size": 1, "data_parallel_rank": 0, "data_parallel_size": 1, "num_workers": 1, "seed": 1}
+    settings = {
+        "micro_batch_size": 1,
+        "data_parallel_rank": 0,
+        "data_parallel_size": 1,
+        "num_workers": 1,
+        "seed": 1,
+    }
     iterator = build_data_iterator(Stuck(10), consumed_samples=0, **settings)
     with pytest.raises(RuntimeError, match="timed out after 1 seconds"):
         next(iterator)

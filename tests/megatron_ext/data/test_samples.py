@@ -15,7 +15,13 @@ lengths_of = st.lists(st.integers(1, 30), min_size=1, max_size=25)
 
 
 def open_samples(
-    folder: Path, documents: DocumentRange, *, seq_length: int, samples: int, seed: int = 1, vocab_size: int = 1000
+    folder: Path,
+    documents: DocumentRange,
+    *,
+    seq_length: int,
+    samples: int,
+    seed: int = 1,
+    vocab_size: int = 1000,
 ) -> EpochSamples:
     index = build_epochs(
         folder / "cache", documents, name="train", seq_length=seq_length, samples=samples, seed=(seed, 0)
@@ -31,7 +37,8 @@ def texts_of(samples: EpochSamples) -> list[list[int]]:
 
 
 def stream_of(texts: list[list[int]]) -> list[int] | None:
-    """The texts laid end to end, each beginning with the token that another ends with; None if they do not fit."""
+    """The texts laid end to end, each beginning with the token that another ends with; None if they do not
+    fit."""
     # Only usable where every token occurs once, which makes the order of the samples plain.
     by_first = {text[0]: text for text in texts}
     start = set(by_first) - {text[-1] for text in texts}
@@ -48,7 +55,11 @@ def stream_of(texts: list[list[int]]) -> list[int] | None:
 @settings(max_examples=40)
 @given(lengths_of, st.integers(1, 12), st.integers(1, 4), st.data())
 def test_every_epoch_lays_all_documents_end_to_end(
-    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], seq_length: int, epochs: int, data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory,
+    lengths: list[int],
+    seq_length: int,
+    epochs: int,
+    data: st.DataObject,
 ) -> None:
     folder = tmp_path_factory.mktemp("samples")
     # Documents without an end-of-document token, so that every token occurs once.
@@ -68,7 +79,8 @@ def test_every_epoch_lays_all_documents_end_to_end(
         stream = stream_of(texts[epoch * per_epoch : (epoch + 1) * per_epoch])
         assert stream is not None
         assert len(stream) == per_epoch * seq_length + 1
-        # Documents come whole and one after the other: a token is followed by the next, or by the beginning of a document.
+        # Documents come whole and one after the other: a token is followed by the next, or by the beginning
+        # of a document.
         begins = {content[0] for content in contents[first:last]}
         followers = {token: token + 1 for content in contents[first:last] for token in content[:-1]}
         for token, following in pairwise(stream):
@@ -116,7 +128,9 @@ def test_one_document_gives_the_samples_of_megatron(tmp_path: Path) -> None:
     theirs = GPTDataset(IndexedDataset(prefix), prefix, np.array([0], np.int32), None, Split.train, config)
     ours = open_samples(tmp_path, document_range(prefix, 0, 1), seq_length=8, samples=12)
     assert len(theirs) == len(ours) == 12
-    expected = sorted([*item["tokens"].tolist(), item["labels"][-1].item()] for item in (theirs[n] for n in range(12)))
+    expected = sorted(
+        [*item["tokens"].tolist(), item["labels"][-1].item()] for item in (theirs[n] for n in range(12))
+    )
     assert sorted(texts_of(ours)) == expected
 
 

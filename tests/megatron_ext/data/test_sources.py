@@ -43,9 +43,17 @@ def names(paths: list[str]) -> list[str]:
 
 def test_directories_globs_and_files_in_order(corpus: Path) -> None:
     found = find_sources([str(corpus)])
-    assert names([source.path for source in found]) == ["a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.txt", "e.md"]
+    assert names([source.path for source in found]) == [
+        "a.jsonl",
+        "b.jsonl.gz",
+        "c.jsonl.zst",
+        "d.txt",
+        "e.md",
+    ]
     assert [source.jsonl for source in found] == [True, True, True, False, False]
-    found = find_sources([str(corpus / "inner" / "*.md"), str(corpus / "[ba].*"), str(corpus / "c.jsonl.zst")])
+    found = find_sources(
+        [str(corpus / "inner" / "*.md"), str(corpus / "[ba].*"), str(corpus / "c.jsonl.zst")]
+    )
     assert names([source.path for source in found]) == ["e.md", "a.jsonl", "b.jsonl.gz", "c.jsonl.zst"]
     assert names([source.path for source in find_sources([str(corpus)], suffixes=[".txt"])]) == ["d.txt"]
 
@@ -105,7 +113,9 @@ def test_damaged_compressed_files(corpus: Path, name: str, damage: str) -> None:
     path = corpus / name
     data = bytearray(path.read_bytes())
     middle = len(data) // 4
-    path.write_bytes(data[:middle] if damage == "truncated" else data[:middle] + b"\xff" * 40 + data[middle + 40 :])
+    path.write_bytes(
+        data[:middle] if damage == "truncated" else data[:middle] + b"\xff" * 40 + data[middle + 40 :]
+    )
     with pytest.raises(ConfigError, match=rf"{name}: truncated or damaged"):
         list(RecordReader(find_sources([str(path)])))
 

@@ -19,9 +19,13 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]
 
     folder = tmp_path_factory.mktemp("tokenizers")
     json_file = write_tokenizer_json(folder / "tokenizer.json")
-    PreTrainedTokenizerFast(tokenizer_file=str(json_file), eos_token="<|endoftext|>").save_pretrained(folder / "saved")
+    PreTrainedTokenizerFast(tokenizer_file=str(json_file), eos_token="<|endoftext|>").save_pretrained(
+        folder / "saved"
+    )
     return {
-        "sentencepiece": load_tokenizer("sentencepiece", str(train_sentencepiece(folder / "tokenizer.model"))),
+        "sentencepiece": load_tokenizer(
+            "sentencepiece", str(train_sentencepiece(folder / "tokenizer.model"))
+        ),
         "json": load_tokenizer("huggingface", str(json_file)),
         "directory": load_tokenizer("huggingface", str(folder / "saved")),
         "tiktoken": load_tokenizer("tiktoken", str(write_ranks(folder / "ranks.tiktoken"))),
@@ -57,13 +61,18 @@ def test_sizes_and_ends_of_documents(tokenizers: dict[str, Tokenizer]) -> None:
     assert (tokenizers["sentencepiece"].vocab_size, tokenizers["sentencepiece"].eod) == (320, 2)
     assert (tokenizers["json"].vocab_size, tokenizers["json"].eod) == (300, 0)
     assert (tokenizers["tiktoken"].vocab_size, tokenizers["tiktoken"].eod) == (259 + 256, 259 + 1)
-    assert tokenizers["tiktoken"].decode([259, 259 + 6, 259 + 9]) == "<|begin_of_text|><|start_header_id|><|eot_id|>"
+    assert (
+        tokenizers["tiktoken"].decode([259, 259 + 6, 259 + 9])
+        == "<|begin_of_text|><|start_header_id|><|eot_id|>"
+    )
 
 
 def test_a_fingerprint_identifies_the_vocabulary(tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None:
     assert tokenizers["json"].fingerprint == tokenizers["directory"].fingerprint
     assert len({tokenizer.fingerprint for tokenizer in tokenizers.values()}) == 3
-    other = load_tokenizer("sentencepiece", str(train_sentencepiece(tmp_path / "other.model", vocab_size=321)))
+    other = load_tokenizer(
+        "sentencepiece", str(train_sentencepiece(tmp_path / "other.model", vocab_size=321))
+    )
     assert other.fingerprint != tokenizers["sentencepiece"].fingerprint
 
 

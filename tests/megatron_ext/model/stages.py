@@ -14,7 +14,12 @@ from megatron_ext.model.gpt import SharedKVGPTModel
 from megatron_ext.parallel.process_groups import initialize
 
 MODEL = ModelConfig(
-    num_layers=6, hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=64, init_method_std=0.2
+    num_layers=6,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_query_groups=2,
+    ffn_hidden_size=64,
+    init_method_std=0.2,
 )
 VOCAB = 61
 MAPS = {
@@ -27,8 +32,12 @@ MAPS = {
     "sandwich": CompressionConfig(layer_types="0_3_3_3_3_5", forward_passes=2, backward_passes=1),
     "groups": CompressionConfig(layer_types="1_1_3_3_5_5", forward_passes=1, backward_passes=2),
     "chain": CompressionConfig(layer_types="0_2_4_2_4_5", forward_passes=2, backward_passes=2),
-    "down and up": CompressionConfig(layer_types="1_2s_0_3_4_5", sliding_window=6, forward_passes=0, backward_passes=1),
-    "nodiag": CompressionConfig(layer_types="0_4_4_4_4_5", forward_passes=0, backward_passes=3, force_nodiag=True),
+    "down and up": CompressionConfig(
+        layer_types="1_2s_0_3_4_5", sliding_window=6, forward_passes=0, backward_passes=1
+    ),
+    "nodiag": CompressionConfig(
+        layer_types="0_4_4_4_4_5", forward_passes=0, backward_passes=3, force_nodiag=True
+    ),
 }
 """One of every kind."""
 
@@ -38,8 +47,12 @@ MERGED_MAPS = {
     "dmc": CompressionConfig(policy=MERGING),
     "cla x dmc": CompressionConfig(layer_types="0_0_2_2_4_4", policy=MERGING),
     "yoco x dmc": CompressionConfig(layer_types="0_1_2_3_3_3", policy=MERGING),
-    "lckv x dmc": CompressionConfig(layer_types="0_4_4_4_4_5", forward_passes=2, backward_passes=2, policy=MERGING),
-    "groups x dmc": CompressionConfig(layer_types="1_1_3_3_5_5", forward_passes=1, backward_passes=1, policy=MERGING),
+    "lckv x dmc": CompressionConfig(
+        layer_types="0_4_4_4_4_5", forward_passes=2, backward_passes=2, policy=MERGING
+    ),
+    "groups x dmc": CompressionConfig(
+        layer_types="1_1_3_3_5_5", forward_passes=1, backward_passes=1, policy=MERGING
+    ),
 }
 EVERY_MAP = {**MAPS, **MERGED_MAPS}
 

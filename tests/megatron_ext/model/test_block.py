@@ -1,4 +1,5 @@
-"""The plan as the block runs it: what is missing is an error, passes stop where they may, payloads carry what crosses."""
+"""The plan as the block runs it: what is missing is an error, passes stop where they may, payloads carry what
+crosses."""
 
 import pytest
 import torch
@@ -22,9 +23,13 @@ def test_a_missing_source_is_an_error() -> None:
 def check_missing_source() -> None:
     block = make_stage(MAPS["cla"]).decoder
     hidden = torch.zeros(3, 1, 32)
-    with pytest.raises(ValueError, match="layer 1 reads the keys and values of layer 0, which were not given to it"):
+    with pytest.raises(
+        ValueError, match="layer 1 reads the keys and values of layer 0, which were not given to it"
+    ):
         block.layers[1].self_attention(hidden, None, None)
-    with pytest.raises(ValueError, match="layer 0 reads the keys and values of layer 0, which were given to it"):
+    with pytest.raises(
+        ValueError, match="layer 0 reads the keys and values of layer 0, which were given to it"
+    ):
         block.layers[0].self_attention(hidden, KeyValue(hidden, hidden), None)
 
 
@@ -33,12 +38,17 @@ def test_a_cyclic_group_cannot_be_split_over_stages() -> None:
 
 
 def check_split_group() -> None:
-    said = "compression.layer_types 0_4_4_4_4_5 iterates layers 1 to 4 together, but parallel.pipeline_model_parallel_size 2"
+    said = (
+        "compression.layer_types 0_4_4_4_4_5 iterates layers 1 to 4 together, but "
+        "parallel.pipeline_model_parallel_size 2"
+    )
     with pytest.raises(ConfigError, match=said):
         make_stage(MAPS["lckv"], ParallelConfig(pipeline_model_parallel_size=2))
 
 
-@pytest.mark.parametrize("options", [{}, {"add_qkv_bias": True, "qk_layernorm": True}], ids=["llama", "bias-and-norm"])
+@pytest.mark.parametrize(
+    "options", [{}, {"add_qkv_bias": True, "qk_layernorm": True}], ids=["llama", "bias-and-norm"]
+)
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_keys_and_values_alone_are_those_of_the_whole_projection(tp: int, options: dict[str, bool]) -> None:
     run_on_ranks(tp, check_keys_values, tp, options)
@@ -96,7 +106,9 @@ def count_calls(compression: CompressionConfig) -> dict[str, list[int]]:
 
 def test_passes_without_gradient_leave_no_graph() -> None:
     """More of them change the numbers but not what is saved for backward."""
-    few, many = (run_on_ranks(1, count_saved_bytes, CompressionConfig("0_4_4_4_4_5", m, 1))[0] for m in (1, 6))
+    few, many = (
+        run_on_ranks(1, count_saved_bytes, CompressionConfig("0_4_4_4_4_5", m, 1))[0] for m in (1, 6)
+    )
     assert few == many
 
 
@@ -113,7 +125,8 @@ def count_saved_bytes(compression: CompressionConfig) -> int:
 def test_after_enough_passes_the_plan_is_exact() -> None:
     """m + b >= T: causality of cyclic layers makes one more token exact in every pass."""
     exact, more = (
-        run_on_ranks(1, final_losses, CompressionConfig("0_4_4_4_4_5", passes - 1, 1))[0] for passes in (10, 14)
+        run_on_ranks(1, final_losses, CompressionConfig("0_4_4_4_4_5", passes - 1, 1))[0]
+        for passes in (10, 14)
     )
     torch.testing.assert_close(exact, more, rtol=1e-5, atol=1e-5)
 
@@ -141,7 +154,8 @@ class TestPayload:
         )
         hidden = torch.randn(tokens, rows, 6).to(dtype)
         key_values = {
-            source: KeyValue(*torch.randn(2, tokens * shards, rows, 2, 4).to(dtype)) for source in (*sources, 11)
+            source: KeyValue(*torch.randn(2, tokens * shards, rows, 2, 4).to(dtype))
+            for source in (*sources, 11)
         }
         rates = torch.rand(rows, columns, requires_grad=True) if columns else None
         packed = payload.pack(hidden, key_values, rates)
@@ -174,6 +188,7 @@ class TestPayload:
     def test_a_payload_of_another_size_is_an_error(self) -> None:
         payload = PipelinePayload((2,), 6, 1, 2, 4)
         with pytest.raises(
-            ValueError, match=r"sent 5 numbers, expected 22 for 1 x 1 tokens and the keys and values of layers \[2\]"
+            ValueError,
+            match=r"sent 5 numbers, expected 22 for 1 x 1 tokens and the keys and values of layers \[2\]",
         ):
             payload.unpack(torch.zeros(5), 1, 1)

@@ -37,7 +37,12 @@ class Layout:
     overlap: bool = False
 
     def __str__(self) -> str:
-        words = [f"tp{self.tp}", f"pp{self.pp}", f"dp{self.world_size // (self.tp * self.pp)}", self.recompute]
+        words = [
+            f"tp{self.tp}",
+            f"pp{self.pp}",
+            f"dp{self.world_size // (self.tp * self.pp)}",
+            self.recompute,
+        ]
         words += [self.backend] * (self.backend != "sdpa") + ["sp"] * self.sequence_parallel
         words += ["overlap"] * self.overlap + list(self.modules) * (self.recompute == "selective")
         return "-".join([*words, f"mbs{self.micro_batch_size}"])
@@ -68,7 +73,11 @@ ANY_MAP = [
     Layout(4, tp=2, sequence_parallel=True),
     Layout(4, tp=4, micro_batch_size=2),
 ]
-ACYCLIC_MAP = [Layout(2, pp=2), Layout(2, pp=2, recompute="full"), Layout(4, tp=2, pp=2, sequence_parallel=True)]
+ACYCLIC_MAP = [
+    Layout(2, pp=2),
+    Layout(2, pp=2, recompute="full"),
+    Layout(4, tp=2, pp=2, sequence_parallel=True),
+]
 
 
 @pytest.mark.parametrize("layout", ANY_MAP, ids=str)
@@ -151,7 +160,10 @@ def error_of_logits(stage: SharedKVGPTModel, golden: Golden) -> float:
     ids = golden.tensors["input_ids"]
     with torch.no_grad():
         logits, _ = stage(ids, torch.arange(TOKENS).expand_as(ids))
-    ranks, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    ranks, rank = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
     expected = golden.tensors["logits"].chunk(ranks, dim=-1)[rank]
     return (logits - expected).abs().max().item()
 

@@ -1,4 +1,5 @@
-"""The model as a whole: against Megatron's own, documents, padding, tied weights, chunks, recomputation with dropout."""
+"""The model as a whole: against Megatron's own, documents, padding, tied weights, chunks, recomputation with
+dropout."""
 
 from itertools import pairwise
 
@@ -21,7 +22,9 @@ from tests.ranks import run_on_ranks
 FP32 = TrainConfig(precision="fp32")
 
 
-@pytest.mark.parametrize("options", [{}, {"add_qkv_bias": True, "qk_layernorm": True}], ids=["llama", "bias-and-norm"])
+@pytest.mark.parametrize(
+    "options", [{}, {"add_qkv_bias": True, "qk_layernorm": True}], ids=["llama", "bias-and-norm"]
+)
 def test_a_plain_map_is_megatrons_gpt_model(options: dict[str, bool]) -> None:
     ((loss, theirs, difference, gradient),) = run_on_ranks(1, compare_with_megatron, options)
     assert loss == pytest.approx(theirs, rel=1e-6)
@@ -30,7 +33,8 @@ def test_a_plain_map_is_megatrons_gpt_model(options: dict[str, bool]) -> None:
 
 
 def compare_with_megatron(options: dict[str, bool]) -> tuple[float, float, float, float]:
-    """Loss of both, largest difference of logits, largest relative difference of gradients; parameters are loaded by name."""
+    """Loss of both, largest difference of logits, largest relative difference of gradients; parameters are
+    loaded by name."""
     ours = make_stage(MAPS["plain"], **options)
     for parameter in ours.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -40,7 +44,11 @@ def compare_with_megatron(options: dict[str, bool]) -> tuple[float, float, float
         heads = spec.submodules.self_attention.submodules
         heads.q_layernorm = heads.k_layernorm = RMSNorm
     theirs = GPTModel(
-        ours.config, spec, vocab_size=ours.padded_vocab_size, max_sequence_length=16, position_embedding_type="rope"
+        ours.config,
+        spec,
+        vocab_size=ours.padded_vocab_size,
+        max_sequence_length=16,
+        position_embedding_type="rope",
     )
     theirs.load_state_dict(ours.state_dict())
     tokens = draw_tokens(2, 16)
@@ -127,7 +135,9 @@ def test_recomputation_repeats_dropout(name: str, granularity: str) -> None:
 def gradients_with_dropout(name: str, granularity: str) -> list[dict[str, Tensor]]:
     found = []
     for recompute in ("none", granularity):
-        train = TrainConfig(precision="fp32", recompute_granularity=recompute, recompute_modules=("core_attn", "mlp"))
+        train = TrainConfig(
+            precision="fp32", recompute_granularity=recompute, recompute_modules=("core_attn", "mlp")
+        )
         stage = make_stage(MAPS[name], train=train, attention_dropout=0.2, hidden_dropout=0.3)
         tokens = draw_tokens(2, 9)
         torch.manual_seed(5)
@@ -171,7 +181,7 @@ def test_initial_weights_and_losses_do_not_depend_on_the_layout(layout: tuple[in
 
 def initial_losses(tp: int, pp: int, tied: bool) -> Tensor | None:
     """Losses of each token, through compute_logits; None on ranks that are not of the last stage."""
-    from megatron_ext.training.logits import compute_logits
+    from megatron_ext.evaluation.logits import compute_logits
 
     parallel = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
     stage = make_stage(MAPS["yoco"], parallel, untie_embeddings_and_output_weights=not tied).eval()
@@ -194,7 +204,9 @@ def check_padding() -> None:
     assert logits.shape[-1] == 128
     assert logits.softmax(-1)[..., VOCAB:].max() == 0
     losses, _ = stage(tokens, positions_of(tokens), tokens)
-    expected = torch.nn.functional.cross_entropy(logits[..., :VOCAB].transpose(1, 2), tokens, reduction="none")
+    expected = torch.nn.functional.cross_entropy(
+        logits[..., :VOCAB].transpose(1, 2), tokens, reduction="none"
+    )
     torch.testing.assert_close(losses, expected)
     losses.sum().backward()
     assert stage.output_layer.weight.grad[VOCAB:].eq(0).all()
@@ -242,7 +254,8 @@ def differences_before_a_change(name: str) -> list[float]:
 
 
 def test_merging_nothing_after_stage_1_is_the_dense_model() -> None:
-    """With a decision bias that no logit reaches, a model whose decision channel is zeroed equals the dense one."""
+    """With a decision bias that no logit reaches, a model whose decision channel is zeroed equals the dense
+    one."""
     run_on_ranks(1, check_merging_nothing)
 
 
@@ -259,4 +272,6 @@ def check_merging_nothing() -> None:
                 rows.zero_()
         losses[name] = stage.eval()(tokens, positions_of(tokens), tokens)[0].detach()
         parallel_state.destroy_model_parallel()
-    torch.testing.assert_close(losses["dmc"], losses["dense"], rtol=1e-4, atol=1e-4)  # a mean of one still rounds
+    torch.testing.assert_close(
+        losses["dmc"], losses["dense"], rtol=1e-4, atol=1e-4
+    )  # a mean of one still rounds

@@ -1,5 +1,6 @@
-"""Memory of a step: with full recompute it grows with the number of layers as layer inputs only, and shared keys and values are
-stored once. Bytes kept for backward are counted on the running model; what memory.py predicts must be that to the byte."""
+"""Memory of a step: with full recompute it grows with the number of layers as layer inputs only, and shared
+keys and values are stored once. Bytes kept for backward are counted on the running model; what memory.py
+predicts must be that to the byte."""
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from tools.benchmarks.activation_memory import Step
 from tools.benchmarks.timing import peak_bytes
 
 TOKENS, BATCH = 24, 2
-SIZES = ModelConfig(hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=48, vocab_size=40)
+SIZES = ModelConfig(
+    hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=48, vocab_size=40
+)
 LAYER_INPUT = TOKENS * BATCH * 32 * 4
 KEY_VALUE = 2 * TOKENS * BATCH * 2 * 8 * 4
 TP2 = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
@@ -34,7 +37,9 @@ def settings(layer_types: str) -> CompressionConfig:
 
 
 def training(precision: str = "fp32", recompute: str = "full") -> TrainConfig:
-    return TrainConfig(micro_batch_size=BATCH, seq_length=TOKENS, precision=precision, recompute_granularity=recompute)
+    return TrainConfig(
+        micro_batch_size=BATCH, seq_length=TOKENS, precision=precision, recompute_granularity=recompute
+    )
 
 
 def measured(maps: list[str], parallel: ParallelConfig, precision: str) -> list[tuple[int, int]]:
@@ -64,12 +69,16 @@ def lckv(layers: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("family", "inputs_per_layer"), [(one_source, 1), (lckv, 2)], ids=["one source", "lckv: 2 passes with gradient"]
+    ("family", "inputs_per_layer"),
+    [(one_source, 1), (lckv, 2)],
+    ids=["one source", "lckv: 2 passes with gradient"],
 )
 def test_each_further_reader_costs_its_input_alone(family, inputs_per_layer) -> None:
     depths = (4, 5, 8, 12)
     (found,) = run_on_ranks(1, measured, [family(depth) for depth in depths], ParallelConfig(), "fp32")
-    random_states = 2 * torch.get_rng_state().numel()  # Megatron's recompute keeps those of the CPU and of the "GPU"
+    random_states = (
+        2 * torch.get_rng_state().numel()
+    )  # Megatron's recompute keeps those of the CPU and of the "GPU"
     for (kept, peak), depth in zip(found, depths, strict=True):
         more = inputs_per_layer * (depth - depths[0])
         assert kept == found[0][0] + more * LAYER_INPUT
@@ -98,7 +107,8 @@ def test_shared_keys_and_values_are_stored_once() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("parallel", [ParallelConfig(), TP2], ids=["tp1", "tp2+sp"])
 def test_prediction_is_exact(parallel: ParallelConfig, precision: str) -> None:
-    """Up to what does not depend on the map: embedding, final norm and loss; and for a cyclic group the top of its first passes."""
+    """Up to what does not depend on the map: embedding, final norm and loss; and for a cyclic group the top
+    of its first passes."""
     acyclic = ["0_1_2_3", "0_0_2_2_4_4", "0s_1s_2s_3_3_3", "0_0_1_1_0_3_2_7"]
     cyclic = ["0_2_2_3", "0_4_4_4_4_5", "0_3_3_3_3_3_3_7", "0_2_4_2_4_5", "3_3_3_3_3_1_2"]
     for maps in (acyclic, cyclic):
@@ -133,7 +143,9 @@ def test_prediction_for_stages_is_exact() -> None:
     for stage in range(2):
         predicted = [
             kept_bytes(
-                kept_by_full_recompute(settings(each), layers, range(stage * layers // 2, (stage + 1) * layers // 2)),
+                kept_by_full_recompute(
+                    settings(each), layers, range(stage * layers // 2, (stage + 1) * layers // 2)
+                ),
                 model(layers),
                 parallel,
                 training(),
@@ -186,7 +198,10 @@ def allocated(parallel: ParallelConfig, precision: str) -> tuple[int, int, int]:
     for inner in optimizer.chained_optimizers:
         groups = [parameter for group in inner.optimizer.param_groups for parameter in group["params"]]
         moments = [
-            entry for each in inner.optimizer.state.values() for entry in each.values() if torch.is_tensor(entry)
+            entry
+            for each in inner.optimizer.state.values()
+            for entry in each.values()
+            if torch.is_tensor(entry)
         ]
         for tensor in (*groups, *moments):
             if tensor.untyped_storage().data_ptr() not in held and tensor.numel() > 1:

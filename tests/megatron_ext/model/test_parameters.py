@@ -11,7 +11,13 @@ from megatron_ext.parallel.process_groups import initialize
 from megatron_ext.training.loop import _count_parameters
 from tests.ranks import run_on_ranks
 
-SIZES = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 48}
+SIZES = {
+    "num_layers": 4,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "ffn_hidden_size": 48,
+}
 VOCABULARY = 50
 PLAIN, CLA, YOCO, LCKV = "0_1_2_3", "0_0_2_2", "0s_1s_2_2", "0_2_2_3"
 
@@ -47,7 +53,8 @@ LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 
 @pytest.mark.parametrize(
     ("layer_types", "tensor", "stages"),
-    [(types, *each) for types in (PLAIN, CLA, YOCO) for each in LAYOUTS] + [(LCKV, *each) for each in LAYOUTS[:2]],
+    [(types, *each) for types in (PLAIN, CLA, YOCO) for each in LAYOUTS]
+    + [(LCKV, *each) for each in LAYOUTS[:2]],
 )
 def test_maps_in_layouts(layer_types: str, tensor: int, stages: int) -> None:
     check(ModelConfig(**SIZES), layer_types, tensor, stages)

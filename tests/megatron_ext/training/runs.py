@@ -10,7 +10,13 @@ from megatron_ext.config import RunConfig
 from megatron_ext.parallel.process_groups import initialize
 
 SETTINGS: dict[str, Any] = {
-    "model": {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "vocab_size": 97},
+    "model": {
+        "num_layers": 4,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "vocab_size": 97,
+    },
     "train": {
         "train_iters": 6,
         "micro_batch_size": 1,
@@ -35,7 +41,7 @@ def train(run: RunConfig) -> int:
     import torch.distributed as dist
 
     from megatron_ext.training.loop import fit
-    from megatron_ext.validation import validate
+    from megatron_ext.validation.run import validate
 
     validate(run, dist.get_world_size())
     initialize(run.parallel, run.train.seed)

@@ -1,4 +1,5 @@
-"""Training with merged keys and values: the same numbers in every layout, exact resumption, and the three stages."""
+"""Training with merged keys and values: the same numbers in every layout, exact resumption, and the three
+stages."""
 
 import json
 from dataclasses import replace
@@ -21,11 +22,15 @@ MAPS = {
     "yoco": CompressionConfig(layer_types="0_1_2_2"),
     "lckv": CompressionConfig(layer_types="0_2_2_3", forward_passes=2, backward_passes=2),
 }
-SOON = DMCConfig(stage="finetune", target_compression_ratio=4.0, initial_decision_bias=0.3, temperature=0.5, window=4)
+SOON = DMCConfig(
+    stage="finetune", target_compression_ratio=4.0, initial_decision_bias=0.3, temperature=0.5, window=4
+)
 """Merges from the first step, so that few steps show something."""
 
 
-def dmc_run(compression: CompressionConfig, policy: DMCConfig = SOON, **sections: dict[str, Any]) -> RunConfig:
+def dmc_run(
+    compression: CompressionConfig, policy: DMCConfig = SOON, **sections: dict[str, Any]
+) -> RunConfig:
     run = tiny_run(**{"optimizer": {"lr": 3e-3, "lr_warmup_iters": 0}, **sections})
     return replace(run, compression=replace(compression, policy=policy))
 
@@ -59,7 +64,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return files
 
 
-@pytest.mark.parametrize(("name", "layout", "world_size", "settings"), CASES, ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize(
+    ("name", "layout", "world_size", "settings"), CASES, ids=lambda value: str(value)[:20]
+)
 def test_nothing_depends_on_the_layout(
     name: str, layout: str, world_size: int, settings: dict, alone: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -69,7 +76,9 @@ def test_nothing_depends_on_the_layout(
     for expected, found in zip(reports(alone[name]), reports(tmp_path / "run.jsonl"), strict=True):
         assert expected.keys() == found.keys()
         for key in expected:
-            if key.startswith(("lm_", "dmc_", "validation", "compression", "target", "grad_norm", "merge_rate")):
+            if key.startswith(
+                ("lm_", "dmc_", "validation", "compression", "target", "grad_norm", "merge_rate")
+            ):
                 assert found[key] == pytest.approx(expected[key], rel=2e-4, abs=1e-6), key
 
 
@@ -101,17 +110,28 @@ def test_the_loss_per_rank_of_the_public_code_depends_on_the_layout(tmp_path: Pa
 def test_a_resumed_retrofit_is_bit_equal(tmp_path: Path, world_size: int, layout: dict) -> None:
     policy = replace(SOON, stage="retrofit")
     sections = {"parallel": layout, "train": {"precision": "bf16"}}
-    straight = dmc_run(MAPS["yoco"], policy, **sections, checkpoint={"save": str(tmp_path / "a"), "save_interval": 3})
+    straight = dmc_run(
+        MAPS["yoco"], policy, **sections, checkpoint={"save": str(tmp_path / "a"), "save_interval": 3}
+    )
     run_on_ranks(world_size, train, logged_to(straight, tmp_path / "a.jsonl"))
     loading = {"load": str(tmp_path / "a" / "iter_0000003"), "save": str(tmp_path / "b")}
     resumed = dmc_run(MAPS["yoco"], policy, **sections, checkpoint=loading)
     run_on_ranks(world_size, train, logged_to(resumed, tmp_path / "b.jsonl"))
     parts = reports(tmp_path / "a.jsonl")[3:], reports(tmp_path / "b.jsonl")
-    exact = [key for key in parts[0][0] if key.startswith(("lm_", "dmc_", "grad_norm", "merge_rate", "compression"))]
+    exact = [
+        key
+        for key in parts[0][0]
+        if key.startswith(("lm_", "dmc_", "grad_norm", "merge_rate", "compression"))
+    ]
     first, second = ([[line[key] for key in exact] for line in part] for part in parts)
     assert first == second
-    entries = [json.loads((tmp_path / run / "iter_0000006" / "manifest.json").read_text())["files"] for run in "ab"]
-    shards = [{name: entry["sha256"] for name, entry in files.items() if name.endswith(".distcp")} for files in entries]
+    entries = [
+        json.loads((tmp_path / run / "iter_0000006" / "manifest.json").read_text())["files"] for run in "ab"
+    ]
+    shards = [
+        {name: entry["sha256"] for name, entry in files.items() if name.endswith(".distcp")}
+        for files in entries
+    ]
     assert shards[0] == shards[1]
 
 
@@ -137,8 +157,8 @@ def test_three_stages(tmp_path: Path) -> None:
 def largest_decision_weight(checkpoint: str, tp: int = 1) -> float:
     from megatron_ext.config import ParallelConfig
     from megatron_ext.parallel.process_groups import initialize
+    from megatron_ext.restoring.model import restore
     from megatron_ext.training.policy_stages import _decision_weights
-    from megatron_ext.training.restore import restore
 
     parallel = ParallelConfig(tensor_model_parallel_size=tp)
     initialize(parallel, seed=1)
@@ -153,7 +173,9 @@ def dense_and_merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stages")
     short = {"train": {"train_iters": 1}}
     run_on_ranks(
-        1, train, tiny_run(**short, optimizer={"lr_warmup_iters": 0}, checkpoint={"save": str(folder / "dense")})
+        1,
+        train,
+        tiny_run(**short, optimizer={"lr_warmup_iters": 0}, checkpoint={"save": str(folder / "dense")}),
     )
     merging = dmc_run(MAPS["plain"], SOON, **short, checkpoint={"save": str(folder / "dmc")})
     run_on_ranks(1, train, merging)
@@ -165,7 +187,8 @@ class TestSuccession:
         loading = {"load": str(dense_and_merged / "dense"), "finetune": True}
         run = dmc_run(MAPS["plain"], replace(SOON, stage="retrofit"), checkpoint=loading)
         with pytest.raises(
-            ConfigError, match=r"compression\.policy\.stage is retrofit, but the loaded weights .*Run stage zero_out"
+            ConfigError,
+            match=r"compression\.policy\.stage is retrofit, but the loaded weights .*Run stage zero_out",
         ):
             run_on_ranks(1, train, run)
 
@@ -188,7 +211,8 @@ class TestSuccession:
 
 def test_odd_decisions_stop_the_run_and_are_named(tmp_path: Path) -> None:
     with pytest.raises(
-        NonFiniteDecisionError, match=r"iteration 1: the decision logits of layer 2 KV head 1\b.* are not finite"
+        NonFiniteDecisionError,
+        match=r"iteration 1: the decision logits of layer 2 KV head 1\b.* are not finite",
     ):
         run_on_ranks(2, train_with_a_broken_head)
 

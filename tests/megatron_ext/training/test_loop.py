@@ -72,7 +72,8 @@ def test_losses_do_not_depend_on_the_layout(
     ids=["dp2-bf16", "pp2", "tp2-sp"],
 )
 def test_a_resumed_run_is_bit_equal(tmp_path: Path, world_size: int, settings: dict) -> None:
-    """Weights, optimizer, random states and reports of iteration 6, once straight and once from the checkpoint of iteration 3."""
+    """Weights, optimizer, random states and reports of iteration 6, once straight and once from the
+    checkpoint of iteration 3."""
     saving = {"save": str(tmp_path / "straight"), "save_interval": 3}
     straight = tiny_run(**settings, checkpoint=saving)
     run_on_ranks(world_size, train, logged_to(straight, tmp_path / "straight.jsonl"))
@@ -91,7 +92,9 @@ def test_a_resumed_run_is_bit_equal(tmp_path: Path, world_size: int, settings: d
 def hashes(manifest: Path) -> dict[str, str]:
     """What the files hold, but for the settings (where to load from) and the table of contents."""
     files = json.loads(manifest.read_text())["files"]
-    return {name: entry["sha256"] for name, entry in files.items() if name not in ("config.json", ".metadata")}
+    return {
+        name: entry["sha256"] for name, entry in files.items() if name not in ("config.json", ".metadata")
+    }
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -122,7 +125,9 @@ def test_finetuning_starts_afresh_from_the_weights(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    run_on_ranks(1, train, tiny_run(compression=YOCO, checkpoint={"save": str(tmp_path)}, train={"train_iters": 3}))
+    run_on_ranks(
+        1, train, tiny_run(compression=YOCO, checkpoint={"save": str(tmp_path)}, train={"train_iters": 3})
+    )
     other = tiny_run(compression=LCKV, checkpoint={"load": str(tmp_path)})
     with pytest.raises(CheckpointError, match=r"is of another model:\s+architecture\.layer_types"):
         run_on_ranks(2, train, other)
@@ -151,7 +156,9 @@ def reasons_to_stop() -> tuple[str | None, str | None]:
 
 def test_a_loss_that_is_not_finite_stops_the_run() -> None:
     run = tiny_run(model={"init_method_std": 3e38})
-    with pytest.raises(NonFiniteLossError, match=r"iteration 1: the loss is nan .*such a loss: 0, 1\).*Resume from"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"iteration 1: the loss is nan .*such a loss: 0, 1\).*Resume from"
+    ):
         run_on_ranks(2, train, run)
 
 
@@ -178,7 +185,8 @@ def test_a_directory_with_another_runs_checkpoints_is_refused(tmp_path: Path) ->
     saving = {"checkpoint": {"save": str(tmp_path)}, "train": {"train_iters": 3}}
     run_on_ranks(1, train, tiny_run(**saving))
     with pytest.raises(
-        ConfigError, match=r"holds checkpoints of another run \(iter_0000003 and 0 more\).*set checkpoint\.load to"
+        ConfigError,
+        match=r"holds checkpoints of another run \(iter_0000003 and 0 more\).*set checkpoint\.load to",
     ):
         run_on_ranks(2, train, tiny_run(**saving))
     going_on = {"checkpoint": {"save": str(tmp_path), "load": str(tmp_path)}, "train": {"train_iters": 4}}

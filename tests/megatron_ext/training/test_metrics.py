@@ -17,7 +17,9 @@ from megatron_ext.config import LoggingConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.training.metrics import NOT_FINITE, JsonLines, MetricsWriter, json_line, read_metrics
 
-REPORTS = {iteration: {"lm_loss": 10.0 / iteration, "consumed_tokens": 64 * iteration} for iteration in range(1, 8)}
+REPORTS = {
+    iteration: {"lm_loss": 10.0 / iteration, "consumed_tokens": 64 * iteration} for iteration in range(1, 8)
+}
 
 
 def write_reports(path, iterations, **options) -> None:
@@ -49,16 +51,28 @@ def test_a_fresh_run_keeps_the_reports_of_an_earlier_one_aside(tmp_path, caplog)
         for length in (2, 3, 4):
             write_reports(path, range(1, length + 1))
     lengths = {
-        name: len(read_metrics(tmp_path / name)) for name in ("metrics.jsonl", "metrics.1.jsonl", "metrics.2.jsonl")
+        name: len(read_metrics(tmp_path / name))
+        for name in ("metrics.jsonl", "metrics.1.jsonl", "metrics.2.jsonl")
     }
     assert lengths == {"metrics.jsonl": 4, "metrics.1.jsonl": 2, "metrics.2.jsonl": 3}
-    assert f"{path} holds the reports of an earlier run; it is now {tmp_path / 'metrics.1.jsonl'}" in caplog.text
+    assert (
+        f"{path} holds the reports of an earlier run; it is now {tmp_path / 'metrics.1.jsonl'}" in caplog.text
+    )
 
 
 def test_numbers_that_json_lacks_are_null_with_a_note():
-    record = json.loads(json_line(3, {"lm_loss": math.nan, "grad_norm": math.inf, "low": -math.inf, "lr": 0.5}))
+    record = json.loads(
+        json_line(3, {"lm_loss": math.nan, "grad_norm": math.inf, "low": -math.inf, "lr": 0.5})
+    )
     notes = {"lm_loss": "nan", "grad_norm": "inf", "low": "-inf"}
-    assert record == {"iteration": 3, "lm_loss": None, "grad_norm": None, "low": None, "lr": 0.5, NOT_FINITE: notes}
+    assert record == {
+        "iteration": 3,
+        "lm_loss": None,
+        "grad_norm": None,
+        "low": None,
+        "lr": 0.5,
+        NOT_FINITE: notes,
+    }
 
 
 def refuse_constants(text):
@@ -72,7 +86,9 @@ def test_lines_are_always_valid_json(values):
     line = json_line(7, values)
     assert line.count("\n") == 1
     record = json.loads(line, parse_constant=refuse_constants)
-    finite = {name: value for name, value in values.items() if not isinstance(value, float) or math.isfinite(value)}
+    finite = {
+        name: value for name, value in values.items() if not isinstance(value, float) or math.isfinite(value)
+    }
     assert {name: record[name] for name in finite} == finite
     assert set(record.get(NOT_FINITE, {})) == set(values) - set(finite)
 
@@ -90,10 +106,13 @@ def test_reading_leaves_out_an_unfinished_last_line_only(tmp_path):
 def test_a_file_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(
-        ConfigError, match=r"logging.metrics_file .*file/metrics.jsonl cannot be written: (File exists|Not a directory)"
+        ConfigError,
+        match=r"logging.metrics_file .*file/metrics.jsonl cannot be written: (File exists|Not a directory)",
     ):
         MetricsWriter(LoggingConfig(metrics_file=str(tmp_path / "file" / "metrics.jsonl")))
-    with pytest.raises(ConfigError, match=r"logging.tensorboard_dir .*file/board cannot be written: .*choose another"):
+    with pytest.raises(
+        ConfigError, match=r"logging.tensorboard_dir .*file/board cannot be written: .*choose another"
+    ):
         MetricsWriter(LoggingConfig(tensorboard_dir=str(tmp_path / "file" / "board")))
 
 
@@ -101,7 +120,7 @@ def test_a_file_that_cannot_be_made(tmp_path):
 def test_a_full_disk_is_said_with_file_and_iteration(tmp_path):
     sink = JsonLines(tmp_path / "metrics.jsonl", 0)
     sink._file.close()
-    sink._file = open("/dev/full", "w")  # noqa: SIM115 - the sink closes it
+    sink._file = open("/dev/full", "w")  # noqa: SIM115 - closed by its owner
     with pytest.raises(
         ConfigError, match=r"metrics.jsonl cannot be written at iteration 9: No space left on device"
     ) as raised:
@@ -196,6 +215,7 @@ def test_wandb_that_refuses(monkeypatch):
 
     module = fake_wandb(monkeypatch, init)
     with pytest.raises(
-        ConfigError, match=r"logging.wandb_project p cannot .* is online\): no API key. Set logging.wandb_mode"
+        ConfigError,
+        match=r"logging.wandb_project p cannot .* is online\): no API key. Set logging.wandb_mode",
     ):
         MetricsWriter(LoggingConfig(wandb_project="p"))

@@ -18,7 +18,10 @@ VALUES = {
     "iteration_seconds": 0.25,
     "consumed_tokens": 640,
 }
-LINE = "loss 3.1416 | learning rate 3.000e-04 | gradient norm 1.500 | 12.3k tokens/s | MFU 43.2 % | memory 1.50 GiB"
+LINE = (
+    "loss 3.1416 | learning rate 3.000e-04 | gradient norm 1.500 | 12.3k tokens/s | MFU 43.2 % | memory 1.50 "
+    "GiB"
+)
 
 
 class Terminal(io.StringIO):

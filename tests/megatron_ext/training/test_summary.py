@@ -24,9 +24,14 @@ def test_cost_and_cache_of_a_cyclic_map() -> None:
     run = replace(tiny_run(), compression=LCKV)
     text = summary(run)
     ratio = training_cost(model_shape(run.model, vocab_size=128, seq_length=24), LCKV).ratio
-    assert f"predicted cost        {ratio:.2f}x a plain model's step (7 passes without and 2 with gradient" in text
+    assert (
+        f"predicted cost        {ratio:.2f}x a plain model's step (7 passes without and 2 with gradient"
+        in text
+    )
     assert "12,345, keys and values computed in 3 of 4 layers" in text
-    assert "192 bytes per token in 16 bits, 1.33x less" in text  # 3 layers x 2 x 2 heads x 8 channels x 2 bytes
+    assert (
+        "192 bytes per token in 16 bits, 1.33x less" in text
+    )  # 3 layers x 2 x 2 heads x 8 channels x 2 bytes
     assert "attention             sdpa (model.attention_backend is auto: flash-attn needs CUDA" in text
 
 
@@ -34,19 +39,26 @@ def test_merging_is_told() -> None:
     policy = DMCConfig(stage="retrofit", target_compression_ratio=4.0)
     text = summary(replace(tiny_run(), compression=CompressionConfig(policy=policy)))
     assert (
-        "merging               4 tokens per slot asked for: 64 bytes per token, 4.00x less than a plain model" in text
+        "merging               4 tokens per slot asked for: 64 bytes per token, 4.00x less than a plain model"
+        in text
     )
     assert "merging" not in summary(tiny_run())
 
 
 def test_layout() -> None:
-    parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True)
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True
+    )
     text = summary(replace(tiny_run(), parallel=parallel), world_size=8)
     assert "8 processes: TP 2 + SP, PP 2, DP 2; 2 micro-batches of 1 x 24 tokens" in text
 
 
 def test_layers_that_run_again_in_backward() -> None:
-    for granularity, count, stages, expected in [("none", None, 1, 0), ("full", None, 2, 4), ("full", 1, 2, 2)]:
+    for granularity, count, stages, expected in [
+        ("none", None, 1, 0),
+        ("full", None, 2, 4),
+        ("full", 1, 2, 2),
+    ]:
         run = tiny_run(train={"recompute_granularity": granularity, "recompute_num_layers": count})
         run = replace(run, parallel=ParallelConfig(pipeline_model_parallel_size=stages))
         assert recomputed_layers(run) == expected

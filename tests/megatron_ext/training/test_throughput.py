@@ -63,7 +63,9 @@ def test_memory_without_cuda_is_the_peak_of_the_process():
         "print(before, memory_in_use())\n"
     )
     size_of_this_process = bytearray(b"x") * (600 << 20)  # must not be counted
-    result = subprocess.run([sys.executable, "-c", program], check=True, timeout=120, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", program], check=True, timeout=120, capture_output=True, text=True
+    )
     del size_of_this_process
     before, after = map(int, result.stdout.split())
     assert 10 << 20 < before < 500 << 20
@@ -86,7 +88,9 @@ def test_memory_with_cuda_is_what_was_allocated(monkeypatch):
 
 
 def test_speed():
-    meter = Throughput(model_flops_per_token=6e9, hardware_flops_per_token=8e9, world_size=4, peak_tflops=100.0)
+    meter = Throughput(
+        model_flops_per_token=6e9, hardware_flops_per_token=8e9, world_size=4, peak_tflops=100.0
+    )
     assert meter.metrics(80_000, 2.0) == {
         "tokens_per_second": 40_000.0,
         "tokens_per_second_per_device": 10_000.0,
@@ -97,7 +101,9 @@ def test_speed():
 
 
 def test_no_utilisation_without_a_peak():
-    meter = Throughput(model_flops_per_token=6e9, hardware_flops_per_token=8e9, world_size=1, peak_tflops=None)
+    meter = Throughput(
+        model_flops_per_token=6e9, hardware_flops_per_token=8e9, world_size=1, peak_tflops=None
+    )
     assert set(meter.metrics(10, 1.0)) == {
         "tokens_per_second",
         "tokens_per_second_per_device",

@@ -6,7 +6,9 @@ from tests.ranks import run_on_ranks
 from tools.benchmarks.activation_memory import measure
 from tools.layouts import LAYOUTS
 
-MODEL = ModelConfig(hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=48, vocab_size=40)
+MODEL = ModelConfig(
+    hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=48, vocab_size=40
+)
 LAYER_INPUT = 2 * 16 * 32 * 4
 
 

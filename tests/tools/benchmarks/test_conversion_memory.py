@@ -20,7 +20,11 @@ def test_rows(tmp_path: Path) -> None:
     description = model_of(10**7, vocab_size=2000)
     write_source(description, tmp_path)
     rows = [measure(name, description, tmp_path) for name in conversions(description, tmp_path)]
-    assert [row["conversion"] for row in rows] == ["hf-to-megatron", "hf-to-megatron, averaged map", "megatron-to-hf"]
+    assert [row["conversion"] for row in rows] == [
+        "hf-to-megatron",
+        "hf-to-megatron, averaged map",
+        "megatron-to-hf",
+    ]
     for row in rows:
         assert 0 <= row["peak_bytes"] < row["allowed_bytes"]  # type: ignore[operator]
         assert row["model_bytes"] > row["largest_tensor_bytes"]  # type: ignore[operator]

@@ -78,7 +78,13 @@ def test_models_with_random_weights(tmp_path, capsys):
 
 def test_folders_are_measured_on_texts(folders, tmp_path):
     output = tmp_path / "inference.csv"
-    models = ["--models", str(folders / "plain"), f"both={folders / 'merging'}", "--text", str(folders / "texts.jsonl")]
+    models = [
+        "--models",
+        str(folders / "plain"),
+        f"both={folders / 'merging'}",
+        "--text",
+        str(folders / "texts.jsonl"),
+    ]
     assert inference.main([*models, *SMALL, "--output", str(output)]) == 0
     found = list(csv.DictReader(output.open()))
     assert {(row["model"], row["policy"], row["layer_types"]) for row in found} == {
@@ -90,13 +96,25 @@ def test_folders_are_measured_on_texts(folders, tmp_path):
     ("arguments", "message"),
     [
         ("--models PLAIN PLAIN", "the models are called plain, plain; each needs a name of its own"),
-        ("--models PLAIN --lengths 64", "has a context of 64 tokens, but 65 are measured; give smaller --lengths"),
-        ("--models PLAIN --context 3", "--context is 3; it must be more than the 3 tokens that --repeats 1 decodes"),
-        ("--prefill-tolerance 1", "--prefill-tolerance is 1.0; it must be at least 0 (all passes) and below 1"),
+        (
+            "--models PLAIN --lengths 64",
+            "has a context of 64 tokens, but 65 are measured; give smaller --lengths",
+        ),
+        (
+            "--models PLAIN --context 3",
+            "--context is 3; it must be more than the 3 tokens that --repeats 1 decodes",
+        ),
+        (
+            "--prefill-tolerance 1",
+            "--prefill-tolerance is 1.0; it must be at least 0 (all passes) and below 1",
+        ),
         ("--output PLAIN/config.json/inference.csv", "inference.csv cannot be written: "),
         ("--models PLAIN --text nowhere.txt", "nowhere.txt"),
         ("--models nowhere", "nowhere/config.json does not exist"),
-        ("--random plain --memory 1KiB", "--memory 1.00 KiB does not hold one sequence of 48 tokens of plain"),
+        (
+            "--random plain --memory 1KiB",
+            "--memory 1.00 KiB does not hold one sequence of 48 tokens of plain",
+        ),
         ("--random 0_0", "compression.layer_types"),
     ],
 )
@@ -125,4 +143,7 @@ def test_bad_random_models(text, capsys):
 def test_ratios_are_to_the_first_model():
     found = rows("prefill", 8, "ms", {"a": 4.0, "b": 2.0})
     assert [(row.at, row.ratio) for row in found] == [(8, 1.0), (8, 0.5)]
-    assert [row.at for row in rows("tokens per second", {"a": 3, "b": 7}, "1/s", {"a": 1.0, "b": 1.0})] == [3, 7]
+    assert [row.at for row in rows("tokens per second", {"a": 3, "b": 7}, "1/s", {"a": 1.0, "b": 1.0})] == [
+        3,
+        7,
+    ]

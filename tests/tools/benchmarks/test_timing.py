@@ -57,7 +57,19 @@ def test_csv(tmp_path):
 def test_the_benchmark_of_biased_attention(tmp_path, capsys):
     threads = torch.get_num_threads()
     output = tmp_path / "biased.csv"
-    arguments = ["--lengths", "64", "128", "--dense-up-to", "64", "--heads", "2", "--kv-heads", "1", "--repeats", "1"]
+    arguments = [
+        "--lengths",
+        "64",
+        "128",
+        "--dense-up-to",
+        "64",
+        "--heads",
+        "2",
+        "--kv-heads",
+        "1",
+        "--repeats",
+        "1",
+    ]
     biased_attention.main([*arguments, "--threads", str(threads), "--output", str(output)])
     rows = list(csv.DictReader(output.open()))
     assert [(row["length"], row["variant"]) for row in rows] == [

@@ -1,4 +1,5 @@
-"""The application: answers are the engine's, whole and streamed; what cannot be done is said; nothing leaks."""
+"""The application: answers are the engine's, whole and streamed; what cannot be done is said; nothing
+leaks."""
 
 import asyncio
 import json
@@ -17,7 +18,9 @@ from lckv.generation.sampling import SamplingParams
 from tests.tools.serving.served_model import CONTEXT, byte_tokenizer, tiny_model
 from tools.serving.app import ServingLimits, create_app
 
-LIMITS = ServingLimits(context=CONTEXT, max_prompt_tokens=64, max_new_tokens=40, max_body_bytes=4096, max_prompts=4)
+LIMITS = ServingLimits(
+    context=CONTEXT, max_prompt_tokens=64, max_new_tokens=40, max_body_bytes=4096, max_prompts=4
+)
 PROMPT = "Once upon"
 
 
@@ -27,7 +30,9 @@ def engine() -> Engine:
 
 
 def make_engine(**options: int) -> Engine:
-    return Engine(tiny_model(), tokenizer=byte_tokenizer(), memory_bytes=2**20, **{"max_batch_size": 4, **options})
+    return Engine(
+        tiny_model(), tokenizer=byte_tokenizer(), memory_bytes=2**20, **{"max_batch_size": 4, **options}
+    )
 
 
 def make_app(engine: Engine, limits: ServingLimits = LIMITS, **options: str | None) -> FastAPI:
@@ -108,7 +113,9 @@ def test_chat_goes_through_the_template(client: TestClient) -> None:
     assert whole["choices"][0]["message"]["content"] == greedy("<user>Hi<assistant>")
     pieces = events(ask(client, "chat/completions", stream=True))
     assert pieces[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-    assert "".join(piece["choices"][0]["delta"].get("content", "") for piece in pieces) == greedy("<user>Hi<assistant>")
+    assert "".join(piece["choices"][0]["delta"].get("content", "") for piece in pieces) == greedy(
+        "<user>Hi<assistant>"
+    )
 
 
 def test_parts_of_text_are_text(client: TestClient) -> None:
@@ -128,9 +135,9 @@ def test_echo_stop_and_logprobs(client: TestClient) -> None:
         max(best.values()) == own
         for best, own in zip(logprobs["top_logprobs"], logprobs["token_logprobs"], strict=True)
     )
-    entry = ask(client, "chat/completions", logprobs=True, top_logprobs=2).json()["choices"][0]["logprobs"]["content"][
-        0
-    ]
+    entry = ask(client, "chat/completions", logprobs=True, top_logprobs=2).json()["choices"][0]["logprobs"][
+        "content"
+    ][0]
     assert entry["logprob"] == entry["top_logprobs"][0]["logprob"] and len(entry["top_logprobs"]) == 2
 
 
@@ -176,7 +183,10 @@ def test_what_cannot_be_done_is_said(client: TestClient, fields: dict, status: i
     ("fields", "message"),
     [
         ({"messages": []}, "messages: List should have at least 1 item"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a part of type 'image_url'; only text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "a part of type 'image_url'; only text",
+        ),
         ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role: Input should be"),
         ({"top_logprobs": 2}, "top_logprobs is given, but logprobs is false"),
         ({"tools": [{"type": "function"}]}, "tools is [{'type': 'function'}]; this server only supports []"),
@@ -189,7 +199,9 @@ def test_bad_conversations(client: TestClient, fields: dict, message: str) -> No
 
 
 def test_malformed_bodies_and_unknown_paths(client: TestClient) -> None:
-    response = client.post("/v1/completions", content=b'{"model": ', headers={"Content-Type": "application/json"})
+    response = client.post(
+        "/v1/completions", content=b'{"model": ', headers={"Content-Type": "application/json"}
+    )
     assert response.status_code == 400 and "The body is not valid JSON" in response.json()["error"]["message"]
     assert client.post("/v1/completions", content=iter([b"{}"])).status_code == 411
     assert client.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
@@ -199,7 +211,10 @@ def test_malformed_bodies_and_unknown_paths(client: TestClient) -> None:
 def test_a_model_without_chat_template(engine: Engine) -> None:
     app = create_app(make_engine(), byte_tokenizer(chat=False), model="tiny", limits=LIMITS, api_key=None)
     with TestClient(app) as client:
-        assert "no chat template; use /v1/completions" in ask(client, "chat/completions").json()["error"]["message"]
+        assert (
+            "no chat template; use /v1/completions"
+            in ask(client, "chat/completions").json()["error"]["message"]
+        )
 
 
 def test_the_key_is_asked_for() -> None:
@@ -239,7 +254,9 @@ class Gate:
 
 
 async def post(client: httpx.AsyncClient, **fields) -> httpx.Response:
-    return await client.post("/v1/completions", json={"model": "tiny", "prompt": PROMPT, "temperature": 0, **fields})
+    return await client.post(
+        "/v1/completions", json={"model": "tiny", "prompt": PROMPT, "temperature": 0, **fields}
+    )
 
 
 def run_app(app: FastAPI, story) -> None:

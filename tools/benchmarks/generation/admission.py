@@ -1,7 +1,9 @@
-"""How many sequences of a length a cache of so many bytes holds: found by letting them in, one after the other.
+"""How many sequences of a length a cache of so many bytes holds: found by letting them in, one after the
+other.
 
-What a model makes of its prompts is computed once. Its keys, values and merge decisions are then committed for as many sequences as
-there is room for: real heads of real lengths fill real pages, without a forward pass for each.
+What a model makes of its prompts is computed once. Its keys, values and merge decisions are then committed
+for as many sequences as there is room for: real heads of real lengths fill real pages, without a forward pass
+for each.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,8 +54,8 @@ def fill(cache: PagedCache, sequences: int, of_prompts: Sequence[Committed]) -> 
 def cache_for(
     model: LCKVLlamaForCausalLM, sequences: int, max_tokens: int, memory_bytes: int | None = None
 ) -> PagedCache:
-    """An empty cache for so many sequences; default: of the most bytes that they can ever need. Raises ValueError where `memory_bytes`
-    are too few for its tables."""
+    """An empty cache for so many sequences; default: of the most bytes that they can ever need. Raises
+    ValueError where `memory_bytes` are too few for its tables."""
     return paged_cache(
         model.config,
         dtype=model.dtype,
@@ -65,11 +67,17 @@ def cache_for(
 
 
 def largest_batch(
-    model: LCKVLlamaForCausalLM, of_prompts: Sequence[Sequence[Committed]], *, memory_bytes: int, max_tokens: int
+    model: LCKVLlamaForCausalLM,
+    of_prompts: Sequence[Sequence[Committed]],
+    *,
+    memory_bytes: int,
+    max_tokens: int,
 ) -> int:
-    """Most sequences that a cache of `memory_bytes`, with tables for so many of up to `max_tokens`, takes in; 0: not even one.
+    """Most sequences that a cache of `memory_bytes`, with tables for so many of up to `max_tokens`, takes in;
+    0: not even one.
 
-    `of_prompts` are the same texts at several lengths. There must be room for each length: a window may need a page more in between.
+    `of_prompts` are the same texts at several lengths. There must be room for each length: a window may need
+    a page more in between.
     """
 
     def fit(sequences: int) -> bool:

@@ -62,7 +62,14 @@ def rows(measure: str, at: int | Mapping[str, int], unit: str, values: Mapping[s
     """One for each model, the first of which is what the others are compared with."""
     first = next(iter(values.values()))
     return [
-        Row(name, measure, at if isinstance(at, int) else at[name], value, unit, value / first if first else 1.0)
+        Row(
+            name,
+            measure,
+            at if isinstance(at, int) else at[name],
+            value,
+            unit,
+            value / first if first else 1.0,
+        )
         for name, value in values.items()
     ]
 
@@ -81,18 +88,26 @@ def prefill(subjects: Sequence[Subject], length: int, settings: Settings) -> Ite
     """Reading a prompt of `length` tokens."""
     calls = {subject.name: Prefill(subject, length, settings.tolerance) for subject in subjects}
     yield _milliseconds("prefill", length, calls, settings)
-    flops = {each.name: prefill_flops(each.model.config, length, calls[each.name].passes) for each in subjects}
+    flops = {
+        each.name: prefill_flops(each.model.config, length, calls[each.name].passes) for each in subjects
+    }
     yield rows("prefill operations", length, "GFLOP", {name: count / 1e9 for name, count in flops.items()})
     yield rows("prefill passes", length, "", {name: call.passes for name, call in calls.items()})
     yield rows("tokens per slot", length, "", {name: call.compression_ratio for name, call in calls.items()})
-    yield rows("prefill memory", length, "MiB", {name: peak_bytes(call) / 2**20 for name, call in calls.items()})
+    yield rows(
+        "prefill memory", length, "MiB", {name: peak_bytes(call) / 2**20 for name, call in calls.items()}
+    )
     iterated = [each for each in subjects if each.model.model.layer_types.any_cyclic]
     if iterated:
         compared = [subjects[0], *(each for each in iterated if each is not subjects[0])]
         calls = {each.name: Prefill(each, length, 0.0) for each in compared}
         yield _milliseconds("prefill, all passes", length, calls, settings)
-        flops = {each.name: prefill_flops(each.model.config, length, calls[each.name].passes) for each in compared}
-        yield rows("operations, all passes", length, "GFLOP", {name: each / 1e9 for name, each in flops.items()})
+        flops = {
+            each.name: prefill_flops(each.model.config, length, calls[each.name].passes) for each in compared
+        }
+        yield rows(
+            "operations, all passes", length, "GFLOP", {name: each / 1e9 for name, each in flops.items()}
+        )
 
 
 def decoding(subjects: Sequence[Subject], settings: Settings) -> Iterator[list[Row]]:
@@ -103,11 +118,16 @@ def decoding(subjects: Sequence[Subject], settings: Settings) -> Iterator[list[R
     begun: dict[str, list[Committed]] = {}
     for subject in subjects:
         name, model, prompts = subject.name, subject.model, subject.prompts
-        whole, begun[name] = (committed(model, prompts[:, :length]) for length in (context, context - settings.steps))
-        largest[name] = batch = largest_batch(model, (whole, begun[name]), memory_bytes=memory, max_tokens=context)
+        whole, begun[name] = (
+            committed(model, prompts[:, :length]) for length in (context, context - settings.steps)
+        )
+        largest[name] = batch = largest_batch(
+            model, (whole, begun[name]), memory_bytes=memory, max_tokens=context
+        )
         if batch == 0:
             raise ConfigError(
-                f"--memory {size(memory)} does not hold one sequence of {context} tokens of {name}; give more, or a smaller --context."
+                f"--memory {size(memory)} does not hold one sequence of {context} tokens of {name}; give "
+                "more, or a smaller --context."
             )
         cache = cache_for(model, batch, context, memory)
         fill(cache, batch, whole)
@@ -119,16 +139,22 @@ def decoding(subjects: Sequence[Subject], settings: Settings) -> Iterator[list[R
         calls = {each.name: Decoding(each, batch, begun[each.name], max_tokens=context) for each in subjects}
         yield _milliseconds("decode step", batch, calls, settings)
     calls = {
-        each.name: Decoding(each, largest[each.name], begun[each.name], max_tokens=context, memory_bytes=memory)
+        each.name: Decoding(
+            each, largest[each.name], begun[each.name], max_tokens=context, memory_bytes=memory
+        )
         for each in subjects
     }
     seconds = median_seconds(calls, repeats=settings.repeats, clock=settings.clock)
     yield rows("largest decode step", largest, "ms", {name: 1e3 * value for name, value in seconds.items()})
     speed = {name: len(calls[name].sequences) / value for name, value in seconds.items()}
     yield rows("tokens per second", largest, "1/s", speed)
-    yield rows("decode memory", largest, "MiB", {name: peak_bytes(call) / 2**20 for name, call in calls.items()})
+    yield rows(
+        "decode memory", largest, "MiB", {name: peak_bytes(call) / 2**20 for name, call in calls.items()}
+    )
 
 
-def _milliseconds(measure: str, at: int, calls: Mapping[str, Callable[[], None]], settings: Settings) -> list[Row]:
+def _milliseconds(
+    measure: str, at: int, calls: Mapping[str, Callable[[], None]], settings: Settings
+) -> list[Row]:
     seconds = median_seconds(calls, repeats=settings.repeats, clock=settings.clock)
     return rows(measure, at, "ms", {name: 1e3 * value for name, value in seconds.items()})

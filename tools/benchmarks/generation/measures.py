@@ -1,4 +1,5 @@
-"""What is timed: reading a prompt, the time to an answer's first token, and a step of decoding for a whole batch."""
+"""What is timed: reading a prompt, the time to an answer's first token, and a step of decoding for a whole
+batch."""
 
 from collections.abc import Sequence
 from random import Random
@@ -44,7 +45,10 @@ class FirstToken:
         """See `Prefill`. Prompts are computed in the engine's chunks."""
         self._prompt = subject.prompts[0, :length].tolist()
         self._engine = Engine(
-            subject.model, cache=cache_for(subject.model, 1, length + 1), max_batch_size=1, prefill_tolerance=tolerance
+            subject.model,
+            cache=cache_for(subject.model, 1, length + 1),
+            max_batch_size=1,
+            prefill_tolerance=tolerance,
         )
 
     def __call__(self) -> None:
@@ -52,7 +56,8 @@ class FirstToken:
 
 
 class Decoding:
-    """A batch of sequences of which each call computes one more token, which the prompts say, and draws the next."""
+    """A batch of sequences of which each call computes one more token, which the prompts say, and draws the
+    next."""
 
     def __init__(
         self,
@@ -63,8 +68,8 @@ class Decoding:
         max_tokens: int,
         memory_bytes: int | None = None,
     ) -> None:
-        """`of_prompts`: what was committed of the beginning of each prompt; the sequences get up to `max_tokens`. `memory_bytes`: of the
-        cache, default the most that they can need."""
+        """`of_prompts`: what was committed of the beginning of each prompt; the sequences get up to
+        `max_tokens`. `memory_bytes`: of the cache, default the most that they can need."""
         self.cache = cache_for(subject.model, batch, max_tokens, memory_bytes)
         self.sequences = fill(self.cache, batch, of_prompts)
         key = next(iter(of_prompts[0].values())).key

@@ -1,7 +1,8 @@
-"""Models for benchmarks of inference: those of Hugging Face folders, and models with random weights of any size, map and policy.
+"""Models for benchmarks of inference: those of Hugging Face folders, and models with random weights of any
+size, map and policy.
 
-Time and memory do not depend on weights, but for what is merged: the decisions of a random model are scripted, so that it merges as
-many tokens as is asked for.
+Time and memory do not depend on weights, but for what is merged: the decisions of a random model are
+scripted, so that it merges as many tokens as is asked for.
 """
 
 from collections.abc import Callable, Iterable
@@ -86,7 +87,8 @@ class RandomModel:
             model = LCKVLlamaForCausalLM(self._config(sizes)).eval()
         except ValueError as error:
             raise ConfigError(f"--random {self.name}: {error}") from error
-        # As in trained models, what layers make of a token hangs on the token above all, not on how many came before.
+        # As in trained models, what layers make of a token hangs on the token above all, not on how many came
+        # before.
         nn.init.normal_(model.model.embed_tokens.weight)
         if self.compression_ratio is not None:
             script_decisions(model, self.compression_ratio)
@@ -119,8 +121,9 @@ class RandomModel:
 
 @torch.inference_mode()
 def script_decisions(model: LCKVLlamaForCausalLM, compression_ratio: float) -> None:
-    """Set the bias of each KV head's decision channel so that of random tokens a share of 1 - 1 / `compression_ratio` is merged, from the
-    bottom layer to the top, each on what the scripted ones below give it."""
+    """Set the bias of each KV head's decision channel so that of random tokens a share of 1 - 1 /
+    `compression_ratio` is merged, from the bottom layer to the top, each on what the scripted ones below give
+    it."""
     config, heads = model.config, model.config.num_key_value_heads
     policy = config.compression_config().policy
     assert isinstance(policy, DMCConfig) and heads is not None
@@ -136,13 +139,16 @@ def script_decisions(model: LCKVLlamaForCausalLM, compression_ratio: float) -> N
     owners = [layer.self_attn.k_proj for layer in model.model.layers if layer.self_attn.computes_kv]
     hooks = [projection.register_forward_hook(shift) for projection in owners]
     model(
-        random_tokens(config.vocab_size, 1, min(_CALIBRATION_TOKENS, config.max_position_embeddings)), use_cache=False
+        random_tokens(config.vocab_size, 1, min(_CALIBRATION_TOKENS, config.max_position_embeddings)),
+        use_cache=False,
     )
     for hook in hooks:
         hook.remove()
 
 
-def load_folder(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> tuple[LCKVLlamaForCausalLM, Any]:
+def load_folder(
+    folder: Path, *, dtype: torch.dtype | None, device: torch.device
+) -> tuple[LCKVLlamaForCausalLM, Any]:
     """The model of a Hugging Face folder and its tokenizer. Raises ConfigError."""
     try:
         return load_model(folder, dtype=dtype, device=device)
@@ -165,5 +171,6 @@ def text_tokens(texts: Iterable[str], encode: Callable[[str], list[int]], rows: 
         if len(found) >= rows * length:
             return torch.tensor(found[: rows * length]).view(rows, length)
     raise ConfigError(
-        f"--text has {len(found)} tokens, but {rows} prompts of {length} are measured; give more text, or smaller --lengths."
+        f"--text has {len(found)} tokens, but {rows} prompts of {length} are measured; give more text, or "
+        "smaller --lengths."
     )

@@ -7,10 +7,11 @@ from lckv.sharing.plan import LayerGroup, layer_groups
 
 
 def prefill_flops(config: LCKVLlamaConfig, tokens: int, passes: int) -> float:
-    """Of a prompt of `tokens` tokens with `passes` passes over iterated layers, up to the logits of the last token.
+    """Of a prompt of `tokens` tokens with `passes` passes over iterated layers, up to the logits of the last
+    token.
 
-    Passes before the last stop at the keys and values of their group's top layer; in the first of them layers that read from above
-    run their MLP, and keys and values where they have any, alone.
+    Passes before the last stop at the keys and values of their group's top layer; in the first of them layers
+    that read from above run their MLP, and keys and values where they have any, alone.
     """
     assert config.num_key_value_heads is not None and config.head_dim is not None
     shape = ModelShape(
@@ -35,10 +36,14 @@ def prefill_flops(config: LCKVLlamaConfig, tokens: int, passes: int) -> float:
 def _first_pass(group: LayerGroup, layer_types: LayerTypes, costs: tuple[LayerCost, ...]) -> float:
     below = range(group.start, group.stop - 1)
     return costs[group.stop - 1].keys_values + sum(
-        costs[index].feed_forward + costs[index].keys_values if layer_types[index].cyclic else costs[index].forward
+        costs[index].feed_forward + costs[index].keys_values
+        if layer_types[index].cyclic
+        else costs[index].forward
         for index in below
     )
 
 
 def _middle_pass(group: LayerGroup, costs: tuple[LayerCost, ...]) -> float:
-    return costs[group.stop - 1].keys_values + sum(costs[index].forward for index in range(group.start, group.stop - 1))
+    return costs[group.stop - 1].keys_values + sum(
+        costs[index].forward for index in range(group.start, group.stop - 1)
+    )

@@ -53,7 +53,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         for place, bars in zip(axes, BARS, strict=False):
             _draw_bars(place, bars, rows, names)
         _draw_steps(axes[-1], rows, names)
-        lines = [Line2D([], [], color=_colour(index), marker="o", markersize=4) for index in range(len(names))]
+        lines = [
+            Line2D([], [], color=_colour(index), marker="o", markersize=4) for index in range(len(names))
+        ]
         figure.legend(lines, names, loc="outside lower center", ncols=len(names), frameon=False)
         figure.savefig(path, format="png")
 
@@ -84,7 +86,9 @@ def _draw_bars(axes: Axes, bars: Bars, rows: Sequence[Row], names: Sequence[str]
 def _draw_steps(axes: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
     """Time of a decoding step over the batch; the last point of each line is the largest batch."""
     for index, name in enumerate(names):
-        measured = [row for row in rows if row.model == name and row.measure in ("decode step", "largest decode step")]
+        measured = [
+            row for row in rows if row.model == name and row.measure in ("decode step", "largest decode step")
+        ]
         points = sorted((row.at, row.value) for row in measured)
         axes.plot(*zip(*points, strict=True), color=_colour(index), marker="o", markersize=4)
     axes.set(xscale="log", yscale="log", xlabel="sequences at once")

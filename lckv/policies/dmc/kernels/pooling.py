@@ -1,10 +1,12 @@
 # mypy: disallow-untyped-defs=False
-"""Pooling fused into Triton kernels: one pass over keys and values forward, one over them and their gradients backward.
+"""Pooling fused into Triton kernels: one pass over keys and values forward, one over them and their gradients
+backward.
 
-The formula is that of `lckv.policies.dmc.pooling`. Forward goes over tokens t and walks back through their windows, age
-= t - s. Backward goes over tokens s and walks forward, which gives the gradients of keys and values, and leaves the dot
-product of each pooled token's gradient with every token in its window, [b, g, W, s]; two small kernels turn these into
-the gradients of decisions and weights. There are no atomics: every run gives the same bits.
+The formula is that of `lckv.policies.dmc.pooling`. Forward goes over tokens t and walks back through their
+windows, age = t - s. Backward goes over tokens s and walks forward, which gives the gradients of keys and
+values, and leaves the dot product of each pooled token's gradient with every token in its window, [b, g, W,
+s]; two small kernels turn these into the gradients of decisions and weights. There are no atomics: every run
+gives the same bits.
 
 Shapes: s tokens, b rows, g KV heads, d channels. What is one number per token is float32 [b, g, s] here.
 """
@@ -33,7 +35,9 @@ def _load(base, token_stride, row_stride, head_stride, head, heads, token, insid
     """float32 [tokens, channels] of one row and head of a [s, b, g, d] tensor; 0 outside."""
     start = base + (head // heads) * row_stride + (head % heads) * head_stride
     mask = inside[:, None] & (channel < channels)[None, :]
-    return tl.load(start + token.to(tl.int64)[:, None] * token_stride + channel[None, :], mask, 0.0).to(tl.float32)
+    return tl.load(start + token.to(tl.int64)[:, None] * token_stride + channel[None, :], mask, 0.0).to(
+        tl.float32
+    )
 
 
 @triton.jit
@@ -62,7 +66,9 @@ def _forward(
         inside = (source >= 0) & (token < length)
         part = product * tl.load(weight + source, inside, 0.0)
         sum_weight += part
-        sum_key += part[:, None] * _load(key, key_s, key_b, key_g, head, heads, source, inside, channel, channels)
+        sum_key += part[:, None] * _load(
+            key, key_s, key_b, key_g, head, heads, source, inside, channel, channels
+        )
         sum_value += part[:, None] * _load(
             value, value_s, value_b, value_g, head, heads, source, inside, channel, channels
         )
@@ -95,8 +101,12 @@ def _backward_features(
         inside = target < length
         part *= tl.load(merge + target, inside & (age > 0), 1.0)
         share = tl.where(inside, part / tl.load(total + target, inside, 1.0), 0.0)[:, None]
-        of_key = _load(grad_key, grad_s, 0, channels, head, tl.num_programs(1), target, inside, channel, channels)
-        of_value = _load(grad_value, grad_s, 0, channels, head, tl.num_programs(1), target, inside, channel, channels)
+        of_key = _load(
+            grad_key, grad_s, 0, channels, head, tl.num_programs(1), target, inside, channel, channels
+        )
+        of_value = _load(
+            grad_value, grad_s, 0, channels, head, tl.num_programs(1), target, inside, channel, channels
+        )
         sum_key += share * of_key
         sum_value += share * of_value
         tl.store(products + age * length + target, tl.sum(of_key * own_key + of_value * own_value, 1), inside)
@@ -105,7 +115,9 @@ def _backward_features(
 
 
 @triton.jit
-def _backward_normalisation(merge, weight, total, products, length, WINDOW: tl.constexpr, TOKENS: tl.constexpr):
+def _backward_normalisation(
+    merge, weight, total, products, length, WINDOW: tl.constexpr, TOKENS: tl.constexpr
+):
     """Dot products to the gradients of c(t, s) w_s before their division by the sum, in place."""
     token, head = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.program_id(1).to(tl.int64)
     products += head * WINDOW * length
@@ -125,9 +137,11 @@ def _backward_normalisation(merge, weight, total, products, length, WINDOW: tl.c
 
 
 @triton.jit
-def _backward_decisions(merge, weight, products, dmerge, dweight, length, WINDOW: tl.constexpr, TOKENS: tl.constexpr):
-    """Those to the gradients of w and p. The derivative of c(t, s) by p_r is c(t, r) c(r - 1, s): p, which may be 0,
-    divides nothing."""
+def _backward_decisions(
+    merge, weight, products, dmerge, dweight, length, WINDOW: tl.constexpr, TOKENS: tl.constexpr
+):
+    """Those to the gradients of w and p. The derivative of c(t, s) by p_r is c(t, r) c(r - 1, s): p, which
+    may be 0, divides nothing."""
     token, head = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.program_id(1).to(tl.int64)
     merge += head * length
     weight += head * length
@@ -175,7 +189,12 @@ class _Pool(torch.autograd.Function):
     def backward(ctx: Any, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor | None, ...]:
         key, value, merge, weight, total = ctx.saved_tensors
         length, rows, heads, channels = key.shape
-        dkey, dvalue, dmerge, dweight = _empty(key), _empty(value), torch.empty_like(merge), torch.empty_like(weight)
+        dkey, dvalue, dmerge, dweight = (
+            _empty(key),
+            _empty(value),
+            torch.empty_like(merge),
+            torch.empty_like(weight),
+        )
         products = torch.empty(rows, heads, ctx.sizes["WINDOW"], length, device=key.device)
         _backward_features[triton.cdiv(length, _TOKENS), rows * heads](
             grad_key.contiguous(), grad_value.contiguous(), key, *key.stride()[:3], value, *value.stride()[:3],

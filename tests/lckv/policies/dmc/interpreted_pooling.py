@@ -1,7 +1,7 @@
 """The Triton kernels against the PyTorch twin, on CPU through Triton's interpreter.
 
-Not collected by name: Triton decides when it is imported whether it interprets, so `test_kernels.py` runs this file in
-a process of its own, with TRITON_INTERPRET=1.
+Not collected by name: Triton decides when it is imported whether it interprets, so `test_kernels.py` runs
+this file in a process of its own, with TRITON_INTERPRET=1.
 """
 
 import pytest

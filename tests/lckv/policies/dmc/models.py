@@ -1,4 +1,5 @@
-"""Random layers for tests of the DMC policy: queries, keys and values before RoPE, and what is known of their tokens."""
+"""Random layers for tests of the DMC policy: queries, keys and values before RoPE, and what is known of their
+tokens."""
 
 from functools import partial
 
@@ -14,7 +15,8 @@ from lckv.rope import Rotation, inverse_frequencies, rotate, rotation
 def layer(
     length: int, rows: int = 2, kv_heads: int = 2, group: int = 2, channels: int = 8, *, spread: float = 3.0
 ) -> list[Tensor]:
-    """Leaves query [s, b, h, d], key and value [s, b, g, d]; decision logits lie `spread` around 0, none of them near 0."""
+    """Leaves query [s, b, h, d], key and value [s, b, g, d]; decision logits lie `spread` around 0, none of
+    them near 0."""
     generator = torch.Generator().manual_seed(length * 1000 + kv_heads * 10 + group)
     heads = kv_heads * group, kv_heads, kv_heads
     query, key, value = (torch.randn(length, rows, n, channels, generator=generator) for n in heads)

@@ -14,9 +14,16 @@ from lckv.policies.dmc.policy import DMCPolicy
 def test_the_defaults_are_the_published_ones_and_have_no_problems():
     config = DMCConfig()
     assert config.problems(None) == []
-    assert (config.initial_decision_bias, config.temperature, config.window, config.loss_weight) == (5.0, 0.1, 12, 1.0)
+    assert (config.initial_decision_bias, config.temperature, config.window, config.loss_weight) == (
+        5.0,
+        0.1,
+        12,
+        1.0,
+    )
     assert (
-        replace(config, stage="finetune", window=None, target_compression_ratio=1.0, loss_weight=0.0).problems(None)
+        replace(
+            config, stage="finetune", window=None, target_compression_ratio=1.0, loss_weight=0.0
+        ).problems(None)
         == []
     )
 
@@ -49,7 +56,9 @@ def test_all_problems_are_reported_and_reach_the_compression_section():
 
 
 def test_sliding_windows_are_refused():
-    compression = CompressionConfig(layer_types="0s_1s_2_2", sliding_window=8, policy=DMCConfig(stage="retrofit"))
+    compression = CompressionConfig(
+        layer_types="0s_1s_2_2", sliding_window=8, policy=DMCConfig(stage="retrofit")
+    )
     (problem,) = compression.problems(4)
     assert "compression.sliding_window is 8 and compression.policy.name is dmc" in problem
     assert "remove the window and the 's' in compression.layer_types" in problem

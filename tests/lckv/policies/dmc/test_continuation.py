@@ -67,7 +67,9 @@ def test_slots_and_state_do_not_depend_on_the_pieces(policy, kv_heads, group, si
                 torch.testing.assert_close(past.value[row, head, : len(keys)], values, rtol=0, atol=2e-5)
         # what the state says of tokens that weigh nothing does not matter
         state, same = (each.state(0) for each in (cache, one_by_one))
-        torch.testing.assert_close(state * (state[..., -1:] > 0), same * (same[..., -1:] > 0), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            state * (state[..., -1:] > 0), same * (same[..., -1:] > 0), rtol=0, atol=1e-5
+        )
         assert state.dtype == torch.float32
 
 
@@ -81,7 +83,9 @@ def test_padding_on_either_side_leaves_no_trace(policy: DMCPolicy) -> None:
         width = before + 5 + after
         positions = (torch.arange(width) - before).clamp(0, 4)
         padded = [torch.cat((tensor[:before] + 50, tensor, tensor[:after] - 50)) for tensor in new]
-        counted = ((torch.arange(width) >= before) & (torch.arange(width) < before + 5))[:, None].expand(-1, 2)
+        counted = ((torch.arange(width) >= before) & (torch.arange(width) < before + 5))[:, None].expand(
+            -1, 2
+        )
         turned = angles((positions + 9)[:, None].expand(-1, 2), 8)
         found = policy.extend(state, *padded, TokenContext(partial(rotate, angles=turned), counted=counted))
         inside = slice(before, before + 5)
@@ -99,7 +103,9 @@ def test_a_row_of_padding_stays_as_it_is(policy: DMCPolicy, tokens: int) -> None
     counted = torch.tensor([[True, False]]).expand(tokens, 2)
     for state in (None, policy.extend(None, key[:9], value[:9], query[:9], context(9, 2)).state):
         new = slice(9, 9 + tokens)
-        found = policy.extend(state, key[new], value[new], query[new], context(tokens, 2, start=9, counted=counted))
+        found = policy.extend(
+            state, key[new], value[new], query[new], context(tokens, 2, start=9, counted=counted)
+        )
         before = torch.zeros_like(found.state) if state is None else state
         assert torch.equal(found.state[:, 1, :, -1], before[:, 1, :, -1])
         torch.testing.assert_close(found.state[:, 1], before[:, 1], rtol=0, atol=1e-6)

@@ -46,7 +46,12 @@ def test_first_tokens_padding_and_what_follows_it_open_slots():
     assert forced_openings(logits, facts(documents)).nonzero().tolist() == [[0, 0], [0, 1], [4, 0]]
     counted = torch.ones(6, 2, dtype=torch.bool)
     counted[2, 1] = False
-    assert forced_openings(logits, facts(counted=counted)).nonzero().tolist() == [[0, 0], [0, 1], [2, 1], [3, 1]]
+    assert forced_openings(logits, facts(counted=counted)).nonzero().tolist() == [
+        [0, 0],
+        [0, 1],
+        [2, 1],
+        [3, 1],
+    ]
 
 
 def test_hard_decisions_hide_what_is_merged_next():
@@ -102,7 +107,9 @@ def test_a_logit_that_is_not_finite_is_found_where_it_is(wrong, token):
         rate = merge_rate(merge, logits, None)
         assert (~rate.isfinite()).nonzero().tolist() == [[1, 2]]
     rates = torch.stack((torch.zeros(2, 3), rate))
-    with pytest.raises(NonFiniteDecisionError, match=r"^iteration 17: .* layer 6 KV head 2 are not finite; lower"):
+    with pytest.raises(
+        NonFiniteDecisionError, match=r"^iteration 17: .* layer 6 KV head 2 are not finite; lower"
+    ):
         check_finite(rates, [4, 6], 17)
     check_finite(rates[:1], [4], 17)
 
@@ -133,4 +140,6 @@ def test_noise_is_the_difference_of_two_gumbels():
 
 
 def test_the_loss_is_one_sided_and_per_row():
-    assert hinge_loss(torch.tensor([0.0, 0.5, 0.75, 0.9]), 4.0).tolist() == pytest.approx([0.75, 0.25, 0.0, 0.0])
+    assert hinge_loss(torch.tensor([0.0, 0.5, 0.75, 0.9]), 4.0).tolist() == pytest.approx(
+        [0.75, 0.25, 0.0, 0.0]
+    )

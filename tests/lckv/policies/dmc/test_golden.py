@@ -60,7 +60,9 @@ def test_pooling_and_its_gradients(case, pool):
     else:
         y, _ = pool(features, torch.zeros_like(features), merge, w[:, :, None], header["window"])
     close(y.squeeze(2), tensors["y"], OUTPUT)
-    gradients = torch.autograd.grad((y.squeeze(2) * tensors["functional"]).sum(), (x, b, w), materialize_grads=True)
+    gradients = torch.autograd.grad(
+        (y.squeeze(2) * tensors["functional"]).sum(), (x, b, w), materialize_grads=True
+    )
     for name, gradient in zip("xbw", gradients, strict=True):
         close_gradient(gradient, tensors[f"grad_{name}"])
 
@@ -69,7 +71,8 @@ TRAINING = ("b_train_kv4_ws12_temp0.1", "b_train_kv4_ws12_temp1")
 
 
 def trained(tensors, header, backend):
-    """Leaves q, k, v; the attention's output; each sample's merge rate with the raw decision of token 0, per head."""
+    """Leaves q, k, v; the attention's output; each sample's merge rate with the raw decision of token 0, per
+    head."""
     leaves = [tensors[name].clone().requires_grad_() for name in "qkv"]
     query, key, value = leaves
     policy = DMCPolicy(DMCConfig(stage="retrofit", temperature=header["temp"]))
@@ -81,7 +84,12 @@ def trained(tensors, header, backend):
     logits = key[..., -1] - 5.0
     raw = straight_through(torch.sigmoid((logits + noise) / header["temp"]))
     close(statistics.merge_rate, (raw.sum(0) - raw[0]) / len(raw), 1e-6)
-    return leaves, output, merge_rate(torch.sigmoid((logits + noise) / header["temp"]), logits, None), key_value
+    return (
+        leaves,
+        output,
+        merge_rate(torch.sigmoid((logits + noise) / header["temp"]), logits, None),
+        key_value,
+    )
 
 
 @pytest.mark.parametrize("backend", [sdpa, reference], ids=["sdpa", "reference"])
@@ -137,8 +145,8 @@ def test_evaluation(case, backend):
 
 
 def decode(tensors, eps, sizes):
-    """Outputs [L, B, H * D], slots [L, B, KV] and tokens in the newest slot as far as the state has them, at the end of each piece; and
-    the cache."""
+    """Outputs [L, B, H * D], slots [L, B, KV] and tokens in the newest slot as far as the state has them, at
+    the end of each piece; and the cache."""
     policy = DMCPolicy(DMCConfig(stage="finetune", eps=eps))
     cache, start, found = ContiguousCache([0], policy, {}), 0, []
     for size in sizes:
@@ -150,7 +158,9 @@ def decode(tensors, eps, sizes):
             output = attend(policy.query(query, facts), extension.key, extension.value)
         else:
             heads = policy.query(query, facts).permute(1, 2, 0, 3)
-            output = cache.attend(0, heads, extension, None, Visibility(), scale=query.shape[-1] ** -0.5, biased=True)
+            output = cache.attend(
+                0, heads, extension, None, Visibility(), scale=query.shape[-1] ** -0.5, biased=True
+            )
             output = output.permute(2, 0, 1, 3).flatten(2)
         cache.commit({0: extension}, None)
         start += size
@@ -158,7 +168,9 @@ def decode(tensors, eps, sizes):
     return found, cache
 
 
-@pytest.mark.parametrize("sizes", [[1] * 32, [5, 1, 1, 11, 14], [32]], ids=["token by token", "in pieces", "at once"])
+@pytest.mark.parametrize(
+    "sizes", [[1] * 32, [5, 1, 1, 11, 14], [32]], ids=["token by token", "in pieces", "at once"]
+)
 @pytest.mark.parametrize(("eps", "name"), [(2.0**-7, "out_official_eps"), (None, "out_eps32")])
 def test_decoding(eps, name, sizes):
     tensors, _ = load("d_decode_kv4_ws12")
@@ -230,7 +242,9 @@ def test_loss_of_several_layers(ranks):
     close(layers.mean((0, 2)), tensors["sample_mean_decision"], LOSS)
     per_rank = layers.unflatten(2, (ranks, -1)).mean((0, 3))
     for number, ratio in enumerate(tensors["target_cr"].tolist()):
-        policy = DMCPolicy(DMCConfig(stage="finetune", target_compression_ratio=ratio, loss_per_tp_rank=ranks > 1))
+        policy = DMCPolicy(
+            DMCConfig(stage="finetune", target_compression_ratio=ratio, loss_per_tp_rank=ranks > 1)
+        )
         loss = policy.auxiliary_loss(per_rank if ranks > 1 else per_rank[:, 0], 0.0).mean()
         close(loss, tensors[f"dmc_loss_tp{ranks}"][number], LOSS)
         if ranks < 4:

@@ -1,4 +1,5 @@
-"""The Triton kernels: interpreted on CPU, compiled for NVIDIA GPUs without one, and run where there is one."""
+"""The Triton kernels: interpreted on CPU, compiled for NVIDIA GPUs without one, and run where there is
+one."""
 
 import os
 import subprocess

@@ -1,4 +1,5 @@
-"""The policy as a whole: limits in which it is something simpler, independence of rows, heads and documents."""
+"""The policy as a whole: limits in which it is something simpler, independence of rows, heads and
+documents."""
 
 import pytest
 import torch
@@ -74,7 +75,9 @@ def test_packed_documents_are_what_they_are_alone():
 def test_heads_of_a_rank_are_what_they_are_among_all():
     query, key, value = layer(LENGTH)
     noise = noise_of(key)
-    output, key_value, statistics = run(RETROFIT, (query, key, value), context(LENGTH, 2, training=True, noise=noise))
+    output, key_value, statistics = run(
+        RETROFIT, (query, key, value), context(LENGTH, 2, training=True, noise=noise)
+    )
     for rank in range(2):
         mine, groups = slice(2 * rank, 2 * rank + 2), slice(rank, rank + 1)
         part = query[:, :, mine], key[:, :, groups], value[:, :, groups]
@@ -82,7 +85,9 @@ def test_heads_of_a_rank_are_what_they_are_among_all():
         partial_output, partial_keys, partial_statistics = run(RETROFIT, part, facts)
         torch.testing.assert_close(partial_output, output[:, :, mine], rtol=0, atol=1e-6)
         torch.testing.assert_close(partial_keys.key, key_value.key[:, :, groups], rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(partial_statistics.merge_rate, statistics.merge_rate[:, groups], rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            partial_statistics.merge_rate, statistics.merge_rate[:, groups], rtol=0, atol=1e-6
+        )
 
 
 def test_padding_neither_merges_nor_counts():
@@ -135,7 +140,9 @@ def test_zero_out_ends_where_the_others_start():
     ended = context(LENGTH, 2, progress=0.8)
     faded = run(policy, (query, key, value), ended)[0]
     key[..., -1] = query[..., -1] = 0
-    torch.testing.assert_close(faded, run(RETROFIT, (query, key, value), context(LENGTH, 2))[0], rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        faded, run(RETROFIT, (query, key, value), context(LENGTH, 2))[0], rtol=0, atol=2e-6
+    )
 
 
 def test_loss_and_target():

@@ -21,7 +21,9 @@ def inputs(length, rows=2, heads=2, channels=3, dtype=torch.float64, hard=False)
 def with_gradients(function, leaves):
     results = function(*leaves)
     generator = torch.Generator().manual_seed(1)
-    objective = sum((result * torch.randn(result.shape, generator=generator).to(result)).sum() for result in results)
+    objective = sum(
+        (result * torch.randn(result.shape, generator=generator).to(result)).sum() for result in results
+    )
     return *results, *torch.autograd.grad(objective, leaves, materialize_grads=True)
 
 
@@ -30,7 +32,8 @@ def test_equals_the_formula(length, window, hard):
     leaves = inputs(length, hard=hard)
     found = with_gradients(lambda *leaves: pool_in_torch(*leaves, window), leaves)
     expected = with_gradients(
-        lambda key, value, *rest: [pool_by_formula(features, *rest, window) for features in (key, value)], leaves
+        lambda key, value, *rest: [pool_by_formula(features, *rest, window) for features in (key, value)],
+        leaves,
     )
     for actual, right in zip(found, expected, strict=True):
         torch.testing.assert_close(actual, right, rtol=1e-9, atol=1e-10)
@@ -58,7 +61,9 @@ def test_bfloat16_features_are_summed_in_float32(window):
     key, value, merge, weight = (tensor.detach().float() for tensor in inputs(30))
     rounded = [key.bfloat16(), value.bfloat16()]
     found = pool_in_torch(*rounded, merge, weight, window)
-    for actual, right in zip(found, pool_in_torch(*(t.float() for t in rounded), merge, weight, window), strict=True):
+    for actual, right in zip(
+        found, pool_in_torch(*(t.float() for t in rounded), merge, weight, window), strict=True
+    ):
         assert actual.dtype == torch.bfloat16
         assert torch.equal(actual, right.bfloat16())
 

@@ -8,7 +8,14 @@ import torch
 from megatron_ext.errors import ConfigError
 from tests.tools.model_folders import save_folder
 from tools.benchmarks.generation.measures import Prefill
-from tools.benchmarks.generation.models import RandomModel, Sizes, Subject, load_folder, random_tokens, text_tokens
+from tools.benchmarks.generation.models import (
+    RandomModel,
+    Sizes,
+    Subject,
+    load_folder,
+    random_tokens,
+    text_tokens,
+)
 
 SIZES = Sizes(layers=6, hidden_size=64, heads=4, kv_heads=2, vocab_size=128, sliding_window=16, context=256)
 CPU = torch.device("cpu")
@@ -41,7 +48,11 @@ def test_what_cannot_be_asked_for(option: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "layer_types", "window"),
-    [("plain", "0_1_2_3_4_5", None), ("YOCO", "0s_1s_2s_3_3_3", 16), ("mine=0_0_2_2_4_4", "0_0_2_2_4_4", None)],
+    [
+        ("plain", "0_1_2_3_4_5", None),
+        ("YOCO", "0s_1s_2s_3_3_3", 16),
+        ("mine=0_0_2_2_4_4", "0_0_2_2_4_4", None),
+    ],
 )
 def test_maps(text: str, layer_types: str, window: int | None) -> None:
     compression = build(text).model.config.compression_config()
@@ -73,7 +84,8 @@ def test_prompts_are_cut_from_texts_one_after_the_other() -> None:
     assert text_tokens(texts, encode, 2, 3).tolist() == [encode("abc"), encode("def")]
     assert list(texts) == ["never read"]
     with pytest.raises(
-        ConfigError, match="--text has 7 tokens, but 2 prompts of 4 are measured; give more text, or smaller --lengths"
+        ConfigError,
+        match="--text has 7 tokens, but 2 prompts of 4 are measured; give more text, or smaller --lengths",
     ):
         text_tokens(["abc", "defg"], encode, 2, 4)
 

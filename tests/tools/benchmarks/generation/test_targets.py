@@ -1,4 +1,5 @@
-"""What a small cache promises, where it does not depend on the machine: batches that fit, passes, operations, memory of a step."""
+"""What a small cache promises, where it does not depend on the machine: batches that fit, passes, operations,
+memory of a step."""
 
 from collections.abc import Callable
 
@@ -26,12 +27,16 @@ def batches() -> dict[str, int]:
     subjects = {kind: build(kind, sizes) for kind in ("plain", "lckv", "plain,dmc=4", "lckv,dmc=4")}
     memory = cache_for(subjects["plain"].model, 4, 1024).num_bytes
     return {
-        kind: largest_batch(each.model, [committed(each.model, each.prompts[:1])], memory_bytes=memory, max_tokens=1024)
+        kind: largest_batch(
+            each.model, [committed(each.model, each.prompts[:1])], memory_bytes=memory, max_tokens=1024
+        )
         for kind, each in subjects.items()
     }
 
 
-@pytest.mark.parametrize(("kind", "times"), [("plain", 1), ("lckv", 7), ("plain,dmc=4", 3.5), ("lckv,dmc=4", 20)])
+@pytest.mark.parametrize(
+    ("kind", "times"), [("plain", 1), ("lckv", 7), ("plain,dmc=4", 3.5), ("lckv,dmc=4", 20)]
+)
 def test_so_many_more_sequences_fit(batches: dict[str, int], kind: str, times: float) -> None:
     assert batches["plain"] == 4
     assert batches[kind] >= 4 * times
@@ -46,14 +51,18 @@ def test_the_largest_batch_leaves_no_room_for_another_sequence(kind: str) -> Non
     cache = cache_for(model, batch, 256, memory)
     assert cache.num_bytes <= memory
     fill(cache, batch, of_prompts)
-    tables = cache.bytes_per_sequence // cache.bytes_per_page + 1  # pages that the tables of one more sequence cost
+    tables = (
+        cache.bytes_per_sequence // cache.bytes_per_page + 1
+    )  # pages that the tables of one more sequence cost
     needed = cache.pages_in_use // batch
     assert 0 <= cache.pages_free < needed + tables
 
 
 def test_a_window_that_needs_one_page_more_on_the_way_counts() -> None:
     model, prompts = build("yoco").model, build("yoco").prompts
-    aligned, before = (committed(model, prompts[:, :length]) for length in (256, 251))  # of a window 15 tokens are kept
+    aligned, before = (
+        committed(model, prompts[:, :length]) for length in (256, 251)
+    )  # of a window 15 tokens are kept
     memory = 4 * cache_for(model, 1, 256).num_bytes
     room = [
         largest_batch(model, each, memory_bytes=memory, max_tokens=256)
@@ -139,7 +148,8 @@ def test_a_step_costs_the_same_however_many_requests_are_finished(kind: str) -> 
     for finished in (0, 30):
         engine = Engine(model, memory_bytes=2**22, max_batch_size=8, max_prompt_tokens=64)
         engine.generate(
-            [[number % 7 + 1] * 20 for number in range(finished)], SamplingParams(temperature=0.0, max_new_tokens=3)
+            [[number % 7 + 1] * 20 for number in range(finished)],
+            SamplingParams(temperature=0.0, max_new_tokens=3),
         )
         for prompt in ([1, 2, 3, 4], [5, 6, 7]):
             engine.submit(prompt, SamplingParams(temperature=0.0, max_new_tokens=50))
@@ -155,7 +165,9 @@ def test_where_pages_run_out_the_youngest_sequence_makes_room() -> None:
     begun = committed(subject.model, subject.prompts[:, :240])
     heads = SIZES.layers * SIZES.kv_heads
     memory = cache_for(subject.model, 3, 256, None)
-    step = Decoding(subject, 3, begun, max_tokens=256, memory_bytes=memory.num_bytes - heads * memory.bytes_per_page)
+    step = Decoding(
+        subject, 3, begun, max_tokens=256, memory_bytes=memory.num_bytes - heads * memory.bytes_per_page
+    )
     step()
     assert len(step.sequences) == 2
     assert step.cache.pages_in_use == 2 * heads * 16

@@ -1,4 +1,5 @@
-"""What a model cannot do under its KV policy. What is wrong with the policy's settings by themselves, it says itself."""
+"""What a model cannot do under its KV policy. What is wrong with the policy's settings by themselves, it says
+itself."""
 
 from collections.abc import Iterator
 
@@ -20,7 +21,8 @@ def _dmc(model: ModelConfig, policy: DMCConfig, precision: str) -> Iterator[str]
     size = _head_size(model)
     if size == 2:
         yield (
-            f"{name} is 2 and compression.policy.name is dmc; it must be at least 4, because the last channel of queries and "
+            f"{name} is 2 and compression.policy.name is dmc; it must be at least 4, because the last "
+            "channel of queries and "
             "keys is that of the decisions."
         )
     if policy.stage == "zero_out":
@@ -28,13 +30,17 @@ def _dmc(model: ModelConfig, policy: DMCConfig, precision: str) -> Iterator[str]
     merging = f"compression.policy.name is dmc and compression.policy.stage is {policy.stage}"
     if 0 < model.attention_dropout < 1:
         yield (
-            f"model.attention_dropout is {model.attention_dropout}, {merging}; attention to merged tokens has no dropout: "
+            f"model.attention_dropout is {model.attention_dropout}, {merging}; attention to merged tokens "
+            "has no dropout: "
             "set model.attention_dropout to 0."
         )
-    has_kernel = size is None or size == 2 or model.attention_backend == "reference" or _fits_cuda(size, precision)
+    has_kernel = (
+        size is None or size == 2 or model.attention_backend == "reference" or _fits_cuda(size, precision)
+    )
     if not has_kernel and _has_cuda():
         yield (
-            f"{name} is {size}, {merging}; on CUDA it must be a multiple of 8 and, in bf16, at most {_LARGEST_CUDA_HEAD}: "
+            f"{name} is {size}, {merging}; on CUDA it must be a multiple of 8 and, in bf16, at most "
+            f"{_LARGEST_CUDA_HEAD}: "
             "choose another size, or for small trials set model.attention_backend to reference."
         )
 

@@ -9,9 +9,9 @@ from megatron.core import parallel_state
 
 from megatron_ext.config import ParallelConfig
 from megatron_ext.errors import ConfigError
+from megatron_ext.evaluation.logits import compute_logits
 from megatron_ext.parallel.process_groups import destroy, device_of_rank, initialize
-from megatron_ext.training.logits import compute_logits
-from megatron_ext.training.restore import restore
+from megatron_ext.restoring.model import restore
 
 
 def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
@@ -27,17 +27,23 @@ def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
     lowest, highest = int(tokens.min()), int(tokens.max())
     if lowest < 0 or highest >= vocab_size:
         raise ConfigError(
-            f"--tokens {path} holds the token {lowest if lowest < 0 else highest}; the model knows 0 to {vocab_size - 1}."
+            f"--tokens {path} holds the token {lowest if lowest < 0 else highest}; the model knows 0 to "
+            f"{vocab_size - 1}."
         )
     return tokens
 
 
-def dump_logits(load: Path, tokens_path: Path, output: Path, parallel: ParallelConfig, rows_at_once: int) -> None:
-    """Compute and write; every process that torchrun started calls it. The file gets its name when it is whole."""
+def dump_logits(
+    load: Path, tokens_path: Path, output: Path, parallel: ParallelConfig, rows_at_once: int
+) -> None:
+    """Compute and write; every process that torchrun started calls it. The file gets its name when it is
+    whole."""
     if rows_at_once < 1:
         raise ConfigError(f"--rows_at_once is {rows_at_once}; it must be at least 1.")
     if not output.parent.is_dir():
-        raise ConfigError(f"--output {output}: the folder {output.parent} does not exist; make it, or choose another.")
+        raise ConfigError(
+            f"--output {output}: the folder {output.parent} does not exist; make it, or choose another."
+        )
     initialize(parallel, seed=1)
     restored = restore(load, parallel)
     vocab_size = restored.stage.vocab_size
@@ -49,9 +55,13 @@ def dump_logits(load: Path, tokens_path: Path, output: Path, parallel: ParallelC
     writes = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
     logits = np.lib.format.open_memmap(unfinished, "r+") if writes else None
     data = parallel_state.get_data_parallel_world_size()
-    for start in range(rows_at_once * parallel_state.get_data_parallel_rank(), len(tokens), rows_at_once * data):
+    for start in range(
+        rows_at_once * parallel_state.get_data_parallel_rank(), len(tokens), rows_at_once * data
+    ):
         part = slice(start, start + rows_at_once)
-        computed = compute_logits(restored.stage, torch.from_numpy(np.array(tokens[part])).to(device_of_rank()))
+        computed = compute_logits(
+            restored.stage, torch.from_numpy(np.array(tokens[part])).to(device_of_rank())
+        )
         if logits is not None and computed is not None:
             logits[part] = computed.cpu().numpy()
     if logits is not None:

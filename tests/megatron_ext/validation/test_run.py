@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megatron_ext.command_line import config_from_dict, config_to_dict
 from megatron_ext.config import RunConfig
 from megatron_ext.errors import ConfigError
-from megatron_ext.validation import problems, validate
+from megatron_ext.validation.run import problems, validate
 
 GOOD = replace(config_from_dict({"data": {"mock": True}, "model": {"vocab_size": 100}}))
 FILES = {"data.mock": False, "data.data_path": ["a"]}
@@ -61,10 +61,26 @@ CASES = [
         1,
         "model.num_attention_heads is 4 and model.num_query_groups is 3; the former must be",
     ),
-    ({"model.cross_entropy_chunk_size": -1}, 1, "model.cross_entropy_chunk_size is -1; it must be at least 0."),
-    ({"model.attention_dropout": 1.0}, 1, "model.attention_dropout is 1.0; it must be at least 0 and less than 1."),
-    ({"model.hidden_dropout": math.nan}, 1, "model.hidden_dropout is nan; it must be at least 0 and less than 1."),
-    ({"model.layernorm_epsilon": 0}, 1, "model.layernorm_epsilon is 0.0; it must be a number greater than 0."),
+    (
+        {"model.cross_entropy_chunk_size": -1},
+        1,
+        "model.cross_entropy_chunk_size is -1; it must be at least 0.",
+    ),
+    (
+        {"model.attention_dropout": 1.0},
+        1,
+        "model.attention_dropout is 1.0; it must be at least 0 and less than 1.",
+    ),
+    (
+        {"model.hidden_dropout": math.nan},
+        1,
+        "model.hidden_dropout is nan; it must be at least 0 and less than 1.",
+    ),
+    (
+        {"model.layernorm_epsilon": 0},
+        1,
+        "model.layernorm_epsilon is 0.0; it must be a number greater than 0.",
+    ),
     ({"model.rotary_base": math.inf}, 1, "model.rotary_base is inf; it must be a number greater than 0."),
     (
         {"model.rope_scaling.type": "linear", "model.rope_scaling.factor": 0.5},
@@ -74,7 +90,10 @@ CASES = [
     (
         {"model.rope_scaling.type": "llama3", "model.rope_scaling.high_freq_factor": 1},
         1,
-        "model.rope_scaling.high_freq_factor is 1.0 and model.rope_scaling.low_freq_factor is 1.0; the former must be greater",
+        (
+            "model.rope_scaling.high_freq_factor is 1.0 and model.rope_scaling.low_freq_factor is 1.0; the "
+            "former must be greater"
+        ),
     ),
     (
         {"model.rope_scaling.type": "llama3", "model.rope_scaling.original_max_position_embeddings": 0},
@@ -86,36 +105,60 @@ CASES = [
         1,
         "model.max_position_embeddings is 8 and train.seq_length is 1024; the former must",
     ),
-    ({"compression.layer_types": "0_1"}, 1, "compression.layer_types '0_1' has 2 entries but model.num_layers is 8"),
+    (
+        {"compression.layer_types": "0_1"},
+        1,
+        "compression.layer_types '0_1' has 2 entries but model.num_layers is 8",
+    ),
     ({"compression.backward_passes": 0}, 1, "compression.backward_passes is 0; it must be at least 1."),
     (dmc(temperature=0), 1, "compression.policy.temperature is 0.0; it must be greater than 0."),
     (
         dmc() | {"model.kv_channels": 2},
         1,
-        "model.kv_channels is 2 and compression.policy.name is dmc; it must be at least 4, because the last channel",
+        (
+            "model.kv_channels is 2 and compression.policy.name is dmc; it must be at least 4, because the last "
+            "channel"
+        ),
     ),
     (
         dmc(stage="finetune") | {"model.hidden_size": 8},
         1,
-        "model.hidden_size / model.num_attention_heads is 2 and compression.policy.name is dmc; it must be at least 4",
+        (
+            "model.hidden_size / model.num_attention_heads is 2 and compression.policy.name is dmc; it must be "
+            "at least 4"
+        ),
     ),
     (dmc() | {"model.kv_channels": 3}, 1, "model.kv_channels is 3; it must be even"),
     (dmc() | {"model.num_attention_heads": 0}, 1, "model.num_attention_heads is 0; it must be at least 1."),
     (
         dmc(stage="retrofit") | {"model.attention_dropout": 0.1},
         1,
-        "model.attention_dropout is 0.1, compression.policy.name is dmc and compression.policy.stage is retrofit; attention to",
+        (
+            "model.attention_dropout is 0.1, compression.policy.name is dmc and compression.policy.stage is "
+            "retrofit; attention to"
+        ),
     ),
     (
-        dmc(stage="finetune") | {"compression.layer_types": "0s_1_2_3_4_5_6_7", "compression.sliding_window": 4},
+        dmc(stage="finetune")
+        | {"compression.layer_types": "0s_1_2_3_4_5_6_7", "compression.sliding_window": 4},
         1,
-        "compression.sliding_window is 4 and compression.policy.name is dmc; there are no sliding windows over merged tokens",
+        (
+            "compression.sliding_window is 4 and compression.policy.name is dmc; there are no sliding windows "
+            "over merged tokens"
+        ),
     ),
-    (p(0) | {"model.num_query_groups": 2}, 1, "parallel.tensor_model_parallel_size is 0; it must be at least 1."),
+    (
+        p(0) | {"model.num_query_groups": 2},
+        1,
+        "parallel.tensor_model_parallel_size is 0; it must be at least 1.",
+    ),
     (
         p(8) | {"model.num_query_groups": 2},
         8,
-        "model.num_attention_heads is 4 and parallel.tensor_model_parallel_size is 8; the former must be a multiple",
+        (
+            "model.num_attention_heads is 4 and parallel.tensor_model_parallel_size is 8; the former must be a "
+            "multiple"
+        ),
     ),
     (
         p(6)
@@ -126,7 +169,10 @@ CASES = [
             "model.ffn_hidden_size": 768,
         },
         6,
-        "model.num_query_groups is 4 and parallel.tensor_model_parallel_size is 6; one must be a multiple of the other",
+        (
+            "model.num_query_groups is 4 and parallel.tensor_model_parallel_size is 6; one must be a multiple of "
+            "the other"
+        ),
     ),
     (
         p(2) | {"model.ffn_hidden_size": 33},
@@ -146,17 +192,26 @@ CASES = [
     (
         {"parallel.pipeline_model_parallel_size": 3},
         3,
-        "model.num_layers is 8 and parallel.pipeline_model_parallel_size is 3; the former must be a multiple of the latter",
+        (
+            "model.num_layers is 8 and parallel.pipeline_model_parallel_size is 3; the former must be a multiple "
+            "of the latter"
+        ),
     ),
     (
         {"parallel.pipeline_model_parallel_size": 2, "compression.layer_types": "0_6_6_6_6_6_6_7"},
         2,
-        "compression.layer_types is 0_6_6_6_6_6_6_7 and parallel.pipeline_model_parallel_size is 2; a map in which",
+        (
+            "compression.layer_types is 0_6_6_6_6_6_6_7 and parallel.pipeline_model_parallel_size is 2; a map in "
+            "which"
+        ),
     ),
     (
         {"parallel.overlap_param_gather": True},
         1,
-        "parallel.use_distributed_optimizer is true and parallel.overlap_grad_reduce is false; the first needs the other two",
+        (
+            "parallel.use_distributed_optimizer is true and parallel.overlap_grad_reduce is false; the first "
+            "needs the other two"
+        ),
     ),
     (
         {"parallel.distributed_timeout_minutes": 0},
@@ -166,7 +221,10 @@ CASES = [
     (
         p(2) | {"parallel.pipeline_model_parallel_size": 2},
         6,
-        "parallel.pipeline_model_parallel_size is 2; the number of processes must be a multiple of their product 4: change one",
+        (
+            "parallel.pipeline_model_parallel_size is 2; the number of processes must be a multiple of their "
+            "product 4: change one"
+        ),
     ),
     (
         {"train.global_batch_size": 10, "train.micro_batch_size": 2},
@@ -219,15 +277,25 @@ CASES = [
     (
         {"optimizer.lr_warmup_iters": 1000},
         1,
-        "optimizer.lr_warmup_iters is 1000 and train.train_iters (the default of optimizer.lr_decay_iters) is 1000; the former",
+        (
+            "optimizer.lr_warmup_iters is 1000 and train.train_iters (the default of optimizer.lr_decay_iters) "
+            "is 1000; the former"
+        ),
     ),
     (
         {"optimizer.lr_warmup_iters": 5, "optimizer.lr_decay_iters": 5},
         1,
-        "optimizer.lr_warmup_iters is 5 and optimizer.lr_decay_iters is 5; the former must be less than the latter.",
+        (
+            "optimizer.lr_warmup_iters is 5 and optimizer.lr_decay_iters is 5; the former must be less than the "
+            "latter."
+        ),
     ),
     (
-        {"optimizer.lr_decay_style": "WSD", "optimizer.lr_warmup_iters": 900, "optimizer.lr_wsd_decay_iters": 101},
+        {
+            "optimizer.lr_decay_style": "WSD",
+            "optimizer.lr_warmup_iters": 900,
+            "optimizer.lr_wsd_decay_iters": 101,
+        },
         1,
         "optimizer.lr_wsd_decay_iters is 101; between optimizer.lr_warmup_iters 900 and train.train_iters",
     ),
@@ -238,7 +306,11 @@ CASES = [
         "data.mock is true and data.data_path is given; use random documents or files, not both.",
     ),
     (FILES | {"data.train_data_path": ["a"]}, 1, "data.data_path and data.train_data_path are both given."),
-    (FILES | {"data.data_path": ["1", "a", "b"]}, 1, "data.data_path: entry 3 is 'b', but a weight belongs there."),
+    (
+        FILES | {"data.data_path": ["1", "a", "b"]},
+        1,
+        "data.data_path: entry 3 is 'b', but a weight belongs there.",
+    ),
     (FILES | {"data.split": "a,b,c"}, 1, "data.split='a,b,c' must be one to three shares"),
     (
         FILES | {"data.split": "9,0,1", "train.eval_interval": 5},
@@ -251,9 +323,21 @@ CASES = [
         "train.eval_interval is 5 and there is no validation data; give data.valid_data_path",
     ),
     ({"data.num_workers": -1}, 1, "data.num_workers is -1; it must be at least 0."),
-    ({"data.index_timeout_minutes": 0}, 1, "data.index_timeout_minutes is 0.0; it must be a number greater than 0."),
-    ({"data.tokenizer_type": "tiktoken"}, 1, "data.tokenizer_type is tiktoken and data.tokenizer_model is not set"),
-    ({"data.tokenizer_model": "t"}, 1, "data.tokenizer_model is t and data.tokenizer_type is none; set the latter"),
+    (
+        {"data.index_timeout_minutes": 0},
+        1,
+        "data.index_timeout_minutes is 0.0; it must be a number greater than 0.",
+    ),
+    (
+        {"data.tokenizer_type": "tiktoken"},
+        1,
+        "data.tokenizer_type is tiktoken and data.tokenizer_model is not set",
+    ),
+    (
+        {"data.tokenizer_model": "t"},
+        1,
+        "data.tokenizer_model is t and data.tokenizer_type is none; set the latter",
+    ),
     ({"model.vocab_size": None}, 1, "data.mock is true and the vocabulary is unknown; set model.vocab_size"),
     (
         {"checkpoint.save_interval": 5},
@@ -270,17 +354,27 @@ CASES = [
     ({"checkpoint.finetune": True}, 1, "checkpoint.finetune is true and checkpoint.load is not set"),
     ({"logging.log_interval": 0}, 1, "logging.log_interval is 0; it must be at least 1."),
     ({"logging.peak_tflops": 0}, 1, "logging.peak_tflops is 0.0; it must be a number greater than 0."),
-    ({"logging.wandb_name": "x"}, 1, "logging.wandb_name is x and logging.wandb_project is not set; give the project."),
+    (
+        {"logging.wandb_name": "x"},
+        1,
+        "logging.wandb_name is x and logging.wandb_project is not set; give the project.",
+    ),
     (
         {"model.transformer_impl": "transformer_engine"},
         1,
         "model.transformer_impl is transformer_engine, but Transformer Engine",
     ),
-    ({"model.attention_backend": "flash"}, 1, "model.attention_backend is flash, but flash-attn needs CUDA tensors"),
+    (
+        {"model.attention_backend": "flash"},
+        1,
+        "model.attention_backend is flash, but flash-attn needs CUDA tensors",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("changes", "world_size", "message"), CASES, ids=[" ".join(case[0]) for case in CASES])
+@pytest.mark.parametrize(
+    ("changes", "world_size", "message"), CASES, ids=[" ".join(case[0]) for case in CASES]
+)
 def test_one_problem_is_found_and_nothing_else(changes, world_size, message):
     found = problems(run_with(changes), world_size)
     assert len(found) == 1, found
@@ -308,11 +402,22 @@ def test_one_problem_is_found_and_nothing_else(changes, world_size, message):
         ),
         ({"model.vocab_size": None, "data.tokenizer_type": "tiktoken", "data.tokenizer_model": "t"}, 1),
         ({"checkpoint.save": "x", "checkpoint.save_interval": 5, "train.exit_duration_minutes": 5}, 1),
-        ({"optimizer.lr_decay_style": "WSD", "optimizer.lr_warmup_iters": 900, "optimizer.lr_wsd_decay_iters": 100}, 1),
+        (
+            {
+                "optimizer.lr_decay_style": "WSD",
+                "optimizer.lr_warmup_iters": 900,
+                "optimizer.lr_wsd_decay_iters": 100,
+            },
+            1,
+        ),
         ({"logging.wandb_project": "x", "logging.wandb_mode": "disabled"}, 1),
         (dmc() | {"model.attention_dropout": 0.1, "model.kv_channels": 4}, 1),
         (dmc(stage="retrofit") | {"compression.layer_types": "0_6_6_6_6_6_6_7"}, 1),
-        (dmc(stage="finetune") | {"compression.force_nodiag": True, "model.attention_backend": "reference"}, 1),
+        (
+            dmc(stage="finetune")
+            | {"compression.force_nodiag": True, "model.attention_backend": "reference"},
+            1,
+        ),
         (p(4) | dmc(stage="retrofit") | {"model.num_query_groups": 2}, 4),
     ],
 )
@@ -339,7 +444,9 @@ def test_several_problems_of_the_data_are_several():
 
 def test_wandb_that_is_not_installed(monkeypatch):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name)
+    )
     found = problems(run_with({"logging.wandb_project": "x"}), 1)
     assert len(found) == 1
     assert "logging.wandb_project is x, but the package wandb is not installed; pip install" in found[0]
@@ -366,7 +473,8 @@ def test_sizes_of_heads_that_cannot_merge_on_cuda(changes, refused, monkeypatch)
     assert len(found) == refused
     if refused:
         assert found[0].startswith(
-            f"model.kv_channels is {run.model.kv_channels}, compression.policy.name is dmc and compression.policy.stage is "
+            f"model.kv_channels is {run.model.kv_channels}, compression.policy.name is dmc and "
+            "compression.policy.stage is "
             "retrofit; on CUDA it must be a multiple of 8 and, in bf16, at most 256: choose another size"
         )
 
@@ -392,7 +500,9 @@ SIZES = (
     st.booleans(),
     st.integers(1, 16),
 )
-def test_no_sizes_break_the_checks_and_what_they_let_through_divides(sizes, policy, sequence_parallel, world_size):
+def test_no_sizes_break_the_checks_and_what_they_let_through_divides(
+    sizes, policy, sequence_parallel, world_size
+):
     fixed = {"train.recompute_granularity": "full", "parallel.sequence_parallel": sequence_parallel}
     run = run_with(fixed | policy | sizes)
     if problems(run, world_size):
@@ -413,7 +523,7 @@ def test_no_sizes_break_the_checks_and_what_they_let_through_divides(sizes, poli
 
 def test_validation_needs_no_torch():
     program = (
-        "import sys; from megatron_ext.validation import problems; from megatron_ext.config import RunConfig;"
+        "import sys; from megatron_ext.validation.run import problems; from megatron_ext.config import RunConfig;"
         "problems(RunConfig(), 8); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -12,16 +12,17 @@ from megatron_ext.checkpointing.load import load_checkpoint
 from megatron_ext.command_line import config_from_dict
 from megatron_ext.config import ParallelConfig, RunConfig
 from megatron_ext.errors import ConfigError
-from megatron_ext.layout_validation import pipeline_problems, tensor_parallel_problems
 from megatron_ext.model.build import build_stage
 from megatron_ext.model.gpt import SharedKVGPTModel
+from megatron_ext.validation.layout import pipeline_problems, tensor_parallel_problems
 
 _SETTINGS = "config.json"
 
 
 @dataclass(frozen=True)
 class Restored:
-    """This rank's stage of a trained model, in evaluation mode, and the run that made it (with the layout of now)."""
+    """This rank's stage of a trained model, in evaluation mode, and the run that made it (with the layout of
+    now)."""
 
     stage: SharedKVGPTModel
     run: RunConfig
@@ -29,7 +30,8 @@ class Restored:
 
 
 def saved_settings(path: Path) -> dict[str, Any]:
-    """The settings stored in the checkpoint that `path` means (one checkpoint, or a directory: the newest readable)."""
+    """The settings stored in the checkpoint that `path` means (one checkpoint, or a directory: the newest
+    readable)."""
     candidates = find_candidates(path).checkpoints
     for checkpoint in candidates:
         try:
@@ -54,7 +56,9 @@ def restore(path: Path, parallel: ParallelConfig, *, verify_hashes: bool = True)
     problems = [*tensor_parallel_problems(run.model, parallel, run.train), *pipeline_problems(run)]
     processes = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     if dist.get_world_size() % processes:
-        problems.append(f"{dist.get_world_size()} processes were started; the layout needs a multiple of {processes}.")
+        problems.append(
+            f"{dist.get_world_size()} processes were started; the layout needs a multiple of {processes}."
+        )
     if problems:
         raise ConfigError("\n".join(problems))
     vocab_size = defining["architecture"]["vocab_size"]

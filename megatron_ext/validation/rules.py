@@ -1,4 +1,5 @@
-"""Rules for the values of settings. Each yields a sentence for every setting that breaks it: name, value, what is required.
+"""Rules for the values of settings. Each yields a sentence for every setting that breaks it: name, value,
+what is required.
 
 None is a value that was not given and breaks no rule; nan breaks every one.
 """
@@ -34,4 +35,7 @@ def fraction(section: str, config: object, *names: str) -> Iterator[str]:
 def multiple(name: str, value: int, divisor_name: str, divisor: int, way_out: str) -> Iterator[str]:
     """`value` is a multiple of `divisor`; kept by definition where one of them is not positive."""
     if value > 0 and divisor > 0 and value % divisor:
-        yield f"{name} is {value} and {divisor_name} is {divisor}; the former must be a multiple of the latter: {way_out}."
+        yield (
+            f"{name} is {value} and {divisor_name} is {divisor}; the former must be a multiple of the "
+            f"latter: {way_out}."
+        )

@@ -14,7 +14,8 @@ from megatron_ext.training.step import stage_shapes
 
 @torch.no_grad()
 def compute_logits(stage: SharedKVGPTModel, tokens: Tensor) -> Tensor | None:
-    """Logits float32 [b, s, true vocabulary] of `tokens` int64 [b, s] on the ranks of the last pipeline stage, None on others.
+    """Logits float32 [b, s, true vocabulary] of `tokens` int64 [b, s] on the ranks of the last pipeline
+    stage, None on others.
 
     All ranks of a model call it with the same tokens; every row is one document at positions 0 .. s - 1.
     """

@@ -1,7 +1,8 @@
 """What cannot work in a run's settings, all of it at once, before any process group or GPU starts.
 
-One function per section yields sentences: field and value, what is required, the way out. A value that is wrong by itself
-is reported by itself; relations between values are checked between usable values only, so no check trips over another's.
+One function per section yields sentences: field and value, what is required, the way out. A value that is
+wrong by itself is reported by itself; relations between values are checked between usable values only, so no
+check trips over another's.
 """
 
 import importlib.util
@@ -18,7 +19,7 @@ from megatron_ext.config import (
 )
 from megatron_ext.data.blends import split_sources
 from megatron_ext.errors import ConfigError
-from megatron_ext.layout_validation import (
+from megatron_ext.validation.layout import (
     data_parallel_problems,
     model_problems,
     pipeline_problems,
@@ -26,14 +27,15 @@ from megatron_ext.layout_validation import (
     rope_problems,
     tensor_parallel_problems,
 )
-from megatron_ext.policy_validation import policy_problems
-from megatron_ext.setting_rules import above_zero, at_least, fraction
+from megatron_ext.validation.policy import policy_problems
+from megatron_ext.validation.rules import above_zero, at_least, fraction
 
 LARGEST_SEED = 2**31 - 1
 
 
 def validate(run: RunConfig, world_size: int) -> None:
-    """Raises ConfigError with a numbered list of everything in `run` that cannot work on `world_size` processes."""
+    """Raises ConfigError with a numbered list of everything in `run` that cannot work on `world_size`
+    processes."""
     found = problems(run, world_size)
     if found:
         count = "1 setting" if len(found) == 1 else f"{len(found)} settings"
@@ -65,7 +67,14 @@ def problems(run: RunConfig, world_size: int) -> list[str]:
 
 def _train(model: ModelConfig, train: TrainConfig) -> Iterator[str]:
     yield from at_least(
-        "train", train, 1, "train_iters", "micro_batch_size", "global_batch_size", "seq_length", "recompute_num_layers"
+        "train",
+        train,
+        1,
+        "train_iters",
+        "micro_batch_size",
+        "global_batch_size",
+        "seq_length",
+        "recompute_num_layers",
     )
     yield from at_least("train", train, 0, "eval_interval")
     yield from above_zero("train", train, "exit_duration_minutes")
@@ -76,7 +85,8 @@ def _train(model: ModelConfig, train: TrainConfig) -> Iterator[str]:
     longest = model.max_position_embeddings
     if longest is not None and longest < train.seq_length:
         yield (
-            f"model.max_position_embeddings is {longest} and train.seq_length is {train.seq_length}; the former must be at least "
+            f"model.max_position_embeddings is {longest} and train.seq_length is {train.seq_length}; the "
+            "former must be at least "
             "the latter: raise it, or leave it out."
         )
 
@@ -89,23 +99,30 @@ def _optimizer(optimizer: OptimizerConfig) -> Iterator[str]:
     yield from at_least("optimizer", optimizer, 0, "min_lr")
     if optimizer.min_lr > optimizer.lr > 0:
         yield (
-            f"optimizer.min_lr is {optimizer.min_lr} and optimizer.lr is {optimizer.lr}; the former must be at most the latter."
+            f"optimizer.min_lr is {optimizer.min_lr} and optimizer.lr is {optimizer.lr}; the former must be "
+            "at most the latter."
         )
 
 
 def _schedule(optimizer: OptimizerConfig, train: TrainConfig) -> Iterator[str]:
     given = optimizer.lr_decay_iters is not None
     end = optimizer.lr_decay_iters if optimizer.lr_decay_iters is not None else train.train_iters
-    end_name = "optimizer.lr_decay_iters" if given else "train.train_iters (the default of optimizer.lr_decay_iters)"
+    end_name = (
+        "optimizer.lr_decay_iters" if given else "train.train_iters (the default of optimizer.lr_decay_iters)"
+    )
     warmup = optimizer.lr_warmup_iters
     if end < 1 or warmup < 0:
         return
     if warmup >= end:
-        yield f"optimizer.lr_warmup_iters is {warmup} and {end_name} is {end}; the former must be less than the latter."
+        yield (
+            f"optimizer.lr_warmup_iters is {warmup} and {end_name} is {end}; the former must be less than "
+            "the latter."
+        )
     decay = optimizer.lr_wsd_decay_iters
     if optimizer.lr_decay_style == "WSD" and decay is not None and decay > end - warmup >= 1:
         yield (
-            f"optimizer.lr_wsd_decay_iters is {decay}; between optimizer.lr_warmup_iters {warmup} and {end_name} {end} there "
+            f"optimizer.lr_wsd_decay_iters is {decay}; between optimizer.lr_warmup_iters {warmup} and "
+            f"{end_name} {end} there "
             f"are {end - warmup} iterations: set it to at most that."
         )
 
@@ -115,10 +132,14 @@ def _data(data: DataConfig, train: TrainConfig) -> Iterator[str]:
     yield from above_zero("data", data, "index_timeout_minutes")
     yield from at_least("data", data, 0, "num_workers")
     if data.tokenizer_type != "none" and data.tokenizer_model is None:
-        yield f"data.tokenizer_type is {data.tokenizer_type} and data.tokenizer_model is not set; give its directory or file."
+        yield (
+            f"data.tokenizer_type is {data.tokenizer_type} and data.tokenizer_model is not set; give its "
+            "directory or file."
+        )
     if data.tokenizer_type == "none" and data.tokenizer_model is not None:
         yield (
-            f"data.tokenizer_model is {data.tokenizer_model} and data.tokenizer_type is none; set the latter to the kind of "
+            f"data.tokenizer_model is {data.tokenizer_model} and data.tokenizer_type is none; set the latter "
+            "to the kind of "
             "tokenizer: huggingface, sentencepiece or tiktoken."
         )
 
@@ -138,14 +159,18 @@ def _sources(data: DataConfig, train: TrainConfig) -> Iterator[str]:
         return
     if train.eval_interval > 0 and validation is None:
         yield (
-            f"train.eval_interval is {train.eval_interval} and there is no validation data; give data.valid_data_path, a second "
+            f"train.eval_interval is {train.eval_interval} and there is no validation data; give "
+            "data.valid_data_path, a second "
             "share in data.split, or set train.eval_interval to 0."
         )
 
 
 def _vocabulary(model: ModelConfig, data: DataConfig) -> Iterator[str]:
     if data.mock and model.vocab_size is None and data.tokenizer_type == "none":
-        yield "data.mock is true and the vocabulary is unknown; set model.vocab_size, or data.tokenizer_type and tokenizer_model."
+        yield (
+            "data.mock is true and the vocabulary is unknown; set model.vocab_size, or data.tokenizer_type "
+            "and tokenizer_model."
+        )
 
 
 def _checkpoint(checkpoint: CheckpointConfig, train: TrainConfig) -> Iterator[str]:
@@ -153,9 +178,14 @@ def _checkpoint(checkpoint: CheckpointConfig, train: TrainConfig) -> Iterator[st
     yield from at_least("checkpoint", checkpoint, 1, "keep_last")
     way_out = "checkpoint.save is not set; give the directory to save into"
     if checkpoint.save is None and checkpoint.save_interval > 0:
-        yield f"checkpoint.save_interval is {checkpoint.save_interval} and {way_out}, or set the interval to 0."
+        yield (
+            f"checkpoint.save_interval is {checkpoint.save_interval} and {way_out}, or set the interval to 0."
+        )
     if checkpoint.save is None and train.exit_duration_minutes is not None:
-        yield f"train.exit_duration_minutes is {train.exit_duration_minutes} and {way_out}, or the work is lost."
+        yield (
+            f"train.exit_duration_minutes is {train.exit_duration_minutes} and {way_out}, or the work is "
+            "lost."
+        )
     if checkpoint.finetune and checkpoint.load is None:
         yield "checkpoint.finetune is true and checkpoint.load is not set; give the checkpoint to start from."
 
@@ -164,7 +194,10 @@ def _logging(logging: LoggingConfig) -> Iterator[str]:
     yield from at_least("logging", logging, 1, "log_interval")
     yield from above_zero("logging", logging, "peak_tflops")
     if logging.wandb_name is not None and logging.wandb_project is None:
-        yield f"logging.wandb_name is {logging.wandb_name} and logging.wandb_project is not set; give the project."
+        yield (
+            f"logging.wandb_name is {logging.wandb_name} and logging.wandb_project is not set; give the "
+            "project."
+        )
 
 
 def _optional_packages(run: RunConfig) -> Iterator[str]:
@@ -202,4 +235,6 @@ def _refusal_of_flash(head_dim: int, precision: str) -> Iterator[str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     obstacle = why_not_flash(device, torch.bfloat16 if precision == "bf16" else torch.float32, head_dim)
     if obstacle is not None:
-        yield f"model.attention_backend is flash, but {obstacle}. Set model.attention_backend to auto or sdpa."
+        yield (
+            f"model.attention_backend is flash, but {obstacle}. Set model.attention_backend to auto or sdpa."
+        )

@@ -5,9 +5,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_ext.evaluation.logits import compute_logits
 from megatron_ext.model.gpt import SharedKVGPTModel
 from megatron_ext.parallel.process_groups import device_of_rank
-from megatron_ext.training.logits import compute_logits
 
 
 def continue_tokens(
@@ -21,13 +21,16 @@ def continue_tokens(
     eod: int,
     seed: int,
 ) -> list[int]:
-    """Up to `new_tokens` token ids after `prompt`, until `eod`; at temperature 0 the likeliest. The same on every rank."""
+    """Up to `new_tokens` token ids after `prompt`, until `eod`; at temperature 0 the likeliest. The same on
+    every rank."""
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
     for _ in range(new_tokens):
         window = torch.tensor([tokens[-context:]], device=device_of_rank())
         logits = compute_logits(stage, window)
-        token = _agree(None if logits is None else _choose(logits[0, -1].cpu(), temperature, top_k, generator))
+        token = _agree(
+            None if logits is None else _choose(logits[0, -1].cpu(), temperature, top_k, generator)
+        )
         if token == eod:
             break
         tokens.append(token)

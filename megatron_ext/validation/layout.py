@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from megatron_ext.config import ModelConfig, ParallelConfig, RopeScalingConfig, RunConfig, TrainConfig
-from megatron_ext.setting_rules import above_zero, at_least, fraction, multiple
+from megatron_ext.validation.rules import above_zero, at_least, fraction, multiple
 
 RECOMPUTE_MODULES = ("core_attn", "mlp")
 
@@ -21,7 +21,9 @@ def model_problems(model: ModelConfig) -> Iterator[str]:
     heads = model.num_attention_heads
     if model.kv_channels is None:
         way_out = "change one of them, or set model.kv_channels"
-        yield from multiple("model.hidden_size", model.hidden_size, "model.num_attention_heads", heads, way_out)
+        yield from multiple(
+            "model.hidden_size", model.hidden_size, "model.num_attention_heads", heads, way_out
+        )
     if model.num_query_groups is not None:
         way_out = "every key/value head serves equally many query heads"
         groups = model.num_query_groups
@@ -34,7 +36,10 @@ def rope_problems(model: ModelConfig) -> Iterator[str]:
     if model.kv_channels or (heads > 0 and model.hidden_size % heads == 0):
         name = "model.kv_channels" if model.kv_channels else "model.hidden_size / model.num_attention_heads"
         if model.head_dim % 2:
-            yield f"{name} is {model.head_dim}; it must be even, because rotary embeddings turn pairs of channels."
+            yield (
+                f"{name} is {model.head_dim}; it must be even, because rotary embeddings turn pairs of "
+                "channels."
+            )
     scaling = model.rope_scaling
     if scaling.type != "none" and not 1 <= scaling.factor < math.inf:
         yield f"model.rope_scaling.factor is {scaling.factor}; it must be a number of at least 1."
@@ -52,7 +57,9 @@ def _llama3(scaling: RopeScalingConfig) -> Iterator[str]:
         )
 
 
-def tensor_parallel_problems(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> Iterator[str]:
+def tensor_parallel_problems(
+    model: ModelConfig, parallel: ParallelConfig, train: TrainConfig
+) -> Iterator[str]:
     """What cannot be split over tensor-parallel ranks."""
     size = parallel.tensor_model_parallel_size
     name = "parallel.tensor_model_parallel_size"
@@ -69,7 +76,10 @@ def tensor_parallel_problems(model: ModelConfig, parallel: ParallelConfig, train
         )
     yield from multiple("model.ffn_hidden_size", model.ffn_size, name, size, way_out)
     if parallel.sequence_parallel and size == 1:
-        yield f"parallel.sequence_parallel is true and {name} is 1; raise the latter, or set the former to false."
+        yield (
+            f"parallel.sequence_parallel is true and {name} is 1; raise the latter, or set the former to "
+            "false."
+        )
     if parallel.sequence_parallel:
         way_out = "with parallel.sequence_parallel every rank holds an equal part of the sequence"
         yield from multiple("train.seq_length", train.seq_length, name, size, way_out)
@@ -85,8 +95,10 @@ def pipeline_problems(run: RunConfig) -> Iterator[str]:
         layer_types = run.compression.map(run.model.num_layers)
         if layer_types.any_cyclic:
             yield (
-                f"compression.layer_types is {layer_types} and {name} is {size}; a map in which a layer reads the keys and "
-                f"values of a layer above it iterates over layers and does not run as a pipeline: set {name} to 1 and use "
+                f"compression.layer_types is {layer_types} and {name} is {size}; a map in which a layer "
+                "reads the keys and "
+                f"values of a layer above it iterates over layers and does not run as a pipeline: set {name} "
+                "to 1 and use "
                 "parallel.tensor_model_parallel_size, or choose a map without such layers."
             )
 
@@ -94,7 +106,9 @@ def pipeline_problems(run: RunConfig) -> Iterator[str]:
 def data_parallel_problems(parallel: ParallelConfig, train: TrainConfig, world_size: int) -> Iterator[str]:
     """How processes and batch do not divide, and what overlapping communication needs."""
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
+    if parallel.overlap_param_gather and not (
+        parallel.use_distributed_optimizer and parallel.overlap_grad_reduce
+    ):
         yield (
             "parallel.overlap_param_gather is true, parallel.use_distributed_optimizer is "
             f"{_word(parallel.use_distributed_optimizer)} and parallel.overlap_grad_reduce is "
@@ -106,15 +120,19 @@ def data_parallel_problems(parallel: ParallelConfig, train: TrainConfig, world_s
     if world_size % (tensor * pipeline):
         yield (
             f"{world_size} processes were started, parallel.tensor_model_parallel_size is {tensor} and "
-            f"parallel.pipeline_model_parallel_size is {pipeline}; the number of processes must be a multiple of their product "
-            f"{tensor * pipeline}: change one of the three (processes: torchrun --nproc-per-node and --nnodes)."
+            f"parallel.pipeline_model_parallel_size is {pipeline}; the number of processes must be a "
+            "multiple of their product "
+            f"{tensor * pipeline}: change one of the three (processes: torchrun --nproc-per-node and "
+            "--nnodes)."
         )
     replicas = max(1, world_size // (tensor * pipeline))
     samples, batch = train.micro_batch_size * replicas, train.global_batch_size
     if samples > 0 and batch > 0 and batch % samples:
         yield (
-            f"train.global_batch_size is {batch}, train.micro_batch_size is {train.micro_batch_size} and the data-parallel "
-            f"size is {replicas}; the first must be a multiple of the others' product {samples}, for instance "
+            f"train.global_batch_size is {batch}, train.micro_batch_size is {train.micro_batch_size} and the "
+            "data-parallel "
+            f"size is {replicas}; the first must be a multiple of the others' product {samples}, for "
+            "instance "
             f"{samples * math.ceil(batch / samples)}."
         )
 
@@ -124,12 +142,16 @@ def _word(value: bool) -> str:
 
 
 def recompute_problems(train: TrainConfig, num_layers: int, stages: int) -> Iterator[str]:
-    """Settings of recomputation that contradict each other, for `num_layers` layers in `stages` pipeline stages."""
+    """Settings of recomputation that contradict each other, for `num_layers` layers in `stages` pipeline
+    stages."""
     granularity, layers = train.recompute_granularity, train.recompute_num_layers
     known = ", ".join(RECOMPUTE_MODULES)
     unknown = [name for name in train.recompute_modules if name not in RECOMPUTE_MODULES]
     if unknown:
-        yield f"train.recompute_modules has {', '.join(unknown)}; the modules that can be recomputed are {known}."
+        yield (
+            f"train.recompute_modules has {', '.join(unknown)}; the modules that can be recomputed are "
+            f"{known}."
+        )
     if granularity == "selective" and not train.recompute_modules:
         yield (
             "train.recompute_granularity is selective and train.recompute_modules is empty; name some of "
@@ -137,12 +159,15 @@ def recompute_problems(train: TrainConfig, num_layers: int, stages: int) -> Iter
         )
     if layers is not None and granularity != "full":
         yield (
-            f"train.recompute_num_layers is {layers} and train.recompute_granularity is {granularity}; the former needs full: "
+            f"train.recompute_num_layers is {layers} and train.recompute_granularity is {granularity}; the "
+            "former needs full: "
             "set train.recompute_granularity to full, or leave train.recompute_num_layers out."
         )
     per_stage = num_layers // stages if stages > 0 else num_layers
     if layers is not None and granularity == "full" and layers > per_stage > 0:
         yield (
-            f"train.recompute_num_layers is {layers}; a pipeline stage has {per_stage} layers (model.num_layers / "
-            f"parallel.pipeline_model_parallel_size): set it to at most {per_stage}, or leave it out to recompute all."
+            f"train.recompute_num_layers is {layers}; a pipeline stage has {per_stage} layers "
+            "(model.num_layers / "
+            f"parallel.pipeline_model_parallel_size): set it to at most {per_stage}, or leave it out to "
+            "recompute all."
         )
