@@ -12,7 +12,7 @@ PACKAGES = [
 # One reason for each: CONTRIBUTING.md, "Dependencies".
 INSTALL_REQUIRES = [
     "torch>=2.6",
-    "megatron-core>=0.16.1,<0.17",
+    "megatron-core>=0.16.1,<0.20",
     "psutil>=5.9",
     "numpy>=1.26",
     "jsonargparse[signatures]>=4.40",
