@@ -51,7 +51,7 @@ def save_in_parallel(
 def load_in_parallel(
     load: Callable[[State, Path], State], state: State, checkpoint: Path, group: dist.ProcessGroup
 ) -> State:
-    """A sharded state with its tensors: each rank of `group` reads a share with `load` and sends it to the rest.
+    """A sharded state with its tensors. Each rank of `group` reads a share with `load` and sends it around.
 
     Collective over all ranks.
     """
