@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from lckv.cost import ModelShape, kv_bytes_per_token, training_cost
 from lckv.sharing.layer_types import LayerTypes
 from lckv.sharing.picture import draw
+from lckv.sharing.plan import crossing_sources
 from megatron_ext.command_line import exit_with, parse_run_config
 from megatron_ext.config import RunConfig
 from megatron_ext.errors import ConfigError
@@ -212,14 +213,11 @@ def _sent(plan: Plan, boundary: int) -> str:
     model, parallel, train = plan.run.model, plan.run.parallel, plan.run.train
     if boundary == model.num_layers:
         return "-"
-    from megatron_ext.parallel.pipeline_payload import (  # loads torch: only pipelines wait
-        PipelinePayload,
-        crossing_sources,
-    )
+    from megatron_ext.parallel.pipeline_payload import PipelinePayload  # loads torch: only pipelines wait
 
     ranks = parallel.tensor_model_parallel_size
     payload = PipelinePayload(
-        sources=crossing_sources(plan.layer_types, boundary),
+        sources=crossing_sources(plan.run.compression.plan(model.num_layers), boundary),
         hidden_size=model.hidden_size,
         sequence_shards=ranks if parallel.sequence_parallel else 1,
         kv_heads=max(1, model.query_groups // ranks),
