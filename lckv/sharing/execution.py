@@ -60,6 +60,9 @@ class State(NamedTuple, Generic[KV]):
     """The input states of the group that is being iterated, while a pass is to come. Only the stage with the
     group's lowest layer needs them."""
 
+    handed: Mapping[int, KV] | None = None
+    """What the running pass has computed for the next one, by the layer that computed it."""
+
     previous: Mapping[int, KV] | None = None
     """What the pass before handed on, by the layer that computed it; None before the first."""
 
@@ -90,50 +93,41 @@ def run_steps(
 
 def _run_step(step: Step, layers: Layers[KV], state: State[KV], converged: Converged[KV] | None) -> State[KV]:
     with nullcontext() if step.requires_grad else torch.no_grad():
-        hidden_states, start = state.hidden_states, state.start
         if step.begins and step.group.iterated:
-            hidden_states = start = _start(step, state)
-            if not step.update and not torch.is_grad_enabled():
-                hidden_states = start.detach()
-        hidden_states, available = _run_layers(step, layers, hidden_states, state)
-    if step.update:
-        if not step.ends:
-            return state._replace(hidden_states=hidden_states, available=available, start=None)
-        return State(hidden_states, available, passes=max(state.passes, state.prepared + 1))
+            state = _begun(step, state)
+        state = _run_layers(step, layers, state)
     if not step.ends:
-        return state._replace(hidden_states=hidden_states, available=available, start=start)
-    handed = {source: available.pop(source) for source in step.hands}
-    return State(
-        hidden_states if start is None else start,
-        available,
-        start,
-        handed,
-        state.prepared + 1,
-        converged is not None
-        and step.compared
-        and state.previous is not None
-        and converged(state.previous, handed),
-        state.passes,
+        return state
+    if step.update:
+        return State(state.hidden_states, state.available, passes=max(state.passes, state.prepared + 1))
+    handed = state.handed or {}
+    settled = step.compared and converged is not None and converged(state.previous or {}, handed)
+    return state._replace(
+        hidden_states=state.hidden_states if state.start is None else state.start,
+        handed=None,
+        previous=handed,
+        prepared=state.prepared + 1,
+        converged=settled,
     )
 
 
-def _start(step: Step, state: State[KV]) -> Tensor:
-    """The input states of the step's group."""
-    if step.number == 0:
-        return state.hidden_states
-    if state.start is None:
+def _begun(step: Step, state: State[KV]) -> State[KV]:
+    """The state in which a pass over an iterated group starts: at the group's input states."""
+    start = state.hidden_states if step.number == 0 else state.start
+    if start is None:
         raise ValueError(
             f"pass {step.number} over layers {step.group.start} to {step.group.stop - 1} starts from their "
             "input states, but state.start is None; hand over the start of the pass before."
         )
-    return state.start
+    if step.update:
+        return state._replace(hidden_states=start, start=None)
+    hidden_states = start if torch.is_grad_enabled() else start.detach()
+    return state._replace(hidden_states=hidden_states, start=start)
 
 
-def _run_layers(
-    step: Step, layers: Layers[KV], hidden_states: Tensor, state: State[KV]
-) -> tuple[Tensor, dict[int, KV]]:
-    """The step's layers from the bottom; returns hidden states and what is left for others to read."""
-    available = dict(state.available)
+def _run_layers(step: Step, layers: Layers[KV], state: State[KV]) -> State[KV]:
+    """The step's layers from the bottom."""
+    hidden_states, available, handed = state.hidden_states, dict(state.available), dict(state.handed or {})
     zeros: KV | None = None
     source: KV | None
     own: KV | None
@@ -150,9 +144,11 @@ def _run_layers(
             hidden_states, own = layers.run(run.index, hidden_states, source, kept=step.update)
         if own is not None:
             available[run.index] = own
+            if run.hands:
+                handed[run.index] = own
         for source_index in run.drops:
             del available[source_index]
-    return hidden_states, available
+    return state._replace(hidden_states=hidden_states, available=available, handed=handed)
 
 
 def source_of(run: LayerRun, available: Mapping[int, KV], previous: Mapping[int, KV] | None) -> KV | None:

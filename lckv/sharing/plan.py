@@ -72,8 +72,7 @@ class Read(NamedTuple):
     """The pass over that layer's group that computes them, from 0; -1 for zeros."""
 
 
-@dataclass(frozen=True)
-class LayerRun:
+class LayerRun(NamedTuple):
     """What a step does with one layer."""
 
     index: int
@@ -86,8 +85,12 @@ class LayerRun:
     computes_kv: bool
     """Whether it computes keys and values."""
 
+    hands: bool
+    """Whether they go to the next pass."""
+
     drops: tuple[int, ...]
-    """Layers whose keys and values nobody reads once this layer has run, ascending."""
+    """Layers whose keys and values nobody in this pass, or above the group where the pass counts, reads once
+    this layer has run, ascending."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,10 @@ class Step:
     runs: tuple[LayerRun, ...]
     """What is done with each layer, from the bottom."""
 
-    hands: tuple[int, ...]
-    """Layers whose keys and values the pass hands to the next one, ascending; none where it counts."""
+    @property
+    def hands(self) -> tuple[int, ...]:
+        """Layers whose keys and values go from this step to the next pass, ascending; none if it counts."""
+        return tuple(run.index for run in self.runs if run.hands)
 
     @property
     def begins(self) -> bool:
@@ -214,7 +219,7 @@ class _GroupWalk:
         top."""
         self._layer_types, self._group, self._last, self._kept_pass = layer_types, group, last, kept_pass
         self._layers = layer_types.layers[group.start : group.stop]
-        self._hands = tuple(sorted({layer.source for layer in self._layers if layer.cyclic}))
+        self._hands = {layer.source for layer in self._layers if layer.cyclic}
         self._drops = {update: self._dropped(update=update) for update in (False, True)}
 
     def step(self, number: int, *, requires_grad: bool) -> Step:
@@ -228,7 +233,6 @@ class _GroupWalk:
             requires_grad,
             update,
             tuple(self._run(layer, number) for layer in self._layers),
-            () if update else self._hands,
         )
 
     def _run(self, layer: LayerType, number: int) -> LayerRun:
@@ -243,6 +247,7 @@ class _GroupWalk:
             part,
             None if part is Part.KEYS_VALUES else self._read(layer, number),
             layer.index in self._layer_types.kv_layers,
+            not update and layer.index in self._hands,
             tuple(self._drops[update].get(layer.index, ())),
         )
 
@@ -256,18 +261,13 @@ class _GroupWalk:
         return Read(Origin.THIS_PASS, layer.source, number)
 
     def _dropped(self, *, update: bool) -> dict[int, list[int]]:
-        """By layer, whose keys and values a pass drops after it.
-
-        A pass that counts drops what no layer above reads. Another drops what it has computed and neither
-        layers below the group's top nor the next pass read.
-        """
+        """By layer, whose keys and values a pass drops after it: in a pass that counts what no layer above
+        reads, in another what it has computed and no layer up to the group's top reads."""
         top = self._group.stop - 1
         dropped: dict[int, list[int]] = {}
         for source in self._layer_types.kv_layers:
-            if not update and (source in self._hands or not self._group.start <= source < top):
-                continue
             readers = self._layer_types.readers(source)
             last = max([source, *(reader for reader in readers if update or reader < top)])
-            if self._group.start <= last <= top:
+            if self._group.start <= last <= top and (update or source >= self._group.start):
                 dropped.setdefault(last, []).append(source)
         return dropped

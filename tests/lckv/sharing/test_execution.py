@@ -46,12 +46,14 @@ def test_a_missing_source_is_an_error() -> None:
     with pytest.raises(
         ValueError, match=r"layer 1 reads the keys and values of layer 0, but this pass has those of \[2\]"
     ):
-        source_of(LayerRun(1, Part.WHOLE, Read(Origin.BELOW, 0, 0), False, ()), {2: None}, None)
+        source_of(LayerRun(1, Part.WHOLE, Read(Origin.BELOW, 0, 0), False, False, ()), {2: None}, None)
     with pytest.raises(
         ValueError,
         match=r"layer 1 reads the keys and values of layer 4, but the previous pass has those of \[\]",
     ):
-        source_of(LayerRun(1, Part.WHOLE, Read(Origin.PREVIOUS_PASS, 4, 0), False, ()), {4: None}, None)
+        source_of(
+            LayerRun(1, Part.WHOLE, Read(Origin.PREVIOUS_PASS, 4, 0), False, False, ()), {4: None}, None
+        )
 
 
 def test_passes_before_the_last_stop_at_the_keys_and_values() -> None:
