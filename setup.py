@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 
 PACKAGES = [
     f"{name}{children}"
-    for name in ("lckv", "megatron_ext", "checkpoints_conversion", "tools")
+    for name in ("lckv", "megatron_ext", "checkpoints_conversion", "lckv_megatron")
     for children in ("", ".*")
 ]
 

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from lckv.config import CompressionConfig
+from lckv.losses import backends as losses
 from lckv.rope import LinearScaling, Llama3Scaling, inverse_frequencies
 from megatron_ext.config import ModelConfig, ParallelConfig, RopeScalingConfig, TrainConfig
 from megatron_ext.model.gpt import SharedKVGPTModel
@@ -64,7 +65,7 @@ def build_stage(
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
-        cross_entropy_chunk_size=model.cross_entropy_chunk_size,
+        loss=losses.choose(model.cross_entropy_backend, chunk_size=model.cross_entropy_chunk_size),
         recompute_num_layers=train.recompute_num_layers,
         pg_collection=groups,
     )

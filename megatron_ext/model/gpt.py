@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from lckv.attention.visibility import Documents
+from lckv.losses import backends as losses
 from lckv.policies.base import TokenContext
 from lckv.rope import rotate, rotation
 from megatron_ext.model.block import SharedKVBlock
@@ -41,7 +42,7 @@ class SharedKVGPTModel(LanguageModule):
         pre_process: bool,
         post_process: bool,
         share_embeddings_and_output_weights: bool,
-        cross_entropy_chunk_size: int = 0,
+        loss: losses.Choice,
         recompute_num_layers: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
@@ -52,7 +53,7 @@ class SharedKVGPTModel(LanguageModule):
         self.pre_process, self.post_process = pre_process, post_process
         self.share_embeddings_and_output_weights = share_embeddings_and_output_weights
         self.vocab_size, self.padded_vocab_size = vocab_size, padded_vocab_size
-        self.cross_entropy_chunk_size = cross_entropy_chunk_size
+        self.loss = loss
         self.frequencies = frequencies  # no buffer: bfloat16 conversion of the module must not reach it
         if pre_process:
             self.embedding = LanguageModelEmbedding(
@@ -118,7 +119,7 @@ class SharedKVGPTModel(LanguageModule):
         auxiliary = self.decoder.merge_rates.auxiliary_loss(report.rate_sum, policy.progress)
         report = replace(report, auxiliary_loss=auxiliary)
         if labels is None:
-            return self._logits(hidden_states).transpose(0, 1), report
+            return self.logits(hidden_states).transpose(0, 1), report
         return self._loss(hidden_states, labels.transpose(0, 1).contiguous()).transpose(0, 1), report
 
     @staticmethod
@@ -129,33 +130,36 @@ class SharedKVGPTModel(LanguageModule):
     def _loss(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of each token, float32 [s, b], of hidden states [s / shards, b, hidden] and labels
         [s, b]."""
-        chunk = (
-            self.cross_entropy_chunk_size // labels.shape[1] if self.cross_entropy_chunk_size else len(labels)
-        )
-        if chunk >= len(labels):
-            return tensor_parallel.vocab_parallel_cross_entropy(self._logits(hidden_states), labels)
-        if self.config.sequence_parallel:
+        gathered = self.loss.name != "whole" and self.config.sequence_parallel
+        if gathered:  # once, not chunk by chunk
             hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.pg_collection.tp)
+        return self.loss.token_loss(_Head(self, gathered), hidden_states, labels)
 
-        def chunk_loss(states: Tensor, targets: Tensor) -> Tensor:
-            logits = self._logits(states, gathered=True)
-            return tensor_parallel.vocab_parallel_cross_entropy(logits, targets)
-
-        parts = zip(hidden_states.split(max(1, chunk)), labels.split(max(1, chunk)), strict=True)
-        return torch.cat(
-            [tensor_parallel.checkpoint(chunk_loss, False, states, part) for states, part in parts]
-        )
-
-    def _logits(self, hidden_states: Tensor, *, gathered: bool = False) -> Tensor:
-        """This rank's part of the logits, [s, b, padded vocabulary / TP]; padding is as low as the dtype
-        goes."""
+    def logits(self, hidden_states: Tensor, *, gathered: bool = False) -> Tensor:
+        """This rank's part of the logits, [s, b, padded vocabulary / TP], of hidden states [s / shards, b, hidden], or
+        [s, b, hidden] if they are `gathered` already; padding is as low as the dtype goes."""
         weight = (
             self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         )
-        gathered = gathered and self.config.sequence_parallel
         logits, _ = self.output_layer(hidden_states, weight=weight, gathered=gathered)
         first = self.pg_collection.tp.rank() * logits.shape[-1]
         true = min(max(self.vocab_size - first, 0), logits.shape[-1])
         if true < logits.shape[-1]:
             logits[..., true:] = torch.finfo(logits.dtype).min
         return logits
+
+
+class _Head:
+    """The model's output layer for `lckv.losses`; the vocabulary is split over the tensor-parallel ranks."""
+
+    def __init__(self, model: SharedKVGPTModel, gathered: bool) -> None:
+        """`gathered`: hidden states come whole, not split along the sequence."""
+        self._model, self._gathered = model, gathered
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """See `OutputHead`."""
+        return self._model.logits(hidden_states, gathered=self._gathered)
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """See `OutputHead`."""
+        return tensor_parallel.vocab_parallel_cross_entropy(logits, targets)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from checkpoints_conversion.options import build_parser
+from lckv_megatron.commands import generate, perplexity
 from megatron_ext.command_line import config_to_dict, parse_run_config
 from megatron_ext.validation.run import problems
-from tools import generate, perplexity
 from tools.benchmarks import inference
 
 ROOT = Path(__file__).resolve().parents[2]

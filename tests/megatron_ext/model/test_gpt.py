@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lckv.attention.visibility import Documents
 from lckv.config import CompressionConfig
+from lckv.losses.backends import choose
 from lckv.policies.dense.config import DenseConfig
 from lckv.policies.dmc.config import DMCConfig
 from megatron_ext.config import ParallelConfig, TrainConfig
@@ -157,12 +158,11 @@ def test_loss_in_chunks_is_the_loss(tied: bool, tp: int, sequence_parallel: bool
 
 
 def losses_and_gradients(tied: bool, tp: int, sequence_parallel: bool) -> list[dict[str, Tensor]]:
-
     parallel = ParallelConfig(tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel)
     stage = make_stage(MAPS["lckv"], parallel, untie_embeddings_and_output_weights=not tied)
     tokens, found = draw_tokens(3, 12), []
     for chunk in (0, 15):
-        stage.cross_entropy_chunk_size = chunk
+        stage.loss = choose("auto", chunk_size=chunk)
         losses = stage(tokens, positions_of(tokens), tokens)[0]
         losses.sum().backward()
         found.append({"losses": losses.detach(), **take_gradients(stage)})

@@ -67,6 +67,16 @@ CASES = [
         "model.cross_entropy_chunk_size is -1; it must be at least 0.",
     ),
     (
+        {"model.cross_entropy_backend": "whole", "model.cross_entropy_chunk_size": 64},
+        1,
+        "model.cross_entropy_backend is whole and model.cross_entropy_chunk_size is 64; with this backend the latter must be 0",
+    ),
+    (
+        {"model.cross_entropy_backend": "chunked"},
+        1,
+        "model.cross_entropy_chunk_size is 0; with this backend the latter must be at least 1",
+    ),
+    (
         {"model.attention_dropout": 1.0},
         1,
         "model.attention_dropout is 1.0; it must be at least 0 and less than 1.",
