@@ -2,11 +2,22 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from lckv.policies.dense.config import DenseConfig
 from lckv.policies.dmc.config import DMCConfig
-from lckv.sharing.layer_types import LayerTypes
+from lckv.sharing.layer_types import LayerType, LayerTypes
+from lckv.sharing.plan import Step, iteration_plan
+
+
+class Sight(NamedTuple):
+    """What the queries of one layer see; the first fields of `lckv.attention.visibility.Visibility`."""
+
+    exclude_self: bool
+    """Whether query t does not see key t."""
+
+    window: int | None
+    """Tokens that a query sees, its own place included; None: all."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,18 @@ class CompressionConfig:
         """The parsed sharing map of a model with `num_layers` layers; raises ValueError where it does not
         fit."""
         return LayerTypes.parse(self.layer_types, num_layers)
+
+    def plan(self, num_layers: int) -> tuple[Step, ...]:
+        """The steps of a training step of a model with `num_layers` layers; raises ValueError where the map
+        does not fit."""
+        return iteration_plan(self.map(num_layers), self.forward_passes, self.backward_passes)
+
+    def sight(self, layer: LayerType) -> Sight:
+        """What the queries of a layer of the map see."""
+        return Sight(
+            exclude_self=layer.cyclic or self.force_nodiag,
+            window=self.sliding_window if layer.sliding else None,
+        )
 
     def windows(self, num_layers: int) -> dict[int, int]:
         """Layers whose keys and values only windowed layers read, with the window in tokens: what a cache may

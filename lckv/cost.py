@@ -4,17 +4,16 @@ Formula, per token, counting a multiplication and an addition as 2 FLOPs. A laye
     query 2 h a + output 2 a h + keys and values 2 h 2 g d (if it computes any) + attention 4 a n + MLP 6 h f
 with h hidden size, a = query heads x d, g KV heads, d channels of a head, f MLP width, n keys that a query
 sees on average. Backward is
-twice the forward. A kept pass counts forward + backward; a pass of the plan without gradient counts the
-forward only; the passes before
-the kept one stop at the keys and values of the group's top layer, and in the first of them cyclic layers run
-their MLP alone.
+twice the forward. A step of the plan counts the parts of layers that it runs: forward and backward, or the
+forward only where it has no gradient.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lckv.config import CompressionConfig
 from lckv.sharing.layer_types import LayerTypes
-from lckv.sharing.plan import LayerGroup, layer_groups
+from lckv.sharing.plan import Part, Step
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,14 @@ class LayerCost:
     @property
     def forward(self) -> float:
         """All of it."""
+        return self.of(Part.WHOLE)
+
+    def of(self, part: Part) -> float:
+        """What a step of the plan runs of it."""
+        if part is Part.KEYS_VALUES:
+            return self.keys_values
+        if part is Part.WITHOUT_SOURCE:
+            return self.keys_values + self.feed_forward
         return self.query_and_output + self.keys_values + self.attention + self.feed_forward
 
 
@@ -84,8 +91,7 @@ def layer_costs(shape: ModelShape, compression: CompressionConfig) -> tuple[Laye
     for layer in layer_types:
         keys = average_keys(
             shape.seq_length,
-            exclude_self=layer.cyclic or compression.force_nodiag,
-            window=compression.sliding_window if layer.sliding else None,
+            **compression.sight(layer)._asdict(),
         )
         owns = layer.index in layer_types.kv_layers
         costs.append(
@@ -104,43 +110,33 @@ def training_cost(
 ) -> TrainingCost:
     """FLOPs per token of a training step; the lowest `recomputed_layers` layers run their forward again in
     backward."""
-    layer_types = compression.map(shape.num_layers)
+    mine = _step_flops(shape, compression)
+    again = _recomputed_flops(shape, compression, recomputed_layers)
+    return TrainingCost(mine, mine + again, _step_flops(shape, CompressionConfig()))
+
+
+def forward_flops(steps: Sequence[Step], costs: Sequence[LayerCost]) -> float:
+    """FLOPs per token of the forward of some steps, for layers that cost `costs`."""
+    return sum(costs[run.index].of(run.part) for step in steps for run in step.runs)
+
+
+def _step_flops(shape: ModelShape, compression: CompressionConfig) -> float:
+    """Of a training step without recomputation, the language-model head included."""
     costs = layer_costs(shape, compression)
     head = 6.0 * shape.hidden_size * shape.vocab_size
-    total = head + sum(3 * cost.forward for cost in costs)
-    again = sum(cost.forward for cost in costs[:recomputed_layers])
-    for group in layer_groups(layer_types):
-        if group.iterated:
-            extra, recomputed = _preparing_passes(group, layer_types, costs, compression, recomputed_layers)
-            total, again = total + extra, again + recomputed
-    plain = layer_costs(shape, CompressionConfig())
-    return TrainingCost(total, total + again, head + sum(3 * cost.forward for cost in plain))
+    steps = compression.plan(shape.num_layers)
+    return head + sum(forward_flops([step], costs) * (3 if step.requires_grad else 1) for step in steps)
 
 
-def _preparing_passes(
-    group: LayerGroup,
-    layer_types: LayerTypes,
-    costs: tuple[LayerCost, ...],
-    compression: CompressionConfig,
-    recomputed_layers: int,
-) -> tuple[float, float]:
-    """FLOPs per token of the passes over a group before the kept one, and of what recomputation adds to
-    them."""
-    passes = compression.forward_passes + compression.backward_passes - 1
-    total = again = 0.0
-    for number in range(passes):
-        with_gradient = number >= compression.forward_passes
-        for index in range(group.start, group.stop):
-            cost = costs[index]
-            if index == group.stop - 1:
-                flops, recomputable = cost.keys_values, False
-            elif number == 0 and layer_types[index].cyclic:
-                flops, recomputable = cost.feed_forward + cost.keys_values, False
-            else:
-                flops, recomputable = cost.forward, index < recomputed_layers
-            total += flops * (3 if with_gradient else 1)
-            again += flops * (with_gradient and recomputable)
-    return total, again
+def _recomputed_flops(shape: ModelShape, compression: CompressionConfig, recomputed_layers: int) -> float:
+    """Of the layers that run again in backward: those that ran whole, with gradient."""
+    costs = layer_costs(shape, compression)
+    return sum(
+        costs[run.index].forward
+        for step in compression.plan(shape.num_layers)
+        for run in step.runs
+        if step.requires_grad and run.part is Part.WHOLE and run.index < recomputed_layers
+    )
 
 
 def kv_bytes_per_token(shape: ModelShape, layer_types: LayerTypes, *, bytes_per_number: int = 2) -> int:

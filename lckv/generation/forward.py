@@ -28,7 +28,7 @@ class Forward:
         """`tolerance`: see `Settling`; 0: always all m + b passes."""
         self.model, self._cache, self._tolerance = model, cache, tolerance
         decoder = model.model
-        self.iterated = any(group.iterated for group in decoder.groups)
+        self.iterated = decoder.layer_types.any_cyclic
         self._passes = decoder.forward_passes + decoder.backward_passes
         self._biased = decoder.policy.biases_keys
         self.compression_ratio = 1.0
@@ -51,7 +51,7 @@ class Forward:
         )
         self.compression_ratio = self._cache.compression_ratio
         assert output.last_hidden_state is not None
-        if not self.iterated or width == 1:
+        if not self.model.model.iterates(width):
             return Forwarded(output.last_hidden_state, None)
         passes = [output.passes or 1] * len(tokens) if settling is None else settling.passes.tolist()
         return Forwarded(output.last_hidden_state, passes)
@@ -68,7 +68,7 @@ class Forward:
     def _iteration(
         self, rows: int, width: int, counted: Tensor | None, device: torch.device
     ) -> tuple[Iteration | None, Settling | None]:
-        if width == 1 or not self.iterated:  # one token sees only older ones in cyclic layers
+        if not self.model.model.iterates(width):
             return None, None
         if self._tolerance == 0:
             return Iteration(self._passes), None

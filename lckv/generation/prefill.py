@@ -21,7 +21,7 @@ tools/benchmarks/results/prefill_passes.csv, where all 9 passes change it by 0.0
 
 
 class Settling:
-    """Says when iterating may end; see `PlanRunner.converged`.
+    """Says when iterating may end; see `lckv.sharing.execution.run_steps`.
 
     A row that has settled keeps its keys and values: they are written over those of later passes, which other
     rows may still need. So a row ends with what it would end with alone.

@@ -25,8 +25,8 @@ from lckv.models.tokens import counted_tokens, documents_of, positions
 from lckv.policies.base import Extension, TokenContext
 from lckv.policies.build import build_policy
 from lckv.rope import inverse_frequencies, rotate, rotation
-from lckv.sharing.execution import PlanRunner, run_groups
-from lckv.sharing.plan import layer_groups
+from lckv.sharing.execution import State, run_steps
+from lckv.sharing.plan import Step, iteration_plan
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Iteration(NamedTuple):
     passes: int
     """At most so many."""
     converged: Callable[[Mapping[int, Extension], Mapping[int, Extension]], bool] | None = None
-    """See `PlanRunner`."""
+    """See `run_steps`."""
 
 
 class LCKVLlamaPreTrainedModel(PreTrainedModel):
@@ -88,7 +88,8 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         self.layer_types = compression.map(config.num_hidden_layers)
         self.policy = build_policy(compression.policy)
         self.forward_passes, self.backward_passes = compression.forward_passes, compression.backward_passes
-        self.groups = layer_groups(self.layer_types)
+        self.steps = compression.plan(config.num_hidden_layers)
+        self.single_pass = iteration_plan(self.layer_types, 0, 1)
         self.post_init()
 
     def forward(
@@ -166,12 +167,13 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         context = Tokens(self._contexts(hidden_states, cache, counted, position_ids), counted, cache)
         states = [hidden_states] if output_hidden_states else None
         layers = PlannedLayers(self.layers, context, states)  # type: ignore[arg-type]  # a ModuleList is one
-        runner = self._runner(tokens == 1, iteration)
-        outcome = run_groups(runner, self.groups, layers, hidden_states, {})
-        last = self.norm(outcome.hidden_states)
+        steps = self._steps(tokens, iteration)
+        converged = None if iteration is None else iteration.converged
+        state = run_steps(steps, layers, State(hidden_states, {}), converged)
+        last = self.norm(state.hidden_states)
         if cache is not None:
             cache.commit(layers.kept, counted)
-        output = LCKVOutput(last_hidden_state=last, passes=outcome.passes)
+        output = LCKVOutput(last_hidden_state=last, passes=state.passes)
         if states is not None:
             output.hidden_states = (*states[:-1], last)
         if layers.statistics:
@@ -181,13 +183,17 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
             output.auxiliary_loss = None if loss is None else loss.mean()
         return output
 
-    def _runner(self, one_token: bool, iteration: Iteration | None) -> PlanRunner[Extension]:
-        """One token sees only older ones in cyclic layers, so that a single pass is exact."""
-        if one_token:
-            return PlanRunner(self.layer_types, 0, 1)
+    def iterates(self, tokens: int) -> bool:
+        """Whether layers run more than once over so many new tokens. One token sees only older ones in cyclic
+        layers, so that a single pass is exact."""
+        return tokens > 1 and self.layer_types.any_cyclic
+
+    def _steps(self, tokens: int, iteration: Iteration | None) -> tuple[Step, ...]:
+        if not self.iterates(tokens):
+            return self.single_pass
         if iteration is None:
-            return PlanRunner(self.layer_types, self.forward_passes, self.backward_passes)
-        return PlanRunner(self.layer_types, iteration.passes - 1, 1, iteration.converged)
+            return self.steps
+        return iteration_plan(self.layer_types, iteration.passes - 1, 1)
 
     def _contexts(
         self,

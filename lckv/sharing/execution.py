@@ -1,19 +1,19 @@
-"""Runs the layers of a sharing map by its plan, whatever the layers are made of.
+"""Runs the list of steps of a sharing map, whatever the layers are made of.
 
 Keys and values are arguments and results, never state: recompute, several micro-batches in flight, pipeline
-stages and caches cannot mix them up, and a source that is missing is an error.
+stages and caches cannot mix them up, and a source that is missing is an error. What one step leaves for the
+next is a value, `State`: a run can be suspended between any two steps, or pieces of a step, and go on
+elsewhere.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from lckv.sharing.layer_types import LayerTypes
-from lckv.sharing.plan import LayerGroup, cyclic_sources
+from lckv.sharing.plan import LayerRun, Origin, Part, Step
 
 KV = TypeVar("KV")
 """What readers of a layer get: its keys and values, and whatever goes with them."""
@@ -47,125 +47,123 @@ class Layers(Protocol[KV]):
         ...
 
 
-class Outcome(NamedTuple, Generic[KV]):
-    """What running a group leaves."""
+class State(NamedTuple, Generic[KV]):
+    """Everything that the remaining steps of a list need to know of those before."""
 
     hidden_states: Tensor
+    """What the next layer gets. Between two passes over a group the next pass starts from `start` instead."""
 
-    available: dict[int, KV]
-    """What layers above the group read, by the layer that computed it."""
+    available: Mapping[int, KV]
+    """What layers of the running pass, or above its group, read: by the layer that computed it."""
 
-    passes: int
-    """Passes that were run."""
+    start: Tensor | None = None
+    """The input states of the group that is being iterated, while a pass is to come. Only the stage with the
+    group's lowest layer needs them."""
 
+    handed: Mapping[int, KV] | None = None
+    """What the running pass has computed for the next one, by the layer that computed it."""
 
-@dataclass(frozen=True)
-class PlanRunner(Generic[KV]):
-    """How the groups of a map are run."""
+    previous: Mapping[int, KV] | None = None
+    """What the pass before handed on, by the layer that computed it; None before the first."""
 
-    layer_types: LayerTypes
-    forward_passes: int
-    """m: passes without gradient."""
-    backward_passes: int
-    """b >= 1: passes with gradient; the last one's results count."""
-    converged: Converged[KV] | None = None
-    """Asked after each pass but the first and the last; where it says so, the next pass is the last."""
+    prepared: int = 0
+    """Passes that have been run over the group that is being iterated."""
 
-    def run(
-        self, group: LayerGroup, layers: Layers[KV], hidden_states: Tensor, available: Mapping[int, KV]
-    ) -> Outcome[KV]:
-        """Run one group on what the layers below have left."""
-        previous: dict[int, KV] | None = None
-        used = 1
-        if group.iterated:
-            for number in range(self.forward_passes + self.backward_passes - 1):
-                with torch.no_grad() if number < self.forward_passes else nullcontext():
-                    start = hidden_states if torch.is_grad_enabled() else hidden_states.detach()
-                    current = self._prepare(group, layers, start, available, previous)
-                used += 1
-                done = (
-                    previous is not None and self.converged is not None and self.converged(previous, current)
-                )
-                previous = current
-                if done:
-                    break
-            if previous is None:
-                previous = dict.fromkeys(cyclic_sources(self.layer_types, group), layers.zeros(hidden_states))
-        hidden_states, left = self._run(group, layers, hidden_states, available, previous)
-        return Outcome(hidden_states, left, used)
+    converged: bool = False
+    """Whether the remaining passes up to the one that counts are skipped."""
 
-    def _prepare(
-        self,
-        group: LayerGroup,
-        layers: Layers[KV],
-        hidden_states: Tensor,
-        available: Mapping[int, KV],
-        previous: Mapping[int, KV] | None,
-    ) -> dict[int, KV]:
-        """One pass that stops at the keys and values of the highest layer that cyclic layers read; returns
-        theirs.
-
-        `previous` None is the first pass.
-        """
-        current: dict[int, KV] = {}
-        for index in range(group.start, group.stop - 1):
-            if self.layer_types[index].cyclic and previous is None:
-                hidden_states, own = layers.run_without_source(index, hidden_states)
-            else:
-                source = source_of(self.layer_types, index, {**available, **current}, previous)
-                hidden_states, own = layers.run(index, hidden_states, source, kept=False)
-            if own is not None:
-                current[index] = own
-        top = group.stop - 1
-        current[top] = layers.keys_values(top, hidden_states)
-        return {index: current[index] for index in cyclic_sources(self.layer_types, group)}
-
-    def _run(
-        self,
-        group: LayerGroup,
-        layers: Layers[KV],
-        hidden_states: Tensor,
-        available: Mapping[int, KV],
-        previous: Mapping[int, KV] | None,
-    ) -> tuple[Tensor, dict[int, KV]]:
-        """The pass whose results count. Keys and values are dropped as soon as no layer above reads them."""
-        held = dict(available)
-        for index in range(group.start, group.stop):
-            source = source_of(self.layer_types, index, held, previous)
-            hidden_states, own = layers.run(index, hidden_states, source, kept=True)
-            if own is not None:
-                held[index] = own
-            held = {layer: kv for layer, kv in held.items() if self.layer_types.readers(layer)[-1] > index}
-        return hidden_states, held
+    passes: int = 1
+    """The largest number of passes that were run over any group that is done."""
 
 
-def source_of(
-    layer_types: LayerTypes, index: int, available: Mapping[int, KV], previous: Mapping[int, KV] | None
-) -> KV | None:
-    """What layer `index` reads, from this pass or the previous one; None where it reads its own. Raises
-    ValueError where it is missing."""
-    kind = layer_types[index]
-    if kind.source == index:
-        return None
-    pool = previous if kind.cyclic else available
-    if pool is None or kind.source not in pool:
+def run_steps(
+    steps: Sequence[Step], layers: Layers[KV], state: State[KV], converged: Converged[KV] | None = None
+) -> State[KV]:
+    """Run steps, or pieces of steps, one after the other.
+
+    `converged` is asked after each pass but the first and the last; where it says so, the passes up to the
+    last are skipped. Without it nothing here waits for the device. Raises ValueError where `state` lacks what
+    a step needs.
+    """
+    for step in steps:
+        if not state.converged or step.update:
+            state = _run_step(step, layers, state, converged)
+    return state
+
+
+def _run_step(step: Step, layers: Layers[KV], state: State[KV], converged: Converged[KV] | None) -> State[KV]:
+    with nullcontext() if step.requires_grad else torch.no_grad():
+        if step.begins and step.group.iterated:
+            state = _begun(step, state)
+        state = _run_layers(step, layers, state)
+    if not step.ends:
+        return state
+    if step.update:
+        return State(state.hidden_states, state.available, passes=max(state.passes, state.prepared + 1))
+    handed = state.handed or {}
+    settled = step.compared and converged is not None and converged(state.previous or {}, handed)
+    return state._replace(
+        hidden_states=state.hidden_states if state.start is None else state.start,
+        handed=None,
+        previous=handed,
+        prepared=state.prepared + 1,
+        converged=settled,
+    )
+
+
+def _begun(step: Step, state: State[KV]) -> State[KV]:
+    """The state in which a pass over an iterated group starts: at the group's input states."""
+    start = state.hidden_states if step.number == 0 else state.start
+    if start is None:
         raise ValueError(
-            f"layer {index} reads the keys and values of layer {kind.source}, but "
-            f"{'the previous pass' if kind.cyclic else 'this pass'} has those of {sorted(pool or ())}."
+            f"pass {step.number} over layers {step.group.start} to {step.group.stop - 1} starts from their "
+            "input states, but state.start is None; hand over the start of the pass before."
         )
-    return pool[kind.source]
+    if step.update:
+        return state._replace(hidden_states=start, start=None)
+    hidden_states = start if torch.is_grad_enabled() else start.detach()
+    return state._replace(hidden_states=hidden_states, start=start)
 
 
-def run_groups(
-    runner: PlanRunner[KV],
-    groups: Sequence[LayerGroup],
-    layers: Layers[KV],
-    hidden_states: Tensor,
-    available: Mapping[int, KV],
-) -> Outcome[KV]:
-    """Run several groups from the bottom; `passes` is the largest number of any of them."""
-    outcome: Outcome[KV] = Outcome(hidden_states, dict(available), 1)
-    for group in groups:
-        ran = runner.run(group, layers, outcome.hidden_states, outcome.available)
-        outcome = ran._replace(passes=max(ran.passes, outcome.passes))
-    return outcome
+def _run_layers(step: Step, layers: Layers[KV], state: State[KV]) -> State[KV]:
+    """The step's layers from the bottom."""
+    hidden_states, available, handed = state.hidden_states, dict(state.available), dict(state.handed or {})
+    zeros: KV | None = None
+    source: KV | None
+    own: KV | None
+    for run in step.runs:
+        if run.part is Part.KEYS_VALUES:
+            own = layers.keys_values(run.index, hidden_states)
+        elif run.part is Part.WITHOUT_SOURCE:
+            hidden_states, own = layers.run_without_source(run.index, hidden_states)
+        else:
+            if run.reads is not None and run.reads.origin is Origin.ZEROS:
+                source = zeros = layers.zeros(hidden_states) if zeros is None else zeros
+            else:
+                source = source_of(run, available, state.previous)
+            hidden_states, own = layers.run(run.index, hidden_states, source, kept=step.update)
+        if own is not None:
+            available[run.index] = own
+            if run.hands:
+                handed[run.index] = own
+        for source_index in run.drops:
+            del available[source_index]
+    return state._replace(hidden_states=hidden_states, available=available, handed=handed)
+
+
+def source_of(run: LayerRun, available: Mapping[int, KV], previous: Mapping[int, KV] | None) -> KV | None:
+    """What a layer reads, from this pass and below or from the previous pass; None where it reads its own.
+
+    Raises ValueError where it is missing.
+    """
+    reads = run.reads
+    if reads is None or reads.origin is Origin.OWN:
+        return None
+    from_previous = reads.origin is Origin.PREVIOUS_PASS
+    pool = previous if from_previous else available
+    if pool is None or reads.source not in pool:
+        raise ValueError(
+            f"layer {run.index} reads the keys and values of layer {reads.source}, but "
+            f"{'the previous pass' if from_previous else 'this pass'} has those of {sorted(pool or ())}."
+        )
+    return pool[reads.source]

@@ -12,16 +12,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lckv.cost import ModelShape, kv_bytes_per_token, training_cost
+from lckv.cost import ModelShape
 from lckv.sharing.layer_types import LayerTypes
-from lckv.sharing.picture import draw
+from lckv.sharing.plan import crossing_sources
 from lckv_megatron.arguments import ProgramParser
 from lckv_megatron.layouts import LAYOUTS, cache_bytes, compare
 from lckv_megatron.tables import size, table
 from megatron_ext.command_line import exit_with, parse_run_config
 from megatron_ext.config import RunConfig
 from megatron_ext.errors import ConfigError
-from megatron_ext.model.cost import merging_line, model_shape
+from megatron_ext.model.cost import model_shape
 from megatron_ext.model.memory import BYTES, kept_by_full_recompute, kept_bytes, state_bytes
 from megatron_ext.model.parameters import (
     StageParameters,
@@ -29,6 +29,8 @@ from megatron_ext.model.parameters import (
     stage_parameters,
     total_parameters,
 )
+from megatron_ext.summary.lines import cost_lines, layout_lines, model_lines, picture
+from megatron_ext.summary.sizes import RunSizes, recomputed_layers
 from megatron_ext.validation.layout import (
     data_parallel_problems,
     model_problems,
@@ -40,8 +42,9 @@ from megatron_ext.validation.rules import at_least
 from megatron_ext.validation.run import problems
 
 ACTIVATIONS = """\
-activations: layer inputs and shared keys and values that full recompute keeps, for all micro-batches in flight (formula:
-megatron_ext/model/memory.py). Not counted: logits, what is kept without recompute, the layer that is being computed."""
+activations: layer inputs and shared keys and values that full recompute keeps, for all micro-batches in
+flight (formula: megatron_ext/model/memory.py). Not counted: logits, what is kept without recompute, the layer
+that is being computed."""
 
 
 @dataclass(frozen=True)
@@ -72,25 +75,10 @@ class Plan:
         return self.run.model.max_position_embeddings or self.run.train.seq_length
 
     @property
-    def data_parallel_size(self) -> int:
-        """Replicas of the model."""
-        parallel = self.run.parallel
-        return self.world_size // (
-            parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-        )
-
-    @property
-    def micro_batches(self) -> int:
-        """Per step and replica."""
-        return self.run.train.global_batch_size // (self.run.train.micro_batch_size * self.data_parallel_size)
-
-    @property
-    def recomputed_layers(self) -> int:
-        """Layers, over all stages, whose forward runs again in backward."""
-        if self.run.train.recompute_granularity != "full":
-            return 0
-        stages, layers = self.run.parallel.pipeline_model_parallel_size, self.run.model.num_layers
-        return min(layers, stages * (self.run.train.recompute_num_layers or layers))
+    def sizes(self) -> RunSizes:
+        """What the run itself says too."""
+        parameters = total_parameters(self.stages, self.run.parallel)
+        return RunSizes(self.run, self.shape, self.world_size, parameters)
 
     @property
     def stages(self) -> tuple[StageParameters, ...]:
@@ -102,53 +90,42 @@ class Plan:
 
 def describe(plan: Plan) -> Iterator[str]:
     """The plan, a line each."""
-    yield draw(plan.layer_types, window=plan.run.compression.sliding_window)
+    sizes = plan.sizes
+    yield picture(sizes)
     yield ""
-    yield from _model(plan)
-    yield from _layout(plan)
+    yield from model_lines(sizes)
+    yield _full_context(plan)
+    yield from cost_lines(sizes)
+    yield from _length(plan)
+    yield from layout_lines(sizes)
+    stages = plan.run.parallel.pipeline_model_parallel_size
+    if stages > 1:
+        idle = (stages - 1) / (sizes.micro_batches + stages - 1)
+        yield f"pipeline idle time    {100 * idle:.1f} % of a step: (PP - 1) / (micro-batches + PP - 1)"
     yield ""
     yield from table(_per_rank(plan))
     yield ACTIVATIONS
 
 
-def _model(plan: Plan) -> Iterator[str]:
-    run, shape, layer_types = plan.run, plan.shape, plan.layer_types
-    compression, context = run.compression, plan.context
-    total, layers = total_parameters(plan.stages, run.parallel), run.model.num_layers
-    yield (
-        f"parameters            {total:,}, keys and values computed in {len(layer_types.kv_layers)} of "
-        f"{layers} layers"
+def _full_context(plan: Plan) -> str:
+    maps = (plan.layer_types, LayerTypes.plain(plan.run.model.num_layers))
+    mine, plain = (
+        cache_bytes(plan.shape, layer_types, window=plan.run.compression.sliding_window, tokens=plan.context)
+        for layer_types in maps
     )
-    window, everything = compression.sliding_window, LayerTypes.plain(layers)
-    plain, mine = kv_bytes_per_token(shape, everything), kv_bytes_per_token(shape, layer_types)
-    yield (
-        f"KV cache              {mine:,} bytes per token in 16 bits, {plain / mine:.2f}x less than a plain "
-        f"model's {plain:,}"
+    return (
+        f"  full context        {size(mine)} for {plan.context:,} tokens, {plain / mine:.2f}x less than "
+        f"{size(plain)}"
     )
-    merging = merging_line(run.compression.policy, kv_bytes=mine, plain_bytes=plain)
-    if merging is not None:
-        yield merging
-    full, plain_full = (
-        cache_bytes(shape, kinds, window=window, tokens=context) for kinds in (layer_types, everything)
-    )
+
+
+def _length(plan: Plan) -> Iterator[str]:
+    train, peak, cost = plan.run.train, plan.run.logging.peak_tflops, plan.sizes.cost
+    tokens = train.train_iters * train.global_batch_size * train.seq_length
     yield (
-        f"  full context        {size(full)} for {context:,} tokens, {plain_full / full:.2f}x less than "
-        f"{size(plain_full)}"
-    )
-    cost = training_cost(shape, compression, recomputed_layers=plan.recomputed_layers)
-    passes = f"{compression.forward_passes} passes without and {compression.backward_passes} with gradient"
-    passes = f" ({passes} over each cyclic group)" if layer_types.any_cyclic else ""
-    yield f"predicted cost        {cost.ratio:.2f}x a plain model's step{passes}"
-    yield (
-        f"FLOPs per token       {cost.model_flops:.3e} by the method, {cost.hardware_flops:.3e} with "
-        "recomputation"
-    )
-    tokens = run.train.train_iters * run.train.global_batch_size * run.train.seq_length
-    yield (
-        f"length                {run.train.train_iters:,} steps, {tokens:,} tokens, "
+        f"length                {train.train_iters:,} steps, {tokens:,} tokens, "
         f"{cost.model_flops * tokens:.2e} FLOPs"
     )
-    peak = run.logging.peak_tflops
     if peak is not None:
         seconds = cost.hardware_flops * tokens / (plan.world_size * peak * 1e12 * plan.utilisation)
         time = f"{seconds / 86400:,.1f} days" if seconds >= 86400 else f"{seconds / 3600:,.1f} hours"
@@ -158,29 +135,10 @@ def _model(plan: Plan) -> Iterator[str]:
         )
 
 
-def _layout(plan: Plan) -> Iterator[str]:
-    parallel, train = plan.run.parallel, plan.run.train
-    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    sequence = " + SP" if parallel.sequence_parallel else ""
-    yield (
-        f"layout                {plan.world_size} processes: TP {tensor}{sequence}, PP {stages}, DP "
-        f"{plan.data_parallel_size}"
-    )
-    yield (
-        f"global batch          {train.global_batch_size:,} sequences = {plan.data_parallel_size} replicas x "
-        f"{plan.micro_batches} "
-        f"micro-batches x {train.micro_batch_size}; {train.global_batch_size * train.seq_length:,} tokens "
-        "per step"
-    )
-    if stages > 1:
-        idle = (stages - 1) / (plan.micro_batches + stages - 1)
-        yield f"pipeline idle time    {100 * idle:.1f} % of a step: (PP - 1) / (micro-batches + PP - 1)"
-
-
 def _per_rank(plan: Plan) -> Iterator[tuple[str, ...]]:
     """Rows of the table of stages: what lies in the memory of each of their ranks."""
-    run, stages = plan.run, plan.stages
-    optimizer_ranks = plan.data_parallel_size if run.parallel.use_distributed_optimizer else 1
+    run, stages, sizes = plan.run, plan.stages, plan.sizes
+    optimizer_ranks = sizes.data_parallel_size if run.parallel.use_distributed_optimizer else 1
     yield (
         "stage",
         "layers",
@@ -194,9 +152,9 @@ def _per_rank(plan: Plan) -> Iterator[tuple[str, ...]]:
     for number, stage in enumerate(stages):
         state = state_bytes(stage.per_rank, run.train.precision, optimizer_ranks=optimizer_ranks)
         activations = "not predicted"
-        if plan.recomputed_layers == run.model.num_layers:
+        if recomputed_layers(run) == run.model.num_layers:
             kept = kept_by_full_recompute(run.compression, run.model.num_layers, stage.layers)
-            in_flight = min(len(stages) - number, plan.micro_batches)
+            in_flight = min(len(stages) - number, sizes.micro_batches)
             activations = size(in_flight * kept_bytes(kept, run.model, run.parallel, run.train))
         yield (
             str(number),
@@ -213,14 +171,11 @@ def _sent(plan: Plan, boundary: int) -> str:
     model, parallel, train = plan.run.model, plan.run.parallel, plan.run.train
     if boundary == model.num_layers:
         return "-"
-    from megatron_ext.parallel.pipeline_payload import (  # loads torch: only pipelines wait
-        PipelinePayload,
-        crossing_sources,
-    )
+    from megatron_ext.parallel.pipeline_payload import PipelinePayload  # loads torch: only pipelines wait
 
     ranks = parallel.tensor_model_parallel_size
     payload = PipelinePayload(
-        sources=crossing_sources(plan.layer_types, boundary),
+        sources=crossing_sources(plan.run.compression.plan(model.num_layers), boundary),
         hidden_size=model.hidden_size,
         sequence_shards=ranks if parallel.sequence_parallel else 1,
         kv_heads=max(1, model.query_groups // ranks),

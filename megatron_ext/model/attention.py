@@ -41,8 +41,7 @@ class CoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         layer, compression = config.layer_types[layer_number - 1], config.compression
-        self.exclude_self = layer.cyclic or compression.force_nodiag
-        self.window = compression.sliding_window if layer.sliding else None
+        self.sight = compression.sight(layer)
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
         self.biased = build_policy(compression.policy).biases_keys
 
@@ -51,7 +50,7 @@ class CoreAttention(MegatronModule):
         backend = choose(
             self.config.attention_kernel, device=query.device, dtype=query.dtype, head_dim=query.shape[-1]
         )
-        visibility = Visibility(self.exclude_self, self.window, documents)
+        visibility = Visibility(*self.sight, documents)
         attend = partial(
             backend.attend,
             *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),

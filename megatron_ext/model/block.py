@@ -1,6 +1,6 @@
-"""The stack of layers of one pipeline stage, run by the iteration plan of its sharing map.
+"""The stack of layers of one pipeline stage, run by its piece of the plan of the sharing map.
 
-The plan itself is run by `lckv.sharing.execution`.
+The plan is a list of steps (`lckv.sharing.plan`); `lckv.sharing.execution` runs it.
 """
 
 from contextlib import nullcontext
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from lckv.policies.base import KeyValue, Statistics, TokenContext
 from lckv.policies.build import build_policy
-from lckv.sharing.execution import PlanRunner, run_groups
-from lckv.sharing.plan import LayerGroup, layer_groups
+from lckv.sharing.execution import State, run_steps
+from lckv.sharing.plan import Step, crossing_sources, cut
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.layer import LayerOutput, SharedKVLayer
 from megatron_ext.model.merging import MergeRates, PolicyReport
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
-from megatron_ext.parallel.pipeline_payload import PipelinePayload, crossing_sources
+from megatron_ext.parallel.pipeline_payload import PipelinePayload
 
 KeyValues = dict[int, KeyValue]
 """Keys and values by the layer that computed them."""
@@ -52,37 +52,30 @@ class SharedKVBlock(TransformerBlock):
         self.layer_types = config.layer_types
         self.first_layer = self.layers[0].layer_number - 1
         self.end_layer = self.first_layer + len(self.layers)
-        self.groups = self._groups_of_stage()
-        compression = config.compression
-        self.runner = PlanRunner[KeyValue](
-            self.layer_types, compression.forward_passes, compression.backward_passes
-        )
+        self.plan = config.compression.plan(len(self.layer_types))
+        self.steps = self._steps_of_stage()
         self.merge_rates = MergeRates(config, build_policy(config.compression.policy), self.pg_collection.tp)
         self.payload_in = self._payload(self.first_layer)
         self.payload_out = self._payload(self.end_layer)
         everything = len(self.layers) if recompute_num_layers is None else recompute_num_layers
         self.recomputed_layers = everything if config.recompute_granularity == "full" else 0
 
-    def _groups_of_stage(self) -> tuple[LayerGroup, ...]:
-        groups = []
-        for group in layer_groups(self.layer_types):
-            start, stop = max(group.start, self.first_layer), min(group.stop, self.end_layer)
-            if start >= stop:
-                continue
-            if group.iterated and (start, stop) != (group.start, group.stop):
+    def _steps_of_stage(self) -> tuple[Step, ...]:
+        steps = cut(self.plan, range(self.first_layer, self.end_layer))
+        for step in steps:
+            if step.group.iterated and not (step.begins and step.ends):
                 raise ConfigError(
-                    f"compression.layer_types {self.layer_types} iterates layers {group.start} to "
-                    f"{group.stop - 1} together, but "
+                    f"compression.layer_types {self.layer_types} iterates layers {step.group.start} to "
+                    f"{step.group.stop - 1} together, but "
                     f"parallel.pipeline_model_parallel_size {self.config.pipeline_model_parallel_size} "
                     "splits them over stages."
                 )
-            groups.append(LayerGroup(start, stop, group.iterated))
-        return tuple(groups)
+        return steps
 
     def _payload(self, boundary: int) -> PipelinePayload:
         ranks = self.pg_collection.tp.size()
         return PipelinePayload(
-            sources=crossing_sources(self.layer_types, boundary),
+            sources=crossing_sources(self.plan, boundary),
             hidden_size=self.config.hidden_size,
             sequence_shards=ranks if self.config.sequence_parallel else 1,
             kv_heads=max(1, self.config.num_query_groups // ranks),
@@ -121,14 +114,13 @@ class SharedKVBlock(TransformerBlock):
         )
         with forked:
             layers = _StageLayers(self, contexts, statistics)
-            hidden_states, available, _ = run_groups(
-                self.runner, self.groups, layers, hidden_states, available
-            )
+            state = run_steps(self.steps, layers, State(hidden_states, available))
+        hidden_states = state.hidden_states
         rate_sum = self.merge_rates.add(rate_sum, statistics)
         if self.final_layernorm is not None:
             hidden_states = self.final_layernorm(hidden_states)
         if not self.post_process:
-            hidden_states = self.payload_out.pack(hidden_states, available, rate_sum)
+            hidden_states = self.payload_out.pack(hidden_states, state.available, rate_sum)
         merged = {layer: reported.merge_rate.detach() for layer, reported in statistics.items()}
         return hidden_states, PolicyReport(merged, rate_sum)
 

@@ -1,23 +1,23 @@
 """What a training run keeps in a rank's memory, predicted without building the model. Neither torch nor
 Megatron is loaded.
 
-State, in bytes per parameter of the rank (DP data-parallel ranks share the optimizer's where it is distributed):
-    bf16: weights 2, gradients 4, optimizer 12 (float32 weights and two moments)      fp32: weights 4, gradients 4, optimizer 8
+State, in bytes per parameter of the rank (data-parallel ranks share the optimizer's where it is distributed):
+    bf16: weights 2, gradients 4, optimizer 12 (float32 weights and two moments)
+    fp32: weights 4, gradients 4, optimizer 8
 
 Activations that full recompute keeps for backward, for one micro-batch of b rows of s tokens:
     inputs x s b h / T   +   shared x 2 s b g d
-with h hidden size, g KV heads of the rank, d channels of a head, T tensor-parallel ranks with sequence parallelism, else 1.
-`inputs` is the number of layers, where a layer counts once for every pass with gradient; `shared` the number of distinct keys and
-values that some layer reads from another: each is stored once, however many layers read it. Not counted: what the embedding, the
-final norm and the loss keep, the logits, and the working memory of the one layer that is being computed.
+with h hidden size, g KV heads of the rank, d channels of a head, T tensor-parallel ranks with sequence
+parallelism, else 1. `inputs` is the number of layers, where a layer counts once for every pass with gradient.
+`shared` is the number of distinct keys and values that some layer reads from another: each is stored once,
+however many layers read it. Not counted: what the embedding, the final norm and the loss keep, the logits, and
+the working memory of the one layer that is being computed.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lckv.config import CompressionConfig
-from lckv.sharing.layer_types import LayerType, LayerTypes
-from lckv.sharing.plan import LayerGroup, layer_groups
+from lckv.sharing.plan import Origin, Part
 from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
 
 BYTES = {"bf16": 2, "fp32": 4}
@@ -63,36 +63,19 @@ class Kept:
 def kept_by_full_recompute(compression: CompressionConfig, num_layers: int, layers: range) -> Kept:
     """For the pipeline stage with `layers`. At least one pass without gradient (m >= 1) is assumed of cyclic
     groups."""
-    layer_types = compression.map(num_layers)
-    first, last = compression.forward_passes, compression.forward_passes + compression.backward_passes - 1
-    inputs, read = 0, set()
-    for group in layer_groups(layer_types):
-        for number in range(first if group.iterated else last, last + 1):
-            for layer in _run_by_pass(layer_types, group, kept=number == last):
-                if layer.index in layers:
-                    read.add((layer.source, _pass_read(layer, group, number, last)))
-            inputs += sum(index in layers for index in range(group.start, group.stop))
+    steps = [step for step in compression.plan(num_layers) if step.requires_grad]
+    runs = [run for step in steps for run in step.runs if run.index in layers]
+    read = {run.reads for run in runs if run.part is Part.WHOLE and run.reads}
     # What arrives from the previous stage is one tensor, kept whole: also what only later stages read.
-    arriving = {
-        (layer.source, last) for layer in layer_types.layers[layers.start :] if layer.source < layers.start
+    read |= {
+        run.reads
+        for step in steps
+        if step.update
+        for run in step.runs
+        if run.index >= layers.start and run.reads and run.reads.source < layers.start
     }
-    return Kept(inputs, len(read | arriving))
-
-
-def _run_by_pass(layer_types: LayerTypes, group: LayerGroup, *, kept: bool) -> Iterator[LayerType]:
-    """Layers whose attention reads another layer in a pass; the passes before the kept one stop below the
-    group's top."""
-    for layer in layer_types.layers[group.start : group.stop if kept else group.stop - 1]:
-        if layer.source != layer.index:
-            yield layer
-
-
-def _pass_read(layer: LayerType, group: LayerGroup, number: int, last: int) -> int:
-    """From which pass come the keys and values that `layer` reads in pass `number`; below the group only the
-    last pass's survive."""
-    if layer.source < group.start:
-        return last
-    return number - 1 if layer.cyclic else number
+    shared = {(reads.source, reads.number) for reads in read if reads.origin is not Origin.OWN}
+    return Kept(len(runs), len(shared))
 
 
 def kept_bytes(kept: Kept, model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> int:

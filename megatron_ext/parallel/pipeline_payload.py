@@ -5,23 +5,17 @@ Megatron's schedules differentiate through the first tensor of a stage's output 
 one flat tensor.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lckv.policies.base import KeyValue
-from lckv.sharing.layer_types import LayerTypes
 
 Shape = tuple[int, ...]
 _PIECES = 3
 """Numbers of the payload's dtype that carry one float32 number: three bfloat16 have more digits than it."""
-
-
-def crossing_sources(layer_types: LayerTypes, boundary: int) -> tuple[int, ...]:
-    """Layers below `boundary` whose keys and values a layer at or above it reads, ascending."""
-    layers = layer_types.layers[boundary:]
-    return tuple(sorted({layer.source for layer in layers if layer.source < boundary}))
 
 
 @dataclass(frozen=True)
@@ -66,7 +60,7 @@ class PipelinePayload:
         return [torch.Size(hidden).numel(), *key_values, _PIECES * micro_batch_size * self.merge_columns]
 
     def pack(
-        self, hidden_states: Tensor, key_values: dict[int, KeyValue], merge_rates: Tensor | None = None
+        self, hidden_states: Tensor, key_values: Mapping[int, KeyValue], merge_rates: Tensor | None = None
     ) -> Tensor:
         """Hidden states [s / shards, b, hidden], the crossing keys and values [s, b, heads, D] and the sum of
         merge rates float32 [b, columns] as one tensor."""

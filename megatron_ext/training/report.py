@@ -15,11 +15,12 @@ from lckv.policies.dmc.policy import DMCPolicy
 from megatron_ext.command_line import config_to_dict
 from megatron_ext.config import RunConfig
 from megatron_ext.parallel.process_groups import device_of_rank
+from megatron_ext.summary.sizes import RunSizes
 from megatron_ext.training.merging import Merging
 from megatron_ext.training.metrics import MetricsWriter, Value
 from megatron_ext.training.progress import Progress
 from megatron_ext.training.step import Evaluation, StepResult
-from megatron_ext.training.summary import cost_of, describe
+from megatron_ext.training.summary import describe
 from megatron_ext.training.throughput import Throughput, memory_in_use, peak_tflops
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,8 @@ def open_report(
 ) -> Iterator[Report]:
     """The reports of a run that goes on from `start_iteration`, beginning with its summary."""
     device, world_size = device_of_rank(), dist.get_world_size()
-    cost = cost_of(run, shape)
+    sizes = RunSizes(run, shape, world_size, parameters)
+    cost = sizes.cost
     peak = run.logging.peak_tflops
     if peak is None and device.type == "cuda":
         peak = peak_tflops(torch.cuda.get_device_name(device), run.train.precision)
@@ -113,7 +115,7 @@ def open_report(
     if dist.get_rank() != 0:
         yield Report(run, throughput, None, None)
         return
-    logger.info("\n%s", describe(run, shape, parameters=parameters, device=device, world_size=world_size))
+    logger.info("\n%s", "\n".join(describe(sizes, device)))
     with MetricsWriter(
         run.logging, resumed_iteration=start_iteration, settings=config_to_dict(run)
     ) as writer:

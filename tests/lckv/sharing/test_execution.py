@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lckv.sharing.execution import PlanRunner, run_groups, source_of
+from lckv.sharing.execution import State, run_steps, source_of
 from lckv.sharing.layer_types import LayerTypes
-from lckv.sharing.plan import layer_groups
+from lckv.sharing.plan import LayerRun, Origin, Part, Read, iteration_plan
 
 
 class Recorder:
@@ -38,20 +38,22 @@ class Recorder:
 def run(text: str, m: int, b: int, converged=None):
     layer_types = LayerTypes.parse(text, text.count("_") + 1)
     layers = Recorder(layer_types)
-    runner = PlanRunner(layer_types, m, b, converged)
-    return run_groups(runner, layer_groups(layer_types), layers, torch.ones(1), {}), layers.calls
+    steps = iteration_plan(layer_types, m, b)
+    return run_steps(steps, layers, State(torch.ones(1), {}), converged), layers.calls
 
 
 def test_a_missing_source_is_an_error() -> None:
     with pytest.raises(
         ValueError, match=r"layer 1 reads the keys and values of layer 0, but this pass has those of \[2\]"
     ):
-        source_of(LayerTypes.parse("0_0_2", 3), 1, {2: None}, None)
+        source_of(LayerRun(1, Part.WHOLE, Read(Origin.BELOW, 0, 0), False, False, ()), {2: None}, None)
     with pytest.raises(
         ValueError,
         match=r"layer 1 reads the keys and values of layer 4, but the previous pass has those of \[\]",
     ):
-        source_of(LayerTypes.parse("0_4_4_4_4_5", 6), 1, {4: None}, None)
+        source_of(
+            LayerRun(1, Part.WHOLE, Read(Origin.PREVIOUS_PASS, 4, 0), False, False, ()), {4: None}, None
+        )
 
 
 def test_passes_before_the_last_stop_at_the_keys_and_values() -> None:

@@ -8,10 +8,9 @@ from hypothesis import strategies as st
 
 from lckv.config import CompressionConfig
 from lckv.policies.base import KeyValue
-from lckv.sharing.layer_types import LayerTypes
 from megatron_ext.config import ParallelConfig
 from megatron_ext.errors import ConfigError
-from megatron_ext.parallel.pipeline_payload import PipelinePayload, crossing_sources
+from megatron_ext.parallel.pipeline_payload import PipelinePayload
 from tests.megatron_ext.model.stages import MAPS, draw_tokens, make_stage, positions_of
 from tests.ranks import run_on_ranks
 
@@ -170,12 +169,6 @@ class TestPayload:
         assert found.keys() == set(sources)
         assert all(torch.equal(found[source].key, key_values[source].key) for source in sources)
         assert all(torch.equal(found[source].value, key_values[source].value) for source in sources)
-
-    def test_what_crosses(self) -> None:
-        layer_types = LayerTypes.parse("0_0_0_3_4_3_0_4", 8)
-        assert [crossing_sources(layer_types, boundary) for boundary in range(9)] == [
-            (), (0,), (0,), (0,), (0, 3), (0, 3, 4), (0, 4), (4,), (),
-        ]  # fmt: skip
 
     def test_a_source_that_was_not_kept_is_an_error(self) -> None:
         payload = PipelinePayload((2,), 6, 1, 2, 4)

@@ -1,0 +1,65 @@
+"""What is said of a run before it starts, in lines of text: by the run itself and by the program that plans
+one. Neither torch nor Megatron is loaded."""
+
+from collections.abc import Iterator
+
+from lckv.sharing.picture import draw, list_steps
+from megatron_ext.model.cost import merging_line
+from megatron_ext.summary.sizes import RunSizes
+
+_INDENT = " " * 22
+
+
+def picture(sizes: RunSizes) -> str:
+    """The sharing map, a line per layer."""
+    return draw(sizes.layer_types, window=sizes.run.compression.sliding_window)
+
+
+def model_lines(sizes: RunSizes) -> Iterator[str]:
+    """Parameters, and KV cache per token."""
+    plain, mine = sizes.plain_kv_bytes, sizes.kv_bytes
+    yield (
+        f"parameters            {sizes.parameters:,}, keys and values computed in "
+        f"{len(sizes.layer_types.kv_layers)} of {sizes.shape.num_layers} layers"
+    )
+    yield (
+        f"KV cache              {mine:,} bytes per token in 16 bits, {plain / mine:.2f}x less than a plain "
+        f"model's {plain:,}"
+    )
+    merging = merging_line(sizes.run.compression.policy, kv_bytes=mine, plain_bytes=plain)
+    if merging is not None:
+        yield merging
+
+
+def cost_lines(sizes: RunSizes) -> Iterator[str]:
+    """Operations of a training step, and the steps of the plan where layers are iterated."""
+    compression, cost, passes = sizes.run.compression, sizes.cost, ""
+    if sizes.layer_types.any_cyclic:
+        passes = (
+            f" ({compression.forward_passes} passes without and {compression.backward_passes} with gradient "
+            "over each cyclic group)"
+        )
+    yield f"predicted cost        {cost.ratio:.2f}x a plain model's step{passes}"
+    if sizes.layer_types.any_cyclic:
+        steps = list_steps(compression.plan(sizes.shape.num_layers))
+        yield from (f"{_INDENT if number else 'steps'.ljust(22)}{step}" for number, step in enumerate(steps))
+    yield (
+        f"FLOPs per token       {cost.model_flops:.3e} by the method, {cost.hardware_flops:.3e} with "
+        "recomputation"
+    )
+
+
+def layout_lines(sizes: RunSizes) -> Iterator[str]:
+    """Processes, and the batch of a step."""
+    parallel, train = sizes.run.parallel, sizes.run.train
+    sequence = " + SP" if parallel.sequence_parallel else ""
+    yield (
+        f"layout                {sizes.world_size} processes: TP "
+        f"{parallel.tensor_model_parallel_size}{sequence}, PP {parallel.pipeline_model_parallel_size}, DP "
+        f"{sizes.data_parallel_size}"
+    )
+    yield (
+        f"global batch          {train.global_batch_size:,} sequences = {sizes.data_parallel_size} replicas "
+        f"x {sizes.micro_batches} micro-batches x {train.micro_batch_size}; "
+        f"{train.global_batch_size * train.seq_length:,} tokens per step"
+    )

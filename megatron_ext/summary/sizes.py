@@ -1,0 +1,65 @@
+"""The sizes of a run, computed from its settings. Neither torch nor Megatron is loaded."""
+
+from dataclasses import dataclass
+
+from lckv.cost import ModelShape, TrainingCost, kv_bytes_per_token, training_cost
+from lckv.sharing.layer_types import LayerTypes
+from megatron_ext.config import RunConfig
+
+
+@dataclass(frozen=True)
+class RunSizes:
+    """A run whose settings fit together, on so many processes."""
+
+    run: RunConfig
+    shape: ModelShape
+    world_size: int
+    parameters: int
+    """Of the whole model."""
+
+    @property
+    def layer_types(self) -> LayerTypes:
+        """The sharing map."""
+        return self.run.compression.map(self.shape.num_layers)
+
+    @property
+    def kv_bytes(self) -> int:
+        """KV cache of one token in 16 bits."""
+        return kv_bytes_per_token(self.shape, self.layer_types)
+
+    @property
+    def plain_kv_bytes(self) -> int:
+        """That of a plain model."""
+        return kv_bytes_per_token(self.shape, LayerTypes.plain(self.shape.num_layers))
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Replicas of the model."""
+        parallel = self.run.parallel
+        replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        return self.world_size // replica
+
+    @property
+    def micro_batches(self) -> int:
+        """Per step and replica."""
+        train = self.run.train
+        return train.global_batch_size // (train.micro_batch_size * self.data_parallel_size)
+
+    @property
+    def cost(self) -> TrainingCost:
+        """Of a training step."""
+        return cost_of(self.run, self.shape)
+
+
+def recomputed_layers(run: RunConfig) -> int:
+    """Layers, over all stages, whose forward runs again in backward."""
+    if run.train.recompute_granularity != "full":
+        return 0
+    stages, layers = run.parallel.pipeline_model_parallel_size, run.model.num_layers
+    return min(layers, stages * (run.train.recompute_num_layers or layers))
+
+
+def cost_of(run: RunConfig, shape: ModelShape) -> TrainingCost:
+    """Predicted FLOPs per token of a training step. Recomputation counts where whole layers are recomputed;
+    that of selective recompute and of a loss in chunks is left out."""
+    return training_cost(shape, run.compression, recomputed_layers=recomputed_layers(run))

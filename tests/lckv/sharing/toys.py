@@ -1,0 +1,47 @@
+"""A tiny model in float64 whose layers read each other's keys and values: what plans are compared on."""
+
+import torch
+from torch import Tensor
+
+from lckv.sharing.layer_types import LayerTypes
+
+ROWS = 3
+
+
+class ToyLayers:
+    """Layers of which every part is an elementwise function, and attention to zeros is exactly 0."""
+
+    def __init__(self, layer_types: LayerTypes, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.layer_types = layer_types
+        weights = torch.randn(3, len(layer_types), dtype=torch.float64, generator=generator)
+        self.weights = weights.requires_grad_()
+        self.inputs = torch.randn(ROWS, dtype=torch.float64, generator=generator).requires_grad_()
+
+    def run(self, index: int, hidden_states: Tensor, source: Tensor | None, *, kept: bool):
+        own = self._own(index, hidden_states)
+        attended = self.attention(index, hidden_states, own if source is None else source)
+        return self.feed_forward(index, hidden_states + attended), own
+
+    def keys_values(self, index: int, hidden_states: Tensor) -> Tensor:
+        return torch.sin(hidden_states * self.weights[0, index])
+
+    def run_without_source(self, index: int, hidden_states: Tensor):
+        return self.feed_forward(index, hidden_states), self._own(index, hidden_states)
+
+    def zeros(self, hidden_states: Tensor) -> Tensor:
+        return torch.zeros_like(hidden_states)
+
+    def attention(self, index: int, hidden_states: Tensor, source: Tensor) -> Tensor:
+        return source * torch.sigmoid(hidden_states * self.weights[1, index])
+
+    def feed_forward(self, index: int, hidden_states: Tensor) -> Tensor:
+        return hidden_states + torch.tanh(hidden_states * self.weights[2, index])
+
+    def gradients(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the sum of `output`, with respect to weights and inputs."""
+        first, second = torch.autograd.grad(output.sum(), (self.weights, self.inputs))
+        return first, second
+
+    def _own(self, index: int, hidden_states: Tensor) -> Tensor | None:
+        return self.keys_values(index, hidden_states) if index in self.layer_types.kv_layers else None

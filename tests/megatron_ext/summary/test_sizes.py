@@ -1,0 +1,46 @@
+"""Sizes of a run that are computed from its settings."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+from lckv.config import CompressionConfig
+from megatron_ext.config import ParallelConfig
+from megatron_ext.model.cost import model_shape
+from megatron_ext.summary.lines import cost_lines
+from megatron_ext.summary.sizes import RunSizes, recomputed_layers
+from tests.megatron_ext.training.runs import tiny_run
+
+
+def test_steps_are_listed_where_layers_are_iterated() -> None:
+    run = replace(tiny_run(), compression=CompressionConfig("0_2_2_3", forward_passes=2, backward_passes=1))
+    shape = model_shape(run.model, vocab_size=128, seq_length=run.train.seq_length)
+    lines = list(cost_lines(RunSizes(run, shape, 1, 0)))
+    assert lines[1:-1] == [
+        "steps                 layer 0, once",
+        (
+            "                      layers 1-2, pass 1 of 3, without gradient, for the next pass: KV of 2; "
+            "layer 1 without attention"
+        ),
+        "                      layers 1-2, pass 2 of 3, without gradient, for the next pass: KV of 2",
+        "                      layers 1-2, pass 3 of 3, with gradient, counts",
+        "                      layer 3, once",
+    ]
+    assert len(list(cost_lines(RunSizes(tiny_run(), shape, 1, 0)))) == 2
+
+
+def test_lines_need_neither_torch_nor_megatron() -> None:
+    script = "import sys, megatron_ext.summary.lines; print(sorted({'torch', 'megatron'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_layers_that_run_again_in_backward() -> None:
+    for granularity, count, stages, expected in [
+        ("none", None, 1, 0),
+        ("full", None, 2, 4),
+        ("full", 1, 2, 2),
+    ]:
+        run = tiny_run(train={"recompute_granularity": granularity, "recompute_num_layers": count})
+        run = replace(run, parallel=ParallelConfig(pipeline_model_parallel_size=stages))
+        assert recomputed_layers(run) == expected
