@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from lckv.attention.key_bias import KeyBias
 from lckv.attention.visibility import Visibility
 
 _BLOCK = 128
@@ -51,7 +52,13 @@ class NewTokens(NamedTuple):
 
 
 def attend(
-    query: Tensor, new: NewTokens, past: Past, visibility: Visibility, *, scale: float, biased: bool = False
+    query: Tensor,
+    new: NewTokens,
+    past: Past,
+    visibility: Visibility,
+    *,
+    scale: float,
+    key_bias: KeyBias | None = None,
 ) -> Tensor:
     """softmax(scale * query key^T) value over the visible keys, 0 for a query that sees none; query [b, h, s,
     d], result the same in the dtype of the values.
@@ -61,7 +68,7 @@ def attend(
     """
     rows, kv_heads, older, _ = past.key.shape
     size = min(_BLOCK, max(1, _MASK // max(1, rows * kv_heads * (older + new.key.shape[2]))))
-    if biased:  # what a key's last channel says is said by the mask
+    if key_bias is not None:  # what a key's last channel says is said by the mask
         query = torch.cat((query[..., :-1], torch.zeros_like(query[..., :1])), -1)
     with torch.autocast(query.device.type, enabled=False):
         key, value = (
@@ -72,7 +79,7 @@ def attend(
         key, value = (tensor.to(dtype).flatten(0, 1)[:, None] for tensor in (key, value))
         heads = query.to(dtype).unflatten(1, (kv_heads, -1)).flatten(0, 1)
         blocks = [
-            _attend_block(part, start, key, value, new, past, visibility, scale, biased)
+            _attend_block(part, start, key, value, new, past, visibility, scale, key_bias)
             for start, part in zip(range(0, query.shape[2], size), heads.split(size, 2), strict=True)
         ]
     return torch.cat(blocks, 2).unflatten(0, (rows, kv_heads)).flatten(1, 2).to(past.value.dtype)
@@ -87,7 +94,7 @@ def _attend_block(
     past: Past,
     visibility: Visibility,
     scale: float,
-    biased: bool,
+    key_bias: KeyBias | None,
 ) -> Tensor:
     """Queries start .. of [b * g, h / g, q, d] on all keys and values [b * g, 1, n + s, d]."""
     queries = torch.arange(start, start + query.shape[2], device=query.device)
@@ -109,7 +116,7 @@ def _attend_block(
         :, None
     ]
     mask = seen
-    if biased:
+    if key_bias is not None:
         bias = pad(_bias(new.key[:, :, :width], queries, behind), (past.key.shape[2], 0)).flatten(0, 1)[
             :, None
         ]

@@ -4,6 +4,7 @@ backend."""
 import torch
 from torch import Tensor
 
+from lckv.attention.key_bias import KeyBias
 from lckv.attention.visibility import Visibility
 
 
@@ -30,7 +31,7 @@ def attend(
     *,
     scale: float,
     dropout: float = 0.0,
-    biased: bool = False,
+    key_bias: KeyBias | None = None,
 ) -> Tensor:
     """softmax(scale * query key^T) value over the visible keys; 0 for a query that sees none.
 
@@ -43,7 +44,7 @@ def attend(
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     seen = visible(query.shape[2], query.shape[0], visibility, query.device)[:, None]
     scores = (query @ key.transpose(-1, -2)).float() * scale
-    if biased:
+    if key_bias is not None:
         behind = int(visibility.exclude_self)
         frontier = query[:, :, behind:, :-1] * key[:, :, : key.shape[2] - behind, :-1]
         scores = scores.diagonal_scatter(frontier.float().sum(-1) * scale, -behind, -2, -1)

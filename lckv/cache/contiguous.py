@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lckv.attention import past
+from lckv.attention.key_bias import KeyBias
 from lckv.attention.visibility import Visibility
 from lckv.policies.base import Extension, KVPolicy
 
@@ -65,13 +66,15 @@ class ContiguousCache:
         visibility: Visibility,
         *,
         scale: float,
-        biased: bool,
+        key_bias: KeyBias | None,
     ) -> Tensor:
         """See `KVCache`."""
         tokens = past.NewTokens(
             new.key.permute(1, 2, 0, 3), new.value.permute(1, 2, 0, 3), counted, new.joins
         )
-        return past.attend(query, tokens, self._layers[layer].past, visibility, scale=scale, biased=biased)
+        return past.attend(
+            query, tokens, self._layers[layer].past, visibility, scale=scale, key_bias=key_bias
+        )
 
     def commit(self, extensions: Mapping[int, Extension], counted: Tensor | None) -> None:
         """See `KVCache`. Raises ValueError unless there is exactly one extension for every layer of the

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lckv.attention import paged, past
 from lckv.attention.pages import Work, list_work
+from lckv.attention.key_bias import KeyBias
 from lckv.attention.visibility import Visibility
 from lckv.cache.contiguous import slots_of
 from lckv.cache.page_tables import Integers
@@ -81,14 +82,14 @@ class PagedRows:
         visibility: Visibility,
         *,
         scale: float,
-        biased: bool,
+        key_bias: KeyBias | None,
     ) -> Tensor:
         """See `KVCache`. One token per row is attended where the slots lie; for more, their pages are copied
         together."""
         self._refresh()
         number = self._memory.number[layer]
         if query.shape[2] == 1:
-            return self._attend_one(number, query[:, :, 0], new, visibility, scale, biased)[:, :, None]
+            return self._attend_one(number, query[:, :, 0], new, visibility, scale, key_bias)[:, :, None]
         key, value = (tensor.permute(1, 2, 0, 3) for tensor in (new.key, new.value))
         widest = int(self._columns.counts[number].max())
         row_bytes = max(1, widest) * self._memory.page_size * key[0, :, 0].numel() * key.element_size()
@@ -103,7 +104,7 @@ class PagedRows:
                 None if new.joins is None else new.joins[rows],
             )
             older = self._gather(number, rows, widest)
-            outputs.append(past.attend(query[rows], fresh, older, visibility, scale=scale, biased=biased))
+            outputs.append(past.attend(query[rows], fresh, older, visibility, scale=scale, key_bias=key_bias))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @torch.no_grad()
@@ -156,7 +157,13 @@ class PagedRows:
         self._work.clear()
 
     def _attend_one(
-        self, number: int, query: Tensor, new: Extension, visibility: Visibility, scale: float, biased: bool
+        self,
+        number: int,
+        query: Tensor,
+        new: Extension,
+        visibility: Visibility,
+        scale: float,
+        key_bias: KeyBias | None,
     ) -> Tensor:
         """`query` and result [b, h, d]."""
         stop, first = self._lengths[number], None
@@ -168,7 +175,7 @@ class PagedRows:
         attended = paged.attend(query, self._memory.pages_of(number), work, first, stop, scale=scale)
         if visibility.exclude_self:
             return attended.output.to(query.dtype)
-        channels = query.shape[-1] - biased
+        channels = query.shape[-1] - (key_bias is not None)
         own_key = new.key[0, :, :, None, :channels].float()
         score = (query.unflatten(1, (stop.shape[1], -1))[..., :channels].float() * own_key).sum(-1).flatten(
             1

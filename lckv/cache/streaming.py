@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lckv.attention import parts
+from lckv.attention.key_bias import KeyBias
 from lckv.attention.visibility import Visibility
 from lckv.policies.base import Extension, KVPolicy
 from lckv.rope import rotate, rotation
@@ -119,7 +120,7 @@ class StreamingCache:
         visibility: Visibility,
         *,
         scale: float,
-        biased: bool,
+        key_bias: KeyBias | None,
     ) -> Tensor:
         """See `KVCache`."""
         kept, tokens = self._layers[layer], query.shape[2]

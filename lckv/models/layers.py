@@ -108,16 +108,16 @@ class LCKVLlamaAttention(nn.Module):
         return (heads if norm is None else norm(heads)).transpose(0, 1)
 
     def _attend(self, query: Tensor, reads: Extension, tokens: Tokens) -> Tensor:
-        scale, biased = self.head_dim**-0.5, self.policy.biases_keys
+        scale, key_bias = self.head_dim**-0.5, self.policy.traits.key_bias
         if tokens.past is not None:
             return tokens.past.attend(
-                self.source, query, reads, tokens.counted, self.visibility, scale=scale, biased=biased
+                self.source, query, reads, tokens.counted, self.visibility, scale=scale, key_bias=key_bias
             )
         visibility = replace(self.visibility, documents=tokens.contexts[self.layer_idx].documents)
         dropout = self.config.attention_dropout if self.training else 0.0
         key, value = (tensor.permute(1, 2, 0, 3) for tensor in (reads.key, reads.value))
         return self._backend(query)(
-            query, key, value, visibility, scale=scale, dropout=dropout, biased=biased
+            query, key, value, visibility, scale=scale, dropout=dropout, key_bias=key_bias
         )
 
     def _backend(self, query: Tensor) -> Attend:
