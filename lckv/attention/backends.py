@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from lckv.attention import flash, reference, sdpa
+from lckv.errors import UnsupportedError
 
 Attend = Callable[..., Tensor]
 """attend(query, key, value, visibility, *, scale, dropout, biased) as in `reference.attend`."""
 
 NAMES = ("sdpa", "flash", "reference")
+_ASKED = "asked for by name"
 
 
 @dataclass(frozen=True)
@@ -43,20 +45,20 @@ def why_not_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> st
 def choose(name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int) -> Choice:
     """The backend `name`, or for "auto" the fastest that serves these tensors.
 
-    Raises ValueError, naming the setting and the obstacle, where an explicitly requested backend cannot
-    serve: there is no fallback.
+    Raises UnsupportedError where an explicitly requested backend cannot serve: there is no fallback.
     """
     obstacle = why_not_flash(device, dtype, head_dim)
-    requested = f"model.attention_backend is {name}"
     if name == "flash" and obstacle is not None:
-        raise ValueError(f"{requested}, but {obstacle}. Set model.attention_backend to auto or sdpa.")
+        raise UnsupportedError(name, obstacle)
     if name == "flash" or (name == "auto" and obstacle is None):
         kernel = importlib.import_module("flash_attn")
-        return Choice("flash", requested, partial(flash.attend, kernel=kernel))
+        return Choice(
+            "flash", "the fastest here" if name == "auto" else _ASKED, partial(flash.attend, kernel=kernel)
+        )
     if name == "sdpa":
-        return Choice("sdpa", requested, sdpa.attend)
+        return Choice("sdpa", _ASKED, sdpa.attend)
     if name == "auto":
-        return Choice("sdpa", f"{requested}: {obstacle}", sdpa.attend)
+        return Choice("sdpa", str(obstacle), sdpa.attend)
     if name == "reference":
-        return Choice("reference", requested, reference.attend)
-    raise ValueError(f"{requested}; the backends are auto, {', '.join(NAMES)}.")
+        return Choice("reference", _ASKED, reference.attend)
+    raise UnsupportedError(name, f"the backends are auto, {', '.join(NAMES)}")

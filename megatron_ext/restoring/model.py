@@ -14,7 +14,7 @@ from megatron_ext.config import ParallelConfig, RunConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.build import build_stage
 from megatron_ext.model.gpt import SharedKVGPTModel
-from megatron_ext.validation.layout import pipeline_problems, tensor_parallel_problems
+from megatron_ext.validation.layout import layout_problems, process_problems
 
 _SETTINGS = "config.json"
 
@@ -53,13 +53,7 @@ def restore(path: Path, parallel: ParallelConfig, *, verify_hashes: bool = True)
     run = config_from_dict(saved)
     parallel = replace(parallel, sequence_parallel=False)
     run = replace(run, parallel=parallel, train=replace(run.train, recompute_granularity="none"))
-    problems = [*tensor_parallel_problems(run.model, parallel, run.train), *pipeline_problems(run)]
-    processes = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    if dist.get_world_size() % processes:
-        problems.append(
-            f"{dist.get_world_size()} processes were started; the layout needs a multiple of {processes}."
-        )
-    if problems:
+    if problems := [*layout_problems(run), *process_problems(parallel, dist.get_world_size())]:
         raise ConfigError("\n".join(problems))
     vocab_size = defining["architecture"]["vocab_size"]
     stage = build_stage(run.model, run.compression, parallel, run.train, vocab_size=vocab_size)

@@ -5,13 +5,14 @@ from collections.abc import Iterator
 
 import torch
 
-from lckv.attention.backends import choose
 from lckv.cost import ModelShape, TrainingCost, kv_bytes_per_token, training_cost
 from lckv.sharing.layer_types import LayerTypes
 from lckv.sharing.picture import draw
 from megatron_ext.config import RunConfig
-from megatron_ext.model.cost import merging_line
+from megatron_ext.model.attention_backend import choose_backend
+from megatron_ext.model.cost import policy_line
 from megatron_ext.model.specs import choose_implementation
+from megatron_ext.precision import precision
 
 
 def recomputed_layers(run: RunConfig) -> int:
@@ -53,9 +54,7 @@ def _lines(
         f"KV cache              {mine:,} bytes per token in 16 bits, {plain / mine:.2f}x less than a plain "
         "model"
     )
-    merging = merging_line(compression.policy, kv_bytes=mine, plain_bytes=plain)
-    if merging is not None:
-        yield merging
+    yield from policy_line(compression.policy, kv_bytes=mine, plain_bytes=plain)
     passes = (
         f"{compression.forward_passes} passes without and {compression.backward_passes} with gradient over "
         "each cyclic group"
@@ -77,8 +76,10 @@ def _lines(
         f"{train.micro_batch_size} x "
         f"{train.seq_length} tokens per step and rank"
     )
-    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-    attention = choose(run.model.attention_backend, device=device, dtype=dtype, head_dim=shape.head_dim)
+    dtype = precision(train.precision).dtype
+    attention = choose_backend(
+        run.model.attention_backend, device=device, dtype=dtype, head_dim=shape.head_dim
+    )
     layers = choose_implementation(run.model.transformer_impl)
     yield f"attention             {attention.name} ({attention.reason})"
     yield f"layers                {layers.name} ({layers.reason})"
