@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
+import yaml
+
 from checkpoints_conversion.compression_options import given_changes
 from checkpoints_conversion.options import build_parser
 from megatron_ext.config import ParallelConfig
@@ -85,14 +87,14 @@ def _run_megatron_to_hf(options: argparse.Namespace) -> None:
     )
 
 
-def _run_published_dmc(options: argparse.Namespace) -> None:
-    from checkpoints_conversion.convert import published_dmc_to_megatron
+def _run_legacy_to_megatron(options: argparse.Namespace) -> None:
+    from checkpoints_conversion.convert import legacy_to_megatron
 
-    published_dmc_to_megatron(
-        options.dmc_path,
+    legacy_to_megatron(
+        options.legacy_path,
         options.megatron_path,
         vocab_size=options.vocab_size,
-        target_compression_ratio=options.target_compression_ratio,
+        given=dict(map(_argument, options.argument)),
         dtype=_dtype(options.dtype),
         tokenizer=options.tokenizer,
         proof=options.verify,
@@ -158,6 +160,14 @@ def _dtype(name: str) -> "torch.dtype | None":
     return None if name == "keep" else dtype_of(name, "--dtype")
 
 
+def _argument(text: str) -> tuple[str, object]:
+    """Name and value of --argument NAME=VALUE; the value is read as YAML."""
+    name, separator, value = text.partition("=")
+    if not name or not separator:
+        raise ConfigError(f"--argument is {text}; it must be NAME=VALUE.")
+    return name, yaml.safe_load(value)
+
+
 def _bytes(text: str) -> int:
     """The number that a size such as 5GB or 200MB means."""
     match = _SIZE.fullmatch(text)
@@ -169,7 +179,7 @@ def _bytes(text: str) -> int:
 _RUN = {
     "hf-to-megatron": _run_hf_to_megatron,
     "megatron-to-hf": _run_megatron_to_hf,
-    "published-dmc-to-megatron": _run_published_dmc,
+    "legacy-to-megatron": _run_legacy_to_megatron,
     "verify": _run_verify,
     "inspect": _run_inspect,
 }

@@ -230,7 +230,8 @@ def _cast(setting: Setting, value: object) -> object:
             raise ValueError("the parser would take it for not given")
         return _parser_of(hint).parse_object({"value": value}, defaults=False)["value"]
     except (argparse.ArgumentError, ValueError, TypeError, yaml.YAMLError):
-        raise ConfigError(f"{setting.key} is {value!r}; it must be {_describe(hint)}.") from None
+        needed = f"{_describe(hint)}{_suggestion(hint, value)}"
+        raise ConfigError(f"{setting.key} is {value!r}; it must be {needed}") from None
 
 
 @cache
@@ -250,6 +251,12 @@ def _texts(value: object) -> tuple[str, ...]:
     ):
         raise ValueError("not a list of texts")
     return tuple(str(entry) for entry in value)
+
+
+def _suggestion(hint: Any, value: object) -> str:
+    names = [str(name) for name in typing.get_args(hint)] if typing.get_origin(hint) is Literal else []
+    near = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
+    return f"; did you mean {near[0]}?" if near else "."
 
 
 def _describe(hint: Any) -> str:

@@ -13,10 +13,9 @@ from lckv.attention import flash, reference, sdpa
 from lckv.errors import UnsupportedError
 
 Attend = Callable[..., Tensor]
-"""attend(query, key, value, visibility, *, scale, dropout, biased) as in `reference.attend`."""
+"""attend(query, key, value, visibility, *, scale, dropout, key_bias) as in `reference.attend`."""
 
 NAMES = ("sdpa", "flash", "reference")
-_ASKED = "asked for by name"
 
 
 @dataclass(frozen=True)
@@ -48,17 +47,16 @@ def choose(name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int
     Raises UnsupportedError where an explicitly requested backend cannot serve: there is no fallback.
     """
     obstacle = why_not_flash(device, dtype, head_dim)
+    requested = f"asked for {name}"
     if name == "flash" and obstacle is not None:
         raise UnsupportedError(name, obstacle)
     if name == "flash" or (name == "auto" and obstacle is None):
         kernel = importlib.import_module("flash_attn")
-        return Choice(
-            "flash", "the fastest here" if name == "auto" else _ASKED, partial(flash.attend, kernel=kernel)
-        )
+        return Choice("flash", requested, partial(flash.attend, kernel=kernel))
     if name == "sdpa":
-        return Choice("sdpa", _ASKED, sdpa.attend)
+        return Choice("sdpa", requested, sdpa.attend)
     if name == "auto":
-        return Choice("sdpa", str(obstacle), sdpa.attend)
+        return Choice("sdpa", f"{requested}: {obstacle}", sdpa.attend)
     if name == "reference":
-        return Choice("reference", _ASKED, reference.attend)
-    raise UnsupportedError(name, f"the backends are auto, {', '.join(NAMES)}")
+        return Choice("reference", requested, reference.attend)
+    raise UnsupportedError(repr(name), f"the backends are auto, {', '.join(NAMES)}")

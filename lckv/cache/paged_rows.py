@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lckv.attention import paged, past
-from lckv.attention.pages import Work, list_work
 from lckv.attention.key_bias import KeyBias
+from lckv.attention.pages import Work, list_work
 from lckv.attention.visibility import Visibility
 from lckv.cache.contiguous import slots_of
 from lckv.cache.page_tables import Integers

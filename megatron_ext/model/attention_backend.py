@@ -1,7 +1,5 @@
 """Which attention backend a run's model.attention_backend means."""
 
-from dataclasses import replace
-
 import torch
 
 from lckv.attention.backends import Choice, choose
@@ -11,11 +9,9 @@ from megatron_ext.errors import ConfigError
 
 def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int) -> Choice:
     """The backend for model.attention_backend `name` and such tensors. Raises ConfigError where it cannot serve."""
-    asked = f"model.attention_backend is {name}"
     try:
-        choice = choose(name, device=device, dtype=dtype, head_dim=head_dim)
+        return choose(name, device=device, dtype=dtype, head_dim=head_dim)
     except UnsupportedError as error:
         raise ConfigError(
-            f"{asked}, but {error.obstacle}. Set model.attention_backend to auto or sdpa."
+            f"model.attention_backend is {name}, but {error.obstacle}. Set model.attention_backend to auto or sdpa."
         ) from error
-    return replace(choice, reason=f"{asked}: {choice.reason}" if name == "auto" else asked)

@@ -16,7 +16,7 @@ from lckv.policies.dmc.config import DMCConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.settings import settings_of
 
-SUBCOMMANDS = ("hf-to-megatron", "megatron-to-hf", "published-dmc-to-megatron", "verify", "inspect")
+SUBCOMMANDS = ("hf-to-megatron", "megatron-to-hf", "legacy-to-megatron", "verify", "inspect")
 
 
 def help_of(*words: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -55,7 +55,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def note(*arguments: Any, **options: Any) -> None:
         found.update(options, arguments=arguments)
 
-    for name in ("hf_to_megatron", "megatron_to_hf", "published_dmc_to_megatron"):
+    for name in ("hf_to_megatron", "megatron_to_hf", "legacy_to_megatron"):
         monkeypatch.setattr(convert, name, note)
     return found
 
@@ -98,13 +98,13 @@ def test_megatron_to_hf(called: dict[str, Any]) -> None:
     }
 
 
-def test_published_dmc(called: dict[str, Any]) -> None:
-    command = (
-        "published-dmc-to-megatron --dmc-path a --megatron-path b --vocab-size 32000 "
-        "--target-compression-ratio 4"
-    )
-    assert program.main(command.split()) == 0
-    assert (called["vocab_size"], called["target_compression_ratio"], called["proof"]) == (32000, 4.0, "auto")
+def test_legacy(called: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
+    command = "legacy-to-megatron --legacy-path a --megatron-path b --vocab-size 32000 --argument"
+    assert program.main([*command.split(), "cr=4", "--argument", "tokenizer_type=null"]) == 0
+    assert (called["vocab_size"], called["proof"]) == (32000, "auto")
+    assert called["given"] == {"cr": 4, "tokenizer_type": None}
+    assert program.main([*command.split(), "cr"]) == 2
+    assert "--argument is cr; it must be NAME=VALUE." in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("size", ["5", "GB", "0GB", "-1GB", "5 TB"])

@@ -167,7 +167,7 @@ def test_nested_sections(tmp_path):
         (["--compression.policy.stage", "retrofit"], f"error: {BELONGS}\n"),
         (
             ["--compression.policy.name", "dcm", "--compression.policy.stage", "retrofit"],
-            "error: compression.policy.name is 'dcm'; it must be one of dense, dmc.\n",
+            "error: compression.policy.name is 'dcm'; it must be one of dense, dmc; did you mean dmc?\n",
         ),
         (
             ["--compression.policy.stge", "x"],
@@ -175,7 +175,7 @@ def test_nested_sections(tmp_path):
         ),
         (
             ["--compression.policy.name=dmc", "--compression.policy.stage", "retro"],
-            "compression.policy.stage is 'retro'; it must be one of zero_out, retrofit, finetune.",
+            "compression.policy.stage is 'retro'; it must be one of zero_out, retrofit, finetune; did you mean retrofit?",
         ),
         (
             ["--data.split", "9,1", "3"],
@@ -334,10 +334,12 @@ def values_of(hint) -> st.SearchStrategy:
 
 def build(section, draw):
     values = {}
-    for name, hint in typing.get_type_hints(section).items():
-        if variants := variants_of(hint):
+    hints = typing.get_type_hints(section)
+    for entry in fields(section):
+        hint = hints[entry.name]
+        if variants := variants_of(entry):
             hint = variants[draw(st.sampled_from(sorted(variants)))]
-        values[name] = build(hint, draw) if is_dataclass(hint) else draw(values_of(hint))
+        values[entry.name] = build(hint, draw) if is_dataclass(hint) else draw(values_of(hint))
     return section(**values)
 
 
