@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,14 +21,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?")
-_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The program; returns its exit status: 0, 1 where models differ that should not, 2 where something
-    cannot be done, 130 where Ctrl-C stopped it."""
-    options = build_parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m checkpoints_conversion") -> int:
+    """The program, called `prog` in its help; returns its exit status: 0, 1 where models differ that should
+    not, 2 where something cannot be done, 130 where Ctrl-C stopped it."""
+    options = build_parser(prog).parse_args(argv)
     set_up_logging()
     try:
         with _sigterm_raises():
@@ -78,7 +74,7 @@ def _run_megatron_to_hf(options: argparse.Namespace) -> None:
         options.hf_path,
         family=options.family,
         dtype=_dtype(options.dtype),
-        max_shard_bytes=_bytes(options.max_shard_size),
+        max_shard_bytes=options.max_shard_size,
         tokenizer=options.tokenizer,
         metrics_file=options.metrics_file,
         proof=options.verify,
@@ -156,14 +152,6 @@ def _dtype(name: str) -> "torch.dtype | None":
     from checkpoints_conversion.description import dtype_of
 
     return None if name == "keep" else dtype_of(name, "--dtype")
-
-
-def _bytes(text: str) -> int:
-    """The number that a size such as 5GB or 200MB means."""
-    match = _SIZE.fullmatch(text)
-    if match is None or float(match[1]) <= 0:
-        raise ConfigError(f"--max-shard-size is {text}; it must be a size such as 5GB or 500MB.")
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 _RUN = {

@@ -1,6 +1,5 @@
 """Whole conversions: open, change, write beside the target, prove, publish."""
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -26,6 +25,7 @@ from checkpoints_conversion.tensors import ConversionError
 from checkpoints_conversion.verify import is_small_enough, prove
 from checkpoints_conversion.writing import write_huggingface
 from lckv.sharing.initialization import Initialization
+from megatron_ext.training.metrics import read_metrics
 
 ProofMode = Literal["auto", "always", "never"]
 """auto: conversions of models that fit into the memory and are not very large end with a proof."""
@@ -220,14 +220,7 @@ def _measured(path: Path | None, training: Mapping[str, Any] | None) -> Measured
     if path is None or training is None or not path.is_file():
         return None
     iteration = training["progress"].get("iteration")
-    found: dict[str, Any] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            report = json.loads(line)
-        except ValueError:  # the line that a crash has cut off
-            continue
-        if report.get("iteration") == iteration and report.get("validation_loss") is not None:
-            found = report
-    if not found:
-        return None
-    return Measured(found.get("validation_compression_ratio"), found["validation_loss"])
+    for report in reversed(read_metrics(path)):
+        if report["iteration"] == iteration and report.get("validation_loss") is not None:
+            return Measured(report.get("validation_compression_ratio"), report["validation_loss"])
+    return None

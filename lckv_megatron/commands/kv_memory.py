@@ -1,16 +1,16 @@
-"""Says what fits into a memory budget for the KV cache: the largest batch, the longest context, next to a
-plain model of the same size.
+"""Says which batch and which context fit into a memory budget for the cache.
 
-    python -m tools.kv_memory --model out/model --memory 16GiB --context 4096 32768 python -m tools.kv_memory
-    --memory 16GiB --config run.yaml --compression.layer_types 0_6_6_6_6_6_6_7 [--section.key VALUE ...]
+    lckv-megatron kv-memory --model out/model --memory 16GiB --context 4096 32768
+    lckv-megatron kv-memory --memory 16GiB --config run.yaml --compression.layer_types 0_6_6_6_6_6_6_7
 
-The cache is the engine's (lckv/cache/paged.py): pages from one pool. For a sequence of n tokens, per KV head of each layer that computes
-keys and values,
-    pages  ceil(n / CR / page size); where only windowed layers read them, at most those in which W - 1 neighbouring tokens can lie
+The numbers stand next to those of a plain model of the same size. The cache is the engine's: pages from one
+pool. For a sequence of n tokens, per KV head of each layer that computes keys and values,
+    pages  ceil(n / CR / page size); where only windowed layers read them, at most those in which W - 1
+           neighbouring tokens can lie
     table  4 bytes for each page that n tokens would fill if none were merged, and 8 for a length
-    state  float32 of the KV policy (DMC: W - 1 tokens of 2 d + 1 numbers)
-with CR = tokens per slot, taken to be the same for all heads, and bytes of a page = 2 x page size x d x bytes of a number. Weights and
-activations are not counted.
+    state  what the KV policy keeps besides
+with CR = tokens per slot, taken to be the same for all heads, and bytes of a page = 2 x page size x d x bytes
+of a number. Weights and activations are not counted.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from pathlib import Path
 
 from lckv.cache.cost import BYTES, CacheModel, largest_batch, longest_context
 from lckv.policies.dmc.config import DMCConfig
-from lckv_megatron.arguments import ProgramParser, memory_size, positive
 from lckv_megatron.tables import size, table
+from megatron_ext.arguments import ProgramParser, memory_size, positive
 from megatron_ext.command_line import parse_run_config
 from megatron_ext.config import RunConfig
 from megatron_ext.console import exit_status, set_up_logging

@@ -1,9 +1,9 @@
-"""Says what a run would be before anything starts: its problems, map, size, cost, cache, layout and memory.
+"""Says what a run would be before anything starts.
 
-    python -m tools.plan --config run.yaml --world-size 64 --section.key value ... [--compare [MAP ...]]
+    lckv-megatron plan --config run.yaml --world-size 64 --section.key value ... [--compare [MAP ...]]
 
-Takes the command line of pretrain_lckv.py. Needs no GPU, no processes and no data. Exit status: 0, or 2 where
-settings cannot work.
+That is its problems, map, size, cost, cache, layout and memory. Takes the command line of pretrain_lckv.py.
+Needs no GPU, no processes and no data. Exit status: 0, or 2 where settings cannot work.
 """
 
 import argparse
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from lckv.cost import ModelShape, kv_bytes_per_token, training_cost
 from lckv.sharing.layer_types import LayerTypes
 from lckv.sharing.picture import draw
-from lckv_megatron.arguments import ProgramParser
 from lckv_megatron.layouts import LAYOUTS, cache_bytes, compare
 from lckv_megatron.tables import size, table
+from megatron_ext.arguments import ProgramParser, positive
 from megatron_ext.command_line import exit_with, parse_run_config
 from megatron_ext.config import RunConfig
 from megatron_ext.errors import ConfigError
@@ -263,12 +263,6 @@ def find_vocab_size(run: RunConfig) -> int:
     return known.size
 
 
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return int(text)
-
-
 def _share(text: str) -> float:
     if not 0 < float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
@@ -283,7 +277,7 @@ def _own_parser() -> argparse.ArgumentParser:
         epilog="All settings: pretrain_lckv.py --help.",
     )
     parser.add_argument(
-        "--world-size", type=_positive, help="processes to pretend (default: one replica, TP x PP)"
+        "--world-size", type=positive, help="processes to pretend (default: one replica, TP x PP)"
     )
     parser.add_argument(
         "--compare",

@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 
 from lckv.generation.prefill import DEFAULT_TOLERANCE
-from lckv_megatron.arguments import memory_size, positive
 from lckv_megatron.scoring.text_windows import read_texts
+from megatron_ext.arguments import memory_size, positive
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError
 from tools.benchmarks.generation.admission import cache_for

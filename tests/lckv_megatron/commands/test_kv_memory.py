@@ -1,7 +1,6 @@
 """Predicted memory of the KV cache is what the allocator needs; questions that make no sense are answered
 with what is wrong."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from lckv.config import CompressionConfig
 from lckv.generation.memory import cache_model, paged_cache
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from lckv.policies.dense.policy import DensePolicy
-from lckv_megatron.arguments import memory_size, positive
 from lckv_megatron.commands.kv_memory import main
 from tests.lckv.models.tiny import CYCLIC, MERGING, PLAIN, SHARED, WINDOWS, model
 from tests.lckv_megatron.model_folders import save_folder
@@ -209,15 +207,3 @@ def test_a_folder_that_is_none(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     assert main(["--memory", "1GiB", "--model", str(tmp_path)]) == 2
     assert "model_type is 'gpt2'" in capfd.readouterr().err
-
-
-def test_texts_of_values() -> None:
-    sizes = ("16GiB", "1.5 gb", "4096", "1KiB", "7B")
-    assert [memory_size(text) for text in sizes] == [2**34, 1_500_000_000, 4096, 1024, 7]
-    assert positive("12") == 12
-    for text in ("16 potatoes", "-1GiB", "0", "", "GiB"):
-        with pytest.raises(argparse.ArgumentTypeError, match="is not a size in memory such as 16GiB"):
-            memory_size(text)
-    for text in ("0", "-1", "1.5", "x", "²"):
-        with pytest.raises(argparse.ArgumentTypeError, match="is not a whole number of at least 1"):
-            positive(text)
