@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,14 +23,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?")
-_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The program; returns its exit status: 0, 1 where models differ that should not, 2 where something
-    cannot be done, 130 where Ctrl-C stopped it."""
-    options = build_parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m checkpoints_conversion") -> int:
+    """The program, called `prog` in its help; returns its exit status: 0, 1 where models differ that should
+    not, 2 where something cannot be done, 130 where Ctrl-C stopped it."""
+    options = build_parser(prog).parse_args(argv)
     set_up_logging()
     try:
         with _sigterm_raises():
@@ -80,7 +76,7 @@ def _run_megatron_to_hf(options: argparse.Namespace) -> None:
         options.hf_path,
         family=options.family,
         dtype=_dtype(options.dtype),
-        max_shard_bytes=_bytes(options.max_shard_size),
+        max_shard_bytes=options.max_shard_size,
         tokenizer=options.tokenizer,
         metrics_file=options.metrics_file,
         proof=options.verify,
@@ -166,14 +162,6 @@ def _argument(text: str) -> tuple[str, object]:
     if not name or not separator:
         raise ConfigError(f"--argument is {text}; it must be NAME=VALUE.")
     return name, yaml.safe_load(value)
-
-
-def _bytes(text: str) -> int:
-    """The number that a size such as 5GB or 200MB means."""
-    match = _SIZE.fullmatch(text)
-    if match is None or float(match[1]) <= 0:
-        raise ConfigError(f"--max-shard-size is {text}; it must be a size such as 5GB or 500MB.")
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 _RUN = {

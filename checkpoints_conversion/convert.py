@@ -220,12 +220,7 @@ def _measured(path: Path | None, training: Mapping[str, Any] | None) -> Measured
     if path is None or training is None or not path.is_file():
         return None
     iteration = training["progress"].get("iteration")
-    evaluations = [
-        report
-        for report in read_metrics(path)
-        if report["iteration"] == iteration and report.get("validation_loss") is not None
-    ]
-    if not evaluations:
-        return None
-    last = evaluations[-1]
-    return Measured(last.get("validation_compression_ratio"), last["validation_loss"])
+    for report in reversed(read_metrics(path)):
+        if report["iteration"] == iteration and report.get("validation_loss") is not None:
+            return Measured(report.get("validation_compression_ratio"), report["validation_loss"])
+    return None

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from checkpoints_conversion.compression_options import add_compression_options
+from megatron_ext.arguments import memory_size
 
 _DESCRIPTION = """Converts models between Hugging Face and Megatron, exactly, and proves it by their logits.
 
-Models are converted tensor by tensor: the memory needed does not grow with the model. The output folder must be new; it gets its name
-when everything in it is whole and proven, so what is stopped leaves nothing behind. SUBCOMMAND --help shows options and examples."""
+Models are converted tensor by tensor: the memory needed does not grow with the model. The output folder must
+be new; it gets its name when everything in it is whole and proven, so what is stopped leaves nothing behind.
+{prog} SUBCOMMAND --help shows options and examples."""
 
 _HF_TO_MEGATRON = """Makes a checkpoint of this project, for every parallel layout, from a Hugging Face model: Llama 2 and 3, Mistral,
 Qwen2, Qwen3, SmolLM, and models that share keys and values (lckv-llama).
@@ -32,7 +34,7 @@ shares or merges as lckv-llama, with the files of its model class beside the wei
   megatron-to-hf --megatron-path runs/mine/checkpoints/iter_0002000 --hf-path out/model --dtype bfloat16 --tokenizer tokenizer.model
 
 In Python:
-  AutoModelForCausalLM.from_pretrained("out/model")                            after `import lckv`, for lckv-llama
+  AutoModelForCausalLM.from_pretrained("out/model")                            after `import lckv.models`, for lckv-llama
   AutoModelForCausalLM.from_pretrained("out/model", trust_remote_code=True)    where this project is not installed"""
 
 _LEGACY_TO_MEGATRON = """Makes a checkpoint of this project from one in Megatron's older layout, mp_rank_XX/model_optim_rng.pt, read
@@ -58,11 +60,11 @@ No weights are read.
 _DTYPES = ("keep", "float32", "bfloat16")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All subcommands; the name of the one given is `command`."""
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    """All subcommands; the name of the one given is `command`. `prog`: how the program was called."""
     parser = argparse.ArgumentParser(
-        prog="python -m checkpoints_conversion",
-        description=_DESCRIPTION,
+        prog=prog,
+        description=_DESCRIPTION.format(prog=prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -115,7 +117,9 @@ def _add_megatron_to_hf(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-shard-size",
+        type=memory_size,
         default="5GB",
+        metavar="SIZE",
         help="largest file of weights, such as 500MB (default: %(default)s)",
     )
     parser.add_argument(

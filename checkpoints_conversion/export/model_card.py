@@ -198,7 +198,7 @@ def _loading(with_code: bool) -> Iterator[str]:
     yield ""
     yield 'folder = "PATH OF THIS FOLDER"'
     if with_code:
-        yield "import lckv  # with the package lckv-megatron installed"
+        yield "import lckv.models  # with the package lckv-megatron installed"
     yield "tokenizer = AutoTokenizer.from_pretrained(folder)"
     yield "model = AutoModelForCausalLM.from_pretrained(folder)"
     if with_code:

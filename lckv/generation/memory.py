@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from lckv.cache.cost import CacheModel
 from lckv.cache.paged import PagedCache
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.policies.build import build_policy
@@ -77,3 +78,17 @@ def longest_sequence(cache: PagedCache, most: int) -> int:
         )
     finally:
         cache.close(sequence)
+
+
+def cache_model(config: LCKVLlamaConfig, dtype: str, page_size: int) -> CacheModel:
+    """Of a model, without merging."""
+    assert config.num_key_value_heads is not None and config.head_dim is not None
+    return CacheModel(
+        num_layers=config.num_hidden_layers,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        compression=config.compression_config(),
+        dtype=dtype,
+        page_size=page_size,
+        compression_ratio=1.0,
+    )

@@ -38,7 +38,7 @@ def test_help_has_examples_that_are_right(name: str, capsys: pytest.CaptureFixtu
     ]
     assert examples
     for example in examples:
-        build_parser().parse_args(shlex.split(example))
+        build_parser("convert").parse_args(shlex.split(example))
 
 
 def test_help_explains_the_settings_of_compression(capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,13 +107,20 @@ def test_legacy(called: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> No
     assert "--argument is cr; it must be NAME=VALUE." in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("size", ["5", "GB", "0GB", "-1GB", "5 TB"])
+@pytest.mark.parametrize(("size", "expected"), [("5", 5), ("200k", 200_000), ("5 TB", 5 * 10**12)])
+def test_sizes(size: str, expected: int, called: dict[str, Any]) -> None:
+    command = ["megatron-to-hf", "--megatron-path", "a", "--hf-path", "b", f"--max-shard-size={size}"]
+    assert program.main(command) == 0
+    assert called["max_shard_bytes"] == expected
+
+
+@pytest.mark.parametrize("size", ["GB", "0GB", "-1GB", "5 potatoes"])
 def test_a_bad_size(size: str, called: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
     command = ["megatron-to-hf", "--megatron-path", "a", "--hf-path", "b", f"--max-shard-size={size}"]
-    expected = 0 if size == "5" else 2
-    assert program.main(command) == expected
-    if expected:
-        assert f"--max-shard-size is {size}; it must be a size such as 5GB" in capfd.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        program.main(command)
+    assert ended.value.code == 2
+    assert f"argument --max-shard-size: {size!r} is not a size in memory" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

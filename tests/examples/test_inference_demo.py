@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from checkpoints_conversion.options import build_parser
+from lckv_megatron.commands import generate, perplexity
 from megatron_ext.command_line import config_to_dict, parse_run_config
 from megatron_ext.validation.run import problems
-from tools import generate, perplexity
 from tools.benchmarks import inference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,7 +77,8 @@ def test_they_differ_in_map_and_policy(commands):
 
 def test_what_is_trained_is_converted_and_measured(commands):
     converted = [
-        build_parser().parse_args(arguments) for arguments in options(commands, "checkpoints_conversion")
+        build_parser("convert").parse_args(arguments)
+        for arguments in options(commands, "checkpoints_conversion")
     ]
     trained = [
         parse_run_config(arguments).checkpoint.save for arguments in options(commands, "pretrain_lckv.py")

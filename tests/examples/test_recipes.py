@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from lckv_megatron.commands.plan import main as plan
 from megatron_ext.command_line import parse_run_config
 from megatron_ext.validation.run import problems
-from tools.plan import main as plan
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"

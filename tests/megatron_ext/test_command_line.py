@@ -295,7 +295,8 @@ def test_help_needs_no_torch():
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
-def test_print_config_can_be_run_again(tmp_path, capsys):
+@pytest.mark.parametrize("option", ["--print-config", "--print_config"])
+def test_print_config_can_be_run_again(option, tmp_path, capsys):
     argv = [
         "--compression.layer_types",
         "0_0_2_2",
@@ -306,7 +307,7 @@ def test_print_config_can_be_run_again(tmp_path, capsys):
     ]
     argv += ["--compression.policy.name", "dmc", "--compression.policy.temperature", "0.2"]
     with pytest.raises(SystemExit) as stop:
-        parse_run_config([*argv, "--print_config"])
+        parse_run_config([*argv, option])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert parse_run_config(["--config", write(tmp_path / "run.yaml", shown)]) == parse_run_config(argv)

@@ -7,8 +7,8 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from checkpoints_conversion.export.tokenizer import kind_of, write_tokenizer
+from lckv_megatron.commands.fetch_wheel import fetch
 from megatron_ext.data.tokenizers import load_tokenizer
-from tools.fetch_wheel import fetch
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = ROOT / "examples" / "smollm2" / "wikitext-2-excerpt.txt"

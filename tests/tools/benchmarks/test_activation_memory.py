@@ -1,10 +1,10 @@
 """The benchmark of activation memory, on a tiny model."""
 
+from lckv_megatron.layouts import LAYOUTS
 from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_ext.parallel.process_groups import initialize
 from tests.ranks import run_on_ranks
 from tools.benchmarks.activation_memory import measure
-from tools.layouts import LAYOUTS
 
 MODEL = ModelConfig(
     hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=48, vocab_size=40

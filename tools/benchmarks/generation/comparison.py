@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from lckv_megatron.tables import size
 from megatron_ext.errors import ConfigError
 from tools.benchmarks.generation.admission import Committed, cache_for, committed, fill, largest_batch
 from tools.benchmarks.generation.measures import Decoding, FirstToken, Prefill
 from tools.benchmarks.generation.models import Subject
 from tools.benchmarks.generation.operations import prefill_flops
 from tools.benchmarks.timing import median_seconds, peak_bytes
-from tools.tables import size
 
 OF_LARGEST_BATCH = ("largest decode step", "tokens per second", "decode memory")
 """Measures that each model is taken at its own largest batch for."""

@@ -18,8 +18,8 @@ from lckv.generation.loading import load_model
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from lckv.policies.dmc.config import DMCConfig
+from lckv_megatron.layouts import LAYOUTS
 from megatron_ext.errors import ConfigError
-from tools.layouts import LAYOUTS
 
 _CALIBRATION_TOKENS = 512
 

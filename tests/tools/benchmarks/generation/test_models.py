@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_ext.errors import ConfigError
-from tests.tools.model_folders import save_folder
+from tests.lckv_megatron.model_folders import save_folder
 from tools.benchmarks.generation.measures import Prefill
 from tools.benchmarks.generation.models import (
     RandomModel,

@@ -1,0 +1,115 @@
+"""Generation without end, in memory that does not grow: attention sinks and a window
+(`lckv/cache/streaming.py`)."""
+
+from collections.abc import Iterator, Sequence
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lckv.cache.streaming import StreamingCache
+from lckv.generation.detokenize import AnswerText
+from lckv.generation.limits import end_tokens
+from lckv.generation.sampling import SamplingParams, sample
+from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
+from lckv.policies.build import build_policy
+from lckv.rope import inverse_frequencies
+
+_PROMPT_TAIL = 8
+"""Tokens of the prompt that the answer's text is decoded behind."""
+
+
+def streaming_cache(model: LCKVLlamaForCausalLM, *, sinks: int, window: int) -> StreamingCache:
+    """For one row of a model. Raises ValueError for models that merge tokens and for more tokens than the
+    model's context."""
+    config, compression = model.config, model.config.compression_config()
+    layer_types = compression.map(config.num_hidden_layers)
+    assert (
+        config.rope_parameters is not None
+        and config.num_key_value_heads is not None
+        and config.head_dim is not None
+    )
+    if sinks + window > config.max_position_embeddings:
+        raise ValueError(
+            f"sinks is {sinks} and window is {window}; together they must be at most the model's "
+            "context, "
+            f"{config.max_position_embeddings} tokens."
+        )
+    base, scaling = config.rope_parameters["rope_theta"], config.rope_scaling_config()
+    return StreamingCache(
+        layer_types.kv_layers,
+        build_policy(compression.policy),
+        compression.windows(config.num_hidden_layers),
+        rows=1,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        dtype=model.dtype,
+        device=model.device,
+        frequencies=inverse_frequencies(config.head_dim, base, scaling, device=model.device),
+        sinks=sinks,
+        window=window,
+    )
+
+
+class Continuation:
+    """A text that goes on, token by token."""
+
+    def __init__(
+        self,
+        model: LCKVLlamaForCausalLM,
+        tokenizer: Any,
+        cache: StreamingCache,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        prefill_chunk: int = 512,
+    ) -> None:
+        """`prompt` of any length goes through the cache `prefill_chunk` tokens at a time when the first text
+        is asked for."""
+        self._model, self._cache, self._params = model, cache, params
+        self._prompt, self._prefill_chunk = prompt, prefill_chunk
+        self._text = AnswerText(tokenizer, params.stop, prompt[-_PROMPT_TAIL:])
+        self._ends = frozenset((*params.stop_token_ids, *(() if params.ignore_eos else end_tokens(model))))
+        self._seen = dict.fromkeys(prompt)  # for the penalty: no more than the vocabulary
+        self.tokens = 0
+        """New ones so far."""
+        self.finish_reason: str | None = None
+        """stop or length, at the end."""
+
+    @torch.inference_mode()
+    def __iter__(self) -> Iterator[str]:
+        """Pieces of the text, as soon as they are certain."""
+        params = self._params
+        generator = Random() if params.seed is None else Random(str(params.seed))
+        logits = self._prefill()
+        while self.finish_reason is None:
+            previous = list(self._seen) if params.repetition_penalty != 1 else []
+            (choice,) = sample(logits, [params], [generator], [previous])
+            self._seen[choice.token] = None
+            self.tokens += 1
+            if choice.token in self._ends:
+                self.finish_reason = "stop"
+                break
+            yield self._text.add(choice.token)
+            if self._text.stopped_by is not None:
+                self.finish_reason = "stop"
+            elif self.tokens >= params.max_new_tokens:
+                self.finish_reason = "length"
+            else:
+                logits = self._forward([choice.token])
+        if self._text.stopped_by is None:
+            yield self._text.flush()
+
+    def _prefill(self) -> Tensor:
+        """[1, V]: logits after the prompt."""
+        for start in range(0, len(self._prompt), self._prefill_chunk):
+            logits = self._forward(self._prompt[start : start + self._prefill_chunk])
+        return logits
+
+    def _forward(self, tokens: Sequence[int]) -> Tensor:
+        model = self._model
+        embedded = model.model.embed_tokens(torch.tensor([tokens], device=model.device))
+        output = model.model.run(embedded, self._cache)
+        assert output.last_hidden_state is not None
+        return model.lm_head(output.last_hidden_state[:, -1])

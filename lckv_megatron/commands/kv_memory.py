@@ -1,0 +1,226 @@
+"""Says which batch and which context fit into a memory budget for the cache.
+
+    lckv-megatron kv-memory --model out/model --memory 16GiB --context 4096 32768
+    lckv-megatron kv-memory --memory 16GiB --config run.yaml --compression.layer_types 0_6_6_6_6_6_6_7
+
+The numbers stand next to those of a plain model of the same size. The cache is the engine's: pages from one
+pool. For a sequence of n tokens, per KV head of each layer that computes keys and values,
+    pages  ceil(n / CR / page size); where only windowed layers read them, at most those in which W - 1
+           neighbouring tokens can lie
+    table  4 bytes for each page that n tokens would fill if none were merged, and 8 for a length
+    state  what the KV policy keeps besides
+with CR = tokens per slot, taken to be the same for all heads, and bytes of a page = 2 x page size x d x bytes
+of a number. Weights and activations are not counted.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from lckv.cache.cost import BYTES, CacheModel, largest_batch, longest_context
+from lckv.policies.dmc.config import DMCConfig
+from lckv_megatron.tables import size, table
+from megatron_ext.arguments import ProgramParser, memory_size, positive
+from megatron_ext.command_line import parse_run_config
+from megatron_ext.config import RunConfig
+from megatron_ext.console import exit_status, set_up_logging
+from megatron_ext.errors import ConfigError
+from megatron_ext.validation.layout import model_problems
+
+
+def model_of_run(run: RunConfig, dtype: str | None, page_size: int) -> CacheModel:
+    """Of a run's configuration; raises ConfigError for sizes that do not fit together."""
+    found = [*model_problems(run.model), *run.compression.problems(run.model.num_layers)]
+    if found:
+        raise ConfigError("\n".join(found))
+    own = {"bf16": "bfloat16", "fp32": "float32"}[run.train.precision]
+    return CacheModel(
+        num_layers=run.model.num_layers,
+        kv_heads=run.model.query_groups,
+        head_dim=run.model.head_dim,
+        compression=run.compression,
+        dtype=dtype or own,
+        page_size=page_size,
+        compression_ratio=1.0,
+    )
+
+
+def model_of_folder(folder: Path, dtype: str | None, page_size: int) -> tuple[CacheModel, int]:
+    """Of a Hugging Face folder, and its longest context in tokens; raises ConfigError where it is none that
+    can be loaded."""
+    from lckv.generation.loading import model_config  # transformers takes seconds: only folders wait
+    from lckv.generation.memory import cache_model
+
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"--model {folder} is not a Hugging Face folder: it has no config.json.")
+    try:
+        config = model_config(folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    own = str(config.dtype).removeprefix("torch.")
+    return cache_model(
+        config, dtype or (own if own in BYTES else "float32"), page_size
+    ), config.max_position_embeddings
+
+
+def with_ratio(model: CacheModel, given: float | None) -> CacheModel:
+    """With the compression ratio that was measured or is asked of training; raises ConfigError where nothing
+    merges."""
+    policy = model.compression.policy
+    merges = isinstance(policy, DMCConfig) and policy.stage != "zero_out"
+    if given is not None and not (merges and 1 <= given < math.inf):
+        raise ConfigError(
+            f"--compression-ratio is {given:g}; it must be at least 1."
+            if merges
+            else f"--compression-ratio is {given:g}, but this model keeps every token: its policy is {policy.name}"
+            f"{' in stage zero_out' if isinstance(policy, DMCConfig) else ''}."
+        )
+    target = policy.target_compression_ratio if isinstance(policy, DMCConfig) and merges else 1.0
+    return replace(model, compression_ratio=target if given is None else given)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of the model and of its plain twin."""
+
+    name: str
+    model: float
+    plain: float
+    show: Callable[[float], str]
+
+    @property
+    def cells(self) -> tuple[str, str, str, str]:
+        """For the table."""
+        less, more = sorted((self.model, self.plain))
+        return (
+            self.name,
+            self.show(self.model),
+            self.show(self.plain),
+            f"{more / less:.2f}x" if less else "",
+        )
+
+
+def rows(model: CacheModel, memory: int, contexts: Sequence[int], batches: Sequence[int]) -> Iterator[Row]:
+    """What is said of a model."""
+    plain = model.plain
+    yield Row("KV bytes per token", model.bytes_per_token, plain.bytes_per_token, "{:,.0f}".format)
+    for tokens in contexts:
+        name = f"sequence of {tokens:,} tokens"
+        yield Row(
+            name, model.sequence_bytes(tokens), plain.sequence_bytes(tokens), lambda number: size(int(number))
+        )
+    for tokens in contexts:
+        mine, theirs = (largest_batch(each, tokens, memory) for each in (model, plain))
+        yield Row(f"largest batch at {tokens:,} tokens", mine, theirs, "{:,}".format)
+    for batch in batches:
+        mine, theirs = (longest_context(each, batch, memory) for each in (model, plain))
+        yield Row(f"longest context of {batch:,} at once", mine, theirs, "{:,}".format)
+
+
+def describe(
+    model: CacheModel, memory: int, contexts: Sequence[int], batches: Sequence[int]
+) -> Iterator[str]:
+    """The answer as text, a line each."""
+    compression, (growing, windowed) = model.compression, model.layers
+    yield (
+        f"keys and values of {growing + windowed} of {model.num_layers} layers, {model.kv_heads} KV heads of "
+        f"{model.head_dim} channels in "
+        f"{model.dtype}; pages of {model.page_size} slots, {size(model.page_bytes)}"
+    )
+    if windowed:
+        yield f"{windowed} of them only for a window of {compression.sliding_window:,} tokens"
+    if model.state_bytes:
+        yield (
+            f"{model.compression_ratio:g} tokens per slot; state of the policy: {size(model.state_bytes)} "
+            "per sequence"
+        )
+    yield ""
+    yield from table(
+        [
+            (f"with {size(memory)}", "this model", "plain model", ""),
+            *(row.cells for row in rows(model, memory, contexts, batches)),
+        ]
+    )
+
+
+def as_json(model: CacheModel, memory: int, contexts: Sequence[int], batches: Sequence[int]) -> str:
+    """The answer for programs: bytes, tokens and sequences."""
+
+    def facts(each: CacheModel) -> dict[str, object]:
+        return {
+            "kv_bytes_per_token": each.bytes_per_token,
+            "state_bytes_per_sequence": each.state_bytes,
+            "sequence_bytes": {tokens: each.sequence_bytes(tokens) for tokens in contexts},
+            "largest_batch": {tokens: largest_batch(each, tokens, memory) for tokens in contexts},
+            "longest_context": {batch: longest_context(each, batch, memory) for batch in batches},
+        }
+
+    settings = {**asdict(model), "page_bytes": model.page_bytes, "memory": memory}
+    return json.dumps({**settings, "model": facts(model), "plain": facts(model.plain)}, indent=2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = ProgramParser(
+        "kv-memory",
+        __doc__,
+        usage=(
+            "%(prog)s --memory SIZE (--model FOLDER | [--config FILE ...] [--section.key VALUE ...]) "
+            "[options]"
+        ),
+        epilog="Settings of a run: pretrain_lckv.py --help.",
+    )
+    parser.add_argument(
+        "--memory", type=memory_size, required=True, help="budget for the cache, such as 16GiB"
+    )
+    parser.add_argument(
+        "--model", type=Path, metavar="FOLDER", help="Hugging Face folder (else: the settings of a run)"
+    )
+    parser.add_argument(
+        "--context", type=positive, nargs="+", help="tokens per sequence (default: the model's longest)"
+    )
+    parser.add_argument(
+        "--batch", type=positive, nargs="+", default=[1], help="sequences at once (default: 1)"
+    )
+    parser.add_argument(
+        "--page-size", type=positive, default=16, help="slots per page (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--compression-ratio",
+        type=float,
+        help="tokens per slot, for instance measured ones (default: asked of training)",
+    )
+    parser.add_argument("--dtype", choices=BYTES, help="of keys and values (default: the model's)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def answer(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Print it; `rest` are the options that describe a run."""
+    if options.model is not None:
+        if rest:
+            raise ConfigError(
+                f"{' '.join(rest)} is given beside --model; a folder says all of the model itself."
+            )
+        model, longest = model_of_folder(options.model, options.dtype, options.page_size)
+    else:
+        run = parse_run_config(rest)
+        model = model_of_run(run, options.dtype, options.page_size)
+        longest = run.model.max_position_embeddings or run.train.seq_length
+    model = with_ratio(model, options.compression_ratio)
+    question = (model, options.memory, options.context or [longest], options.batch)
+    print(as_json(*question) if options.json else "\n".join(describe(*question)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns its exit status."""
+    options, rest = _parser().parse_known_args(argv)
+    set_up_logging()
+    return exit_status(lambda: answer(options, rest))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

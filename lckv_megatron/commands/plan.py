@@ -1,0 +1,336 @@
+"""Says what a run would be before anything starts.
+
+    lckv-megatron plan --config run.yaml --world-size 64 --section.key value ... [--compare [MAP ...]]
+
+That is its problems, map, size, cost, cache, layout and memory. Takes the command line of pretrain_lckv.py.
+Needs no GPU, no processes and no data. Exit status: 0, or 2 where settings cannot work.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from lckv.cost import ModelShape, kv_bytes_per_token, training_cost
+from lckv.sharing.layer_types import LayerTypes
+from lckv.sharing.picture import draw
+from lckv_megatron.layouts import LAYOUTS, cache_bytes, compare
+from lckv_megatron.tables import size, table
+from megatron_ext.arguments import ProgramParser, positive
+from megatron_ext.command_line import exit_with, parse_run_config
+from megatron_ext.config import RunConfig
+from megatron_ext.errors import ConfigError
+from megatron_ext.model.cost import merging_line, model_shape
+from megatron_ext.model.memory import BYTES, kept_by_full_recompute, kept_bytes, state_bytes
+from megatron_ext.model.parameters import (
+    StageParameters,
+    padded_vocab_size,
+    stage_parameters,
+    total_parameters,
+)
+from megatron_ext.validation.layout import (
+    data_parallel_problems,
+    model_problems,
+    pipeline_problems,
+    recompute_problems,
+    tensor_parallel_problems,
+)
+from megatron_ext.validation.rules import at_least
+from megatron_ext.validation.run import problems
+
+ACTIVATIONS = """\
+activations: layer inputs and shared keys and values that full recompute keeps, for all micro-batches in flight (formula:
+megatron_ext/model/memory.py). Not counted: logits, what is kept without recompute, the layer that is being computed."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run whose sizes fit together, on so many pretended processes."""
+
+    run: RunConfig
+    world_size: int
+    vocab_size: int
+    """True vocabulary, in tokens."""
+    utilisation: float
+    """Share of logging.peak_tflops that the run is assumed to reach, recomputation counted as work."""
+
+    @property
+    def shape(self) -> ModelShape:
+        """For lckv.cost."""
+        padded = padded_vocab_size(self.vocab_size, self.run.model, self.run.parallel)
+        return model_shape(self.run.model, vocab_size=padded, seq_length=self.run.train.seq_length)
+
+    @property
+    def layer_types(self) -> LayerTypes:
+        """The sharing map."""
+        return self.run.compression.map(self.run.model.num_layers)
+
+    @property
+    def context(self) -> int:
+        """Tokens of a full context."""
+        return self.run.model.max_position_embeddings or self.run.train.seq_length
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Replicas of the model."""
+        parallel = self.run.parallel
+        return self.world_size // (
+            parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        )
+
+    @property
+    def micro_batches(self) -> int:
+        """Per step and replica."""
+        return self.run.train.global_batch_size // (self.run.train.micro_batch_size * self.data_parallel_size)
+
+    @property
+    def recomputed_layers(self) -> int:
+        """Layers, over all stages, whose forward runs again in backward."""
+        if self.run.train.recompute_granularity != "full":
+            return 0
+        stages, layers = self.run.parallel.pipeline_model_parallel_size, self.run.model.num_layers
+        return min(layers, stages * (self.run.train.recompute_num_layers or layers))
+
+    @property
+    def stages(self) -> tuple[StageParameters, ...]:
+        """Parameters of the pipeline stages."""
+        return stage_parameters(
+            self.run.model, self.layer_types, self.run.parallel, vocab_size=self.vocab_size
+        )
+
+
+def describe(plan: Plan) -> Iterator[str]:
+    """The plan, a line each."""
+    yield draw(plan.layer_types, window=plan.run.compression.sliding_window)
+    yield ""
+    yield from _model(plan)
+    yield from _layout(plan)
+    yield ""
+    yield from table(_per_rank(plan))
+    yield ACTIVATIONS
+
+
+def _model(plan: Plan) -> Iterator[str]:
+    run, shape, layer_types = plan.run, plan.shape, plan.layer_types
+    compression, context = run.compression, plan.context
+    total, layers = total_parameters(plan.stages, run.parallel), run.model.num_layers
+    yield (
+        f"parameters            {total:,}, keys and values computed in {len(layer_types.kv_layers)} of "
+        f"{layers} layers"
+    )
+    window, everything = compression.sliding_window, LayerTypes.plain(layers)
+    plain, mine = kv_bytes_per_token(shape, everything), kv_bytes_per_token(shape, layer_types)
+    yield (
+        f"KV cache              {mine:,} bytes per token in 16 bits, {plain / mine:.2f}x less than a plain "
+        f"model's {plain:,}"
+    )
+    merging = merging_line(run.compression.policy, kv_bytes=mine, plain_bytes=plain)
+    if merging is not None:
+        yield merging
+    full, plain_full = (
+        cache_bytes(shape, kinds, window=window, tokens=context) for kinds in (layer_types, everything)
+    )
+    yield (
+        f"  full context        {size(full)} for {context:,} tokens, {plain_full / full:.2f}x less than "
+        f"{size(plain_full)}"
+    )
+    cost = training_cost(shape, compression, recomputed_layers=plan.recomputed_layers)
+    passes = f"{compression.forward_passes} passes without and {compression.backward_passes} with gradient"
+    passes = f" ({passes} over each cyclic group)" if layer_types.any_cyclic else ""
+    yield f"predicted cost        {cost.ratio:.2f}x a plain model's step{passes}"
+    yield (
+        f"FLOPs per token       {cost.model_flops:.3e} by the method, {cost.hardware_flops:.3e} with "
+        "recomputation"
+    )
+    tokens = run.train.train_iters * run.train.global_batch_size * run.train.seq_length
+    yield (
+        f"length                {run.train.train_iters:,} steps, {tokens:,} tokens, "
+        f"{cost.model_flops * tokens:.2e} FLOPs"
+    )
+    peak = run.logging.peak_tflops
+    if peak is not None:
+        seconds = cost.hardware_flops * tokens / (plan.world_size * peak * 1e12 * plan.utilisation)
+        time = f"{seconds / 86400:,.1f} days" if seconds >= 86400 else f"{seconds / 3600:,.1f} hours"
+        yield (
+            f"time                  {time} if every device does {100 * plan.utilisation:g} % of {peak:g} "
+            "TFLOP/s (assumed, not measured)"
+        )
+
+
+def _layout(plan: Plan) -> Iterator[str]:
+    parallel, train = plan.run.parallel, plan.run.train
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    sequence = " + SP" if parallel.sequence_parallel else ""
+    yield (
+        f"layout                {plan.world_size} processes: TP {tensor}{sequence}, PP {stages}, DP "
+        f"{plan.data_parallel_size}"
+    )
+    yield (
+        f"global batch          {train.global_batch_size:,} sequences = {plan.data_parallel_size} replicas x "
+        f"{plan.micro_batches} "
+        f"micro-batches x {train.micro_batch_size}; {train.global_batch_size * train.seq_length:,} tokens "
+        "per step"
+    )
+    if stages > 1:
+        idle = (stages - 1) / (plan.micro_batches + stages - 1)
+        yield f"pipeline idle time    {100 * idle:.1f} % of a step: (PP - 1) / (micro-batches + PP - 1)"
+
+
+def _per_rank(plan: Plan) -> Iterator[tuple[str, ...]]:
+    """Rows of the table of stages: what lies in the memory of each of their ranks."""
+    run, stages = plan.run, plan.stages
+    optimizer_ranks = plan.data_parallel_size if run.parallel.use_distributed_optimizer else 1
+    yield (
+        "stage",
+        "layers",
+        "parameters",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "sends per micro-batch",
+    )
+    for number, stage in enumerate(stages):
+        state = state_bytes(stage.per_rank, run.train.precision, optimizer_ranks=optimizer_ranks)
+        activations = "not predicted"
+        if plan.recomputed_layers == run.model.num_layers:
+            kept = kept_by_full_recompute(run.compression, run.model.num_layers, stage.layers)
+            in_flight = min(len(stages) - number, plan.micro_batches)
+            activations = size(in_flight * kept_bytes(kept, run.model, run.parallel, run.train))
+        yield (
+            str(number),
+            f"{stage.layers.start}-{stage.layers.stop - 1}",
+            f"{stage.per_rank:,}",
+            *map(size, (state.weights, state.gradients, state.optimizer)),
+            activations,
+            _sent(plan, stage.layers.stop),
+        )
+
+
+def _sent(plan: Plan, boundary: int) -> str:
+    """What each rank below layer `boundary` sends to the next stage."""
+    model, parallel, train = plan.run.model, plan.run.parallel, plan.run.train
+    if boundary == model.num_layers:
+        return "-"
+    from megatron_ext.parallel.pipeline_payload import (  # loads torch: only pipelines wait
+        PipelinePayload,
+        crossing_sources,
+    )
+
+    ranks = parallel.tensor_model_parallel_size
+    payload = PipelinePayload(
+        sources=crossing_sources(plan.layer_types, boundary),
+        hidden_size=model.hidden_size,
+        sequence_shards=ranks if parallel.sequence_parallel else 1,
+        kv_heads=max(1, model.query_groups // ranks),
+        head_dim=model.head_dim,
+    )
+    sent = size(math.prod(payload.shape(train.seq_length, train.micro_batch_size)) * BYTES[train.precision])
+    crossing = ", ".join(map(str, payload.sources))
+    return f"{sent}: hidden states" + (f", KV of {crossing}" if crossing else "")
+
+
+def size_problems(run: RunConfig, world_size: int) -> list[str]:
+    """What keeps the numbers of a plan from being computed; all of it is among `problems` too."""
+    model, parallel, train = run.model, run.parallel, run.train
+    return [
+        *model_problems(model),
+        *run.compression.problems(model.num_layers),
+        *tensor_parallel_problems(model, parallel, train),
+        *pipeline_problems(run),
+        *data_parallel_problems(parallel, train, world_size),
+        *recompute_problems(train, model.num_layers, parallel.pipeline_model_parallel_size),
+        *at_least("train", train, 1, "train_iters", "micro_batch_size", "global_batch_size", "seq_length"),
+        *at_least("train", train, 1, "recompute_num_layers"),
+    ]
+
+
+def find_vocab_size(run: RunConfig) -> int:
+    """From model.vocab_size, the tokenizer or the datasets; raises ConfigError where none of them says."""
+    if run.model.vocab_size is not None:
+        return run.model.vocab_size
+    from megatron_ext.data.checks import (
+        find_vocabulary,
+    )  # loads tokenizers: only runs without model.vocab_size wait
+
+    known = find_vocabulary(run.data)
+    if known is None:
+        raise ConfigError(
+            "the vocabulary is unknown; set model.vocab_size, or data.tokenizer_type and "
+            "data.tokenizer_model."
+        )
+    return known.size
+
+
+def _share(text: str) -> float:
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
+    return float(text)
+
+
+def _own_parser() -> argparse.ArgumentParser:
+    parser = ProgramParser(
+        "plan",
+        __doc__,
+        usage="%(prog)s [--config FILE ...] [--world-size N] [--compare [MAP ...]] [--section.key VALUE ...]",
+        epilog="All settings: pretrain_lckv.py --help.",
+    )
+    parser.add_argument(
+        "--world-size", type=positive, help="processes to pretend (default: one replica, TP x PP)"
+    )
+    parser.add_argument(
+        "--compare",
+        nargs="*",
+        metavar="MAP",
+        help=(
+            "show the model with other maps instead: strings as in compression.layer_types, or names "
+            "(default: all) of "
+        )
+        + ", ".join(layout.name.split()[0] for layout in LAYOUTS),
+    )
+    parser.add_argument(
+        "--utilisation",
+        type=_share,
+        default=0.4,
+        help=(
+            "share of logging.peak_tflops assumed for the time, recomputation counted as work (default: "
+            "%(default)s)"
+        ),
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns its exit status."""
+    options, rest = _own_parser().parse_known_args(argv)
+    run = parse_run_config(rest)
+    parallel = run.parallel
+    replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    world_size = options.world_size or max(1, replica)
+    found, unfit = problems(run, world_size), size_problems(run, world_size)
+    vocab_size = 0
+    if not unfit:
+        try:
+            vocab_size = find_vocab_size(run)
+        except ConfigError as error:
+            found += [problem for problem in str(error).splitlines() if problem not in found]
+    if vocab_size:
+        plan = Plan(run, world_size, vocab_size, options.utilisation)
+        try:
+            print(
+                "\n".join(
+                    describe(plan)
+                    if options.compare is None
+                    else compare(plan.shape, run.compression, plan.context, options.compare)
+                )
+            )
+        except ValueError as error:
+            exit_with(f"--compare: {error}")
+    for number, problem in enumerate(found, 1):
+        print(f"problem {number}: {problem}", file=sys.stderr)
+    return 2 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""Draws the curves of one or several runs from their metrics files.
+
+    lckv-megatron plot RUN [RUN ...] --output curves.png
+
+A run is a metrics file (`logging.metrics_file`) or a directory with metrics.jsonl in it. Runs that are still
+being written can be drawn too.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib import rc_context
+
+from lckv_megatron.pictures.curves import LOOK, METRICS_NAME, X_LABELS, Style, plot, read_runs
+from megatron_ext.arguments import ProgramParser
+from megatron_ext.errors import ConfigError
+
+
+def _smoothing(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = ProgramParser("plot", __doc__)
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help=f"metrics file, or directory with {METRICS_NAME}"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("curves.png"), help="PNG to write (default: %(default)s)"
+    )
+    parser.add_argument("--x", choices=X_LABELS, default="iteration", help="abscissa (default: %(default)s)")
+    parser.add_argument(
+        "--smoothing",
+        type=_smoothing,
+        default=0.0,
+        help="share of the past in each point, in [0, 1) (default: none)",
+    )
+    parser.add_argument(
+        "--start", type=float, default=0, help="abscissa at which curves begin (default: %(default)s)"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns its exit status."""
+    options = _parser().parse_args(argv)
+    try:
+        runs = read_runs(options.runs)
+        with rc_context(LOOK):
+            figure = plot(runs, Style(options.x, options.smoothing, options.start))
+            figure.savefig(options.output, format="png")
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {options.output} cannot be written: {error.strerror}.", file=sys.stderr)
+        return 2
+    print(options.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

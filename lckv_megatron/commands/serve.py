@@ -1,0 +1,122 @@
+"""Serves a model over HTTP, with OpenAI's interface, from one paged cache.
+
+    lckv-megatron serve --model out/model --port 8000
+
+    curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
+        -d '{"model": "model", "prompt": "Once upon a time", "max_tokens": 32}'
+
+Completions and chats are answered, streamed or whole. The name of the model is that of its folder unless
+--served-model-name is given. With LCKV_API_KEY in the environment, clients must send it as a bearer token.
+/health says whether requests are answered, /metrics is for Prometheus. SIGTERM lets running requests end
+(--shutdown-seconds) and then stops.
+"""
+
+import argparse
+import logging
+import os
+import socket
+import sys
+from collections.abc import Sequence
+
+from lckv_megatron.engine_options import add_engine_options, add_model_options, build_engine, load
+from megatron_ext.arguments import ProgramParser, positive
+from megatron_ext.console import exit_status, set_up_logging
+from megatron_ext.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+API_KEY_VARIABLE = "LCKV_API_KEY"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line. Returns the exit status."""
+    options = parser().parse_args(argv)
+    set_up_logging()
+    return exit_status(lambda: serve(options))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    made = ProgramParser("serve", __doc__)
+    add_model_options(made)
+    add_engine_options(made, batch_size=32)
+    group = made.add_argument_group("server")
+    group.add_argument(
+        "--served-model-name", metavar="NAME", help="what clients call it (default: the folder's name)"
+    )
+    group.add_argument(
+        "--host", default="127.0.0.1", help="to listen on; 0.0.0.0: everywhere (default: %(default)s)"
+    )
+    group.add_argument("--port", type=int, default=8000, help="0: any free one (default: %(default)s)")
+    group.add_argument(
+        "--max-waiting", type=positive, default=256, metavar="N", help="more requests get 429 (default: 256)"
+    )
+    group.add_argument(
+        "--max-prompt-tokens", type=positive, metavar="N", help="longest prompt (default: the context)"
+    )
+    group.add_argument(
+        "--max-new-tokens", type=positive, metavar="N", help="longest answer (default: the context)"
+    )
+    group.add_argument(
+        "--shutdown-seconds",
+        type=positive,
+        default=30,
+        metavar="N",
+        help="for running requests (default: 30)",
+    )
+    return made
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Load the model and serve until a signal comes."""
+    try:
+        import uvicorn
+
+        from lckv.serving.app import ServingLimits, create_app
+    except ImportError as error:
+        raise ConfigError(
+            f"serving needs the extra 'serve': pip install 'lckv-megatron[serve]' ({error})"
+        ) from error
+    listening = _listen(options.host, options.port)
+    model, tokenizer = load(options)
+    context = model.config.max_position_embeddings
+    limits = ServingLimits(
+        context=context,
+        max_prompt_tokens=_limit("--max-prompt-tokens", options.max_prompt_tokens, context),
+        max_new_tokens=_limit("--max-new-tokens", options.max_new_tokens, context),
+        shutdown_seconds=options.shutdown_seconds,
+    )
+    engine = build_engine(
+        options, model, tokenizer, max_waiting=options.max_waiting, max_prompt_tokens=limits.max_prompt_tokens
+    )
+    name = options.served_model_name or options.model.resolve().name
+    app = create_app(
+        engine, tokenizer, model=name, limits=limits, api_key=os.environ.get(API_KEY_VARIABLE) or None
+    )
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=options.shutdown_seconds)
+    logger.info("serving %s at http://%s:%d/v1", name, *listening.getsockname()[:2])
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Done before the model is loaded, so that a port in use is said at once; clients are accepted when it
+    is."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listening.close()
+        raise ConfigError(f"--host {host} --port {port}: cannot listen there: {error}") from error
+    return listening
+
+
+def _limit(name: str, given: int | None, context: int) -> int:
+    if given is not None and given > context:
+        raise ConfigError(f"{name} is {given}; it must be at most the model's context, {context} tokens.")
+    return given or context
+
+
+if __name__ == "__main__":
+    sys.exit(main())

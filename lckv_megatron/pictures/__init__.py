@@ -1,0 +1,1 @@
+"""Pictures of runs and of sharing maps, with matplotlib."""

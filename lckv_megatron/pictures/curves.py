@@ -1,0 +1,252 @@
+"""Draws the curves of one or several runs from their metrics files."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from lckv_megatron.pictures.merge_map import draw_merge_map, last_merge_rates
+from megatron_ext.errors import ConfigError
+from megatron_ext.training.metrics import read_metrics
+
+METRICS_NAME = "metrics.jsonl"
+LOOK: dict[Any, Any] = {
+    "axes.axisbelow": True,
+    "axes.formatter.min_exponent": 3,  # logarithmic axes say 0.5 and 20, not powers of ten
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "grid.color": "0.9",
+}
+FEW_POINTS = 20
+"""Curves of fewer points show them; one point is no line."""
+X_LABELS = {"iteration": "iteration", "consumed_tokens": "tokens trained on"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The reports of one run."""
+
+    name: str
+    reports: list[dict[str, Any]]
+
+    def series(self, value: str, x: str, start: float = 0) -> tuple[list[float], list[float]]:
+        """Abscissas from `start` and ordinates of the reports that have `value`; a value that was not finite
+        is nan."""
+        # A validation report need not repeat what the step's report says of the same iteration.
+        places = {report["iteration"]: report[x] for report in self.reports if report.get(x) is not None}
+        points = [
+            (places[report["iteration"]], math.nan if report[value] is None else report[value])
+            for report in self.reports
+            if value in report and places.get(report["iteration"], -math.inf) >= start
+        ]
+        return [place for place, _ in points], [ordinate for _, ordinate in points]
+
+
+@dataclass(frozen=True)
+class Style:
+    """How curves are drawn."""
+
+    x: str
+    """Name of the abscissa in the reports: iteration or consumed_tokens."""
+
+    smoothing: float
+    """Share of the past in each point of a smoothed curve, in [0, 1); 0: none."""
+
+    start: float = 0
+    """Abscissa at which curves begin."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One diagram. It is left out where no run has any of its values."""
+
+    title: str
+    values: tuple[str, ...]
+    draw: Callable[[Axes, Sequence[Run], Style], None]
+    over_time: bool = True
+    """Whether the abscissa is that of the style."""
+
+
+def smooth(ordinates: Sequence[float], smoothing: float) -> list[float]:
+    """Exponential moving average, without the pull towards 0 at its start; nan stays nan and is not averaged
+    in."""
+    average = weight = 0.0
+    smoothed = []
+    for ordinate in ordinates:
+        if not math.isnan(ordinate):
+            average = smoothing * average + (1 - smoothing) * ordinate
+            weight = smoothing * weight + (1 - smoothing)
+        smoothed.append(math.nan if math.isnan(ordinate) else average / weight)
+    return smoothed
+
+
+def draw_curves(axes: Axes, runs: Sequence[Run], style: Style, value: str, **line: Any) -> None:
+    """One curve per run, in the run's colour; where curves are smoothed, the points themselves stay visible
+    behind."""
+    for index, run in enumerate(runs):
+        abscissas, ordinates = run.series(value, style.x, style.start)
+        colour = f"C{index % 10}"
+        if style.smoothing:
+            axes.plot(abscissas, ordinates, color=colour, alpha=0.2, linewidth=1)
+        marker = "." if len(abscissas) < FEW_POINTS else ""
+        look = {"color": colour, "linewidth": 1.5, "marker": marker, **line}
+        axes.plot(abscissas, smooth(ordinates, style.smoothing), **look)
+
+
+def draw_loss(axes: Axes, runs: Sequence[Run], style: Style) -> None:
+    """Training loss as a line, validation loss as rings joined by dashes."""
+    rings: dict[str, Any] = {
+        "linestyle": "--",
+        "linewidth": 1,
+        "marker": "o",
+        "markersize": 5,
+        "markerfacecolor": "white",
+    }
+    draw_curves(axes, runs, style, "lm_loss")
+    draw_curves(axes, runs, replace(style, smoothing=0), "validation_loss", zorder=3, **rings)
+    axes.plot([], [], color="0.3", label="training")
+    if any(run.series("validation_loss", style.x, style.start)[0] for run in runs):
+        axes.plot([], [], color="0.3", label="validation", **rings)
+    axes.legend(frameon=False)
+    axes.set_ylabel("cross-entropy (nats per token)")
+
+
+def draw_learning_rate(axes: Axes, runs: Sequence[Run], style: Style) -> None:
+    """The learning rate as it was used."""
+    draw_curves(axes, runs, replace(style, smoothing=0), "learning_rate", alpha=0.7)
+    axes.set_ylabel("learning rate")
+    axes.set_ylim(bottom=0)
+    axes.ticklabel_format(axis="y", style="scientific", scilimits=(0, 0), useMathText=True)
+
+
+def draw_grad_norm(axes: Axes, runs: Sequence[Run], style: Style) -> None:
+    """The gradient norm before clipping, on a logarithmic scale: spikes are what one looks for."""
+    draw_curves(axes, runs, style, "grad_norm")
+    axes.set_yscale("log")
+    axes.set_ylabel("gradient norm before clipping")
+
+
+def draw_tokens_per_second(axes: Axes, runs: Sequence[Run], style: Style) -> None:
+    """Speed over all devices."""
+    draw_curves(axes, runs, style, "tokens_per_second")
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_ylabel("tokens per second")
+
+
+def draw_compression_ratio(axes: Axes, runs: Sequence[Run], style: Style) -> None:
+    """Tokens per slot in training as a line, what is asked for as dashes, in evaluation as rings."""
+    target: dict[str, Any] = {"linestyle": ":", "marker": ""}
+    rings: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 5, "markerfacecolor": "white"}
+    draw_curves(axes, runs, style, "compression_ratio")
+    draw_curves(axes, runs, replace(style, smoothing=0), "target_compression_ratio", **target)
+    draw_curves(axes, runs, replace(style, smoothing=0), "validation_compression_ratio", zorder=3, **rings)
+    axes.plot([], [], color="0.3", label="training")
+    axes.plot([], [], color="0.3", label="target", **target)
+    axes.plot([], [], color="0.3", label="validation", **rings)
+    axes.legend(frameon=False)
+    axes.set_ylabel("tokens per slot")
+
+
+def merge_maps(runs: Sequence[Run]) -> list[Panel]:
+    """A heat map for each run that merges tokens."""
+
+    def panel(run: Run) -> Panel:
+        rates = last_merge_rates(run.reports)
+        title = f"{run.name}: tokens per slot at the end"
+        return Panel(
+            title,
+            ("compression_ratio",),
+            lambda axes, _runs, _style: draw_merge_map(axes, rates),
+            over_time=False,
+        )
+
+    return [panel(run) for run in runs if last_merge_rates(run.reports)]
+
+
+PANELS = (
+    Panel("Loss", ("lm_loss", "validation_loss"), draw_loss),
+    Panel("Learning rate", ("learning_rate",), draw_learning_rate),
+    Panel("Gradient norm", ("grad_norm",), draw_grad_norm),
+    Panel("Speed", ("tokens_per_second",), draw_tokens_per_second),
+    Panel("Compression", ("compression_ratio",), draw_compression_ratio),
+)
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """The runs at `paths`, named by their directories; raises ConfigError naming the file that cannot be
+    drawn."""
+    files = [path / METRICS_NAME if path.is_dir() else path for path in paths]
+    runs = []
+    for file, name in zip(files, _names(files), strict=True):
+        try:
+            reports = read_metrics(file)
+        except OSError as error:
+            raise ConfigError(
+                f"{file} cannot be read: {error.strerror}; give a metrics file (logging.metrics_file of the "
+                "run) or a "
+                f"directory with {METRICS_NAME} in it."
+            ) from error
+        if not reports:
+            raise ConfigError(
+                f"{file} has no reports yet; the run writes one every logging.log_interval iterations."
+            )
+        runs.append(Run(name, reports))
+    return runs
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """A short name for each file: as many of its last directories as tell it from the others."""
+    parts = [file.resolve().parts[:-1] for file in files]
+    if any(file.name != METRICS_NAME for file in files):
+        parts = [file.resolve().with_suffix("").parts for file in files]
+    longest = max(map(len, parts))
+    for length in range(1, longest + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(set(parts)):
+            break
+    return names
+
+
+def plot(runs: Sequence[Run], style: Style) -> Figure:
+    """All panels that some run has values for; raises ConfigError if there are none."""
+    panels = [panel for panel in PANELS if any(_has(run, panel, style) for run in runs)] + merge_maps(runs)
+    if not panels:
+        wanted = ", ".join(value for panel in PANELS for value in panel.values)
+        raise ConfigError(
+            f"no report from {style.x} {style.start:g} on has one of {wanted}; there is nothing to draw. "
+            "Choose another --x or "
+            "--start."
+        )
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(6.4 * columns, 4.0 * rows + 0.6), dpi=120, layout="constrained")
+    for index, panel in enumerate(panels):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        panel.draw(axes, runs, style)
+        axes.set_title(panel.title)
+        if panel.over_time:
+            _label_abscissa(axes, style)
+    handles = [
+        figure.axes[0].plot([], [], color=f"C{index % 10}", linewidth=3)[0] for index in range(len(runs))
+    ]
+    figure.legend(
+        handles, [run.name for run in runs], loc="outside upper left", ncols=min(4, len(runs)), frameon=False
+    )
+    return figure
+
+
+def _has(run: Run, panel: Panel, style: Style) -> bool:
+    return any(run.series(value, style.x, style.start)[0] for value in panel.values)
+
+
+def _label_abscissa(axes: Axes, style: Style) -> None:
+    axes.set_xlabel(X_LABELS[style.x])
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -1,0 +1,1 @@
+"""How well models predict texts, and answer the questions of a benchmark."""

@@ -1,0 +1,333 @@
+"""The application: answers are the engine's, whole and streamed; what cannot be done is said; nothing
+leaks."""
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from lckv.generation.engine import Engine
+from lckv.generation.sampling import SamplingParams
+from lckv.serving.app import ServingLimits, create_app
+from tests.lckv.serving.served_model import CONTEXT, byte_tokenizer, tiny_model
+
+LIMITS = ServingLimits(
+    context=CONTEXT, max_prompt_tokens=64, max_new_tokens=40, max_body_bytes=4096, max_prompts=4
+)
+PROMPT = "Once upon"
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return make_engine()
+
+
+def make_engine(**options: int) -> Engine:
+    return Engine(
+        tiny_model(), tokenizer=byte_tokenizer(), memory_bytes=2**20, **{"max_batch_size": 4, **options}
+    )
+
+
+def make_app(engine: Engine, limits: ServingLimits = LIMITS, **options: str | None) -> FastAPI:
+    options = {"api_key": None, **options}
+    return create_app(engine, byte_tokenizer(), model="tiny", limits=limits, **options)
+
+
+@pytest.fixture(scope="module")
+def client(engine: Engine) -> Iterator[TestClient]:
+    with TestClient(make_app(engine)) as client:
+        yield client
+        assert wait_for(lambda: engine.stats().pages_in_use == 0)
+
+
+def wait_for(condition, seconds: float = 20.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def greedy(prompt: str, tokens: int = 12) -> str:
+    """The answer of an engine of its own."""
+    ids = byte_tokenizer()(prompt).input_ids
+    completion = make_engine().generate([ids], SamplingParams(temperature=0, max_new_tokens=tokens))[0]
+    return completion.text
+
+
+def ask(client: TestClient, path: str = "completions", **fields) -> httpx.Response:
+    body = {"model": "tiny", "temperature": 0, "max_tokens": 12}
+    body |= {"prompt": PROMPT} if path == "completions" else {"messages": [{"role": "user", "content": "Hi"}]}
+    body |= fields
+    return client.post(f"/v1/{path}", json={name: value for name, value in body.items() if value is not ...})
+
+
+def events(response: httpx.Response) -> list[dict]:
+    """What a stream has sent, without its end."""
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def test_a_completion_is_the_engines(client: TestClient) -> None:
+    answer = ask(client).json()
+    assert answer["object"] == "text_completion" and answer["model"] == "tiny"
+    assert answer["choices"][0]["text"] == greedy(PROMPT)
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"] == {"prompt_tokens": 9, "completion_tokens": 12, "total_tokens": 21}
+
+
+def test_prompts_as_texts_and_as_tokens(client: TestClient) -> None:
+    tokens = byte_tokenizer()(PROMPT).input_ids
+    texts = [choice["text"] for choice in ask(client, prompt=[PROMPT, "x"]).json()["choices"]]
+    assert texts == [greedy(PROMPT), greedy("x")]
+    assert ask(client, prompt=tokens).json()["choices"][0]["text"] == texts[0]
+    assert ask(client, prompt=[tokens, [5]]).json()["choices"][0]["text"] == texts[0]
+
+
+def test_a_stream_has_the_same_text(client: TestClient) -> None:
+    pieces = events(ask(client, stream=True, stream_options={"include_usage": True}))
+    assert "".join(piece["choices"][0]["text"] for piece in pieces[:-1]) == greedy(PROMPT)
+    assert [piece["choices"][0]["finish_reason"] for piece in pieces[:-1]][-1] == "length"
+    assert pieces[-1]["usage"]["completion_tokens"] == 12 and pieces[-1]["choices"] == []
+
+
+def test_several_answers_in_one_stream(client: TestClient) -> None:
+    texts = {0: "", 1: ""}
+    for piece in events(ask(client, prompt=[PROMPT, "x"], stream=True)):
+        texts[piece["choices"][0]["index"]] += piece["choices"][0]["text"]
+    assert texts == {0: greedy(PROMPT), 1: greedy("x")}
+
+
+def test_chat_goes_through_the_template(client: TestClient) -> None:
+    whole = ask(client, "chat/completions").json()
+    assert whole["object"] == "chat.completion"
+    assert whole["choices"][0]["message"]["content"] == greedy("<user>Hi<assistant>")
+    pieces = events(ask(client, "chat/completions", stream=True))
+    assert pieces[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert "".join(piece["choices"][0]["delta"].get("content", "") for piece in pieces) == greedy(
+        "<user>Hi<assistant>"
+    )
+
+
+def test_parts_of_text_are_text(client: TestClient) -> None:
+    content = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+    answer = ask(client, "chat/completions", messages=[{"role": "user", "content": content}]).json()
+    assert answer["choices"][0]["message"]["content"] == greedy("<user>Hi<assistant>")
+
+
+def test_echo_stop_and_logprobs(client: TestClient) -> None:
+    text = greedy(PROMPT)
+    assert ask(client, echo=True).json()["choices"][0]["text"] == PROMPT + text
+    stopped = ask(client, stop=text[4]).json()["choices"][0]
+    assert stopped["text"] == text[: text.index(text[4])] and stopped["finish_reason"] == "stop"
+    logprobs = ask(client, logprobs=2).json()["choices"][0]["logprobs"]
+    assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == 12
+    assert all(
+        max(best.values()) == own
+        for best, own in zip(logprobs["top_logprobs"], logprobs["token_logprobs"], strict=True)
+    )
+    entry = ask(client, "chat/completions", logprobs=True, top_logprobs=2).json()["choices"][0]["logprobs"][
+        "content"
+    ][0]
+    assert entry["logprob"] == entry["top_logprobs"][0]["logprob"] and len(entry["top_logprobs"]) == 2
+
+
+def test_a_seed_gives_the_same_answer_whatever_else_runs(client: TestClient) -> None:
+    alone = ask(client, temperature=1.0, seed=7).json()["choices"][0]["text"]
+    among = ask(client, temperature=1.0, seed=7, prompt=[PROMPT, "a", "b"]).json()["choices"][0]["text"]
+    assert alone == among != ask(client, temperature=1.0, seed=8).json()["choices"][0]["text"]
+
+
+BAD = [
+    ({"prompt": ""}, 400, "the prompt is empty"),
+    ({"prompt": []}, 400, "0 prompts; 1 to 4 are allowed"),
+    ({"prompt": ["a"] * 5}, 400, "5 prompts; 1 to 4 are allowed"),
+    ({"prompt": [300]}, 400, "the model's tokens are 0 to 256"),
+    ({"prompt": "x" * 65}, 400, "prompt: 65 tokens; at most 64 are allowed"),
+    ({"max_tokens": 41}, 400, "max_tokens is 41; at most 40 are allowed"),
+    ({"prompt": "x" * 60, "max_tokens": 40}, 400, "together they may be at most 96"),
+    ({"max_tokens": 0}, 400, "max_new_tokens is 0"),
+    ({"temperature": -1}, 400, "temperature is -1.0; it must be"),
+    ({"top_p": 0}, 400, "top_p is 0.0; it must be above 0"),
+    ({"n": 2}, 400, "n is 2; this server only supports 1"),
+    ({"presence_penalty": 0.5}, 400, "presence_penalty is 0.5; this server only supports 0.0"),
+    ({"stream_options": {"include_usage": True}}, 400, "stream_options is given, but stream is false"),
+    ({"echo": True, "logprobs": 1}, 400, "echo with logprobs is not supported"),
+    ({"prompts": "x"}, 400, "prompts: there is no such field"),
+    ({"prompt": ...}, 400, "prompt: Field required"),
+    ({"temperature": "hot"}, 400, "temperature: Input should be a valid number"),
+    ({"model": "other"}, 404, "model 'other' is not served here; this is 'tiny'"),
+    ({"prompt": "x" * 5000}, 413, "The body may have at most 4096 bytes"),
+]
+
+
+@pytest.mark.parametrize(("fields", "status", "message"), BAD, ids=[case[2] for case in BAD])
+def test_what_cannot_be_done_is_said(client: TestClient, fields: dict, status: int, message: str) -> None:
+    response = ask(client, **fields)
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert message in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"messages": []}, "messages: List should have at least 1 item"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "a part of type 'image_url'; only text",
+        ),
+        ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role: Input should be"),
+        ({"top_logprobs": 2}, "top_logprobs is given, but logprobs is false"),
+        ({"tools": [{"type": "function"}]}, "tools is [{'type': 'function'}]; this server only supports []"),
+    ],
+)
+def test_bad_conversations(client: TestClient, fields: dict, message: str) -> None:
+    response = ask(client, "chat/completions", **fields)
+    assert response.status_code == 400
+    assert message in response.json()["error"]["message"]
+
+
+def test_malformed_bodies_and_unknown_paths(client: TestClient) -> None:
+    response = client.post(
+        "/v1/completions", content=b'{"model": ', headers={"Content-Type": "application/json"}
+    )
+    assert response.status_code == 400 and "The body is not valid JSON" in response.json()["error"]["message"]
+    assert client.post("/v1/completions", content=iter([b"{}"])).status_code == 411
+    assert client.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
+    assert client.get("/v1/completions").status_code == 405
+
+
+def test_a_model_without_chat_template(engine: Engine) -> None:
+    app = create_app(make_engine(), byte_tokenizer(chat=False), model="tiny", limits=LIMITS, api_key=None)
+    with TestClient(app) as client:
+        assert (
+            "no chat template; use /v1/completions"
+            in ask(client, "chat/completions").json()["error"]["message"]
+        )
+
+
+def test_the_key_is_asked_for() -> None:
+    with TestClient(make_app(make_engine(), api_key="secret")) as client:
+        assert ask(client).status_code == 401
+        assert client.get("/v1/models", headers={"Authorization": "Bearer wrong"}).status_code == 401
+        assert client.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+        assert client.get("/health").status_code == 200
+
+
+def test_models_health_and_metrics(client: TestClient) -> None:
+    model = client.get("/v1/models").json()["data"][0]
+    assert (model["id"], model["max_model_len"]) == ("tiny", CONTEXT)
+    assert client.get("/health").json() == {"status": "ok"}
+    ask(client)
+    text = client.get("/metrics").text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(values["lckv_generated_tokens_total"]) >= 12
+    assert float(values["lckv_pages_free"]) > 0
+    assert {"lckv_pages_in_use", "lckv_compression_ratio", "lckv_tokens_per_second"} < set(values)
+    assert float(values['lckv_http_responses_total{path="/v1/completions",status="200"}']) >= 1
+
+
+class Gate:
+    """Holds an engine's steps back until it is opened."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._step, self._open = engine.step, threading.Event()
+        engine.step = self.step  # type: ignore[method-assign]
+
+    def step(self):
+        self._open.wait(30)
+        return self._step()
+
+    def open(self) -> None:
+        self._open.set()
+
+
+async def post(client: httpx.AsyncClient, **fields) -> httpx.Response:
+    return await client.post(
+        "/v1/completions", json={"model": "tiny", "prompt": PROMPT, "temperature": 0, **fields}
+    )
+
+
+def run_app(app: FastAPI, story) -> None:
+    """A story told by an asynchronous client, with the application running."""
+
+    async def main() -> None:
+        async with app.router.lifespan_context(app):
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+                await story(client)
+
+    asyncio.run(main())
+
+
+def test_too_many_requests_are_told_to_come_back() -> None:
+    engine = make_engine(max_waiting=2, max_batch_size=1)
+    gate = Gate(engine)
+
+    async def story(client: httpx.AsyncClient) -> None:
+        tasks = [asyncio.ensure_future(post(client, max_tokens=4)) for _ in range(6)]
+        await asyncio.sleep(0.5)
+        gate.open()
+        statuses = sorted(response.status_code for response in await asyncio.gather(*tasks))
+        assert statuses.count(429) >= 3 and statuses.count(200) >= 2
+        busy = next(response for task in tasks if (response := task.result()).status_code == 429)
+        assert busy.headers["Retry-After"] == "1" and busy.json()["error"]["type"] == "rate_limit_error"
+        assert (await post(client, max_tokens=4)).status_code == 200
+
+    run_app(make_app(engine), story)
+    assert engine.stats().pages_in_use == 0
+
+
+def test_a_failing_request_leaves_the_server_alive() -> None:
+    engine = make_engine()
+    broken = engine.model.lm_head.weight.data[:, :1].clone()
+
+    async def story(client: httpx.AsyncClient) -> None:
+        engine.model.lm_head.weight.data[:, :1] = float("nan")
+        assert (await post(client)).status_code == 500
+        engine.model.lm_head.weight.data[:, :1] = broken
+        assert (await post(client)).status_code == 200
+
+    run_app(make_app(engine), story)
+
+
+def test_a_dead_engine_is_said() -> None:
+    engine = make_engine()
+
+    def die():
+        raise SystemError("gone")
+
+    engine.step = die  # type: ignore[method-assign]
+
+    async def story(client: httpx.AsyncClient) -> None:
+        assert (await post(client)).status_code == 503
+        assert (await post(client)).status_code == 503
+        assert (await client.get("/health")).status_code == 503
+
+    run_app(make_app(engine), story)
+
+
+def test_shutdown_ends_what_still_runs() -> None:
+    engine = make_engine()
+    gate = Gate(engine)
+    app = make_app(engine, replace(LIMITS, shutdown_seconds=20))
+
+    async def story(client: httpx.AsyncClient) -> None:
+        task = asyncio.ensure_future(post(client, max_tokens=40))
+        await asyncio.sleep(0.3)
+        gate.open()
+        task.cancel()
+
+    run_app(app, story)
+    assert engine.stats().pages_in_use == 0 and not engine.has_work

@@ -1,0 +1,311 @@
+"""The plan of a run: its numbers are those of the model that would be built, and everything that cannot work
+is named at once."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lckv.config import CompressionConfig
+from lckv_megatron.commands.plan import Plan, find_vocab_size, main, size_problems
+from megatron_ext.command_line import parse_run_config
+from megatron_ext.config import RunConfig
+from megatron_ext.data import checks
+from megatron_ext.model.build import build_stage
+from megatron_ext.parallel.process_groups import initialize
+from megatron_ext.training.loop import _count_parameters
+from megatron_ext.training.summary import cost_of, recomputed_layers
+from tests.ranks import run_on_ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = [
+    "--model.num_layers",
+    "4",
+    "--model.hidden_size",
+    "32",
+    "--model.vocab_size",
+    "50",
+    "--data.mock",
+    "true",
+]
+TINY += [
+    "--model.num_query_groups",
+    "2",
+    "--train.precision",
+    "fp32",
+    "--train.seq_length",
+    "64",
+    "--train.train_iters",
+    "10",
+]
+PIPELINE = ["--parallel.pipeline_model_parallel_size", "2", "--parallel.tensor_model_parallel_size", "2"]
+PIPELINE += ["--parallel.sequence_parallel", "true"]
+
+
+def planned(capsys, *argv: str) -> list[str]:
+    assert main([*TINY, *argv]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def refused(capsys, *argv: str) -> str:
+    assert main(list(argv)) == 2
+    return capsys.readouterr().err
+
+
+def line(lines: list[str], start: str) -> str:
+    (found,) = [text for text in lines if text.startswith(start)]
+    return found
+
+
+def built(argv: list[str]) -> tuple[int, tuple[int, ...], int]:
+    """Run on every rank: parameters in all, the shape that it sends to the next stage, and parameters
+    held."""
+    run = parse_run_config(argv)
+    initialize(run.parallel, seed=1)
+    stage = build_stage(run.model, run.compression, run.parallel, run.train, vocab_size=50)
+    sent = stage.decoder.payload_out.shape(run.train.seq_length, run.train.micro_batch_size)
+    return _count_parameters(stage), sent, sum(parameter.numel() for parameter in stage.parameters())
+
+
+@pytest.mark.parametrize(
+    ("layer_types", "layout", "ranks"),
+    [("0_1_2_3", [], 1), ("0_2_2_3", [], 1), ("0_0_2_2", PIPELINE, 4), ("0_0_0_0", PIPELINE, 4)],
+)
+def test_numbers_are_those_of_the_model(capsys, layer_types: str, layout: list[str], ranks: int) -> None:
+    argv = [*layout, "--compression.layer_types", layer_types]
+    lines = planned(capsys, *argv)
+    found = run_on_ranks(ranks, built, [*TINY, *argv])
+    assert line(lines, "parameters").split()[1].rstrip(",") == f"{found[0][0]:,}"
+    stages = [text.split() for text in lines if re.match(r"\d+  +\d+-\d+ ", text)]
+    held = [held for _, _, held in found[:: max(1, ranks // len(stages))]]
+    assert [stage[2] for stage in stages] == [f"{number:,}" for number in held]
+    if layout:
+        numbers = 1
+        for length in found[0][1]:
+            numbers *= length
+        assert f"{4 * numbers / 1024:.2f} KiB: hidden states" in " ".join(stages[0])
+        assert ("KV of 0" in " ".join(stages[0])) == (layer_types == "0_0_0_0")
+
+
+def test_a_plan_from_top_to_bottom(capsys) -> None:
+    lines = planned(
+        capsys, "--compression.layer_types", "0s_2_2_3", "--compression.sliding_window", "16", "--world-size", "4",
+        "--logging.peak_tflops", "0.001", "--train.recompute_granularity", "full",
+    )  # fmt: skip
+    assert [text[:16] for text in lines[:4]] == [
+        "layer 3  KV  <- ",
+        "layer 2  KV  <- ",
+        "layer 1      <- ",
+        "layer 0  KV  <- ",
+    ]
+    assert "┐ iterated" in lines[1]
+    assert "window 16" in lines[3]
+    assert line(lines, "KV cache").endswith(
+        "192 bytes per token in 16 bits, 1.33x less than a plain model's 256"
+    )
+    assert line(lines, "  full context").endswith("9.00 KiB for 64 tokens, 1.78x less than 16.00 KiB")
+    assert line(lines, "predicted cost").endswith(
+        "(7 passes without and 2 with gradient over each cyclic group)"
+    )
+    assert line(lines, "length").startswith("length                10 steps, 5,120 tokens, ")
+    assert line(lines, "time").endswith(
+        "hours if every device does 40 % of 0.001 TFLOP/s (assumed, not measured)"
+    )
+    assert line(lines, "layout").endswith("4 processes: TP 1, PP 1, DP 4")
+    assert line(lines, "global batch").endswith(
+        "8 sequences = 4 replicas x 2 micro-batches x 1; 512 tokens per step"
+    )
+    assert "not predicted" not in line(lines, "0  ")
+    assert not any(text.startswith("pipeline") for text in lines)
+
+
+def test_a_pipeline_says_how_long_it_is_idle(capsys) -> None:
+    lines = planned(capsys, *PIPELINE)
+    assert line(lines, "layout").endswith("4 processes: TP 2 + SP, PP 2, DP 1")
+    assert line(lines, "pipeline idle time").endswith("11.1 % of a step: (PP - 1) / (micro-batches + PP - 1)")
+
+
+def test_the_first_stage_keeps_activations_of_all_micro_batches_in_flight(capsys) -> None:
+    def activations(*argv: str) -> list[str]:
+        lines = planned(capsys, *PIPELINE, "--train.recompute_granularity", "full", *argv)
+        return [re.split(r"  +", line(lines, start))[6] for start in ("0  ", "1  ")]
+
+    layer_inputs = 2 * 64 * 32 * 4 // 2  # of the 2 layers of a stage, shared out over 2 ranks
+    assert activations() == [f"{2 * layer_inputs / 1024:.2f} KiB", f"{layer_inputs / 1024:.2f} KiB"]
+    assert activations("--train.global_batch_size", "1") == [f"{layer_inputs / 1024:.2f} KiB"] * 2
+
+
+def test_replicas_share_the_state_of_a_distributed_optimizer(capsys) -> None:
+    def optimizer(*argv: str) -> float:
+        return float(re.split(r"  +", line(planned(capsys, "--world-size", "4", *argv), "0  "))[5].split()[0])
+
+    assert optimizer("--parallel.use_distributed_optimizer", "false") == pytest.approx(
+        4 * optimizer(), rel=1e-3
+    )
+
+
+def test_time_follows_operations_devices_and_utilisation(capsys) -> None:
+    def hours(*argv: str) -> float:
+        return float(
+            line(planned(capsys, "--logging.peak_tflops", "1e-6", *argv), "time").split()[1].replace(",", "")
+        )
+
+    base = hours()
+    assert hours("--utilisation", "0.2") == pytest.approx(2 * base, rel=0.05)
+    assert hours("--world-size", "2") == pytest.approx(base / 2, rel=0.05)
+    assert hours("--train.recompute_granularity", "full") > 1.2 * base
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--train.recompute_granularity", "full"],
+        ["--train.recompute_granularity", "full", "--train.recompute_num_layers", "1", *PIPELINE],
+        ["--compression.layer_types", "0_2_2_3", "--train.recompute_granularity", "full"],
+    ],
+)
+def test_costs_are_those_that_the_run_itself_reports(capsys, argv: list[str]) -> None:
+    run = parse_run_config([*TINY, *argv])
+    plan = Plan(run, 4, 50, 0.4)
+    assert plan.recomputed_layers == recomputed_layers(run)
+    assert f"{cost_of(run, plan.shape).hardware_flops:.3e} with recomputation" in line(
+        planned(capsys, *argv), "FLOPs"
+    )
+
+
+def test_named_layouts_are_compared(capsys) -> None:
+    lines = planned(capsys, "--compare")
+    names = ["plain", "CLA", "YOCO", "LCKV (w=2)", "sandwich-middle"]
+    assert [text for text in lines[1:6] for name in names if text.startswith(name)] == lines[1:6]
+    assert "64 tokens" in lines[0]
+    assert lines[6].startswith("Sliding layers see 1,024 tokens, cyclic groups run 7 + 2 passes.")
+    assert [text.split()[-1] for text in lines[7:]] == [
+        "0_1_2_3",
+        "0_0_2_2",
+        "0s_1s_2_2",
+        "0_2_2_3",
+        "0_1_1_3",
+    ]
+
+
+def test_maps_are_compared_with_the_run_s_own_settings(capsys) -> None:
+    argv = ["--compression.sliding_window", "16", "--compression.layer_types", "0s_1_2_3"]
+    lines = planned(capsys, *argv, "--compare", "yoco", "0_0_0_0", "--compression.forward_passes", "3")
+    assert lines[1].split()[:5] == ["YOCO", "3", "192", "6.00", "KiB"]  # 64 bytes x (16 + 16 + 64 tokens)
+    assert lines[2].split()[:5] == ["map", "2", "1", "64", "4.00"]
+    assert lines[3].startswith("Sliding layers see 16 tokens, cyclic groups run 3 + 2 passes.")
+
+
+def test_what_is_neither_a_map_nor_a_name(capsys) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([*TINY, "--compare", "circle"])
+    assert exit_.value.code == 2
+    assert "error: --compare: compression.layer_types 'circle': entry 0" in capsys.readouterr().err
+
+
+def test_all_problems_are_named_and_the_plan_is_shown_where_sizes_fit(capsys) -> None:
+    assert main([*TINY, "--checkpoint.save_interval", "5", "--optimizer.lr", "-1"]) == 2
+    captured = capsys.readouterr()
+    assert "problem 1: optimizer.lr is -1.0" in captured.err
+    assert "problem 2: checkpoint.save_interval is 5 and checkpoint.save is not set" in captured.err
+    assert "parameters" in captured.out
+
+
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        (["--world-size", "3", *PIPELINE], "3 processes were started"),
+        (["--train.global_batch_size", "7", "--world-size", "2"], "train.global_batch_size is 7"),
+        (["--compression.layer_types", "0_0"], "compression.layer_types '0_0' has 2 entries"),
+        (
+            ["--compression.layer_types", "0_2_2_3", *PIPELINE],
+            "iterates over layers and does not run as a pipeline",
+        ),
+        (
+            ["--train.recompute_num_layers", "9", "--train.recompute_granularity", "full"],
+            "train.recompute_num_layers is 9",
+        ),
+        (["--train.micro_batch_size", "0"], "train.micro_batch_size is 0"),
+        (["--model.num_attention_heads", "0"], "model.num_attention_heads is 0"),
+    ],
+)
+def test_sizes_that_do_not_fit_have_no_plan(capsys, argv: list[str], problem: str) -> None:
+    assert main([*TINY, *argv]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert problem in captured.err
+
+
+def test_every_problem_of_sizes_is_one_of_the_run() -> None:
+    from megatron_ext.validation.run import problems
+
+    run = parse_run_config(
+        [*TINY, "--train.seq_length", "0", "--model.num_layers", "0", "--train.micro_batch_size", "0"]
+    )
+    assert set(size_problems(run, 3)) <= set(problems(run, 3))
+
+
+def test_a_vocabulary_that_nothing_tells(capsys) -> None:
+    error = refused(capsys, "--data.data_path", "absent")
+    assert (
+        "the vocabulary is unknown; set model.vocab_size, or data.tokenizer_type and data.tokenizer_model."
+        in error
+    )
+
+
+def test_a_tokenizer_that_is_not_there(capsys) -> None:
+    options = ["--data.tokenizer_type", "sentencepiece", "--data.tokenizer_model", "absent.model"]
+    assert "absent.model" in refused(capsys, "--data.mock", "true", *options)
+
+
+def test_the_tokenizer_s_vocabulary(monkeypatch) -> None:
+    monkeypatch.setattr(checks, "find_vocabulary", lambda data: checks.Vocabulary(123, 0, "", "here"))
+    assert find_vocab_size(RunConfig()) == 123
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--world-size", "0"], "argument --world-size: '0' is not a whole number of at least 1"),
+        (["--utilisation", "1.5"], "argument --utilisation: 1.5 is not in (0, 1]"),
+    ],
+)
+def test_options_out_of_range(capsys, argv: list[str], message: str) -> None:
+    with pytest.raises(SystemExit):
+        main(argv)
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_setting_is_refused_as_in_training(capsys) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--model.layers", "3"])
+    assert exit_.value.code == 2
+    assert "model.layers is unknown" in capsys.readouterr().err
+
+
+def test_windows_of_one_kind_of_reader_only_bound_the_cache() -> None:
+    from lckv_megatron.layouts import cache_bytes
+
+    plan = Plan(parse_run_config(TINY), 1, 50, 0.4)
+    types = CompressionConfig(layer_types="0s_0_2s_2s").map(4)  # layer 1 reads all of layer 0's
+    assert cache_bytes(plan.shape, types, window=16, tokens=64) == 64 * (64 + 16)
+    assert cache_bytes(plan.shape, types, window=16, tokens=8) == 64 * (8 + 8)
+
+
+def test_a_plan_needs_neither_torch_nor_megatron() -> None:
+    script = (
+        "import sys; from lckv_megatron.commands.plan import main; main(sys.argv[1:]); print(sorted({'torch', 'megatron'} & "
+        "set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, *TINY],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert result.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,181 @@
+"""The server as a program: a real client library talks to it, clients leave, and it ends cleanly."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.lckv.serving.served_model import write_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+START_SECONDS, END_SECONDS = 120, 60
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+class Server:
+    """A server process, and what it has said."""
+
+    def __init__(self, folder: Path, *options: str, key: str | None = None) -> None:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            **({"LCKV_API_KEY": key} if key else {}),
+        }
+        command = [
+            sys.executable,
+            str(ROOT / "tools" / "serve.py"),
+            "--model",
+            str(folder),
+            "--port",
+            "0",
+            *options,
+        ]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        self.log: list[str] = []
+        self._ready = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        assert self._ready.wait(START_SECONDS), self.log
+        self.client = openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=key or "none", max_retries=10, timeout=60
+        )
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.log.append(line)
+            found = re.search(r"serving \S+ at (http://\S+?)/v1", line)
+            if found:
+                self.url = found[1]
+                self._ready.set()
+        self._ready.set()
+
+    def metric(self, name: str) -> float:
+        text = self.client._client.get(f"{self.url}/metrics").text
+        return float(re.search(rf"^{name} (\S+)$", text, re.MULTILINE)[1])
+
+    def end(self) -> int:
+        """SIGTERM; the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(END_SECONDS)
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Server]:
+    server = Server(folder, "--max-new-tokens", "80", key="secret")
+    yield server
+    if server.process.poll() is None:
+        assert server.end() in (0, -signal.SIGTERM), server.log
+
+
+def test_openais_library_completes_streams_and_chats(server: Server) -> None:
+    client = server.client
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    ask = {"model": "tiny", "prompt": "Once", "max_tokens": 10, "temperature": 0}
+    whole = client.completions.create(**ask).choices[0]
+    assert whole.finish_reason == "length"
+    assert (
+        "".join(piece.choices[0].text for piece in client.completions.create(**ask, stream=True))
+        == whole.text
+    )
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    chat = {"model": "tiny", "messages": messages, "max_tokens": 10, "temperature": 0}
+    answer = client.chat.completions.create(**chat)
+    pieces = client.chat.completions.create(**chat, stream=True, stream_options={"include_usage": True})
+    streamed = list(pieces)
+    assert (
+        "".join(piece.choices[0].delta.content or "" for piece in streamed if piece.choices)
+        == answer.choices[0].message.content
+    )
+    assert streamed[-1].usage == answer.usage
+
+
+def test_openais_library_understands_the_errors(server: Server) -> None:
+    with pytest.raises(openai.NotFoundError, match="'other' is not served here"):
+        server.client.completions.create(model="other", prompt="x")
+    with pytest.raises(openai.BadRequestError, match="max_tokens is 999; at most 80"):
+        server.client.completions.create(model="tiny", prompt="x", max_tokens=999)
+    with pytest.raises(openai.AuthenticationError, match="missing or wrong"):
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong").models.list()
+
+
+def test_a_client_that_leaves_frees_its_pages(server: Server) -> None:
+    before = server.metric("lckv_cancelled_total")
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 80, "ignore_eos": True, "temperature": 0}
+    for stream in (True, False):
+        host, port = server.url.removeprefix("http://").split(":")
+        content = json.dumps({**body, "stream": stream})
+        with socket.create_connection((host, int(port))) as connection:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer secret\r\n"
+            connection.sendall(
+                f"{head}Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n{content}".encode()
+            )
+            if stream:
+                connection.recv(100)
+    deadline = time.monotonic() + 30
+    while server.metric("lckv_pages_in_use") > 0 or server.metric("lckv_running") > 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert (
+        server.metric("lckv_cancelled_total") >= before
+    )  # an answer may have been complete before its client left
+    assert (
+        server.client.completions.create(model="tiny", prompt="x", max_tokens=2).usage.completion_tokens == 2
+    )
+
+
+def test_sigterm_lets_running_answers_end(server: Server) -> None:
+    """The last test of this server."""
+    found: list[object] = []
+
+    def ask() -> None:
+        try:
+            answer = server.client.completions.create(
+                model="tiny", prompt="x", max_tokens=80, extra_body={"ignore_eos": True}
+            )
+            found.append(answer.usage.completion_tokens)
+        except openai.OpenAIError as error:
+            found.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    deadline = time.monotonic() + 30
+    while server.metric("lckv_running") == 0 and asking.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert server.end() in (0, -signal.SIGTERM), server.log
+    asking.join(30)
+    assert found == [80]
+    assert not [line for line in server.log if "Traceback" in line], "".join(server.log)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--max-new-tokens", "97"],
+            "--max-new-tokens is 97; it must be at most the model's context, 96 tokens",
+        ),
+        (["--port", "99999"], "--host 127.0.0.1 --port 99999: cannot listen there"),
+        (["--memory", "1KB"], "memory_bytes is 1000; it must be at least"),
+    ],
+)
+def test_bad_options_end_it_with_one_line(folder: Path, options: list[str], message: str, capfd) -> None:
+    from lckv_megatron.commands.serve import main
+
+    assert main(["--model", str(folder), "--port", "0", *options]) == 2
+    assert message in capfd.readouterr().err
