@@ -88,7 +88,7 @@ def measure(
     train: TrainConfig,
 ) -> Iterator[dict[str, object]]:
     """One row for each number of layers."""
-    layer_input = torch.finfo(torch.bfloat16 if train.precision == "bf16" else torch.float32).bits // 8
+    layer_input = precision(train.precision).bytes
     layer_input *= train.micro_batch_size * train.seq_length * model.hidden_size
     last: Mapping[str, int] = {}
     for layers in depths:
