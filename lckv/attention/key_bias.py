@@ -22,7 +22,8 @@ class KeyBias:
     """
 
     age: int = 1
-    """n >= 1: keys n or more places behind the newest one carry their bias."""
+    """n: keys n or more places behind the newest one carry their bias. At least 1; 2 without `from_newest_visible`, so that
+    every query sees a key without bias."""
 
     from_newest_visible: bool = True
     """Where a layer hides the query's own place: ages are counted from the newest key that is seen (True), because the
@@ -31,6 +32,17 @@ class KeyBias:
     extra_channels: int = 0
     """Channels that queries and keys have beyond those of values: 0 where the last channel of a head is free for the
     bias, else a multiple of 8, which kernels on GPUs ask for. All but the last one are 0."""
+
+    def __post_init__(self) -> None:
+        least = 1 if self.from_newest_visible else 2
+        if self.age < least:
+            raise ValueError(
+                f"age is {self.age}; it must be at least {least}, so that every query sees a key without bias."
+            )
+        if self.extra_channels < 0 or self.extra_channels % 8:
+            raise ValueError(
+                f"extra_channels is {self.extra_channels}; it must be 0 or a multiple of 8, which kernels on GPUs ask for."
+            )
 
     def first_biased(self, *, exclude_self: bool) -> int:
         """The smallest distance in tokens from a query to a key that carries its bias."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from lckv.attention import biased as biased_keys
+from lckv.attention.biased import attend_biased
 from lckv.attention.flash_pairs import choose_pair
 from lckv.attention.key_bias import KeyBias
 from lckv.attention.visibility import Visibility
@@ -32,7 +32,9 @@ def attend(
     """Same contract as `reference.attend`."""
     if key_bias is not None:
         pair = choose_pair(query)
-        return biased_keys.attend(query, key, value, visibility, scale=scale, dropout=dropout, pair=pair)
+        return attend_biased(
+            query, key, value, visibility, scale=scale, dropout=dropout, key_bias=key_bias, pair=pair
+        )
     if query.is_cuda and (query.dtype == torch.float32 or visibility.window is not None):
         # no fused CUDA kernel takes grouped heads in float32 or under a mask
         group = query.shape[1] // key.shape[1]

@@ -24,6 +24,7 @@ from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_ext.model.build import build_stage
 from megatron_ext.model.memory import kept_by_full_recompute, kept_bytes
 from megatron_ext.parallel.process_groups import destroy, device_of_rank, initialize
+from megatron_ext.precision import precision
 from tools.benchmarks.timing import peak_bytes, setting, write_csv
 
 RECOMPUTE = ("none", "full")

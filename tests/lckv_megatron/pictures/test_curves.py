@@ -194,4 +194,4 @@ def test_every_statistic_gets_a_heat_map_of_its_last_report(tmp_path: Path) -> N
     for name in ("merge_rate", "age"):
         assert [title for title in titles if f"{name} at the end" in title]
     texts = [text.get_text() for axes in figure.axes for text in axes.texts]
-    assert {"1", "1.33", "2"} <= set(texts)
+    assert {"0", "0.25", "0.5", "7.5"} <= set(texts)
