@@ -3,13 +3,14 @@
 import argparse
 import json
 import logging
-import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
+
+import yaml
 
 from checkpoints_conversion.compression_options import given_changes
 from checkpoints_conversion.options import build_parser
@@ -22,14 +23,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?")
-_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The program; returns its exit status: 0, 1 where models differ that should not, 2 where something
-    cannot be done, 130 where Ctrl-C stopped it."""
-    options = build_parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m checkpoints_conversion") -> int:
+    """The program, called `prog` in its help; returns its exit status: 0, 1 where models differ that should
+    not, 2 where something cannot be done, 130 where Ctrl-C stopped it."""
+    options = build_parser(prog).parse_args(argv)
     set_up_logging()
     try:
         with _sigterm_raises():
@@ -78,21 +76,21 @@ def _run_megatron_to_hf(options: argparse.Namespace) -> None:
         options.hf_path,
         family=options.family,
         dtype=_dtype(options.dtype),
-        max_shard_bytes=_bytes(options.max_shard_size),
+        max_shard_bytes=options.max_shard_size,
         tokenizer=options.tokenizer,
         metrics_file=options.metrics_file,
         proof=options.verify,
     )
 
 
-def _run_published_dmc(options: argparse.Namespace) -> None:
-    from checkpoints_conversion.convert import published_dmc_to_megatron
+def _run_legacy_to_megatron(options: argparse.Namespace) -> None:
+    from checkpoints_conversion.convert import legacy_to_megatron
 
-    published_dmc_to_megatron(
-        options.dmc_path,
+    legacy_to_megatron(
+        options.legacy_path,
         options.megatron_path,
         vocab_size=options.vocab_size,
-        target_compression_ratio=options.target_compression_ratio,
+        given=dict(map(_argument, options.argument)),
         dtype=_dtype(options.dtype),
         tokenizer=options.tokenizer,
         proof=options.verify,
@@ -158,18 +156,18 @@ def _dtype(name: str) -> "torch.dtype | None":
     return None if name == "keep" else dtype_of(name, "--dtype")
 
 
-def _bytes(text: str) -> int:
-    """The number that a size such as 5GB or 200MB means."""
-    match = _SIZE.fullmatch(text)
-    if match is None or float(match[1]) <= 0:
-        raise ConfigError(f"--max-shard-size is {text}; it must be a size such as 5GB or 500MB.")
-    return int(float(match[1]) * _UNITS[match[2]])
+def _argument(text: str) -> tuple[str, object]:
+    """Name and value of --argument NAME=VALUE; the value is read as YAML."""
+    name, separator, value = text.partition("=")
+    if not name or not separator:
+        raise ConfigError(f"--argument is {text}; it must be NAME=VALUE.")
+    return name, yaml.safe_load(value)
 
 
 _RUN = {
     "hf-to-megatron": _run_hf_to_megatron,
     "megatron-to-hf": _run_megatron_to_hf,
-    "published-dmc-to-megatron": _run_published_dmc,
+    "legacy-to-megatron": _run_legacy_to_megatron,
     "verify": _run_verify,
     "inspect": _run_inspect,
 }

@@ -23,18 +23,21 @@ def add_compression_options(parser: argparse.ArgumentParser) -> None:
     are not."""
     groups: dict[str, argparse._ArgumentGroup] = {}
     for key, settings in settings_of(CompressionSection).items():
-        setting = settings[0]
-        if setting.group not in groups:
-            groups[setting.group] = parser.add_argument_group(setting.group.replace("%", "%%"))
-        text = f"{setting.text} (not given: as in the model)".replace("%", "%%")
-        groups[setting.group].add_argument(f"--{key}", metavar="VALUE", default=argparse.SUPPRESS, help=text)
+        group = settings[0].group
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group.replace("%", "%%"))
+        meanings = " Or: ".join(dict.fromkeys(setting.text for setting in settings))
+        text = f"{meanings} (not given: as in the model)".replace("%", "%%")
+        groups[group].add_argument(f"--{key}", metavar="VALUE", default=argparse.SUPPRESS, help=text)
 
 
 def given_changes(options: argparse.Namespace) -> dict[str, object]:
     """The settings given, texts by keys, null as None where a setting can be nothing."""
     known = settings_of(CompressionSection)
     return {
-        key: None if value == "null" and NoneType in get_args(known[key][0].type) else value
+        key: None
+        if value == "null" and any(NoneType in get_args(setting.type) for setting in known[key])
+        else value
         for key, value in vars(options).items()
         if key in known
     }

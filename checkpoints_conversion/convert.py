@@ -1,6 +1,5 @@
 """Whole conversions: open, change, write beside the target, prove, publish."""
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,13 +18,14 @@ from checkpoints_conversion.formats.megatron import write_checkpoint
 from checkpoints_conversion.hub import local_folder
 from checkpoints_conversion.initialization import initialize
 from checkpoints_conversion.manifest import ConversionManifest, ConversionSource, write_manifest
-from checkpoints_conversion.opening import OpenModel, open_huggingface, open_megatron, open_published_dmc
+from checkpoints_conversion.opening import OpenModel, open_huggingface, open_legacy, open_megatron
 from checkpoints_conversion.staging import check_free, staged
 from checkpoints_conversion.streams import CastSource, model_bytes, shown_progress
 from checkpoints_conversion.tensors import ConversionError
 from checkpoints_conversion.verify import is_small_enough, prove
 from checkpoints_conversion.writing import write_huggingface
 from lckv.sharing.initialization import Initialization
+from megatron_ext.training.metrics import read_metrics
 
 ProofMode = Literal["auto", "always", "never"]
 """auto: conversions of models that fit into the memory and are not very large end with a proof."""
@@ -101,24 +101,24 @@ def to_megatron(
     return description
 
 
-def published_dmc_to_megatron(
-    dmc: Path,
+def legacy_to_megatron(
+    legacy: Path,
     target: Path,
     *,
     vocab_size: int | None = None,
-    target_compression_ratio: float | None = None,
+    given: Mapping[str, object] | None = None,
     dtype: torch.dtype | None = None,
     tokenizer: Path | None = None,
     proof: ProofMode = "auto",
 ) -> ModelDescription:
-    """Convert a published DMC checkpoint to one of this project in the new folder `target`.
+    """Convert a checkpoint in Megatron's older layout to one of this project in the new folder `target`.
 
-    `vocab_size`, the true one, and `target_compression_ratio` go before what the checkpoint says of itself.
+    `vocab_size`, the true one, and the arguments `given` by name go before what the checkpoint says of itself.
     Otherwise as `hf_to_megatron`.
     """
     check_free(target)
     _check_tokenizer(tokenizer)
-    model = open_published_dmc(dmc, vocab_size=vocab_size, target_compression_ratio=target_compression_ratio)
+    model = open_legacy(legacy, vocab_size=vocab_size, given=given)
     return to_megatron(
         model,
         target,
@@ -215,19 +215,12 @@ def _huggingface_origin(manifest: ConversionManifest) -> Path | None:
 
 
 def _measured(path: Path | None, training: Mapping[str, Any] | None) -> Measured | None:
-    """What the last evaluation of a run found, from its metrics file, if that was at the checkpoint's
+    """What the last evaluation of a run tells, from its metrics file, if that was at the checkpoint's
     iteration."""
     if path is None or training is None or not path.is_file():
         return None
     iteration = training["progress"].get("iteration")
-    found: dict[str, Any] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            report = json.loads(line)
-        except ValueError:  # the line that a crash has cut off
-            continue
-        if report.get("iteration") == iteration and report.get("validation_loss") is not None:
-            found = report
-    if not found:
-        return None
-    return Measured(found.get("validation_compression_ratio"), found["validation_loss"])
+    for report in reversed(read_metrics(path)):
+        if report["iteration"] == iteration and report.get("validation_loss") is not None:
+            return Measured(report.get("validation_compression_ratio"), report["validation_loss"])
+    return None

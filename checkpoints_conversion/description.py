@@ -10,6 +10,7 @@ from checkpoints_conversion.tensors import WEIGHT_DTYPES, ConversionError, Tenso
 from lckv.config import CompressionConfig
 from megatron_ext.config import ModelConfig
 from megatron_ext.settings import read
+from megatron_ext.validation.layout import compression_problems
 
 TokenIds = dict[str, int | list[int] | None]
 """Special tokens by their names in a Hugging Face config: bos_token_id, eos_token_id, pad_token_id."""
@@ -42,7 +43,7 @@ class ModelDescription:
                 f"model.vocab_size is {self.model.vocab_size} and model.max_position_embeddings is "
                 f"{self.model.max_position_embeddings}; a model that is converted needs both."
             )
-        if problems := self.compression.problems(self.model.num_layers):
+        if problems := [*compression_problems(self.compression, self.model.num_layers)]:
             raise ConversionError("\n".join(problems))
         explicit: dict[str, Any] = {
             "ffn_hidden_size": self.model.ffn_size,
@@ -63,7 +64,11 @@ class ModelDescription:
         software (layers may have windows)."""
         layers = self.compression.map(self.model.num_layers)
         own = all(layer.source == layer.index for layer in layers)
-        return own and not self.compression.force_nodiag and self.compression.policy.name == "dense"
+        return (
+            own
+            and not self.compression.force_nodiag
+            and self.compression.policy == CompressionConfig().policy
+        )
 
     def expected_tensors(self) -> dict[str, TensorInfo]:
         """The tensors that the model has, under canonical names."""

@@ -16,10 +16,10 @@ from torch import Tensor
 from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.tensors import ConversionError, TensorInfo, TensorSource, row_chunks
 from lckv.config import CompressionConfig
-from lckv.policies.dmc.config import DMCConfig
 from lckv.sharing.initialization import Initialization, initial_kv_weight
 from lckv.sharing.layer_types import LayerTypes
 from megatron_ext.config import ModelConfig
+from megatron_ext.validation.layout import compression_problems
 
 _ATTENTION = re.compile(
     r"decoder\.layers\.(\d+)\.self_attention\.(linear_qkv|linear_q|k_layernorm)\.(weight|bias)"
@@ -32,12 +32,12 @@ def initialize(
     """The weights `source` of the model `description` for the same model with `compression`, its description,
     and how its keys and values were made: None where all weights are the source's.
 
-    A map can be given to a model whose layers all read their own keys and values; so can DMC, which changes
-    no weights and begins with its stage zero_out. A model that shares or merges already keeps its map and
-    policy; how often its plan iterates may change. Raises ConversionError.
+    A map can be given to a model whose layers all read their own keys and values, and a KV policy, where it has
+    no obstacle, to one that keeps every token. A model that has a map or a policy already keeps it; how often
+    its plan iterates may change. Raises ConversionError.
     """
     layers = description.model.num_layers
-    if problems := compression.problems(layers):
+    if problems := [*compression_problems(compression, layers)]:
         raise ConversionError("\n".join(problems))
     _check_policy(description, compression)
     old, new = description.compression.map(layers), compression.map(layers)
@@ -73,18 +73,15 @@ def _check_policy(description: ModelDescription, compression: CompressionConfig)
     before, after = description.compression.policy, compression.policy
     if before == after:
         return
-    if before.name != "dense":
+    if before != CompressionConfig().policy:
         raise ConversionError(
             f"compression.policy is {after} but the model was trained with {before}; a conversion keeps the "
             "policy. Leave "
             "compression.policy out; a new stage starts in training, with checkpoint.finetune."
         )
-    if isinstance(after, DMCConfig) and after.stage != "zero_out":
-        raise ConversionError(
-            f"compression.policy.stage is {after.stage} but the model knows no merging: its decision channel "
-            "is in use, so decisions "
-            "would be arbitrary. Set compression.policy.stage to zero_out and train that stage first."
-        )
+    obstacle = after.obstacle_to_converting(before)
+    if obstacle is not None:
+        raise ConversionError(f"compression.policy is {after.name}: {obstacle}.")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from checkpoints_conversion.families.registry import export_family
 from checkpoints_conversion.manifest import ConversionManifest
 from checkpoints_conversion.opening import OpenModel
 from lckv.cost import kv_bytes_per_token
-from lckv.policies.dmc.config import DMCConfig
 from lckv.sharing.layer_types import LayerTypes
 from lckv.sharing.picture import draw
 from megatron_ext.config import RopeScalingConfig
@@ -65,14 +64,14 @@ def facts(opened: OpenModel) -> dict[str, Any]:
 
 def lines(opened: OpenModel) -> Iterator[str]:
     """The same for the user."""
-    description, found = opened.description, facts(opened)
+    description, known = opened.description, facts(opened)
     model, compression = description.model, description.compression
     layer_types = compression.map(model.num_layers)
-    yield f"{_FORMATS[opened.format]}: {found['path']}"
-    yield f"family              {found['family']}, for Hugging Face {found['huggingface_class']}"
+    yield f"{_FORMATS[opened.format]}: {known['path']}"
+    yield f"family              {known['family']}, for Hugging Face {known['huggingface_class']}"
     yield (
-        f"parameters          {found['parameters']:,} in {found['dtype']}, "
-        f"{found['weights_bytes'] / 1e6:,.1f} MB"
+        f"parameters          {known['parameters']:,} in {known['dtype']}, "
+        f"{known['weights_bytes'] / 1e6:,.1f} MB"
     )
     yield (
         f"sizes               {model.num_layers} layers, hidden {model.hidden_size}, MLP {model.ffn_size}, "
@@ -80,9 +79,9 @@ def lines(opened: OpenModel) -> Iterator[str]:
         "channels"
     )
     stored = "" if opened.stored_vocab_size is None else f", {opened.stored_vocab_size:,} stored rows"
-    yield f"vocabulary          {found['vocab_size']:,} tokens{stored}, {_heads(found)}"
+    yield f"vocabulary          {known['vocab_size']:,} tokens{stored}, {_heads(known)}"
     yield (
-        f"positions           up to {found['max_position_embeddings']:,}; RoPE base {model.rotary_base:g}, "
+        f"positions           up to {known['max_position_embeddings']:,}; RoPE base {model.rotary_base:g}, "
         f"{_scaling(model.rope_scaling)}"
     )
     yield (
@@ -100,14 +99,14 @@ def lines(opened: OpenModel) -> Iterator[str]:
             f"{compression.forward_passes} passes without and {compression.backward_passes} with gradient"
         )
         yield f"iteration           {passes}"
-    yield f"policy              {_policy(compression.policy)}"
-    mine, whole = found["kv_bytes_per_token"], found["kv_bytes_per_token_of_plain_model"]
+    yield f"policy              {compression.policy.describe()}"
+    mine, whole = known["kv_bytes_per_token"], known["kv_bytes_per_token_of_plain_model"]
     yield (
         f"KV cache            {mine:,} bytes per token in 16 bits, {whole / mine:.2f}x less than a plain "
         f"model's {whole:,}"
     )
-    if isinstance(compression.policy, DMCConfig) and compression.policy.stage != "zero_out":
-        ratio = compression.policy.target_compression_ratio
+    if not compression.policy.traits.keeps_every_token:
+        ratio = compression.policy.compression_ratio
         yield (
             f"                    {mine / ratio:,.0f} at the {ratio:g} tokens per slot that training aims at"
         )
@@ -119,12 +118,12 @@ def lines(opened: OpenModel) -> Iterator[str]:
 _FORMATS = {
     "huggingface": "Hugging Face model",
     "megatron": "checkpoint of this project",
-    "published-dmc": "published DMC checkpoint",
+    "megatron-legacy": "checkpoint in Megatron's older layout",
 }
 
 
-def _heads(found: dict[str, Any]) -> str:
-    return "one matrix for embedding and output" if found["tied_embeddings"] else "separate output layer"
+def _heads(known: dict[str, Any]) -> str:
+    return "one matrix for embedding and output" if known["tied_embeddings"] else "separate output layer"
 
 
 def _scaling(scaling: RopeScalingConfig) -> str:
@@ -137,13 +136,6 @@ def _scaling(scaling: RopeScalingConfig) -> str:
         f"{scaling.high_freq_factor:g}, "
         f"originally {scaling.original_max_position_embeddings:,} positions"
     )
-
-
-def _policy(policy: object) -> str:
-    if not isinstance(policy, DMCConfig):
-        return "dense: every token is kept"
-    window = "no window" if policy.window is None else f"window {policy.window}"
-    return f"dmc, stage {policy.stage}: target {policy.target_compression_ratio:g} tokens per slot, {window}"
 
 
 def _history(opened: OpenModel) -> Iterator[str]:
@@ -164,7 +156,7 @@ def _history(opened: OpenModel) -> Iterator[str]:
 
 def _conversion(manifest: ConversionManifest) -> Iterator[str]:
     source = manifest.source
-    yield f"converted           {manifest.created} from {_FORMATS[source.format]} {source.path}"
+    yield f"converted           {manifest.created} from {_FORMATS.get(source.format, source.format)} {source.path}"
     if manifest.initialization is not None:
         yield f"                    keys and values of the map by {manifest.initialization}"
     for name, digest in source.files.items():

@@ -22,7 +22,7 @@ from megatron_ext.atomic import write_file
 
 MANIFEST_NAME = "conversion.json"
 SCHEMA_VERSION = 1
-SourceFormat = Literal["huggingface", "megatron", "published-dmc"]
+SourceFormat = Literal["huggingface", "megatron", "megatron-legacy"]
 _PACKAGES = ("lckv-megatron", "torch", "megatron-core", "transformers", "safetensors")
 
 
@@ -30,7 +30,9 @@ _PACKAGES = ("lckv-megatron", "torch", "megatron-core", "transformers", "safeten
 class ConversionSource:
     """What was converted."""
 
-    format: SourceFormat
+    format: SourceFormat | str
+    """A manifest of an earlier version may have a name that is no longer used."""
+
     path: str
     """Folder, or name on the Hugging Face Hub."""
 

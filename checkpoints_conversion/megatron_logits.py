@@ -12,27 +12,21 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import psutil
 import torch
-from megatron.core import parallel_state
 
 from checkpoints_conversion.description import ModelDescription, dtype_of
-from checkpoints_conversion.formats.megatron import MegatronCheckpoint
 from checkpoints_conversion.tensors import ConversionError
-from megatron_ext.checkpointing.load import load_checkpoint
 from megatron_ext.config import ParallelConfig, RunConfig, TrainConfig
 from megatron_ext.console import exit_status, set_up_logging
-from megatron_ext.evaluation.logits import compute_logits
-from megatron_ext.model.architecture import architecture
-from megatron_ext.model.build import build_stage
-from megatron_ext.model.gpt import SharedKVGPTModel
-from megatron_ext.parallel.process_groups import destroy, device_of_rank, initialize
-from megatron_ext.validation.layout import pipeline_problems, tensor_parallel_problems
+from megatron_ext.evaluation import logits_file
+from megatron_ext.parallel.process_groups import destroy, initialize
+from megatron_ext.restoring.model import restore
+from megatron_ext.validation.layout import layout_problems
 
 _FLOAT32 = TrainConfig(precision="fp32")
 _SHOWN_LINES = 12
@@ -43,14 +37,12 @@ def check_layout(description: ModelDescription, parallel: ParallelConfig) -> Non
     run = RunConfig(
         model=description.model, compression=description.compression, parallel=parallel, train=_FLOAT32
     )
-    problems = [*tensor_parallel_problems(run.model, parallel, run.train), *pipeline_problems(run)]
-    if problems:
+    if problems := layout_problems(run):
         raise ConversionError("\n".join(problems))
 
 
 def compute(
     checkpoint: Path,
-    description: ModelDescription,
     tokens: np.ndarray,
     output: Path,
     parallel: ParallelConfig,
@@ -60,8 +52,7 @@ def compute(
 ) -> None:
     """Write float32 [B, T, true vocabulary] for `tokens` int64 [B, T] to `output`, a .npy file.
 
-    `checkpoint` is one checkpoint, whose files are good, of the model `description`; its weights are rounded
-    to `weights_dtype`. The layout is one that `check_layout` accepts. Raises ConversionError where processes
+    `checkpoint` is one checkpoint, whose files are good; its weights are rounded to `weights_dtype`. The layout is one that `check_layout` accepts. Raises ConversionError where processes
     fail or do not end in time.
     """
     sizes = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -73,41 +64,13 @@ def compute(
 
 
 def write_logits(
-    checkpoint: Path,
-    description: ModelDescription,
-    tokens: np.ndarray,
-    output: Path,
-    parallel: ParallelConfig,
-    weights_dtype: torch.dtype,
+    checkpoint: Path, tokens: np.ndarray, output: Path, parallel: ParallelConfig, weights_dtype: torch.dtype
 ) -> None:
     """Every process of the layout calls it; see `compute`."""
     initialize(parallel, seed=1)
-    stage = _load(checkpoint, description, parallel, weights_dtype)
-    writes = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
-    shape = (*tokens.shape, description.vocab_size)
-    file = np.lib.format.open_memmap(output, "w+", np.float32, shape) if writes else None
-    for row in range(len(tokens)):
-        inputs = torch.from_numpy(np.array(tokens[row : row + 1])).to(device_of_rank())
-        logits = compute_logits(stage, inputs)
-        if file is not None and logits is not None:
-            file[row] = logits[0].cpu().numpy()
-    if file is not None:
-        file.flush()
-
-
-def _load(
-    checkpoint: Path, description: ModelDescription, parallel: ParallelConfig, weights_dtype: torch.dtype
-) -> SharedKVGPTModel:
-    """This rank's stage in evaluation mode, in float32 whatever the weights are stored in."""
-    vocab_size = description.vocab_size
-    defining = architecture(description.model, description.compression, vocab_size=vocab_size)
-    # Transformer Engine multiplies float32 matrices in TF32, and flash-attn has no float32.
-    model = replace(description.model, transformer_impl="local", attention_backend="auto")
-    stage = build_stage(model, description.compression, parallel, _FLOAT32, vocab_size=vocab_size)
-    load_checkpoint(checkpoint, model=[stage], verify_hashes=False, expected_model={"architecture": defining})
+    stage = restore(checkpoint, parallel, verify_hashes=False, in_float32=True).stage
     round_weights(stage, weights_dtype)
-    stage.eval()
-    return stage
+    logits_file.write_logits(stage, tokens, output)
 
 
 @torch.no_grad()
@@ -187,10 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             pipeline_model_parallel_size=options.pipeline_model_parallel_size,
         )
         dtype = dtype_of(options.weights_dtype, "weights_dtype")
-        description = MegatronCheckpoint(options.checkpoint, verify_hashes=False).description
-        write_logits(
-            options.checkpoint, description, np.load(options.tokens), options.output, parallel, dtype
-        )
+        write_logits(options.checkpoint, np.load(options.tokens), options.output, parallel, dtype)
         destroy()
 
     return exit_status(run)

@@ -14,7 +14,7 @@ from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.families.registry import describe, family_of
 from checkpoints_conversion.formats.huggingface import CONFIG_NAME, HuggingFaceFolder, read_config_file
 from checkpoints_conversion.formats.megatron import MegatronCheckpoint
-from checkpoints_conversion.formats.published_dmc import PublishedDMCCheckpoint
+from checkpoints_conversion.formats.megatron_legacy import LegacyCheckpoint
 from checkpoints_conversion.manifest import ConversionManifest, SourceFormat, hash_weights, read_manifest
 from checkpoints_conversion.streams import CheckedSource
 from checkpoints_conversion.tensors import ConversionError, TensorSource
@@ -65,7 +65,7 @@ class OpenModel:
 def format_of(path: Path) -> SourceFormat:
     """What kind of model lies in the folder `path`. Raises ConversionError where it is none."""
     if any(path.glob("mp_rank_*")) or any(path.glob("*/mp_rank_*")):
-        return "published-dmc"
+        return "megatron-legacy"
     if any(path.glob("iter_*")) or (path / MANIFEST_NAME).exists():
         return "megatron"
     if (path / CONFIG_NAME).exists():
@@ -73,7 +73,7 @@ def format_of(path: Path) -> SourceFormat:
     raise ConversionError(
         f"{path} holds no model: neither {CONFIG_NAME} (Hugging Face), nor iter_0000100 or the like (this "
         "project's checkpoints), nor "
-        "mp_rank_00 or the like (published DMC checkpoints)."
+        "mp_rank_00 or the like (Megatron's older layout)."
     )
 
 
@@ -162,16 +162,14 @@ def _tokenizer(settings: Mapping[str, Any], manifest: ConversionManifest | None)
     return next((name for name in named if name is not None and Path(name).exists()), None)
 
 
-def open_published_dmc(
-    path: Path, *, vocab_size: int | None = None, target_compression_ratio: float | None = None
+def open_legacy(
+    path: Path, *, vocab_size: int | None = None, given: Mapping[str, object] | None = None
 ) -> OpenModel:
-    """A published DMC checkpoint; `vocab_size`, the true one, and `target_compression_ratio` go before what
-    it says of itself. Raises ConversionError."""
-    checkpoint = PublishedDMCCheckpoint(
-        path, vocab_size=vocab_size, target_compression_ratio=target_compression_ratio
-    )
+    """A checkpoint in Megatron's older layout; `vocab_size`, the true one, and the arguments `given` by name go
+    before what it says of itself. Raises ConversionError."""
+    checkpoint = LegacyCheckpoint(path, vocab_size=vocab_size, given=given)
     return OpenModel(
-        "published-dmc",
+        "megatron-legacy",
         checkpoint.path,
         checkpoint.description,
         CheckedSource(checkpoint, checkpoint.path),
@@ -185,6 +183,6 @@ def open_model(path: Path, *, allow_pickle: bool = False) -> OpenModel:
     kind = format_of(path)
     if kind == "huggingface":
         return open_huggingface(path, allow_pickle=allow_pickle)
-    if kind == "published-dmc":
-        return open_published_dmc(path)
+    if kind == "megatron-legacy":
+        return open_legacy(path)
     return open_megatron(path, verify_hashes=False)

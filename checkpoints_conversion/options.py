@@ -6,19 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 from checkpoints_conversion.compression_options import add_compression_options
+from megatron_ext.arguments import memory_size
 
 _DESCRIPTION = """Converts models between Hugging Face and Megatron, exactly, and proves it by their logits.
 
-Models are converted tensor by tensor: the memory needed does not grow with the model. The output folder must be new; it gets its name
-when everything in it is whole and proven, so what is stopped leaves nothing behind. SUBCOMMAND --help shows options and examples."""
+Models are converted tensor by tensor: the memory needed does not grow with the model. The output folder must
+be new; it gets its name when everything in it is whole and proven, so what is stopped leaves nothing behind.
+{prog} SUBCOMMAND --help shows options and examples."""
 
 _HF_TO_MEGATRON = """Makes a checkpoint of this project, for every parallel layout, from a Hugging Face model: Llama 2 and 3, Mistral,
 Qwen2, Qwen3, SmolLM, and models that share keys and values (lckv-llama).
 
-A plain model; one with a sharing map; one that is to merge tokens (DMC):
+A plain model; one with a sharing map; one that is to get a KV policy (here P):
   hf-to-megatron --hf-path meta-llama/Llama-2-7b-hf --megatron-path ckpt/plain
   hf-to-megatron --hf-path models/eight-layers --megatron-path ckpt/lckv --compression.layer_types 0_6_6_6_6_6_6_7 --init average
-  hf-to-megatron --hf-path HuggingFaceTB/SmolLM2-135M --megatron-path ckpt/dmc --compression.policy.name dmc
+  hf-to-megatron --hf-path HuggingFaceTB/SmolLM2-135M --megatron-path ckpt/p --compression.policy.name P
 
 Training goes on from it with
   torchrun pretrain_lckv.py --config run.yaml --config MEGATRON_PATH/model.yaml \\
@@ -32,13 +34,13 @@ shares or merges as lckv-llama, with the files of its model class beside the wei
   megatron-to-hf --megatron-path runs/mine/checkpoints/iter_0002000 --hf-path out/model --dtype bfloat16 --tokenizer tokenizer.model
 
 In Python:
-  AutoModelForCausalLM.from_pretrained("out/model")                            after `import lckv`, for lckv-llama
+  AutoModelForCausalLM.from_pretrained("out/model")                            after `import lckv.models`, for lckv-llama
   AutoModelForCausalLM.from_pretrained("out/model", trust_remote_code=True)    where this project is not installed"""
 
-_DMC_TO_MEGATRON = """Makes a checkpoint of this project from a published DMC checkpoint: mp_rank_XX/model_optim_rng.pt of Megatron's older
-layout, read without running anything that is pickled in it.
+_LEGACY_TO_MEGATRON = """Makes a checkpoint of this project from one in Megatron's older layout, mp_rank_XX/model_optim_rng.pt, read
+without running anything that is pickled in it. The KV policy is the one that knows the run's arguments as its own.
 
-  published-dmc-to-megatron --dmc-path Llama-2-7B-DMC-4x --megatron-path ckpt/dmc --tokenizer tokenizer.model"""
+  legacy-to-megatron --legacy-path Llama-2-7B --megatron-path ckpt/llama --tokenizer tokenizer.model"""
 
 _VERIFY = """Runs both models in float32 on the same tokens, Megatron's on the layout that is asked for, and compares their logits.
 Where the checkpoint was converted to a sharing map or a policy, the same is done to the Hugging Face model first.
@@ -49,7 +51,7 @@ Where the checkpoint was converted to a sharing map or a policy, the same is don
 
 Exit status: 0 equal up to rounding, 1 different, 2 not comparable."""
 
-_INSPECT = """Says what a model is: a Hugging Face folder or name on the Hub, a checkpoint of this project, or a published DMC checkpoint.
+_INSPECT = """Says what a model is: a Hugging Face folder or name on the Hub, a checkpoint of this project or of Megatron's older layout.
 No weights are read.
 
   inspect out/model
@@ -58,11 +60,11 @@ No weights are read.
 _DTYPES = ("keep", "float32", "bfloat16")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All subcommands; the name of the one given is `command`."""
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    """All subcommands; the name of the one given is `command`. `prog`: how the program was called."""
     parser = argparse.ArgumentParser(
-        prog="python -m checkpoints_conversion",
-        description=_DESCRIPTION,
+        prog=prog,
+        description=_DESCRIPTION.format(prog=prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -115,7 +117,9 @@ def _add_megatron_to_hf(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-shard-size",
+        type=memory_size,
         default="5GB",
+        metavar="SIZE",
         help="largest file of weights, such as 500MB (default: %(default)s)",
     )
     parser.add_argument(
@@ -131,9 +135,9 @@ def _add_megatron_to_hf(parser: argparse.ArgumentParser) -> None:
     _add_dtype_and_verify(parser)
 
 
-def _add_published_dmc(parser: argparse.ArgumentParser) -> None:
+def _add_legacy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--dmc-path", type=Path, required=True, help="folder of one iteration, or the one with all of them"
+        "--legacy-path", type=Path, required=True, help="folder of one iteration, or the one with all of them"
     )
     parser.add_argument(
         "--megatron-path", type=Path, required=True, help="folder to write; must be new or empty"
@@ -147,7 +151,11 @@ def _add_published_dmc(parser: argparse.ArgumentParser) -> None:
         help="true size of the vocabulary, in tokens, where the checkpoint does not say it",
     )
     parser.add_argument(
-        "--target-compression-ratio", type=float, help="tokens per slot, where the checkpoint does not say it"
+        "--argument",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an argument of the run that the checkpoint does not say, or says wrongly (may be given again)",
     )
     _add_dtype_and_verify(parser)
 
@@ -172,7 +180,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hf-path",
         required=True,
-        help="folder of the model, its name on the Hugging Face Hub, or a published DMC checkpoint",
+        help="folder of the model, its name on the Hugging Face Hub, or a checkpoint in Megatron's older layout",
     )
     parser.add_argument(
         "--megatron-path", type=Path, required=True, help="directory of checkpoints, or one checkpoint"
@@ -228,7 +236,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "hf-to-megatron": (_HF_TO_MEGATRON, _add_hf_to_megatron),
     "megatron-to-hf": (_MEGATRON_TO_HF, _add_megatron_to_hf),
-    "published-dmc-to-megatron": (_DMC_TO_MEGATRON, _add_published_dmc),
+    "legacy-to-megatron": (_LEGACY_TO_MEGATRON, _add_legacy),
     "verify": (_VERIFY, _add_verify),
     "inspect": (_INSPECT, _add_inspect),
 }

@@ -72,11 +72,13 @@ def reference_folder(original: OpenModel, megatron: OpenModel) -> Iterator[Path]
 
 class Reference:
     """The model of a Hugging Face folder under transformers' own class or, where no such class knows it,
-    LCKVLlamaForCausalLM, which transformers knows since `lckv` was imported."""
+    LCKVLlamaForCausalLM."""
 
     def __init__(self, folder: Path, weights_dtype: torch.dtype) -> None:
         """Loads it in float32, its weights rounded to `weights_dtype`."""
         from transformers import AutoModelForCausalLM
+
+        import lckv.models  # noqa: F401 - lets AutoModelForCausalLM know LCKVLlamaForCausalLM
 
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         round_weights(self._model, weights_dtype)

@@ -95,7 +95,6 @@ def compare(
         output = Path(scratch) / "logits.npy"
         compute(
             megatron.path,
-            megatron.description,
             tokens,
             output,
             parallel,

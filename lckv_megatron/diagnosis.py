@@ -1,7 +1,6 @@
 """What this machine has for training, which path each operation will take, and what is missing with the way
 to get it."""
 
-import ast
 import importlib
 import importlib.metadata
 import json
@@ -11,6 +10,7 @@ import resource
 import shutil
 import subprocess
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ OPTIONAL = {
     "wandb": ("wandb", "logging.wandb_project", "wandb"),
     "lm-eval": ("lm_eval", "evaluation on common benchmarks", "eval"),
 }
-"""Distribution: the module to import, what it is good for, the extra of setup.py that installs it."""
+"""Distribution: the module to import, what it is good for, the extra of pyproject.toml that installs it."""
 ENOUGH_OPEN_FILES = 4096
 ENOUGH_SHARED_MEMORY_GIB = 1.0
 ENOUGH_DISK_GIB = 10.0
@@ -90,11 +90,8 @@ def requirements() -> list[str]:
         declared = importlib.metadata.requires(DISTRIBUTION) or []
         return [entry for entry in declared if "extra ==" not in entry]
     except importlib.metadata.PackageNotFoundError:
-        tree = ast.parse((Path(__file__).resolve().parent.parent / "setup.py").read_text(encoding="utf-8"))
-        for node in tree.body:
-            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "INSTALL_REQUIRES":
-                return list(ast.literal_eval(node.value))
-        raise
+        text = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+        return list(tomllib.loads(text)["project"]["dependencies"])
 
 
 def _requirements(report: Report) -> None:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lckv_megatron.arguments import memory_size, positive
+from megatron_ext.arguments import memory_size, positive
 from megatron_ext.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from megatron_ext.arguments import DashedParser
 from megatron_ext.atomic import write_file
 from megatron_ext.config import RunConfig
 from megatron_ext.console import let_first_rank_speak
@@ -25,17 +26,17 @@ from megatron_ext.text_yaml import load_text_yaml
 
 def _parser() -> argparse.ArgumentParser:
     """Takes every setting as a text."""
-    parser = argparse.ArgumentParser(
+    parser = DashedParser(
         description=(
             "A run is described by YAML files, the later ones winning, and by options, which win over files."
         ),
-        usage="%(prog)s [--config FILE ...] [--print_config] [--section.key VALUE ...]",
+        usage="%(prog)s [--config FILE ...] [--print-config] [--section.key VALUE ...]",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         exit_on_error=False,
     )
     parser.add_argument("--config", action="append", metavar="FILE", help="YAML file; may be repeated.")
-    parser.add_argument("--print_config", action="store_true", help="Show the run as YAML and exit.")
+    parser.add_argument("--print-config", action="store_true", help="Show the run as YAML and exit.")
     for key in settings_of(RunConfig):
         parser.add_argument(f"--{key}", help=argparse.SUPPRESS)
     return parser
@@ -44,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
 def parse_run_config(argv: Sequence[str] | None = None) -> RunConfig:
     """The run that `argv` (default: the program's arguments) and the YAML files named in it describe.
 
-    `--help` and `--print_config` print and exit. A wrong option or file ends the program with status 2 and
+    `--help` and `--print-config` print and exit. A wrong option or file ends the program with status 2 and
     one message.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -65,7 +66,7 @@ def parse_run_config(argv: Sequence[str] | None = None) -> RunConfig:
 
 
 def _parse_options(argv: Sequence[str]) -> dict[str, object]:
-    """The values of --config, --print_config and the settings in `argv`, by their names; raises
+    """The values of --config, --print-config and the settings in `argv`, by their names; raises
     ConfigError."""
     try:
         given, rest = _parser().parse_known_args(argv)

@@ -2,8 +2,8 @@
 back to it.
 
 A setting is a field that is no dataclass itself, under a dotted key such as `train.seed`. A field may be a
-union of dataclasses, variants, each with a field `name: Literal[...]`: then the setting `name` chooses, and
-the other settings of a variant exist only where it is chosen.
+choice of dataclasses, its variants: its metadata has a function "variants" that returns them by their names. Then the
+setting `name` chooses, and the other settings of a variant exist only where it is chosen.
 """
 
 import argparse
@@ -41,34 +41,36 @@ class Setting:
     exists."""
 
 
-def variants_of(hint: Any) -> dict[str, type]:
-    """The dataclasses of a union by their names; empty where `hint` is no union of dataclasses."""
-    parts = typing.get_args(hint)
-    if not all(map(is_dataclass, parts)):
-        return {}
-    return {typing.get_args(typing.get_type_hints(part)["name"])[0]: part for part in parts}
+def variants_of(entry: Field[Any]) -> Mapping[str, type]:
+    """The dataclasses that the field `entry` may be, by their names; empty where it is no choice."""
+    return entry.metadata["variants"]() if "variants" in entry.metadata else {}
 
 
-@cache
 def settings_of(root: type) -> Mapping[str, Sequence[Setting]]:
     """The settings of a configuration by their keys. A key has several where several variants have a field of
     that name."""
-    found: dict[str, list[Setting]] = {}
+    settings: dict[str, list[Setting]] = {}
     for setting in _walk(root, "", "", None):
-        found.setdefault(setting.key, []).append(setting)
-    return found
+        settings.setdefault(setting.key, []).append(setting)
+    return settings
+
+
+@cache
+def _texts_of(section: type) -> Mapping[str, str]:
+    """The docstrings of a dataclass's fields."""
+    described = docstring_parser.parse_from_object(section)
+    return {entry.arg_name: " ".join((entry.description or "").split()) for entry in described.params}
 
 
 def _walk(section: type, prefix: str, group: str, needs: tuple[str, str] | None) -> Iterator[Setting]:
-    described = docstring_parser.parse_from_object(section)
-    texts = {entry.arg_name: " ".join((entry.description or "").split()) for entry in described.params}
+    texts = _texts_of(section)
     hints = typing.get_type_hints(section)
     for entry in fields(section):
         key, hint = prefix + entry.name, hints[entry.name]
         if is_dataclass(hint):
             part = typing.cast(type, hint)
             yield from _walk(part, f"{key}.", f"{key}: {_summary(part)}".rstrip(".:"), needs)
-        elif variants := variants_of(hint):
+        elif variants := variants_of(entry):
             yield _choice(key, entry, variants, texts[entry.name])
             for name, part in variants.items():
                 yield from _walk(part, f"{key}.", f"{key} {name}", (f"{key}.name", name))
@@ -87,6 +89,7 @@ def _default_name(entry: Field[Any]) -> str:
     return typing.cast(Any, entry).default_factory().name
 
 
+@cache
 def _summary(section: type) -> str:
     """The first paragraph of a dataclass's docstring, in one line."""
     text = docstring_parser.parse_from_object(section).description or ""
@@ -227,7 +230,8 @@ def _cast(setting: Setting, value: object) -> object:
             raise ValueError("the parser would take it for not given")
         return _parser_of(hint).parse_object({"value": value}, defaults=False)["value"]
     except (argparse.ArgumentError, ValueError, TypeError, yaml.YAMLError):
-        raise ConfigError(f"{setting.key} is {value!r}; it must be {_describe(hint)}.") from None
+        needed = f"{_describe(hint)}{_suggestion(hint, value)}"
+        raise ConfigError(f"{setting.key} is {value!r}; it must be {needed}") from None
 
 
 @cache
@@ -249,6 +253,12 @@ def _texts(value: object) -> tuple[str, ...]:
     return tuple(str(entry) for entry in value)
 
 
+def _suggestion(hint: Any, value: object) -> str:
+    names = [str(name) for name in typing.get_args(hint)] if typing.get_origin(hint) is Literal else []
+    near = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
+    return f"; did you mean {near[0]}?" if near else "."
+
+
 def _describe(hint: Any) -> str:
     """The values that a setting accepts, in words."""
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
@@ -264,7 +274,7 @@ def _build(section: type[_Section], values: Mapping[str, object], prefix: str = 
     arguments: dict[str, object] = {}
     for entry in fields(typing.cast(Any, section)):
         key, hint = prefix + entry.name, hints[entry.name]
-        if variants := variants_of(hint):
+        if variants := variants_of(entry):
             hint = variants[typing.cast(str, values.get(f"{key}.name", _default_name(entry)))]
         if is_dataclass(hint):
             arguments[entry.name] = _build(typing.cast(type, hint), values, f"{key}.")

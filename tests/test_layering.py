@@ -34,7 +34,7 @@ OPTIONAL_PACKAGES = (
 OPTIONAL_FOLDERS = {"kernels", "serving"}
 """Modules in folders of these names may import optional packages at their top; others import them when
 needed."""
-TRANSFORMERS_IN_LCKV = ("lckv.models", "lckv.generation", "lckv.registration")
+TRANSFORMERS_IN_LCKV = ("lckv.models", "lckv.generation")
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ BAD_TREES: list[tuple[str, dict[str, str], str]] = [
     (
         "transformers",
         {"lckv/cache/a.py": "import transformers.cache_utils"},
-        "lckv.models and lckv.generation and lckv.registration",
+        "lckv.models and lckv.generation",
     ),
     (
         "mutual",

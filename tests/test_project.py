@@ -4,7 +4,9 @@ were written."""
 import ast
 import re
 import subprocess
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -26,19 +28,14 @@ MACHINE_TRACES = {
 }
 
 
-def _setup_lists() -> dict[str, list[Requirement]]:
-    """INSTALL_REQUIRES, and each extra by its name."""
-    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
-    values = {
-        ast.unparse(node.targets[0]): node.value
-        for node in tree.body
-        if isinstance(node, ast.Assign)
-        and ast.unparse(node.targets[0]) in ("INSTALL_REQUIRES", "EXTRAS_REQUIRE")
-    }
-    lists = {
-        "install": ast.literal_eval(values["INSTALL_REQUIRES"]),
-        **ast.literal_eval(values["EXTRAS_REQUIRE"]),
-    }
+def _project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def _declared() -> dict[str, list[Requirement]]:
+    """What is always needed, under "install", and each extra by its name."""
+    project = _project()
+    lists = {"install": project["dependencies"], **project["optional-dependencies"]}
     return {name: [Requirement(entry) for entry in entries] for name, entries in lists.items()}
 
 
@@ -70,7 +67,7 @@ def test_each_python_has_its_engine(python: str, version: str) -> None:
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_every_direct_dependency_has_an_exact_tested_version_in_its_range(python: str) -> None:
-    lists, constraints = _setup_lists(), _constraints(python)
+    lists, constraints = _declared(), _constraints(python)
     for requirement in lists["install"] + lists["dev"]:
         if _applies(requirement, python):
             (version,) = constraints[canonicalize_name(requirement.name)].specifier
@@ -79,7 +76,7 @@ def test_every_direct_dependency_has_an_exact_tested_version_in_its_range(python
 
 
 def test_versions_come_without_addresses() -> None:
-    lists = _setup_lists()
+    lists = _declared()
     assert all(entry.url is None for entries in lists.values() for entry in entries)
     assert all(entry.url is None for python in PYTHONS for entry in _constraints(python).values())
 
@@ -89,9 +86,23 @@ def test_every_dependency_is_justified() -> None:
     rows = [row for row in text.partition("## Dependencies")[2].splitlines() if row.startswith("|")]
     required = {row.split("|")[1].strip() for row in rows}
     words = set(re.findall(r"[\w-]+", " ".join(rows)))
-    lists = _setup_lists()
+    lists = _declared()
     assert {entry.name for entry in lists["install"]} <= required
     assert {entry.name for entries in lists.values() for entry in entries} <= words
+
+
+def test_one_place_says_what_the_package_is() -> None:
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    assert [ast.unparse(node) for node in tree.body[1:]] == ["from setuptools import setup", "setup()"]
+
+
+def test_the_change_log_has_the_version() -> None:
+    version = _project()["version"].removesuffix(".dev0")
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## \[{re.escape(version)}\]", text, re.M)
+    assert re.search(
+        rf"^version: {re.escape(version)}", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.M
+    )
 
 
 def _texts() -> dict[str, str]:

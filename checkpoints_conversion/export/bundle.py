@@ -107,7 +107,7 @@ class Bundler:
         version = package_versions().get(_DISTRIBUTION, "(checkout)")
         header = [
             f"# Written by {_DISTRIBUTION} {version} from its {source}, for transformers' trust_remote_code.",
-            "# License: Apache-2.0. Where the package is installed, `import lckv` takes its place.",
+            "# License: Apache-2.0. Where the package is installed, `import lckv.models` takes its place.",
         ]
         return "\n".join([*header, *lines, ""]), needed
 

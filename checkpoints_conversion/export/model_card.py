@@ -13,7 +13,6 @@ import yaml
 from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.manifest import ConversionManifest
 from lckv.cost import kv_bytes_per_token
-from lckv.policies.dmc.config import DMCConfig
 from lckv.sharing.layer_types import LayerTypes
 from lckv.sharing.picture import draw
 from megatron_ext.model.cost import model_shape
@@ -24,8 +23,6 @@ _REFERENCES = {
     "arXiv:2410.14442",
     "average": "Averaged keys and values: Zuhri, Adilazuarda, Purwarianti, Aji. *MLKV: Multi-Layer Key-Value Heads for Memory Efficient "
     "Transformer Decoding.* 2024, arXiv:2406.09297",
-    "dmc": "DMC: Nawrot, Łańcucki, Chochowski, Tarjan, Ponti. *Dynamic Memory Compression: Retrofitting LLMs for Accelerated "
-    "Inference.* ICML 2024, arXiv:2403.09636",
 }
 _LICENSE_FIELDS = ("license", "license_name", "license_link")
 
@@ -142,18 +139,10 @@ def _cache(description: ModelDescription, measured: Measured) -> Iterator[str]:
     rows: list[tuple[str, float]] = [("a plain model of these sizes", whole), ("this sharing map", mine)]
     yield "## KV cache"
     yield ""
-    if isinstance(policy, DMCConfig):
-        yield (
-            f"Policy: Dynamic Memory Compression, stage {policy.stage}, trained towards "
-            f"{policy.target_compression_ratio:g} tokens per "
-            "slot. Each KV head decides for every token whether it opens a slot or is merged into the last "
-            "one."
-        )
-        if measured.compression_ratio is not None:
-            yield f"Measured: {measured.compression_ratio:.2f} tokens per slot."
-            rows.append(("and merging, as measured", mine / measured.compression_ratio))
-    else:
-        yield "Policy: every token is kept."
+    yield f"Policy: {policy.card()}"
+    if measured.compression_ratio is not None and not policy.traits.keeps_every_token:
+        yield f"Measured: {measured.compression_ratio:.2f} tokens per slot."
+        rows.append((f"and the policy {policy.name}, as measured", mine / measured.compression_ratio))
     yield ""
     yield "| | bytes per token | less by |"
     yield "|---|---|---|"
@@ -209,7 +198,7 @@ def _loading(with_code: bool) -> Iterator[str]:
     yield ""
     yield 'folder = "PATH OF THIS FOLDER"'
     if with_code:
-        yield "import lckv  # with the package lckv-megatron installed"
+        yield "import lckv.models  # with the package lckv-megatron installed"
     yield "tokenizer = AutoTokenizer.from_pretrained(folder)"
     yield "model = AutoModelForCausalLM.from_pretrained(folder)"
     if with_code:
@@ -227,10 +216,10 @@ def _references(description: ModelDescription, manifest: ConversionManifest) -> 
         "lckv": layer_types.any_cyclic,
         "sharing": shared,
         "average": any(conversion.initialization == "average" for conversion in _chain(manifest)),
-        "dmc": isinstance(description.compression.policy, DMCConfig),
     }
-    found = [f"- {_REFERENCES[name]}" for name, used in fits.items() if used]
-    return ["## References", "", *found] if found else []
+    papers = [_REFERENCES[name] for name, used in fits.items() if used]
+    lines = [f"- {paper}" for paper in (*papers, *description.compression.policy.references)]
+    return ["## References", "", *lines] if lines else []
 
 
 def _chain(manifest: ConversionManifest) -> Iterator[ConversionManifest]:

@@ -45,6 +45,7 @@ from megatron_ext.checkpointing.strategies import read_contents
 from megatron_ext.command_line import config_from_dict, config_to_dict
 from megatron_ext.config import RunConfig, TrainConfig
 from megatron_ext.model.architecture import architecture
+from megatron_ext.precision import precision_for
 
 MODEL_FILE_NAME = "model.yaml"
 """Beside the checkpoints that a conversion writes: the sections `model` and `compression` of a run that
@@ -280,7 +281,7 @@ def _settings(description: ModelDescription) -> dict[str, Any]:
     """config.json: a run with the model, and with defaults otherwise. It computes with numbers that can hold
     the weights."""
     train = TrainConfig(
-        precision="bf16" if description.dtype == torch.bfloat16 else "fp32",
+        precision=precision_for(description.dtype).name,
         seq_length=description.model.max_position_embeddings or TrainConfig.seq_length,
     )
     run = RunConfig(model=description.model, compression=description.compression, train=train)

@@ -151,9 +151,7 @@ def _backward_of_band(
     parts = below.pair.backward(band.to_own(gradient), *band.own(*chunks), own, below.scale)
     dq, dk, dv = (band.from_own(part) for part in parts)
     if rests.before is not None:
-        before = Partial(
-            band.to_before(band.second(output)), band.to_before(band.second(lse)), rests.before
-        )
+        before = Partial(band.to_before(band.second(output)), band.to_before(band.second(lse)), rests.before)
         late = band.to_before(band.second(gradient))
         parts = below.pair.backward(late, *band.before(*chunks), before, below.scale)
         places = band.second(dq), band.first(dk), band.first(dv)

@@ -2,9 +2,10 @@
 
 The cache is the engine's (lckv/cache/paged.py): pages from one pool. For a sequence of n tokens, per KV head of each layer that computes
 keys and values,
-    pages  ceil(n / CR / page size); where only windowed layers read them, at most those in which W - 1 neighbouring tokens can lie
-    table  4 bytes for each page that n tokens would fill if none were merged, and 8 for a length
-    state  float32 of the KV policy (DMC: W - 1 tokens of 2 d + 1 numbers)
+    pages  ceil(slots / page size) for the slots that the KV policy needs; where only windowed layers read them, at most those
+           in which W - 1 neighbouring tokens can lie
+    table  4 bytes for each page that n tokens would fill with a slot each, and 8 for a length
+    state  float32 of the KV policy
 with CR = tokens per slot, taken to be the same for all heads, and bytes of a page = 2 x page size x d x bytes of a number. Weights and
 activations are not counted.
 """
@@ -13,10 +14,7 @@ import math
 from dataclasses import dataclass, replace
 
 from lckv.config import CompressionConfig
-from lckv.policies.dmc.config import DMCConfig
-
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Of a number in keys and values."""
+from lckv.precision import bytes_of
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class CacheModel:
     @property
     def slot_bytes(self) -> int:
         """Key and value of one KV head."""
-        return 2 * self.head_dim * BYTES[self.dtype]
+        return 2 * self.head_dim * bytes_of(self.dtype)
 
     @property
     def page_bytes(self) -> int:
@@ -63,16 +61,14 @@ class CacheModel:
     @property
     def state_bytes(self) -> int:
         """What the KV policy keeps of a sequence besides slots."""
-        policy = self.compression.policy
-        if not isinstance(policy, DMCConfig) or policy.stage == "zero_out":
-            return 0
-        tokens = 1 if policy.window is None else max(1, policy.window - 1)
-        return sum(self.layers) * self.kv_heads * tokens * (2 * self.head_dim + 1) * 4
+        numbers = self.compression.policy.state_numbers(self.head_dim)
+        return sum(self.layers) * self.kv_heads * numbers * bytes_of("float32")
 
     def pages(self, tokens: int) -> int:
         """Of one sequence, at most, until it has so many tokens."""
         growing, windowed = self.layers
-        full = math.ceil(math.ceil(tokens / self.compression_ratio) / self.page_size)
+        slots = self.compression.policy.slots(tokens, self.compression_ratio)
+        full = math.ceil(slots / self.page_size)
         kept = full
         if self.compression.sliding_window is not None:
             kept = min(full, pages_touched(self.compression.sliding_window - 1, self.page_size))

@@ -81,9 +81,7 @@ def _write_from(first: Tensor, kept: Tensor | None, tokens: int) -> Edit:
     return Edit(0, first + kept.cumsum(0) - 1, kept, first + kept.sum(0))
 
 
-def _kept_of_new(
-    extension: Extension, key_bias: KeyBias | None, counted: Tensor | None
-) -> Tensor | None:
+def _kept_of_new(extension: Extension, key_bias: KeyBias | None, counted: Tensor | None) -> Tensor | None:
     """bool [s, b, g]: new tokens that are neither padding nor dropped at once; None: all."""
     tokens, rows, heads, _ = extension.key.shape
     there = None if counted is None else counted.transpose(0, 1)

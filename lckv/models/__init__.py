@@ -1,5 +1,9 @@
-"""The models for Hugging Face's tools."""
+"""The models for Hugging Face's tools.
 
-# Before any module here: registering them, which follows, imports them, and cannot while one of them is being
-# imported itself.
-import transformers  # noqa: F401
+`import lckv.models` lets transformers' Auto classes know them (`AutoModelForCausalLM.from_pretrained` of an
+`lckv-llama` folder). It is the one import of this project that has an effect.
+"""
+
+from lckv.models.registration import register
+
+register()

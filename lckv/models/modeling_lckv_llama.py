@@ -324,7 +324,10 @@ class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
                 "of its own kind, which is "
                 "small already: leave it out."
             )
-        if generation_mode == GenerationMode.ASSISTED_GENERATION and not self.model.policy.traits.keeps_every_token:
+        if (
+            generation_mode == GenerationMode.ASSISTED_GENERATION
+            and not self.model.policy.traits.keeps_every_token
+        ):
             raise ValueError(
                 "assisted decoding forgets the tokens that it rejects, which is impossible with the policy "
                 f"{self.model.policy.name} (compression.policy), since it does not keep every token in a slot of its own: "

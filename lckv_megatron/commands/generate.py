@@ -1,13 +1,15 @@
-"""Answers prompts with a model, through the compressed KV cache.
+"""Answers prompts with a model, through its compressed cache.
 
-    python -m tools.generate --model out/model --prompt "def main(" --stream python -m tools.generate --model
-    out/model --batch prompts.jsonl --output answers.jsonl --temperature 0 python -m tools.generate --model
-    out/model --chat --prompt "Who wrote Faust?" --max-new-tokens 200 python -m tools.generate --model
-    out/model --sinks 4 --window 1024 --max-new-tokens 100000 --stream < book.txt
+    lckv-megatron generate --model out/model --prompt "def main(" --stream
+    lckv-megatron generate --model out/model --batch prompts.jsonl --output answers.jsonl --temperature 0
+    lckv-megatron generate --model out/model --chat --prompt "Who wrote Faust?" --max-new-tokens 200
+    lckv-megatron generate --model out/model --sinks 4 --window 1024 --max-new-tokens 100000 --stream < book.txt
 
-Without --prompt and --batch the prompt is read from the standard input. A batch is JSON lines, one object per prompt:
-    {"prompt": "...", "id": "a", "temperature": 0.7, "stop": ["\\n"]}    or    {"messages": [{"role": "user", "content": "..."}]}
-with any of the sampling settings; its answers are JSON lines in the same order. What the cache held is said on standard error.
+Without --prompt and --batch the prompt is read from the standard input. A batch is JSON lines, an object for
+each prompt, with any of the sampling settings:
+    {"prompt": "...", "id": "a", "temperature": 0.7, "stop": ["\\n"]}
+    {"messages": [{"role": "user", "content": "..."}]}
+Its answers are JSON lines in the same order. What the cache held is said on standard error.
 """
 
 import argparse
@@ -20,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from lckv_megatron.arguments import ProgramParser, positive
 from lckv_megatron.engine_options import add_engine_options, add_model_options, build_engine, load
 from lckv_megatron.tables import size
+from megatron_ext.arguments import ProgramParser, positive
 from megatron_ext.atomic import write_file
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError

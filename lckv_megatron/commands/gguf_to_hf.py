@@ -1,9 +1,10 @@
-"""Turns a GGUF file into a Hugging Face folder: weights dequantised to float32, configuration, tokenizer.
+"""Turns a GGUF file into a Hugging Face folder.
 
-    python -m tools.gguf_to_hf model.gguf out/model
+    lckv-megatron gguf-to-hf model.gguf out/model
 
-transformers reads the file, with the packages gguf and accelerate (extra `gguf`). The result can be converted
-and trained; a quantised model stays what quantisation has made of it.
+The folder has the weights, dequantised to float32, the configuration and the tokenizer. transformers reads
+the file, with the packages gguf and accelerate (extra `gguf`). The result can be converted and trained; a
+quantised model stays what quantisation has made of it.
 """
 
 import importlib.util
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoints_conversion.staging import staged
-from lckv_megatron.arguments import ProgramParser
+from megatron_ext.arguments import ProgramParser
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError
 

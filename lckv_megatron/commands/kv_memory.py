@@ -1,16 +1,16 @@
-"""Says what fits into a memory budget for the KV cache: the largest batch, the longest context, next to a
-plain model of the same size.
+"""Says which batch and which context fit into a memory budget for the cache.
 
-    python -m tools.kv_memory --model out/model --memory 16GiB --context 4096 32768 python -m tools.kv_memory
-    --memory 16GiB --config run.yaml --compression.layer_types 0_6_6_6_6_6_6_7 [--section.key VALUE ...]
+    lckv-megatron kv-memory --model out/model --memory 16GiB --context 4096 32768
+    lckv-megatron kv-memory --memory 16GiB --config run.yaml --compression.layer_types 0_6_6_6_6_6_6_7
 
-The cache is the engine's (lckv/cache/paged.py): pages from one pool. For a sequence of n tokens, per KV head of each layer that computes
-keys and values,
-    pages  ceil(n / CR / page size); where only windowed layers read them, at most those in which W - 1 neighbouring tokens can lie
-    table  4 bytes for each page that n tokens would fill if none were merged, and 8 for a length
-    state  float32 of the KV policy (DMC: W - 1 tokens of 2 d + 1 numbers)
-with CR = tokens per slot, taken to be the same for all heads, and bytes of a page = 2 x page size x d x bytes of a number. Weights and
-activations are not counted.
+The numbers stand next to those of a plain model of the same size. The cache is the engine's: pages from one
+pool. For a sequence of n tokens, per KV head of each layer that computes keys and values,
+    pages  ceil(n / CR / page size); where only windowed layers read them, at most those in which W - 1
+           neighbouring tokens can lie
+    table  4 bytes for each page that n tokens would fill with a slot each, and 8 for a length
+    state  what the KV policy keeps besides
+with CR = tokens per slot, taken to be the same for all heads, and bytes of a page = 2 x page size x d x bytes
+of a number. Weights and activations are not counted.
 """
 
 import argparse
@@ -21,29 +21,28 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from lckv.cache.cost import BYTES, CacheModel, largest_batch, longest_context
-from lckv.policies.dmc.config import DMCConfig
-from lckv_megatron.arguments import ProgramParser, memory_size, positive
+from lckv.cache.cost import CacheModel, largest_batch, longest_context
+from lckv.precision import DTYPE_NAMES
 from lckv_megatron.tables import size, table
+from megatron_ext.arguments import ProgramParser, memory_size, positive
 from megatron_ext.command_line import parse_run_config
 from megatron_ext.config import RunConfig
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError
+from megatron_ext.precision import precision
 from megatron_ext.validation.layout import model_problems
 
 
 def model_of_run(run: RunConfig, dtype: str | None, page_size: int) -> CacheModel:
     """Of a run's configuration; raises ConfigError for sizes that do not fit together."""
-    found = [*model_problems(run.model), *run.compression.problems(run.model.num_layers)]
-    if found:
-        raise ConfigError("\n".join(found))
-    own = {"bf16": "bfloat16", "fp32": "float32"}[run.train.precision]
+    if problems := [*model_problems(run.model, run.compression, run.train.precision)]:
+        raise ConfigError("\n".join(problems))
     return CacheModel(
         num_layers=run.model.num_layers,
         kv_heads=run.model.query_groups,
         head_dim=run.model.head_dim,
         compression=run.compression,
-        dtype=dtype or own,
+        dtype=dtype or precision(run.train.precision).dtype_name,
         page_size=page_size,
         compression_ratio=1.0,
     )
@@ -62,25 +61,22 @@ def model_of_folder(folder: Path, dtype: str | None, page_size: int) -> tuple[Ca
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
     own = str(config.dtype).removeprefix("torch.")
-    return cache_model(
-        config, dtype or (own if own in BYTES else "float32"), page_size
-    ), config.max_position_embeddings
+    dtype = dtype or (own if own in DTYPE_NAMES else "float32")
+    return cache_model(config, dtype, page_size), config.max_position_embeddings
 
 
 def with_ratio(model: CacheModel, given: float | None) -> CacheModel:
-    """With the compression ratio that was measured or is asked of training; raises ConfigError where nothing
-    merges."""
+    """With the compression ratio that was measured or is asked of training; raises ConfigError where every
+    token is kept."""
     policy = model.compression.policy
-    merges = isinstance(policy, DMCConfig) and policy.stage != "zero_out"
-    if given is not None and not (merges and 1 <= given < math.inf):
+    if given is not None and policy.traits.keeps_every_token:
+        stage = "" if policy.stage is None else f" in stage {policy.stage}"
         raise ConfigError(
-            f"--compression-ratio is {given:g}; it must be at least 1."
-            if merges
-            else f"--compression-ratio is {given:g}, but this model keeps every token: its policy is {policy.name}"
-            f"{' in stage zero_out' if isinstance(policy, DMCConfig) else ''}."
+            f"--compression-ratio is {given:g}, but this model keeps every token: its policy is {policy.name}{stage}."
         )
-    target = policy.target_compression_ratio if isinstance(policy, DMCConfig) and merges else 1.0
-    return replace(model, compression_ratio=target if given is None else given)
+    if given is not None and not 1 <= given < math.inf:
+        raise ConfigError(f"--compression-ratio is {given:g}; it must be at least 1.")
+    return replace(model, compression_ratio=policy.compression_ratio if given is None else given)
 
 
 @dataclass(frozen=True)
@@ -114,10 +110,10 @@ def rows(model: CacheModel, memory: int, contexts: Sequence[int], batches: Seque
             name, model.sequence_bytes(tokens), plain.sequence_bytes(tokens), lambda number: size(int(number))
         )
     for tokens in contexts:
-        mine, theirs = (largest_batch(each, tokens, memory) for each in (model, plain))
+        mine, theirs = (largest_batch(kind, tokens, memory) for kind in (model, plain))
         yield Row(f"largest batch at {tokens:,} tokens", mine, theirs, "{:,}".format)
     for batch in batches:
-        mine, theirs = (longest_context(each, batch, memory) for each in (model, plain))
+        mine, theirs = (longest_context(kind, batch, memory) for kind in (model, plain))
         yield Row(f"longest context of {batch:,} at once", mine, theirs, "{:,}".format)
 
 
@@ -133,11 +129,10 @@ def describe(
     )
     if windowed:
         yield f"{windowed} of them only for a window of {compression.sliding_window:,} tokens"
-    if model.state_bytes:
-        yield (
-            f"{model.compression_ratio:g} tokens per slot; state of the policy: {size(model.state_bytes)} "
-            "per sequence"
-        )
+    policy = compression.policy
+    if not policy.traits.keeps_every_token:
+        state = f"{size(model.state_bytes)} per sequence" if model.state_bytes else "none"
+        yield f"KV policy {policy.describe()}; {model.compression_ratio:g} tokens per slot; its state: {state}"
     yield ""
     yield from table(
         [
@@ -193,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         help="tokens per slot, for instance measured ones (default: asked of training)",
     )
-    parser.add_argument("--dtype", choices=BYTES, help="of keys and values (default: the model's)")
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="of keys and values (default: the model's)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

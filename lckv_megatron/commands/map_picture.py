@@ -14,8 +14,8 @@ from pathlib import Path
 
 from matplotlib import rc_context
 
-from lckv_megatron.arguments import ProgramParser
 from lckv_megatron.pictures.sharing_maps import FONT, draw, parse
+from megatron_ext.arguments import ProgramParser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,17 +1,20 @@
-"""Perplexity of texts: of a model in a Hugging Face folder, or of a checkpoint of this project on any layout.
+"""Measures the perplexity of texts under a model or a checkpoint.
 
-    python -m tools.perplexity --model out/model --text wiki.txt python -m tools.perplexity --model out/model
-    --text 'valid/*.jsonl.zst' --context 4096 --stride 1024 --through cache torchrun --nproc-per-node 2 -m
-    tools.perplexity --load runs/demo/checkpoints --text wiki.txt --tensor-model-parallel-size 2
+    lckv-megatron perplexity --model out/model --text wiki.txt
+    lckv-megatron perplexity --model out/model --text 'valid/*.jsonl.zst' --context 4096 --stride 1024 \\
+        --through cache
+    torchrun --nproc-per-node 2 -m lckv_megatron perplexity --load runs/demo/checkpoints --text wiki.txt \\
+        --tensor-model-parallel-size 2
 
-A text is cut into windows: the first predicts --context tokens, each further one the next --stride tokens, which see the tokens before
-them in the window too. Every token is predicted once, except a text's first where the tokenizer has none to put before it. Or only
---rows rows of --row-length tokens are taken, each as a text of its own whose first token is given.
---through says how windows are computed:
-    forward        one forward pass over each, as in training (maps that iterate: with training's number of passes)
+A model is a Hugging Face folder. A checkpoint of this project may run on any layout. A text is cut into
+windows: the first predicts --context tokens, each further one the next --stride tokens, which see the tokens
+before them in the window too. Every token is predicted once, except a text's first where the tokenizer has
+none to put before it. Or only --rows rows of --row-length tokens are taken, each as a text of its own whose
+first token is given. --through says how windows are computed:
+    forward        one forward pass over each, as in training (maps that iterate: with its number of passes)
     cache          as the engine reads prompts: in chunks, through the compressed cache
-    tokens         as the engine generates: token by token, through the compressed cache; exact, and slow
-    transformers   one forward pass of transformers' own class for the model, which may be of any kind that it knows
+    tokens         as the engine generates: token by token, through that cache; exact, and slow
+    transformers   one forward pass of transformers' own class, for any model that it knows
 """
 
 import argparse
@@ -25,11 +28,11 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from lckv_megatron.arguments import ProgramParser, positive
 from lckv_megatron.checkpoint_options import add_layout_options, add_tokenizer_options
 from lckv_megatron.engine_options import add_engine_options, add_model_options, build_engine, load, placement
 from lckv_megatron.scoring.perplexity import Cut, Measurement, Perplexity
 from lckv_megatron.scoring.text_windows import Coder, read_texts, rows_of_texts, whole_texts
+from megatron_ext.arguments import ProgramParser, positive
 from megatron_ext.atomic import write_file
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError

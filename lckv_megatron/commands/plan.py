@@ -1,9 +1,9 @@
-"""Says what a run would be before anything starts: its problems, map, size, cost, cache, layout and memory.
+"""Says what a run would be before anything starts.
 
-    python -m tools.plan --config run.yaml --world-size 64 --section.key value ... [--compare [MAP ...]]
+    lckv-megatron plan --config run.yaml --world-size 64 --section.key value ... [--compare [MAP ...]]
 
-Takes the command line of pretrain_lckv.py. Needs no GPU, no processes and no data. Exit status: 0, or 2 where
-settings cannot work.
+That is its problems, map, size, cost, cache, layout and memory. Takes the command line of pretrain_lckv.py.
+Needs no GPU, no processes and no data. Exit status: 0, or 2 where settings cannot work.
 """
 
 import argparse
@@ -15,31 +15,24 @@ from dataclasses import dataclass
 from lckv.cost import ModelShape
 from lckv.sharing.layer_types import LayerTypes
 from lckv.sharing.plan import crossing_sources
-from lckv_megatron.arguments import ProgramParser
 from lckv_megatron.layouts import LAYOUTS, cache_bytes, compare
 from lckv_megatron.tables import size, table
+from megatron_ext.arguments import ProgramParser, positive
 from megatron_ext.command_line import exit_with, parse_run_config
 from megatron_ext.config import RunConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.cost import model_shape
-from megatron_ext.model.memory import BYTES, kept_by_full_recompute, kept_bytes, state_bytes
+from megatron_ext.model.memory import kept_by_full_recompute, kept_bytes, state_bytes
 from megatron_ext.model.parameters import (
     StageParameters,
     padded_vocab_size,
     stage_parameters,
     total_parameters,
 )
+from megatron_ext.precision import precision
 from megatron_ext.summary.lines import cost_lines, layout_lines, model_lines, picture
 from megatron_ext.summary.sizes import RunSizes, recomputed_layers
-from megatron_ext.validation.layout import (
-    data_parallel_problems,
-    model_problems,
-    pipeline_problems,
-    recompute_problems,
-    tensor_parallel_problems,
-)
-from megatron_ext.validation.rules import at_least
-from megatron_ext.validation.run import problems
+from megatron_ext.validation.run import problems, step_problems
 
 ACTIVATIONS = """\
 activations: layer inputs and shared keys and values that full recompute keeps, for all micro-batches in
@@ -150,7 +143,7 @@ def _per_rank(plan: Plan) -> Iterator[tuple[str, ...]]:
         "sends per micro-batch",
     )
     for number, stage in enumerate(stages):
-        state = state_bytes(stage.per_rank, run.train.precision, optimizer_ranks=optimizer_ranks)
+        state = state_bytes(stage.per_rank, precision(run.train.precision), optimizer_ranks=optimizer_ranks)
         activations = "not predicted"
         if recomputed_layers(run) == run.model.num_layers:
             kept = kept_by_full_recompute(run.compression, run.model.num_layers, stage.layers)
@@ -181,24 +174,10 @@ def _sent(plan: Plan, boundary: int) -> str:
         kv_heads=max(1, model.query_groups // ranks),
         head_dim=model.head_dim,
     )
-    sent = size(math.prod(payload.shape(train.seq_length, train.micro_batch_size)) * BYTES[train.precision])
+    numbers = math.prod(payload.shape(train.seq_length, train.micro_batch_size))
+    sent = size(numbers * precision(train.precision).bytes)
     crossing = ", ".join(map(str, payload.sources))
     return f"{sent}: hidden states" + (f", KV of {crossing}" if crossing else "")
-
-
-def size_problems(run: RunConfig, world_size: int) -> list[str]:
-    """What keeps the numbers of a plan from being computed; all of it is among `problems` too."""
-    model, parallel, train = run.model, run.parallel, run.train
-    return [
-        *model_problems(model),
-        *run.compression.problems(model.num_layers),
-        *tensor_parallel_problems(model, parallel, train),
-        *pipeline_problems(run),
-        *data_parallel_problems(parallel, train, world_size),
-        *recompute_problems(train, model.num_layers, parallel.pipeline_model_parallel_size),
-        *at_least("train", train, 1, "train_iters", "micro_batch_size", "global_batch_size", "seq_length"),
-        *at_least("train", train, 1, "recompute_num_layers"),
-    ]
 
 
 def find_vocab_size(run: RunConfig) -> int:
@@ -218,12 +197,6 @@ def find_vocab_size(run: RunConfig) -> int:
     return known.size
 
 
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return int(text)
-
-
 def _share(text: str) -> float:
     if not 0 < float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
@@ -238,7 +211,7 @@ def _own_parser() -> argparse.ArgumentParser:
         epilog="All settings: pretrain_lckv.py --help.",
     )
     parser.add_argument(
-        "--world-size", type=_positive, help="processes to pretend (default: one replica, TP x PP)"
+        "--world-size", type=positive, help="processes to pretend (default: one replica, TP x PP)"
     )
     parser.add_argument(
         "--compare",
@@ -269,13 +242,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parallel = run.parallel
     replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     world_size = options.world_size or max(1, replica)
-    found, unfit = problems(run, world_size), size_problems(run, world_size)
+    sentences = problems(run, world_size)
     vocab_size = 0
-    if not unfit:
+    if not step_problems(run, world_size):
         try:
             vocab_size = find_vocab_size(run)
         except ConfigError as error:
-            found += [problem for problem in str(error).splitlines() if problem not in found]
+            sentences += [problem for problem in str(error).splitlines() if problem not in sentences]
     if vocab_size:
         plan = Plan(run, world_size, vocab_size, options.utilisation)
         try:
@@ -288,9 +261,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         except ValueError as error:
             exit_with(f"--compare: {error}")
-    for number, problem in enumerate(found, 1):
+    for number, problem in enumerate(sentences, 1):
         print(f"problem {number}: {problem}", file=sys.stderr)
-    return 2 if found else 0
+    return 2 if sentences else 0
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from matplotlib import rc_context
 
-from lckv_megatron.arguments import ProgramParser
 from lckv_megatron.pictures.curves import LOOK, METRICS_NAME, X_LABELS, Style, plot, read_runs
+from megatron_ext.arguments import ProgramParser
 from megatron_ext.errors import ConfigError
 
 

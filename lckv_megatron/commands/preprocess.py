@@ -1,4 +1,8 @@
-"""Turn raw text into megatron's indexed datasets: PREFIX.bin, PREFIX.idx and PREFIX.json."""
+"""Turns raw text into Megatron's indexed datasets.
+
+    lckv-megatron preprocess --input 'corpus/*.jsonl.zst' --output-prefix data/corpus \\
+        --tokenizer-type sentencepiece --tokenizer-model tokenizer.model --workers 8
+"""
 
 import argparse
 import glob
@@ -9,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lckv_megatron.arguments import ProgramParser
+from megatron_ext.arguments import ProgramParser, positive
 from megatron_ext.data.encoding import Stretch
 from megatron_ext.data.manifest import DatasetManifest
 from megatron_ext.data.preprocessing import PreprocessingJob, merge_shards, preprocess, remove_output
@@ -19,28 +23,28 @@ from megatron_ext.errors import ConfigError
 
 EXAMPLES = """
 input
-  JSON lines (.jsonl, .ndjson, .json), one object per document with its text under --json-keys, and text files, one document
-  each; both also compressed (.gz, .zst). A directory stands for all its files, a quoted glob for those that match.
-  Documents come out in the order of the input.
+  JSON lines (.jsonl, .ndjson, .json), one object per document with its text under --json-keys, and text
+  files, one document each; both also compressed (.gz, .zst). A directory stands for all its files, a quoted
+  glob for those that match. Documents come out in the order of the input.
 
 output
-  PREFIX.bin (tokens), PREFIX.idx (where documents begin) and PREFIX.json (tokenizer, numbers, sources; training checks it).
-  With --shards or --shard-mib: PREFIX-00000.*, PREFIX-00001.*, ... A job that is started again goes on behind its last
-  complete shard. Shards can be trained on as they are, or be merged.
+  PREFIX.bin (tokens), PREFIX.idx (where documents begin) and PREFIX.json (tokenizer, numbers, sources;
+  training checks it). With --shards or --shard-mib: PREFIX-00000.*, PREFIX-00001.*, ... A job that is started
+  again goes on behind its last complete shard. Shards can be trained on as they are, or be merged.
 
 examples
   # a compressed corpus with a SentencePiece tokenizer, on 8 processes
-  python tools/preprocess_data.py --input 'corpus/*.jsonl.zst' --output-prefix data/corpus \\
+  lckv-megatron preprocess --input 'corpus/*.jsonl.zst' --output-prefix data/corpus \\
       --tokenizer-type sentencepiece --tokenizer-model tokenizer.model --workers 8
 
   # a directory of sources with a Hugging Face tokenizer
-  python tools/preprocess_data.py --input src/ --suffix .py .md --output-prefix data/code \\
+  lckv-megatron preprocess --input src/ --suffix .py .md --output-prefix data/code \\
       --tokenizer-type huggingface --tokenizer-model path/to/model
 
   # 64 shards that can be interrupted, then one dataset of them
-  python tools/preprocess_data.py --input big.jsonl --output-prefix shards/big --shards 64 \\
+  lckv-megatron preprocess --input big.jsonl --output-prefix shards/big --shards 64 \\
       --tokenizer-type tiktoken --tokenizer-model tokenizer.model --workers 32
-  python tools/preprocess_data.py --merge --input 'shards/big-*.idx' --output-prefix data/big
+  lckv-megatron preprocess --merge --input 'shards/big-*.idx' --output-prefix data/big
 """
 
 
@@ -90,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     files.add_argument(
         "--max-document-mib",
-        type=_positive,
+        type=positive,
         default=64,
         metavar="MIB",
         help="longest document; bounds memory (default 64)",
@@ -104,14 +108,14 @@ def _parser() -> argparse.ArgumentParser:
         default=True,
         help="end each document with the end-of-document token (default: yes)",
     )
-    tokens.add_argument("--workers", type=_positive, default=1, help="processes that tokenize (default 1)")
+    tokens.add_argument("--workers", type=positive, default=1, help="processes that tokenize (default 1)")
     shards = parser.add_argument_group("shards")
     size = shards.add_mutually_exclusive_group()
     size.add_argument(
-        "--shards", type=_positive, metavar="N", help="split the output into N; reads compressed input twice"
+        "--shards", type=positive, metavar="N", help="split the output into N; reads compressed input twice"
     )
     size.add_argument(
-        "--shard-mib", type=_positive, metavar="MIB", help="split the output after so much input text"
+        "--shard-mib", type=positive, metavar="MIB", help="split the output after so much input text"
     )
     shards.add_argument(
         "--overwrite", action="store_true", help="delete the output of an earlier job and begin again"
@@ -120,13 +124,6 @@ def _parser() -> argparse.ArgumentParser:
         "--merge", action="store_true", help="inputs are datasets (prefixes or .idx files): append them"
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not > 0")
-    return number
 
 
 def _job(arguments: argparse.Namespace) -> PreprocessingJob:

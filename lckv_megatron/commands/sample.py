@@ -10,7 +10,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lckv_megatron.arguments import ProgramParser
 from lckv_megatron.checkpoint_options import (
     add_layout_options,
     add_load_option,
@@ -18,6 +17,7 @@ from lckv_megatron.checkpoint_options import (
     layout,
     tokenizer_of_run,
 )
+from megatron_ext.arguments import ProgramParser
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError
 

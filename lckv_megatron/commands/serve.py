@@ -1,13 +1,14 @@
-"""Serves a model over HTTP: OpenAI-style completions and chat, streamed or whole, from one paged KV cache.
+"""Serves a model over HTTP, with OpenAI's interface, from one paged cache.
 
-    python tools/serve.py --model out/model --port 8000
+    lckv-megatron serve --model out/model --port 8000
 
     curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
         -d '{"model": "model", "prompt": "Once upon a time", "max_tokens": 32}'
 
-The name of the model is that of its folder unless --served-model-name is given. With LCKV_API_KEY in the
-environment, clients must send it as a bearer token. /health says whether requests are answered, /metrics is
-for Prometheus. SIGTERM lets running requests end (--shutdown-seconds) and then stops.
+Completions and chats are answered, streamed or whole. The name of the model is that of its folder unless
+--served-model-name is given. With LCKV_API_KEY in the environment, clients must send it as a bearer token.
+/health says whether requests are answered, /metrics is for Prometheus. SIGTERM lets running requests end
+(--shutdown-seconds) and then stops.
 """
 
 import argparse
@@ -17,8 +18,8 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from lckv_megatron.arguments import ProgramParser, positive
 from lckv_megatron.engine_options import add_engine_options, add_model_options, build_engine, load
+from megatron_ext.arguments import ProgramParser, positive
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError
 

@@ -1,5 +1,7 @@
-"""Train a SentencePiece BPE tokenizer in the manner of Llama 2: byte fallback, single digits, white space
-kept."""
+"""Trains a SentencePiece tokenizer in the manner of Llama 2.
+
+That is byte-pair encoding with byte fallback, single digits, and white space kept.
+"""
 
 import argparse
 import io
@@ -12,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lckv_megatron.arguments import ProgramParser
+from megatron_ext.arguments import ProgramParser
 from megatron_ext.atomic import write_file
 from megatron_ext.data.sources import RecordReader, Source, find_sources, parse_texts, text_bytes
 from megatron_ext.data.tokenizers import load_tokenizer
@@ -21,14 +23,16 @@ from megatron_ext.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 EXAMPLES = """
-Input is as for preprocess_data.py: JSON lines and text files, also .gz and .zst; directories; quoted globs.
+Input is as for lckv-megatron preprocess: JSON lines and text files, also .gz and .zst; directories; quoted globs.
 
-Training keeps its sample of the text in memory, several times over. If there is more text than --max-mib, each document is
-taken with the same probability, drawn from --seed. The same input, options and version of SentencePiece give the same model.
+Training keeps its sample of the text in memory, several times over. If there is more text than --max-mib, each
+document is taken with the same probability, drawn from --seed. The same input, options and version of
+SentencePiece give the same model.
 
 examples
-  python tools/train_tokenizer.py --input corpus.jsonl --vocab-size 8192 --output tokenizer.model
-  python tools/train_tokenizer.py --input 'wiki/*.jsonl.gz' src/ --vocab-size 32000 --max-mib 500 --output tokenizer.model
+  lckv-megatron train-tokenizer --input corpus.jsonl --vocab-size 8192 --output tokenizer.model
+  lckv-megatron train-tokenizer --input 'wiki/*.jsonl.gz' src/ --vocab-size 32000 --max-mib 500 \\
+      --output tokenizer.model
 """
 
 _SENTENCE_CHARACTERS = 4000

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from lckv_megatron.pictures.merge_map import draw_merge_map, last_merge_rates
+from lckv_megatron.pictures.heat_map import Cells, draw_heat_map, last_statistics
 from megatron_ext.errors import ConfigError
 from megatron_ext.training.metrics import read_metrics
 
@@ -154,20 +154,18 @@ def draw_compression_ratio(axes: Axes, runs: Sequence[Run], style: Style) -> Non
     axes.set_ylabel("tokens per slot")
 
 
-def merge_maps(runs: Sequence[Run]) -> list[Panel]:
-    """A heat map for each run that merges tokens."""
+def heat_maps(runs: Sequence[Run]) -> list[Panel]:
+    """A heat map for each statistic of each run's KV policy."""
+    return [
+        _heat_map(run, name, cells)
+        for run in runs
+        for name, cells in sorted(last_statistics(run.reports).items())
+    ]
 
-    def panel(run: Run) -> Panel:
-        rates = last_merge_rates(run.reports)
-        title = f"{run.name}: tokens per slot at the end"
-        return Panel(
-            title,
-            ("compression_ratio",),
-            lambda axes, _runs, _style: draw_merge_map(axes, rates),
-            over_time=False,
-        )
 
-    return [panel(run) for run in runs if last_merge_rates(run.reports)]
+def _heat_map(run: Run, name: str, cells: Cells) -> Panel:
+    title, label = f"{run.name}: {name} at the end", name.replace("_", " ")
+    return Panel(title, (), lambda axes, _runs, _style: draw_heat_map(axes, cells, label), over_time=False)
 
 
 PANELS = (
@@ -216,7 +214,7 @@ def _names(files: Sequence[Path]) -> list[str]:
 
 def plot(runs: Sequence[Run], style: Style) -> Figure:
     """All panels that some run has values for; raises ConfigError if there are none."""
-    panels = [panel for panel in PANELS if any(_has(run, panel, style) for run in runs)] + merge_maps(runs)
+    panels = [panel for panel in PANELS if any(_has(run, panel, style) for run in runs)] + heat_maps(runs)
     if not panels:
         wanted = ", ".join(value for panel in PANELS for value in panel.values)
         raise ConfigError(

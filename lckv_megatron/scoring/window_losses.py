@@ -4,7 +4,7 @@ Shapes: b windows, s tokens, n predicted tokens, V tokens of the vocabulary.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,8 +39,8 @@ class ParallelLosses:
     def __init__(self, model: LCKVLlamaForCausalLM, passes: int | None = None) -> None:
         self._model, self._iteration = model, None if passes is None else Iteration(passes)
         self._passes: int | None = None
-        self._tokens = self._merged = 0.0
-        self._merges = False
+        self._tokens = 0.0
+        self._sums: dict[str, Tensor] = {}
 
     @torch.inference_mode()
     def __call__(self, windows: Sequence[Window]) -> float:
@@ -60,20 +60,22 @@ class ParallelLosses:
             model.model.embed_tokens(tokens[:, :-1]), counted=padded, iteration=self._iteration
         )
         assert output.last_hidden_state is not None
-        self._note(output.passes, output.merge_rates, lengths)
+        self._note(output.passes, output.statistics, lengths)
         return summed_loss(model, output.last_hidden_state[wanted], tokens[:, 1:][wanted])
 
     def facts(self) -> dict[str, Any]:
-        """Passes over the layers that iterate, and tokens per slot."""
-        ratio = self._tokens / (self._tokens - self._merged) if self._merges else None
-        return {"passes": self._passes, "compression_ratio": ratio}
+        """Passes over the layers that iterate, and what the KV policy reports."""
+        means = [total / self._tokens for total in self._sums.values()]
+        reported = self._model.model.policy.report(means, math.nan, None) if means else {}
+        return {"passes": self._passes, "compression_ratio": None, **reported}
 
-    def _note(self, passes: int | None, merge_rates: Tensor | None, lengths: Tensor) -> None:
+    def _note(self, passes: int | None, statistics: Mapping[str, Tensor] | None, lengths: Tensor) -> None:
+        """`statistics`: [KV layers, b, g] each, means over the tokens of a row."""
         self._passes = passes if self._model.model.layer_types.any_cyclic else None
-        if merge_rates is not None:
-            self._merges = True
-            self._tokens += float(lengths.sum())
-            self._merged += float((merge_rates.double().mean((0, 2)).cpu() * lengths).sum())
+        self._tokens += float(lengths.sum())
+        for name, values in (statistics or {}).items():
+            total = (values.double().cpu() * lengths[:, None]).sum(1)  # [KV layers, g]
+            self._sums[name] = self._sums.get(name, 0) + total
 
 
 def summed_loss(model: LCKVLlamaForCausalLM, hidden_states: Tensor, targets: Tensor) -> float:

@@ -9,7 +9,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from torch import Tensor
 
 from megatron_ext.model.gpt import SharedKVGPTModel
-from megatron_ext.training.step import stage_shapes
+from megatron_ext.schedule.micro_batches import stage_shapes
 
 
 @torch.no_grad()

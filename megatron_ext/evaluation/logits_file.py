@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron_ext.config import ParallelConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.evaluation.logits import compute_logits
+from megatron_ext.model.gpt import SharedKVGPTModel
 from megatron_ext.parallel.process_groups import destroy, device_of_rank, initialize
 from megatron_ext.restoring.model import restore
 
@@ -36,8 +37,7 @@ def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
 def dump_logits(
     load: Path, tokens_path: Path, output: Path, parallel: ParallelConfig, rows_at_once: int
 ) -> None:
-    """Compute and write; every process that torchrun started calls it. The file gets its name when it is
-    whole."""
+    """Compute and write; every process that torchrun started calls it."""
     if rows_at_once < 1:
         raise ConfigError(f"--rows_at_once is {rows_at_once}; it must be at least 1.")
     if not output.parent.is_dir():
@@ -46,22 +46,24 @@ def dump_logits(
         )
     initialize(parallel, seed=1)
     restored = restore(load, parallel)
-    vocab_size = restored.stage.vocab_size
-    tokens = read_tokens(tokens_path, vocab_size)
-    shape, unfinished = (*tokens.shape, vocab_size), output.with_name(f".{output.name}.tmp")
+    tokens = read_tokens(tokens_path, restored.stage.vocab_size)
+    write_logits(restored.stage, tokens, output, rows_at_once=rows_at_once)
+    destroy()
+
+
+def write_logits(stage: SharedKVGPTModel, tokens: np.ndarray, output: Path, *, rows_at_once: int = 1) -> None:
+    """Write float32 [B, T, true vocabulary] for `tokens` int64 [B, T] to `output`, a .npy file, which gets its name
+    when it is whole. Every process calls it; data-parallel replicas share out the rows."""
+    shape, unfinished = (*tokens.shape, stage.vocab_size), output.with_name(f".{output.name}.tmp")
     if dist.get_rank() == 0:
         np.lib.format.open_memmap(unfinished, "w+", np.float32, shape).flush()
     dist.barrier()
     writes = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
     logits = np.lib.format.open_memmap(unfinished, "r+") if writes else None
-    data = parallel_state.get_data_parallel_world_size()
-    for start in range(
-        rows_at_once * parallel_state.get_data_parallel_rank(), len(tokens), rows_at_once * data
-    ):
+    first, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    for start in range(rows_at_once * first, len(tokens), rows_at_once * replicas):
         part = slice(start, start + rows_at_once)
-        computed = compute_logits(
-            restored.stage, torch.from_numpy(np.array(tokens[part])).to(device_of_rank())
-        )
+        computed = compute_logits(stage, torch.from_numpy(np.array(tokens[part])).to(device_of_rank()))
         if logits is not None and computed is not None:
             logits[part] = computed.cpu().numpy()
     if logits is not None:
@@ -69,4 +71,3 @@ def dump_logits(
     dist.barrier()
     if dist.get_rank() == 0:
         unfinished.replace(output)
-    destroy()

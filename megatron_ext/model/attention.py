@@ -1,7 +1,7 @@
 """Self-attention over keys and values that may be another layer's.
 
-Shapes: s tokens, b micro-batch, h query heads and g KV heads of this tensor-parallel rank, d channels of a
-head.
+Shapes: s tokens, b micro-batch, h query heads and g KV heads of this tensor-parallel rank, d channels of a head, e extra
+channels of keys and queries where the KV policy biases keys.
 """
 
 from functools import partial
@@ -16,11 +16,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
-from lckv.attention.backends import choose
 from lckv.attention.visibility import Documents, Visibility
 from lckv.policies.base import KeyValue, Statistics, TokenContext
-from lckv.policies.build import build_policy
 from megatron_ext.mcore import name_argument
+from megatron_ext.model.attention_backend import choose_backend
 from megatron_ext.model.linear import QKVLinear
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 
@@ -43,11 +42,11 @@ class CoreAttention(MegatronModule):
         layer, compression = config.layer_types[layer_number - 1], config.compression
         self.sight = compression.sight(layer)
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
-        self.biased = build_policy(compression.policy).biases_keys
+        self.key_bias = compression.policy.traits.key_bias
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
-        """query [s, b, h, d], key and value [s, b, g, d] to [s, b, h * d]."""
-        backend = choose(
+        """query [s, b, h, d + e], key [s, b, g, d + e] and value [s, b, g, d] to [s, b, h * d]."""
+        backend = choose_backend(
             self.config.attention_kernel, device=query.device, dtype=query.dtype, head_dim=query.shape[-1]
         )
         visibility = Visibility(*self.sight, documents)
@@ -56,7 +55,7 @@ class CoreAttention(MegatronModule):
             *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),
             visibility,
             scale=self.scale,
-            biased=self.biased,
+            key_bias=self.key_bias,
         )
         dropout = self.config.attention_dropout if self.training else 0.0
         if dropout == 0.0 or self.config.sequence_parallel:  # the block has forked the random state already
@@ -64,7 +63,7 @@ class CoreAttention(MegatronModule):
         else:
             with tensor_parallel.get_cuda_rng_tracker().fork():
                 output = attend(dropout=dropout)
-        return output.permute(2, 0, 1, 3).flatten(2)
+        return output.permute(2, 0, 1, 3).flatten(2)  # [b, h, s, d] to [s, b, h * d]
 
 
 class SharedKVAttention(Attention):
@@ -95,7 +94,7 @@ class SharedKVAttention(Attention):
         )
         self.layer_type = config.layer_types[layer_number - 1]
         self.computes_kv = self.layer_type.index in config.layer_types.kv_layers
-        self.policy = build_policy(config.compression.policy)
+        self.policy = config.compression.policy.build()
         self.head_dim = self.hidden_size_per_attention_head
         self.query_heads = config.num_attention_heads // self.world_size
         width = self.query_projection_size + (2 * self.kv_projection_size if self.computes_kv else 0)
@@ -124,12 +123,12 @@ class SharedKVAttention(Attention):
 
     def forward(
         self, hidden_states: Tensor, shared: KeyValue | None, context: TokenContext
-    ) -> tuple[tuple[Tensor, Tensor | None], KeyValue | None, Statistics | None]:
+    ) -> tuple[tuple[Tensor, Tensor | None], KeyValue | None, Statistics]:
         """Attend from `hidden_states` [s, b, hidden] (normalised) to `shared`, or to the layer's own keys and
         values.
 
         `shared` is given iff the layer reads another layer's. Returns Megatron's (output, bias), the layer's
-        own keys and values if it computes any, and its policy's statistics.
+        own keys and values if it computes any, and its policy's statistics, () where it computes none.
         """
         reads_own = self.layer_type.source == self.layer_type.index
         if reads_own != (shared is None):
@@ -144,12 +143,12 @@ class SharedKVAttention(Attention):
         output = self._attend(query, key_value, context.documents)
         return self.linear_proj(output), own, statistics
 
-    def keys_values(self, hidden_states: Tensor, context: TokenContext) -> tuple[KeyValue, Statistics | None]:
+    def keys_values(self, hidden_states: Tensor, context: TokenContext) -> tuple[KeyValue, Statistics]:
         """The layer's keys and values alone, from `hidden_states` [s, b, hidden] (normalised)."""
         cheap = (
             isinstance(self.linear_qkv, QKVLinear)
             and self.linear_qkv.can_project_kv_only()
-            and not self.policy.reads_query
+            and not self.policy.traits.reads_query
             and not self._groups_split_over_ranks
         )
         if not cheap:
@@ -169,11 +168,11 @@ class SharedKVAttention(Attention):
 
     def _project(
         self, hidden_states: Tensor, context: TokenContext
-    ) -> tuple[Tensor, KeyValue | None, Statistics | None]:
+    ) -> tuple[Tensor, KeyValue | None, Statistics]:
         if not self.computes_kv:
             query, _ = self.linear_q(hidden_states)
             query = self._normalise(self.q_layernorm, query.unflatten(-1, (-1, self.head_dim)))
-            return self.policy.query(query, context), None, None
+            return self.policy.query(query, context), None, ()
         query, key, value = self._split(self.linear_qkv(hidden_states)[0])
         query = self._normalise(self.q_layernorm, query)
         own, statistics = self._keys_values(query, key, value, context)
@@ -200,9 +199,9 @@ class SharedKVAttention(Attention):
 
     def _keys_values(
         self, query: Tensor | None, key: Tensor, value: Tensor, context: TokenContext
-    ) -> tuple[KeyValue, Statistics | None]:
+    ) -> tuple[KeyValue, Statistics]:
         key = self._normalise(self.k_layernorm, key)
-        return self.policy.keys_values(key, value, query if self.policy.reads_query else None, context)
+        return self.policy.keys_values(key, value, query if self.policy.traits.reads_query else None, context)
 
     @staticmethod
     def _normalise(norm: torch.nn.Module | None, heads: Tensor) -> Tensor:

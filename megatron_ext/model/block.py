@@ -14,12 +14,11 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from lckv.policies.base import KeyValue, Statistics, TokenContext
-from lckv.policies.build import build_policy
 from lckv.sharing.execution import State, run_steps
 from lckv.sharing.plan import Step, crossing_sources, cut
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.layer import LayerOutput, SharedKVLayer
-from megatron_ext.model.merging import MergeRates, PolicyReport
+from megatron_ext.model.policy_statistics import PolicyReport, StatisticSums
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 from megatron_ext.parallel.pipeline_payload import PipelinePayload
 
@@ -54,7 +53,7 @@ class SharedKVBlock(TransformerBlock):
         self.end_layer = self.first_layer + len(self.layers)
         self.plan = config.compression.plan(len(self.layer_types))
         self.steps = self._steps_of_stage()
-        self.merge_rates = MergeRates(config, build_policy(config.compression.policy), self.pg_collection.tp)
+        self.statistics = StatisticSums(config, config.compression.policy.build(), self.pg_collection.tp)
         self.payload_in = self._payload(self.first_layer)
         self.payload_out = self._payload(self.end_layer)
         everything = len(self.layers) if recompute_num_layers is None else recompute_num_layers
@@ -74,13 +73,15 @@ class SharedKVBlock(TransformerBlock):
 
     def _payload(self, boundary: int) -> PipelinePayload:
         ranks = self.pg_collection.tp.size()
+        key_bias = self.config.compression.policy.traits.key_bias
         return PipelinePayload(
             sources=crossing_sources(self.plan, boundary),
             hidden_size=self.config.hidden_size,
             sequence_shards=ranks if self.config.sequence_parallel else 1,
             kv_heads=max(1, self.config.num_query_groups // ranks),
             head_dim=self.config.kv_channels,
-            merge_columns=self.merge_rates.columns if self._statistics_below(boundary) else 0,
+            extra_channels=0 if key_bias is None else key_bias.extra_channels,
+            sum_columns=self.statistics.columns if self._statistics_below(boundary) else 0,
         )
 
     def _statistics_below(self, boundary: int) -> bool:
@@ -101,9 +102,9 @@ class SharedKVBlock(TransformerBlock):
         the last stage and the next stage's input on others, and what the KV policy did in the last pass.
         """
         available: KeyValues = {}
-        rate_sum = None
+        sums = None
         if not self.pre_process:
-            hidden_states, available, rate_sum = self.payload_in.unpack(
+            hidden_states, available, sums = self.payload_in.unpack(
                 self.input_tensor, seq_length, micro_batch_size
             )
         assert hidden_states is not None
@@ -116,13 +117,13 @@ class SharedKVBlock(TransformerBlock):
             layers = _StageLayers(self, contexts, statistics)
             state = run_steps(self.steps, layers, State(hidden_states, available))
         hidden_states = state.hidden_states
-        rate_sum = self.merge_rates.add(rate_sum, statistics)
+        sums = self.statistics.add(sums, statistics)
         if self.final_layernorm is not None:
             hidden_states = self.final_layernorm(hidden_states)
         if not self.post_process:
-            hidden_states = self.payload_out.pack(hidden_states, state.available, rate_sum)
-        merged = {layer: reported.merge_rate.detach() for layer, reported in statistics.items()}
-        return hidden_states, PolicyReport(merged, rate_sum)
+            hidden_states = self.payload_out.pack(hidden_states, state.available, sums)
+        seen = {layer: tuple(value.detach() for value in values) for layer, values in statistics.items()}
+        return hidden_states, PolicyReport(seen, sums)
 
     def _contexts(
         self, context: TokenContext, row_seeds: tuple[int, ...], shape: tuple[int, int], device: torch.device
@@ -131,7 +132,7 @@ class SharedKVBlock(TransformerBlock):
         contexts = dict.fromkeys(range(self.first_layer, self.end_layer), context)
         for index in self.layer_types.kv_layers:
             if index in contexts:
-                noise = self.merge_rates.noise(shape, row_seeds, index, device)
+                noise = self.statistics.noise(shape, row_seeds, index, device)
                 contexts[index] = replace(context, noise=noise)
         return contexts
 
@@ -142,8 +143,9 @@ class SharedKVBlock(TransformerBlock):
     def zeros(self, hidden_states: Tensor) -> KeyValue:
         """Keys and values before the first pass."""
         tokens, batch = hidden_states.shape[0] * self.payload_in.sequence_shards, hidden_states.shape[1]
-        zeros = hidden_states.new_zeros(tokens, batch, self.payload_in.kv_heads, self.payload_in.head_dim)
-        return KeyValue(zeros, zeros)
+        return KeyValue(
+            *(hidden_states.new_zeros(shape) for shape in self.payload_in.key_value_shapes(tokens, batch))
+        )
 
     def call(
         self, layer: SharedKVLayer, hidden_states: Tensor, source: KeyValue | None, context: TokenContext
@@ -154,11 +156,11 @@ class SharedKVBlock(TransformerBlock):
 
         def flat(states: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Tensor | None, ...]:
             output = layer(states, None if key is None or value is None else KeyValue(key, value), context)
-            return output.hidden_states, *(output.own or (None,) * 2), *(output.statistics or (None,))
+            return output.hidden_states, *(output.own or (None,) * 2), *output.statistics
 
         outputs = tensor_parallel.checkpoint(flat, False, hidden_states, *(source or (None,) * 2))
         own = None if outputs[1] is None else KeyValue(*outputs[1:3])
-        return LayerOutput(outputs[0], own, None if outputs[3] is None else Statistics(outputs[3]))
+        return LayerOutput(outputs[0], own, tuple(outputs[3:]))
 
 
 class _StageLayers:
@@ -173,7 +175,7 @@ class _StageLayers:
     ) -> tuple[Tensor, KeyValue | None]:
         """The whole layer."""
         output = self._block.call(self._block.layer(index), hidden_states, source, self._contexts[index])
-        if kept and output.statistics is not None:
+        if kept and output.statistics:
             self._statistics[index] = output.statistics
         return output.hidden_states, output.own
 

@@ -9,7 +9,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
@@ -23,6 +23,7 @@ from megatron_ext.model.parameters import padded_vocab_size
 from megatron_ext.model.specs import block_submodules, choose_implementation
 from megatron_ext.model.transformer_config import transformer_config
 from megatron_ext.parallel.process_groups import device_of_rank
+from megatron_ext.precision import precision
 
 
 def rope_scaling(config: RopeScalingConfig) -> Llama3Scaling | LinearScaling | None:
@@ -79,7 +80,7 @@ def wrap(stage: SharedKVGPTModel, parallel: ParallelConfig, train: TrainConfig) 
     """The stage under Megatron's mixed precision and data parallelism; gradients are accumulated and reduced
     in float32."""
     config = stage.config
-    module: MegatronModule = stage if train.precision == "fp32" else Float16Module(config, stage)
+    module = precision(train.precision).wrap(config, stage)
     ddp = DistributedDataParallel(
         config,
         DistributedDataParallelConfig(

@@ -1,8 +1,9 @@
 """The sizes of a run's model, for lckv.cost, and what its KV policy is to save."""
 
+from collections.abc import Iterator
+
 from lckv.cost import ModelShape
-from lckv.policies.dense.config import DenseConfig
-from lckv.policies.dmc.config import DMCConfig
+from lckv.policies.config import PolicyConfig
 from megatron_ext.config import ModelConfig
 
 
@@ -20,14 +21,11 @@ def model_shape(model: ModelConfig, *, vocab_size: int, seq_length: int) -> Mode
     )
 
 
-def merging_line(policy: DenseConfig | DMCConfig, *, kv_bytes: int, plain_bytes: int) -> str | None:
-    """What merging is to make of `kv_bytes` of KV cache per token, next to a plain model's; None where
-    nothing merges."""
-    if not isinstance(policy, DMCConfig) or policy.stage == "zero_out":
-        return None
-    reached = kv_bytes / policy.target_compression_ratio
-    return (
-        f"merging               {policy.target_compression_ratio:g} tokens per slot asked for: "
-        f"{reached:,.0f} bytes per token, "
-        f"{plain_bytes / reached:.2f}x less than a plain model"
-    )
+def policy_line(policy: PolicyConfig, *, kv_bytes: int, plain_bytes: int) -> Iterator[str]:
+    """What the policy is to make of `kv_bytes` of KV cache per token, next to a plain model's; nothing where it keeps
+    every token."""
+    if policy.traits.keeps_every_token:
+        return
+    ratio = policy.compression_ratio
+    aim = f"{policy.describe()}: {kv_bytes / ratio:,.0f} bytes per token"
+    yield f"KV policy             {aim}, {plain_bytes * ratio / kv_bytes:.2f}x less than a plain model"

@@ -22,7 +22,7 @@ from lckv.policies.base import TokenContext
 from lckv.rope import rotate, rotation
 from megatron_ext.model.block import SharedKVBlock
 from megatron_ext.model.linear import OutputLinear
-from megatron_ext.model.merging import PolicyInputs, PolicyReport
+from megatron_ext.model.policy_statistics import PolicyInputs, PolicyReport
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 
 _NOTHING = PolicyInputs()
@@ -110,13 +110,14 @@ class SharedKVGPTModel(LanguageModule):
             counted=None if policy.counted is None else policy.counted.transpose(0, 1),
             training=self.training,
             progress=policy.progress,
+            positions=position_ids.transpose(0, 1),
         )
         hidden_states, report = self.decoder(
             hidden_states, context, policy.row_seeds, seq_length, micro_batch_size
         )
         if not self.post_process:
             return hidden_states, report
-        auxiliary = self.decoder.merge_rates.auxiliary_loss(report.rate_sum, policy.progress)
+        auxiliary = self.decoder.statistics.auxiliary_loss(report.sums, policy.progress)
         report = replace(report, auxiliary_loss=auxiliary)
         if labels is None:
             return self.logits(hidden_states).transpose(0, 1), report

@@ -17,8 +17,8 @@ class LayerOutput(NamedTuple):
     own: KeyValue | None
     """The layer's keys and values, if it computes any."""
 
-    statistics: Statistics | None
-    """What its KV policy reports."""
+    statistics: Statistics
+    """What its KV policy reports; () where the layer computes no keys and values."""
 
 
 class SharedKVLayer(TransformerLayer):
@@ -37,7 +37,7 @@ class SharedKVLayer(TransformerLayer):
         hidden_states = add(output_with_bias, hidden_states, self.hidden_dropout)
         return LayerOutput(self.feed_forward(hidden_states), own, statistics)
 
-    def keys_values(self, hidden_states: Tensor, context: TokenContext) -> tuple[KeyValue, Statistics | None]:
+    def keys_values(self, hidden_states: Tensor, context: TokenContext) -> tuple[KeyValue, Statistics]:
         """The layer's keys and values alone, from its input [s, b, hidden]."""
         return self.self_attention.keys_values(self.input_layernorm(hidden_states), context)
 

@@ -19,9 +19,7 @@ from dataclasses import dataclass
 from lckv.config import CompressionConfig
 from lckv.sharing.plan import Origin, Part
 from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
-
-BYTES = {"bf16": 2, "fp32": 4}
-"""Of a number in weights and activations, by train.precision."""
+from megatron_ext.precision import Precision, precision
 
 
 @dataclass(frozen=True)
@@ -38,14 +36,13 @@ class StateBytes:
         return self.weights + self.gradients + self.optimizer
 
 
-def state_bytes(parameters: int, precision: str, *, optimizer_ranks: int) -> StateBytes:
+def state_bytes(parameters: int, numbers: Precision, *, optimizer_ranks: int) -> StateBytes:
     """Of a rank with so many parameters, whose optimizer state is shared out over `optimizer_ranks` ranks (1:
     not at all)."""
-    per_parameter = 12 if precision == "bf16" else 8
     return StateBytes(
-        weights=parameters * BYTES[precision],
+        weights=parameters * numbers.bytes,
         gradients=parameters * 4,
-        optimizer=round(parameters * per_parameter / optimizer_ranks),
+        optimizer=round(parameters * numbers.optimizer_bytes / optimizer_ranks),
     )
 
 
@@ -84,4 +81,4 @@ def kept_bytes(kept: Kept, model: ModelConfig, parallel: ParallelConfig, train: 
     tokens = train.seq_length * train.micro_batch_size
     hidden = tokens * model.hidden_size // (ranks if parallel.sequence_parallel else 1)
     key_value = 2 * tokens * max(1, model.query_groups // ranks) * model.head_dim
-    return BYTES[train.precision] * (kept.inputs * hidden + kept.shared * key_value)
+    return precision(train.precision).bytes * (kept.inputs * hidden + kept.shared * key_value)

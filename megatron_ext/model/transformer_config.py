@@ -9,8 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from lckv.config import CompressionConfig
 from lckv.sharing.layer_types import LayerTypes
 from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from megatron_ext.precision import precision
 
 
 @dataclass
@@ -36,7 +35,7 @@ def transformer_config(
 ) -> SharedKVTransformerConfig:
     """Megatron's configuration of the model, for the machine at hand (fused kernels only with CUDA)."""
     cuda = torch.cuda.is_available()
-    dtype = _DTYPES[train.precision]
+    numbers = precision(train.precision)
     granularity = None if train.recompute_granularity == "none" else train.recompute_granularity
     full = granularity == "full"
     return SharedKVTransformerConfig(
@@ -62,9 +61,9 @@ def transformer_config(
         embedding_init_method=_keep,
         init_method_std=model.init_method_std,
         use_cpu_initialization=not cuda,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=train.precision == "bf16",
+        params_dtype=numbers.dtype,
+        pipeline_dtype=numbers.dtype,
+        bf16=numbers.is_bf16,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,

@@ -5,6 +5,7 @@ Megatron's schedules differentiate through the first tensor of a stage's output 
 one flat tensor.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -35,10 +36,13 @@ class PipelinePayload:
     """KV heads of this rank."""
 
     head_dim: int
-    """Channels of one head."""
+    """Channels of one head of values."""
 
-    merge_columns: int = 0
-    """Columns of the running sum of merge rates [b, columns] that crosses too; 0: none does."""
+    extra_channels: int = 0
+    """Channels that keys have beyond those of values (`KeyBias`)."""
+
+    sum_columns: int = 0
+    """Columns of the running sums of the KV policy's statistics [b, columns] that cross too; 0: none do."""
 
     def shape(self, seq_length: int, micro_batch_size: int) -> Shape:
         """Shape of the tensor for a micro-batch."""
@@ -49,21 +53,18 @@ class PipelinePayload:
 
     @property
     def _only_hidden(self) -> bool:
-        return not self.sources and not self.merge_columns
+        return not self.sources and not self.sum_columns
 
     def _sizes(self, seq_length: int, micro_batch_size: int) -> list[int]:
-        hidden, heads = (
-            self._hidden_shape(seq_length, micro_batch_size),
-            self._heads_shape(seq_length, micro_batch_size),
-        )
-        key_values = [torch.Size(heads).numel()] * (2 * len(self.sources))
-        return [torch.Size(hidden).numel(), *key_values, _PIECES * micro_batch_size * self.merge_columns]
+        hidden = self._hidden_shape(seq_length, micro_batch_size)
+        pair = [math.prod(shape) for shape in self.key_value_shapes(seq_length, micro_batch_size)]
+        return [math.prod(hidden), *pair * len(self.sources), _PIECES * micro_batch_size * self.sum_columns]
 
     def pack(
-        self, hidden_states: Tensor, key_values: Mapping[int, KeyValue], merge_rates: Tensor | None = None
+        self, hidden_states: Tensor, key_values: Mapping[int, KeyValue], sums: Tensor | None = None
     ) -> Tensor:
-        """Hidden states [s / shards, b, hidden], the crossing keys and values [s, b, heads, D] and the sum of
-        merge rates float32 [b, columns] as one tensor."""
+        """Hidden states [s / shards, b, hidden], the crossing keys and values (`key_value_shapes`) and the sums of
+        statistics float32 [b, columns] as one tensor."""
         if self._only_hidden:
             return hidden_states
         parts = [hidden_states]
@@ -75,8 +76,8 @@ class PipelinePayload:
                     f"it has those of {sorted(key_values) or 'no layer'}."
                 )
             parts += key_values[source]
-        if merge_rates is not None:
-            parts += _split_float(merge_rates, hidden_states.dtype)
+        if sums is not None:
+            parts += _split_float(sums, hidden_states.dtype)
         return torch.cat([part.reshape(-1) for part in parts])
 
     def unpack(
@@ -84,30 +85,32 @@ class PipelinePayload:
     ) -> tuple[Tensor, dict[int, KeyValue], Tensor | None]:
         """The inverse of `pack`; ValueError where the size is not that of `shape`."""
         expected = self.shape(seq_length, micro_batch_size)
-        if tensor.numel() != torch.Size(expected).numel():
+        if tensor.numel() != math.prod(expected):
             raise ValueError(
                 f"the previous pipeline stage sent {tensor.numel()} numbers, expected "
-                f"{torch.Size(expected).numel()} for "
+                f"{math.prod(expected)} for "
                 f"{micro_batch_size} x {seq_length} tokens and the keys and values of layers "
                 f"{list(self.sources)}."
             )
         hidden = self._hidden_shape(seq_length, micro_batch_size)
         if self._only_hidden:
             return tensor.view(hidden), {}, None
-        heads = self._heads_shape(seq_length, micro_batch_size)
-        hidden_states, *parts, rates = tensor.split(self._sizes(seq_length, micro_batch_size))
+        keys, values = self.key_value_shapes(seq_length, micro_batch_size)
+        hidden_states, *parts, sums = tensor.split(self._sizes(seq_length, micro_batch_size))
         pairs = zip(self.sources, parts[::2], parts[1::2], strict=True)
-        key_values = {source: KeyValue(key.view(heads), value.view(heads)) for source, key, value in pairs}
-        if not self.merge_columns:
+        key_values = {source: KeyValue(key.view(keys), value.view(values)) for source, key, value in pairs}
+        if not self.sum_columns:
             return hidden_states.view(hidden), key_values, None
-        pieces = rates.view(_PIECES, micro_batch_size, self.merge_columns)
+        pieces = sums.view(_PIECES, micro_batch_size, self.sum_columns)
         return hidden_states.view(hidden), key_values, pieces.float().sum(0)
 
     def _hidden_shape(self, seq_length: int, micro_batch_size: int) -> Shape:
         return (seq_length // self.sequence_shards, micro_batch_size, self.hidden_size)
 
-    def _heads_shape(self, seq_length: int, micro_batch_size: int) -> Shape:
-        return (seq_length, micro_batch_size, self.kv_heads, self.head_dim)
+    def key_value_shapes(self, seq_length: int, micro_batch_size: int) -> tuple[Shape, Shape]:
+        """Shapes of one layer's keys and values: [s, b, heads, D + extra channels] and [s, b, heads, D]."""
+        heads = (seq_length, micro_batch_size, self.kv_heads)
+        return (*heads, self.head_dim + self.extra_channels), (*heads, self.head_dim)
 
 
 def _split_float(numbers: Tensor, dtype: torch.dtype) -> list[Tensor]:

@@ -14,7 +14,7 @@ from megatron_ext.config import ParallelConfig, RunConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.build import build_stage
 from megatron_ext.model.gpt import SharedKVGPTModel
-from megatron_ext.validation.layout import pipeline_problems, tensor_parallel_problems
+from megatron_ext.validation.layout import layout_problems, process_problems
 
 _SETTINGS = "config.json"
 
@@ -41,10 +41,13 @@ def saved_settings(path: Path) -> dict[str, Any]:
     raise ConfigError(f"{path}: no {_SETTINGS} can be read in {', '.join(map(str, candidates))}.")
 
 
-def restore(path: Path, parallel: ParallelConfig, *, verify_hashes: bool = True) -> Restored:
+def restore(
+    path: Path, parallel: ParallelConfig, *, verify_hashes: bool = True, in_float32: bool = False
+) -> Restored:
     """Build this rank's stage on the layout `parallel` and load its weights. Needs process groups.
 
-    Sequence parallelism, which only saves memory in training and restricts lengths, is left out.
+    Sequence parallelism, which only saves memory in training and restricts lengths, is left out. With `in_float32`
+    the model computes in float32 and nothing coarser, whatever the run did.
 
     Raises ConfigError where the model does not fit the layout, and CheckpointError as `load_checkpoint` does.
     """
@@ -53,13 +56,10 @@ def restore(path: Path, parallel: ParallelConfig, *, verify_hashes: bool = True)
     run = config_from_dict(saved)
     parallel = replace(parallel, sequence_parallel=False)
     run = replace(run, parallel=parallel, train=replace(run.train, recompute_granularity="none"))
-    problems = [*tensor_parallel_problems(run.model, parallel, run.train), *pipeline_problems(run)]
-    processes = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    if dist.get_world_size() % processes:
-        problems.append(
-            f"{dist.get_world_size()} processes were started; the layout needs a multiple of {processes}."
-        )
-    if problems:
+    if in_float32:  # Transformer Engine multiplies float32 matrices in TF32, and flash-attn has no float32
+        model = replace(run.model, transformer_impl="local", attention_backend="auto")
+        run = replace(run, model=model, train=replace(run.train, precision="fp32"))
+    if problems := [*layout_problems(run), *process_problems(parallel, dist.get_world_size())]:
         raise ConfigError("\n".join(problems))
     vocab_size = defining["architecture"]["vocab_size"]
     stage = build_stage(run.model, run.compression, parallel, run.train, vocab_size=vocab_size)

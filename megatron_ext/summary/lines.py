@@ -4,7 +4,7 @@ one. Neither torch nor Megatron is loaded."""
 from collections.abc import Iterator
 
 from lckv.sharing.picture import draw, list_steps
-from megatron_ext.model.cost import merging_line
+from megatron_ext.model.cost import policy_line
 from megatron_ext.summary.sizes import RunSizes
 
 _INDENT = " " * 22
@@ -26,9 +26,7 @@ def model_lines(sizes: RunSizes) -> Iterator[str]:
         f"KV cache              {mine:,} bytes per token in 16 bits, {plain / mine:.2f}x less than a plain "
         f"model's {plain:,}"
     )
-    merging = merging_line(sizes.run.compression.policy, kv_bytes=mine, plain_bytes=plain)
-    if merging is not None:
-        yield merging
+    yield from policy_line(sizes.run.compression.policy, kv_bytes=mine, plain_bytes=plain)
 
 
 def cost_lines(sizes: RunSizes) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """The training run: build, resume, iterate, evaluate, save."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,33 +13,30 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
-from torch import Tensor
 
 from megatron_ext.checkpointing.folders import list_checkpoints
 from megatron_ext.checkpointing.load import load_checkpoint
 from megatron_ext.checkpointing.save import save_checkpoint
 from megatron_ext.command_line import config_to_dict, save_config
 from megatron_ext.config import CheckpointConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
-from megatron_ext.data.batch import Batch, make_batch
+from megatron_ext.data.batch import make_batch
 from megatron_ext.data.checks import find_vocabulary
 from megatron_ext.data.datasets import Datasets, build_datasets
 from megatron_ext.data.loader import build_data_iterator
 from megatron_ext.data.samples import SampleDataset
 from megatron_ext.errors import ConfigError
+from megatron_ext.evaluation.loss import Evaluation, evaluate
 from megatron_ext.model.architecture import architecture
 from megatron_ext.model.build import build_stage, wrap
 from megatron_ext.model.cost import model_shape
 from megatron_ext.model.parameters import padded_vocab_size
 from megatron_ext.parallel.process_groups import device_of_rank
+from megatron_ext.schedule.micro_batches import MakeBatch, Samples
 from megatron_ext.training.optimizer import build_optimizer
-from megatron_ext.training.policy_stages import (
-    check_decision_channel,
-    check_succession,
-    zero_decision_channel,
-)
 from megatron_ext.training.report import Report, open_report
-from megatron_ext.training.step import Evaluation, Samples, evaluate, require_finite, train_step
+from megatron_ext.training.step import require_finite, train_step
 from megatron_ext.training.stopping import stop_requests
+from megatron_ext.training.succession import check_succession, check_weights, end_stage, policy_of
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +68,7 @@ class Training:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     datasets: Datasets
-    make_batch: Callable[[Mapping[str, Tensor]], Batch]
+    make_batch: MakeBatch
     stored_config: dict[str, Any]
     """The run's settings as checkpoints keep them."""
 
@@ -160,9 +157,9 @@ def _resume(
         expected_model=defining,
         seed=run.train.seed,
     )
-    saved_policy = loaded.config.get("compression", {}).get("policy", {})
-    check_succession(saved_policy, run.compression.policy, finetune=run.checkpoint.finetune)
-    check_decision_channel(model, run.compression.policy, saved_policy)
+    before, policy = policy_of(loaded.config), run.compression.policy
+    check_succession(before, policy, finetune=run.checkpoint.finetune)
+    check_weights(model, policy.build(), before)
     if run.checkpoint.finetune:
         return Position()
     return Position(**{name: int(loaded.progress[name]) for name in asdict(Position())})
@@ -174,11 +171,11 @@ def check_save_directory(checkpoint: CheckpointConfig) -> None:
     if checkpoint.save is None:
         return
     save, load = Path(checkpoint.save).absolute(), Path(checkpoint.load or "").absolute()
-    found = list_checkpoints(save)
-    if found and (checkpoint.load is None or save not in (load, load.parent)):
+    existing = list_checkpoints(save)
+    if existing and (checkpoint.load is None or save not in (load, load.parent)):
         raise ConfigError(
-            f"checkpoint.save {checkpoint.save} holds checkpoints of another run ({found[-1].path.name} and "
-            f"{len(found) - 1} more). To "
+            f"checkpoint.save {checkpoint.save} holds checkpoints of another run ({existing[-1].path.name} and "
+            f"{len(existing) - 1} more). To "
             f"go on from them set checkpoint.load to {checkpoint.save}; for a new run choose another "
             "checkpoint.save."
         )
@@ -234,8 +231,8 @@ def _iterate(training: Training, position: Position, report: Report) -> Position
             require_finite(result, position.iteration, run.train)
             report.step(position.iteration, position.consumed_samples, position.consumed_tokens, result)
             last = position.iteration == run.train.train_iters
-            if last and getattr(run.compression.policy, "stage", None) == "zero_out":
-                zero_decision_channel(training.model, training.optimizer)
+            if last:
+                end_stage(training.model, training.optimizer, run.compression.policy.build())
             reason = stop.agreed()
             if run.train.eval_interval and (last or position.iteration % run.train.eval_interval == 0):
                 report.validation(position.iteration, position.consumed_tokens, _validate(training, position))
@@ -266,10 +263,12 @@ def _validate(training: Training, position: Position) -> Evaluation:
     if gathers_late:
         training.model.disable_forward_pre_hook()
     samples, train = _iterator(training, dataset, 0), training.run.train
-    found = evaluate(training.model, samples, training.make_batch, train, progress=position.progress(train))
+    evaluation = evaluate(
+        training.model, samples, training.make_batch, train, progress=position.progress(train)
+    )
     if gathers_late:
         training.model.enable_forward_pre_hook()
-    return found
+    return evaluation
 
 
 def _save(training: Training, position: Position) -> int:

@@ -1,19 +1,19 @@
 """Megatron's AdamW and its learning-rate schedule."""
 
-import torch
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainConfig
+from megatron_ext.precision import precision
 
 
 def build_optimizer(
     optimizer: OptimizerConfig, parallel: ParallelConfig, train: TrainConfig, model: MegatronModule
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """The optimizer of `model` (under DDP) and its schedule, whose steps are iterations."""
-    bf16 = train.precision == "bf16"
+    numbers = precision(train.precision)
     config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=optimizer.lr,
@@ -23,8 +23,8 @@ def build_optimizer(
         adam_beta2=optimizer.adam_beta2,
         adam_eps=optimizer.adam_eps,
         clip_grad=optimizer.clip_grad,
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        bf16=numbers.is_bf16,
+        params_dtype=numbers.dtype,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
     )

@@ -10,16 +10,15 @@ import torch
 import torch.distributed as dist
 
 from lckv.cost import ModelShape
-from lckv.policies.build import build_policy
-from lckv.policies.dmc.policy import DMCPolicy
 from megatron_ext.command_line import config_to_dict
 from megatron_ext.config import RunConfig
+from megatron_ext.evaluation.loss import Evaluation
 from megatron_ext.parallel.process_groups import device_of_rank
+from megatron_ext.schedule.statistics_meter import PolicyMeans
 from megatron_ext.summary.sizes import RunSizes
-from megatron_ext.training.merging import Merging
 from megatron_ext.training.metrics import MetricsWriter, Value
 from megatron_ext.training.progress import Progress
-from megatron_ext.training.step import Evaluation, StepResult
+from megatron_ext.training.step import StepResult
 from megatron_ext.training.summary import describe
 from megatron_ext.training.throughput import Throughput, memory_in_use, peak_tflops
 
@@ -33,6 +32,7 @@ class Report:
         self, run: RunConfig, throughput: Throughput, writer: MetricsWriter | None, progress: Progress | None
     ) -> None:
         self._run, self._throughput, self._writer, self._progress = run, throughput, writer, progress
+        self._policy = run.compression.policy.build()
         self._iterations = 0
         self._since = time.perf_counter()
 
@@ -52,43 +52,32 @@ class Report:
             "iteration_seconds": seconds / self._iterations,
             "memory_bytes": memory_in_use(),
             **self._throughput.metrics(tokens, seconds),
-            **self._merging(result.merging, consumed_samples),
+            **self._of_policy(result.policy, consumed_samples),
         }
         self._write(iteration, values)
         self.restart_clock()
 
-    def validation(self, iteration: int, consumed_tokens: int, found: Evaluation) -> None:
+    def validation(self, iteration: int, consumed_tokens: int, evaluation: Evaluation) -> None:
         """After an evaluation; its time does not count as training."""
-        perplexity = math.exp(found.loss) if found.loss < 700 else math.inf
+        perplexity = math.exp(evaluation.loss) if evaluation.loss < 700 else math.inf
         values: dict[str, Value] = {
-            "validation_loss": found.loss,
+            "validation_loss": evaluation.loss,
             "validation_perplexity": perplexity,
             "consumed_tokens": consumed_tokens,
         }
-        if found.merging is not None:
-            values["validation_compression_ratio"] = found.merging.compression_ratio
+        if evaluation.policy is not None:
+            reported = evaluation.policy.report(self._policy, None)
+            values |= {f"validation_{name}": value for name, value in reported.items()}
         self._write(iteration, values)
         self.restart_clock()
 
-    def _merging(self, merging: Merging | None, consumed_samples: int) -> dict[str, Value]:
-        """The policy's loss, the compression ratio asked for and reached, and the merge rate of every layer
-        and KV head."""
-        policy = build_policy(self._run.compression.policy)
-        if merging is None or not isinstance(policy, DMCPolicy):
+    def _of_policy(self, means: PolicyMeans | None, consumed_samples: int) -> dict[str, Value]:
+        """What the KV policy reports, and its statistics of every layer and KV head."""
+        if means is None:
             return {}
         train = self._run.train
         before = (consumed_samples - train.global_batch_size) / (train.train_iters * train.global_batch_size)
-        rates = merging.rates.tolist()
-        return {
-            f"{policy.name}_loss": merging.auxiliary_loss,
-            "target_compression_ratio": policy.target(before),
-            "compression_ratio": merging.compression_ratio,
-            **{
-                f"merge_rate/layer_{layer}/head_{head}": rate
-                for layer, heads in zip(merging.layers, rates, strict=True)
-                for head, rate in enumerate(heads)
-            },
-        }
+        return {**means.report(self._policy, before), **means.by_head()}
 
     def restart_clock(self) -> None:
         """Count time and iterations from now on."""

@@ -4,8 +4,10 @@ from collections.abc import Iterator
 
 import torch
 
-from lckv.attention.backends import choose
+from lckv.losses.backends import choose as choose_loss
+from megatron_ext.model.attention_backend import choose_backend
 from megatron_ext.model.specs import choose_implementation
+from megatron_ext.precision import precision
 from megatron_ext.summary.lines import cost_lines, layout_lines, model_lines, picture
 from megatron_ext.summary.sizes import RunSizes
 
@@ -16,9 +18,13 @@ def describe(sizes: RunSizes, device: torch.device) -> Iterator[str]:
     yield from model_lines(sizes)
     yield from cost_lines(sizes)
     yield from layout_lines(sizes)
-    run = sizes.run
-    dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
-    attention = choose(run.model.attention_backend, device=device, dtype=dtype, head_dim=sizes.shape.head_dim)
-    layers = choose_implementation(run.model.transformer_impl)
+    model = sizes.run.model
+    dtype = precision(sizes.run.train.precision).dtype
+    attention = choose_backend(
+        model.attention_backend, device=device, dtype=dtype, head_dim=sizes.shape.head_dim
+    )
+    loss = choose_loss(model.cross_entropy_backend, chunk_size=model.cross_entropy_chunk_size)
+    layers = choose_implementation(model.transformer_impl)
     yield f"attention             {attention.name} ({attention.reason})"
     yield f"layers                {layers.name} ({layers.reason})"
+    yield f"loss                  {loss.name} ({loss.reason})"

@@ -1,15 +1,41 @@
-"""What cannot work in the sizes of a model and in how they are spread over processes and time."""
+"""What cannot work in the sizes of a model and in how they are spread over processes and time. Usual settings are checked
+without torch."""
 
 import math
 from collections.abc import Iterator
 
+from lckv.config import CompressionConfig
 from megatron_ext.config import ModelConfig, ParallelConfig, RopeScalingConfig, RunConfig, TrainConfig
+from megatron_ext.validation.policy import policy_problems
 from megatron_ext.validation.rules import above_zero, at_least, fraction, multiple
 
 RECOMPUTE_MODULES = ("core_attn", "mlp")
 
 
-def model_problems(model: ModelConfig) -> Iterator[str]:
+def layout_problems(run: RunConfig) -> list[str]:
+    """Everything in a model and in how it is split over ranks that cannot work, one sentence each. How many processes
+    there are, and how a step of training is divided, is not looked at."""
+    return [
+        *model_problems(run.model, run.compression, run.train.precision),
+        *tensor_parallel_problems(run.model, run.parallel, run.train),
+        *pipeline_problems(run),
+    ]
+
+
+def model_problems(model: ModelConfig, compression: CompressionConfig, precision_name: str) -> Iterator[str]:
+    """What cannot work in a model, trained in train.precision `precision_name`, on any layout."""
+    yield from size_problems(model)
+    yield from rope_problems(model)
+    yield from compression_problems(compression, model.num_layers)
+    yield from policy_problems(model, compression.policy, precision_name)
+
+
+def compression_problems(compression: CompressionConfig, num_layers: int) -> Iterator[str]:
+    """What is wrong with the section `compression` for a model of `num_layers` layers."""
+    return (str(problem.under("compression")) for problem in compression.problems(num_layers))
+
+
+def size_problems(model: ModelConfig) -> Iterator[str]:
     """Sizes of the model that are no sizes, or do not divide each other."""
     yield from at_least(
         "model", model, 1, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
@@ -115,6 +141,19 @@ def pipeline_problems(run: RunConfig) -> Iterator[str]:
             )
 
 
+def process_problems(parallel: ParallelConfig, world_size: int) -> Iterator[str]:
+    """How `world_size` processes do not divide by the layout of a model."""
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if tensor >= 1 and pipeline >= 1 and world_size % (tensor * pipeline):
+        yield (
+            f"{world_size} processes were started, parallel.tensor_model_parallel_size is {tensor} and "
+            f"parallel.pipeline_model_parallel_size is {pipeline}; the number of processes must be a "
+            "multiple of their product "
+            f"{tensor * pipeline}: change one of the three (processes: torchrun --nproc-per-node and "
+            "--nnodes)."
+        )
+
+
 def data_parallel_problems(parallel: ParallelConfig, train: TrainConfig, world_size: int) -> Iterator[str]:
     """How processes and batch do not divide, and what overlapping communication needs."""
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -129,14 +168,7 @@ def data_parallel_problems(parallel: ParallelConfig, train: TrainConfig, world_s
     yield from above_zero("parallel", parallel, "distributed_timeout_minutes")
     if tensor < 1 or pipeline < 1:
         return
-    if world_size % (tensor * pipeline):
-        yield (
-            f"{world_size} processes were started, parallel.tensor_model_parallel_size is {tensor} and "
-            f"parallel.pipeline_model_parallel_size is {pipeline}; the number of processes must be a "
-            "multiple of their product "
-            f"{tensor * pipeline}: change one of the three (processes: torchrun --nproc-per-node and "
-            "--nnodes)."
-        )
+    yield from process_problems(parallel, world_size)
     replicas = max(1, world_size // (tensor * pipeline))
     samples, batch = train.micro_batch_size * replicas, train.global_batch_size
     if samples > 0 and batch > 0 and batch % samples:

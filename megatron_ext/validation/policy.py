@@ -3,46 +3,36 @@ itself."""
 
 from collections.abc import Iterator
 
-from lckv.policies.dense.config import DenseConfig
-from lckv.policies.dmc.config import DMCConfig
+from lckv.attention.head_sizes import obstacle_to_biased_keys
+from lckv.policies.config import PolicyConfig, Traits
 from megatron_ext.config import ModelConfig
-
-_LARGEST_CUDA_HEAD = 256
-
-
-def policy_problems(model: ModelConfig, policy: DenseConfig | DMCConfig, precision: str) -> Iterator[str]:
-    """Settings of `model`, trained in train.precision `precision`, that cannot work under `policy`."""
-    if isinstance(policy, DMCConfig):
-        yield from _dmc(model, policy, precision)
+from megatron_ext.precision import precision
 
 
-def _dmc(model: ModelConfig, policy: DMCConfig, precision: str) -> Iterator[str]:
+def policy_problems(model: ModelConfig, policy: PolicyConfig, precision_name: str) -> Iterator[str]:
+    """Settings of `model`, trained in train.precision `precision_name`, that cannot work under `policy`."""
     name = "model.kv_channels" if model.kv_channels else "model.hidden_size / model.num_attention_heads"
-    size = _head_size(model)
-    if size == 2:
+    size, traits = _head_size(model), policy.traits
+    if size is not None and size < traits.min_head_dim:
         yield (
-            f"{name} is 2 and compression.policy.name is dmc; it must be at least 4, because the last "
-            "channel of queries and "
-            "keys is that of the decisions."
+            f"{name} is {size} and compression.policy.name is {policy.name}; under this policy it must be at least "
+            f"{traits.min_head_dim}."
         )
-    if policy.stage == "zero_out":
         return
-    merging = f"compression.policy.name is dmc and compression.policy.stage is {policy.stage}"
-    if 0 < model.attention_dropout < 1:
+    stage = "" if policy.stage is None else f" and compression.policy.stage is {policy.stage}"
+    chosen = f"compression.policy.name is {policy.name}{stage}"
+    if 0 < model.attention_dropout < 1 and not traits.dropout:
         yield (
-            f"model.attention_dropout is {model.attention_dropout}, {merging}; attention to merged tokens "
-            "has no dropout: "
+            f"model.attention_dropout is {model.attention_dropout}, {chosen}; attention under this policy has no dropout: "
             "set model.attention_dropout to 0."
         )
-    has_kernel = (
-        size is None or size == 2 or model.attention_backend == "reference" or _fits_cuda(size, precision)
-    )
-    if not has_kernel and _has_cuda():
-        yield (
-            f"{name} is {size}, {merging}; on CUDA it must be a multiple of 8 and, in bf16, at most "
-            f"{_LARGEST_CUDA_HEAD}: "
-            "choose another size, or for small trials set model.attention_backend to reference."
-        )
+    if size is not None and model.attention_backend != "reference":
+        obstacle = _obstacle_on_cuda(size, traits, precision_name)
+        if obstacle is not None and _has_cuda():
+            yield (
+                f"{name} is {size}, {chosen}; {obstacle}: choose another size, or for small trials set "
+                "model.attention_backend to reference."
+            )
 
 
 def _head_size(model: ModelConfig) -> int | None:
@@ -53,9 +43,12 @@ def _head_size(model: ModelConfig) -> int | None:
     return model.head_dim if model.head_dim > 0 and model.head_dim % 2 == 0 else None
 
 
-def _fits_cuda(size: int, precision: str) -> bool:
-    """Whether the kernels of `lckv.attention.flash_pairs` for CUDA take heads of this size."""
-    return size % 8 == 0 and (size <= _LARGEST_CUDA_HEAD or precision == "fp32")
+def _obstacle_on_cuda(size: int, traits: Traits, precision_name: str) -> str | None:
+    """What keeps attention to keys with a bias from taking heads of this size on CUDA."""
+    if traits.key_bias is None:
+        return None
+    channels = size + traits.key_bias.extra_channels
+    return obstacle_to_biased_keys(channels, float32=not precision(precision_name).is_bf16)
 
 
 def _has_cuda() -> bool:

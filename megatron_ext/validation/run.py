@@ -19,15 +19,8 @@ from megatron_ext.config import (
 )
 from megatron_ext.data.blends import split_sources
 from megatron_ext.errors import ConfigError
-from megatron_ext.validation.layout import (
-    data_parallel_problems,
-    model_problems,
-    pipeline_problems,
-    recompute_problems,
-    rope_problems,
-    tensor_parallel_problems,
-)
-from megatron_ext.validation.policy import policy_problems
+from megatron_ext.precision import precision
+from megatron_ext.validation.layout import data_parallel_problems, layout_problems, recompute_problems
 from megatron_ext.validation.rules import above_zero, at_least, fraction
 
 LARGEST_SEED = 2**31 - 1
@@ -36,25 +29,18 @@ LARGEST_SEED = 2**31 - 1
 def validate(run: RunConfig, world_size: int) -> None:
     """Raises ConfigError with a numbered list of everything in `run` that cannot work on `world_size`
     processes."""
-    found = problems(run, world_size)
-    if found:
-        count = "1 setting" if len(found) == 1 else f"{len(found)} settings"
-        lines = [f"  {number}. {problem}" for number, problem in enumerate(found, 1)]
+    sentences = problems(run, world_size)
+    if sentences:
+        count = "1 setting" if len(sentences) == 1 else f"{len(sentences)} settings"
+        lines = [f"  {number}. {problem}" for number, problem in enumerate(sentences, 1)]
         raise ConfigError("\n".join([f"{count} cannot work:", *lines]))
 
 
 def problems(run: RunConfig, world_size: int) -> list[str]:
     """Everything in `run` that cannot work on `world_size` processes, one sentence each; empty if nothing."""
     return [
-        *model_problems(run.model),
-        *rope_problems(run.model),
-        *run.compression.problems(run.model.num_layers),
-        *policy_problems(run.model, run.compression.policy, run.train.precision),
-        *tensor_parallel_problems(run.model, run.parallel, run.train),
-        *pipeline_problems(run),
-        *data_parallel_problems(run.parallel, run.train, world_size),
+        *step_problems(run, world_size),
         *_train(run.model, run.train),
-        *recompute_problems(run.train, run.model.num_layers, run.parallel.pipeline_model_parallel_size),
         *_optimizer(run.optimizer),
         *_schedule(run.optimizer, run.train),
         *_data(run.data, run.train),
@@ -65,17 +51,19 @@ def problems(run: RunConfig, world_size: int) -> list[str]:
     ]
 
 
+def step_problems(run: RunConfig, world_size: int) -> list[str]:
+    """Everything in `run` that keeps the numbers of a step from being computed: what cannot work in the model, its layout
+    on `world_size` processes and the sizes of a step."""
+    sizes = ("train_iters", "micro_batch_size", "global_batch_size", "seq_length", "recompute_num_layers")
+    return [
+        *layout_problems(run),
+        *data_parallel_problems(run.parallel, run.train, world_size),
+        *recompute_problems(run.train, run.model.num_layers, run.parallel.pipeline_model_parallel_size),
+        *at_least("train", run.train, 1, *sizes),
+    ]
+
+
 def _train(model: ModelConfig, train: TrainConfig) -> Iterator[str]:
-    yield from at_least(
-        "train",
-        train,
-        1,
-        "train_iters",
-        "micro_batch_size",
-        "global_batch_size",
-        "seq_length",
-        "recompute_num_layers",
-    )
     yield from at_least("train", train, 0, "eval_interval")
     yield from above_zero("train", train, "exit_duration_minutes")
     if train.eval_interval > 0:
@@ -212,7 +200,7 @@ def _optional_packages(run: RunConfig) -> Iterator[str]:
     if model.transformer_impl == "transformer_engine":
         yield from _refusal_of_transformer_engine()
     if model.attention_backend == "flash" and (model.kv_channels or model.num_attention_heads > 0):
-        yield from _refusal_of_flash(model.head_dim, run.train.precision)
+        yield from _refusal_of_flash(run)
 
 
 # Torch and Megatron are imported below only: whoever asks for none of this gets the answer in milliseconds.
@@ -227,14 +215,14 @@ def _refusal_of_transformer_engine() -> Iterator[str]:
         yield str(error)
 
 
-def _refusal_of_flash(head_dim: int, precision: str) -> Iterator[str]:
+def _refusal_of_flash(run: RunConfig) -> Iterator[str]:
     import torch
 
-    from lckv.attention.backends import why_not_flash
+    from megatron_ext.model.attention_backend import choose_backend
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    obstacle = why_not_flash(device, torch.bfloat16 if precision == "bf16" else torch.float32, head_dim)
-    if obstacle is not None:
-        yield (
-            f"model.attention_backend is flash, but {obstacle}. Set model.attention_backend to auto or sdpa."
-        )
+    dtype = precision(run.train.precision).dtype
+    try:
+        choose_backend(run.model.attention_backend, device=device, dtype=dtype, head_dim=run.model.head_dim)
+    except ConfigError as error:
+        yield str(error)

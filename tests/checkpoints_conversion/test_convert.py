@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints_conversion import convert
-from checkpoints_conversion.convert import hf_to_megatron, megatron_to_hf, published_dmc_to_megatron
+from checkpoints_conversion.convert import hf_to_megatron, legacy_to_megatron, megatron_to_hf
 from checkpoints_conversion.formats.megatron import MegatronCheckpoint, write_checkpoint
 from checkpoints_conversion.manifest import MANIFEST_NAME, read_manifest
 from checkpoints_conversion.megatron_logits import write_logits
@@ -26,7 +26,7 @@ from checkpoints_conversion.tensors import ConversionError, MemorySource, Tensor
 from checkpoints_conversion.verify import ProofError
 from megatron_ext.errors import ConfigError
 from tests.checkpoints_conversion.formats.checkpoints import whole_weights
-from tests.checkpoints_conversion.formats.test_published_dmc import POLICY, PUBLISHED, publish
+from tests.checkpoints_conversion.formats.test_megatron_legacy import POLICY, PUBLISHED, publish
 from tests.checkpoints_conversion.tiny_models import saved_model
 from tests.megatron_ext.model.stages import VOCAB
 from tests.megatron_ext.training.runs import tiny_run, train
@@ -41,7 +41,7 @@ def _megatron_in_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks that are there already compute Megatron's logits, instead of new processes."""
 
     def compute(*arguments: Any, timeout_seconds: float) -> None:
-        parallel = arguments[4]
+        parallel = arguments[3]
         ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
         run_on_ranks(ranks, write_logits, *arguments, timeout=timeout_seconds)
 
@@ -274,8 +274,11 @@ def test_pickles_are_read_where_they_are_allowed(copy: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"compression.layer_types": "0_1_2_2"}, "has 4 entries but model.num_layers is 3"),
-        ({"compression.layer_types": "0s_1_2"}, "compression.sliding_window is not set"),
+        ({"compression.layer_types": "0_1_2_2"}, "it has 4 entries but the model has 3 layers"),
+        (
+            {"compression.layer_types": "0s_1_2"},
+            "compression.layer_types is 0s_1_2; .* sliding_window is not set",
+        ),
         ({"compression.policy.stage": "zero_out"}, "compression.policy.stage belongs to policy dmc"),
         (
             {"compression.policy.name": "dmc", "compression.policy.stage": "retrofit"},
@@ -408,11 +411,11 @@ def test_a_run_remembers_what_it_was_converted_from(tmp_path: Path) -> None:
     assert "Validation loss" in card
 
 
-def test_a_published_dmc_checkpoint(tmp_path: Path, llama: Path) -> None:
+def test_a_legacy_checkpoint(tmp_path: Path, llama: Path) -> None:
     publish(tmp_path / "dmc", tensor=2)
     shutil.copytree(llama, tmp_path / "tokenizer")
     target = tmp_path / "megatron"
-    description = published_dmc_to_megatron(
+    description = legacy_to_megatron(
         tmp_path / "dmc", target, vocab_size=VOCAB, tokenizer=tmp_path / "tokenizer", proof="always"
     )
     assert description.compression.policy == POLICY
@@ -420,7 +423,7 @@ def test_a_published_dmc_checkpoint(tmp_path: Path, llama: Path) -> None:
     assert manifest is not None
     assert manifest.tokenizer == str(tmp_path / "tokenizer")
     files = {f"mp_rank_0{rank}/model_optim_rng.pt" for rank in range(2)}
-    assert (manifest.source.format, manifest.source.files.keys()) == ("published-dmc", files)
+    assert (manifest.source.format, manifest.source.files.keys()) == ("megatron-legacy", files)
     whole = MegatronCheckpoint(target)
     assert all(torch.equal(whole.read(name), tensor) for name, tensor in whole_weights(PUBLISHED).items())
 

@@ -222,12 +222,16 @@ def test_a_shared_model_keeps_its_map() -> None:
         ),
         (LCKV, PLAIN, "start from a plain model"),
         (LCKV, replace(LCKV, force_nodiag=True), "force_nodiag True"),
-        (PLAIN, CompressionConfig("0_1_2_3_3"), "has 5 entries but model.num_layers is 4"),
+        (
+            PLAIN,
+            CompressionConfig("0_1_2_3_3"),
+            "compression.layer_types is 0_1_2_3_3; it has 5 entries but the model has 4 layers",
+        ),
         (PLAIN, CompressionConfig("0_1_2_9"), "entry 3"),
         (
             PLAIN,
             CompressionConfig(policy=DMCConfig(stage="retrofit")),
-            "stage is retrofit but the model knows no merging",
+            "compression.policy is dmc: stage is retrofit, but the model knows no merging",
         ),
         (CompressionConfig(policy=DMCConfig(stage="finetune")), PLAIN, "a conversion keeps the policy"),
         (

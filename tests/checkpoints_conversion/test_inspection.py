@@ -9,7 +9,7 @@ from checkpoints_conversion.__main__ import main
 from checkpoints_conversion.convert import hf_to_megatron
 from checkpoints_conversion.opening import format_of
 from checkpoints_conversion.tensors import ConversionError
-from tests.checkpoints_conversion.formats.test_published_dmc import publish
+from tests.checkpoints_conversion.formats.test_megatron_legacy import publish
 from tests.checkpoints_conversion.tiny_models import saved_model
 from tests.megatron_ext.model.stages import VOCAB
 
@@ -75,10 +75,10 @@ def test_json(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["training"] is None
 
 
-def test_a_published_dmc_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_legacy_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     publish(tmp_path, tensor=2, vocab_size=VOCAB)
     said = inspect(tmp_path, capsys)
-    assert said.startswith(f"published DMC checkpoint: {tmp_path / 'iter_0002000'}\n")
+    assert said.startswith(f"checkpoint in Megatron's older layout: {tmp_path / 'iter_0002000'}\n")
     for line in (
         "policy              dmc, stage finetune: target 4 tokens per slot, window 12",
         "                    96 at the 4 tokens per slot that training aims at",
@@ -92,10 +92,10 @@ def test_a_published_dmc_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["config.json"], "huggingface"),
         (["config.json", "manifest.json"], "megatron"),
         (["latest", "iter_0000010/config.json"], "megatron"),
-        (["mp_rank_00/model_optim_rng.pt"], "published-dmc"),
+        (["mp_rank_00/model_optim_rng.pt"], "megatron-legacy"),
         (
             ["latest_checkpointed_iteration.txt", "iter_0002000/mp_rank_00/model_optim_rng.pt"],
-            "published-dmc",
+            "megatron-legacy",
         ),
     ],
 )

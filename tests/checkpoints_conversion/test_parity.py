@@ -108,8 +108,7 @@ def logits_on_ranks(models: Sequence[tuple[str, Path]], folder: Path, parallel: 
     from megatron.core import parallel_state
 
     for name, path in models:
-        description = MegatronCheckpoint(path, verify_hashes=False).description
-        write_logits(path, description, TOKENS, folder / f"{name}.npy", parallel, torch.float32)
+        write_logits(path, TOKENS, folder / f"{name}.npy", parallel, torch.float32)
         parallel_state.destroy_model_parallel()
 
 

@@ -16,7 +16,7 @@ from lckv.policies.dmc.config import DMCConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.settings import settings_of
 
-SUBCOMMANDS = ("hf-to-megatron", "megatron-to-hf", "published-dmc-to-megatron", "verify", "inspect")
+SUBCOMMANDS = ("hf-to-megatron", "megatron-to-hf", "legacy-to-megatron", "verify", "inspect")
 
 
 def help_of(*words: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -38,7 +38,7 @@ def test_help_has_examples_that_are_right(name: str, capsys: pytest.CaptureFixtu
     ]
     assert examples
     for example in examples:
-        build_parser().parse_args(shlex.split(example))
+        build_parser("convert").parse_args(shlex.split(example))
 
 
 def test_help_explains_the_settings_of_compression(capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,7 +55,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def note(*arguments: Any, **options: Any) -> None:
         found.update(options, arguments=arguments)
 
-    for name in ("hf_to_megatron", "megatron_to_hf", "published_dmc_to_megatron"):
+    for name in ("hf_to_megatron", "megatron_to_hf", "legacy_to_megatron"):
         monkeypatch.setattr(convert, name, note)
     return found
 
@@ -98,22 +98,29 @@ def test_megatron_to_hf(called: dict[str, Any]) -> None:
     }
 
 
-def test_published_dmc(called: dict[str, Any]) -> None:
-    command = (
-        "published-dmc-to-megatron --dmc-path a --megatron-path b --vocab-size 32000 "
-        "--target-compression-ratio 4"
-    )
-    assert program.main(command.split()) == 0
-    assert (called["vocab_size"], called["target_compression_ratio"], called["proof"]) == (32000, 4.0, "auto")
+def test_legacy(called: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
+    command = "legacy-to-megatron --legacy-path a --megatron-path b --vocab-size 32000 --argument"
+    assert program.main([*command.split(), "cr=4", "--argument", "tokenizer_type=null"]) == 0
+    assert (called["vocab_size"], called["proof"]) == (32000, "auto")
+    assert called["given"] == {"cr": 4, "tokenizer_type": None}
+    assert program.main([*command.split(), "cr"]) == 2
+    assert "--argument is cr; it must be NAME=VALUE." in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("size", ["5", "GB", "0GB", "-1GB", "5 TB"])
+@pytest.mark.parametrize(("size", "expected"), [("5", 5), ("200k", 200_000), ("5 TB", 5 * 10**12)])
+def test_sizes(size: str, expected: int, called: dict[str, Any]) -> None:
+    command = ["megatron-to-hf", "--megatron-path", "a", "--hf-path", "b", f"--max-shard-size={size}"]
+    assert program.main(command) == 0
+    assert called["max_shard_bytes"] == expected
+
+
+@pytest.mark.parametrize("size", ["GB", "0GB", "-1GB", "5 potatoes"])
 def test_a_bad_size(size: str, called: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
     command = ["megatron-to-hf", "--megatron-path", "a", "--hf-path", "b", f"--max-shard-size={size}"]
-    expected = 0 if size == "5" else 2
-    assert program.main(command) == expected
-    if expected:
-        assert f"--max-shard-size is {size}; it must be a size such as 5GB" in capfd.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        program.main(command)
+    assert ended.value.code == 2
+    assert f"argument --max-shard-size: {size!r} is not a size in memory" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints_conversion import megatron_logits
 from checkpoints_conversion.__main__ import main
-from checkpoints_conversion.convert import hf_to_megatron, published_dmc_to_megatron
+from checkpoints_conversion.convert import hf_to_megatron, legacy_to_megatron
 from checkpoints_conversion.opening import open_huggingface, open_megatron
 from checkpoints_conversion.reference import common_dtype, differences
 from checkpoints_conversion.tensors import ConversionError
 from checkpoints_conversion.verify import Comparison, Tolerance, compare, random_tokens
 from megatron_ext.config import ParallelConfig
-from tests.checkpoints_conversion.formats.test_published_dmc import publish
+from tests.checkpoints_conversion.formats.test_megatron_legacy import publish
 from tests.checkpoints_conversion.tiny_models import saved_model
 from tests.megatron_ext.model.stages import VOCAB
 from tests.ranks import run_on_ranks
@@ -86,7 +86,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def pool(monkeypatch: pytest.MonkeyPatch) -> None:
     def compute(*arguments: Any, timeout_seconds: float) -> None:
-        parallel = arguments[4]
+        parallel = arguments[3]
         ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
         run_on_ranks(ranks, megatron_logits.write_logits, *arguments, timeout=timeout_seconds)
 
@@ -152,9 +152,9 @@ def test_tokens_from_a_file(models: Path, tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.usefixtures("pool")
-def test_a_published_dmc_checkpoint(tmp_path: Path) -> None:
+def test_a_legacy_checkpoint(tmp_path: Path) -> None:
     publish(tmp_path / "dmc", vocab_size=VOCAB)
-    published_dmc_to_megatron(tmp_path / "dmc", tmp_path / "megatron", proof="never")
+    legacy_to_megatron(tmp_path / "dmc", tmp_path / "megatron", proof="never")
     assert verify(tmp_path, "dmc", "megatron") == 0
 
 
@@ -243,6 +243,4 @@ def _compute(models: Path, folder: Path, timeout: float) -> None:
     megatron, output = open_megatron(models / "plain"), folder / "logits.npy"
     parallel = ParallelConfig(tensor_model_parallel_size=2)
     tokens = random_tokens(61, rows=1, length=2, seed=1)
-    megatron_logits.compute(
-        megatron.path, megatron.description, tokens, output, parallel, torch.float32, timeout_seconds=timeout
-    )
+    megatron_logits.compute(megatron.path, tokens, output, parallel, torch.float32, timeout_seconds=timeout)

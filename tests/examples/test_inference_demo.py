@@ -77,7 +77,8 @@ def test_they_differ_in_map_and_policy(commands):
 
 def test_what_is_trained_is_converted_and_measured(commands):
     converted = [
-        build_parser().parse_args(arguments) for arguments in options(commands, "checkpoints_conversion")
+        build_parser("convert").parse_args(arguments)
+        for arguments in options(commands, "checkpoints_conversion")
     ]
     trained = [
         parse_run_config(arguments).checkpoint.save for arguments in options(commands, "pretrain_lckv.py")

@@ -167,7 +167,7 @@ def test_nested_sections(tmp_path):
         (["--compression.policy.stage", "retrofit"], f"error: {BELONGS}\n"),
         (
             ["--compression.policy.name", "dcm", "--compression.policy.stage", "retrofit"],
-            "error: compression.policy.name is 'dcm'; it must be one of dense, dmc.\n",
+            "error: compression.policy.name is 'dcm'; it must be one of dense, dmc; did you mean dmc?\n",
         ),
         (
             ["--compression.policy.stge", "x"],
@@ -175,7 +175,7 @@ def test_nested_sections(tmp_path):
         ),
         (
             ["--compression.policy.name=dmc", "--compression.policy.stage", "retro"],
-            "compression.policy.stage is 'retro'; it must be one of zero_out, retrofit, finetune.",
+            "compression.policy.stage is 'retro'; it must be one of zero_out, retrofit, finetune; did you mean retrofit?",
         ),
         (
             ["--data.split", "9,1", "3"],
@@ -295,7 +295,8 @@ def test_help_needs_no_torch():
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
-def test_print_config_can_be_run_again(tmp_path, capsys):
+@pytest.mark.parametrize("option", ["--print-config", "--print_config"])
+def test_print_config_can_be_run_again(option, tmp_path, capsys):
     argv = [
         "--compression.layer_types",
         "0_0_2_2",
@@ -306,7 +307,7 @@ def test_print_config_can_be_run_again(tmp_path, capsys):
     ]
     argv += ["--compression.policy.name", "dmc", "--compression.policy.temperature", "0.2"]
     with pytest.raises(SystemExit) as stop:
-        parse_run_config([*argv, "--print_config"])
+        parse_run_config([*argv, option])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert parse_run_config(["--config", write(tmp_path / "run.yaml", shown)]) == parse_run_config(argv)
@@ -334,10 +335,12 @@ def values_of(hint) -> st.SearchStrategy:
 
 def build(section, draw):
     values = {}
-    for name, hint in typing.get_type_hints(section).items():
-        if variants := variants_of(hint):
+    hints = typing.get_type_hints(section)
+    for entry in fields(section):
+        hint = hints[entry.name]
+        if variants := variants_of(entry):
             hint = variants[draw(st.sampled_from(sorted(variants)))]
-        values[name] = build(hint, draw) if is_dataclass(hint) else draw(values_of(hint))
+        values[entry.name] = build(hint, draw) if is_dataclass(hint) else draw(values_of(hint))
     return section(**values)
 
 

@@ -11,10 +11,12 @@ from megatron_ext.settings import variants_of
 
 
 def sections(section=RunConfig, prefix=""):
-    for name, hint in typing.get_type_hints(section).items():
-        for part in [hint] if dataclasses.is_dataclass(hint) else variants_of(hint).values():
-            yield prefix + name, part
-            yield from sections(part, f"{prefix}{name}.")
+    hints = typing.get_type_hints(section)
+    for entry in dataclasses.fields(section):
+        hint = hints[entry.name]
+        for part in [hint] if dataclasses.is_dataclass(hint) else variants_of(entry).values():
+            yield prefix + entry.name, part
+            yield from sections(part, f"{prefix}{entry.name}.")
 
 
 @pytest.mark.parametrize(

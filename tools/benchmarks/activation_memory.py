@@ -24,6 +24,7 @@ from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_ext.model.build import build_stage
 from megatron_ext.model.memory import kept_by_full_recompute, kept_bytes
 from megatron_ext.parallel.process_groups import destroy, device_of_rank, initialize
+from megatron_ext.precision import precision
 from tools.benchmarks.timing import peak_bytes, setting, write_csv
 
 RECOMPUTE = ("none", "full")
@@ -88,7 +89,7 @@ def measure(
     train: TrainConfig,
 ) -> Iterator[dict[str, object]]:
     """One row for each number of layers."""
-    layer_input = torch.finfo(torch.bfloat16 if train.precision == "bf16" else torch.float32).bits // 8
+    layer_input = precision(train.precision).bytes
     layer_input *= train.micro_batch_size * train.seq_length * model.hidden_size
     last: Mapping[str, int] = {}
     for layers in depths:

@@ -1,12 +1,12 @@
 """Measures what a small KV cache gains in generation and what it costs, next to a plain model, in one run.
 
     python -m tools.benchmarks.inference --output tools/benchmarks/results/inference.csv --picture
-    docs/images/inference.png python -m tools.benchmarks.inference --models out/plain out/lckv out/dmc --text
+    docs/images/inference.png python -m tools.benchmarks.inference --models out/plain out/lckv out/p --text
     held_out.txt --lengths 128 256 --context 256 python -m tools.benchmarks.inference --random plain lckv
-    dmc8=plain,dmc=8 --layers 32 --hidden-size 4096 --heads 32 --kv-heads 8
+    P8=plain,P:FIELD=VALUE --layers 32 --hidden-size 4096 --heads 32 --kv-heads 8
 
 Models are Hugging Face folders, or have random weights: a map as in compression.layer_types, or the name of a
-layout of tools/layouts.py, and dmc=CR where CR tokens shall be merged into a slot. Ratios are to the first
+layout of lckv_megatron/layouts.py, and a KV policy P with its settings. Ratios are to the first
 one. Times are medians of rounds in which the models take turns.
 
     prefill         a prompt in one piece, up to the logits of its last token; passes over iterated layers as many as it takes to settle
@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 
 from lckv.generation.prefill import DEFAULT_TOLERANCE
-from lckv_megatron.arguments import memory_size, positive
 from lckv_megatron.scoring.text_windows import read_texts
+from megatron_ext.arguments import memory_size, positive
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError
 from tools.benchmarks.generation.admission import cache_for
@@ -43,7 +43,7 @@ from tools.benchmarks.generation.models import (
 )
 from tools.benchmarks.timing import CLOCKS, setting, write_csv
 
-RANDOM = ("plain=plain", "LCKV=lckv", "YOCO=yoco", "DMC 4x=plain,dmc=4", "LCKV x DMC=lckv,dmc=4")
+RANDOM = ("plain=plain", "LCKV=lckv", "YOCO=yoco")
 PLAIN_SEQUENCES = 8
 """Sequences of the first model that the budget holds, if none is given."""
 
@@ -217,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_random,
         nargs="+",
         default=[],
-        metavar="NAME=MAP[,dmc=CR]",
+        metavar="NAME=MAP[,POLICY[:FIELD=VALUE...]]",
         help=f"default: {' '.join(map(repr, RANDOM))}",
     )
     for name, default, meaning in (

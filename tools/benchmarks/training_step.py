@@ -8,8 +8,8 @@ Each map's measured ratio to the plain map stands beside the ratio that its oper
 """
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,14 +18,14 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
 from lckv.config import CompressionConfig
 from lckv.cost import training_cost
-from lckv.policies.dmc.config import DMCConfig
 from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_ext.model.build import build_stage
 from megatron_ext.model.cost import model_shape
-from megatron_ext.model.merging import PolicyInputs
 from megatron_ext.model.norm import RMSNorm
+from megatron_ext.model.policy_statistics import PolicyInputs
 from megatron_ext.model.transformer_config import transformer_config
 from megatron_ext.parallel.process_groups import destroy, device_of_rank, initialize
+from tools.benchmarks.policies import policy_of
 from tools.benchmarks.timing import median_seconds, setting, write_csv
 
 MAPS = {
@@ -35,10 +35,19 @@ MAPS = {
     "lckv": CompressionConfig(layer_types="0_6_6_6_6_6_6_7"),
     "lckv m3 b1": CompressionConfig(layer_types="0_6_6_6_6_6_6_7", forward_passes=3, backward_passes=1),
     "sandwich-middle": CompressionConfig(layer_types="0_3_3_3_3_3_3_7"),
-    "dmc": CompressionConfig(policy=DMCConfig(stage="retrofit")),
-    "cla x dmc": CompressionConfig(layer_types="0_0_2_2_4_4_6_6", policy=DMCConfig(stage="retrofit")),
-    "sandwich x dmc": CompressionConfig(layer_types="0_3_3_3_3_3_3_7", policy=DMCConfig(stage="retrofit")),
 }
+WITH_POLICIES = ("plain", "cla", "sandwich-middle")
+"""Maps that are also timed with each policy that is asked for."""
+
+
+def kinds_of(policies: Sequence[str]) -> dict[str, CompressionConfig]:
+    """Every map, and some with each of `policies`, NAME or NAME:FIELD=VALUE:..., by the names of both."""
+    both = {
+        f"{name} x {text}": replace(MAPS[name], policy=policy_of(text))
+        for text in policies
+        for name in WITH_POLICIES
+    }
+    return {**MAPS, **both}
 
 
 @dataclass(frozen=True)
@@ -124,6 +133,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--precision", choices=["fp32", "bf16"], default="bf16" if torch.cuda.is_available() else "fp32"
     )
+    parser.add_argument(
+        "--policies", nargs="+", default=[], metavar="NAME[:FIELD=VALUE...]", help="KV policies to time too"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, help="CSV file")
     options = parser.parse_args(argv)
@@ -141,17 +153,18 @@ def main(argv: list[str] | None = None) -> None:
         sizes.vocab_size, (sizes.micro_batch_size, sizes.seq_length), device=device_of_rank()
     )
     steps = {"megatron GPTModel": megatron_step(sizes, tokens)}
-    steps |= {name: shared_step(sizes, compression, tokens) for name, compression in MAPS.items()}
+    kinds = kinds_of(options.policies)
+    steps |= {name: shared_step(sizes, compression, tokens) for name, compression in kinds.items()}
     measured = median_seconds(steps, repeats=options.repeats)
     shape = model_shape(sizes.model, vocab_size=sizes.vocab_size, seq_length=sizes.seq_length)
     rows = []
     for name, seconds in measured.items():
-        predicted = training_cost(shape, MAPS.get(name, CompressionConfig())).ratio
+        predicted = training_cost(shape, kinds.get(name, CompressionConfig())).ratio
         ratio = seconds / measured["plain"]
         rows.append(
             {
                 "model": name,
-                "layer_types": MAPS[name].layer_types or "" if name in MAPS else "",
+                "layer_types": kinds[name].layer_types or "" if name in kinds else "",
                 "milliseconds": round(1000 * seconds, 1),
                 "ratio_to_plain": round(ratio, 3),
                 "predicted_ratio": round(predicted, 3),

@@ -144,3 +144,10 @@ class DMCConfig(PolicyConfig):
             "DMC: Nawrot, Łańcucki, Chochowski, Tarjan, Ponti. *Dynamic Memory Compression: Retrofitting LLMs for "
             "Accelerated Inference.* ICML 2024, arXiv:2403.09636",
         )
+
+    @classmethod
+    def from_megatron_arguments(cls, arguments: Mapping[str, Any]) -> "DMCConfig | None":
+        """See `PolicyConfig` and `published.py`."""
+        from lckv.policies.dmc.published import from_arguments
+
+        return from_arguments(arguments)

@@ -113,6 +113,15 @@ class DMCPolicy(KVPolicy):
             return reached
         return {"dmc_loss": loss, "target_compression_ratio": self.target(progress), **reached}
 
+    def scripted_shift(self, key: Tensor) -> Tensor | None:
+        """The last channel moves, so that the right share of decision logits is above 0."""
+        if not self.config.decides:
+            return None
+        appended = key[..., -1].float().flatten(0, 1).quantile(1 / self.config.target_compression_ratio, 0)
+        shift = key.new_zeros(key.shape[2:])
+        shift[:, -1] = self.config.initial_decision_bias - appended
+        return shift
+
     def obstacle_in_weights(self, rows: ChannelRows, before: PolicyConfig) -> str | None:
         """Decisions cannot begin in a channel that means something else."""
         if not self.config.decides or (isinstance(before, DMCConfig) and before.decides):

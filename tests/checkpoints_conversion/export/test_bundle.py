@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import lckv  # noqa: F401
+import lckv.models  # noqa: F401
 from checkpoints_conversion.export.bundle import AUTO_MAP, Bundler, write_modelling_files
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM

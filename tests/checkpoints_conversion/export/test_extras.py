@@ -84,7 +84,7 @@ def test_card_says_what_the_model_is() -> None:
         "`layer_types`: `0_2_2_3`",
         "| a plain model of these sizes | 512 | 1.00x |",  # 4 layers x (key and value) x 2 heads x 16 channels x 2 bytes
         "| this sharing map | 384 | 1.33x |",
-        "| and merging, as measured | 110 | 4.67x |",
+        "| and the policy dmc, as measured | 110 | 4.67x |",
         "Measured: 3.50 tokens per slot.",
         "Trained for 1,000 iterations, 8,192,000 tokens.",
         "8 sequences of 1,024 tokens per step, bf16.",
@@ -92,7 +92,7 @@ def test_card_says_what_the_model_is() -> None:
         "averaged over the layers that read them",
         "Validation loss 2.0000 nats per token, perplexity 7.39.",
         "trust_remote_code=True",
-        "import lckv",
+        "import lckv.models",
         "arXiv:2405.10637",
         "arXiv:2410.14442",
         "arXiv:2406.09297",

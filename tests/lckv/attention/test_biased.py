@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lckv.attention import flash, reference, sdpa
 from lckv.attention.biased import attend_biased
-from lckv.attention.flash_pairs import AtenCPU, AtenEfficient, AtenFlash, Partial, FlashAttnPair, choose_pair
+from lckv.attention.flash_pairs import AtenCPU, AtenEfficient, AtenFlash, FlashAttnPair, Partial, choose_pair
 from lckv.attention.key_bias import HIDDEN, KeyBias
 from lckv.attention.visibility import Documents, Visibility
 from lckv.errors import UnsupportedError
@@ -208,7 +208,9 @@ def test_nothing_of_length_times_length_is_made(age, most):
 def test_windows_and_dropout_are_refused():
     inputs = tensors(1, 1, 1, 4)
     for attend in BACKENDS.values():
-        with pytest.raises(UnsupportedError, match="a sliding window of 3 tokens over keys .* cannot be used: rem"):
+        with pytest.raises(
+            UnsupportedError, match="a sliding window of 3 tokens over keys .* cannot be used: rem"
+        ):
             attend(*inputs, Visibility(window=3), scale=1.0, key_bias=FRONTIER)
         with pytest.raises(UnsupportedError, match=r"dropout of 0.1 in .* cannot be used: it must be 0"):
             attend(*inputs, Visibility(), scale=1.0, key_bias=FRONTIER, dropout=0.1)
@@ -235,9 +237,13 @@ def test_the_pair_for_each_device_and_dtype():
         lambda: choose_pair(odd),
         lambda: FlashAttnPair(FlashAttnStandIn()).forward(odd, odd, odd, 1.0),
     ):
-        with pytest.raises(UnsupportedError, match="heads of 12 channels .* on GPUs .* must be a multiple of 8"):
+        with pytest.raises(
+            UnsupportedError, match="heads of 12 channels .* on GPUs .* must be a multiple of 8"
+        ):
             refuse()
-    with pytest.raises(UnsupportedError, match=r"in torch.float64 cannot .*: on meta it takes float16, bfloat16"):
+    with pytest.raises(
+        UnsupportedError, match=r"in torch.float64 cannot .*: on meta it takes float16, bfloat16"
+    ):
         choose_pair(meta(torch.float64))
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lckv.attention import paged
-from lckv.attention.paged import attend_in_torch, attend_paged, join, joined, why_not_kernel
+from lckv.attention.paged import attend_in_torch, attend_paged, join, why_not_kernel
 from lckv.attention.pages import PagesAttended
 from tests.lckv.attention.paged_slots import Slots
 from tests.ranks import run_on_ranks

@@ -1,7 +1,6 @@
 """Predicted memory of the KV cache is what the allocator needs; questions that make no sense are answered
 with what is wrong."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from lckv.config import CompressionConfig
 from lckv.generation.memory import cache_model, paged_cache
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from lckv.policies.dense.policy import DensePolicy
-from lckv_megatron.arguments import memory_size, positive
 from lckv_megatron.commands.kv_memory import main
 from tests.lckv.models.tiny import CYCLIC, MERGING, PLAIN, SHARED, WINDOWS, model
 from tests.lckv_megatron.model_folders import save_folder
@@ -158,7 +156,8 @@ def test_merging_is_counted_with_its_target_or_as_measured(capsys: pytest.Captur
         assert found["plain"]["kv_bytes_per_token"] / found["model"]["kv_bytes_per_token"] == ratio
         assert found["model"]["state_bytes_per_sequence"] == 4 * 4 * 11 * (2 * 64 + 1) * 4
     assert main([*RUN, *dmc]) == 0
-    assert "4 tokens per slot; state of the policy: 88.69 KiB per sequence" in capsys.readouterr().out
+    said = "KV policy dmc, stage retrofit: target 4 tokens per slot, window 12; 4 tokens per slot; its state: 88.69 KiB"
+    assert said in capsys.readouterr().out
 
 
 def test_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,15 +208,3 @@ def test_a_folder_that_is_none(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     assert main(["--memory", "1GiB", "--model", str(tmp_path)]) == 2
     assert "model_type is 'gpt2'" in capfd.readouterr().err
-
-
-def test_texts_of_values() -> None:
-    sizes = ("16GiB", "1.5 gb", "4096", "1KiB", "7B")
-    assert [memory_size(text) for text in sizes] == [2**34, 1_500_000_000, 4096, 1024, 7]
-    assert positive("12") == 12
-    for text in ("16 potatoes", "-1GiB", "0", "", "GiB"):
-        with pytest.raises(argparse.ArgumentTypeError, match="is not a size in memory such as 16GiB"):
-            memory_size(text)
-    for text in ("0", "-1", "1.5", "x", "²"):
-        with pytest.raises(argparse.ArgumentTypeError, match="is not a whole number of at least 1"):
-            positive(text)

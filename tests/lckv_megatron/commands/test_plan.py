@@ -91,7 +91,7 @@ def test_numbers_are_those_of_the_model(capsys, layer_types: str, layout: list[s
 
 def test_a_plan_from_top_to_bottom(capsys) -> None:
     lines = planned(
-        capsys, "--compression.layer_types", "0s_2_2_3", "--compression.sliding_window", "16", "--world_size", "4",
+        capsys, "--compression.layer_types", "0s_2_2_3", "--compression.sliding_window", "16", "--world-size", "4",
         "--logging.peak_tflops", "0.001", "--train.recompute_granularity", "full",
     )  # fmt: skip
     assert [text[:16] for text in lines[:4]] == [
@@ -139,7 +139,7 @@ def test_the_first_stage_keeps_activations_of_all_micro_batches_in_flight(capsys
 
 def test_replicas_share_the_state_of_a_distributed_optimizer(capsys) -> None:
     def optimizer(*argv: str) -> float:
-        return float(re.split(r"  +", line(planned(capsys, "--world_size", "4", *argv), "0  "))[5].split()[0])
+        return float(re.split(r"  +", line(planned(capsys, "--world-size", "4", *argv), "0  "))[5].split()[0])
 
     assert optimizer("--parallel.use_distributed_optimizer", "false") == pytest.approx(
         4 * optimizer(), rel=1e-3
@@ -154,7 +154,7 @@ def test_time_follows_operations_devices_and_utilisation(capsys) -> None:
 
     base = hours()
     assert hours("--utilisation", "0.2") == pytest.approx(2 * base, rel=0.05)
-    assert hours("--world_size", "2") == pytest.approx(base / 2, rel=0.05)
+    assert hours("--world-size", "2") == pytest.approx(base / 2, rel=0.05)
     assert hours("--train.recompute_granularity", "full") > 1.2 * base
 
 
@@ -216,8 +216,8 @@ def test_all_problems_are_named_and_the_plan_is_shown_where_sizes_fit(capsys) ->
 @pytest.mark.parametrize(
     ("argv", "problem"),
     [
-        (["--world_size", "3", *PIPELINE], "3 processes were started"),
-        (["--train.global_batch_size", "7", "--world_size", "2"], "train.global_batch_size is 7"),
+        (["--world-size", "3", *PIPELINE], "3 processes were started"),
+        (["--train.global_batch_size", "7", "--world-size", "2"], "train.global_batch_size is 7"),
         (["--compression.layer_types", "0_0"], "compression.layer_types '0_0' has 2 entries"),
         (
             ["--compression.layer_types", "0_2_2_3", *PIPELINE],
@@ -268,7 +268,7 @@ def test_the_tokenizer_s_vocabulary(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--world_size", "0"], "argument --world-size: 0 is not at least 1"),
+        (["--world-size", "0"], "argument --world-size: '0' is not a whole number of at least 1"),
         (["--utilisation", "1.5"], "argument --utilisation: 1.5 is not in (0, 1]"),
     ],
 )

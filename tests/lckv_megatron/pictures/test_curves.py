@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lckv_megatron.commands.plot import main
 from lckv_megatron.pictures.curves import Run, Style, plot, read_runs, smooth
-from lckv_megatron.pictures.merge_map import last_merge_rates
+from lckv_megatron.pictures.heat_map import last_statistics
 from megatron_ext.errors import ConfigError
 from megatron_ext.training.metrics import json_line
 
@@ -169,7 +169,7 @@ def test_nothing_to_draw_is_said_by_plot_itself():
         plot([Run("a", [{"iteration": 1, "lm_loss": 1.0}])], Style("consumed_tokens", 0.0, 5))
 
 
-def test_a_run_that_merges_gets_a_heat_map_of_its_last_report(tmp_path: Path) -> None:
+def test_every_statistic_gets_a_heat_map_of_its_last_report(tmp_path: Path) -> None:
     rates = {
         f"merge_rate/layer_{layer}/head_{head}": 0.25 * (layer + head) for layer in (0, 2) for head in (0, 1)
     }
@@ -180,16 +180,18 @@ def test_a_run_that_merges_gets_a_heat_map_of_its_last_report(tmp_path: Path) ->
         "target_compression_ratio": 2.0,
         **rates,
         "merge_rate/layer_2/head_1": None,
+        "age/layer_0/head_0": 7.5,
     }
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(report) + "\n" for report in (first, last)))
     (run,) = read_runs([path])
-    found = last_merge_rates(run.reports)
-    assert math.isnan(found.pop((2, 1)))
-    assert found == {(0, 0): 0.0, (0, 1): 0.25, (2, 0): 0.5}
+    statistics = last_statistics(run.reports)
+    assert math.isnan(statistics["merge_rate"].pop((2, 1)))
+    assert statistics == {"merge_rate": {(0, 0): 0.0, (0, 1): 0.25, (2, 0): 0.5}, "age": {(0, 0): 7.5}}
     figure = plot([run], Style("iteration", 0.0))
     titles = [axes.get_title() for axes in figure.axes]
     assert "Compression" in titles
-    assert [title for title in titles if "tokens per slot at the end" in title]
+    for name in ("merge_rate", "age"):
+        assert [title for title in titles if f"{name} at the end" in title]
     texts = [text.get_text() for axes in figure.axes for text in axes.texts]
-    assert {"1", "1.33", "2"} <= set(texts)
+    assert {"0", "0.25", "0.5", "7.5"} <= set(texts)

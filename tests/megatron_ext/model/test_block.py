@@ -149,7 +149,7 @@ class TestPayload:
         self, sources: list[int], tokens: int, rows: int, shards: int, columns: int, dtype: torch.dtype
     ) -> None:
         payload = PipelinePayload(
-            tuple(sources), 6, sequence_shards=shards, kv_heads=2, head_dim=4, merge_columns=columns
+            tuple(sources), 6, sequence_shards=shards, kv_heads=2, head_dim=4, sum_columns=columns
         )
         hidden = torch.randn(tokens, rows, 6).to(dtype)
         key_values = {

@@ -14,8 +14,8 @@ from megatron_ext.model.build import build_stage, wrap
 from megatron_ext.model.gpt import SharedKVGPTModel
 from megatron_ext.model.initialization import global_parameters, shard
 from megatron_ext.parallel.process_groups import initialize
-from megatron_ext.training.merging import MergeRateMeter
-from megatron_ext.training.step import mean_loss, run_schedule
+from megatron_ext.schedule.micro_batches import mean_loss, run_schedule
+from megatron_ext.schedule.statistics_meter import StatisticsMeter
 from tests.golden.lckv_models import ACYCLIC, NAMES, Golden
 from tests.ranks import run_on_ranks
 
@@ -124,9 +124,9 @@ def errors_of(name: str, layout: Layout) -> Errors:
     load(stage, golden)
     logits_error = error_of_logits(stage, golden) if layout.pp == 1 else 0.0
     model = wrap(stage, parallel, train)
-    rates = MergeRateMeter(model)
+    meter = StatisticsMeter(model)
     samples = rows(golden, train)
-    losses = run_schedule(model, samples, lambda batch: batch, train, rates, progress=0.0, forward_only=False)
+    losses = run_schedule(model, samples, lambda batch: batch, train, meter, progress=0.0, forward_only=False)
     loss, _ = mean_loss(losses)
     gather_gradients(model)
     gradient_error, worst = error_of_gradients(stage, golden)

@@ -260,16 +260,17 @@ def test_merging_nothing_after_stage_1_is_the_dense_model() -> None:
 
 
 def check_merging_nothing() -> None:
+    from megatron_ext.model.channel_rows import StageChannelRows
     from megatron_ext.parallel.process_groups import parallel_state
-    from megatron_ext.training.policy_stages import _decision_weights
 
     policies = {"dense": DenseConfig(), "dmc": DMCConfig(stage="finetune", initial_decision_bias=1e4)}
     tokens, losses = draw_tokens(2, 16), {}
     for name, policy in policies.items():
         stage = make_stage(CompressionConfig(layer_types="0_0_2_2_4_5", policy=policy))
         with torch.no_grad():
-            for rows in _decision_weights(stage):
-                rows.zero_()
+            for kind in ("query", "key"):
+                for row in StageChannelRows(stage)(kind, -1):
+                    row.zero_()
         losses[name] = stage.eval()(tokens, positions_of(tokens), tokens)[0].detach()
         parallel_state.destroy_model_parallel()
     torch.testing.assert_close(

@@ -12,6 +12,7 @@ from megatron_ext.model.build import build_stage, wrap
 from megatron_ext.model.memory import Kept, kept_by_full_recompute, kept_bytes, state_bytes
 from megatron_ext.model.parameters import stage_parameters
 from megatron_ext.parallel.process_groups import initialize
+from megatron_ext.precision import precision as numbers
 from megatron_ext.training.optimizer import build_optimizer
 from tests.ranks import run_on_ranks
 from tools.benchmarks.activation_memory import Step
@@ -176,7 +177,7 @@ def test_state_bytes_are_those_allocated(precision: str, distributed: bool) -> N
     parallel = ParallelConfig(use_distributed_optimizer=distributed)
     (stage,) = stage_parameters(model(2), settings("0_0").map(2), parallel, vocab_size=40)
     ranks = run_on_ranks(2, allocated, parallel, precision)
-    predicted = state_bytes(stage.per_rank, precision, optimizer_ranks=2 if distributed else 1)
+    predicted = state_bytes(stage.per_rank, numbers(precision), optimizer_ranks=2 if distributed else 1)
     for weights, gradients, _ in ranks:
         assert weights == predicted.weights
         assert predicted.gradients <= gradients < 1.05 * predicted.gradients  # Megatron pads its buffers

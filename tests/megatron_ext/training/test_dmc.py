@@ -11,9 +11,9 @@ import torch
 
 from lckv.config import CompressionConfig
 from lckv.policies.dmc.config import DMCConfig
-from lckv.policies.dmc.decisions import NonFiniteDecisionError
 from megatron_ext.config import RunConfig
 from megatron_ext.errors import ConfigError
+from megatron_ext.schedule.statistics_meter import NonFiniteStatisticError
 from tests.megatron_ext.training.runs import logged_to, reports, series, tiny_run, train
 from tests.ranks import run_on_ranks
 
@@ -156,13 +156,14 @@ def test_three_stages(tmp_path: Path) -> None:
 
 def largest_decision_weight(checkpoint: str, tp: int = 1) -> float:
     from megatron_ext.config import ParallelConfig
+    from megatron_ext.model.channel_rows import StageChannelRows
     from megatron_ext.parallel.process_groups import initialize
     from megatron_ext.restoring.model import restore
-    from megatron_ext.training.policy_stages import _decision_weights
 
     parallel = ParallelConfig(tensor_model_parallel_size=tp)
     initialize(parallel, seed=1)
-    rows = list(_decision_weights(restore(Path(checkpoint), parallel).stage))
+    channel_rows = StageChannelRows(restore(Path(checkpoint), parallel).stage)
+    rows = [row for kind in ("query", "key") for row in channel_rows(kind, -1)]
     assert tp > 1 or len(rows) == 4 * (4 + 2)
     return max((row.abs().max().item() for row in rows), default=0.0)
 
@@ -188,7 +189,7 @@ class TestSuccession:
         run = dmc_run(MAPS["plain"], replace(SOON, stage="retrofit"), checkpoint=loading)
         with pytest.raises(
             ConfigError,
-            match=r"compression\.policy\.stage is retrofit, but the loaded weights .*Run stage zero_out",
+            match=r"compression\.policy is dmc, stage retrofit, but the checkpoint's is dense: .*Run stage zero_out",
         ):
             run_on_ranks(1, train, run)
 
@@ -211,8 +212,8 @@ class TestSuccession:
 
 def test_odd_decisions_stop_the_run_and_are_named(tmp_path: Path) -> None:
     with pytest.raises(
-        NonFiniteDecisionError,
-        match=r"iteration 1: the decision logits of layer 2 KV head 1\b.* are not finite",
+        NonFiniteStatisticError,
+        match=r"iteration 1: merge_rate of layer 2 KV head 1\b.* is not finite",
     ):
         run_on_ranks(2, train_with_a_broken_head)
 

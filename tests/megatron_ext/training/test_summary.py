@@ -33,17 +33,17 @@ def test_cost_and_cache_of_a_cyclic_map() -> None:
     assert (
         "192 bytes per token in 16 bits, 1.33x less than a plain model's 256" in text
     )  # 3 layers x 2 x 2 heads x 8 channels x 2 bytes
-    assert "attention             sdpa (model.attention_backend is auto: flash-attn needs CUDA" in text
+    assert "attention             sdpa (asked for auto: flash-attn needs CUDA" in text
 
 
 def test_merging_is_told() -> None:
     policy = DMCConfig(stage="retrofit", target_compression_ratio=4.0)
     text = summary(replace(tiny_run(), compression=CompressionConfig(policy=policy)))
     assert (
-        "merging               4 tokens per slot asked for: 64 bytes per token, 4.00x less than a plain model"
-        in text
+        "KV policy             dmc, stage retrofit: target 4 tokens per slot, window 12: 64 bytes per token, "
+        "4.00x less than a plain model" in text
     )
-    assert "merging" not in summary(tiny_run())
+    assert "KV policy" not in summary(tiny_run())
 
 
 def test_layout() -> None:

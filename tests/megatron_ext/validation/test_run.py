@@ -118,7 +118,7 @@ CASES = [
     (
         {"compression.layer_types": "0_1"},
         1,
-        "compression.layer_types '0_1' has 2 entries but model.num_layers is 8",
+        "compression.layer_types is 0_1; it has 2 entries but the model has 8 layers",
     ),
     ({"compression.backward_passes": 0}, 1, "compression.backward_passes is 0; it must be at least 1."),
     (dmc(temperature=0), 1, "compression.policy.temperature is 0.0; it must be greater than 0."),
@@ -126,16 +126,15 @@ CASES = [
         dmc() | {"model.kv_channels": 2},
         1,
         (
-            "model.kv_channels is 2 and compression.policy.name is dmc; it must be at least 4, because the last "
-            "channel"
+            "model.kv_channels is 2 and compression.policy.name is dmc; under this policy it must be at least 4."
         ),
     ),
     (
         dmc(stage="finetune") | {"model.hidden_size": 8},
         1,
         (
-            "model.hidden_size / model.num_attention_heads is 2 and compression.policy.name is dmc; it must be "
-            "at least 4"
+            "model.hidden_size / model.num_attention_heads is 2 and compression.policy.name is dmc; under this "
+            "policy it must be at least 4"
         ),
     ),
     (dmc() | {"model.kv_channels": 3}, 1, "model.kv_channels is 3; it must be even"),
@@ -145,17 +144,14 @@ CASES = [
         1,
         (
             "model.attention_dropout is 0.1, compression.policy.name is dmc and compression.policy.stage is "
-            "retrofit; attention to"
+            "retrofit; attention under this policy has no dropout"
         ),
     ),
     (
         dmc(stage="finetune")
         | {"compression.layer_types": "0s_1_2_3_4_5_6_7", "compression.sliding_window": 4},
         1,
-        (
-            "compression.sliding_window is 4 and compression.policy.name is dmc; there are no sliding windows "
-            "over merged tokens"
-        ),
+        ("compression.sliding_window is 4; the policy dmc cannot live with sliding windows"),
     ),
     (
         p(0) | {"model.num_query_groups": 2},
@@ -485,7 +481,7 @@ def test_sizes_of_heads_that_cannot_merge_on_cuda(changes, refused, monkeypatch)
         assert found[0].startswith(
             f"model.kv_channels is {run.model.kv_channels}, compression.policy.name is dmc and "
             "compression.policy.stage is "
-            "retrofit; on CUDA it must be a multiple of 8 and, in bf16, at most 256: choose another size"
+            "retrofit; on CUDA it must be a multiple of 8 and, in 16 bits, at most 256: choose another size"
         )
 
 

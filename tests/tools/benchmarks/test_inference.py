@@ -133,11 +133,11 @@ def test_a_folder_without_a_tokenizer(folders, tmp_path, capsys):
     assert "mute has no tokenizer for --text; put its files into the folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["plain,dmc=0", "plain,cr=2"])
+@pytest.mark.parametrize("text", ["plain,dmc:target_compression_ratio=0", "plain,cr=2"])
 def test_bad_random_models(text, capsys):
     with pytest.raises(SystemExit):
         inference.main(["--random", text])
-    assert "must be dmc=CR" in capsys.readouterr().err
+    assert "policy." in capsys.readouterr().err
 
 
 def test_ratios_are_to_the_first_model():

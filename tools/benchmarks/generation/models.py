@@ -1,8 +1,8 @@
 """Models for benchmarks of inference: those of Hugging Face folders, and models with random weights of any
 size, map and policy.
 
-Time and memory do not depend on weights, but for what is merged: the decisions of a random model are
-scripted, so that it merges as many tokens as is asked for.
+Time and memory do not depend on weights, but for what a KV policy drops: the decisions of a random model are
+scripted, so that it has as many tokens per slot as the policy's settings aim at.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,12 +14,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from lckv.config import CompressionConfig
 from lckv.generation.loading import load_model
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
-from lckv.policies.dmc.config import DMCConfig
+from lckv.policies.config import PolicyConfig
 from lckv_megatron.layouts import LAYOUTS
 from megatron_ext.errors import ConfigError
+from tools.benchmarks.policies import policy_of
 
 _CALIBRATION_TOKENS = 512
 
@@ -61,24 +63,17 @@ class RandomModel:
     name: str
     layout: str
     """The name of a layout (tools/layouts.py), or a sharing map."""
-    compression_ratio: float | None
-    """Tokens per slot, with DMC; None: nothing is merged."""
+    policy: PolicyConfig
 
     @classmethod
     def parse(cls, text: str) -> "RandomModel":
-        """From NAME=MAP or NAME=MAP,dmc=CR; without NAME= the name is the map. Raises ValueError."""
-        description, comma, option = text.partition(",")
+        """From NAME=MAP or NAME=MAP,POLICY (see `policy_of`); without NAME= the name is the map. Raises
+        ValueError."""
+        description, comma, policy = text.partition(",")
         name, equals, layout = description.partition("=")
-        if not comma:
-            return cls(name, layout if equals else name, None)
-        key, _, value = option.partition("=")
-        try:
-            ratio = float(value)
-        except ValueError:
-            ratio = 0.0
-        if key != "dmc" or not 1 <= ratio < float("inf"):
-            raise ValueError(f"{text!r}: {option!r} must be dmc=CR, with CR tokens per slot, at least 1")
-        return cls(name, layout if equals else name, ratio)
+        return cls(
+            name, layout if equals else name, policy_of(policy) if comma else CompressionConfig().policy
+        )
 
     def build(self, sizes: Sizes, *, dtype: torch.dtype, device: torch.device) -> LCKVLlamaForCausalLM:
         """The model, always the same. Raises ConfigError for what does not fit together."""
@@ -90,8 +85,8 @@ class RandomModel:
         # As in trained models, what layers make of a token hangs on the token above all, not on how many came
         # before.
         nn.init.normal_(model.model.embed_tokens.weight)
-        if self.compression_ratio is not None:
-            script_decisions(model, self.compression_ratio)
+        if not self.policy.traits.keeps_every_token:
+            script_decisions(model)
         return model.to(device, dtype)
 
     def _config(self, sizes: Sizes) -> LCKVLlamaConfig:
@@ -101,9 +96,7 @@ class RandomModel:
         compression: dict[str, Any] = {"layer_types": layer_types}
         if "s" in layer_types:
             compression["sliding_window"] = sizes.sliding_window
-        if self.compression_ratio is not None:
-            policy = DMCConfig(stage="finetune", target_compression_ratio=self.compression_ratio)
-            compression["policy"] = asdict(policy)
+        compression["policy"] = asdict(CompressionConfig(policy=self.policy))["policy"]
         return LCKVLlamaConfig(
             vocab_size=sizes.vocab_size,
             hidden_size=sizes.hidden_size,
@@ -120,21 +113,20 @@ class RandomModel:
 
 
 @torch.inference_mode()
-def script_decisions(model: LCKVLlamaForCausalLM, compression_ratio: float) -> None:
-    """Set the bias of each KV head's decision channel so that of random tokens a share of 1 - 1 /
-    `compression_ratio` is merged, from the bottom layer to the top, each on what the scripted ones below give
-    it."""
-    config, heads = model.config, model.config.num_key_value_heads
-    policy = config.compression_config().policy
-    assert isinstance(policy, DMCConfig) and heads is not None
+def script_decisions(model: LCKVLlamaForCausalLM) -> None:
+    """Set the biases of key projections so that of random tokens as many share a slot as the KV policy aims at,
+    from the bottom layer to the top, each on what the scripted ones below give it."""
+    config, heads, policy = model.config, model.config.num_key_value_heads, model.model.policy
+    assert heads is not None
 
     def shift(projection: nn.Module, _: object, output: Tensor) -> Tensor:
-        keys = output.unflatten(-1, (heads, -1)).clone()
-        appended = keys[..., -1].flatten(0, 1).quantile(1 / compression_ratio, 0)
-        keys[..., -1] += policy.initial_decision_bias - appended
+        keys = output.unflatten(-1, (heads, -1))  # [b, s, g, d]
+        added = policy.scripted_shift(keys.transpose(0, 1))
+        if added is None:
+            return output
         assert isinstance(projection, nn.Linear)
-        projection.bias.unflatten(0, (heads, -1))[:, -1] += policy.initial_decision_bias - appended
-        return keys.flatten(-2)
+        projection.bias += added.flatten()
+        return output + added.flatten()
 
     owners = [layer.self_attn.k_proj for layer in model.model.layers if layer.self_attn.computes_kv]
     hooks = [projection.register_forward_hook(shift) for projection in owners]

@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 import torch
 
+from lckv.policies.dense.config import DenseConfig
+from lckv.policies.dmc.config import DMCConfig
 from megatron_ext.errors import ConfigError
 from tests.lckv_megatron.model_folders import save_folder
 from tools.benchmarks.generation.measures import Prefill
@@ -19,6 +21,13 @@ from tools.benchmarks.generation.models import (
 
 SIZES = Sizes(layers=6, hidden_size=64, heads=4, kv_heads=2, vocab_size=128, sliding_window=16, context=256)
 CPU = torch.device("cpu")
+PLAIN_MERGING, LCKV_MERGING = (
+    f"{layout},dmc:stage=finetune:target_compression_ratio=4" for layout in ("plain", "lckv")
+)
+
+
+def merging(ratio: float) -> DMCConfig:
+    return DMCConfig(stage="finetune", target_compression_ratio=ratio)
 
 
 def build(text: str, sizes: Sizes = SIZES) -> Subject:
@@ -30,19 +39,31 @@ def build(text: str, sizes: Sizes = SIZES) -> Subject:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("lckv", RandomModel("lckv", "lckv", None)),
-        ("mine=0_0_2_2", RandomModel("mine", "0_0_2_2", None)),
-        ("plain,dmc=4", RandomModel("plain", "plain", 4.0)),
-        ("both=lckv,dmc=2.5", RandomModel("both", "lckv", 2.5)),
+        ("lckv", RandomModel("lckv", "lckv", DenseConfig())),
+        ("mine=0_0_2_2", RandomModel("mine", "0_0_2_2", DenseConfig())),
+        (PLAIN_MERGING, RandomModel("plain", "plain", merging(4.0))),
+        ("both=lckv,dmc:window=null", RandomModel("both", "lckv", DMCConfig(window=None))),
     ],
 )
 def test_what_is_asked_for(text: str, expected: RandomModel) -> None:
     assert RandomModel.parse(text) == expected
 
 
-@pytest.mark.parametrize("option", ["dmc=0.5", "dmc=inf", "dmc=x", "dmc", "tova=2", ""])
-def test_what_cannot_be_asked_for(option: str) -> None:
-    with pytest.raises(ValueError, match=f"'{option}' must be dmc=CR, with CR tokens per slot, at least 1"):
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (
+            "dmc:target_compression_ratio=0.5",
+            r"policy\.target_compression_ratio is 0\.5; it must be at least 1",
+        ),
+        ("dmc:ratio=2", r"policy\.ratio is unknown"),
+        ("dmc:window", r"policy\.window is ''; it must be"),
+        ("tova", r"policy\.name is 'tova'; it must be one of dense, dmc"),
+        ("", r"policy\.name is ''; it must be one of"),
+    ],
+)
+def test_what_cannot_be_asked_for(option: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
         RandomModel.parse(f"plain,{option}")
 
 
@@ -64,15 +85,17 @@ def test_a_map_that_does_not_fit() -> None:
         build("mine=0_0")
 
 
-@pytest.mark.parametrize("text", ["plain,dmc=4", "plain,dmc=2", "lckv,dmc=4"])
-def test_scripted_decisions_merge_as_many_tokens_as_asked_for(text: str) -> None:
+@pytest.mark.parametrize("ratio", [2, 4])
+@pytest.mark.parametrize("layout", ["plain", "lckv"])
+def test_scripted_decisions_merge_as_many_tokens_as_asked_for(layout: str, ratio: int) -> None:
+    text = f"{layout},dmc:stage=finetune:target_compression_ratio={ratio}"
     prefill = Prefill(build(text), 256, 0.0)
     prefill()
-    assert prefill.compression_ratio == pytest.approx(float(text[-1]), rel=0.1)
+    assert prefill.compression_ratio == pytest.approx(ratio, rel=0.1)
 
 
 def test_a_model_is_always_the_same() -> None:
-    first, second = (build("lckv,dmc=4").model.state_dict() for _ in range(2))
+    first, second = (build(LCKV_MERGING).model.state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 

@@ -11,20 +11,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lckv.generation.engine import Engine
 from lckv.generation.sampling import SamplingParams
-from tests.tools.benchmarks.generation.test_models import SIZES, build
+from tests.tools.benchmarks.generation.test_models import LCKV_MERGING, PLAIN_MERGING, SIZES, build
 from tools.benchmarks.generation.admission import cache_for, committed, fill, largest_batch
 from tools.benchmarks.generation.measures import Decoding, Prefill
 from tools.benchmarks.generation.models import Sizes
 from tools.benchmarks.generation.operations import prefill_flops
 
-KINDS = ("plain", "lckv", "yoco", "plain,dmc=4", "lckv,dmc=4")
+KINDS = ("plain", "lckv", "yoco", PLAIN_MERGING, LCKV_MERGING)
 
 
 @pytest.fixture(scope="module")
 def batches() -> dict[str, int]:
     """Sequences of 1024 tokens that fit where 4 of a plain model of 22 layers do."""
     sizes = Sizes(22, hidden_size=16, heads=2, kv_heads=1, vocab_size=64, sliding_window=16, context=1024)
-    subjects = {kind: build(kind, sizes) for kind in ("plain", "lckv", "plain,dmc=4", "lckv,dmc=4")}
+    subjects = {kind: build(kind, sizes) for kind in ("plain", "lckv", PLAIN_MERGING, LCKV_MERGING)}
     memory = cache_for(subjects["plain"].model, 4, 1024).num_bytes
     return {
         kind: largest_batch(
@@ -35,7 +35,7 @@ def batches() -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "times"), [("plain", 1), ("lckv", 7), ("plain,dmc=4", 3.5), ("lckv,dmc=4", 20)]
+    ("kind", "times"), [("plain", 1), ("lckv", 7), (PLAIN_MERGING, 3.5), (LCKV_MERGING, 20)]
 )
 def test_so_many_more_sequences_fit(batches: dict[str, int], kind: str, times: float) -> None:
     assert batches["plain"] == 4
@@ -72,12 +72,12 @@ def test_a_window_that_needs_one_page_more_on_the_way_counts() -> None:
 
 
 def test_no_sequence_fits_into_nothing() -> None:
-    subject = build("lckv,dmc=4")
+    subject = build(LCKV_MERGING)
     of_prompts = committed(subject.model, subject.prompts)
     assert largest_batch(subject.model, [of_prompts], memory_bytes=1000, max_tokens=256) == 0
 
 
-@pytest.mark.parametrize("kind", ["lckv", "sandwich-middle", "lckv,dmc=4"])
+@pytest.mark.parametrize("kind", ["lckv", "sandwich-middle", LCKV_MERGING])
 @pytest.mark.parametrize("tolerance", [0.02, 0.0])
 def test_a_prompt_takes_no_more_than_its_operation_count(kind: str, tolerance: float) -> None:
     plain, subject = build("plain"), build(kind)
@@ -103,7 +103,7 @@ def decoding(kind: str, batch: int = 3, begun: int = 200) -> Decoding:
     return Decoding(subject, batch, committed(subject.model, subject.prompts[:, :begun]), max_tokens=256)
 
 
-@pytest.mark.parametrize("kind", ["plain", "yoco", "lckv,dmc=4"])
+@pytest.mark.parametrize("kind", ["plain", "yoco", LCKV_MERGING])
 def test_a_step_leaves_nothing_allocated(kind: str) -> None:
     step = decoding(kind)
     step()
@@ -141,7 +141,7 @@ def work(step: Callable[[], object]) -> tuple[int, int]:
     return counted.operations, counted.numbers
 
 
-@pytest.mark.parametrize("kind", ["plain", "lckv,dmc=4"])
+@pytest.mark.parametrize("kind", ["plain", LCKV_MERGING])
 def test_a_step_costs_the_same_however_many_requests_are_finished(kind: str) -> None:
     model = build(kind).model
     found = []

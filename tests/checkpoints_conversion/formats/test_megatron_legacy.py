@@ -16,8 +16,8 @@ import torch
 from megatron.core.enums import ModelType
 from torch import Tensor
 
-from checkpoints_conversion.formats import published_dmc_file
-from checkpoints_conversion.formats.published_dmc import PublishedDMCCheckpoint
+from checkpoints_conversion.formats import megatron_legacy_file
+from checkpoints_conversion.formats.megatron_legacy import LegacyCheckpoint
 from checkpoints_conversion.tensors import ConversionError, TensorInfo
 from lckv.config import CompressionConfig
 from lckv.policies.dmc.config import DMCConfig
@@ -176,8 +176,8 @@ def change(path: Path, action: Callable[[dict[str, Any]], object]) -> None:
     torch.save(content, path / "model_optim_rng.pt")
 
 
-def load(path: Path, **options: Any) -> PublishedDMCCheckpoint:
-    return PublishedDMCCheckpoint(path, **{"vocab_size": VOCAB, **options})
+def load(path: Path, **options: Any) -> LegacyCheckpoint:
+    return LegacyCheckpoint(path, **{"vocab_size": VOCAB, **options})
 
 
 @pytest.mark.parametrize("style", ["transformer engine", "local", "legacy"])
@@ -202,7 +202,7 @@ def test_every_layout_and_style(tmp_path, tensor, pipeline, style):
 def test_files_are_mapped_anew_while_they_are_read(tmp_path, monkeypatch):
     publish(tmp_path)
     checkpoint = load(tmp_path)
-    monkeypatch.setattr(published_dmc_file, "REMAP_BYTES", 1000)
+    monkeypatch.setattr(megatron_legacy_file, "REMAP_BYTES", 1000)
     before = checkpoint._ranks[0, 0].tensors["output_layer.weight"]
     for name, weight in whole_weights(PUBLISHED).items():
         assert torch.equal(checkpoint.read(name), weight)
@@ -251,8 +251,8 @@ def test_settings_of_merging(tmp_path):
     assert policy == replace(POLICY, **changed)
     defaults = dict.fromkeys(arguments, ...)
     iteration = publish(tmp_path / "b", **defaults)
-    assert load(iteration, target_compression_ratio=4.0).description.compression.policy == POLICY
-    with pytest.raises(ConversionError, match=r"do not say the compression ratio \(dmc_cr\)"):
+    assert load(iteration, given={"dmc_cr": 4}).description.compression.policy == POLICY
+    with pytest.raises(ConversionError, match=r"dmc_cr is not there; .*--argument NAME=VALUE"):
         load(iteration)
 
 
@@ -265,16 +265,16 @@ def test_groups_mean_nothing_without_grouped_query_attention(tmp_path):
 
 def test_vocabulary(tmp_path):
     iteration = publish(tmp_path / "a", vocab_size=VOCAB, tokenizer_type="NullTokenizer")
-    checkpoint = PublishedDMCCheckpoint(iteration)
+    checkpoint = LegacyCheckpoint(iteration)
     assert checkpoint.description.vocab_size == VOCAB
     assert checkpoint.description.token_ids == {}
     with pytest.raises(ConversionError, match=r"vocabulary size is 32000, but the embedding has 128 rows"):
-        PublishedDMCCheckpoint(publish(tmp_path / "b"))
+        LegacyCheckpoint(publish(tmp_path / "b"))
     with pytest.raises(
         ConversionError,
         match=r"\(HuggingFaceTokenizer\) knows, and of the embedding's 128 rows some are padding",
     ):
-        PublishedDMCCheckpoint(publish(tmp_path / "c", tokenizer_type="HuggingFaceTokenizer"))
+        LegacyCheckpoint(publish(tmp_path / "c", tokenizer_type="HuggingFaceTokenizer"))
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

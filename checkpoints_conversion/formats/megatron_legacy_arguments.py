@@ -1,5 +1,4 @@
-"""What the arguments of a run of Megatron's older training program, with its additions for DMC, say of the
-model."""
+"""What the arguments of a run of Megatron's older training program say of the model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +10,10 @@ import torch
 from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.tensors import ConversionError
 from lckv.config import CompressionConfig
-from lckv.policies.dmc.config import DMCConfig
+from lckv.errors import SettingError
+from lckv.policies.config import PolicyConfig
+from lckv.policies.registry import config_classes
+from lckv.precision import name_of
 from megatron_ext.config import ModelConfig
 
 _NEEDED: Mapping[str, object] = {"normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False}
@@ -78,12 +80,11 @@ def describe(
     dtype: torch.dtype,
     padded_vocab_size: int,
     vocab_size: int | None,
-    target_compression_ratio: float | None,
 ) -> ModelDescription:
     """The model that was trained with `arguments`, whose embedding has `padded_vocab_size` rows of `dtype`.
 
-    The other two go before the arguments. Raises ConversionError naming the argument that is missing or has a
-    value that cannot be converted.
+    `vocab_size` goes before the arguments. Raises ConversionError naming the argument that is missing or has
+    a value that cannot be converted.
     """
     _check_fixed(arguments)
     heads = arguments.integer("num_attention_heads")
@@ -107,8 +108,9 @@ def describe(
         add_qkv_bias=arguments.flag("add_qkv_bias"),
         qk_layernorm=arguments.flag("qk_layernorm"),
     )
-    policy = _policy(arguments, dtype, target_compression_ratio)
-    return ModelDescription(model, CompressionConfig(policy=policy), "llama", dtype, token_ids)
+    policy = _policy(arguments, dtype)
+    compression = CompressionConfig() if policy is None else CompressionConfig(policy=policy)
+    return ModelDescription(model, compression, "llama", dtype, token_ids)
 
 
 def _check_fixed(arguments: Arguments) -> None:
@@ -143,24 +145,13 @@ def _vocabulary(
     return size, dict(tokens)
 
 
-def _policy(arguments: Arguments, dtype: torch.dtype, target_compression_ratio: float | None) -> DMCConfig:
-    if target_compression_ratio is None and "dmc_cr" not in arguments.values:
+def _policy(arguments: Arguments, dtype: torch.dtype) -> PolicyConfig | None:
+    """The KV policy that knows the run's arguments as its own; None where none does."""
+    values = {**arguments.values, "params_dtype": name_of(dtype)}
+    try:
+        candidates = (kind.from_megatron_arguments(values) for kind in config_classes().values())
+        return next((policy for policy in candidates if policy is not None), None)
+    except SettingError as error:
         raise ConversionError(
-            f"{arguments.where}: the arguments do not say the compression ratio (dmc_cr); give it, such as 4 "
-            "for Llama-2-7B-DMC-4x."
-        )
-    stage = "finetune"  # also the stage of a finished model
-    if arguments.flag("dmc_is_stage_one"):
-        stage = "zero_out"
-    elif "dmc_finetune" in arguments.values and not arguments.flag("dmc_finetune"):
-        stage = "retrofit"
-    return DMCConfig(
-        stage=stage,  # type: ignore[arg-type]
-        target_compression_ratio=target_compression_ratio or arguments.number("dmc_cr"),
-        initial_decision_bias=arguments.number("dmc_init_val", 5.0),
-        temperature=arguments.number("dmc_temp", 0.1),
-        window=arguments.integer("dmc_window_size", 12),
-        eps=torch.finfo(
-            dtype
-        ).eps,  # that of the dtype in which the model was trained, whatever it will run in
-    )
+            f"{arguments.where}: of its arguments, {error} Others can be given with --argument NAME=VALUE."
+        ) from error

@@ -1,5 +1,4 @@
-"""The DMC models that NVIDIA has published (Llama-2-7B-DMC-4x and its siblings): checkpoints in Megatron's
-older layout.
+"""Checkpoints in Megatron's older layout, in which models of KV policies have been published.
 
     FOLDER/latest_checkpointed_iteration.txt            the number of the newest iteration, or "release"
     FOLDER/iter_0002000/mp_rank_00/model_optim_rng.pt   tensor-parallel rank 0
@@ -18,9 +17,9 @@ from pathlib import Path
 from torch import Tensor
 
 from checkpoints_conversion.formats.megatron import canonical_name, without_padding
+from checkpoints_conversion.formats.megatron_legacy_arguments import Arguments, describe
+from checkpoints_conversion.formats.megatron_legacy_file import FILE_NAME, RankFile
 from checkpoints_conversion.formats.pieces import Piece, join_rows
-from checkpoints_conversion.formats.published_dmc_arguments import Arguments, describe
-from checkpoints_conversion.formats.published_dmc_file import FILE_NAME, RankFile
 from checkpoints_conversion.tensors import ConversionError, TensorInfo, check_tensors
 
 _TRACKER_NAME = "latest_checkpointed_iteration.txt"
@@ -43,16 +42,16 @@ _SPLIT_BY_COLUMNS = (".linear_proj.weight", ".linear_fc2.weight")
 _SPLIT_BY_ROWS = ("word_embeddings.weight", "output_layer.weight", ".linear_qkv.weight", ".linear_qkv.bias")
 
 
-class PublishedDMCCheckpoint:
-    """A published model's weights under canonical names (a TensorSource), tensor-parallel ranks and pipeline
+class LegacyCheckpoint:
+    """A model's weights under canonical names (a TensorSource), tensor-parallel ranks and pipeline
     stages joined."""
 
     def __init__(
-        self, path: Path, *, vocab_size: int | None = None, target_compression_ratio: float | None = None
+        self, path: Path, *, vocab_size: int | None = None, given: Mapping[str, object] | None = None
     ) -> None:
         """`path` is the folder of one iteration, or the one with `latest_checkpointed_iteration.txt`.
 
-        `vocab_size`, the true one, and `target_compression_ratio` go before what the file says. Raises
+        `vocab_size`, the true one, and the arguments `given` by name go before what the file says. Raises
         ConversionError where files of ranks are missing or refused, or where the model is not one that can be
         converted.
         """
@@ -60,7 +59,7 @@ class PublishedDMCCheckpoint:
         """The folder of the iteration."""
 
         self._ranks = _open_ranks(self.path)
-        arguments = self._arguments()
+        arguments = self._arguments(given or {})
         self._parts = _collect(self._ranks, arguments)
         embedding = self._parts.get("embedding.word_embeddings.weight")
         if embedding is None:
@@ -72,14 +71,13 @@ class PublishedDMCCheckpoint:
             dtype=embedding[0].dtype,
             padded_vocab_size=embedding[0].shape[0],
             vocab_size=vocab_size,
-            target_compression_ratio=target_compression_ratio,
         )
-        """The model, with the DMC policy that it was trained with."""
+        """The model, with the KV policy that it was trained with."""
 
         expected = self.description.expected_tensors()
-        found = {name: without_padding(name, info, expected) for name, (info, _) in self._parts.items()}
-        check_tensors(found, expected, self.path)
-        self._infos = {name: found[name] for name in expected}
+        infos = {name: without_padding(name, info, expected) for name, (info, _) in self._parts.items()}
+        check_tensors(infos, expected, self.path)
+        self._infos = {name: infos[name] for name in expected}
 
     @property
     def files(self) -> list[str]:
@@ -100,7 +98,7 @@ class PublishedDMCCheckpoint:
         """As `TensorSource.read`; vocabulary padding is left out."""
         return join_rows(self._parts[name][1], self._infos[name], rows)
 
-    def _arguments(self) -> Arguments:
+    def _arguments(self, given: Mapping[str, object]) -> Arguments:
         content = self._ranks[0, 0].content
         arguments, version = content.get("args"), content.get("checkpoint_version")
         where = self._ranks[0, 0].path
@@ -113,8 +111,8 @@ class PublishedDMCCheckpoint:
                 f"{where}: checkpoint_version is {version}; it must be 3.0, earlier ones have queries, keys "
                 "and values in another order."
             )
-        found = Arguments(vars(arguments), where)
-        sizes = (found.integer("tensor_model_parallel_size"), found.integer("pipeline_model_parallel_size"))
+        known = Arguments({**vars(arguments), **given}, where)
+        sizes = (known.integer("tensor_model_parallel_size"), known.integer("pipeline_model_parallel_size"))
         expected = {(tensor, stage) for tensor in range(sizes[0]) for stage in range(sizes[1])}
         if missing := sorted(expected - self._ranks.keys()):
             ranks = ", ".join(
@@ -131,7 +129,7 @@ class PublishedDMCCheckpoint:
                 f"tensor_model_parallel_size {sizes[0]} "
                 f"x pipeline_model_parallel_size {sizes[1]}; remove it."
             )
-        return found
+        return known
 
 
 def _find_folder(path: Path) -> Path:
@@ -198,13 +196,13 @@ def _canonical_name(key: str, first_layer: int) -> str:
 
 
 def _join(name: str, key: str, files: list[RankFile]) -> tuple[TensorInfo, list[Piece]]:
-    found = {file.path: file.tensors.get(key) for file in files}
-    shapes = {None if tensor is None else tuple(tensor.shape) for tensor in found.values()}
+    tensors = {file.path: file.tensors.get(key) for file in files}
+    shapes = {None if tensor is None else tuple(tensor.shape) for tensor in tensors.values()}
     (shape, *others) = shapes
     if others or shape is None or not shape:
         shown = ", ".join(
             f"{path.parent.name} {'nothing' if part is None else list(part.shape)}"
-            for path, part in found.items()
+            for path, part in tensors.items()
         )
         raise ConversionError(
             f"{files[0].path.parent.parent}: the parts of {key} do not fit together: {shown}."

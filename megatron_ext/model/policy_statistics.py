@@ -1,7 +1,7 @@
-"""A KV policy that merges tokens, on Megatron's ranks: its noise, and its merge rates summed over heads,
-layers and stages.
+"""A KV policy on Megatron's ranks: its noise, and its statistics summed over heads, layers and stages.
 
-Shapes: b micro-batch, s tokens, G KV heads of the model, g those of this rank, R columns (see `MergeRates`).
+Shapes: b micro-batch, s tokens, G KV heads of the model, g those of this rank, n statistics of the policy, R parts of a
+sum (see `StatisticSums`).
 """
 
 import hashlib
@@ -34,12 +34,12 @@ class PolicyInputs:
 class PolicyReport:
     """What the KV policy did in one micro-batch, up to and including this pipeline stage."""
 
-    merge_rates: Mapping[int, Tensor] = field(default_factory=dict)
-    """float32 [b, g] of each layer of this stage that computes keys and values, without graph."""
+    statistics: Mapping[int, Statistics] = field(default_factory=dict)
+    """Of each layer of this stage that computes keys and values, n tensors float32 [b, g], without graph."""
 
-    rate_sum: Tensor | None = None
-    """float32 [b, R]: differentiable sum over layers and KV heads of this and earlier stages; None without
-    merging."""
+    sums: Tensor | None = None
+    """float32 [b, n R]: differentiable sums over layers and KV heads of this and earlier stages; None without
+    statistics."""
 
     auxiliary_loss: Tensor | None = None
     """float32 [b], on the last stage."""
@@ -56,22 +56,23 @@ def _seed(*numbers: int) -> int:
     return int.from_bytes(digest) >> 1
 
 
-class MergeRates:
-    """Sums merge rates over the KV heads of all ranks and the layers of a model.
+class StatisticSums:
+    """Sums a policy's statistics over the KV heads of all ranks and the layers of a model.
 
-    One column [b, 1] holds the sum over all KV heads. Where the loss is to be computed per tensor-parallel
-    rank, as the public code does, column r holds the sum over the heads of rank r.
+    A sum has one part, over all KV heads. Where the policy's loss is computed per tensor-parallel rank, it has a part
+    for every rank: part r is the sum over the heads of rank r.
     """
 
     def __init__(
         self, config: SharedKVTransformerConfig, policy: KVPolicy, group: torch.distributed.ProcessGroup
     ) -> None:
-        settings = config.compression.policy
-        self._policy, self._group = policy, group
-        self._per_rank = bool(getattr(settings, "loss_per_tp_rank", False))
+        self.policy = policy
+        self._group = group
         self._heads = config.num_query_groups
         self._layers = len(config.layer_types.kv_layers)
-        self.columns = (group.size() if self._per_rank else 1) if policy.biases_keys else 0
+        self._parts = group.size() if policy.per_rank else 1
+        self.columns = len(policy.statistics) * self._parts
+        """n R."""
 
     def local_heads(self) -> slice:
         """Which of the model's KV heads this rank has; with more ranks than heads, several ranks have the
@@ -84,33 +85,31 @@ class MergeRates:
         self, shape: tuple[int, int], row_seeds: tuple[int, ...], layer: int, device: torch.device
     ) -> Tensor | None:
         """This rank's part [s, b, g] of the noise of `layer` for `shape` (s, b); the same in every layout."""
-        if not row_seeds or not self.columns:
+        if not row_seeds:
             return None
         seeds = [_seed(seed, layer) for seed in row_seeds]
-        noise = self._policy.draw_noise((*shape, self._heads), seeds, device)
+        noise = self.policy.draw_noise((*shape, self._heads), seeds, device)
         return None if noise is None else noise[..., self.local_heads()]
 
     def add(self, earlier: Tensor | None, statistics: Mapping[int, Statistics]) -> Tensor | None:
-        """`earlier` [b, R] and the rates of this stage's layers."""
-        if not self.columns:
-            return None
-        total = earlier
-        if statistics:
-            local = torch.stack([reported.merge_rate for reported in statistics.values()]).sum((0, 2))[
-                :, None
-            ]
-            if self._per_rank:
-                column = torch.arange(self.columns, device=local.device) == self._group.rank()
-                local = local * column
-            summed = reduce_from_tensor_model_parallel_region(local, group=self._group)
-            total = summed if total is None else total + summed
-        return total
+        """`earlier` [b, n R] and the statistics of this stage's layers."""
+        if not self.columns or not statistics:
+            return earlier
+        # layers x n x [b, g] to [b, n, 1]
+        local = torch.stack([torch.stack(values) for values in statistics.values()]).sum((0, 3)).T[:, :, None]
+        if self.policy.per_rank:
+            part = torch.arange(self._parts, device=local.device) == self._group.rank()
+            local = local * part  # [b, n, R]
+        summed = reduce_from_tensor_model_parallel_region(local.flatten(1), group=self._group)
+        return summed if earlier is None else earlier + summed
 
-    def auxiliary_loss(self, rate_sum: Tensor | None, progress: float) -> Tensor | None:
-        """The policy's loss of each row [b] from the sum over all layers."""
-        if rate_sum is None:
+    def auxiliary_loss(self, sums: Tensor | None, progress: float) -> Tensor | None:
+        """The policy's loss of each row [b] from the sums [b, n R] over all layers."""
+        if sums is None:
             return None
         copies = max(1, self._group.size() // self._heads)
-        heads = max(1, self._heads // self._group.size()) if self._per_rank else self._heads * copies
-        mean = rate_sum / (self._layers * heads)
-        return self._policy.auxiliary_loss(mean if self._per_rank else mean[:, 0], progress)
+        heads = max(1, self._heads // self._group.size()) if self.policy.per_rank else self._heads * copies
+        means = sums.unflatten(1, (-1, self._parts)) / (self._layers * heads)  # [b, n, R]
+        return self.policy.auxiliary_loss(
+            (means if self.policy.per_rank else means[..., 0]).unbind(1), progress
+        )

@@ -1,0 +1,41 @@
+"""The loss of a model on validation data."""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_ext.config import TrainConfig
+from megatron_ext.schedule.micro_batches import MakeBatch, Samples, mean_loss, run_schedule
+from megatron_ext.schedule.statistics_meter import PolicyMeans, StatisticsMeter
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation tells."""
+
+    loss: float
+    """Mean cross-entropy, in nats; the same on every rank."""
+
+    policy: PolicyMeans | None
+    """What the KV policy did; None for one without statistics."""
+
+
+@torch.no_grad()
+def evaluate(
+    model: MegatronModule,
+    samples: Samples,
+    make_batch: MakeBatch,
+    train: TrainConfig,
+    *,
+    progress: float,
+) -> Evaluation:
+    """The model's loss on train.eval_iters global batches, as it is at a share `progress` of its training."""
+    model.eval()
+    total, count, meter = 0.0, 0, StatisticsMeter(model)
+    for _ in range(train.eval_iters):
+        losses = run_schedule(model, samples, make_batch, train, meter, progress=progress, forward_only=True)
+        loss, num_tokens = mean_loss(losses)
+        total, count = total + loss * num_tokens, count + num_tokens
+    model.train()
+    return Evaluation(total / max(count, 1), meter.total())

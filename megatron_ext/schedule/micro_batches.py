@@ -1,0 +1,102 @@
+"""Megatron's schedules around the model's loss: the micro-batches of a step or of an evaluation."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import get_attr_wrapped_model
+from torch import Tensor
+
+from lckv.attention.visibility import Documents
+from megatron_ext.config import TrainConfig
+from megatron_ext.data.batch import Batch
+from megatron_ext.model.policy_statistics import PolicyInputs, row_seed
+from megatron_ext.parallel.process_groups import device_of_rank
+from megatron_ext.schedule.statistics_meter import StatisticsMeter
+
+Shapes = list[tuple[int, ...]]
+Samples = Iterator[Mapping[str, Tensor]]
+MakeBatch = Callable[[Mapping[str, Tensor]], Batch]
+
+
+def micro_batches(train: TrainConfig) -> int:
+    """Micro-batches per rank and step."""
+    return train.global_batch_size // (train.micro_batch_size * parallel_state.get_data_parallel_world_size())
+
+
+def stage_shapes(
+    model: MegatronModule, seq_length: int, micro_batch_size: int
+) -> Callable[[Shapes, Shapes], tuple[Shapes, Shapes]]:
+    """Megatron's hook for the shapes of tensors between stages: those of the payloads with shared keys and
+    values."""
+    decoder = get_attr_wrapped_model(model, "decoder")
+    shapes = (
+        [payload.shape(seq_length, micro_batch_size)] for payload in (decoder.payload_in, decoder.payload_out)
+    )
+    received, sent = shapes
+    return lambda _received, _sent: (received, sent)
+
+
+def run_schedule(
+    model: MegatronModule,
+    samples: Samples,
+    make_batch: MakeBatch,
+    train: TrainConfig,
+    meter: StatisticsMeter,
+    *,
+    progress: float,
+    forward_only: bool,
+) -> list[Tensor]:
+    """Losses of this rank's micro-batches, float64 [2] each: sum and number of tokens. Empty before the last
+    stage."""
+
+    def forward_step(iterator: Samples, stage: MegatronModule) -> tuple[Tensor, Callable[..., object]]:
+        batch = make_batch(next(iterator))
+        documents = None if batch.cu_seqlens is None else Documents(batch.cu_seqlens)
+        seeds = () if forward_only else tuple(row_seed(train.seed, sample) for sample in batch.sample_ids)
+        policy = PolicyInputs(seeds, batch.counted, progress)
+        output, report = stage(batch.tokens, batch.position_ids, batch.labels, documents, policy=policy)
+        meter.add(report)
+        return output, partial(token_loss, batch.loss_mask, report.auxiliary_loss)
+
+    options = {}
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        options["adjust_tensor_shapes_fn"] = stage_shapes(model, train.seq_length, train.micro_batch_size)
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=samples,
+        model=[model],
+        num_microbatches=micro_batches(train),
+        seq_length=train.seq_length,
+        micro_batch_size=train.micro_batch_size,
+        forward_only=forward_only,
+        **options,
+    )
+
+
+def token_loss(loss_mask: Tensor, auxiliary: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What is differentiated: the sum of the losses [b, s] of tokens with `loss_mask` [b, s], each with its
+    row's auxiliary loss [b] added; the number of tokens; and for reporting, float64 [2], the sum without
+    auxiliary loss and the number."""
+    count = loss_mask.sum()
+    total = (losses.float() * loss_mask).sum()
+    reported = torch.stack((total.detach().double(), count.double()))
+    if auxiliary is not None:
+        total = total + (auxiliary * loss_mask.sum(1)).sum()
+    return total, count.to(torch.int), reported
+
+
+def mean_loss(losses: list[Tensor]) -> tuple[float, int]:
+    """Mean over all ranks' tokens and their number, on every rank."""
+    total = (
+        torch.stack(losses).sum(0) if losses else torch.zeros(2, dtype=torch.float64, device=device_of_rank())
+    )
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast(total, last, group=parallel_state.get_pipeline_model_parallel_group())
+    return float(total[0] / total[1].clamp(min=1)), int(total[1])

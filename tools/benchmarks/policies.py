@@ -1,0 +1,16 @@
+"""KV policies as the command line of benchmarks names them."""
+
+from lckv.config import CompressionConfig
+from lckv.policies.config import PolicyConfig
+from megatron_ext.errors import ConfigError
+from megatron_ext.settings import read
+
+
+def policy_of(text: str) -> PolicyConfig:
+    """The KV policy that NAME or NAME:FIELD=VALUE:... describes. Raises ConfigError, which is a ValueError."""
+    name, *settings = text.split(":")
+    fields = dict(setting.partition("=")[::2] for setting in settings)
+    policy = read(CompressionConfig, [("", {"policy": {"name": name, **fields}})]).policy
+    if problems := [str(problem.under("policy")) for problem in policy.problems()]:
+        raise ConfigError("\n".join(problems))
+    return policy
