@@ -224,7 +224,7 @@ def test_links_are_followed(tmp_path: Path) -> None:
     (tmp_path / "other.md").write_text("# Two words, `code`\n")
     page = tmp_path / "page.md"
     page.write_text(
-        "# Top\n[a](other.md#two-words-code) [b](#top) [c](gone.md) [d](other.md#gone) [e](https://x.org/#y)\n"
+        "# Top\n[a](other.md#two-words-code) [b](#top) [c](gone.md) [d](other.md#gone) [e](https://x.org)\n"
         "```\n[f](gone.md)\n```\n"
     )
     assert list(broken_links(page)) == [
