@@ -1,6 +1,7 @@
 # One command per duty; each does the set-up that it needs. `make` lists them.
 PYTHON ?= python3
-VENV ?= .venv
+# Each Python has an environment of its own: python3 .venv, python3.12 .venv312.
+VENV ?= .venv$(patsubst python3.%,3%,$(filter python3.%,$(notdir $(PYTHON))))
 PYTEST_ARGS ?=
 BENCHMARKS ?= $(basename $(notdir $(filter-out %/__init__.py,$(wildcard tools/benchmarks/*.py))))
 BENCH_ARGS ?=
@@ -17,7 +18,7 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo '  Variables: PYTHON=$(PYTHON) VENV=$(VENV) PYTEST_ARGS="-k golden" BENCHMARKS="training_step"'
 
-setup: $(STAMP) ## Create .venv with the project and its development tools
+setup: $(STAMP) ## Create .venv (of PYTHON=python3.12: .venv312) with the project and its development tools
 
 demo: $(STAMP) ## Build a corpus and a tokenizer, train an LCKV model on 2 processes, show the result
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo/run.sh

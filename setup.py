@@ -12,7 +12,8 @@ PACKAGES = [
 # One reason for each: CONTRIBUTING.md, "Dependencies".
 INSTALL_REQUIRES = [
     "torch>=2.6",
-    "megatron-core>=0.16.1,<0.17",
+    "megatron-core>=0.16.1,<0.20",
+    "triton>=3.2; platform_system == 'Linux' and python_version >= '3.12'",
     "psutil>=5.9",
     "numpy>=1.26",
     "jsonargparse[signatures]>=4.40",

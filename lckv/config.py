@@ -1,11 +1,13 @@
 """What makes a model's KV cache small: the sharing map, its iteration plan, the window and the KV policy."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
+from lckv.errors import Problem, SettingError
+from lckv.policies.config import PolicyConfig
 from lckv.policies.dense.config import DenseConfig
-from lckv.policies.dmc.config import DMCConfig
+from lckv.policies.registry import config_class, config_classes
 from lckv.sharing.layer_types import LayerType, LayerTypes
 from lckv.sharing.plan import Step, iteration_plan
 
@@ -44,24 +46,22 @@ class CompressionConfig:
     force_nodiag: bool = False
     """Hide the query's own position in every layer, not only in cyclic ones."""
 
-    policy: DenseConfig | DMCConfig = field(default_factory=DenseConfig)
+    policy: PolicyConfig = field(default_factory=DenseConfig, metadata={"variants": config_classes})
     """What is kept along the sequence."""
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "CompressionConfig":
-        """From what `dataclasses.asdict` makes of one, with defaults for what is missing. Raises ValueError
-        for an unknown key."""
+        """From what `dataclasses.asdict` makes of one, with defaults for what is missing. Raises SettingError for an
+        unknown key or policy."""
         given = dict(content)
         policy = given.pop("policy", None)
-        if policy is not None and not isinstance(policy, DenseConfig | DMCConfig):
-            kinds: dict[str, type[DenseConfig | DMCConfig]] = {"dense": DenseConfig, "dmc": DMCConfig}
+        if policy is not None and not isinstance(policy, PolicyConfig):
             name = policy.get("name") if isinstance(policy, Mapping) else None
-            if name not in kinds:
-                raise ValueError(
-                    f"compression.policy.name is {name!r}; the KV policies are {', '.join(kinds)}."
-                )
-            policy = _build(kinds[name], policy, "compression.policy.")
-        return _build(cls, given if policy is None else {**given, "policy": policy}, "compression.")
+            try:
+                policy = _build(config_class(name), policy)
+            except SettingError as error:
+                raise error.under("policy") from None
+        return _build(cls, given if policy is None else {**given, "policy": policy})
 
     def map(self, num_layers: int) -> LayerTypes:
         """The parsed sharing map of a model with `num_layers` layers; raises ValueError where it does not
@@ -87,44 +87,50 @@ class CompressionConfig:
             return {}
         return dict.fromkeys(self.map(num_layers).windowed_kv_layers, self.sliding_window)
 
-    def problems(self, num_layers: int) -> list[str]:
-        """Everything that is wrong with these settings for a model of `num_layers` layers: field, value, way
-        out."""
-        found = self.policy.problems(self.sliding_window)
-        for name, value, least in (
-            ("forward_passes", self.forward_passes, 0),
-            ("backward_passes", self.backward_passes, 1),
-        ):
-            if value < least:
-                found.append(f"compression.{name} is {value}; it must be at least {least}.")
+    def problems(self, num_layers: int) -> list[Problem]:
+        """Everything that is wrong with these settings for a model of `num_layers` layers."""
+        problems = [problem.under("policy") for problem in self.policy.problems()]
+        for name, least in (("forward_passes", 0), ("backward_passes", 1)):
+            if getattr(self, name) < least:
+                problems.append(Problem(name, getattr(self, name), f"it must be at least {least}"))
         try:
             layer_types = self.map(num_layers)
-        except ValueError as error:
-            return [*found, str(error)]
+        except SettingError as error:
+            return [*problems, *error.problems]
+        return [*problems, *self._window_problems(layer_types), *self._policy_problems(layer_types)]
+
+    def _window_problems(self, layer_types: LayerTypes) -> Iterator[Problem]:
         if layer_types.any_sliding and self.sliding_window is None:
-            found.append(
-                f"compression.layer_types {layer_types} marks layers with 's' but compression.sliding_window "
-                "is not set; "
-                "give the window in tokens, or remove the 's'."
-            )
+            obstacle = "layers are marked with 's' but sliding_window is not set: give it in tokens, or remove the 's'"
+            yield Problem("layer_types", layer_types, obstacle)
         if self.sliding_window is not None and not layer_types.any_sliding:
-            found.append(
-                f"compression.sliding_window is {self.sliding_window} but no layer of {layer_types} is "
-                "marked with 's'; "
-                "mark the layers that shall have a window, or remove compression.sliding_window."
+            obstacle = (
+                f"no layer of {layer_types} is marked with 's': mark the layers that shall have a window, or remove "
+                "sliding_window"
             )
+            yield Problem("sliding_window", self.sliding_window, obstacle)
         if self.sliding_window is not None and self.sliding_window < 1:
-            found.append(f"compression.sliding_window is {self.sliding_window}; it must be at least 1 token.")
-        return found
+            yield Problem("sliding_window", self.sliding_window, "it must be at least 1 token")
+
+    def _policy_problems(self, layer_types: LayerTypes) -> Iterator[Problem]:
+        """What the policy cannot live with."""
+        name, traits = self.policy.name, self.policy.traits
+        if self.sliding_window is not None and not traits.windows:
+            obstacle = (
+                f"the policy {name} cannot live with sliding windows: remove the window and the 's' in layer_types, or choose "
+                "another policy"
+            )
+            yield Problem("sliding_window", self.sliding_window, obstacle)
+        if not traits.shares and any(layer.source != layer.index for layer in layer_types):
+            obstacle = f"the policy {name} works only where every layer reads its own keys and values: choose another one"
+            yield Problem("layer_types", layer_types, obstacle)
 
 
-def _build(kind: type, content: Mapping[str, Any], prefix: str) -> Any:
+def _build(kind: type, content: Mapping[str, Any]) -> Any:
     """A frozen dataclass from its fields by name."""
-    known = [field.name for field in fields(kind)]
+    known = [entry.name for entry in fields(kind)]
     unknown = [name for name in content if name not in known]
     if unknown:
-        raise ValueError(
-            f"{prefix}{unknown[0]} is {content[unknown[0]]!r}; there is no such field. Known: "
-            f"{', '.join(known)}."
-        )
+        obstacle = f"there is no such field. Known: {', '.join(known)}"
+        raise SettingError([Problem(unknown[0], repr(content[unknown[0]]), obstacle)])
     return kind(**content)

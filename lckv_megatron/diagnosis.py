@@ -101,6 +101,8 @@ def _requirements(report: Report) -> None:
     from packaging.requirements import Requirement
 
     for requirement in map(Requirement, requirements()):
+        if requirement.marker is not None and not requirement.marker.evaluate():
+            continue
         version = _version(requirement.name)
         wanted = f"{requirement.name}{requirement.specifier}"
         report.found[requirement.name] = (

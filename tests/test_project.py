@@ -13,6 +13,10 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted(path for ending in ("yaml", "yml") for path in (ROOT / "examples").rglob(f"*.{ending}"))
 
+ENGINES = {"3.11": "0.16.1", "3.12": "0.19.2", "3.13": "0.19.2"}
+"""The tested version of megatron-core by version of Python (docs/engines.md)."""
+PYTHONS = tuple(ENGINES)
+
 MACHINE_TRACES = {
     "absolute path": re.compile(r"(?<![\w.$}*~:/-])/(?:root|home|Users|work|opt|tmp/\w*venv|mnt)/[\w.]"),
     "package host": re.compile(
@@ -38,28 +42,46 @@ def _setup_lists() -> dict[str, list[Requirement]]:
     return {name: [Requirement(entry) for entry in entries] for name, entries in lists.items()}
 
 
-def _constraints() -> dict[str, Requirement]:
+def _applies(entry: Requirement, python: str) -> bool:
+    """Whether an entry is for a version of Python, on Linux."""
+    environment = {"python_version": python, "platform_system": "Linux"}
+    return entry.marker is None or entry.marker.evaluate(environment)
+
+
+def _constraints(python: str) -> dict[str, Requirement]:
+    """What constraints-cpu.txt says of each package for a version of Python."""
     lines = (ROOT / "constraints-cpu.txt").read_text(encoding="utf-8").splitlines()
     entries = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    return {canonicalize_name(entry.name): entry for entry in entries}
+    entries = [entry for entry in entries if _applies(entry, python)]
+    constraints = {canonicalize_name(entry.name): entry for entry in entries}
+    assert len(constraints) == len(entries), "a package has two versions"
+    return constraints
 
 
-def test_constraints_keep_cuda_builds_of_torch_out() -> None:
-    assert str(_constraints()["torch"]) == "torch==2.13.0"
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_version_of_torch_is_exact(python: str) -> None:
+    assert str(_constraints(python)["torch"].specifier) == "==2.13.0"
 
 
-def test_every_direct_dependency_has_an_exact_tested_version_in_its_range() -> None:
-    lists, constraints = _setup_lists(), _constraints()
+@pytest.mark.parametrize(("python", "version"), ENGINES.items())
+def test_each_python_has_its_engine(python: str, version: str) -> None:
+    assert str(_constraints(python)["megatron-core"].specifier) == f"=={version}"
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_every_direct_dependency_has_an_exact_tested_version_in_its_range(python: str) -> None:
+    lists, constraints = _setup_lists(), _constraints(python)
     for requirement in lists["install"] + lists["dev"]:
-        (version,) = constraints[canonicalize_name(requirement.name)].specifier
-        assert version.operator == "=="
-        assert requirement.specifier.contains(version.version), requirement.name
+        if _applies(requirement, python):
+            (version,) = constraints[canonicalize_name(requirement.name)].specifier
+            assert version.operator == "=="
+            assert requirement.specifier.contains(version.version), requirement.name
 
 
 def test_versions_come_without_addresses() -> None:
     lists = _setup_lists()
     assert all(entry.url is None for entries in lists.values() for entry in entries)
-    assert all(entry.url is None for entry in _constraints().values())
+    assert all(entry.url is None for python in PYTHONS for entry in _constraints(python).values())
 
 
 def test_every_dependency_is_justified() -> None:

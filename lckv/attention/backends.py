@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from lckv.attention import flash, reference, sdpa
+from lckv.errors import UnsupportedError
 
 Attend = Callable[..., Tensor]
-"""attend(query, key, value, visibility, *, scale, dropout, biased) as in `reference.attend`."""
+"""attend(query, key, value, visibility, *, scale, dropout, key_bias) as in `reference.attend`."""
 
 NAMES = ("sdpa", "flash", "reference")
 
@@ -43,13 +44,12 @@ def why_not_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> st
 def choose(name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int) -> Choice:
     """The backend `name`, or for "auto" the fastest that serves these tensors.
 
-    Raises ValueError, naming the setting and the obstacle, where an explicitly requested backend cannot
-    serve: there is no fallback.
+    Raises UnsupportedError where an explicitly requested backend cannot serve: there is no fallback.
     """
     obstacle = why_not_flash(device, dtype, head_dim)
-    requested = f"model.attention_backend is {name}"
+    requested = f"asked for {name}"
     if name == "flash" and obstacle is not None:
-        raise ValueError(f"{requested}, but {obstacle}. Set model.attention_backend to auto or sdpa.")
+        raise UnsupportedError(name, obstacle)
     if name == "flash" or (name == "auto" and obstacle is None):
         kernel = importlib.import_module("flash_attn")
         return Choice("flash", requested, partial(flash.attend, kernel=kernel))
@@ -59,4 +59,4 @@ def choose(name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int
         return Choice("sdpa", f"{requested}: {obstacle}", sdpa.attend)
     if name == "reference":
         return Choice("reference", requested, reference.attend)
-    raise ValueError(f"{requested}; the backends are auto, {', '.join(NAMES)}.")
+    raise UnsupportedError(repr(name), f"the backends are auto, {', '.join(NAMES)}")

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lckv.attention import biased as biased_keys
+from lckv.attention.biased import attend_biased
 from lckv.attention.flash_pairs import FlashAttnInterface, FlashAttnPair
+from lckv.attention.key_bias import KeyBias
 from lckv.attention.visibility import Documents, Visibility
 
 
@@ -63,13 +64,15 @@ def attend(
     *,
     scale: float,
     dropout: float = 0.0,
-    biased: bool = False,
+    key_bias: KeyBias | None = None,
     kernel: FlashAttn,
 ) -> Tensor:
     """Same contract as `reference.attend`; `kernel` is the flash_attn module."""
-    if biased:
+    if key_bias is not None:
         pair = FlashAttnPair(kernel.flash_attn_interface)
-        return biased_keys.attend(query, key, value, visibility, scale=scale, dropout=dropout, pair=pair)
+        return attend_biased(
+            query, key, value, visibility, scale=scale, dropout=dropout, key_bias=key_bias, pair=pair
+        )
     seen = None if visibility.window is None else visibility.window - visibility.exclude_self
     if seen == 0 or (visibility.exclude_self and query.shape[2] == 1):
         return torch.zeros_like(query)

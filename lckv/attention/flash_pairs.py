@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lckv.errors import UnsupportedError
+
 _ATEN = torch.ops.aten
 
 
-class Attended(NamedTuple):
-    """What a forward returns."""
+class Partial(NamedTuple):
+    """What a forward returns: attention to some of the keys."""
 
     output: Tensor
     lse: Tensor
@@ -34,19 +36,19 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 class FlashPair(Protocol):
     """Causal attention without dropout; every query sees at least its own key."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Attended:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Partial:
         """Output and lse."""
         ...
 
     def backward(
-        self, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Attended, scale: float
+        self, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, partial: Partial, scale: float
     ) -> Gradients:
         """Gradients of query, key and value from that of the output."""
         ...
 
 
 def choose_pair(query: Tensor) -> FlashPair:
-    """PyTorch's own kernels for tensors like `query`; ValueError where there are none."""
+    """PyTorch's own kernels for tensors like `query`. Raises UnsupportedError where there are none."""
     if query.device.type == "cpu":
         return AtenCPU()
     _require_multiple_of_8(query)
@@ -54,38 +56,33 @@ def choose_pair(query: Tensor) -> FlashPair:
         return AtenFlash()
     if query.dtype == torch.float32:
         return AtenEfficient()
-    raise ValueError(
-        f"attention to merged tokens on {query.device.type} takes float16, bfloat16 and float32, not "
-        f"{query.dtype}."
-    )
+    obstacle = f"on {query.device.type} it takes float16, bfloat16 and float32"
+    raise UnsupportedError(f"attention to keys with a bias in {query.dtype}", obstacle)
 
 
 def _require_multiple_of_8(query: Tensor) -> None:
     if query.shape[-1] % 8:
-        raise ValueError(
-            f"model.kv_channels is {query.shape[-1]}; it must be a multiple of 8 for merged tokens "
-            "(compression.policy.name "
-            "dmc) on GPUs."
-        )
+        asked = f"attention to keys with a bias in heads of {query.shape[-1]} channels"
+        raise UnsupportedError(asked, "on GPUs the number of channels must be a multiple of 8")
 
 
 class AtenCPU:
     """CPU; float16, bfloat16, float32 and float64."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Attended:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Partial:
         """See `FlashPair`."""
         folded = _fold(query, key, value)
         output, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(*folded, 0.0, True, scale=scale)
-        return Attended(output.reshape(query.shape), lse.reshape(query.shape[:-1]))
+        return Partial(output.reshape(query.shape), lse.reshape(query.shape[:-1]))
 
     def backward(
-        self, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Attended, scale: float
+        self, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, partial: Partial, scale: float
     ) -> Gradients:
         """See `FlashPair`."""
         folded = _fold(query, key, value)
         gradient, output, lse = (
             tensor.reshape(*folded[0].shape[:3], *tensor.shape[3:])
-            for tensor in (gradient, attended.output, attended.lse)
+            for tensor in (gradient, partial.output, partial.lse)
         )
         gradients = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
             gradient, *folded, output, lse, 0.0, True, scale=scale
@@ -96,25 +93,25 @@ class AtenCPU:
 class AtenFlash:
     """CUDA; float16 and bfloat16, heads of a multiple of 8 and at most 256 channels."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Attended:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Partial:
         """See `FlashPair`."""
         output, lse, *rest, _ = _ATEN._scaled_dot_product_flash_attention(
             query, key, value, 0.0, True, False, scale=scale
         )
-        return Attended(output, lse, tuple(rest))
+        return Partial(output, lse, tuple(rest))
 
     def backward(
-        self, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Attended, scale: float
+        self, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, partial: Partial, scale: float
     ) -> Gradients:
         """See `FlashPair`."""
-        *lengths, seed, offset = attended.rest
+        *lengths, seed, offset = partial.rest
         return _ATEN._scaled_dot_product_flash_attention_backward(
             gradient,
             query,
             key,
             value,
-            attended.output,
-            attended.lse.contiguous(),
+            partial.output,
+            partial.lse.contiguous(),
             *lengths,
             0.0,
             True,
@@ -127,24 +124,24 @@ class AtenFlash:
 class AtenEfficient:
     """CUDA; float32."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Attended:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Partial:
         """See `FlashPair`."""
         folded = _fold(query, key, value)
         output, lse, *rest = _ATEN._scaled_dot_product_efficient_attention(
             *folded, None, True, 0.0, True, scale=scale
         )
         lse = lse[..., : query.shape[2]]  # the kernel pads rows to its block
-        return Attended(output.reshape(query.shape), lse.reshape(query.shape[:-1]), tuple(rest))
+        return Partial(output.reshape(query.shape), lse.reshape(query.shape[:-1]), tuple(rest))
 
     def backward(
-        self, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Attended, scale: float
+        self, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, partial: Partial, scale: float
     ) -> Gradients:
         """See `FlashPair`."""
         folded = _fold(query, key, value)
         rows, heads, length, _ = folded[0].shape
-        lse = pad(attended.lse, (0, -length % 32), value=torch.inf).reshape(rows, heads, -1)
+        lse = pad(partial.lse, (0, -length % 32), value=torch.inf).reshape(rows, heads, -1)
         gradient, output = (
-            tensor.reshape(folded[0].shape).contiguous() for tensor in (gradient, attended.output)
+            tensor.reshape(folded[0].shape).contiguous() for tensor in (gradient, partial.output)
         )
         *gradients, _ = _ATEN._scaled_dot_product_efficient_attention_backward(
             gradient,
@@ -152,7 +149,7 @@ class AtenEfficient:
             None,
             output,
             lse,
-            *attended.rest,
+            *partial.rest,
             0.0,
             [True, True, True, False],
             True,
@@ -191,17 +188,17 @@ class FlashAttnPair:
             "alibi_slopes": None,
         }
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Attended:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Partial:
         """See `FlashPair`."""
         _require_multiple_of_8(query)
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         output, lse, _, random_state = self._interface._flash_attn_forward(
             query, key, value, return_softmax=False, **self._options(scale)
         )
-        return Attended(output.transpose(1, 2), lse, (random_state,))
+        return Partial(output.transpose(1, 2), lse, (random_state,))
 
     def backward(
-        self, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Attended, scale: float
+        self, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, partial: Partial, scale: float
     ) -> Gradients:
         """See `FlashPair`."""
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
@@ -211,13 +208,13 @@ class FlashAttnPair:
             query,
             key,
             value,
-            out=attended.output.transpose(1, 2),
-            softmax_lse=attended.lse.contiguous(),
+            out=partial.output.transpose(1, 2),
+            softmax_lse=partial.lse.contiguous(),
             dq=dq,
             dk=dk,
             dv=dv,
             deterministic=torch.are_deterministic_algorithms_enabled(),
-            rng_state=attended.rest[0],
+            rng_state=partial.rest[0],
             **self._options(scale),
         )
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)

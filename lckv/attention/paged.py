@@ -1,4 +1,4 @@
-"""Attention of one query per head to slots in pages: `attend` chooses between the Triton kernel of
+"""Attention of one query per head to slots in pages: `attend_paged` chooses between the Triton kernel of
 `kernels.paged` and its twin here.
 
 Every chunk of the list of work is attended by itself, and what comes of a head's chunks is merged by the
@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lckv.attention.pages import Attended, Pages, Work, pages_of_a_chunk
+from lckv.attention.pages import Pages, PagesAttended, Work, pages_of_a_chunk
 
 _BYTES_AT_ONCE = 2**20
 """Keys, and as many values, that the twin copies out of their pages at once: what stays in the cache of a CPU
@@ -32,14 +32,14 @@ def why_not_kernel(device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-def attend(
+def attend_paged(
     query: Tensor, pages: Pages, work: Work, first: Tensor | None, stop: Tensor, *, scale: float
-) -> Attended:
+) -> PagesAttended:
     """softmax(scale * query key^T) value over slots first .. stop - 1 of each head; `query` [b, h, d],
     `first` (None: 0) and `stop` int64 [b, g]. `work` covers these slots; others that it covers are not seen.
     Softmax is float32."""
     if why_not_kernel(query.device.type, query.dtype) is None:
-        from lckv.attention.kernels.paged import attend as fused
+        from lckv.attention.kernels.paged import attend_paged as fused
 
         return fused(query, pages, work, first, stop, scale=scale)
     return attend_in_torch(query, pages, work, first, stop, scale=scale)
@@ -47,8 +47,8 @@ def attend(
 
 def attend_in_torch(
     query: Tensor, pages: Pages, work: Work, first: Tensor | None, stop: Tensor, *, scale: float
-) -> Attended:
-    """Same contract as `attend`."""
+) -> PagesAttended:
+    """Same contract as `attend_paged`."""
     heads, channels = stop.numel(), query.shape[-1]
     page_size = pages.key.shape[1]
     count = pages_of_a_chunk(page_size, query.device.type)
@@ -60,7 +60,7 @@ def attend_in_torch(
     at_once = max(1, _BYTES_AT_ONCE // (len(slots) * channels * query.element_size()))
     parts = []
     for head, block, unseen in zip(
-        *(each.split(at_once) for each in (work.head, work.block, hidden[:, None])), strict=True
+        *(tensor.split(at_once) for tensor in (work.head, work.block, hidden[:, None])), strict=True
     ):
         owned = table.index_select(0, block).flatten()
         key, value = (pool.index_select(0, owned).view(-1, len(slots), channels) for pool in pages[:2])
@@ -71,10 +71,10 @@ def attend_in_torch(
         parts.append((torch.bmm(weights.to(value.dtype), value).float(), weights.sum(-1), peak.squeeze(-1)))
     output, total, peak = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
     merged = _merge(output, total, peak, work)
-    return Attended(merged.output.view(query.shape), merged.lse.view(query.shape[:-1]))
+    return PagesAttended(merged.output.view(query.shape), merged.lse.view(query.shape[:-1]))
 
 
-def _merge(output: Tensor, total: Tensor, peak: Tensor, work: Work) -> Attended:
+def _merge(output: Tensor, total: Tensor, peak: Tensor, work: Work) -> PagesAttended:
     """From chunks to heads. Of every chunk: the sum of exp(score - peak) value [w, h / g, d], that of
     exp(score - peak), and the peak [w, h / g]."""
     heads = len(work.bounds) - 1
@@ -86,10 +86,19 @@ def _merge(output: Tensor, total: Tensor, peak: Tensor, work: Work) -> Attended:
         0, work.head, output.mul_(share[..., None])
     )
     sum_output /= sum_total.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
-    return Attended(sum_output, top + sum_total.log())
+    return PagesAttended(sum_output, top + sum_total.log())
 
 
-def join(attended: Attended, score: Tensor, value: Tensor) -> Tensor:
+def joined(one: PagesAttended, other: PagesAttended) -> PagesAttended:
+    """Attention to the keys of both, which have none in common."""
+    lse = torch.logaddexp(one.lse, other.lse)
+    # Where nothing is seen, -inf - -inf must not become a NaN.
+    base = lse.clamp(min=torch.finfo(lse.dtype).min)
+    of_one, of_other = (part.output * (part.lse - base).exp()[..., None] for part in (one, other))
+    return PagesAttended(of_one + of_other, lse)
+
+
+def join(attended: PagesAttended, score: Tensor, value: Tensor) -> Tensor:
     """The output float32 [b, h, d] of attention to one more key, with `score` float32 [b, h] and `value` [b,
     g, d]."""
     lse = torch.logaddexp(attended.lse, score)

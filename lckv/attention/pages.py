@@ -51,7 +51,7 @@ class Work(NamedTuple):
     """[b * g + 1]: where each head's chunks begin in this list, and w at the end."""
 
 
-class Attended(NamedTuple):
+class PagesAttended(NamedTuple):
     """Attention to a part of the keys."""
 
     output: Tensor

@@ -26,7 +26,7 @@ class Part(NamedTuple):
     """bool [b, q, n]."""
 
 
-def attend(parts: Sequence[Part], scale: float) -> Tensor:
+def attend_parts(parts: Sequence[Part], scale: float) -> Tensor:
     """softmax(scale * query key^T) value over the keys of all parts that are seen, 0 for a query that sees
     none; as `query`. Softmax is float32."""
     scores = torch.cat([_scores(part, scale) for part in parts], -1)

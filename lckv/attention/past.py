@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from lckv.attention.key_bias import KeyBias
+from lckv.attention.unbiased import without_bias
 from lckv.attention.visibility import Visibility
 
 _BLOCK = 128
@@ -46,33 +48,41 @@ class NewTokens(NamedTuple):
     counted: Tensor | None
     """bool [b, s]: those that are not padding; None: all. In each row they lie side by side."""
 
-    joins: Tensor | None
-    """bool [b, g]: the first one replaces the newest slot of the past; None: never."""
+    hides: Tensor | None
+    """bool [b, g, a]: which of the newest a slots of the past, the oldest first, are hidden from queries that are as
+    many places behind them as the key bias says; None: none."""
 
 
-def attend(
-    query: Tensor, new: NewTokens, past: Past, visibility: Visibility, *, scale: float, biased: bool = False
+def attend_past(
+    query: Tensor,
+    new: NewTokens,
+    past: Past,
+    visibility: Visibility,
+    *,
+    scale: float,
+    key_bias: KeyBias | None = None,
 ) -> Tensor:
-    """softmax(scale * query key^T) value over the visible keys, 0 for a query that sees none; query [b, h, s,
-    d], result the same in the dtype of the values.
+    """softmax(scale * query key^T) value over the visible keys, 0 for a query that sees none; query [b, h, s, d + e],
+    result [b, h, s, d] in the dtype of the values.
 
-    `visibility` (without documents) and `biased` as in `reference.attend`; keys of the past have no bias.
-    Scores are float32.
+    `visibility` (without documents) and `key_bias` as in `reference.attend`; the bias of a new key is added to its score
+    as it is, and keys of the past have none. Scores are float32.
     """
     rows, kv_heads, older, _ = past.key.shape
     size = min(_BLOCK, max(1, _MASK // max(1, rows * kv_heads * (older + new.key.shape[2]))))
-    if biased:  # what a key's last channel says is said by the mask
-        query = torch.cat((query[..., :-1], torch.zeros_like(query[..., :1])), -1)
+    new_key = new.key
+    if key_bias is not None:  # what a key's last channel says is said by the mask
+        query, new_key = (without_bias(heads, key_bias.extra_channels) for heads in (query, new.key))
     with torch.autocast(query.device.type, enabled=False):
         key, value = (
-            torch.cat((past.key, new.key), 2),
+            torch.cat((past.key, new_key), 2),
             torch.cat((past.value, new.value.to(past.value.dtype)), 2),
         )
         dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
         key, value = (tensor.to(dtype).flatten(0, 1)[:, None] for tensor in (key, value))
         heads = query.to(dtype).unflatten(1, (kv_heads, -1)).flatten(0, 1)
         blocks = [
-            _attend_block(part, start, key, value, new, past, visibility, scale, biased)
+            _attend_block(part, start, key, value, new, past, visibility, scale, key_bias)
             for start, part in zip(range(0, query.shape[2], size), heads.split(size, 2), strict=True)
         ]
     return torch.cat(blocks, 2).unflatten(0, (rows, kv_heads)).flatten(1, 2).to(past.value.dtype)
@@ -87,13 +97,12 @@ def _attend_block(
     past: Past,
     visibility: Visibility,
     scale: float,
-    biased: bool,
+    key_bias: KeyBias | None,
 ) -> Tensor:
     """Queries start .. of [b * g, h / g, q, d] on all keys and values [b * g, 1, n + s, d]."""
     queries = torch.arange(start, start + query.shape[2], device=query.device)
-    behind = int(visibility.exclude_self)
     # The newest new key that any of these queries may see comes last.
-    width = start + query.shape[2] - behind
+    width = start + query.shape[2] - int(visibility.exclude_self)
     if past.key.shape[2] + width == 0:
         return torch.zeros_like(query)
     one = len(queries) == 1
@@ -105,14 +114,14 @@ def _attend_block(
     )
     shape = (*past.lengths.shape, len(queries), -1)
     of_new = _visible_new(queries, width, new.counted, visibility).expand(*shape[:3], width)
-    seen = torch.cat((_visible_past(queries, new, past, visibility).expand(shape), of_new), -1).flatten(0, 1)[
-        :, None
-    ]
+    first_biased = None if key_bias is None else key_bias.first_biased(exclude_self=visibility.exclude_self)
+    of_past = _visible_past(queries, new, past, visibility, first_biased).expand(shape)
+    # [b, g, q, n + s] to [b * g, 1, q, n + s]
+    seen = torch.cat((of_past, of_new), -1).flatten(0, 1)[:, None]
     mask = seen
-    if biased:
-        bias = pad(_bias(new.key[:, :, :width], queries, behind), (past.key.shape[2], 0)).flatten(0, 1)[
-            :, None
-        ]
+    if first_biased is not None:
+        of_new_keys = _bias(new.key[:, :, :width], queries, first_biased)
+        bias = pad(of_new_keys, (past.key.shape[2], 0)).flatten(0, 1)[:, None]
         mask = bias.to(query.dtype).masked_fill(~seen, -torch.inf)
     output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     output = output.masked_fill(
@@ -121,11 +130,10 @@ def _attend_block(
     return output.transpose(1, 2) if one else output
 
 
-def _bias(key: Tensor, queries: Tensor, behind: int) -> Tensor:
-    """[b, g, q, keys]: channel d - 1 of the keys, except at each query's frontier."""
+def _bias(key: Tensor, queries: Tensor, first_biased: int) -> Tensor:
+    """[b, g, q, keys]: the last channel of the keys, 0 for those that are too young for a query."""
     keys = torch.arange(key.shape[2], device=key.device)
-    frontier = keys == queries[:, None] - behind
-    return key[:, :, None, :, -1].masked_fill(frontier, 0.0)
+    return key[:, :, None, :, -1].masked_fill(queries[:, None] - keys < first_biased, 0.0)
 
 
 def _visible_new(queries: Tensor, width: int, counted: Tensor | None, visibility: Visibility) -> Tensor:
@@ -140,16 +148,23 @@ def _visible_new(queries: Tensor, width: int, counted: Tensor | None, visibility
     return seen & counted[:, None, None, :width]
 
 
-def _visible_past(queries: Tensor, new: NewTokens, past: Past, visibility: Visibility) -> Tensor:
+def _visible_past(
+    queries: Tensor, new: NewTokens, past: Past, visibility: Visibility, first_biased: int | None
+) -> Tensor:
     """bool [b, g, q or 1, n]."""
     slots = torch.arange(past.key.shape[2], device=queries.device)
     lengths = past.lengths[:, :, None, None]
     seen = slots < lengths
+    if visibility.window is None and new.hides is None:
+        return seen
     # Counted tokens between the past and each query.
     ahead = queries[None] if new.counted is None else (new.counted.cumsum(1) - new.counted.long())[:, queries]
+    distance = lengths - slots + ahead[:, None, :, None]
     if visibility.window is not None:
-        seen = seen & (lengths - slots + ahead[:, None, :, None] < visibility.window)
-    if new.joins is not None:
-        hidden = new.joins[:, :, None, None] & (slots == lengths - 1)
-        seen = seen & ~(hidden & (ahead >= int(visibility.exclude_self))[:, None, :, None])
+        seen = seen & (distance < visibility.window)
+    if new.hides is not None and first_biased is not None:
+        # [b, g, n]: each slot's place among the newest ones.
+        place = slots - past.lengths[..., None] + new.hides.shape[-1]
+        hidden = new.hides.gather(-1, place.clamp(0, new.hides.shape[-1] - 1)) & (place >= 0)
+        seen = seen & ~(hidden[:, :, None] & (distance >= first_biased))
     return seen

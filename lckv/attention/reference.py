@@ -4,6 +4,7 @@ backend."""
 import torch
 from torch import Tensor
 
+from lckv.attention.key_bias import KeyBias
 from lckv.attention.visibility import Visibility
 
 
@@ -30,23 +31,23 @@ def attend(
     *,
     scale: float,
     dropout: float = 0.0,
-    biased: bool = False,
+    key_bias: KeyBias | None = None,
 ) -> Tensor:
     """softmax(scale * query key^T) value over the visible keys; 0 for a query that sees none.
 
-    query [b, h, s, d], key and value [b, g, s, d] with h a multiple of g (query head i reads head i * g //
-    h); result as query. Scores are float32. `biased`: channel d - 1 carries a bias of the key, which does not
-    count at the newest key that a query sees (its frontier: key t, or key t - 1 where query t does not see
-    itself).
+    query [b, h, s, d + e], key [b, g, s, d + e] and value [b, g, s, d] with h a multiple of g (query head i reads head
+    i * g // h) and e the extra channels of `key_bias`; result [b, h, s, d]. Scores are float32. `key_bias`: the last channel
+    carries a bias of the key, which counts for queries that are at least `key_bias.first_biased` places behind it.
     """
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     seen = visible(query.shape[2], query.shape[0], visibility, query.device)[:, None]
     scores = (query @ key.transpose(-1, -2)).float() * scale
-    if biased:
-        behind = int(visibility.exclude_self)
-        frontier = query[:, :, behind:, :-1] * key[:, :, : key.shape[2] - behind, :-1]
-        scores = scores.diagonal_scatter(frontier.float().sum(-1) * scale, -behind, -2, -1)
+    if key_bias is not None:
+        place = torch.arange(query.shape[2], device=query.device)
+        biased = place[:, None] - place >= key_bias.first_biased(exclude_self=visibility.exclude_self)
+        unbiased = (query[..., :-1] @ key[..., :-1].transpose(-1, -2)).float() * scale
+        scores = torch.where(biased, scores, unbiased)
     lowest = torch.finfo(scores.dtype).min
     probabilities = torch.softmax(scores.masked_fill(~seen, lowest), dim=-1).masked_fill(~seen, 0.0)
     probabilities = torch.nn.functional.dropout(probabilities, dropout)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from lckv.attention import biased as biased_keys
+from lckv.attention.biased import attend_biased
 from lckv.attention.flash_pairs import choose_pair
+from lckv.attention.key_bias import KeyBias
 from lckv.attention.visibility import Visibility
 
 _CHUNK = 256
@@ -26,12 +27,14 @@ def attend(
     *,
     scale: float,
     dropout: float = 0.0,
-    biased: bool = False,
+    key_bias: KeyBias | None = None,
 ) -> Tensor:
     """Same contract as `reference.attend`."""
-    if biased:
+    if key_bias is not None:
         pair = choose_pair(query)
-        return biased_keys.attend(query, key, value, visibility, scale=scale, dropout=dropout, pair=pair)
+        return attend_biased(
+            query, key, value, visibility, scale=scale, dropout=dropout, key_bias=key_bias, pair=pair
+        )
     if query.is_cuda and (query.dtype == torch.float32 or visibility.window is not None):
         # no fused CUDA kernel takes grouped heads in float32 or under a mask
         group = query.shape[1] // key.shape[1]

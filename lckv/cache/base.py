@@ -13,6 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from lckv.attention.key_bias import KeyBias
 from lckv.attention.visibility import Visibility
 from lckv.policies.base import Extension
 
@@ -44,7 +45,7 @@ class KVCache(Protocol):
         visibility: Visibility,
         *,
         scale: float,
-        biased: bool,
+        key_bias: KeyBias | None,
     ) -> Tensor:
         """Attention of `query` [b, h, s, d] to what `layer` has made of earlier tokens and to `new`; the same
         shape."""

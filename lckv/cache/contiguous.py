@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lckv.attention import past
+from lckv.attention.key_bias import KeyBias
 from lckv.attention.visibility import Visibility
+from lckv.cache.edits import edit_of, newest_slots, stored_key
 from lckv.policies.base import Extension, KVPolicy
 
 _REVOCABLE = 32
@@ -65,13 +67,18 @@ class ContiguousCache:
         visibility: Visibility,
         *,
         scale: float,
-        biased: bool,
+        key_bias: KeyBias | None,
     ) -> Tensor:
         """See `KVCache`."""
         tokens = past.NewTokens(
-            new.key.permute(1, 2, 0, 3), new.value.permute(1, 2, 0, 3), counted, new.joins
+            new.key.permute(1, 2, 0, 3),
+            new.value.permute(1, 2, 0, 3),
+            counted,
+            None if new.hides is None else new.hides.permute(1, 2, 0),
         )
-        return past.attend(query, tokens, self._layers[layer].past, visibility, scale=scale, biased=biased)
+        return past.attend_past(
+            query, tokens, self._layers[layer].past, visibility, scale=scale, key_bias=key_bias
+        )
 
     def commit(self, extensions: Mapping[int, Extension], counted: Tensor | None) -> None:
         """See `KVCache`. Raises ValueError unless there is exactly one extension for every layer of the
@@ -97,7 +104,7 @@ class ContiguousCache:
 
     def drop_newest(self, tokens: int) -> None:
         """Forget the newest tokens of every row. Raises ValueError, with nothing forgotten, where that is
-        impossible: merged tokens cannot be taken apart, and a window has dropped what would come back."""
+        impossible: what was merged or dropped cannot come back."""
         for number, layer in self._layers.items():
             if (obstacle := layer.why_not_drop(tokens)) is not None:
                 raise ValueError(
@@ -113,13 +120,11 @@ class _LayerSlots:
     """The slots of one layer."""
 
     def __init__(self, policy: KVPolicy, window: int | None) -> None:
-        self._policy, self._window = policy, window
-        self._slots: past.Past | None = (
-            None  # one slot more than room for: where tokens go that are not written
-        )
-        self._longest = (
-            0  # an upper bound, so that lengths are fetched from the device only when they might matter
-        )
+        self._traits, self._window = policy.traits, window
+        # One slot more than room for: where tokens go that are not written.
+        self._slots: past.Past | None = None
+        # An upper bound, so that lengths are fetched from the device only when they might matter.
+        self._longest = 0
         self._gone: Tensor | None = None  # int64 [b, g]: tokens that the window has dropped
         self.state: Tensor | None = None
 
@@ -136,26 +141,27 @@ class _LayerSlots:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
     def write(self, extension: Extension, counted: Tensor | None) -> None:
-        """Write the whole slots among the new tokens; the first replaces the newest slot where it joins
-        it."""
-        key, value = extension.key.detach(), extension.value.detach()
-        tokens, rows, heads, channels = key.shape
+        """Append the new tokens, and drop what is hidden."""
+        key, value = stored_key(extension.key.detach(), self._traits.key_bias), extension.value.detach()
+        tokens, rows, heads, channels = value.shape
         if self._slots is None:
-            empty = key.new_zeros(rows, heads, 1, channels)
+            empty = value.new_zeros(rows, heads, 1, channels)
             lengths = torch.zeros(rows, heads, dtype=torch.int64, device=key.device)
-            self._slots = past.Past(empty, empty.clone(), lengths)
-        written, slots = slots_of(extension, self._policy.whole(extension), counted, self._slots.lengths)
-        first = (
-            self._slots.lengths if extension.joins is None else self._slots.lengths - extension.joins.long()
-        )
-        shift = self._make_room(tokens, first + written.sum(0))
+            self._slots = past.Past(empty.to(key.dtype), empty.clone(), lengths)
+        lengths = self._slots.lengths
+        edit = edit_of(extension, self._traits.key_bias, counted, lengths)
+        slots, written = edit.slots, edit.written
+        shift = self._make_room(tokens, edit.lengths)
         if shift is not None:
             slots = slots - shift
-            written = written & (slots >= 0)
-        place = slots.masked_fill(~written, self._slots.key.shape[2] - 1)
+            written = slots >= 0 if written is None else written & (slots >= 0)
+        if written is not None:
+            slots = slots.masked_fill(~written, self._slots.key.shape[2] - 1)
         row, head = (torch.arange(number, device=key.device) for number in (rows, heads))
         for memory, new in ((self._slots.key, key), (self._slots.value, value)):
-            memory[row[:, None], head, place] = new
+            if edit.moved:
+                new = torch.cat((memory[row[:, None], head, newest_slots(edit, lengths)], new))
+            memory[row[:, None], head, slots] = new
         self.state = None if extension.state is None else extension.state.detach()
 
     def select_rows(self, index: Tensor) -> None:
@@ -167,8 +173,8 @@ class _LayerSlots:
             self.state = self.state[:, index]
 
     def why_not_drop(self, tokens: int) -> str | None:
-        if self.state is not None:
-            return "merges tokens, and they cannot be taken out of their slots again"
+        if not self._traits.keeps_every_token:
+            return "does not keep every token in a slot of its own, and what was merged or dropped cannot come back"
         if self._gone is not None and self._slots is not None and self._window is not None:
             missing = (self._gone > 0) & (self._slots.lengths - tokens < self._window - 1)
             if bool(missing.any()):
@@ -216,19 +222,3 @@ def _without_oldest(slots: past.Past, shift: Tensor) -> past.Past:
     places = torch.arange(key.shape[2], device=key.device)
     index = (places + shift[..., None]).clamp(max=key.shape[2] - 1)[..., None].expand_as(key)
     return past.Past(key.gather(2, index), value.gather(2, index), lengths - shift)
-
-
-def slots_of(
-    extension: Extension, whole: Tensor | None, counted: Tensor | None, lengths: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Which new tokens are written (bool [s, b, g]) and to which slot each goes (int64 [s, b, g], valid where
-    written), with slots `lengths` [b, g] in use so far."""
-    written = (
-        torch.ones(extension.key.shape[:3], dtype=torch.bool, device=lengths.device)
-        if whole is None
-        else whole
-    )
-    if counted is not None:
-        written = written & counted.transpose(0, 1)[..., None]
-    first = lengths if extension.joins is None else lengths - extension.joins.long()
-    return written, first + written.cumsum(0) - 1

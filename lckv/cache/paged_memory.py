@@ -80,10 +80,10 @@ class PagedMemory:
     def _make_state(self, sequences: int) -> Tensor | None:
         heads, channels = self.lengths.shape[-1], self.pool.key.shape[-1]
         token = torch.zeros(1, 1, heads, channels)
-        context = TokenContext(rotate=lambda heads: heads)
-        state = self.policy.extend(
-            None, token, token, token if self.policy.reads_query else None, context
-        ).state
+        positions = torch.zeros(1, 1, dtype=torch.int64)
+        context = TokenContext(rotate=lambda heads: heads, positions=positions)
+        query = token if self.policy.traits.reads_query else None
+        state = self.policy.extend(None, token, token, query, context).state
         if state is None:
             return None
         shape = (len(self.number), len(state), sequences, *state.shape[2:])

@@ -5,6 +5,7 @@ values.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from lckv.attention import paged, past
-from lckv.attention.pages import Work, list_work
+from lckv.attention.key_bias import KeyBias
+from lckv.attention.pages import PagesAttended, Work, list_work
 from lckv.attention.visibility import Visibility
-from lckv.cache.contiguous import slots_of
+from lckv.cache.edits import Edit, edit_of, newest_slots, stored_key
 from lckv.cache.page_tables import Integers
 from lckv.cache.paged_memory import PagedMemory
 from lckv.cache.pool import OutOfPagesError
@@ -31,14 +33,10 @@ class _Placed(NamedTuple):
     layers: slice
     extension: Extension
 
-    slots: Tensor
-    """int64 [s, l * b, g]: where each token goes, if it is written."""
+    before: Tensor
+    """int64 [l * b, g]: slots so far."""
 
-    written: Tensor | None
-    """bool [s, l * b, g]; None: all."""
-
-    lengths: Tensor
-    """int64 [l * b, g]: afterwards."""
+    edit: Edit
 
 
 class PagedRows:
@@ -46,6 +44,7 @@ class PagedRows:
 
     def __init__(self, memory: PagedMemory, sequences: Integers) -> None:
         self._memory, self._sequences = memory, sequences
+        self._key_bias = memory.policy.traits.key_bias
         self._rows, self._begin = (
             torch.from_numpy(array).to(memory.lengths.device)
             for array in (sequences, memory.tables.begin(sequences))
@@ -81,14 +80,14 @@ class PagedRows:
         visibility: Visibility,
         *,
         scale: float,
-        biased: bool,
+        key_bias: KeyBias | None,
     ) -> Tensor:
         """See `KVCache`. One token per row is attended where the slots lie; for more, their pages are copied
         together."""
         self._refresh()
         number = self._memory.number[layer]
         if query.shape[2] == 1:
-            return self._attend_one(number, query[:, :, 0], new, visibility, scale, biased)[:, :, None]
+            return self._attend_one(number, query[:, :, 0], new, visibility, scale, key_bias)[:, :, None]
         key, value = (tensor.permute(1, 2, 0, 3) for tensor in (new.key, new.value))
         widest = int(self._columns.counts[number].max())
         row_bytes = max(1, widest) * self._memory.page_size * key[0, :, 0].numel() * key.element_size()
@@ -100,10 +99,11 @@ class PagedRows:
                 key[rows],
                 value[rows],
                 None if counted is None else counted[rows],
-                None if new.joins is None else new.joins[rows],
+                None if new.hides is None else new.hides[:, rows].permute(1, 2, 0),
             )
             older = self._gather(number, rows, widest)
-            outputs.append(past.attend(query[rows], fresh, older, visibility, scale=scale, biased=biased))
+            part = past.attend_past(query[rows], fresh, older, visibility, scale=scale, key_bias=key_bias)
+            outputs.append(part)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @torch.no_grad()
@@ -135,10 +135,11 @@ class PagedRows:
         memory.version += 1
         memory.tables.apply(growth, memory.pool)
         memory.tokens[self._sequences] += added
-        memory.seen[self._rows] += len(placed[0].slots) if counted is None else counted.sum(1)
+        tokens = len(placed[0].extension.key)
+        memory.seen[self._rows] += tokens if counted is None else counted.sum(1)
         for part in placed:
             self._write(part)
-            memory.lengths[part.layers, self._rows] = part.lengths.unflatten(0, (-1, len(added)))
+            memory.lengths[part.layers, self._rows] = part.edit.lengths.unflatten(0, (-1, len(added)))
         if memory.state is not None:
             for layer, extension in extensions.items():
                 assert extension.state is not None, "the policy keeps one of every token"
@@ -156,24 +157,57 @@ class PagedRows:
         self._work.clear()
 
     def _attend_one(
-        self, number: int, query: Tensor, new: Extension, visibility: Visibility, scale: float, biased: bool
+        self,
+        number: int,
+        query: Tensor,
+        new: Extension,
+        visibility: Visibility,
+        scale: float,
+        key_bias: KeyBias | None,
     ) -> Tensor:
-        """`query` and result [b, h, d]."""
-        stop, first = self._lengths[number], None
-        if visibility.window is not None:
-            first = stop - (visibility.window - 1)
-        if new.joins is not None and not visibility.exclude_self:
-            stop = stop - new.joins.long()
-        work = self._work_of(number, visibility.window)
-        attended = paged.attend(query, self._memory.pages_of(number), work, first, stop, scale=scale)
+        """`query` [b, h, d + e], result [b, h, d]."""
+        channels = new.value.shape[-1]
+        attended = self._attend_older(number, query[..., :channels], new, visibility, scale, key_bias)
         if visibility.exclude_self:
             return attended.output.to(query.dtype)
-        channels = query.shape[-1] - biased
+        if key_bias is not None and not key_bias.extra_channels:
+            channels -= 1  # the last one is a bias, without which the newest key is seen
         own_key = new.key[0, :, :, None, :channels].float()
-        score = (query.unflatten(1, (stop.shape[1], -1))[..., :channels].float() * own_key).sum(-1).flatten(
-            1
-        ) * scale
+        grouped = query.unflatten(1, (own_key.shape[1], -1))[..., :channels].float()
+        score = (grouped * own_key).sum(-1).flatten(1) * scale
         return paged.join(attended, score, new.value[0].float()).to(query.dtype)
+
+    def _attend_older(
+        self,
+        number: int,
+        query: Tensor,
+        new: Extension,
+        visibility: Visibility,
+        scale: float,
+        key_bias: KeyBias | None,
+    ) -> PagesAttended:
+        """Attention of `query` [b, h, d] to the slots.
+
+        Of the a newest slots only the oldest one is so far behind the query that it may be hidden from it:
+
+            a = 3      slots    0 1 2 3 4 5 6   query
+                                o o o o h n n     Q           o, n: seen; h: not seen if it is hidden
+        """
+        stop, first = self._lengths[number], None
+        attend = partial(paged.attend_paged, query, self._memory.pages_of(number), scale=scale)
+        if visibility.window is not None:
+            first = stop - (visibility.window - 1)
+        if (
+            new.hides is None
+            or key_bias is None
+            or key_bias.first_biased(exclude_self=visibility.exclude_self) > key_bias.age
+        ):
+            return attend(self._work_of(number, visibility.window), first, stop)
+        after = (stop - (key_bias.age - 1)).clamp(min=0)
+        older = attend(self._work_of(number, None), None, (after - new.hides[0].long()).clamp(min=0))
+        if key_bias.age == 1:
+            return older
+        return paged.joined(older, attend(self._work_of(number, key_bias.age), after, stop))
 
     def _work_of(self, number: int, window: int | None) -> Work:
         """The chunks that hold what one token per row may see of a layer. Layers of equal lengths share
@@ -214,53 +248,57 @@ class PagedRows:
             start = placed[-1].layers.stop if placed else 0
             layers, extension = slice(start, start + len(part)), _together(part)
             before = self._memory.lengths[layers].index_select(1, self._rows).flatten(0, 1)
-            whole = None if tokens == 1 else self._memory.policy.whole(extension)
-            if whole is None and counted is None and extension.joins is None:
-                slots = before + torch.arange(tokens, device=before.device)[:, None, None]
-                placed.append(_Placed(layers, extension, slots, None, before + tokens))
-                continue
             repeated = None if counted is None else counted.repeat(len(part), 1)
-            written, slots = slots_of(extension, whole, repeated, before)
-            after = written.sum(0) + (before if extension.joins is None else before - extension.joins.long())
-            all_written = whole is None and counted is None
-            placed.append(_Placed(layers, extension, slots, None if all_written else written, after))
+            edit = edit_of(extension, self._key_bias, repeated, before)
+            placed.append(_Placed(layers, extension, before, edit))
         return placed
 
     def _on_host(self, placed: Sequence[_Placed], counted: Tensor | None) -> tuple[Integers, Integers]:
         """Slots [l, b, g] afterwards, and new tokens [b]; asks the device at most once."""
-        before, tokens = self._memory.tables.lengths[:, self._sequences], len(placed[0].slots)
-        if counted is None and placed[0].written is None and placed[0].extension.joins is None:
+        before, tokens = self._memory.tables.lengths[:, self._sequences], len(placed[0].extension.key)
+        if counted is None and placed[0].edit.written is None and placed[0].extension.hides is None:
             return before + tokens, np.full(len(self._sequences), tokens)
         added = torch.full_like(self._rows, tokens) if counted is None else counted.sum(1)
-        answer = torch.cat([*(part.lengths.flatten() for part in placed), added]).cpu().numpy()
+        answer = torch.cat([*(part.edit.lengths.flatten() for part in placed), added]).cpu().numpy()
         return answer[: before.size].reshape(before.shape), answer[before.size :]
 
     def _write(self, part: _Placed) -> None:
         """Write to the pages that the tables have by now."""
-        memory, page_size = self._memory, self._memory.page_size
-        slots = part.slots if part.written is None else part.slots.clamp(min=0)
-        page = memory.tables.table.view(-1)[
-            self._begin[part.layers].flatten(0, 1) + slots // page_size
-        ].long()
-        if part.written is not None:
-            page = page.where(part.written, 0)
-        key, value = part.extension.key, part.extension.value
-        if part.written is not None or (memory.windowed and len(slots) > 1):
-            # What is not kept, or has slid out of a window within these tokens, goes to page 0, which stays
-            # zeros.
+        memory, written = self._memory, part.edit.written
+        slots = part.edit.slots if written is None else part.edit.slots.clamp(min=0)
+        page, place = self._places(part.layers, slots)
+        key, value = stored_key(part.extension.key, self._key_bias), part.extension.value
+        if part.edit.moved:
+            old = self._places(part.layers, newest_slots(part.edit, part.before))[1]
+            key, value = (
+                # [m * l * b * g, d] to [m, l * b, g, d], in front of [s, l * b, g, d]
+                torch.cat((pool.flatten(0, 1)[old.flatten()].unflatten(0, old.shape), new))
+                for pool, new in ((memory.pool.key, key), (memory.pool.value, value))
+            )
+        if written is not None or (memory.windowed and len(slots) > 1):
+            # What is not kept, or has slid out of a window within these tokens, goes to page 0, which stays zeros.
+            page = page if written is None else page.where(written, 0)
+            place = place.where(page > 0, 0)
             key, value = (tensor.masked_fill((page == 0)[..., None], 0) for tensor in (key, value))
-        place = (page * page_size + slots % page_size).flatten()
         for pool, tensor in ((memory.pool.key, key), (memory.pool.value, value)):
-            pool.view(-1, pool.shape[-1]).index_copy_(0, place, tensor.flatten(0, 2))
+            pool.view(-1, pool.shape[-1]).index_copy_(0, place.flatten(), tensor.flatten(0, 2))
+
+    def _places(self, layers: slice, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Pages of `slots` [n, l * b, g], 0 where there is none, and where the slots lie in the pool."""
+        size = self._memory.page_size
+        # [l, b, g] to [l * b, g]
+        begin = self._begin[layers].flatten(0, 1)
+        page = self._memory.tables.table.view(-1)[begin + slots // size].long()
+        return page, page * size + slots % size
 
 
 def _together(layers: Sequence[Extension]) -> Extension:
     """Several layers' as one with more rows, those of the first layer first; without state."""
     if len(layers) == 1:
         return layers[0]._replace(state=None)
-    joins = [layer.joins for layer in layers if layer.joins is not None]
+    hides = [layer.hides for layer in layers if layer.hides is not None]
     return Extension(
         torch.cat([layer.key for layer in layers], 1),
         torch.cat([layer.value for layer in layers], 1),
-        torch.cat(joins) if joins else None,
+        torch.cat(hides, 1) if hides else None,
     )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lckv.attention import parts
+from lckv.attention.key_bias import KeyBias
 from lckv.attention.visibility import Visibility
 from lckv.policies.base import Extension, KVPolicy
 from lckv.rope import rotate, rotation
@@ -65,13 +66,13 @@ class StreamingCache:
         with the window in tokens. `frequencies` are RoPE's (`lckv.rope.inverse_frequencies`). A query sees
         the first `sinks` tokens and the newest `window`, its own included.
 
-        Raises ValueError for another KV policy than dense, and for sizes out of range.
+        Raises ValueError for a KV policy that does not keep every token, and for sizes out of range.
         """
-        if policy.name != "dense":
+        if not policy.traits.keeps_every_token:
             raise ValueError(
-                f"compression.policy.name is {policy.name}; streaming with attention sinks drops single "
-                "tokens, which merged ones are not "
-                "any more: generate within the model's context instead, or use a model without merging."
+                f"the KV policy is {policy.name}; streaming with attention sinks drops single tokens, which needs a policy "
+                "that keeps every token in a slot of its own: generate within the model's context instead, or use a model "
+                "with such a policy."
             )
         for name, size, least in (("rows", rows, 1), ("sinks", sinks, 0), ("window", window, 1)):
             if size < least:
@@ -119,7 +120,7 @@ class StreamingCache:
         visibility: Visibility,
         *,
         scale: float,
-        biased: bool,
+        key_bias: KeyBias | None,
     ) -> Tensor:
         """See `KVCache`."""
         kept, tokens = self._layers[layer], query.shape[2]
@@ -152,7 +153,7 @@ class StreamingCache:
             if sinks:
                 behind = _between(sink, torch.zeros_like(oldest), token[:, block] - window)
                 groups.append(parts.Part(turned[:, :, block], sink_key, sink_value, behind))
-            outputs.append(parts.attend(groups, scale))
+            outputs.append(parts.attend_parts(groups, scale))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
     @torch.no_grad()

@@ -80,13 +80,14 @@ class Engine:
             max_tokens=context,
         )
         context = min(context, self.cache.max_tokens + 1)  # the last token need not be computed
-        merges = model.model.policy.biases_keys  # what of a text is kept is then not known before
+        # Otherwise what of a text is kept is not known before.
+        keeps_all = model.model.policy.traits.keeps_every_token
         self.limits = Limits(
             vocabulary=model.config.vocab_size,
             context=context,
             prompt_tokens=min(context - 1, max_prompt_tokens or context),
             pages=self.cache.pages,
-            pool_tokens=context if merges else longest_sequence(self.cache, context),
+            pool_tokens=longest_sequence(self.cache, context) if keeps_all else context,
             has_tokenizer=tokenizer is not None,
         )
         self._ends = end_tokens(model)

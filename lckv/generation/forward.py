@@ -30,7 +30,7 @@ class Forward:
         decoder = model.model
         self.iterated = decoder.layer_types.any_cyclic
         self._passes = decoder.forward_passes + decoder.backward_passes
-        self._biased = decoder.policy.biases_keys
+        self._key_bias = decoder.policy.traits.key_bias
         self.compression_ratio = 1.0
         """Tokens per slot of all open sequences after the last call; see `PagedCache.compression_ratio`."""
 
@@ -72,5 +72,7 @@ class Forward:
             return None, None
         if self._tolerance == 0:
             return Iteration(self._passes), None
-        settling = Settling(self._tolerance, self._passes, rows, counted, biased=self._biased, device=device)
+        settling = Settling(
+            self._tolerance, self._passes, rows, counted, key_bias=self._key_bias, device=device
+        )
         return Iteration(self._passes, settling), settling

@@ -8,7 +8,6 @@ import torch
 from lckv.cache.cost import CacheModel
 from lckv.cache.paged import PagedCache
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
-from lckv.policies.build import build_policy
 
 _SHARE_OF_FREE_GPU_MEMORY = 0.8
 """The rest is for activations."""
@@ -38,7 +37,7 @@ def paged_cache(
     make = partial(
         PagedCache,
         layers=layer_types.kv_layers,
-        policy=build_policy(compression.policy),
+        policy=compression.policy.build(),
         windows=compression.windows(config.num_hidden_layers),
         kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
@@ -69,8 +68,8 @@ def paged_cache(
 
 
 def longest_sequence(cache: PagedCache, most: int) -> int:
-    """Tokens, at most `most`, of the longest sequence that has room in an empty `cache` if nothing is
-    merged."""
+    """Tokens, at most `most`, of the longest sequence that has room in an empty `cache` if every token is
+    kept."""
     sequence = cache.open()
     try:
         return bisect_right(

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lckv.attention.key_bias import KeyBias
 from lckv.policies.base import Extension
 
 DEFAULT_TOLERANCE = 0.05
@@ -34,14 +35,14 @@ class Settling:
         rows: int,
         counted: Tensor | None,
         *,
-        biased: bool,
+        key_bias: KeyBias | None,
         device: torch.device,
     ) -> None:
         """`tolerance`: the largest relative change (of the root mean square over a row's tokens, of the keys
         or the values of any shared layer) that counts as none. `passes`: at most so many. `counted` bool [b,
-        s]: tokens that are not padding; None: all. `biased`: channel d - 1 of keys is a bias of hard
-        decisions, which have to be the same."""
-        self._tolerance, self._biased = tolerance, biased
+        s]: tokens that are not padding; None: all. `key_bias`: the last channel of keys is a bias of
+        hard decisions, which have to be the same."""
+        self._tolerance, self._biased = tolerance, key_bias is not None
         self._counted = None if counted is None else counted.transpose(0, 1)[:, :, None, None]
         self._layers: tuple[int, ...] = ()
         self._settled = torch.zeros(rows, dtype=torch.bool, device=device)
@@ -91,5 +92,5 @@ def _keep(rows: Tensor, before: Extension, after: Extension) -> None:
     """Write what some rows (bool [b]) had before over what they have now."""
     for old, new in zip(before[:2], after[:2], strict=True):
         new.copy_(torch.where(rows[:, None, None], old, new))
-    if before.joins is not None and after.joins is not None:
-        after.joins.copy_(torch.where(rows[:, None], before.joins, after.joins))
+    if before.hides is not None and after.hides is not None:
+        after.hides.copy_(torch.where(rows[:, None], before.hides, after.hides))

@@ -8,7 +8,6 @@ from transformers import Cache
 
 from lckv.cache.contiguous import ContiguousCache
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
-from lckv.policies.build import build_policy
 
 
 class LCKVCache(Cache):
@@ -47,8 +46,8 @@ class LCKVCache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         compression = self._config.compression_config()
-        num_layers, policy = self._config.num_hidden_layers, build_policy(compression.policy)
-        self._merges, self._columns = policy.biases_keys, 0
+        num_layers, policy = self._config.num_hidden_layers, compression.policy.build()
+        self._croppable, self._columns = policy.traits.keeps_every_token, 0
         self.slots = ContiguousCache(
             compression.map(num_layers).kv_layers, policy, compression.windows(num_layers)
         )
@@ -68,8 +67,8 @@ class LCKVCache(Cache):
             self.slots.select_rows(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens (given as a negative number). Raises ValueError where tokens were merged
-        or dropped."""
+        """Forget the newest tokens (given as a negative number). Raises ValueError where tokens were merged or
+        dropped."""
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}."
@@ -95,5 +94,5 @@ class LCKVCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether the newest tokens can be forgotten again: not where tokens are merged."""
-        return not self._merges
+        """Whether the newest tokens can be forgotten again: only where every token is kept."""
+        return self._croppable

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from lckv.config import CompressionConfig
-from lckv.policies.build import build_policy
+from lckv.errors import SettingError
 from lckv.rope import LinearScaling, Llama3Scaling
 
 _PUBLISHED_FIELDS = ("layer_types", "forward_passes", "backward_passes", "sliding_window", "force_nodiag")
@@ -46,7 +46,7 @@ class LCKVLlamaConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = [  # noqa: RUF012 - transformers reads it
         "past_key_values",
         "auxiliary_loss",
-        "merge_rates",
+        "statistics",
     ]
 
     vocab_size: int = 32000
@@ -95,13 +95,14 @@ class LCKVLlamaConfig(PreTrainedConfig):
         published = {name: kwargs.pop(name) for name in _PUBLISHED_FIELDS if name in kwargs}
         self.compression = self._compression(self.compression, published)
         super().__post_init__(**kwargs)
-        problems = [*self._problems(), *self.compression_config().problems(self.num_hidden_layers)]
+        of_compression = self.compression_config().problems(self.num_hidden_layers)
+        problems = [*self._problems(), *(str(problem.under("compression")) for problem in of_compression)]
         if problems:
             raise ValueError("\n".join(problems))
 
     def compression_config(self) -> CompressionConfig:
         """The field `compression` as the dataclass."""
-        return CompressionConfig.from_dict(self.compression or {})
+        return _compression_config(self.compression or {})
 
     def rope_scaling_config(self) -> Llama3Scaling | LinearScaling | None:
         """The scaling in `rope_parameters`, for `lckv.rope`."""
@@ -130,7 +131,7 @@ class LCKVLlamaConfig(PreTrainedConfig):
                 "of this name, a list of attention kinds, has no meaning here: mark layers with a window by "
                 "an 's' in the map.)"
             )
-        return asdict(CompressionConfig.from_dict(fields))
+        return asdict(_compression_config(fields))
 
     def _problems(self) -> Iterator[str]:
         if self.hidden_act != "silu":
@@ -143,10 +144,16 @@ class LCKVLlamaConfig(PreTrainedConfig):
             )
         if self.head_dim % 2:
             yield f"head_dim is {self.head_dim}; it must be even."
-        if self.attention_dropout > 0 and build_policy(self.compression_config().policy).biases_keys:
+        policy = self.compression_config().policy
+        if self.attention_dropout > 0 and not policy.traits.dropout:
             yield (
-                f"attention_dropout is {self.attention_dropout}; it must be 0 where tokens are merged "
-                "(compression.policy.name dmc)."
+                f"attention_dropout is {self.attention_dropout}; it must be 0 with the policy {policy.name} "
+                "(compression.policy), whose keys carry a bias."
+            )
+        if self.head_dim < policy.traits.min_head_dim:
+            yield (
+                f"head_dim is {self.head_dim}; it must be at least {policy.traits.min_head_dim} with the policy {policy.name} "
+                "(compression.policy)."
             )
         yield from self._rope_problems()
 
@@ -160,3 +167,11 @@ class LCKVLlamaConfig(PreTrainedConfig):
             yield f"rope_parameters of rope_type {kind} lack {', '.join(missing)}."
         if parameters.get("partial_rotary_factor", 1.0) != 1.0:
             yield "rope_parameters.partial_rotary_factor must be 1: all channels of a head are rotated."
+
+
+def _compression_config(content: Mapping[str, Any]) -> CompressionConfig:
+    """Raises SettingError, whose fields have the names that they have in config.json."""
+    try:
+        return CompressionConfig.from_dict(content)
+    except SettingError as error:
+        raise error.under("compression") from None

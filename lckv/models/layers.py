@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from lckv.attention.backends import Attend, choose
 from lckv.attention.visibility import Visibility
 from lckv.cache.base import KVCache
+from lckv.errors import UnsupportedError
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.policies.base import Extension, Statistics, TokenContext
-from lckv.policies.build import build_policy
 
 _BACKENDS = {"eager": "reference", "sdpa": "sdpa", "flash_attention_2": "flash"}
 """Hugging Face's names of attention implementations, and those of `lckv.attention`."""
@@ -49,7 +49,7 @@ class LCKVLlamaAttention(nn.Module):
         layer = layer_types[layer_idx]
         self.config, self.layer_idx, self.source = config, layer_idx, layer.source
         self.computes_kv = layer_idx in layer_types.kv_layers
-        self.policy = build_policy(compression.policy)
+        self.policy = compression.policy.build()
         self.visibility = Visibility(*compression.sight(layer))
         self.head_dim, self.kv_heads, hidden = config.head_dim, config.num_key_value_heads, config.hidden_size
         width, kv_width = (heads * self.head_dim for heads in (config.num_attention_heads, self.kv_heads))
@@ -65,11 +65,11 @@ class LCKVLlamaAttention(nn.Module):
 
     def forward(
         self, hidden_states: Tensor, source: Extension | None, tokens: Tokens
-    ) -> tuple[Tensor, Extension | None, Statistics | None]:
+    ) -> tuple[Tensor, Extension | None, Statistics]:
         """Attend from [b, s, hidden] to `source`, or to the layer's own keys and values; they and their
         statistics are returned."""
         query = self._heads("q", hidden_states)
-        own, statistics = self.keys_values(hidden_states, tokens, query) if self.computes_kv else (None, None)
+        own, statistics = self.keys_values(hidden_states, tokens, query) if self.computes_kv else (None, ())
         reads = own if source is None else source
         if reads is None:
             raise ValueError(
@@ -82,20 +82,21 @@ class LCKVLlamaAttention(nn.Module):
 
     def keys_values(
         self, hidden_states: Tensor, tokens: Tokens, query: Tensor | None = None
-    ) -> tuple[Extension, Statistics | None]:
-        """The layer's keys and values from [b, s, hidden]; `query` [s, b, h, d] saves projecting it where the
-        policy reads it."""
-        if query is None and self.policy.reads_query:
+    ) -> tuple[Extension, Statistics]:
+        """The layer's keys and values from [b, s, hidden]; `query` [s, b, h, d] saves projecting it where the policy reads
+        it. There are no statistics where there is a cache."""
+        reads_query = self.policy.traits.reads_query
+        if query is None and reads_query:
             query = self._heads("q", hidden_states)
         key, value, context = (
             self._heads("k", hidden_states),
             self._heads("v", hidden_states),
             tokens.contexts[self.layer_idx],
         )
-        query = query if self.policy.reads_query else None
+        query = query if reads_query else None
         if tokens.cache is not None:
             state = None if tokens.past is None else tokens.past.state(self.layer_idx)
-            return self.policy.extend(state, key, value, query, context), None
+            return self.policy.extend(state, key, value, query, context), ()
         own, statistics = self.policy.keys_values(key, value, query, context)
         return Extension(*own), statistics
 
@@ -106,16 +107,16 @@ class LCKVLlamaAttention(nn.Module):
         return (heads if norm is None else norm(heads)).transpose(0, 1)
 
     def _attend(self, query: Tensor, reads: Extension, tokens: Tokens) -> Tensor:
-        scale, biased = self.head_dim**-0.5, self.policy.biases_keys
+        scale, key_bias = self.head_dim**-0.5, self.policy.traits.key_bias
         if tokens.past is not None:
             return tokens.past.attend(
-                self.source, query, reads, tokens.counted, self.visibility, scale=scale, biased=biased
+                self.source, query, reads, tokens.counted, self.visibility, scale=scale, key_bias=key_bias
             )
         visibility = replace(self.visibility, documents=tokens.contexts[self.layer_idx].documents)
         dropout = self.config.attention_dropout if self.training else 0.0
         key, value = (tensor.permute(1, 2, 0, 3) for tensor in (reads.key, reads.value))
         return self._backend(query)(
-            query, key, value, visibility, scale=scale, dropout=dropout, biased=biased
+            query, key, value, visibility, scale=scale, dropout=dropout, key_bias=key_bias
         )
 
     def _backend(self, query: Tensor) -> Attend:
@@ -124,10 +125,12 @@ class LCKVLlamaAttention(nn.Module):
             raise ValueError(f"attn_implementation is {name!r}; this model has {', '.join(_BACKENDS)}.")
         try:
             return choose(
-                _BACKENDS[name], device=query.device, dtype=query.dtype, head_dim=self.head_dim
+                _BACKENDS[name], device=query.device, dtype=query.dtype, head_dim=query.shape[-1]
             ).attend
-        except ValueError as error:
-            raise ValueError(f"attn_implementation is {name!r} and cannot be used here: {error}") from error
+        except UnsupportedError as error:
+            raise ValueError(
+                f"attn_implementation is {name!r}, but {error.obstacle}. Set attn_implementation to sdpa."
+            ) from error
 
 
 class LCKVLlamaMLP(nn.Module):
@@ -145,8 +148,10 @@ class LCKVLlamaMLP(nn.Module):
 
 
 _Flat = tuple[Tensor | None, ...]
-"""Hidden states, then the fields of the layer's own `Extension`, then its merge rate: what checkpointing can
-pass on."""
+"""Hidden states, then the fields of the layer's own `Extension`, then its statistics: what checkpointing can pass on."""
+
+
+_NO_EXTENSION = (None,) * len(Extension._fields)
 
 
 class LCKVLlamaDecoderLayer(nn.Module):
@@ -170,9 +175,9 @@ class LCKVLlamaDecoderLayer(nn.Module):
         use."""
         if part == "keys_values":
             own, statistics = self.self_attn.keys_values(self.input_layernorm(hidden_states), tokens)
-            return hidden_states, *own, *(statistics or (None,))
+            return hidden_states, *own, *statistics
         own_or_none: Extension | None = None
-        statistics = None
+        statistics = ()
         if part == "all":
             reads = Extension(*source) if source else None  # type: ignore[arg-type]
             output, own_or_none, statistics = self.self_attn(
@@ -182,7 +187,7 @@ class LCKVLlamaDecoderLayer(nn.Module):
         elif self.self_attn.computes_kv:
             own_or_none, statistics = self.self_attn.keys_values(self.input_layernorm(hidden_states), tokens)
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states, *(own_or_none or (None,) * 4), *(statistics or (None,))
+        return hidden_states, *(own_or_none or _NO_EXTENSION), *statistics
 
 
 class PlannedLayers:
@@ -211,7 +216,7 @@ class PlannedLayers:
             self._hidden_states.append(hidden_states)
         if kept and own is not None and self._tokens.cache is not None:
             self.kept[index] = own
-        if kept and statistics is not None:
+        if kept and statistics:
             self.statistics[index] = statistics
         return hidden_states, own
 
@@ -232,12 +237,16 @@ class PlannedLayers:
         """Keys and values before the first pass."""
         attention = self._layers[0].self_attn
         rows, tokens = hidden_states.shape[:2]
-        zeros = hidden_states.new_zeros(tokens, rows, attention.kv_heads, attention.head_dim)
-        return Extension(zeros, zeros)
+        key_bias, shape = attention.policy.traits.key_bias, (tokens, rows, attention.kv_heads)
+        extra = 0 if key_bias is None else key_bias.extra_channels
+        return Extension(
+            hidden_states.new_zeros(*shape, attention.head_dim + extra),
+            hidden_states.new_zeros(*shape, attention.head_dim),
+        )
 
 
-def _unflat(flat: _Flat) -> tuple[Tensor, Extension | None, Statistics | None]:
-    hidden_states, key, value, joins, state, merge_rate = flat
+def _unflat(flat: _Flat) -> tuple[Tensor, Extension | None, Statistics]:
+    hidden_states, key, value, hides, state, *statistics = flat
     assert hidden_states is not None
-    own = None if key is None or value is None else Extension(key, value, joins, state)
-    return hidden_states, own, None if merge_rate is None else Statistics(merge_rate)
+    own = None if key is None or value is None else Extension(key, value, hides, state)
+    return hidden_states, own, tuple(tensor for tensor in statistics if tensor is not None)

@@ -22,8 +22,7 @@ from lckv.models.cache import LCKVCache
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.layers import LCKVLlamaDecoderLayer, PlannedLayers, Tokens
 from lckv.models.tokens import counted_tokens, documents_of, positions
-from lckv.policies.base import Extension, TokenContext
-from lckv.policies.build import build_policy
+from lckv.policies.base import Extension, TokenContext, statistics_by_name
 from lckv.rope import inverse_frequencies, rotate, rotation
 from lckv.sharing.execution import State, run_steps
 from lckv.sharing.plan import Step, iteration_plan
@@ -45,9 +44,9 @@ class LCKVOutput(ModelOutput):
     """[b, s, hidden], normalised."""
     auxiliary_loss: Tensor | None = None
     """float32 []: the KV policy's, mean over rows."""
-    merge_rates: Tensor | None = None
-    """float32 [KV-computing layers, b, g]: share of tokens that were merged; None without merging or with a
-    cache."""
+    statistics: dict[str, Tensor] | None = None
+    """What the KV policy reports, by name: each float32 [layers that compute keys and values, b, g]. None where it reports
+    nothing, and with a cache."""
     passes: int | None = None
     """Passes that were run over the iterated groups of layers."""
 
@@ -86,7 +85,7 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         compression = config.compression_config()
         self.layer_types = compression.map(config.num_hidden_layers)
-        self.policy = build_policy(compression.policy)
+        self.policy = compression.policy.build()
         self.forward_passes, self.backward_passes = compression.forward_passes, compression.backward_passes
         self.steps = compression.plan(config.num_hidden_layers)
         self.single_pass = iteration_plan(self.layer_types, 0, 1)
@@ -139,9 +138,8 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
             return None
         if self.training and torch.is_grad_enabled():
             raise ValueError(
-                "use_cache is set, or past_key_values given, in training; what is in a cache has no "
-                "gradient, and merging is decided "
-                "without noise there: leave them out, or call model.eval()."
+                "use_cache is set, or past_key_values given, in training; what is in a cache has no gradient, and a KV policy "
+                "decides without noise there: leave them out, or call model.eval()."
             )
         return LCKVCache(self.config) if given is None else given
 
@@ -177,9 +175,13 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         if states is not None:
             output.hidden_states = (*states[:-1], last)
         if layers.statistics:
-            rates = torch.stack([layers.statistics[layer].merge_rate for layer in self.layer_types.kv_layers])
-            output.merge_rates = rates.detach()
-            loss = self.policy.auxiliary_loss(rates.mean((0, 2)), 1.0)
+            of_layers = [layers.statistics[layer] for layer in self.layer_types.kv_layers]
+            # Of each statistic [KV layers, b, g].
+            statistics = [torch.stack(tensors) for tensors in zip(*of_layers, strict=True)]
+            output.statistics = dict(
+                statistics_by_name(self.policy, [tensor.detach() for tensor in statistics])
+            )
+            loss = self.policy.auxiliary_loss([tensor.mean((0, 2)) for tensor in statistics], 1.0)
             output.auxiliary_loss = None if loss is None else loss.mean()
         return output
 
@@ -218,6 +220,7 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
             documents,
             None if counted is None else counted.transpose(0, 1),
             training=self.training,
+            positions=position_ids.transpose(0, 1),
         )
         contexts = dict.fromkeys(range(len(self.layers)), context)
         if self.training:
@@ -300,7 +303,7 @@ class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
             output.past_key_values,
             output.hidden_states,
             auxiliary_loss=output.auxiliary_loss,
-            merge_rates=output.merge_rates,
+            statistics=output.statistics,
         )
         return (
             result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
@@ -321,10 +324,10 @@ class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
                 "of its own kind, which is "
                 "small already: leave it out."
             )
-        if generation_mode == GenerationMode.ASSISTED_GENERATION and self.model.policy.biases_keys:
+        if generation_mode == GenerationMode.ASSISTED_GENERATION and not self.model.policy.traits.keeps_every_token:
             raise ValueError(
-                "assisted decoding forgets the tokens that it rejects, which is impossible once they are "
-                "merged (compression.policy): "
+                "assisted decoding forgets the tokens that it rejects, which is impossible with the policy "
+                f"{self.model.policy.name} (compression.policy), since it does not keep every token in a slot of its own: "
                 "leave out assistant_model and prompt_lookup_num_tokens."
             )
         given = model_kwargs.get("past_key_values")

@@ -1,39 +1,49 @@
 """What a KV policy is: the rule that says what is kept of the keys and values along the sequence.
 
-A policy stands between the projections of a layer and its attention. The layer that computes keys and values
-asks it once per pass; every layer that reads them gets the result as tensors. A policy keeps no tensors: what
-it needs later it returns.
+A policy stands between the projections of a layer and its attention. The layer that computes keys and values asks it
+once per pass; every layer that reads them gets the result as tensors. A policy keeps no tensors: what it needs later it
+returns. What follows from its settings alone is said by `PolicyConfig` (`config.py`).
 
-Shapes: b batch rows, s tokens, h query heads, g KV heads (those of this rank), d channels of a head, n slots.
+Shapes: b batch rows, s tokens, h query heads, g KV heads (those of this rank), d channels of a head, e extra channels
+and a age of the policy's `KeyBias` (0 without one).
 """
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from lckv.attention.visibility import Documents
+from lckv.policies.config import PolicyConfig, Traits
 
 
 class KeyValue(NamedTuple):
     """What readers of a layer attend to."""
 
     key: Tensor
-    """[s, b, g, d], rotated to absolute positions. Where the policy biases keys, channel d - 1 is the
-    bias."""
+    """[s, b, g, d + e], rotated to absolute positions. Where the policy biases keys, the last channel is the bias."""
 
     value: Tensor
     """[s, b, g, d]."""
 
 
-class Statistics(NamedTuple):
-    """What a layer's policy reports of one micro-batch, as tensors through which its auxiliary loss is
-    differentiated."""
+@dataclass(frozen=True)
+class Statistic:
+    """A number that a policy reports of every layer, row and KV head."""
 
-    merge_rate: Tensor
-    """float32 [b, g]: share of the row's tokens that were merged instead of appended, in 0 .. 1."""
+    name: str
+    """Under which it is logged: NAME/layer_0/head_0."""
+
+    text: str
+    """What it is, for the axis of a picture."""
+
+
+Statistics = tuple[Tensor, ...]
+"""What a layer's policy reports of one micro-batch: a float32 tensor [b, g] for each of `KVPolicy.statistics`, through
+which the auxiliary loss is differentiated."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +57,7 @@ class TokenContext:
     """Document boundaries; None: every row is one document."""
 
     counted: Tensor | None = None
-    """bool [s, b]: tokens that are not padding; None: all. Padding neither merges nor counts."""
+    """bool [s, b]: tokens that are not padding; None: all. Padding is never seen and does not count."""
 
     noise: Tensor | None = None
     """What `KVPolicy.draw_noise` returned for this layer and micro-batch, KV heads of this rank."""
@@ -58,69 +68,112 @@ class TokenContext:
     progress: float = 1.0
     """Share of training that is done, 0 .. 1."""
 
+    positions: Tensor | None = None
+    """int64 [s, b]: the tokens' positions."""
+
 
 class Extension(NamedTuple):
-    """What new tokens add to those that an inference cache holds."""
+    """What new tokens add to those that an inference cache holds.
+
+    A hidden token is dropped at age a: it is not seen by tokens that come a or more places behind it, and its slot is
+    gone once such a token is in the cache. That says all of a cache's verbs. Appending: nothing is hidden. Replacing the
+    newest (merging): a = 1, and the newest slot is hidden from the token that it was merged into. Eviction: a = 1 or more.
+    """
 
     key: Tensor
-    """[s, b, g, d] as in `KeyValue`, of the new tokens."""
+    """[s, b, g, d + e] as in `KeyValue`, of the new tokens; the bias of a hidden one is `HIDDEN`, of others 0."""
 
     value: Tensor
     """[s, b, g, d]."""
 
-    joins: Tensor | None = None
-    """bool [b, g]: the first new token is merged into the newest slot of the cache, which is hidden from
-    whoever sees that token, and replaced by the slot that it becomes. None: never."""
+    hides: Tensor | None = None
+    """bool [a, b, g]: which of the a newest slots of the cache, the oldest first, are hidden. None: none."""
 
     state: Tensor | None = None
-    """What `KVPolicy.extend` needs to know of these tokens when the next ones come: [n, b, g, c], n fixed.
-    None: nothing."""
+    """What `KVPolicy.extend` needs to know of these tokens when the next ones come: float32 [n, b, g, c], n and c fixed;
+    zeros stand for no tokens. None: nothing."""
 
 
-class KVPolicy(Protocol):
-    """A KV policy. Every sharing map works with every policy."""
+class ChannelRows(Protocol):
+    """The weights (and biases) of a model's projections, seen from the channels that they make."""
 
-    name: str
+    def __call__(self, kind: Literal["query", "key", "value"], channel: int) -> Iterator[Tensor]:
+        """Views of the rows that make channel `channel` of the heads of `kind`, on this rank: of every layer and head."""
+        ...
 
-    reads_query: bool
-    """Whether keys and values depend on the queries of the layer that computes them."""
 
-    biases_keys: bool
-    """Whether channel d - 1 of keys is a bias on their score and that of queries the constant that brings it
-    there; a query's newest visible key (its frontier) is seen without bias."""
+class KVPolicy(ABC):
+    """A KV policy; every sharing map works with every policy. The methods here are those of a policy without randomness,
+    losses and stages; a policy overrides what is different."""
+
+    statistics: tuple[Statistic, ...] = ()
+    """What `keys_values` reports, in this order."""
+
+    per_rank: bool = False
+    """Whether `auxiliary_loss` gets the means of the KV heads of each tensor-parallel rank by themselves."""
+
+    def __init__(self, config: PolicyConfig) -> None:
+        self.config = config
+
+    @property
+    def name(self) -> str:
+        """As in its settings."""
+        return self.config.name
+
+    @property
+    def traits(self) -> Traits:
+        """As its settings say."""
+        return self.config.traits
+
+    # On tensors.
 
     def draw_noise(self, shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> Tensor | None:
         """Randomness of one layer and micro-batch for `shape` [s, b, all KV heads], one seed per row.
 
-        It depends on nothing but the seeds, so that it is the same in every pass of the plan, in
-        recomputation, after a resume and in every layout. None if the policy is deterministic.
+        It depends on nothing but the seeds, so that it is the same in every pass of the plan, in recomputation, after a
+        resume and in every layout. None if the policy is deterministic.
         """
-        ...
+        return None
 
     def query(self, query: Tensor, context: TokenContext) -> Tensor:
-        """Queries [s, b, h, d] before RoPE to those that attend."""
-        ...
+        """Queries [s, b, h, d] before RoPE to those that attend, [s, b, h, d + e]."""
+        return context.rotate(query)
 
+    @abstractmethod
     def keys_values(
         self, key: Tensor, value: Tensor, query: Tensor | None, context: TokenContext
-    ) -> tuple[KeyValue, Statistics | None]:
-        """Keys and values [s, b, g, d] before RoPE to what readers attend to. `query` [s, b, h, d] before
-        RoPE is given iff `reads_query`."""
-        ...
+    ) -> tuple[KeyValue, Statistics]:
+        """Keys and values [s, b, g, d] before RoPE to what readers attend to. `query` [s, b, h, d] before RoPE is given
+        iff the traits say that it is read."""
 
+    @abstractmethod
     def extend(
         self, state: Tensor | None, key: Tensor, value: Tensor, query: Tensor | None, context: TokenContext
     ) -> Extension:
-        """As `keys_values` in evaluation, for tokens that follow those of a cache. `state` is that of the
-        extension before; None: there are no earlier tokens."""
-        ...
+        """As `keys_values` in evaluation, for tokens that follow those of a cache. `state` is that of the extension before;
+        None: there are no earlier tokens."""
 
-    def whole(self, extension: Extension) -> Tensor | None:
-        """bool [s, b, g]: new tokens whose entry is a whole slot, which is what the cache keeps; None:
-        all."""
-        ...
+    # In training.
 
-    def auxiliary_loss(self, merge_rate: Tensor, progress: float) -> Tensor | None:
-        """Loss of each row [b] from its merge rate [b], the mean over all layers and KV heads; None: no
-        loss."""
-        ...
+    def auxiliary_loss(self, means: Sequence[Tensor], progress: float) -> Tensor | None:
+        """Loss of each row [b] from the mean of each statistic over all layers and KV heads, each [b], or where `per_rank`
+        [b, ranks]; None: no loss."""
+        return None
+
+    def report(self, means: Sequence[Tensor], loss: float, progress: float | None) -> dict[str, float]:
+        """Numbers to log, by name, from the mean of each statistic over rows, each float64 [layers, KV heads], and from the
+        mean `loss` of rows. `progress`: share of training that is done; None: of an evaluation."""
+        return {}
+
+    def obstacle_in_weights(self, rows: ChannelRows, before: PolicyConfig) -> str | None:
+        """What keeps weights of a model of the policy `before` from going on with this one; None if nothing does."""
+        return None
+
+    def end_stage(self, rows: ChannelRows) -> str | None:
+        """Change weights in place when the stage is over. Returns what was done, for the log; None: nothing was."""
+        return None
+
+
+def statistics_by_name(policy: KVPolicy, values: Sequence[Any]) -> Mapping[str, Any]:
+    """One value for each statistic of `policy`, by the statistic's name."""
+    return {statistic.name: value for statistic, value in zip(policy.statistics, values, strict=True)}

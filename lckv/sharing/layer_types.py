@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from lckv.errors import Problem, SettingError
+
 _ENTRY = re.compile(r"(\d+)(s?)")
 
 
@@ -47,7 +49,7 @@ class LayerTypes:
     def parse(cls, text: str | None, num_layers: int) -> "LayerTypes":
         """Read a map for `num_layers` layers; None is the plain map.
 
-        Raises ValueError with the position of the entry that is wrong, the reason and the way out.
+        Raises SettingError with the position of the entry that is wrong, the reason and the way out.
         """
         if text is None:
             return cls.plain(num_layers)
@@ -55,29 +57,26 @@ class LayerTypes:
         layers = []
         column = 1
         for index, entry in enumerate(entries):
+            place = f"entry {index} (character {column})"
             match = _ENTRY.fullmatch(entry)
             if match is None:
-                shown = repr(entry) if entry else "empty"
-                raise ValueError(
-                    f"compression.layer_types {text!r}: entry {index} (character {column}) is {shown}; an "
-                    "entry is the index of "
-                    'the layer to read from, with an optional "s" for a sliding window, and entries are '
-                    'joined by "_".'
+                raise _misfit(
+                    text,
+                    f"{place} is {repr(entry) if entry else 'empty'}: an entry is the index of the layer to read from, with "
+                    'an optional "s" for a sliding window, and entries are joined by "_"',
                 )
             source = int(match[1])
             if source >= num_layers:
-                raise ValueError(
-                    f"compression.layer_types {text!r}: entry {index} (character {column}) reads layer "
-                    f"{source}, but the "
-                    f"model has layers 0 to {num_layers - 1} (model.num_layers is {num_layers})."
+                raise _misfit(
+                    text,
+                    f"{place} reads layer {source}, but the model has {num_layers} layers, 0 to {num_layers - 1}",
                 )
             layers.append(LayerType(index, source, bool(match[2])))
             column += len(entry) + 1
         if len(layers) != num_layers:
-            raise ValueError(
-                f"compression.layer_types {text!r} has {len(layers)} entries but model.num_layers is "
-                f"{num_layers}; "
-                "give one entry per layer."
+            raise _misfit(
+                text,
+                f"it has {len(layers)} entries but the model has {num_layers} layers: give one entry per layer",
             )
         return cls(tuple(layers))
 
@@ -119,3 +118,7 @@ class LayerTypes:
     def readers(self, source: int) -> tuple[int, ...]:
         """Layers that read the keys and values of layer `source`, ascending."""
         return tuple(layer.index for layer in self.layers if layer.source == source)
+
+
+def _misfit(text: str, obstacle: str) -> SettingError:
+    return SettingError([Problem("layer_types", repr(text), obstacle)])

@@ -4,21 +4,19 @@ each rank holds."""
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import is_main_replica
+from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factory_merges, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelLoadStrategyWrapper,
-    FullyParallelSaveStrategyWrapper,
-)
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, MegatronOptimizer
 from megatron.core.utils import unwrap_model
@@ -28,15 +26,13 @@ from megatron_ext.atomic import write_file
 from megatron_ext.checkpointing.agreement import Agreement
 from megatron_ext.checkpointing.errors import MismatchError
 from megatron_ext.checkpointing.strategies import (
-    BACKEND,
-    VERSION,
-    DirectSave,
-    SafeCommonLoad,
-    SafeLoad,
+    State,
+    read_common,
     read_contents,
+    read_shards,
+    write_shards,
 )
-
-State = dict[str, Any]
+from megatron_ext.mcore import keep_learning_rates, load_in_parallel, save_in_parallel
 
 _BYTES_PER_ENTRY = 4096
 """Zip header, padding and table of contents of one tensor; generous."""
@@ -87,8 +83,8 @@ def bytes_to_write(sharded: State) -> int:
 def write_state(ranks: Agreement, checkpoint: Path, sharded: State, common: State) -> None:
     """Writes the files of Megatron's format into the folder. Data-parallel ranks share what they hold copies
     of."""
-    strategy = FullyParallelSaveStrategyWrapper(DirectSave(ranks.group), _data_group())
-    ranks.everywhere("write tensors", lambda: strategy.save(sharded, checkpoint))
+    write = partial(write_shards, group=ranks.group)
+    ranks.everywhere("write tensors", lambda: save_in_parallel(write, sharded, checkpoint, _data_group()))
     ranks.on_first("write common.pt", lambda: write_common(checkpoint, common))
 
 
@@ -97,23 +93,25 @@ def write_common(checkpoint: Path, common: State) -> None:
     content = io.BytesIO()  # into a file, torch would hide that the disk is full
     torch.save(common, content)
     write_file(checkpoint / COMMON_STATE_FNAME, content.getvalue())
-    save_config(CheckpointingConfig(BACKEND, VERSION), str(checkpoint))
+    save_config(CheckpointingConfig("torch_dist", 1), str(checkpoint))
 
 
 def read_state(ranks: Agreement, checkpoint: Path, state: State) -> State:
     """Fills the tensors of `state` from a checkpoint, whatever layout it was saved from, and returns it with
     the common part."""
-    strategy = FullyParallelLoadStrategyWrapper(SafeLoad(ranks.group), _data_group())
-    return ranks.everywhere(
-        "read tensors",
-        lambda: dist_checkpointing.load(
-            state,
-            str(checkpoint),
-            sharded_strategy=strategy,
-            common_strategy=SafeCommonLoad(),
-            validate_access_integrity=False,
-        ),
-    )
+
+    def read() -> State:
+        sharded, plain, factories = load_preprocess(state)
+        sharded, _ = extract_sharded_base(sharded)
+        whole = read_common(checkpoint)
+        merge(whole, plain)
+        merge(
+            whole,
+            load_in_parallel(partial(read_shards, group=ranks.group), sharded, checkpoint, _data_group()),
+        )
+        return apply_factory_merges(whole, factories)
+
+    return ranks.everywhere("read tensors", read)
 
 
 def apply_state(state: State, model: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None) -> None:
@@ -130,6 +128,7 @@ def apply_state(state: State, model: Sequence[torch.nn.Module], optimizer: Megat
         leaves = _leaves(optimizer)
         for i, leaf in enumerate(leaves):
             leaf_state = state["optimizer"] if len(leaves) == 1 else state["optimizer"][i]
+            keep_learning_rates(leaf_state, leaf)
             if isinstance(leaf, DistributedOptimizer):
                 _load_distributed_optimizer(leaf, leaf_state)
             else:

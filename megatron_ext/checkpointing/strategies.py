@@ -29,8 +29,7 @@ import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, is_main_replica
-from megatron.core.dist_checkpointing.strategies.base import LoadShardedStrategy, SaveShardedStrategy
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreLoadPlanner,
     MCoreSavePlanner,
@@ -40,8 +39,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from megatron_ext.checkpointing.errors import DamagedCheckpointError, disk_full_in
 
-BACKEND = "torch_dist"
-VERSION = 1
+State = dict[str, Any]
 
 _UNPICKLING_ERRORS = (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, LookupError)
 
@@ -65,85 +63,48 @@ _CLASSES_OF_CONTENTS = {
 }
 
 
-class DirectSave(SaveShardedStrategy):
-    """Every rank writes what it is the main owner of, in its own process. A failure on one rank is raised on
-    all."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        super().__init__(BACKEND, VERSION)
-        self._group = group
-
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-        """Writes the tensors and objects; see the base class."""
-        entries = [entry for entry in nested_values(sharded_state_dict) if is_main_replica(entry.replica_id)]
-        dcp.save(
-            mcore_to_pyt_state_dict(_by_key(entries)),
-            storage_writer=_Writer(checkpoint_dir, sync_files=True, thread_count=1),
-            planner=MCoreSavePlanner(flatten_state_dict=False),
-            process_group=self._group,
-        )
-
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        """Objects go into the same files as tensors."""
-        return True
+def write_shards(state: State, checkpoint: Path, group: dist.ProcessGroup) -> None:
+    """Writes what this rank is the main owner of in a sharded state. A failure on one rank of `group` is
+    raised on all."""
+    entries = [entry for entry in nested_values(state) if is_main_replica(entry.replica_id)]
+    dcp.save(
+        mcore_to_pyt_state_dict(_by_key(entries)),
+        storage_writer=_Writer(checkpoint, sync_files=True, thread_count=1),
+        planner=MCoreSavePlanner(flatten_state_dict=False),
+        process_group=group,
+    )
 
 
-class SafeLoad(LoadShardedStrategy):
-    """Every rank reads what it needs, straight into the tensors of the sharded state dict."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        super().__init__()
-        self._group = group
-
-    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> dict[str, Any]:
-        """Reads the tensors and objects; see the base class."""
-        by_key = _by_key(list(nested_values(sharded_state_dict)))
-        tensors = [entries[0] for entries in by_key.values() if isinstance(entries[0], ShardedTensor)]
-        flat = mcore_to_pyt_state_dict(by_key, is_loading=True)
-        planner = _SafePlanner(
-            shapes_validation_sharded_tensors=[
-                tensor for tensor in tensors if not tensor.allow_shape_mismatch
-            ],
-            allow_shape_mismatch_sharded_tensors={
-                tensor.key: tensor for tensor in tensors if tensor.allow_shape_mismatch
-            },
-            flatten_state_dict=False,
-            flatten_sharded_tensors=False,
-        )
-        dcp.load(flat, storage_reader=_SafeReader(checkpoint_dir), planner=planner, process_group=self._group)
-        for key, entries in by_key.items():
-            if isinstance(entries[0], ShardedObject):
-                for entry, value in zip(entries, flat[key], strict=True):
-                    entry.data = value
-            else:
-                for entry in entries:  # filled in place; only a leading axis of size 1 may have been added
-                    entry.data = entry.data.view(entry.local_shape)
-        dict_list_map_inplace(lambda entry: entry.data, sharded_state_dict)
-        return sharded_state_dict
-
-    def load_tensors_metadata(self, checkpoint_dir: str | Path) -> dict[str, Any]:
-        """Unused: names and shapes are compared in `state.py`, from `read_contents`."""
-        return {}
-
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        """Objects are in the same files as tensors."""
-        return True
-
-    def check_backend_compatibility(self, loaded_version: str) -> None:
-        """Nothing: the manifest's schema version stands for all formats inside."""
-
-    def check_version_compatibility(self, loaded_version: int) -> None:
-        """Nothing: the manifest's schema version stands for all formats inside."""
+def read_shards(state: State, checkpoint: Path, group: dist.ProcessGroup) -> State:
+    """Reads what this rank needs, straight into the tensors of a sharded state. Returns the state with
+    tensors and objects in place of shards."""
+    by_key = _by_key(list(nested_values(state)))
+    tensors = [entries[0] for entries in by_key.values() if isinstance(entries[0], ShardedTensor)]
+    flat = mcore_to_pyt_state_dict(by_key, is_loading=True)
+    planner = _SafePlanner(
+        shapes_validation_sharded_tensors=[tensor for tensor in tensors if not tensor.allow_shape_mismatch],
+        allow_shape_mismatch_sharded_tensors={
+            tensor.key: tensor for tensor in tensors if tensor.allow_shape_mismatch
+        },
+        flatten_state_dict=False,
+        flatten_sharded_tensors=False,
+    )
+    dcp.load(flat, storage_reader=_SafeReader(checkpoint), planner=planner, process_group=group)
+    for key, entries in by_key.items():
+        if isinstance(entries[0], ShardedObject):
+            for entry, value in zip(entries, flat[key], strict=True):
+                entry.data = value
+        else:
+            for entry in entries:  # filled in place; only a leading axis of size 1 may have been added
+                entry.data = entry.data.view(entry.local_shape)
+    dict_list_map_inplace(lambda entry: entry.data, state)
+    return state
 
 
-class SafeCommonLoad(TorchCommonLoadStrategy):
-    """Reads common.pt without trusting it, whatever torch's default is."""
-
-    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
-        """The part of the state that is no tensor and equal on all ranks."""
-        return torch.load(Path(checkpoint_dir) / COMMON_STATE_FNAME, map_location="cpu", weights_only=True)
+def read_common(checkpoint: Path) -> State:
+    """The part of a state that is no tensor and equal on all ranks. Read without trust, whatever torch's
+    default is."""
+    return torch.load(checkpoint / COMMON_STATE_FNAME, map_location="cpu", weights_only=True)
 
 
 def read_contents(checkpoint: Path) -> Metadata:

@@ -20,6 +20,7 @@ from lckv.attention.backends import choose
 from lckv.attention.visibility import Documents, Visibility
 from lckv.policies.base import KeyValue, Statistics, TokenContext
 from lckv.policies.build import build_policy
+from megatron_ext.mcore import name_argument
 from megatron_ext.model.linear import QKVLinear
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 
@@ -80,6 +81,7 @@ class SharedKVAttention(Attention):
         layer_number: int,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__(
             config=config,
@@ -89,6 +91,7 @@ class SharedKVAttention(Attention):
             attention_type="self",
             cp_comm_type=cp_comm_type,
             pg_collection=pg_collection,
+            **name_argument(name),
         )
         self.layer_type = config.layer_types[layer_number - 1]
         self.computes_kv = self.layer_type.index in config.layer_types.kv_layers

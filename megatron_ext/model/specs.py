@@ -8,13 +8,14 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from lckv.sharing.layer_types import LayerTypes
 from megatron_ext.errors import ConfigError
+from megatron_ext.mcore import mlp
 from megatron_ext.model.attention import CoreAttention, SharedKVAttention
 from megatron_ext.model.layer import SharedKVLayer
 from megatron_ext.model.linear import QKVLinear
@@ -92,10 +93,7 @@ def layer_spec(modules: _Modules, *, computes_kv: bool) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(linear_fc1=modules.linear_fc1, linear_fc2=modules.row_linear),
-            ),
+            mlp=mlp(MLPSubmodules(linear_fc1=modules.linear_fc1, linear_fc2=modules.row_linear)),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={}
             if modules.fused_norms

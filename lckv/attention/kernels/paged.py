@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lckv.attention.pages import Attended, Pages, Work, pages_of_a_chunk
+from lckv.attention.pages import Pages, PagesAttended, Work, pages_of_a_chunk
 
 _SLOTS = 64
 """Slots per step of the first kernel, at most, whose tiles have _SLOTS x d entries."""
@@ -21,10 +21,10 @@ _LEAST = 16
 """Smallest size of a matrix that the tensor cores take."""
 
 
-def attend(
+def attend_paged(
     query: Tensor, pages: Pages, work: Work, first: Tensor | None, stop: Tensor, *, scale: float
-) -> Attended:
-    """Same contract as `lckv.attention.paged.attend`."""
+) -> PagesAttended:
+    """Same contract as `lckv.attention.paged.attend_paged`."""
     rows, query_heads, channels = query.shape
     heads, page_size = stop.numel(), pages.key.shape[1]
     group = rows * query_heads // heads
@@ -51,7 +51,7 @@ def attend(
             HAS_FIRST=first is not None, CHUNK=slots, SLOTS=min(_SLOTS, max(_LEAST, triton.next_power_of_2(slots))), **sizes,
         )  # fmt: skip
     _merge[(heads,)](part, part_lse, work.bounds, output, lse, group, channels, **sizes)
-    return Attended(output.view(query.shape), lse.view(query.shape[:-1]))
+    return PagesAttended(output.view(query.shape), lse.view(query.shape[:-1]))
 
 
 @triton.jit

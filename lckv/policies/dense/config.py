@@ -1,16 +1,23 @@
 """Settings of the dense KV policy."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from lckv.policies.config import PolicyConfig
+
+if TYPE_CHECKING:
+    from lckv.policies.base import KVPolicy
 
 
 @dataclass(frozen=True)
-class DenseConfig:
+class DenseConfig(PolicyConfig):
     """Keep the keys and values of every token: the policy of a plain transformer."""
 
     name: Literal["dense"] = "dense"
     """Name of the KV policy."""
 
-    def problems(self, sliding_window: int | None) -> list[str]:
-        """Nothing can be wrong, with any `compression.sliding_window`."""
-        return []
+    def build(self) -> "KVPolicy":
+        """See `PolicyConfig`."""
+        from lckv.policies.dense.policy import DensePolicy
+
+        return DensePolicy(self)

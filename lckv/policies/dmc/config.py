@@ -1,17 +1,25 @@
 """Settings of the DMC policy."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from lckv.attention.key_bias import KeyBias
+from lckv.errors import Problem
+from lckv.policies.config import PolicyConfig, Traits
+
+if TYPE_CHECKING:
+    from lckv.policies.base import KVPolicy
 
 STAGES = ("zero_out", "retrofit", "finetune")
+_MERGING = ("retrofit", "finetune")
 
 
 @dataclass(frozen=True)
-class DMCConfig:
-    """Merge tokens: each KV head decides for every token whether it opens a slot or is merged into the last
-    one (Dynamic Memory Compression, Nawrot et al. 2024)."""
+class DMCConfig(PolicyConfig):
+    """Merge tokens: each KV head decides for every token whether it opens a slot or is merged into the last one
+    (Dynamic Memory Compression, Nawrot et al. 2024)."""
 
     name: Literal["dmc"] = "dmc"
     """Name of the KV policy."""
@@ -45,45 +53,94 @@ class DMCConfig:
     """Compute the compression loss of the KV heads of each tensor-parallel rank by itself, as NVIDIA's public
     code does; the loss then depends on the layout."""
 
-    def problems(self, sliding_window: int | None) -> list[str]:
-        """Everything that is wrong with these settings and `compression.sliding_window`: field, value, way
-        out."""
-        return list(self._problems(sliding_window))
+    @property
+    def decides(self) -> bool:
+        """Whether there are decisions; in stage zero_out there are none yet."""
+        return self.stage != "zero_out"
 
-    def _problems(self, sliding_window: int | None) -> Iterator[str]:
-        prefix = "compression.policy."
+    @property
+    def traits(self) -> Traits:
+        """See `PolicyConfig`. The last channel of queries and keys is that of the decisions."""
+        if not self.decides:
+            return Traits(windows=False, min_head_dim=4)
+        return Traits(KeyBias(age=1), merges=True, reads_query=True, windows=False, min_head_dim=4)
+
+    def build(self) -> "KVPolicy":
+        """See `PolicyConfig`."""
+        from lckv.policies.dmc.policy import DMCPolicy
+
+        return DMCPolicy(self)
+
+    def problems(self) -> Iterator[Problem]:
+        """See `PolicyConfig`."""
         if self.stage not in STAGES:
-            yield f"{prefix}stage is {self.stage!r}; it must be one of {', '.join(STAGES)}."
+            yield Problem("stage", repr(self.stage), f"it must be one of {', '.join(STAGES)}")
         if not 1 <= self.target_compression_ratio < math.inf:
-            yield (
-                f"{prefix}target_compression_ratio is {self.target_compression_ratio}; it must be at least "
-                "1: it is "
-                "tokens per slot."
-            )
+            obstacle = "it must be at least 1: it is tokens per slot"
+            yield Problem("target_compression_ratio", self.target_compression_ratio, obstacle)
         if not 0 < self.initial_decision_bias < math.inf:
-            yield (
-                f"{prefix}initial_decision_bias is {self.initial_decision_bias}; it must be greater than 0, "
-                "or every token "
-                "would be merged from the start, all into the first one. The published value is 5."
+            obstacle = (
+                "it must be greater than 0, or every token would be merged from the start, all into the first one. The "
+                "published value is 5"
             )
+            yield Problem("initial_decision_bias", self.initial_decision_bias, obstacle)
         if not 0 < self.temperature < math.inf:
-            yield (
-                f"{prefix}temperature is {self.temperature}; it must be greater than 0. The published value "
-                "is 0.1."
-            )
+            obstacle = "it must be greater than 0. The published value is 0.1"
+            yield Problem("temperature", self.temperature, obstacle)
         if self.window is not None and self.window < 1:
-            yield f"{prefix}window is {self.window}; it must be at least 1 token, or null for no window."
+            yield Problem("window", self.window, "it must be at least 1 token, or null for no window")
         if self.eps is not None and not 0 < self.eps < math.inf:
-            yield (
-                f"{prefix}eps is {self.eps}; it must be greater than 0, or null for the epsilon of the "
-                "model's dtype."
-            )
+            obstacle = "it must be greater than 0, or null for the epsilon of the model's dtype"
+            yield Problem("eps", self.eps, obstacle)
         if not 0 <= self.loss_weight < math.inf:
-            yield f"{prefix}loss_weight is {self.loss_weight}; it must be at least 0."
-        if sliding_window is not None:
-            yield (
-                f"compression.sliding_window is {sliding_window} and {prefix}name is {self.name}; there are "
-                "no sliding windows "
-                "over merged tokens: remove the window and the 's' in compression.layer_types, or set "
-                f"{prefix}name to dense."
-            )
+            yield Problem("loss_weight", self.loss_weight, "it must be at least 0")
+
+    def obstacle_to_leaving(self, after: PolicyConfig) -> str | None:
+        """A model that merges is not the same function without merging."""
+        if not self.decides or (isinstance(after, DMCConfig) and after.decides):
+            return None
+        return (
+            "its decision channel now decides what is merged. Choose the policy dmc with stage retrofit or finetune, or load "
+            "an earlier checkpoint"
+        )
+
+    def obstacle_to_converting(self, before: PolicyConfig) -> str | None:
+        """Training begins with stage zero_out, which changes no weights."""
+        if not self.decides or isinstance(before, DMCConfig):
+            return None
+        return (
+            f"stage is {self.stage}, but the model knows no merging: its decision channel is in use, so decisions would be "
+            "arbitrary. Set the stage to zero_out and train that stage first"
+        )
+
+    @property
+    def compression_ratio(self) -> float:
+        """See `PolicyConfig`."""
+        return self.target_compression_ratio if self.decides else 1.0
+
+    def state_numbers(self, head_dim: int) -> int:
+        """Key, value and weight of the newest tokens of the last slot; see `continuation.py`."""
+        if not self.decides:
+            return 0
+        tokens = 1 if self.window is None else max(1, self.window - 1)
+        return tokens * (2 * head_dim + 1)
+
+    def describe(self) -> str:
+        """See `PolicyConfig`."""
+        window = "no window" if self.window is None else f"window {self.window}"
+        return f"dmc, stage {self.stage}: target {self.target_compression_ratio:g} tokens per slot, {window}"
+
+    def card(self) -> str:
+        """See `PolicyConfig`."""
+        return (
+            f"Dynamic Memory Compression, stage {self.stage}, trained towards {self.target_compression_ratio:g} tokens per "
+            "slot. Each KV head decides for every token whether it opens a slot or is merged into the last one."
+        )
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """See `PolicyConfig`."""
+        return (
+            "DMC: Nawrot, Łańcucki, Chochowski, Tarjan, Ponti. *Dynamic Memory Compression: Retrofitting LLMs for "
+            "Accelerated Inference.* ICML 2024, arXiv:2403.09636",
+        )

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
+from lckv.attention.key_bias import HIDDEN
 from lckv.policies.base import TokenContext
-
-HIDDEN = -5e4
-"""Bias of a key that nobody may see. Not -inf, which would make 0 x inf in the gradient of queries."""
 
 
 class Decisions(NamedTuple):
@@ -98,20 +96,3 @@ def draw_noise(shape: Sequence[int], seeds: Sequence[int], device: torch.device)
     for row, seed in enumerate(seeds):
         uniform[:, row] = torch.rand(tokens, heads, device=device, generator=generator.manual_seed(seed))
     return torch.logit(uniform, eps=2.0**-24)  # the step of float32 below 1
-
-
-class NonFiniteDecisionError(ArithmeticError):
-    """A decision logit was infinite or not a number."""
-
-
-def check_finite(merge_rate: Tensor, layers: Sequence[int], iteration: int) -> None:
-    """Raises NonFiniteDecisionError with layer, KV head and iteration where a rate [len(layers), b, all KV
-    heads] is not finite."""
-    wrong = (~merge_rate.isfinite()).any(1).nonzero().tolist()
-    if wrong:
-        places = ", ".join(f"layer {layers[layer]} KV head {head}" for layer, head in wrong[:8])
-        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise NonFiniteDecisionError(
-            f"iteration {iteration}: the decision logits of {places}{more} are not finite; "
-            "lower optimizer.lr, or resume from an earlier checkpoint."
-        )

@@ -1,48 +1,59 @@
 """Dynamic Memory Compression as a KV policy: keys and values become running means over the tokens merged into
 a slot."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from lckv.policies.base import Extension, KeyValue, Statistics, TokenContext
+from lckv.policies.base import (
+    ChannelRows,
+    Extension,
+    KeyValue,
+    KVPolicy,
+    Statistic,
+    Statistics,
+    TokenContext,
+)
+from lckv.policies.config import PolicyConfig
 from lckv.policies.dmc import continuation, decisions, schedule
 from lckv.policies.dmc.config import DMCConfig
 from lckv.policies.dmc.pooling import pool
 
 
-class DMCPolicy:
-    """Merges tokens; see `KVPolicy` for the contract.
+class DMCPolicy(KVPolicy):
+    """Merges tokens.
 
     In stage zero_out nothing is merged: the last channel of queries and keys fades. In the others that
     channel of a key is the bias of its score and that of a query sqrt(d), which attention's scale 1 / sqrt(d)
     turns into 1.
     """
 
-    name = "dmc"
+    config: DMCConfig
 
     def __init__(self, config: DMCConfig) -> None:
-        self.config = config
-        self.biases_keys = self.reads_query = config.stage != "zero_out"
+        super().__init__(config)
+        self.per_rank = config.loss_per_tp_rank
+        if config.decides:
+            self.statistics = (Statistic("merge_rate", "share of tokens merged into the slot before"),)
 
     def draw_noise(self, shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> Tensor | None:
         """Noise of the decisions; None where there are none."""
-        return decisions.draw_noise(shape, seeds, device) if self.biases_keys else None
+        return decisions.draw_noise(shape, seeds, device) if self.config.decides else None
 
     def query(self, query: Tensor, context: TokenContext) -> Tensor:
         """RoPE, without the last channel or with what is left of it."""
-        if not self.biases_keys:
+        if not self.config.decides:
             return self._fade(query, context)
         return rotate_without_last(query, context, query.shape[-1] ** 0.5)
 
     def keys_values(
         self, key: Tensor, value: Tensor, query: Tensor | None, context: TokenContext
-    ) -> tuple[KeyValue, Statistics | None]:
+    ) -> tuple[KeyValue, Statistics]:
         """Decisions, pooling, RoPE at the newest token of each slot, and the bias that hides what was merged
         later."""
-        if not self.biases_keys:
-            return KeyValue(self._fade(key, context), value), None
+        if not self.config.decides:
+            return KeyValue(self._fade(key, context), value), ()
         assert query is not None
         config = self.config
         logits = decisions.decision_logits(key, config.initial_decision_bias)
@@ -54,13 +65,13 @@ class DMCPolicy:
             merge, bias = decisions.hard_decisions(logits, opens)
         pooled_key, pooled_value = pool(key, value, merge, weight, config.window)
         rate = decisions.merge_rate(merge, logits, context.counted)
-        return KeyValue(rotate_without_last(pooled_key, context, bias), pooled_value), Statistics(rate)
+        return KeyValue(rotate_without_last(pooled_key, context, bias), pooled_value), (rate,)
 
     def extend(
         self, state: Tensor | None, key: Tensor, value: Tensor, query: Tensor | None, context: TokenContext
     ) -> Extension:
         """Hard decisions and pooling that go on where the cache's newest slots ended."""
-        if not self.biases_keys:
+        if not self.config.decides:
             return Extension(*self.keys_values(key, value, None, context)[0])
         assert query is not None
         config, counted, turn = self.config, context.counted, continuation.Turn(context.counted)
@@ -75,11 +86,7 @@ class DMCPolicy:
             state, key, value, merge, weight, None if counted is None else turn.there(counted), config.window
         )
         rotated = rotate_without_last(turn.back(pooled_key), context, turn.back(bias))
-        return Extension(rotated, turn.back(pooled_value), merge[0].bool(), state)
-
-    def whole(self, extension: Extension) -> Tensor | None:
-        """Tokens that no later one is merged into: those whose bias hides them from nobody."""
-        return extension.key[..., -1] > decisions.HIDDEN / 2 if self.biases_keys else None
+        return Extension(rotated, turn.back(pooled_value), merge[:1].bool(), state)
 
     def importance(self, query: Tensor, kv_heads: int) -> Tensor:
         """Weights float32 [s, b, g] of tokens in their slots, from queries [s, b, h, d] before RoPE."""
@@ -90,20 +97,53 @@ class DMCPolicy:
         """The compression ratio that is asked for at a share `progress` of training."""
         return schedule.compression_ratio(self.config.target_compression_ratio, self.config.stage, progress)
 
-    def auxiliary_loss(self, merge_rate: Tensor, progress: float) -> Tensor | None:
-        """Loss of each row [b] for merging less than the target asks for.
-
-        `merge_rate` is [b], or for `loss_per_tp_rank` [b, ranks], each rank's mean by itself. None in stage
-        zero_out.
-        """
-        if not self.biases_keys:
+    def auxiliary_loss(self, means: Sequence[Tensor], progress: float) -> Tensor | None:
+        """Loss of each row for merging less than the target asks for; None in stage zero_out."""
+        if not self.config.decides:
             return None
-        loss = self.config.loss_weight * schedule.hinge_loss(merge_rate, self.target(progress))
+        loss = self.config.loss_weight * schedule.hinge_loss(means[0], self.target(progress))
         return loss if loss.dim() == 1 else loss.mean(1)
+
+    def report(self, means: Sequence[Tensor], loss: float, progress: float | None) -> dict[str, float]:
+        """The loss, and the compression ratios asked for and reached, in tokens per slot over all layers and heads."""
+        if not self.config.decides:
+            return {}
+        reached = {"compression_ratio": schedule.ratio_of_rate(means[0].mean().item())}
+        if progress is None:
+            return reached
+        return {"dmc_loss": loss, "target_compression_ratio": self.target(progress), **reached}
+
+    def obstacle_in_weights(self, rows: ChannelRows, before: PolicyConfig) -> str | None:
+        """Decisions cannot begin in a channel that means something else."""
+        if not self.config.decides or (isinstance(before, DMCConfig) and before.decides):
+            return None
+        largest = max((row.abs().max().item() for row in _decision_rows(rows)), default=0.0)
+        if largest == 0:
+            return None
+        return (
+            f"stage is {self.config.stage}, but the loaded weights use the decision channel (the last one of queries and "
+            f"keys; its largest weight is {largest:.3g}), so decisions would be arbitrary. Run stage zero_out first, to "
+            "its end, and load what it saves"
+        )
+
+    @torch.no_grad()
+    def end_stage(self, rows: ChannelRows) -> str | None:
+        """The end of stage zero_out: weights (and biases) of the last channel of every query and key head become 0, which
+        by then changes no output."""
+        if self.config.decides:
+            return None
+        for row in _decision_rows(rows):
+            row.zero_()
+        return "stage zero_out is over: the decision channel of all queries and keys is 0"
 
     def _fade(self, heads: Tensor, context: TokenContext) -> Tensor:
         factor = schedule.fade(context.progress)
         return _scale_last(context.rotate(_scale_last(heads, factor)), factor)
+
+
+def _decision_rows(rows: ChannelRows) -> Iterator[Tensor]:
+    yield from rows("query", -1)
+    yield from rows("key", -1)
 
 
 def rotate_without_last(heads: Tensor, context: TokenContext, last: Tensor | float) -> Tensor:

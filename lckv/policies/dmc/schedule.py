@@ -27,19 +27,6 @@ def hinge_loss(merge_rate: Tensor, ratio: float) -> Tensor:
     return torch.relu(1.0 - 1.0 / ratio - merge_rate)
 
 
-def decision_rows(heads: int, head_dim: int) -> list[int]:
-    """Rows of the decision channel in the weight of a projection to `heads` heads (a lone query or key
-    projection)."""
-    return list(range(head_dim - 1, heads * head_dim, head_dim))
-
-
-def fused_decision_rows(query_heads: int, kv_heads: int, head_dim: int) -> list[int]:
-    """Rows of the decision channel in Megatron's fused weight: per KV head its query heads, its key, its
-    value. Those of queries and keys, to be zeroed at the end of stage zero_out, also in the bias if there is
-    one; values have no decision channel."""
-    per_group = query_heads // kv_heads + 2
-    return [
-        row
-        for row in decision_rows(kv_heads * per_group, head_dim)
-        if row // head_dim % per_group < per_group - 1
-    ]
+def ratio_of_rate(merge_rate: float) -> float:
+    """Tokens per slot where a share `merge_rate` of tokens is merged."""
+    return 1.0 / max(1.0 - merge_rate, 1e-9)

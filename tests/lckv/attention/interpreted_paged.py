@@ -7,7 +7,7 @@ runs this file in a process of its own, with TRITON_INTERPRET=1.
 import pytest
 import torch
 
-from lckv.attention.kernels.paged import attend
+from lckv.attention.kernels.paged import attend_paged
 from lckv.attention.paged import attend_in_torch
 from tests.lckv.attention.paged_slots import Slots
 
@@ -25,7 +25,7 @@ from tests.lckv.attention.paged_slots import Slots
 )
 def test_equals_the_twin(lengths, page_size, group, channels, window, dtype):
     slots = Slots(torch.tensor(lengths), page_size, group, channels, window=window, dtype=dtype)
-    found, expected = (slots.attend(function) for function in (attend, attend_in_torch))
+    found, expected = (slots.attend(function) for function in (attend_paged, attend_in_torch))
     tolerance = 1e-5 if dtype == torch.float32 else 2e-3
     torch.testing.assert_close(found.output, expected.output, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(found.lse, expected.lse, rtol=tolerance, atol=tolerance)

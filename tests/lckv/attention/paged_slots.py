@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lckv.attention.pages import Attended, Pages, Work, list_work, pages_of_a_chunk
+from lckv.attention.pages import PagesAttended, Pages, Work, list_work, pages_of_a_chunk
 
 
 class Slots:
@@ -52,12 +52,12 @@ class Slots:
             device=torch.device(device),
         )
 
-    def attend(self, function: Callable[..., Attended]) -> Attended:
+    def attend(self, function: Callable[..., PagesAttended]) -> PagesAttended:
         device = self.query.device
         first = None if self.first is None else self.first.to(device)
         return function(self.query, self.pages, self.work, first, self.stop.to(device), scale=self.scale)
 
-    def by_formula(self) -> Attended:
+    def by_formula(self) -> PagesAttended:
         """float64, head by head."""
         heads = self.query.double().cpu().reshape(self.lengths.numel(), -1, self.query.shape[-1])
         outputs, lses = torch.zeros_like(heads), torch.full(heads.shape[:2], -torch.inf, dtype=torch.float64)
@@ -69,4 +69,4 @@ class Slots:
             key, value = (pool[owned].flatten(0, 1)[first:length].double().cpu() for pool in self.pages[:2])
             scores = heads[head] @ key.T * self.scale
             outputs[head], lses[head] = scores.softmax(-1) @ value, scores.logsumexp(-1)
-        return Attended(outputs.view(self.query.shape), lses.view(self.query.shape[:-1]))
+        return PagesAttended(outputs.view(self.query.shape), lses.view(self.query.shape[:-1]))

@@ -1,7 +1,7 @@
-"""Attention to keys with a bias: the frontier decomposition against the whole score matrix, on every pair of
-kernels."""
+"""Attention to keys with a bias: its parts against the whole score matrix, for every age and on every pair of kernels."""
 
 import inspect
+import itertools
 import types
 from functools import partial
 
@@ -11,13 +11,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lckv.attention import biased as biased_keys
 from lckv.attention import flash, reference, sdpa
-from lckv.attention.flash_pairs import AtenCPU, AtenEfficient, AtenFlash, Attended, FlashAttnPair, choose_pair
+from lckv.attention.biased import attend_biased
+from lckv.attention.flash_pairs import AtenCPU, AtenEfficient, AtenFlash, Partial, FlashAttnPair, choose_pair
+from lckv.attention.key_bias import HIDDEN, KeyBias
 from lckv.attention.visibility import Documents, Visibility
+from lckv.errors import UnsupportedError
 from tests.ranks import run_on_ranks
 
-HIDDEN = -5e4
+FRONTIER = KeyBias(age=1)
 
 
 class FlashAttnStandIn:
@@ -62,7 +64,7 @@ class FlashAttnStandIn:
         assert rng_state.tolist() == [3, 4]
         assert softmax_lse.is_contiguous()
         tensors = (tensor.transpose(1, 2) for tensor in (dout, q, k, v))
-        gradients = AtenCPU().backward(*tensors, Attended(out.transpose(1, 2), softmax_lse), softmax_scale)
+        gradients = AtenCPU().backward(*tensors, Partial(out.transpose(1, 2), softmax_lse), softmax_scale)
         for place, gradient in zip((dq, dk, dv), gradients, strict=True):
             place.copy_(gradient.transpose(1, 2))
 
@@ -71,23 +73,27 @@ PACKAGE = types.SimpleNamespace(flash_attn_interface=FlashAttnStandIn())
 BACKENDS = {"sdpa": sdpa.attend, "flash": partial(flash.attend, kernel=PACKAGE)}
 
 
-def tensors(rows, kv_heads, group, length, channels=8, dtype=torch.float64, biases=(-9.0, 0.0, HIDDEN)):
-    """Query, key, value [b, heads, s, d], laid out [s, b, heads, d] as in the model, with bias channels."""
+def tensors(
+    rows, kv_heads, group, length, channels=8, dtype=torch.float64, biases=(-9.0, 0.0, HIDDEN), extra=0
+):
+    """Query, key [b, heads, s, d + e], value [b, heads, s, d], laid out [s, b, heads, ...] as in the model, with bias
+    channels; the scale is 1 / sqrt(d)."""
     generator = torch.Generator().manual_seed(length + 100 * group)
     heads = (kv_heads * group, kv_heads, kv_heads)
     query, key, value = (
         torch.randn(length, rows, n, channels, dtype=dtype, generator=generator) for n in heads
     )
     chosen = torch.randint(len(biases), key.shape[:-1], generator=generator)
+    if extra:
+        query, key = (torch.nn.functional.pad(tensor, (0, extra)) for tensor in (query, key))
     query[..., -1], key[..., -1] = channels**0.5, torch.tensor(biases, dtype=dtype)[chosen]
     return [tensor.permute(1, 2, 0, 3).requires_grad_() for tensor in (query, key, value)]
 
 
-def run(attend, inputs, visibility, biased=True):
+def run(attend, inputs, visibility, key_bias=FRONTIER):
     """Output and gradients."""
-    query = inputs[0]
-    output = attend(*inputs, visibility, scale=query.shape[-1] ** -0.5, biased=biased)
-    functional = torch.randn(query.shape, generator=torch.Generator().manual_seed(1)).to(query)
+    output = attend(*inputs, visibility, scale=inputs[2].shape[-1] ** -0.5, key_bias=key_bias)
+    functional = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
     return output, *torch.autograd.grad((output * functional).sum(), inputs)
 
 
@@ -97,7 +103,10 @@ def documents_of(rows, length, cuts):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@example(rows=2, kv_heads=1, group=2, length=1, exclude_self=True, cuts=None)
+@example(rows=2, kv_heads=1, group=2, length=1, exclude_self=True, cuts=None, age=1, newest=True, extra=0)
+@example(rows=1, kv_heads=1, group=1, length=9, exclude_self=True, cuts=None, age=2, newest=False, extra=0)
+@example(rows=2, kv_heads=2, group=2, length=20, exclude_self=False, cuts=None, age=7, newest=True, extra=8)
+@example(rows=1, kv_heads=1, group=1, length=20, exclude_self=False, cuts=None, age=20, newest=True, extra=0)
 @given(
     rows=st.integers(1, 3),
     kv_heads=st.integers(1, 2),
@@ -105,50 +114,71 @@ def documents_of(rows, length, cuts):
     length=st.integers(1, 20),
     exclude_self=st.booleans(),
     cuts=st.none() | st.lists(st.integers(0, 60), max_size=6),
+    age=st.one_of(st.just(1), st.integers(1, 22)),
+    newest=st.booleans(),
+    extra=st.sampled_from([0, 8]),
 )
-def test_equals_the_score_matrix(backend, rows, kv_heads, group, length, exclude_self, cuts):
+def test_equals_the_score_matrix(
+    backend, rows, kv_heads, group, length, exclude_self, cuts, age, newest, extra
+):
     documents = None if cuts is None else documents_of(rows, length, cuts)
     visibility = Visibility(exclude_self=exclude_self, documents=documents)
-    inputs = tensors(rows, kv_heads, group, length)
-    found, expected = (run(attend, inputs, visibility) for attend in (BACKENDS[backend], reference.attend))
-    for actual, right in zip(found, expected, strict=True):
+    key_bias = KeyBias(age + (not newest), newest, extra)
+    inputs = tensors(rows, kv_heads, group, length, extra=extra)
+    results = [run(attend, inputs, visibility, key_bias) for attend in (BACKENDS[backend], reference.attend)]
+    for actual, right in zip(*results, strict=True):
         torch.testing.assert_close(actual, right, rtol=0, atol=2e-6)  # the oracle's scores are float32
 
 
 def test_the_frontier_is_seen_without_its_bias_and_the_others_with_it():
     query, key, value = tensors(1, 1, 1, 3, biases=(HIDDEN,))
     for attend in (sdpa.attend, reference.attend):
-        options = {"scale": 1.0, "biased": True}
+        options = {"scale": 1.0, "key_bias": FRONTIER}
         torch.testing.assert_close(attend(query, key, value, Visibility(), **options), value)
         behind = attend(query, key, value, Visibility(exclude_self=True), **options)
         torch.testing.assert_close(behind[:, :, 1:], value[:, :, :-1])
         assert behind[:, :, 0].count_nonzero() == 0
 
 
+def test_keys_are_seen_without_their_bias_until_they_have_the_age():
+    query, key, value = tensors(1, 1, 1, 9, biases=(HIDDEN,))
+    query = query * 0  # every key that is seen counts the same
+    query[..., -1] = 1.0
+    for attend in (sdpa.attend, reference.attend):
+        options = {"scale": 1.0, "key_bias": KeyBias(age=3)}
+        output = attend(query, key, value, Visibility(), **options)
+        expected = [value[:, :, max(0, t - 2) : t + 1].mean(2) for t in range(9)]
+        torch.testing.assert_close(output, torch.stack(expected, 2))
+
+
 def test_without_biases_it_is_plain_attention():
     inputs = tensors(2, 2, 2, 40, dtype=torch.float32, biases=(0.0,))
     for exclude_self in (False, True):
         visibility = Visibility(exclude_self=exclude_self)
-        found = run(sdpa.attend, inputs, visibility)
-        expected = run(sdpa.attend, inputs, visibility, biased=False)
-        for actual, right in zip(found, expected, strict=True):
-            # The bias channel's gradient is its own matter: at the frontier there is none.
-            torch.testing.assert_close(actual[..., :-1], right[..., :-1], rtol=0, atol=5e-6)
+        expected = run(sdpa.attend, inputs, visibility, key_bias=None)
+        for key_bias in (FRONTIER, KeyBias(age=7)):
+            for actual, right in zip(run(sdpa.attend, inputs, visibility, key_bias), expected, strict=True):
+                # The bias channel's gradient is its own matter: of young keys there is none.
+                torch.testing.assert_close(actual[..., :-1], right[..., :-1], rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("key_bias", [FRONTIER, KeyBias(age=9), KeyBias(age=9, extra_channels=8)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype):
-    exact = run(reference.attend, tensors(2, 2, 2, 33, 16), Visibility())
-    rounded = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors(2, 2, 2, 33, 16)]
-    for actual, right in zip(run(sdpa.attend, rounded, Visibility()), exact, strict=True):
+def test_half_precision(dtype, key_bias):
+    inputs = tensors(2, 2, 2, 33, 16, extra=key_bias.extra_channels)
+    exact = run(reference.attend, inputs, Visibility(), key_bias)
+    rounded = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
+    for actual, right in zip(run(sdpa.attend, rounded, Visibility(), key_bias), exact, strict=True):
         assert actual.dtype == dtype
         error = (actual.double() - right).norm() / right.norm()
         assert error < 2e-2
 
 
-def test_gradients_by_finite_differences():
-    inputs = tensors(1, 1, 2, 5, 4, biases=(-2.0, -0.1))
-    attend = partial(biased_keys.attend, visibility=Visibility(), scale=0.5, dropout=0.0, pair=AtenCPU())
+@pytest.mark.parametrize("key_bias", [FRONTIER, KeyBias(age=3), KeyBias(age=2, extra_channels=8)], ids=str)
+def test_gradients_by_finite_differences(key_bias):
+    inputs = tensors(1, 1, 2, 8, 4, biases=(-2.0, -0.1), extra=key_bias.extra_channels)
+    options = {"scale": 0.5, "dropout": 0.0, "key_bias": key_bias, "pair": AtenCPU()}
+    attend = partial(attend_biased, visibility=Visibility(), **options)
     assert torch.autograd.gradcheck(attend, inputs)
 
 
@@ -167,22 +197,29 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_nothing_of_length_times_length_is_made():
+@pytest.mark.parametrize(("age", "most"), [(1, 1.0), (100, 1.2)])  # 512 tokens are 5.12 chunks of 100
+def test_nothing_of_length_times_length_is_made(age, most):
     inputs = tensors(1, 1, 2, 512, dtype=torch.float32)
     with Largest() as largest:
-        run(sdpa.attend, inputs, Visibility())
-    assert largest.numel == inputs[0].numel()
+        run(sdpa.attend, inputs, Visibility(), KeyBias(age))
+    assert inputs[0].numel() <= largest.numel <= most * inputs[0].numel()
 
 
 def test_windows_and_dropout_are_refused():
     inputs = tensors(1, 1, 1, 4)
     for attend in BACKENDS.values():
-        with pytest.raises(
-            ValueError, match=r"compression.sliding_window is 3; .*compression.policy.name dmc.*remove"
-        ):
-            attend(*inputs, Visibility(window=3), scale=1.0, biased=True)
-        with pytest.raises(ValueError, match=r"model.attention_dropout is 0.1; it must be 0"):
-            attend(*inputs, Visibility(), scale=1.0, biased=True, dropout=0.1)
+        with pytest.raises(UnsupportedError, match="a sliding window of 3 tokens over keys .* cannot be used: rem"):
+            attend(*inputs, Visibility(window=3), scale=1.0, key_bias=FRONTIER)
+        with pytest.raises(UnsupportedError, match=r"dropout of 0.1 in .* cannot be used: it must be 0"):
+            attend(*inputs, Visibility(), scale=1.0, key_bias=FRONTIER, dropout=0.1)
+
+
+def test_ages_that_leave_a_query_without_a_key():
+    for wrong, least in ((KeyBias, 1), (partial(KeyBias, from_newest_visible=False), 2)):
+        with pytest.raises(ValueError, match=f"age is {least - 1}; it must be at least {least}"):
+            wrong(age=least - 1)
+    with pytest.raises(ValueError, match="extra_channels is 4; it must be 0 or a multiple of 8"):
+        KeyBias(extra_channels=4)
 
 
 def meta(dtype, channels=16):
@@ -198,11 +235,9 @@ def test_the_pair_for_each_device_and_dtype():
         lambda: choose_pair(odd),
         lambda: FlashAttnPair(FlashAttnStandIn()).forward(odd, odd, odd, 1.0),
     ):
-        with pytest.raises(
-            ValueError, match=r"model.kv_channels is 12; it must be a multiple of 8 .* on GPUs"
-        ):
+        with pytest.raises(UnsupportedError, match="heads of 12 channels .* on GPUs .* must be a multiple of 8"):
             refuse()
-    with pytest.raises(ValueError, match=r"on meta takes float16, bfloat16 and float32, not torch.float64"):
+    with pytest.raises(UnsupportedError, match=r"in torch.float64 cannot .*: on meta it takes float16, bfloat16"):
         choose_pair(meta(torch.float64))
 
 
@@ -256,7 +291,7 @@ class CudaStandIn:
         )
         assert (seed, offset) == ("seed", "offset")
         assert lse.is_contiguous()
-        return AtenCPU().backward(grad, q, k, v, Attended(out, lse), scale)
+        return AtenCPU().backward(grad, q, k, v, Partial(out, lse), scale)
 
     def _scaled_dot_product_efficient_attention(
         self, q, k, v, bias, compute_lse, dropout_p, is_causal, *, scale
@@ -276,35 +311,37 @@ class CudaStandIn:
         assert (lse[..., q.shape[2] :] == torch.inf).all()
         assert lse.is_contiguous()
         assert out.is_contiguous()
-        return *AtenCPU().backward(grad, q, k, v, Attended(out, lse[..., : q.shape[2]]), scale), None
+        return *AtenCPU().backward(grad, q, k, v, Partial(out, lse[..., : q.shape[2]]), scale), None
 
 
 @pytest.mark.parametrize("pair", [AtenFlash(), AtenEfficient()], ids=["flash", "efficient"])
 @pytest.mark.parametrize("length", [2, 33, 40])
-def test_the_pairs_of_cuda_on_a_stand_in(pair, length, monkeypatch):
-    inputs = tensors(2, 2, 3, length, dtype=torch.float32)
-
-    def attend(*inputs, scale, biased):
-        return biased_keys.attend(*inputs, scale=scale, dropout=0.0, pair=pair)
-
-    expected = run(sdpa.attend, inputs, Visibility())
+@pytest.mark.parametrize("key_bias", [FRONTIER, KeyBias(age=8), KeyBias(age=8, extra_channels=8)], ids=str)
+def test_the_pairs_of_cuda_on_a_stand_in(pair, length, key_bias, monkeypatch):
+    inputs = tensors(2, 2, 3, length, dtype=torch.float32, extra=key_bias.extra_channels)
+    attend = partial(attend_biased, dropout=0.0, pair=pair)
+    expected = run(sdpa.attend, inputs, Visibility(), key_bias)
     for name, function in inspect.getmembers(CudaStandIn(), inspect.ismethod):
         monkeypatch.setattr(torch.ops.aten, name, function)
-    for actual, right in zip(run(attend, inputs, Visibility()), expected, strict=True):
+    for actual, right in zip(run(attend, inputs, Visibility(), key_bias), expected, strict=True):
         torch.testing.assert_close(actual, right, rtol=0, atol=2e-6)
 
 
 def cuda_errors(dtype):
     """Relative errors of output and gradients against the oracle in float64."""
-    found = []
-    for exclude_self, cuts in ((False, None), (True, None), (True, [50])):
+    errors = []
+    cases = itertools.product(
+        ((False, None), (True, None), (True, [50])), (FRONTIER, KeyBias(age=16, extra_channels=8))
+    )
+    for (exclude_self, cuts), key_bias in cases:
         documents = None if cuts is None else documents_of(2, 77, cuts)
         visibility = Visibility(exclude_self=exclude_self, documents=documents)
-        exact = run(reference.attend, tensors(2, 2, 2, 77, 64), visibility)
-        inputs = [tensor.detach().to("cuda", dtype).requires_grad_() for tensor in tensors(2, 2, 2, 77, 64)]
-        for actual, right in zip(run(sdpa.attend, inputs, visibility), exact, strict=True):
-            found.append(float((actual.cpu().double() - right).norm() / right.norm()))
-    return found
+        whole = tensors(2, 2, 2, 77, 64, extra=key_bias.extra_channels)
+        exact = run(reference.attend, whole, visibility, key_bias)
+        inputs = [tensor.detach().to("cuda", dtype).requires_grad_() for tensor in whole]
+        for actual, right in zip(run(sdpa.attend, inputs, visibility, key_bias), exact, strict=True):
+            errors.append(float((actual.cpu().double() - right).norm() / right.norm()))
+    return errors
 
 
 @pytest.mark.gpu

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lckv.attention import paged
-from lckv.attention.paged import attend, attend_in_torch, join, why_not_kernel
-from lckv.attention.pages import Attended
+from lckv.attention.paged import attend_in_torch, attend_paged, join, joined, why_not_kernel
+from lckv.attention.pages import PagesAttended
 from tests.lckv.attention.paged_slots import Slots
 from tests.ranks import run_on_ranks
 
@@ -41,7 +41,7 @@ for name in ("_attend_chunk", "_merge"):
 """
 
 
-def close(found: Attended, expected: Attended, tolerance: float) -> None:
+def close(found: PagesAttended, expected: PagesAttended, tolerance: float) -> None:
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.cpu().double(), other.double(), rtol=tolerance, atol=tolerance)
 
@@ -54,7 +54,7 @@ def close(found: Attended, expected: Attended, tolerance: float) -> None:
 )
 def test_equals_the_formula(lengths: list[list[int]], page_size: int, group: int, window: bool) -> None:
     slots = Slots(torch.tensor(lengths), page_size, group, 8, window=window)
-    close(slots.attend(attend), slots.by_formula(), 1e-5)
+    close(slots.attend(attend_paged), slots.by_formula(), 1e-5)
 
 
 def test_slots_that_the_work_covers_are_not_all_seen() -> None:
@@ -62,7 +62,7 @@ def test_slots_that_the_work_covers_are_not_all_seen() -> None:
     slots = Slots(torch.tensor([[65, 1], [40, 0]]), 16, 2, 8)
     slots.stop = slots.stop - torch.tensor([[1, 1], [1, 0]])
     slots.lengths = slots.stop
-    found = slots.attend(attend)
+    found = slots.attend(attend_paged)
     close(found, slots.by_formula(), 1e-5)
     assert (found.lse[0, 2:] == -torch.inf).all() and (found.output[0, 2:] == 0).all()
 
@@ -71,7 +71,7 @@ def test_memory_of_the_twin_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     slots = Slots(torch.tensor([[700, 30], [0, 256]]), 16, 2, 8)
     whole = slots.attend(attend_in_torch)
     monkeypatch.setattr(paged, "_BYTES_AT_ONCE", 1)
-    close(slots.attend(attend_in_torch), Attended(*(tensor.double() for tensor in whole)), 1e-6)
+    close(slots.attend(attend_in_torch), PagesAttended(*(tensor.double() for tensor in whole)), 1e-6)
 
 
 def test_bfloat16() -> None:
@@ -85,7 +85,7 @@ def test_one_more_key_joins() -> None:
     slots = Slots(torch.tensor([[10, 0]]), 4, 2, 8)
     key, value = torch.randn(2, 1, 2, 8, generator=torch.Generator().manual_seed(0))
     score = (slots.query.view(1, 2, 2, 8) * key[:, :, None]).sum(-1).flatten(1) * slots.scale
-    output = join(slots.attend(attend), score, value)
+    output = join(slots.attend(attend_paged), score, value)
     past = slots.by_formula()
     weights = torch.stack((past.lse, score.double())).softmax(0)[..., None]
     expected = weights[0] * past.output + weights[1] * value.double().repeat_interleave(2, 1)
@@ -123,7 +123,7 @@ def cuda_errors(dtype: torch.dtype, page_size: int) -> list[float]:
     assert why_not_kernel("cuda", dtype) is None
     lengths = torch.tensor([[3000, 17], [0, 700], [256, 257]])
     slots = Slots(lengths, page_size, 4, 64, window=True, dtype=dtype, device="cuda")
-    found, expected = slots.attend(attend), slots.by_formula()
+    found, expected = slots.attend(attend_paged), slots.by_formula()
     there = expected.lse > -torch.inf
     assert torch.equal(found.lse.cpu() > -torch.inf, there)
     lse = (found.lse.cpu()[there].double() - expected.lse[there]).abs().max()

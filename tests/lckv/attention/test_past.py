@@ -7,28 +7,35 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lckv.attention import past, reference
+from lckv.attention.key_bias import KeyBias
 from lckv.attention.past import NewTokens, Past
 from lckv.attention.visibility import Visibility
 
 
-def plain(query: Tensor, new: NewTokens, old: Past, visibility: Visibility, biased: bool) -> Tensor:
+def plain(
+    query: Tensor, new: NewTokens, old: Past, visibility: Visibility, key_bias: KeyBias | None
+) -> Tensor:
     """As the docstrings say it."""
-    rows, heads, length, channels = query.shape
-    group = heads // new.key.shape[1]
-    scored = channels - 1 if biased else channels
-    result = torch.zeros_like(query)
+    rows, heads, length, _ = query.shape
+    group, channels = heads // new.key.shape[1], new.value.shape[-1]
+    scored = channels - 1 if key_bias is not None and not key_bias.extra_channels else channels
+    first_biased = 10**9 if key_bias is None else key_bias.first_biased(exclude_self=visibility.exclude_self)
+    result = torch.zeros(rows, heads, length, channels)
     for row in range(rows):
         counted = [t for t in range(length) if new.counted is None or new.counted[row, t]]
         for head in range(heads):
             g = head // group
             for number, t in enumerate(counted):
                 own = counted[: number if visibility.exclude_self else number + 1]
-                slots = int(old.lengths[row, g])
-                if new.joins is not None and new.joins[row, g] and own:
-                    slots -= 1
-                keys = [(old.key[row, g, slot], old.value[row, g, slot], 0.0) for slot in range(slots)]
-                for s in own:
-                    bias = float(new.key[row, g, s, -1]) if biased and s != own[-1] else 0.0
+                keys, slots = [], int(old.lengths[row, g])
+                for slot in range(slots):
+                    behind = slots - slot + number
+                    hides = [] if new.hides is None else new.hides[row, g].tolist()
+                    hidden = slots - slot <= len(hides) and hides[slot - slots]
+                    if not hidden or behind < first_biased:
+                        keys.append((old.key[row, g, slot], old.value[row, g, slot], 0.0))
+                for place, s in enumerate(own):
+                    bias = float(new.key[row, g, s, -1]) if number - place >= first_biased else 0.0
                     keys.append((new.key[row, g, s], new.value[row, g, s], bias))
                 if visibility.window is not None:
                     keys = keys[max(0, len(keys) - visibility.window + int(visibility.exclude_self)) :]
@@ -49,13 +56,16 @@ def plain(query: Tensor, new: NewTokens, old: Past, visibility: Visibility, bias
     length=st.integers(1, 5),
     slots=st.integers(0, 5),
     exclude_self=st.booleans(),
-    kind=st.sampled_from(["dense", "window", "merging"]),
+    kind=st.sampled_from(["dense", "window", "biased"]),
+    age=st.integers(1, 4),
+    newest=st.booleans(),
+    extra=st.sampled_from([0, 8]),
     padding=st.booleans(),
     block=st.sampled_from([1, 2, 128]),
     seed=st.integers(0, 99),
 )
 def test_equals_the_plain_computation(
-    rows, kv_heads, group, length, slots, exclude_self, kind, padding, block, seed
+    rows, kv_heads, group, length, slots, exclude_self, kind, age, newest, extra, padding, block, seed
 ):
     generator = torch.Generator().manual_seed(seed)
 
@@ -74,35 +84,39 @@ def test_equals_the_plain_computation(
         first, count = integers(0, length, rows), integers(0, length + 1, rows)
         place = torch.arange(length)
         counted = (place >= first[:, None]) & (place < (first + count)[:, None])
-    joins = (integers(0, 2, rows, kv_heads).bool() & (lengths > 0)) if kind == "merging" else None
-    new = NewTokens(random(rows, kv_heads, length, 6), random(rows, kv_heads, length, 6), counted, joins)
+    hides, key_bias = None, None
+    if kind == "biased":
+        key_bias = KeyBias(age + (not newest), newest, extra)
+        hides = integers(0, 2, rows, kv_heads, key_bias.age).bool()
+    wide = 6 if key_bias is None else 6 + extra
+    new = NewTokens(random(rows, kv_heads, length, wide), random(rows, kv_heads, length, 6), counted, hides)
     visibility = Visibility(exclude_self, int(integers(1, 5, 1)) if kind == "window" else None)
-    query = random(rows, kv_heads * group, length, 6)
-    found = _in_blocks(block, query, new, old, visibility, biased=kind == "merging")
-    expected = plain(query, new, old, visibility, kind == "merging")
+    query = random(rows, kv_heads * group, length, wide)
+    output = _in_blocks(block, query, new, old, visibility, key_bias=key_bias)
+    expected = plain(query, new, old, visibility, key_bias)
     if counted is not None:
-        found = found * counted[:, None, :, None]
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        output = output * counted[:, None, :, None]
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
 
 
-def _in_blocks(block: int, *args: object, biased: bool) -> Tensor:
+def _in_blocks(block: int, *args: object, key_bias: KeyBias | None) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(past, "_BLOCK", block)
-        return past.attend(*args, scale=0.3, biased=biased)
+        return past.attend_past(*args, scale=0.3, key_bias=key_bias)
 
 
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("key_bias", [None, KeyBias(), KeyBias(age=5, from_newest_visible=False)], ids=str)
 @pytest.mark.parametrize("exclude_self", [False, True])
-def test_without_a_past_it_is_ordinary_attention(exclude_self: bool, biased: bool) -> None:
+def test_without_a_past_it_is_ordinary_attention(exclude_self: bool, key_bias: KeyBias | None) -> None:
     query, key, value = torch.randn(2, 4, 300, 8), *torch.randn(2, 2, 2, 300, 8)
     nothing = Past(torch.zeros(2, 2, 0, 8), torch.zeros(2, 2, 0, 8), torch.zeros(2, 2, dtype=torch.int64))
     visibility = Visibility(exclude_self)
-    if biased:
+    if key_bias is not None:
         query[..., -1] = 1 / 0.3  # brings a key's bias to its score
-    found = past.attend(
-        query, NewTokens(key, value, None, None), nothing, visibility, scale=0.3, biased=biased
+    found = past.attend_past(
+        query, NewTokens(key, value, None, None), nothing, visibility, scale=0.3, key_bias=key_bias
     )
-    expected = reference.attend(query, key, value, visibility, scale=0.3, biased=biased)
+    expected = reference.attend(query, key, value, visibility, scale=0.3, key_bias=key_bias)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
@@ -115,7 +129,7 @@ def test_blocks_get_smaller_as_the_past_grows(monkeypatch: pytest.MonkeyPatch) -
     )
     old = Past(torch.zeros(2, 2, 90, 8), torch.zeros(2, 2, 90, 8), torch.full((2, 2), 90))
     new = NewTokens(torch.zeros(2, 2, 10, 8), torch.zeros(2, 2, 10, 8), None, None)
-    output = past.attend(torch.zeros(2, 4, 10, 8), new, old, Visibility(), scale=1.0)
+    output = past.attend_past(torch.zeros(2, 4, 10, 8), new, old, Visibility(), scale=1.0)
     assert sizes == [3, 3, 3, 1]
     assert output.shape == (2, 4, 10, 8)
 
@@ -131,9 +145,9 @@ def test_half_precision_is_as_exact_as_the_fused_kernel() -> None:
         Past(key[:, :, :511], value[:, :, :511], torch.full((2, 2), 511)),
         NewTokens(key[:, :, 511:], value[:, :, 511:], None, None),
     )
-    found = past.attend(query, new, old, Visibility(), scale=0.125)
+    found = past.attend_past(query, new, old, Visibility(), scale=0.125)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(past.attend(query, new, old, Visibility(), scale=0.125), found)
+        assert torch.equal(past.attend_past(query, new, old, Visibility(), scale=0.125), found)
     key, value = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
     fused = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=0.125)
     exact = torch.nn.functional.scaled_dot_product_attention(

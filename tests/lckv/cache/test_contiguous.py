@@ -10,15 +10,15 @@ from lckv.attention.visibility import Visibility
 from lckv.cache import contiguous
 from lckv.cache.contiguous import ContiguousCache
 from lckv.policies.base import Extension, KVPolicy, TokenContext
-from lckv.policies.dense.policy import DensePolicy
+from lckv.policies.dense.config import DenseConfig
 from lckv.policies.dmc.config import DMCConfig
 from lckv.policies.dmc.policy import DMCPolicy
 from lckv.rope import rotate
 from tests.lckv.policies.dmc.models import angles, attend, context, layer
 
 POLICIES: list[tuple[KVPolicy, int | None]] = [
-    (DensePolicy(), None),
-    *((DensePolicy(), window) for window in (1, 2, 5)),
+    (DenseConfig().build(), None),
+    *((DenseConfig().build(), window) for window in (1, 2, 5)),
     *((DMCPolicy(DMCConfig(stage="finetune", window=window)), None) for window in (None, 1, 2, 12)),
 ]
 """With the sliding window of the layer."""
@@ -27,7 +27,7 @@ POLICIES: list[tuple[KVPolicy, int | None]] = [
 def extend(policy: KVPolicy, cache: ContiguousCache, tensors: list[Tensor], facts: TokenContext) -> Extension:
     query, key, value = tensors
     state = None if cache.empty else cache.state(0)
-    return policy.extend(state, key, value, query if policy.reads_query else None, facts)
+    return policy.extend(state, key, value, query if policy.traits.reads_query else None, facts)
 
 
 def facts_at(positions: Tensor, counted: Tensor) -> TokenContext:
@@ -81,7 +81,7 @@ def test_any_pieces_equal_the_whole(policy, kv_heads, group, exclude_self, calls
             counted.T,
             visibility,
             scale=query.shape[-1] ** -0.5,
-            biased=policy.biases_keys,
+            key_bias=policy.traits.key_bias,
         )
         cache.commit({0: extension}, counted.T)
         for row, (count, before) in enumerate(call):
@@ -92,9 +92,9 @@ def test_any_pieces_equal_the_whole(policy, kv_heads, group, exclude_self, calls
         if used[row]:
             facts = context(used[row], 1)
             key_value, _ = policy.keys_values(
-                tensors[1], tensors[2], tensors[0] if policy.reads_query else None, facts
+                tensors[1], tensors[2], tensors[0] if policy.traits.reads_query else None, facts
             )
-            output = attend(policy.query(tensors[0], facts), key_value, visibility, biased=policy.biases_keys)
+            output = attend(policy.query(tensors[0], facts), key_value, visibility, key_bias=policy.traits.key_bias)
             torch.testing.assert_close(torch.cat(found[row]), output[:, 0], rtol=0, atol=2e-5)
 
 
@@ -111,7 +111,7 @@ def dense(tokens: int, rows: int = 2, heads: int = 2, channels: int = 4, seed: i
 
 
 def test_every_layer_is_committed_or_none() -> None:
-    cache = ContiguousCache([0, 3], DensePolicy(), {})
+    cache = ContiguousCache([0, 3], DenseConfig().build(), {})
     for wrong in ({0: dense(2)}, {0: dense(2), 3: dense(2), 4: dense(2)}):
         with pytest.raises(ValueError, match=r"the cache holds layers \[0, 3\]; keys and values of \[0"):
             cache.commit(wrong, None)
@@ -146,14 +146,14 @@ def test_lengths_are_asked_for_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "__int__", lambda tensor: asked.append(1) or to_int(tensor))
     for forbidden in ("nonzero", "item", "tolist", "__bool__"):
         monkeypatch.setattr(Tensor, forbidden, lambda *_: pytest.fail("waits for the device"))
-    cache = ContiguousCache([0, 1], DensePolicy(), {1: 8})
+    cache = ContiguousCache([0, 1], DenseConfig().build(), {1: 8})
     for token in range(500):
         cache.commit({0: dense(1, seed=token), 1: dense(1, seed=token)}, torch.ones(2, 1, dtype=torch.bool))
     assert len(asked) < 2 * 500 // 25
 
 
 def test_windows_keep_what_they_may_give_back() -> None:
-    cache = ContiguousCache([0], DensePolicy(), {0: 8})
+    cache = ContiguousCache([0], DenseConfig().build(), {0: 8})
     everything = [dense(1, seed=token) for token in range(300)]
     for extension in everything:
         cache.commit({0: extension}, None)
@@ -170,7 +170,7 @@ def test_tokens_of_a_window_are_moved_seldom(monkeypatch: pytest.MonkeyPatch) ->
     without_oldest = contiguous._without_oldest
     monkeypatch.setattr(contiguous, "_without_oldest", lambda *args: moved.append(1) or without_oldest(*args))
     for window, prompt in ((8, 100), (8, 1), (200, 300), (200, 231)):
-        cache = ContiguousCache([0], DensePolicy(), {0: window})
+        cache = ContiguousCache([0], DenseConfig().build(), {0: window})
         cache.commit({0: dense(prompt)}, None)
         moved.clear()
         for token in range(400):
@@ -181,7 +181,7 @@ def test_tokens_of_a_window_are_moved_seldom(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_gradients_end_here() -> None:
     extension = Extension(*(tensor.requires_grad_() for tensor in dense(3)[:2]))
-    cache = ContiguousCache([0], DensePolicy(), {})
+    cache = ContiguousCache([0], DenseConfig().build(), {})
     cache.commit({0: extension}, None)
     assert not cache._layers[0].past.key.requires_grad
 

@@ -286,7 +286,7 @@ def test_a_window_of_one_token() -> None:
         new = Extension(key, value)
         query = torch.randn(1, 2, tokens, 8)
         if not view.empty:
-            found = view.attend(0, query, new, None, Visibility(window=1), scale=1.0, biased=False)
+            found = view.attend(0, query, new, None, Visibility(window=1), scale=1.0, key_bias=None)
             torch.testing.assert_close(found, value.permute(1, 2, 0, 3))
         view.commit(dict.fromkeys(built.model.layer_types.kv_layers, new), None)
         assert cache.pages_in_use <= 2 * 2 and not cache._pool.key[0].any()

@@ -9,7 +9,7 @@ from torch import Tensor
 from lckv.attention.visibility import Visibility
 from lckv.cache.streaming import StreamingCache
 from lckv.policies.base import Extension
-from lckv.policies.dense.policy import DensePolicy
+from lckv.policies.dense.config import DenseConfig
 from lckv.policies.dmc.config import DMCConfig
 from lckv.policies.dmc.policy import DMCPolicy
 from lckv.rope import inverse_frequencies, rotate, rotation
@@ -111,7 +111,7 @@ def test_thousands_of_tokens(dtype: torch.dtype, exclude_self: bool, tolerance: 
     key, value = torch.randn(2, length, rows, 2, channels, generator=generator).to(dtype)
     query = torch.randn(length, rows, 4, channels, generator=generator).to(dtype)
     cache = StreamingCache(
-        [0], DensePolicy(), {}, rows=rows, kv_heads=2, head_dim=channels, dtype=dtype, device="cpu",
+        [0], DenseConfig().build(), {}, rows=rows, kv_heads=2, head_dim=channels, dtype=dtype, device="cpu",
         frequencies=frequencies, window=16,
     )  # fmt: skip
     memory, worst = [tensor.data_ptr() for tensor in tensors_of(cache)], 0.0
@@ -119,7 +119,7 @@ def test_thousands_of_tokens(dtype: torch.dtype, exclude_self: bool, tolerance: 
         angles = rotation(cache.seen[:, None], frequencies)
         new = Extension(rotate(key[token].float(), angles).to(dtype)[None], value[token, None])
         turned = rotate(query[token].float(), angles).to(dtype)[:, :, None]
-        found = cache.attend(0, turned, new, None, visibility, scale=scale, biased=False)
+        found = cache.attend(0, turned, new, None, visibility, scale=scale, key_bias=None)
         cache.commit({0: new}, None)
         if token < 60 or token % 127 == 0:
             oracle = RecomputingCache(rows, frequencies, 4, 16)
@@ -156,13 +156,13 @@ def test_what_is_refused() -> None:
     }
     with pytest.raises(
         ValueError,
-        match=r"compression.policy.name is dmc; streaming with attention sinks drops single tokens",
+        match="the KV policy is dmc; streaming with attention sinks drops single tokens, which needs a policy that keeps",
     ):
-        StreamingCache([0], DMCPolicy(DMCConfig()), {}, **settings, window=16)
+        StreamingCache([0], DMCPolicy(DMCConfig(stage="finetune")), {}, **settings, window=16)
     for wrong, least in (({"window": 0}, 1), ({"sinks": -1, "window": 4}, 0), ({"rows": 0, "window": 4}, 1)):
         name = next(iter(wrong))
         with pytest.raises(ValueError, match=f"{name} is {wrong[name]}; it must be at least {least}"):
-            StreamingCache([0], DensePolicy(), {}, **{**settings, **wrong})
-    cache = StreamingCache([0], DensePolicy(), {}, **settings, window=16)
+            StreamingCache([0], DenseConfig().build(), {}, **{**settings, **wrong})
+    cache = StreamingCache([0], DenseConfig().build(), {}, **settings, window=16)
     with pytest.raises(ValueError, match=r"the cache holds layers \[0\]; keys and values of \[\] came"):
         cache.commit({}, None)

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from lckv.attention.key_bias import KeyBias
 from lckv.generation.prefill import Settling
 from lckv.models.modeling_lckv_llama import Iteration
 from lckv.policies.base import Extension
@@ -13,9 +14,9 @@ from tests.lckv.cache.models import contiguous_cache, model, parallel_logits, te
 
 
 def _settling(
-    tolerance: float = 0.1, *, rows: int = 1, counted: torch.Tensor | None = None, biased: bool = False
+    tolerance: float = 0.1, *, rows: int = 1, counted: torch.Tensor | None = None, key_bias: KeyBias | None = None
 ) -> Settling:
-    return Settling(tolerance, 9, rows, counted, biased=biased, device=torch.device("cpu"))
+    return Settling(tolerance, 9, rows, counted, key_bias=key_bias, device=torch.device("cpu"))
 
 
 def _pass(*rows: float, layer: int = 3, tokens: int = 4) -> Mapping[int, Extension]:
@@ -63,11 +64,11 @@ def test_decisions_have_to_be_the_same_however_small_the_rest_of_the_change() ->
     for each in (before, after):
         each[3].key[..., -1] = 0.0
     after[3].key[1, 0, 1, -1] = -5e4
-    assert not _settling(biased=True)(before, after)
+    assert not _settling(key_bias=KeyBias())(before, after)
     after[3].key[1, 0, 1, -1] = 0.0
-    assert _settling(biased=True)(before, after)
+    assert _settling(key_bias=KeyBias())(before, after)
     after[3].key[3, 0, 1, -1] = -5e4
-    assert _settling(biased=True, counted=torch.tensor([[True, True, True, False]]))(before, after)
+    assert _settling(key_bias=KeyBias(), counted=torch.tensor([[True, True, True, False]]))(before, after)
 
 
 def test_another_group_of_layers_begins_anew() -> None:
@@ -82,7 +83,7 @@ def _run(name: str, policy: str, tolerance: float, rows: list[list[int]]) -> tup
     built = model(name, policy)
     tokens = torch.tensor(rows)
     settling = Settling(
-        tolerance, 40, len(rows), None, biased=built.model.policy.biases_keys, device=torch.device("cpu")
+        tolerance, 40, len(rows), None, key_bias=built.model.policy.traits.key_bias, device=torch.device("cpu")
     )
     with torch.inference_mode():
         embedded = built.model.embed_tokens(tokens)

@@ -161,7 +161,7 @@ def test_the_product_of_both_compressions(layer_types: str | None) -> None:
     """Slots are those of the layers that own keys, divided by the compression that merge rates say."""
     one, ids = model(layer_types, MERGING, num_hidden_layers=4), tokens(2, 40)
     with torch.no_grad():
-        rates, cache = one(ids, use_cache=False).merge_rates, one(ids).past_key_values
+        rates, cache = one(ids, use_cache=False).statistics["merge_rate"], one(ids).past_key_values
     owners = one.model.layer_types.kv_layers
     slots = sum(int(cache.slots.lengths(layer).sum()) for layer in owners)
     assert rates.mean() > 0.2

@@ -260,13 +260,13 @@ def test_embeddings_instead_of_tokens() -> None:
 def test_merge_rates_and_auxiliary_loss() -> None:
     one, ids = model(SHARED, MERGING), tokens(2, 20)
     output = one(ids, labels=ids)
-    assert output.merge_rates.shape == (2, 2, 2)
-    assert 0.2 < output.merge_rates.mean() < 0.6
-    missing = torch.relu(0.5 - output.merge_rates.mean((0, 2))).mean()
+    assert output.statistics["merge_rate"].shape == (2, 2, 2)
+    assert 0.2 < output.statistics["merge_rate"].mean() < 0.6
+    missing = torch.relu(0.5 - output.statistics["merge_rate"].mean((0, 2))).mean()
     close(output.auxiliary_loss, missing)
     cache = one(ids).past_key_values
     slots = torch.stack([cache.slots.lengths(layer) for layer in (0, 2)])
-    close(slots / 20, 1 - output.merge_rates)
+    close(slots / 20, 1 - output.statistics["merge_rate"])
 
 
 def test_half_precision() -> None:

@@ -82,7 +82,7 @@ def test_auxiliary_loss() -> None:
     output = one.train()(ids, labels=ids)
     entropy = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     close(output.loss, entropy + output.auxiliary_loss)
-    close(output.auxiliary_loss, torch.relu(0.75 - output.merge_rates.mean((0, 2))).mean())
+    close(output.auxiliary_loss, torch.relu(0.75 - output.statistics["merge_rate"].mean((0, 2))).mean())
     (gradient,) = torch.autograd.grad(output.auxiliary_loss, one.model.layers[2].self_attn.k_proj.weight)
     deciding = gradient.view(2, 8, -1)[:, -1]
     assert deciding.count_nonzero() == deciding.numel()
@@ -119,7 +119,7 @@ def test_zero_out_is_a_plain_model_without_the_last_channel() -> None:
     ids = tokens(2, 9)
     output = one.train()(ids, labels=ids)
     assert output.auxiliary_loss is None
-    assert output.merge_rates is None
+    assert output.statistics is None
     # Rotation moves a part of the partner channel into the last one, where it is dropped.
     for layer in plain.model.layers:
         layer.self_attn.policy = Dropping()

@@ -14,7 +14,7 @@ from megatron_ext.checkpointing import state, strategies
 from megatron_ext.checkpointing.agreement import agreement
 from megatron_ext.checkpointing.errors import DamagedCheckpointError
 from megatron_ext.checkpointing.manifest import hash_files, list_files, read_manifest
-from megatron_ext.checkpointing.strategies import SafeCommonLoad, SafeLoad, read_contents
+from megatron_ext.checkpointing.strategies import read_common, read_contents, read_shards
 from tests.megatron_ext.checkpointing.tiny_gpt import Case, Run
 from tests.ranks import run_on_ranks
 
@@ -83,7 +83,7 @@ def test_the_common_part_is_not_trusted(tmp_path: Path) -> None:
     torch.save({"optimizer": _Evil(trap)}, tmp_path / "common.pt")
     assert _is_evil(tmp_path / "common.pt", trap)
     with pytest.raises(pickle.UnpicklingError, match=r"(?i)weights.only"):
-        SafeCommonLoad().load_common(tmp_path)
+        read_common(tmp_path)
     assert not trap.exists()
 
 
@@ -155,7 +155,7 @@ def _load_with_megatron(directory: Path) -> bool:
             key: dist_checkpointing.ShardedTensor.from_rank_offsets(key, value)
             for key, value in empty.items()
         }
-        loaded = SafeLoad(ranks.group).load(sharded, path)
+        loaded = read_shards(sharded, path, ranks.group)
     return all(torch.equal(loaded[key], value) for key, value in plain.items())
 
 

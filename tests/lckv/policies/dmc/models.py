@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 from lckv.attention import reference, sdpa
+from lckv.attention.key_bias import KeyBias
 from lckv.attention.visibility import Documents, Visibility
 from lckv.policies.base import KeyValue, TokenContext
 from lckv.rope import Rotation, inverse_frequencies, rotate, rotation
+
+BIAS = KeyBias(age=1)
 
 
 def layer(
@@ -42,13 +45,13 @@ def attend(
     key_value: KeyValue,
     visibility: Visibility | None = None,
     *,
-    biased: bool = True,
+    key_bias: KeyBias | None = BIAS,
     plain: bool = False,
 ) -> Tensor:
     """[s, b, h, d] from [s, b, heads, d], on the plain oracle or the fast backend."""
     heads = (tensor.permute(1, 2, 0, 3) for tensor in (query, *key_value))
     backend = reference if plain else sdpa
-    output = backend.attend(*heads, visibility or Visibility(), scale=query.shape[-1] ** -0.5, biased=biased)
+    output = backend.attend(*heads, visibility or Visibility(), scale=query.shape[-1] ** -0.5, key_bias=key_bias)
     return output.permute(2, 0, 1, 3)
 
 

@@ -6,26 +6,21 @@ from dataclasses import replace
 import pytest
 
 from lckv.config import CompressionConfig
-from lckv.policies.build import build_policy
 from lckv.policies.dmc.config import DMCConfig
 from lckv.policies.dmc.policy import DMCPolicy
 
 
 def test_the_defaults_are_the_published_ones_and_have_no_problems():
     config = DMCConfig()
-    assert config.problems(None) == []
+    assert not [*config.problems()]
     assert (config.initial_decision_bias, config.temperature, config.window, config.loss_weight) == (
         5.0,
         0.1,
         12,
         1.0,
     )
-    assert (
-        replace(
-            config, stage="finetune", window=None, target_compression_ratio=1.0, loss_weight=0.0
-        ).problems(None)
-        == []
-    )
+    odd = replace(config, stage="finetune", window=None, target_compression_ratio=1.0, loss_weight=0.0)
+    assert not [*odd.problems()]
 
 
 @pytest.mark.parametrize(
@@ -43,16 +38,15 @@ def test_the_defaults_are_the_published_ones_and_have_no_problems():
     ],
 )
 def test_odd_settings_are_named(change, message):
-    problems = replace(DMCConfig(), **change).problems(None)
-    assert len(problems) == 1
-    assert problems[0].startswith(f"compression.policy.{message}")
+    (problem,) = replace(DMCConfig(), **change).problems()
+    assert str(problem).startswith(message)
 
 
 def test_all_problems_are_reported_and_reach_the_compression_section():
     policy = DMCConfig(window=0, temperature=0.0)
     problems = CompressionConfig(policy=policy).problems(4)
-    assert problems == policy.problems(None)
-    assert len(problems) == 2
+    assert problems == [problem.under("policy") for problem in policy.problems()]
+    assert [problem.field for problem in problems] == ["policy.temperature", "policy.window"]
 
 
 def test_sliding_windows_are_refused():
@@ -60,12 +54,12 @@ def test_sliding_windows_are_refused():
         layer_types="0s_1s_2_2", sliding_window=8, policy=DMCConfig(stage="retrofit")
     )
     (problem,) = compression.problems(4)
-    assert "compression.sliding_window is 8 and compression.policy.name is dmc" in problem
-    assert "remove the window and the 's' in compression.layer_types" in problem
+    assert str(problem).startswith("sliding_window is 8; the policy dmc cannot live with sliding windows: remove")
+    assert "the 's' in layer_types" in str(problem)
 
 
 def test_the_config_builds_the_policy():
     config = DMCConfig(stage="retrofit")
-    policy = build_policy(config)
+    policy = config.build()
     assert isinstance(policy, DMCPolicy)
     assert (policy.name, policy.config) == ("dmc", config)

@@ -92,8 +92,8 @@ def test_padding_on_either_side_leaves_no_trace(policy: DMCPolicy) -> None:
         torch.testing.assert_close(found.key[inside], alone.key, rtol=0, atol=1e-5)
         torch.testing.assert_close(found.value[inside], alone.value, rtol=0, atol=1e-5)
         torch.testing.assert_close(found.state, alone.state, rtol=0, atol=1e-5)
-        assert torch.equal(found.joins, alone.joins)
-        assert torch.equal(policy.whole(found)[inside], policy.whole(alone))
+        assert torch.equal(found.hides, alone.hides)
+        assert torch.equal(found.key[inside][..., -1], alone.key[..., -1])
 
 
 @pytest.mark.parametrize("policy", OPTIONS, ids=WINDOWS)
@@ -109,7 +109,7 @@ def test_a_row_of_padding_stays_as_it_is(policy: DMCPolicy, tokens: int) -> None
         before = torch.zeros_like(found.state) if state is None else state
         assert torch.equal(found.state[:, 1, :, -1], before[:, 1, :, -1])
         torch.testing.assert_close(found.state[:, 1], before[:, 1], rtol=0, atol=1e-6)
-        assert not found.joins[1].any()
+        assert not found.hides[:, 1].any()
         assert found.key.isfinite().all()
 
 

@@ -9,8 +9,6 @@ from lckv.attention.visibility import Documents
 from lckv.policies.base import TokenContext
 from lckv.policies.dmc.decisions import (
     HIDDEN,
-    NonFiniteDecisionError,
-    check_finite,
     decision_logits,
     draw_noise,
     forced_openings,
@@ -106,17 +104,6 @@ def test_a_logit_that_is_not_finite_is_found_where_it_is(wrong, token):
     for merge, _ in (soft_decisions(logits, opens, None, 0.1), hard_decisions(logits, opens)):
         rate = merge_rate(merge, logits, None)
         assert (~rate.isfinite()).nonzero().tolist() == [[1, 2]]
-    rates = torch.stack((torch.zeros(2, 3), rate))
-    with pytest.raises(
-        NonFiniteDecisionError, match=r"^iteration 17: .* layer 6 KV head 2 are not finite; lower"
-    ):
-        check_finite(rates, [4, 6], 17)
-    check_finite(rates[:1], [4], 17)
-
-
-def test_many_logits_that_are_not_finite_make_a_short_message():
-    with pytest.raises(NonFiniteDecisionError, match=r"layer 0 KV head 7 and 8 more are"):
-        check_finite(torch.full((2, 1, 8), math.nan), [0, 1], 1)
 
 
 def test_noise_depends_on_the_seed_of_its_row_only():

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lckv.attention import reference, sdpa
+from lckv.attention.key_bias import KeyBias
 from lckv.attention.visibility import Visibility
 from lckv.cache.contiguous import ContiguousCache
 from lckv.policies.base import TokenContext
@@ -17,10 +18,11 @@ from lckv.policies.dmc.config import DMCConfig
 from lckv.policies.dmc.decisions import merge_rate, straight_through
 from lckv.policies.dmc.policy import DMCPolicy
 from lckv.policies.dmc.pooling import pool_by_formula, pool_in_torch
-from lckv.policies.dmc.schedule import compression_ratio, decision_rows, fade, fused_decision_rows, hinge_loss
+from lckv.policies.dmc.schedule import compression_ratio, fade, hinge_loss
 from lckv.rope import Rotation, rotate
 
 FOLDER = Path(__file__).parents[3] / "golden" / "dmc"
+BIAS = KeyBias(age=1)
 OUTPUT, TRAINING_OUTPUT, GRADIENT, LOSS = 1e-5, 2e-5, 5e-5, 1e-6
 
 
@@ -42,10 +44,10 @@ def context(tensors, *, at=slice(None), **facts):
     return TokenContext(partial(rotate, angles=Rotation(angles.cos(), angles.sin())), **facts)
 
 
-def attend(query, key, value, backend=sdpa, biased=True):
+def attend(query, key, value, backend=sdpa, key_bias=BIAS):
     """[L, B, heads, D] to [L, B, H * D]."""
     heads = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-    output = backend.attend(*heads, Visibility(), scale=query.shape[-1] ** -0.5, biased=biased)
+    output = backend.attend(*heads, Visibility(), scale=query.shape[-1] ** -0.5, key_bias=key_bias)
     return output.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -83,7 +85,7 @@ def trained(tensors, header, backend):
     # The reference counts the decision that token 0 would have made, were it not forced.
     logits = key[..., -1] - 5.0
     raw = straight_through(torch.sigmoid((logits + noise) / header["temp"]))
-    close(statistics.merge_rate, (raw.sum(0) - raw[0]) / len(raw), 1e-6)
+    close(statistics[0], (raw.sum(0) - raw[0]) / len(raw), 1e-6)
     return (
         leaves,
         output,
@@ -121,9 +123,9 @@ def test_training_loss_for_every_target(case):
     rate = trained(tensors, header, sdpa)[2]
     for number, ratio in enumerate(tensors["target_cr"].tolist()):
         policy = DMCPolicy(DMCConfig(stage="finetune", target_compression_ratio=ratio, loss_per_tp_rank=True))
-        close(policy.auxiliary_loss(rate.mean(1), 0.5).mean(), tensors["dmc_loss"][number], LOSS)
+        close(policy.auxiliary_loss([rate.mean(1)], 0.5).mean(), tensors["dmc_loss"][number], LOSS)
         per_rank = rate.unflatten(1, (2, -1)).mean(-1)
-        close(policy.auxiliary_loss(per_rank, 0.5).mean(), tensors["dmc_loss_tp2"][number], LOSS)
+        close(policy.auxiliary_loss([per_rank], 0.5).mean(), tensors["dmc_loss_tp2"][number], LOSS)
 
 
 @pytest.mark.parametrize("backend", [sdpa, reference], ids=["sdpa", "reference"])
@@ -136,7 +138,7 @@ def test_evaluation(case, backend):
     key_value, statistics = policy.keys_values(key, value, query, facts)
     close(attend(policy.query(query, facts), *key_value, backend), tensors["out"], OUTPUT)
     close(key_value.value, tensors["pooled_v"], OUTPUT)
-    kept = 1 - statistics.merge_rate
+    kept = 1 - statistics[0]
     assert torch.equal((kept * len(key)).round().int(), tensors["final_lens"])
     assert 1 / kept.mean() == pytest.approx(header["cr_from_lengths"], rel=1e-6)
     raw = (tensors["router_logits"] > 0).float()
@@ -159,7 +161,7 @@ def decode(tensors, eps, sizes):
         else:
             heads = policy.query(query, facts).permute(1, 2, 0, 3)
             output = cache.attend(
-                0, heads, extension, None, Visibility(), scale=query.shape[-1] ** -0.5, biased=True
+                0, heads, extension, None, Visibility(), scale=query.shape[-1] ** -0.5, key_bias=BIAS
             )
             output = output.permute(2, 0, 1, 3).flatten(2)
         cache.commit({0: extension}, None)
@@ -200,11 +202,11 @@ def test_stage_zero_out(kv_heads):
         query, key, value = leaves
         facts = context(tensors, progress=progress, training=True)
         key_value, statistics = policy.keys_values(key, value, None, facts)
-        assert statistics is None
+        assert statistics == ()
         rotated = policy.query(query, facts)
         close(rotated.permute(1, 2, 0, 3), tensors["q_rot"][number], OUTPUT)
         close(key_value.key.permute(1, 2, 0, 3), tensors["k_rot"][number], OUTPUT)
-        output = attend(rotated, *key_value, biased=policy.biases_keys)
+        output = attend(rotated, *key_value, key_bias=policy.traits.key_bias)
         close(output, tensors["out"][number], OUTPUT)
         if iteration == 100:
             objective = (output * tensors["functional"]).sum()
@@ -212,15 +214,19 @@ def test_stage_zero_out(kv_heads):
                 close_gradient(gradient, tensors[f"grad_{name}__it100"])
 
 
-def test_rows_of_the_decision_channel():
-    tensors, header = load("e_zero_rows")
-    for layout, rows in header["rows"].items():
-        query_heads, kv_heads, head_dim = (int(part.lstrip("HKVD")) for part in layout.split("_"))
-        assert fused_decision_rows(query_heads, kv_heads, head_dim) == rows
+def test_the_end_of_stage_zero_out():
+    tensors, _ = load("e_zero_rows")
     weight = tensors["weight_before_H4_KV2_D16"]
-    weight[fused_decision_rows(4, 2, 16)] = 0
+    # For each KV head two query heads, a key and a value: [g, 4, d, hidden].
+    heads = weight.unflatten(0, (2, 4, 16))
+
+    def rows(kind, channel):
+        yield from heads[:, {"query": slice(0, 2), "key": slice(2, 3), "value": slice(3, 4)}[kind], channel]
+
+    policy = DMCPolicy(DMCConfig(stage="zero_out"))
+    assert policy.end_stage(rows) == "stage zero_out is over: the decision channel of all queries and keys is 0"
     assert torch.equal(weight, tensors["weight_after_H4_KV2_D16"])
-    assert decision_rows(2, 16) == [15, 31]
+    assert DMCPolicy(DMCConfig(stage="retrofit")).obstacle_in_weights(rows, DMCConfig()) is None
 
 
 def test_schedule():
@@ -245,7 +251,7 @@ def test_loss_of_several_layers(ranks):
         policy = DMCPolicy(
             DMCConfig(stage="finetune", target_compression_ratio=ratio, loss_per_tp_rank=ranks > 1)
         )
-        loss = policy.auxiliary_loss(per_rank if ranks > 1 else per_rank[:, 0], 0.0).mean()
+        loss = policy.auxiliary_loss([per_rank if ranks > 1 else per_rank[:, 0]], 0.0).mean()
         close(loss, tensors[f"dmc_loss_tp{ranks}"][number], LOSS)
         if ranks < 4:
             (gradient,) = torch.autograd.grad(loss, probabilities, retain_graph=True)

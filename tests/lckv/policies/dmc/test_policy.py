@@ -6,7 +6,7 @@ import torch
 
 from lckv.attention.visibility import Visibility
 from lckv.policies.base import KeyValue, TokenContext
-from lckv.policies.dense.policy import DensePolicy
+from lckv.policies.dense.config import DenseConfig
 from lckv.policies.dmc.config import DMCConfig
 from lckv.policies.dmc.policy import DMCPolicy
 from tests.lckv.policies.dmc.models import attend, context, documents_of, layer
@@ -22,8 +22,8 @@ def noise_of(tensor):
 def run(policy, tensors, facts, visibility=None):
     """Output, keys, values and statistics."""
     query, key, value = tensors
-    key_value, statistics = policy.keys_values(key, value, query if policy.reads_query else None, facts)
-    output = attend(policy.query(query, facts), key_value, visibility, biased=policy.biases_keys)
+    key_value, statistics = policy.keys_values(key, value, query if policy.traits.reads_query else None, facts)
+    output = attend(policy.query(query, facts), key_value, visibility, key_bias=policy.traits.key_bias)
     return output, key_value, statistics
 
 
@@ -33,13 +33,13 @@ def test_if_nothing_merges_it_is_plain_attention_without_the_decision_channel(ex
     key[..., -1] = 0
     facts, visibility = context(LENGTH, 2), Visibility(exclude_self=exclude_self)
     output, _, statistics = run(RETROFIT, (query, key, value), facts, visibility)
-    assert statistics.merge_rate.count_nonzero() == 0
+    assert statistics[0].count_nonzero() == 0
     query[..., -1] = 0
     # Rotation brings a part of the partner channel into the last one: that part is dropped as well.
-    dense = DensePolicy()
+    dense = DenseConfig().build()
     rotated, plain = dense.query(query, facts), dense.keys_values(key, value, None, facts)[0]
     rotated[..., -1] = 0
-    expected = attend(rotated, plain, visibility, biased=False)
+    expected = attend(rotated, plain, visibility, key_bias=None)
     torch.testing.assert_close(output, expected, rtol=0, atol=2e-6)
 
 
@@ -49,7 +49,7 @@ def test_training_without_noise_tends_to_evaluation_as_the_temperature_falls():
     trained, _, trained_statistics = run(cold, tensors, context(LENGTH, 2, training=True))
     evaluated, _, statistics = run(cold, tensors, context(LENGTH, 2))
     torch.testing.assert_close(trained, evaluated, rtol=0, atol=1e-5)
-    torch.testing.assert_close(trained_statistics.merge_rate, statistics.merge_rate)
+    torch.testing.assert_close(trained_statistics[0], statistics[0])
 
 
 def test_packed_documents_are_what_they_are_alone():
@@ -67,9 +67,9 @@ def test_packed_documents_are_what_they_are_alone():
             alone_facts = context(length, 1, start=start, training=True, noise=noise[part])
             alone, _, counts = run(RETROFIT, [tensor[part] for tensor in tensors], alone_facts)
             torch.testing.assert_close(packed[part], alone, rtol=0, atol=2e-6)
-            merged[row] += counts.merge_rate[0] * length
+            merged[row] += counts[0][0] * length
             start += length
-    torch.testing.assert_close(statistics.merge_rate, merged / LENGTH)
+    torch.testing.assert_close(statistics[0], merged / LENGTH)
 
 
 def test_heads_of_a_rank_are_what_they_are_among_all():
@@ -86,7 +86,7 @@ def test_heads_of_a_rank_are_what_they_are_among_all():
         torch.testing.assert_close(partial_output, output[:, :, mine], rtol=0, atol=1e-6)
         torch.testing.assert_close(partial_keys.key, key_value.key[:, :, groups], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(
-            partial_statistics.merge_rate, statistics.merge_rate[:, groups], rtol=0, atol=1e-6
+            partial_statistics[0], statistics[0][:, groups], rtol=0, atol=1e-6
         )
 
 
@@ -96,7 +96,7 @@ def test_padding_neither_merges_nor_counts():
     counted[20:, 1] = False
     whole = run(RETROFIT, tensors, context(LENGTH, 2, counted=counted))
     short = run(RETROFIT, [tensor[:20] for tensor in tensors], context(20, 2))
-    assert torch.equal(whole[2].merge_rate[1], short[2].merge_rate[1])
+    assert torch.equal(whole[2][0][1], short[2][0][1])
     torch.testing.assert_close(whole[0][:20, 1], short[0][:, 1])
     # Padding in front is not merged into by the first word.
     counted = torch.ones(LENGTH, 2, dtype=torch.bool)
@@ -125,17 +125,17 @@ def test_half_precision_keeps_its_dtype_and_stays_finite():
     for training in (False, True):
         output, key_value, statistics = run(RETROFIT, tensors, context(LENGTH, 2, training=training))
         assert output.dtype == key_value.key.dtype == key_value.value.dtype == torch.bfloat16
-        assert statistics.merge_rate.dtype == torch.float32
-        gradients = torch.autograd.grad(output.float().sum() + statistics.merge_rate.sum(), tensors)
+        assert statistics[0].dtype == torch.float32
+        gradients = torch.autograd.grad(output.float().sum() + statistics[0].sum(), tensors)
         assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 def test_zero_out_ends_where_the_others_start():
     policy = DMCPolicy(DMCConfig(stage="zero_out"))
-    assert not policy.biases_keys
-    assert not policy.reads_query
+    assert policy.traits.keeps_every_token
+    assert not policy.traits.reads_query
     assert policy.draw_noise((3, 1, 2), [1], torch.device("cpu")) is None
-    assert policy.auxiliary_loss(torch.zeros(2), 0.9) is None
+    assert policy.auxiliary_loss([], 0.9) is None
     query, key, value = (tensor.detach() for tensor in layer(LENGTH))
     ended = context(LENGTH, 2, progress=0.8)
     faded = run(policy, (query, key, value), ended)[0]
@@ -148,11 +148,11 @@ def test_zero_out_ends_where_the_others_start():
 def test_loss_and_target():
     rate = torch.tensor([0.0, 0.5])
     assert RETROFIT.target(0.5) == 2.5
-    assert RETROFIT.auxiliary_loss(rate, 1.0).tolist() == [0.75, 0.25]
-    assert RETROFIT.auxiliary_loss(rate, 0.0).tolist() == [0.0, 0.0]
+    assert RETROFIT.auxiliary_loss([rate], 1.0).tolist() == [0.75, 0.25]
+    assert RETROFIT.auxiliary_loss([rate], 0.0).tolist() == [0.0, 0.0]
     weighted = DMCPolicy(DMCConfig(stage="finetune", target_compression_ratio=2.0, loss_weight=3.0))
-    assert weighted.auxiliary_loss(rate, 0.0).tolist() == [1.5, 0.0]
-    per_rank = weighted.auxiliary_loss(torch.tensor([[0.0, 1.0], [0.25, 0.25]]), 0.0)
+    assert weighted.auxiliary_loss([rate], 0.0).tolist() == [1.5, 0.0]
+    per_rank = weighted.auxiliary_loss([torch.tensor([[0.0, 1.0], [0.25, 0.25]])], 0.0)
     assert per_rank.tolist() == [0.75, 0.75]
 
 

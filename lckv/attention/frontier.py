@@ -1,0 +1,119 @@
+"""Attention to keys with a bias where a query sees its newest key, its frontier, without it: key t, or key t - 1 where
+query t does not see itself.
+
+    keys     0 1 2 3 4
+    query 0  F                 F: the frontier, one dot product for each query, joined to the kernel's softmax by its lse
+    query 1  b F
+    query 2  b b F             b: the kernel, on queries 1 .. s - 1 and keys 0 .. s - 2
+    query 3  b b b F
+    query 4  b b b b F
+
+Of s^2 / 2 products of a query and a key, the kernel makes all but s, and the frontier these.
+
+Shapes: as in `lckv.attention.biased`; here s are the tokens of a piece, query i with its frontier at key i.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lckv.attention.flash_pairs import FlashPair, Partial
+from lckv.attention.pieces import Biased, Piece, Rest, grouped
+
+
+def attend_with_frontier(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, pieces: list[Piece], pair: FlashPair
+) -> Tensor:
+    """[b, h, s, d]; 0 for queries that are in no piece."""
+    return _Frontier.apply(query, key, value, pieces, Biased(pair, scale))
+
+
+class _Frontier(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, pieces: list[Piece], below: Biased
+    ) -> Tensor:
+        output = query.new_zeros(*query.shape[:-1], value.shape[-1])
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        lse, share = (torch.empty(query.shape[:-1], dtype=dtype, device=query.device) for _ in range(2))
+        ctx.rests = []
+        for piece in pieces:
+            q, *results = piece.of_queries(query, output, lse, share)
+            ctx.rests.append(_forward(q, *piece.of_keys(key, value), *results, below=below))
+        ctx.save_for_backward(query, key, value, output, lse, share)
+        ctx.pieces, ctx.below = pieces, below
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, lse, share = ctx.saved_tensors
+        dq, dk, dv = (torch.zeros_like(tensor) for tensor in (query, key, value))
+        for piece, rest in zip(ctx.pieces, ctx.rests, strict=True):
+            of_queries = piece.of_queries(gradient, query, output, lse, share, dq)
+            _backward(*of_queries, *piece.of_keys(key, value, dk, dv), rest=rest, below=ctx.below)
+        return dq, dk, dv, None, None
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, share: Tensor, *, below: Biased
+) -> Rest:
+    """Fills `output` and, except for query 0, `lse` and `share` [b, h, s], the frontier's part of the softmax. Returns what
+    the pair's backward wants back."""
+    grouped(output, key)[:, :, :, 0] = value[:, :, None, 0]
+    if query.shape[2] == 1:
+        return ()
+    partial = below.forward(query[:, :, 1:], key[:, :, :-1], value[:, :, :-1])
+    output, lse, share = (tensor[:, :, 1:] for tensor in (output, lse, share))
+    # [b, g, h / g, s - 1, d + e]
+    products = grouped(query[:, :, 1:], key).to(lse.dtype) * key[:, :, None, 1:]
+    score = products[..., :-1].sum(-1).flatten(1, 2) * below.scale
+    torch.logaddexp(partial.lse, score, out=lse)
+    torch.sigmoid(score - partial.lse, out=share)
+    older = grouped(partial.output, key)
+    weight = grouped(share, key)[..., None].to(older.dtype)
+    torch.lerp(older, value[:, :, None, 1:].expand_as(older), weight, out=grouped(output, key))
+    return partial.rest
+
+
+def _backward(
+    gradient: Tensor,
+    query: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    share: Tensor,
+    dq: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    *,
+    rest: Rest,
+    below: Biased,
+) -> None:
+    """Fills dq, dk and dv, which are zeros."""
+    dv[:, :, 0] = grouped(gradient, key)[:, :, :, 0].sum(2)
+    if query.shape[2] == 1:
+        return
+    gradient, query, output, lse, share, dq = (
+        tensor[:, :, 1:] for tensor in (gradient, query, output, lse, share, dq)
+    )
+    whole = Partial(output, lse, rest)
+    below_dq, below_dk, below_dv = below.backward(gradient, query, key[:, :, :-1], value[:, :, :-1], whole)
+    dk[:, :, :-1] += below_dk
+    dv[:, :, :-1] += below_dv
+    # The frontier's terms are added in all channels; then the last one, which it is seen without, gets its own back.
+    bias_gradient = dk[..., -1].clone()
+    # Queries [b, g, h / g, s - 1, ...], keys [b, g, 1, s - 1, ...]
+    gradient, query, output, share = (grouped(tensor, key) for tensor in (gradient, query, output, share))
+    value, key = value[:, :, None, 1:], key[:, :, None, 1:]
+    dscore = share * (gradient * (value - output)).sum(-1, dtype=share.dtype) * below.scale
+    share, dscore = (tensor[..., None].to(query.dtype) for tensor in (share, dscore))
+    torch.addcmul(grouped(below_dq, dk), dscore, key, out=grouped(dq, dk))
+    dq[..., -1] = below_dq[..., -1]
+    for member in range(query.shape[2]):
+        dk[:, :, 1:].addcmul_(dscore[:, :, member], query[:, :, member])
+        dv[:, :, 1:].addcmul_(share[:, :, member], gradient[:, :, member])
+    dk[..., -1] = bias_gradient

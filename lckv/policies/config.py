@@ -1,0 +1,122 @@
+"""What the settings of a KV policy tell of it. Neither torch nor Megatron is loaded.
+
+A policy is a folder with two classes: its settings, which know everything that follows from them for a run, a cache, a
+report; and the policy itself (`base.py`), which works on tensors. Nothing outside the folder asks which policy it is.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+from lckv.attention.key_bias import KeyBias
+from lckv.errors import Problem
+
+if TYPE_CHECKING:
+    from lckv.policies.base import KVPolicy
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a policy does to attention and caches, and what it can live with."""
+
+    key_bias: KeyBias | None = None
+    """Set where keys carry a bias. In evaluation it is 0 or `HIDDEN`: a hidden key is dropped from caches at the age at
+    which it would carry its bias."""
+
+    merges: bool = False
+    """Whether a key that is dropped lives on in the one that comes after it."""
+
+    reads_query: bool = False
+    """Whether keys and values depend on the queries of the layer that computes them."""
+
+    windows: bool = True
+    """Whether layers may have a sliding window."""
+
+    shares: bool = True
+    """Whether other layers may read a layer's keys and values."""
+
+    min_head_dim: int = 2
+    """Fewest channels of a head."""
+
+    @property
+    def keeps_every_token(self) -> bool:
+        """Whether every token has a slot of its own for good, so that the newest tokens can be forgotten again."""
+        return self.key_bias is None
+
+    @property
+    def dropout(self) -> bool:
+        """Whether attention weights may have dropout."""
+        return self.key_bias is None
+
+
+class PolicyConfig:
+    """Settings of a KV policy: the base of a frozen dataclass whose field `name` is a `Literal` with one value.
+
+    The methods here are those of a policy that keeps every token and has no stages.
+    """
+
+    name: str
+    """Name of the policy, under which settings choose it."""
+
+    stage: str | None = None
+    """The part of training that the settings describe; None where there is only one."""
+
+    @property
+    def traits(self) -> Traits:
+        """What it does to attention and caches."""
+        return Traits()
+
+    def build(self) -> "KVPolicy":
+        """The policy itself."""
+        raise TypeError(f"{type(self).__name__} must say how its policy is built.")
+
+    def problems(self) -> Iterable[Problem]:
+        """What is wrong with these settings by themselves; fields by their own names."""
+        return ()
+
+    # How training goes from one policy or stage to another. An obstacle is a sentence with the way out.
+
+    def obstacle_to_leaving(self, after: "PolicyConfig") -> str | None:
+        """What keeps a model that was trained with this policy from going on with `after`; None if nothing does."""
+        return None
+
+    def obstacle_to_converting(self, before: "PolicyConfig") -> str | None:
+        """What keeps a model of the policy `before` from getting this policy without training; None if nothing does."""
+        return None
+
+    # What a cache takes.
+
+    @property
+    def compression_ratio(self) -> float:
+        """Tokens per slot that training aims at, at least 1."""
+        return 1.0
+
+    def slots(self, tokens: int, compression_ratio: float) -> int:
+        """Slots that a KV head needs for `tokens` tokens at so many tokens per slot."""
+        return ceil(tokens / compression_ratio)
+
+    def state_numbers(self, head_dim: int) -> int:
+        """float32 numbers that a cache keeps of a sequence for each KV head, besides slots."""
+        return 0
+
+    # What is said of it.
+
+    def describe(self) -> str:
+        """The policy and its settings in a few words."""
+        return f"{self.name}: every token is kept"
+
+    def card(self) -> str:
+        """Sentences for the page of a published model."""
+        return "Every token is kept."
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """Papers, as lines of Markdown."""
+        return ()
+
+    @classmethod
+    def from_megatron_arguments(cls, arguments: Mapping[str, Any]) -> "PolicyConfig | None":
+        """The settings in the arguments of a run of Megatron's older training program; None where it did not use this
+        policy. Raises SettingError where they cannot be understood."""
+        return None

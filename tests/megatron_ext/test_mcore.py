@@ -1,0 +1,119 @@
+"""Each difference between the versions of megatron-core, on the version that is installed."""
+
+import inspect
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.transformer.attention import Attention
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from megatron_ext.mcore import load_in_parallel, name_argument, save_in_parallel
+from megatron_ext.model.attention import SharedKVAttention
+from megatron_ext.model.build import build_stage
+from megatron_ext.parallel.process_groups import initialize
+from tests.megatron_ext.training.runs import logged_to, series, tiny_run, train
+from tests.ranks import run_on_ranks
+
+
+def test_a_layer_names_its_attention_only_where_attention_takes_a_name() -> None:
+    layer, attention = (inspect.signature(owner).parameters.keys() for owner in (TransformerLayer, Attention))
+    assert ("name" in layer) == ("name" in attention)
+    assert "name" in inspect.signature(SharedKVAttention).parameters
+    assert name_argument(None) == {}
+    assert name_argument("layer.self_attention") == {"name": "layer.self_attention"}
+
+
+def _build_layers() -> tuple[list[bool], list[str]]:
+    """Whether each layer's MLP is Megatron's, and what Megatron remarks on building them."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    megatron = logging.getLogger("megatron.core")
+    megatron.addHandler(handler)
+    try:
+        run = tiny_run()
+        initialize(run.parallel, run.train.seed)
+        stage = build_stage(run.model, run.compression, run.parallel, run.train, vocab_size=97)
+    finally:
+        megatron.removeHandler(handler)
+    return [type(layer.mlp) is MLP for layer in stage.decoder.layers], messages
+
+
+def test_layers_have_megatrons_mlp_without_a_remark() -> None:
+    ((are_mlps, messages),) = run_on_ranks(1, _build_layers)
+    assert are_mlps == [True] * 4
+    assert messages == []
+
+
+NAMES = ("a", "b", "c", "d")
+
+
+def _copies(values: dict[str, float]) -> dict[str, ShardedTensor]:
+    """Tensors of which every rank has a copy, owned by rank 0."""
+    rank = dist.get_rank()
+    tensors = {name: torch.full((2, 3), value) for name, value in values.items()}
+    return {
+        name: ShardedTensor.from_rank_offsets(name, tensor, replica_id=rank)
+        for name, tensor in tensors.items()
+    }
+
+
+def _save_shares(checkpoint: Path) -> list[str]:
+    initialize(tiny_run().parallel, seed=1)
+    calls: list[tuple[dict[str, Any], Path]] = []
+    save = lambda state, path: calls.append((state, path))  # noqa: E731 - a recorder
+    save_in_parallel(save, _copies(dict.fromkeys(NAMES, 0.0)), checkpoint, dist.group.WORLD)
+    ((state, path),) = calls
+    assert path == checkpoint
+    return [name for name, entry in state.items() if entry.replica_id == 0]
+
+
+def test_ranks_share_what_they_write(tmp_path: Path) -> None:
+    first, second = run_on_ranks(2, _save_shares, tmp_path)
+    assert len(first) == len(second) == 2
+    assert {*first, *second} == {*NAMES}
+
+
+def _load_shares(checkpoint: Path) -> tuple[int, dict[str, torch.Tensor]]:
+    initialize(tiny_run().parallel, seed=1)
+    names = []
+
+    def load(state: dict[Any, ShardedTensor], path: Path) -> dict[Any, torch.Tensor]:
+        assert path == checkpoint
+        names.extend(entry.key for entry in state.values())
+        return {key: torch.full((2, 3), float(NAMES.index(entry.key))) for key, entry in state.items()}
+
+    loaded = load_in_parallel(load, _copies(dict.fromkeys(NAMES, -1.0)), checkpoint, dist.group.WORLD)
+    return len(names), loaded
+
+
+def test_ranks_share_what_they_read(tmp_path: Path) -> None:
+    for count, loaded in run_on_ranks(2, _load_shares, tmp_path):
+        assert count == 2
+        assert {name: tensor.unique().tolist() for name, tensor in loaded.items()} == {
+            name: [index] for index, name in enumerate(NAMES)
+        }
+
+
+@pytest.mark.parametrize(
+    ("precision", "distributed"), [("fp32", True), ("fp32", False), ("bf16", True), ("bf16", False)]
+)
+def test_a_resumed_run_has_the_learning_rates_of_its_own_settings(
+    tmp_path: Path, precision: str, distributed: bool
+) -> None:
+    options = {"train": {"precision": precision}, "parallel": {"use_distributed_optimizer": distributed}}
+    rates = {"optimizer": {"lr": 1e-3, "min_lr": 1e-4}}
+    first = tiny_run(**options, checkpoint={"save": str(tmp_path / "run"), "save_interval": 3})
+    run_on_ranks(1, train, first)
+    straight = tiny_run(**options, **rates)
+    run_on_ranks(1, train, logged_to(straight, tmp_path / "straight.jsonl"))
+    resumed = tiny_run(**options, **rates, checkpoint={"load": str(tmp_path / "run" / "iter_0000003")})
+    run_on_ranks(1, train, logged_to(resumed, tmp_path / "resumed.jsonl"))
+    name = "learning_rate"
+    assert series(tmp_path / "resumed.jsonl", name) == series(tmp_path / "straight.jsonl", name)[3:]
