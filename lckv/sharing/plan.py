@@ -72,7 +72,8 @@ class Read(NamedTuple):
     """The pass over that layer's group that computes them, from 0; -1 for zeros."""
 
 
-class LayerRun(NamedTuple):
+@dataclass(frozen=True)
+class LayerRun:
     """What a step does with one layer."""
 
     index: int  # type: ignore[assignment]  # hides the method of tuples
