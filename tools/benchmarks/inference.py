@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from lckv.generation.prefill import DEFAULT_TOLERANCE
+from lckv.generation.config import EngineConfig
 from lckv_megatron.scoring.text_windows import read_texts
 from megatron_ext.arguments import memory_size, positive
 from megatron_ext.console import exit_status, set_up_logging
@@ -266,7 +266,7 @@ def _parser() -> argparse.ArgumentParser:
     measured.add_argument(
         "--prefill-tolerance",
         type=float,
-        default=DEFAULT_TOLERANCE,
+        default=EngineConfig.prefill_tolerance,
         metavar="X",
         help="see tools.generate (default: %(default)s)",
     )
