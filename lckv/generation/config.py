@@ -61,6 +61,7 @@ class EngineConfig:
             wrong.append(f"prefill is {self.prefill!r}; it must be 'parallel' or 'exact'.")
         if not 0 <= self.prefill_tolerance < 1:
             wrong.append(
-                f"prefill_tolerance is {self.prefill_tolerance}; it must be at least 0 (all passes) and below 1."
+                f"prefill_tolerance is {self.prefill_tolerance}; it must be at least 0 (all passes) and "
+                "below 1."
             )
         return wrong

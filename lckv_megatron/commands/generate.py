@@ -3,7 +3,7 @@
     lckv-megatron generate --model out/model --prompt "def main(" --stream
     lckv-megatron generate --model out/model --batch prompts.jsonl --output answers.jsonl --temperature 0
     lckv-megatron generate --model out/model --chat --prompt "Who wrote Faust?" --max-new-tokens 200
-    lckv-megatron generate --model out/model --sinks 4 --window 1024 --max-new-tokens 100000 --stream < book.txt
+    lckv-megatron generate --model out/model --sinks 4 --window 1024 --max-new-tokens 99999 --stream < a.txt
 
 Without --prompt and --batch the prompt is read from the standard input. A batch is JSON lines, an object for
 each prompt, with any of the sampling settings:

@@ -76,7 +76,8 @@ def with_ratio(model: CacheModel, given: float | None) -> CacheModel:
         raise ConfigError(
             f"--compression-ratio is {given:g}; it must be at least 1."
             if merges
-            else f"--compression-ratio is {given:g}, but this model keeps every token: its policy is {policy.name}"
+            else f"--compression-ratio is {given:g}, but this model keeps every token: its policy is "
+            f"{policy.name}"
             f"{' in stage zero_out' if isinstance(policy, DMCConfig) else ''}."
         )
     target = policy.target_compression_ratio if isinstance(policy, DMCConfig) and merges else 1.0
