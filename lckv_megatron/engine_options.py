@@ -4,8 +4,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lckv.generation.config import EngineConfig
 from megatron_ext.arguments import memory_size, positive
 from megatron_ext.errors import ConfigError
+from megatron_ext.settings import settings_of
 
 if TYPE_CHECKING:
     import torch
@@ -35,43 +37,43 @@ def add_model_options(parser: argparse.ArgumentParser, *, or_checkpoint: bool = 
 
 
 def add_engine_options(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
-    """How the engine uses memory and how it reads prompts."""
+    """How the engine uses memory and how it reads prompts; the texts are those of `EngineConfig`."""
     group = parser.add_argument_group("cache")
-    group.add_argument(
-        "--memory",
-        type=memory_size,
-        metavar="SIZE",
-        help="of the KV cache, such as 16GiB (default: for a full batch)",
-    )
-    group.add_argument(
-        "--page-size", type=positive, default=16, metavar="N", help="slots per page (default: %(default)s)"
-    )
-    group.add_argument(
-        "--batch-size",
-        type=positive,
-        default=batch_size,
-        metavar="N",
-        help="most sequences at once (default: %(default)s)",
-    )
-    group.add_argument(
-        "--prefill-chunk",
-        type=positive,
-        default=512,
-        metavar="N",
-        help="prompt tokens that are run at once (default: %(default)s)",
-    )
+    add_setting(group, "--memory", "memory_bytes", type=memory_size, metavar="SIZE")
+    add_setting(group, "--page-size", "page_size")
+    add_setting(group, "--batch-size", "max_batch_size", default=batch_size)
+    add_setting(group, "--prefill-chunk", "prefill_chunk")
     prefill = group.add_mutually_exclusive_group()
-    prefill.add_argument(
-        "--prefill-tolerance",
-        type=float,
-        metavar="X",
-        help="of maps that iterate: the relative change of shared keys and values at which passes over a prompt end; 0: all passes of "
-        "training (default: 0.05)",
-    )
+    add_setting(prefill, "--prefill-tolerance", "prefill_tolerance", type=float, metavar="X")
     prefill.add_argument(
         "--exact",
-        action="store_true",
+        dest="prefill",
+        action="store_const",
+        const="exact",
+        default=EngineConfig.prefill,
         help="run prompts token by token: exact for maps that iterate, and slow",
+    )
+
+
+def add_setting(group: Any, option: str, field: str, **settings: Any) -> None:
+    """The option that sets a field of `EngineConfig`. `group`: where it is listed; `settings`: of
+    add_argument, where they differ from those of a count."""
+    (setting,) = settings_of(EngineConfig)[field]
+    default = settings.pop("default", setting.default)
+    text = setting.text if default is None else f"{setting.text} (default: {default})"
+    chosen = {"type": positive, "metavar": "N", "default": default, "dest": field, "help": text, **settings}
+    group.add_argument(option, **chosen)
+
+
+def engine_config(options: argparse.Namespace) -> EngineConfig:
+    """What the options of `add_engine_options` say; other settings have their defaults."""
+    return EngineConfig(
+        memory_bytes=options.memory_bytes,
+        page_size=options.page_size,
+        max_batch_size=options.max_batch_size,
+        prefill_chunk=options.prefill_chunk,
+        prefill=options.prefill,
+        prefill_tolerance=options.prefill_tolerance,
     )
 
 
@@ -106,31 +108,11 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def build_engine(
-    options: argparse.Namespace,
-    model: Any,
-    tokenizer: Any,
-    *,
-    max_waiting: int = 1024,
-    max_prompt_tokens: int | None = None,
-) -> Any:
+def build_engine(config: EngineConfig, model: Any, tokenizer: Any) -> Any:
     """An engine with the cache that was asked for. Raises ConfigError where memory does not suffice."""
     from lckv.generation.engine import Engine
-    from lckv.generation.prefill import DEFAULT_TOLERANCE
 
-    tolerance = options.prefill_tolerance
     try:
-        return Engine(
-            model,
-            tokenizer=tokenizer,
-            memory_bytes=options.memory,
-            page_size=options.page_size,
-            max_batch_size=options.batch_size,
-            max_waiting=max_waiting,
-            max_prompt_tokens=max_prompt_tokens,
-            prefill_chunk=options.prefill_chunk,
-            prefill="exact" if options.exact else "parallel",
-            prefill_tolerance=DEFAULT_TOLERANCE if tolerance is None else tolerance,
-        )
+        return Engine(model, config, tokenizer=tokenizer)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"the cache cannot be made: {error}") from error

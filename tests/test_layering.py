@@ -28,8 +28,8 @@ LAYERS = {
 """A module imports from its own package and from packages with a smaller number."""
 NEVER_IMPORTED = ("tools", "examples", "tests", "pretrain_lckv")
 OPTIONAL_PACKAGES = (
-    "transformer_engine", "flash_attn", "triton", "liger_kernel", "cut_cross_entropy", "apex", "wandb", "lm_eval",
-    "fastapi", "uvicorn", "prometheus_client", "openai", "gguf",
+    "transformer_engine", "flash_attn", "triton", "liger_kernel", "cut_cross_entropy", "apex", "wandb",
+    "lm_eval", "fastapi", "uvicorn", "prometheus_client", "openai", "gguf",
 )  # fmt: skip
 OPTIONAL_FOLDERS = {"kernels", "serving"}
 """Modules in folders of these names may import optional packages at their top; others import them when

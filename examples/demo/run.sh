@@ -10,15 +10,15 @@ mkdir -p "$out"
 say() { printf '\n== %s\n' "$*"; }
 
 say "corpus: sources and documentation of Python's standard library"
-[ -f "$out/corpus.jsonl" ] || "$python" tools/demo_corpus.py --output "$out/corpus.jsonl"
+[ -f "$out/corpus.jsonl" ] || "$python" -m lckv_megatron demo-corpus --output "$out/corpus.jsonl"
 
 say "tokenizer: SentencePiece BPE, 4096 tokens"
 [ -f "$out/tokenizer.model" ] ||
-    "$python" tools/train_tokenizer.py --input "$out/corpus.jsonl" --vocab-size 4096 --max-mib 8 --threads 2 --output "$out/tokenizer.model"
+    "$python" -m lckv_megatron train-tokenizer --input "$out/corpus.jsonl" --vocab-size 4096 --max-mib 8 --threads 2 --output "$out/tokenizer.model"
 
 say "indexed dataset"
 [ -f "$out/dataset.idx" ] ||
-    "$python" tools/preprocess_data.py --input "$out/corpus.jsonl" --output-prefix "$out/dataset" --workers 2 \
+    "$python" -m lckv_megatron preprocess --input "$out/corpus.jsonl" --output-prefix "$out/dataset" --workers 2 \
         --tokenizer-type sentencepiece --tokenizer-model "$out/tokenizer.model"
 
 if [ -n "${DATASET_ONLY:-}" ]; then exit; fi
@@ -31,7 +31,7 @@ OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --standalone --nproc-per-no
     --checkpoint.save "$out/checkpoints" --logging.metrics_file "$out/metrics.jsonl"
 
 say "result"
-"$python" tools/plot_run.py "$out/metrics.jsonl" --output "$out/curves.png"
+"$python" -m lckv_megatron plot "$out/metrics.jsonl" --output "$out/curves.png"
 "$python" examples/demo/judge.py "$out/dataset" "$out/metrics.jsonl"
-"$python" tools/sample.py --load "$out/checkpoints" --prompt "def __init__(self" --new_tokens 60
+"$python" -m lckv_megatron sample --load "$out/checkpoints" --prompt "def __init__(self" --new-tokens 60
 printf '\nThe curves are in %s, the checkpoints in %s.\n' "$out/curves.png" "$out/checkpoints"

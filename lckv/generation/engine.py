@@ -5,17 +5,16 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 
 from lckv.cache.paged import PagedCache
+from lckv.generation.config import EngineConfig
 from lckv.generation.detokenize import Tokenizer
 from lckv.generation.forward import Forward
 from lckv.generation.jobs import Job
-from lckv.generation.limits import Limits, check_settings, end_tokens, token_ids
+from lckv.generation.limits import Limits, end_tokens, token_ids
 from lckv.generation.memory import longest_sequence, paged_cache
-from lckv.generation.prefill import DEFAULT_TOLERANCE
 from lckv.generation.requests import Completion, QueueFullError, Request, TokenEvent
 from lckv.generation.sampling import SamplingParams, sample
 from lckv.generation.scheduler import Scheduler
@@ -37,46 +36,30 @@ class Engine:
     def __init__(
         self,
         model: LCKVLlamaForCausalLM,
+        config: EngineConfig | None = None,
         *,
         tokenizer: Tokenizer | None = None,
         cache: PagedCache | None = None,
-        memory_bytes: int | None = None,
-        page_size: int = 16,
-        max_batch_size: int = 64,
-        max_waiting: int = 1024,
-        max_tokens: int | None = None,
-        max_prompt_tokens: int | None = None,
-        prefill_chunk: int = 512,
-        prefill: Literal["parallel", "exact"] = "parallel",
-        prefill_tolerance: float = DEFAULT_TOLERANCE,
     ) -> None:
-        """`tokenizer`: for the answers' text and for stop texts. `cache`: default one of `memory_bytes` (see
-        `paged_cache`) in pages of `page_size` slots. At most `max_batch_size` requests run and `max_waiting`
-        wait. `max_tokens`: of prompt and answer together, default the model's context; fewer need smaller
-        tables. `max_prompt_tokens`: default what `max_tokens` leaves. `prefill_chunk`: tokens of prompts that
-        one step computes, beside one token of every answer. `prefill`: prompts in parallel, or "exact", token
-        by token, which differs only where layers are iterated; `prefill_tolerance`: see `Settling`, 0 for all
-        m + b passes. Raises ValueError for settings that make no sense."""
-        check_settings(
-            max_batch_size,
-            max_waiting,
-            max_tokens,
-            max_prompt_tokens,
-            prefill_chunk,
-            prefill,
-            prefill_tolerance,
-        )
+        """`tokenizer`: for the answers' text and for stop texts. `cache`: default one of the size that
+        `config` says.
+
+        Raises ValueError for settings that make no sense, and where memory does not suffice.
+        """
+        config = config or EngineConfig()
+        if config.problems():
+            raise ValueError("\n".join(config.problems()))
         self.model, self.tokenizer = model.eval(), tokenizer
         context = min(
-            model.config.max_position_embeddings, max_tokens or model.config.max_position_embeddings
+            model.config.max_position_embeddings, config.max_tokens or model.config.max_position_embeddings
         )
         self.cache = cache or paged_cache(
             model.config,
             dtype=model.dtype,
             device=model.device,
-            memory_bytes=memory_bytes,
-            page_size=page_size,
-            max_sequences=max_batch_size,
+            memory_bytes=config.memory_bytes,
+            page_size=config.page_size,
+            max_sequences=config.max_batch_size,
             max_tokens=context,
         )
         context = min(context, self.cache.max_tokens + 1)  # the last token need not be computed
@@ -85,20 +68,20 @@ class Engine:
         self.limits = Limits(
             vocabulary=model.config.vocab_size,
             context=context,
-            prompt_tokens=min(context - 1, max_prompt_tokens or context),
+            prompt_tokens=min(context - 1, config.max_prompt_tokens or context),
             pages=self.cache.pages,
             pool_tokens=longest_sequence(self.cache, context) if keeps_all else context,
             has_tokenizer=tokenizer is not None,
         )
         self._ends = end_tokens(model)
-        self._prefill_chunk = prefill_chunk
-        self._forward = Forward(model, self.cache, tolerance=prefill_tolerance)
+        self._prefill_chunk = config.prefill_chunk
+        self._forward = Forward(model, self.cache, tolerance=config.prefill_tolerance)
         self._scheduler = Scheduler(
             self.cache,
-            max_batch_size=min(max_batch_size, self.cache.max_sequences),
-            max_waiting=max_waiting,
-            prefill_chunk=prefill_chunk,
-            exact=prefill == "exact",
+            max_batch_size=min(config.max_batch_size, self.cache.max_sequences),
+            max_waiting=config.max_waiting,
+            prefill_chunk=config.prefill_chunk,
+            exact=config.prefill == "exact",
             iterated=self._forward.iterated,
         )
         self._counters = Counters()

@@ -81,36 +81,6 @@ def token_ids(tokens: Sequence[int]) -> tuple[int, ...]:
         ) from None
 
 
-def check_settings(
-    max_batch_size: int,
-    max_waiting: int,
-    max_tokens: int | None,
-    max_prompt_tokens: int | None,
-    prefill_chunk: int,
-    prefill: str,
-    tolerance: float,
-) -> None:
-    """Raises ValueError with everything that is wrong with an engine's settings."""
-    counts = {
-        "max_batch_size": (max_batch_size, 1),
-        "max_waiting": (max_waiting, 1),
-        "max_tokens": (max_tokens, 2),
-        "max_prompt_tokens": (max_prompt_tokens, 1),
-        "prefill_chunk": (prefill_chunk, 1),
-    }
-    found = [
-        f"{name} is {value}; it must be at least {least}."
-        for name, (value, least) in counts.items()
-        if value is not None and value < least
-    ]
-    if prefill not in ("parallel", "exact"):
-        found.append(f"prefill is {prefill!r}; it must be 'parallel' or 'exact'.")
-    if not 0 <= tolerance < 1:
-        found.append(f"prefill_tolerance is {tolerance}; it must be at least 0 (all passes) and below 1.")
-    if found:
-        raise ValueError("\n".join(found))
-
-
 def end_tokens(model: LCKVLlamaForCausalLM) -> frozenset[int]:
     """The model's end-of-sequence tokens."""
     found: set[int] = set()

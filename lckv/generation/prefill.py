@@ -16,10 +16,6 @@ from torch import Tensor
 from lckv.attention.key_bias import KeyBias
 from lckv.policies.base import Extension
 
-DEFAULT_TOLERANCE = 0.05
-"""Relative change of the shared keys and values. It changes perplexity by less than 0.1 %: 0.03 and 0.08 % in
-tools/benchmarks/results/prefill_passes.csv, where all 9 passes change it by 0.01 and 0.07 %."""
-
 
 class Settling:
     """Says when iterating may end; see `lckv.sharing.execution.run_steps`.

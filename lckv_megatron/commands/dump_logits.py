@@ -1,7 +1,7 @@
 """Writes a checkpoint's logits for given tokens, for any outside program.
 
-    torchrun --nproc-per-node 2 -m lckv_megatron dump-logits --load runs/demo/checkpoints --tokens tokens.npy \\
-        --output logits.npy --tensor-model-parallel-size 2
+    torchrun --nproc-per-node 2 -m lckv_megatron dump-logits --load runs/demo/checkpoints \\
+        --tokens tokens.npy --output logits.npy --tensor-model-parallel-size 2
 
 Tokens are int64 [B, T] in numpy's format; logits are float32 [B, T, vocabulary], without padding of the
 vocabulary. Rows are computed one by one (--rows-at-once for more) and written as they are done, so memory

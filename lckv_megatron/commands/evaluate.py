@@ -19,7 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from lckv_megatron.cache_facts import CacheFacts
-from lckv_megatron.engine_options import add_engine_options, add_model_options, build_engine, load
+from lckv_megatron.engine_options import (
+    add_engine_options,
+    add_model_options,
+    build_engine,
+    engine_config,
+    load,
+)
 from lckv_megatron.scoring.lm_eval_adapter import adapter
 from megatron_ext.arguments import ProgramParser, positive
 from megatron_ext.atomic import write_file
@@ -107,10 +113,10 @@ def evaluate(options: argparse.Namespace) -> None:
         model.config.max_position_embeddings - 1
     )  # the engine's texts have one token more, which is only predicted
     lm = adapter(
-        build_engine(options, model, tokenizer),
+        build_engine(engine_config(options), model, tokenizer),
         tokenizer,
         max_length=min(options.context or longest, longest),
-        batch_size=options.batch_size,
+        batch_size=options.max_batch_size,
         token_by_token=options.token_by_token,
         seed=options.seed,
     )

@@ -3,7 +3,7 @@
     lckv-megatron generate --model out/model --prompt "def main(" --stream
     lckv-megatron generate --model out/model --batch prompts.jsonl --output answers.jsonl --temperature 0
     lckv-megatron generate --model out/model --chat --prompt "Who wrote Faust?" --max-new-tokens 200
-    lckv-megatron generate --model out/model --sinks 4 --window 1024 --max-new-tokens 100000 --stream < book.txt
+    lckv-megatron generate --model out/model --sinks 4 --window 1024 --max-new-tokens 99999 --stream < a.txt
 
 Without --prompt and --batch the prompt is read from the standard input. A batch is JSON lines, an object for
 each prompt, with any of the sampling settings:
@@ -22,7 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from lckv_megatron.engine_options import add_engine_options, add_model_options, build_engine, load
+from lckv_megatron.engine_options import (
+    add_engine_options,
+    add_model_options,
+    build_engine,
+    engine_config,
+    load,
+)
 from lckv_megatron.tables import size
 from megatron_ext.arguments import ProgramParser, positive
 from megatron_ext.atomic import write_file
@@ -150,7 +156,7 @@ def answer_one(options: argparse.Namespace, model: Any, tokenizer: Any, prompt: 
     from lckv.generation.answering import answers
     from lckv_megatron.cache_facts import CacheFacts
 
-    engine = build_engine(options, model, tokenizer)
+    engine = build_engine(engine_config(options), model, tokenizer)
     facts = CacheFacts(engine)
     on_token = (lambda event: print(event.text, end="", flush=True)) if options.stream else None
     (completion,) = answers(engine, [(prompt.tokens, prompt.params)], on_token, facts.observe)
@@ -172,7 +178,7 @@ def answer_batch(
     from lckv.generation.answering import answers
     from lckv_megatron.cache_facts import CacheFacts
 
-    engine = build_engine(options, model, tokenizer)
+    engine = build_engine(engine_config(options), model, tokenizer)
     facts = CacheFacts(engine)
     found = answers(engine, [(prompt.tokens, prompt.params) for prompt in prompts], on_step=facts.observe)
     lines, failed = [], 0
@@ -209,7 +215,7 @@ def answer_unbounded(options: argparse.Namespace, model: Any, tokenizer: Any, pr
         cache,
         prompt.tokens,
         prompt.params,
-        prefill_chunk=1 if options.exact else options.prefill_chunk,
+        prefill_chunk=1 if options.prefill == "exact" else options.prefill_chunk,
     )
     started = time.monotonic()
     pieces = []

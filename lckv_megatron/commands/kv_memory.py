@@ -72,7 +72,8 @@ def with_ratio(model: CacheModel, given: float | None) -> CacheModel:
     if given is not None and policy.traits.keeps_every_token:
         stage = "" if policy.stage is None else f" in stage {policy.stage}"
         raise ConfigError(
-            f"--compression-ratio is {given:g}, but this model keeps every token: its policy is {policy.name}{stage}."
+            f"--compression-ratio is {given:g}, but this model keeps every token: its policy is "
+            f"{policy.name}{stage}."
         )
     if given is not None and not 1 <= given < math.inf:
         raise ConfigError(f"--compression-ratio is {given:g}; it must be at least 1.")

@@ -29,7 +29,14 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from lckv_megatron.checkpoint_options import add_layout_options, add_tokenizer_options
-from lckv_megatron.engine_options import add_engine_options, add_model_options, build_engine, load, placement
+from lckv_megatron.engine_options import (
+    add_engine_options,
+    add_model_options,
+    build_engine,
+    engine_config,
+    load,
+    placement,
+)
 from lckv_megatron.scoring.perplexity import Cut, Measurement, Perplexity
 from lckv_megatron.scoring.text_windows import Coder, read_texts, rows_of_texts, whole_texts
 from megatron_ext.arguments import ProgramParser, positive
@@ -118,7 +125,8 @@ def of_folder(options: argparse.Namespace) -> tuple[Perplexity, dict[str, Any]]:
             losses = ParallelLosses(model, options.passes)
         else:
             losses = CachedLosses(
-                build_engine(options, model, tokenizer), token_by_token=options.through == "tokens"
+                build_engine(engine_config(options), model, tokenizer),
+                token_by_token=options.through == "tokens",
             )
             longest -= 1  # the engine's texts, the last token included, are at most as long as the context
     return measured(options, Coder.of_huggingface(tokenizer, begins=not options.no_bos), longest, losses)
@@ -151,7 +159,7 @@ def measured(
         total = options.rows * (options.row_length - 1)
     started = time.monotonic()
     with tqdm(total=total, unit=" tokens", disable=None) as bar:
-        found = Measurement(cut, bar.update).run(texts, losses, options.batch_size)
+        found = Measurement(cut, bar.update).run(texts, losses, options.max_batch_size)
     facts = {"through": options.through, "context": cut.context, "stride": cut.stride, **losses.facts()}
     return found, {**facts, "seconds": time.monotonic() - started}
 

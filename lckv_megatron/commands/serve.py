@@ -17,8 +17,16 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
-from lckv_megatron.engine_options import add_engine_options, add_model_options, build_engine, load
+from lckv_megatron.engine_options import (
+    add_engine_options,
+    add_model_options,
+    add_setting,
+    build_engine,
+    engine_config,
+    load,
+)
 from megatron_ext.arguments import ProgramParser, positive
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError
@@ -48,12 +56,8 @@ def parser() -> argparse.ArgumentParser:
         "--host", default="127.0.0.1", help="to listen on; 0.0.0.0: everywhere (default: %(default)s)"
     )
     group.add_argument("--port", type=int, default=8000, help="0: any free one (default: %(default)s)")
-    group.add_argument(
-        "--max-waiting", type=positive, default=256, metavar="N", help="more requests get 429 (default: 256)"
-    )
-    group.add_argument(
-        "--max-prompt-tokens", type=positive, metavar="N", help="longest prompt (default: the context)"
-    )
+    add_setting(group, "--max-waiting", "max_waiting", default=256)
+    add_setting(group, "--max-prompt-tokens", "max_prompt_tokens")
     group.add_argument(
         "--max-new-tokens", type=positive, metavar="N", help="longest answer (default: the context)"
     )
@@ -86,16 +90,17 @@ def serve(options: argparse.Namespace) -> None:
         max_new_tokens=_limit("--max-new-tokens", options.max_new_tokens, context),
         shutdown_seconds=options.shutdown_seconds,
     )
-    engine = build_engine(
-        options, model, tokenizer, max_waiting=options.max_waiting, max_prompt_tokens=limits.max_prompt_tokens
+    config = replace(
+        engine_config(options), max_waiting=options.max_waiting, max_prompt_tokens=limits.max_prompt_tokens
     )
+    engine = build_engine(config, model, tokenizer)
     name = options.served_model_name or options.model.resolve().name
     app = create_app(
         engine, tokenizer, model=name, limits=limits, api_key=os.environ.get(API_KEY_VARIABLE) or None
     )
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=options.shutdown_seconds)
+    serving = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=options.shutdown_seconds)
     logger.info("serving %s at http://%s:%d/v1", name, *listening.getsockname()[:2])
-    uvicorn.Server(config).run(sockets=[listening])
+    uvicorn.Server(serving).run(sockets=[listening])
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -23,10 +23,10 @@ from megatron_ext.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 EXAMPLES = """
-Input is as for lckv-megatron preprocess: JSON lines and text files, also .gz and .zst; directories; quoted globs.
+Input is as for lckv-megatron preprocess: JSON lines and text files, also .gz and .zst; directories; globs.
 
-Training keeps its sample of the text in memory, several times over. If there is more text than --max-mib, each
-document is taken with the same probability, drawn from --seed. The same input, options and version of
+Training keeps its sample of the text in memory, several times over. If there is more text than --max-mib,
+each document is taken with the same probability, drawn from --seed. The same input, options and version of
 SentencePiece give the same model.
 
 examples

@@ -174,7 +174,7 @@ def read_index(prefix: str) -> IndexInfo:
     return IndexInfo(dtype, sequences, boundaries - 1, tokens)
 
 
-_REMEDY = "tools/preprocess_data.py"
+_REMEDY = "lckv-megatron preprocess"
 
 
 def _tokens_of(index_path: Path, sequences: int, dtype: np.dtype) -> int:

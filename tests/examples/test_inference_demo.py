@@ -92,8 +92,8 @@ def test_what_is_trained_is_converted_and_measured(commands):
     longest = parse_run_config(options(commands, "pretrain_lckv.py")[0]).train.seq_length
     assert max(measured.context, *(length + 1 for length in measured.lengths)) <= longest
     for program, parser in (
-        ("tools.perplexity", perplexity._parser()),
-        ("tools.generate", generate._parser()),
+        ("perplexity", perplexity._parser()),
+        ("generate", generate._parser()),
     ):
         assert [str(parser.parse_args(each).model) for each in options(commands, program)] == folders
 

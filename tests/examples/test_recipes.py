@@ -30,14 +30,14 @@ def page(recipe: Path) -> str:
 
 def planned(recipe: Path) -> tuple[list[str], list[str]]:
     """Arguments of the plan that the page shows, and the lines that it shows of it."""
-    (block,) = re.findall(r"```\n\$ python -m tools\.plan (.*?)```", page(recipe), re.DOTALL)
+    (block,) = re.findall(r"```\n\$ lckv-megatron plan (.*?)```", page(recipe), re.DOTALL)
     command, *lines = block.splitlines()
     return shlex.split(command), lines
 
 
 def world_size(recipe: Path) -> int:
     arguments, _ = planned(recipe)
-    return int(arguments[arguments.index("--world_size") + 1])
+    return int(arguments[arguments.index("--world-size") + 1])
 
 
 def test_there_are_recipes() -> None:

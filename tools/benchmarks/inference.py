@@ -1,22 +1,27 @@
 """Measures what a small KV cache gains in generation and what it costs, next to a plain model, in one run.
 
-    python -m tools.benchmarks.inference --output tools/benchmarks/results/inference.csv --picture
-    docs/images/inference.png python -m tools.benchmarks.inference --models out/plain out/lckv out/p --text
-    held_out.txt --lengths 128 256 --context 256 python -m tools.benchmarks.inference --random plain lckv
-    P8=plain,P:FIELD=VALUE --layers 32 --hidden-size 4096 --heads 32 --kv-heads 8
+    python -m tools.benchmarks.inference --output tools/benchmarks/results/inference.csv \\
+        --picture docs/images/inference.png
+    python -m tools.benchmarks.inference --models out/plain out/lckv out/p --text held_out.txt \\
+        --lengths 128 256 --context 256
+    python -m tools.benchmarks.inference --random plain lckv P8=plain,P:FIELD=VALUE --layers 32 \\
+        --hidden-size 4096 --heads 32 --kv-heads 8
 
 Models are Hugging Face folders, or have random weights: a map as in compression.layer_types, or the name of a
-layout of lckv_megatron/layouts.py, and a KV policy P with its settings. Ratios are to the first
-one. Times are medians of rounds in which the models take turns.
+layout of lckv_megatron/layouts.py, and a KV policy P with its settings. Ratios are to the first one. Times
+are medians of rounds in which the models take turns.
 
-    prefill         a prompt in one piece, up to the logits of its last token; passes over iterated layers as many as it takes to settle
+    prefill         a prompt in one piece, up to the logits of its last token; passes over iterated layers as
+                    many as it takes to settle
     operations      of that, counted; if nothing else took time, times would have the same ratio
     all passes      the same of maps that iterate, with all m + b passes
-    prefill memory  most bytes of tensors alive at once, beside weights and cache; decode memory: of a step of the largest batch
+    prefill memory  most bytes of tensors alive at once, beside weights and cache
+    decode memory   the same, of a step of the largest batch
     first token     from handing a prompt to an idle engine, which reads it in chunks, to one token
-    KV bytes        of a token of context, as allocated: pages, and tables and the policy's state of each sequence
+    KV bytes        of a token of context, as allocated: pages, tables and the policy's state
     largest batch   sequences of --context tokens that a cache of --memory bytes takes in
-    decode step     one more token for each of a batch of such sequences; tokens per second: of the largest batch
+    decode step     one more token for each of a batch of such sequences
+    tokens/second   of the largest batch
 """
 
 import argparse
@@ -26,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from lckv.generation.prefill import DEFAULT_TOLERANCE
+from lckv.generation.config import EngineConfig
 from lckv_megatron.scoring.text_windows import read_texts
 from megatron_ext.arguments import memory_size, positive
 from megatron_ext.console import exit_status, set_up_logging
@@ -266,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     measured.add_argument(
         "--prefill-tolerance",
         type=float,
-        default=DEFAULT_TOLERANCE,
+        default=EngineConfig.prefill_tolerance,
         metavar="X",
         help="see tools.generate (default: %(default)s)",
     )

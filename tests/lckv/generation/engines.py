@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lckv.generation.config import EngineConfig
 from lckv.generation.engine import Engine
 from lckv.generation.sampling import SamplingParams
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
@@ -11,12 +12,19 @@ GREEDY = SamplingParams(temperature=0.0, max_new_tokens=10, ignore_eos=True)
 
 
 def engine(
-    model: LCKVLlamaForCausalLM, *, pages: int = 2000, max_sequences: int = 8, **settings: Any
+    model: LCKVLlamaForCausalLM,
+    *,
+    pages: int = 2000,
+    max_sequences: int = 8,
+    tokenizer: Any = None,
+    **settings: Any,
 ) -> Engine:
     """With all passes over iterated layers, unless told otherwise; sequences of up to 127 tokens in pages of
     4."""
     cache = paged_cache(model, pages=pages, max_sequences=max_sequences, max_tokens=127)
-    return Engine(model, cache=cache, **{"prefill_tolerance": 0.0, **settings})
+    return Engine(
+        model, EngineConfig(**{"prefill_tolerance": 0.0, **settings}), tokenizer=tokenizer, cache=cache
+    )
 
 
 def empty(engine: Engine) -> bool:

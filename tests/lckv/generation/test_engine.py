@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lckv.generation.config import EngineConfig
 from lckv.generation.engine import Engine
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
@@ -79,7 +80,7 @@ def test_prompts_that_are_read_approximately_do_not_depend_on_neighbours_either(
 
 def _answers_on_a_gpu(name: str, policy: str) -> bool:
     built = model(name, policy).cuda()
-    tried = Engine(built, memory_bytes=2**22, prefill_tolerance=0.0)
+    tried = Engine(built, EngineConfig(memory_bytes=2**22, prefill_tolerance=0.0))
     expected = [
         built.generate(torch.tensor([prompt]).cuda(), do_sample=False, max_new_tokens=10, eos_token_id=None)
         for prompt in PROMPTS

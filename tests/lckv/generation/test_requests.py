@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from lckv.generation.config import EngineConfig
 from lckv.generation.engine import Engine
 from lckv.generation.requests import QueueFullError
 from lckv.generation.sampling import SamplingParams
@@ -96,11 +97,11 @@ def test_a_merging_models_prompt_that_turns_out_too_long_fails_alone() -> None:
 
 
 def test_max_tokens_of_prompt_and_answer() -> None:
-    tried = Engine(model("plain"), max_batch_size=2, max_tokens=20)
+    tried = Engine(model("plain"), EngineConfig(max_batch_size=2, max_tokens=20))
     assert (tried.limits.context, tried.limits.prompt_tokens, tried.cache.max_tokens) == (20, 19, 20)
     answer = tried.generate([[1] * 15], replace(GREEDY, max_new_tokens=50))[0]
     assert (len(answer.token_ids), answer.finish_reason) == (5, "length")
-    assert Engine(model("plain"), max_batch_size=2, max_tokens=999).limits.context == 128
+    assert Engine(model("plain"), EngineConfig(max_batch_size=2, max_tokens=999)).limits.context == 128
 
 
 def test_max_prompt_tokens_and_the_longest_prompt() -> None:
@@ -113,6 +114,7 @@ def test_max_prompt_tokens_and_the_longest_prompt() -> None:
     ("field", "value", "message"),
     [
         ("max_batch_size", 0, "max_batch_size is 0; it must be at least 1."),
+        ("page_size", 0, "page_size is 0; it must be at least 1."),
         ("max_waiting", 0, "max_waiting is 0; it must be at least 1."),
         ("max_tokens", 1, "max_tokens is 1; it must be at least 2."),
         ("max_prompt_tokens", 0, "max_prompt_tokens is 0; it must be at least 1."),
@@ -162,21 +164,21 @@ def test_too_many_waiting_requests_are_turned_away() -> None:
 def test_an_engine_makes_its_own_cache() -> None:
     built = model("LCKV", "dmc")
     for memory in (100_000, 200_000):
-        made = Engine(built, memory_bytes=memory, max_batch_size=4)
+        made = Engine(built, EngineConfig(memory_bytes=memory, max_batch_size=4))
         assert memory * 0.9 < made.cache.num_bytes <= memory
         assert made.cache.max_sequences == 4
         assert len(made.generate([text(3)], GREEDY)[0].token_ids) == 10
-    unlimited = Engine(built, max_batch_size=2)
+    unlimited = Engine(built, EngineConfig(max_batch_size=2))
     assert unlimited.cache.pages == 3 * 2 * 2 * 128 // 16  # what 2 sequences of 128 tokens can ever need
     with pytest.raises(
         ValueError, match=r"memory_bytes is 1000; it must be at least \d+: \d+ for the tables of 64 sequences"
     ):
-        Engine(built, memory_bytes=1000)
+        Engine(built, EngineConfig(memory_bytes=1000))
 
 
 def test_a_cache_that_is_too_small_for_the_batch_limits_it() -> None:
     built = model("plain")
-    tried = Engine(built, cache=paged_cache(built, max_sequences=2), max_batch_size=5)
+    tried = Engine(built, EngineConfig(max_batch_size=5), cache=paged_cache(built, max_sequences=2))
     for _ in range(4):
         tried.submit([1], GREEDY)
     tried.step()

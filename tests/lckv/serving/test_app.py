@@ -13,6 +13,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from lckv.generation.config import EngineConfig
 from lckv.generation.engine import Engine
 from lckv.generation.sampling import SamplingParams
 from lckv.serving.app import ServingLimits, create_app
@@ -30,9 +31,8 @@ def engine() -> Engine:
 
 
 def make_engine(**options: int) -> Engine:
-    return Engine(
-        tiny_model(), tokenizer=byte_tokenizer(), memory_bytes=2**20, **{"max_batch_size": 4, **options}
-    )
+    config = EngineConfig(memory_bytes=2**20, **{"max_batch_size": 4, **options})
+    return Engine(tiny_model(), config, tokenizer=byte_tokenizer())
 
 
 def make_app(engine: Engine, limits: ServingLimits = LIMITS, **options: str | None) -> FastAPI:

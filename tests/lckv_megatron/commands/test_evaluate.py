@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from lckv.generation.config import EngineConfig
 from lckv.generation.engine import Engine
 from lckv.generation.loading import load_model
 from lckv.generation.sampling import SamplingParams
@@ -118,7 +119,7 @@ def test_tasks_run_with_the_compressed_cache(
 def test_scores_are_those_of_the_logits(tmp_path: Path) -> None:
     save_folder(tmp_path, begins=True, context=32)
     model, tokenizer = load_model(tmp_path)
-    engine = Engine(model, tokenizer=tokenizer, page_size=4, max_batch_size=3)
+    engine = Engine(model, EngineConfig(page_size=4, max_batch_size=3), tokenizer=tokenizer)
     lm = adapter(engine, tokenizer, max_length=20, batch_size=2)
     pairs = [
         ("hello", " world"),
@@ -158,7 +159,7 @@ def test_long_texts_are_scored_in_windows(tmp_path: Path) -> None:
 def test_answers_are_the_engines(tmp_path: Path) -> None:
     save_folder(tmp_path)
     model, tokenizer = load_model(tmp_path)
-    engine = Engine(model, tokenizer=tokenizer, max_batch_size=2, max_waiting=1)
+    engine = Engine(model, EngineConfig(max_batch_size=2, max_waiting=1), tokenizer=tokenizer)
     lm = adapter(engine, tokenizer, max_length=12, batch_size=2, seed=5)
     contexts = ["hello world", "the corpus: " * 9, "document"]
     settings = {"until": "\n", "max_gen_toks": 6, "do_sample": True, "temperature": 0.8, "top_k": 20}

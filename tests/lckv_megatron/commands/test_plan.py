@@ -91,7 +91,8 @@ def test_numbers_are_those_of_the_model(capsys, layer_types: str, layout: list[s
 
 def test_a_plan_from_top_to_bottom(capsys) -> None:
     lines = planned(
-        capsys, "--compression.layer_types", "0s_2_2_3", "--compression.sliding_window", "16", "--world-size", "4",
+        capsys, "--compression.layer_types", "0s_2_2_3", "--compression.sliding_window", "16",
+        "--world-size", "4",
         "--logging.peak_tflops", "0.001", "--train.recompute_granularity", "full",
     )  # fmt: skip
     assert [text[:16] for text in lines[:4]] == [
@@ -296,8 +297,8 @@ def test_windows_of_one_kind_of_reader_only_bound_the_cache() -> None:
 
 def test_a_plan_needs_neither_torch_nor_megatron() -> None:
     script = (
-        "import sys; from lckv_megatron.commands.plan import main; main(sys.argv[1:]); print(sorted({'torch', 'megatron'} & "
-        "set(sys.modules)))"
+        "import sys; from lckv_megatron.commands.plan import main; main(sys.argv[1:]); "
+        "print(sorted({'torch', 'megatron'} & set(sys.modules)))"
     )
     result = subprocess.run(
         [sys.executable, "-c", script, *TINY],

@@ -122,9 +122,8 @@ def test_a_client_that_leaves_frees_its_pages(server: Server) -> None:
         content = json.dumps({**body, "stream": stream})
         with socket.create_connection((host, int(port))) as connection:
             head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer secret\r\n"
-            connection.sendall(
-                f"{head}Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n{content}".encode()
-            )
+            head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+            connection.sendall(f"{head}{content}".encode())
             if stream:
                 connection.recv(100)
     deadline = time.monotonic() + 30

@@ -101,4 +101,4 @@ def test_bad_input(
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert "python tools/train_tokenizer.py --input corpus.jsonl --vocab-size 8192" in capsys.readouterr().out
+    assert "lckv-megatron train-tokenizer --input corpus.jsonl --vocab-size 8192" in capsys.readouterr().out

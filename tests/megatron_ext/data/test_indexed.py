@@ -105,7 +105,7 @@ def test_files_that_are_missing_truncated_or_of_another_kind(tmp_path: Path) -> 
         index_path.write_bytes(index)
 
     index_path.unlink()
-    fails(r"d\.idx not found\. Make it with tools/preprocess_data\.py")
+    fails(r"d\.idx not found\. Make it with lckv-megatron preprocess")
     bin_path.unlink()
     fails(r"d\.bin not found")
     fails(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lckv.generation.prefill import DEFAULT_TOLERANCE
+from lckv.generation.config import EngineConfig
 from tools.benchmarks.prefill_passes import TOLERANCES, main
 
 RESULTS = Path(__file__).resolve().parents[3] / "tools" / "benchmarks" / "results" / "prefill_passes.csv"
@@ -42,7 +42,7 @@ def test_the_default_tolerance_changes_perplexity_by_less_than_a_thousandth() ->
     rows = [
         row
         for row in csv.DictReader(RESULTS.read_text().splitlines())
-        if row["setting"] == str(DEFAULT_TOLERANCE)
+        if row["setting"] == str(EngineConfig.prefill_tolerance)
     ]
     assert {row["map"] for row in rows} == {"lckv", "sandwich-middle"}
     for row in rows:

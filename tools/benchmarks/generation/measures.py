@@ -6,6 +6,7 @@ from random import Random
 
 import torch
 
+from lckv.generation.config import EngineConfig
 from lckv.generation.engine import Engine
 from lckv.generation.forward import Forward
 from lckv.generation.sampling import SamplingParams, sample
@@ -46,9 +47,8 @@ class FirstToken:
         self._prompt = subject.prompts[0, :length].tolist()
         self._engine = Engine(
             subject.model,
+            EngineConfig(max_batch_size=1, prefill_tolerance=tolerance),
             cache=cache_for(subject.model, 1, length + 1),
-            max_batch_size=1,
-            prefill_tolerance=tolerance,
         )
 
     def __call__(self) -> None:

@@ -9,6 +9,7 @@ from torch.autograd.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from lckv.generation.config import EngineConfig
 from lckv.generation.engine import Engine
 from lckv.generation.sampling import SamplingParams
 from tests.tools.benchmarks.generation.test_models import LCKV_MERGING, PLAIN_MERGING, SIZES, build
@@ -146,7 +147,7 @@ def test_a_step_costs_the_same_however_many_requests_are_finished(kind: str) -> 
     model = build(kind).model
     found = []
     for finished in (0, 30):
-        engine = Engine(model, memory_bytes=2**22, max_batch_size=8, max_prompt_tokens=64)
+        engine = Engine(model, EngineConfig(memory_bytes=2**22, max_batch_size=8, max_prompt_tokens=64))
         engine.generate(
             [[number % 7 + 1] * 20 for number in range(finished)],
             SamplingParams(temperature=0.0, max_new_tokens=3),
