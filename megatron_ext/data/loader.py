@@ -9,7 +9,7 @@ So a step of G samples takes samples consumed .. consumed + G - 1, whatever D an
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -35,13 +35,13 @@ def build_data_iterator(
     data_parallel_size: int,
     num_workers: int,
     seed: int,
-) -> Iterator[dict[str, Tensor]]:
+) -> Generator[dict[str, Tensor]]:
     """Endless iterator over this rank's micro-batches: "tokens" and "labels", int64 [micro_batch_size,
     seq_length], and "sample_ids", int64 [micro_batch_size], the number of each sample in the dataset.
 
     It begins at sample `consumed_samples` of the dataset and leaves the random state of the process alone;
     `seed` is that of the workers, which draw nothing for the datasets of this package. Raises ConfigError
-    when the samples are exhausted: nothing is read twice unnoticed.
+    when the samples are exhausted: nothing is read twice unnoticed. Close it: the reading processes end then.
     """
     batches = _RankBatches(
         samples=len(dataset),
@@ -91,7 +91,7 @@ class _RankBatches(Sampler[list[int]]):
             yield list(range(first, first + size))
 
 
-def _until_exhausted(loader: DataLoader, batches: _RankBatches) -> Iterator[dict[str, Tensor]]:
+def _until_exhausted(loader: DataLoader, batches: _RankBatches) -> Generator[dict[str, Tensor]]:
     reading = iter(loader)
     try:
         yield from reading

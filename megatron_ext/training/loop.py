@@ -1,7 +1,8 @@
 """The training run: build, resume, iterate, evaluate, save."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from megatron_ext.model.build import build_stage, wrap
 from megatron_ext.model.cost import model_shape
 from megatron_ext.model.parameters import padded_vocab_size
 from megatron_ext.parallel.process_groups import device_of_rank
-from megatron_ext.schedule.micro_batches import MakeBatch, Samples
+from megatron_ext.schedule.micro_batches import MakeBatch
 from megatron_ext.training.optimizer import build_optimizer
 from megatron_ext.training.report import Report, open_report
 from megatron_ext.training.step import require_finite, train_step
@@ -195,7 +196,9 @@ def _datasets(run: RunConfig, position: Position, vocab_size: int, eod: int | No
     )
 
 
-def _iterator(training: Training, dataset: SampleDataset, consumed_samples: int) -> Samples:
+def _iterator(
+    training: Training, dataset: SampleDataset, consumed_samples: int
+) -> Generator[dict[str, Tensor]]:
     run = training.run
     return build_data_iterator(
         dataset,
@@ -214,9 +217,10 @@ def _iterate(training: Training, position: Position, report: Report) -> Position
         raise ConfigError(
             "there is no training data; give data.data_path, data.train_data_path or data.mock."
         )
-    samples = _iterator(training, training.datasets.train, position.consumed_samples)
     reason = None
-    with stop_requests(run.train.exit_duration_minutes) as stop:
+    # Closed on leaving: an error's traceback would keep the reading processes alive, and Python waits for them at its exit.
+    reading = closing(_iterator(training, training.datasets.train, position.consumed_samples))
+    with reading as samples, stop_requests(run.train.exit_duration_minutes) as stop:
         while position.iteration < run.train.train_iters and reason is None:
             result = train_step(
                 training.model,
@@ -262,10 +266,11 @@ def _validate(training: Training, position: Position) -> Evaluation:
     gathers_late = training.run.parallel.overlap_param_gather
     if gathers_late:
         training.model.disable_forward_pre_hook()
-    samples, train = _iterator(training, dataset, 0), training.run.train
-    evaluation = evaluate(
-        training.model, samples, training.make_batch, train, progress=position.progress(train)
-    )
+    train = training.run.train
+    with closing(_iterator(training, dataset, 0)) as samples:
+        evaluation = evaluate(
+            training.model, samples, training.make_batch, train, progress=position.progress(train)
+        )
     if gathers_late:
         training.model.enable_forward_pre_hook()
     return evaluation

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_ext.checkpointing.errors import CheckpointError
+from megatron_ext.config import RunConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.training.step import NonFiniteLossError
 from megatron_ext.training.stopping import stop_requests
@@ -160,6 +162,21 @@ def test_a_loss_that_is_not_finite_stops_the_run() -> None:
         NonFiniteLossError, match=r"iteration 1: the loss is nan .*such a loss: 0, 1\).*Resume from"
     ):
         run_on_ranks(2, train, run)
+
+
+def test_an_error_leaves_no_reading_processes() -> None:
+    run = tiny_run(model={"init_method_std": 3e38}, data={"mock": True, "num_workers": 2})
+    assert run_on_ranks(1, processes_behind_an_error, run) == [0]
+
+
+def processes_behind_an_error(run: RunConfig) -> int:
+    before = set(multiprocessing.active_children())
+    try:
+        train(run)
+    except NonFiniteLossError as error:  # whose traceback lives, as that of an error that ends a program does
+        assert error.__traceback__ is not None
+        return len(set(multiprocessing.active_children()) - before)
+    raise AssertionError("the run did not fail")
 
 
 def test_it_may_be_told_to_go_on() -> None:
