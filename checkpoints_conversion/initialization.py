@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from checkpoints_conversion.description import ModelDescription
-from checkpoints_conversion.tensors import ConversionError, TensorInfo, TensorSource, row_chunks
+from checkpoints_conversion.errors import ConversionError
 from lckv.config import CompressionConfig
 from lckv.policies.dmc.config import DMCConfig
 from lckv.sharing.initialization import Initialization, initial_kv_weight
 from lckv.sharing.layer_types import LayerTypes
+from lckv.weights.tensors import TensorInfo, TensorSource, row_chunks
 from megatron_ext.config import ModelConfig
 
 _ATTENTION = re.compile(

@@ -21,9 +21,10 @@ import psutil
 import torch
 from megatron.core import parallel_state
 
-from checkpoints_conversion.description import ModelDescription, dtype_of
+from checkpoints_conversion.description import ModelDescription
+from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.formats.megatron import MegatronCheckpoint
-from checkpoints_conversion.tensors import ConversionError
+from lckv.weights.tensors import dtype_of
 from megatron_ext.checkpointing.load import load_checkpoint
 from megatron_ext.config import ParallelConfig, RunConfig, TrainConfig
 from megatron_ext.console import exit_status, set_up_logging

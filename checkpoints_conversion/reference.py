@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from checkpoints_conversion.description import ModelDescription
+from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.initialization import initialize
 from checkpoints_conversion.megatron_logits import round_weights
 from checkpoints_conversion.opening import OpenModel
-from checkpoints_conversion.tensors import ConversionError
 from checkpoints_conversion.writing import write_huggingface
 from lckv.config import CompressionConfig
 from megatron_ext.model.architecture import architecture
@@ -53,9 +53,9 @@ def reference_folder(original: OpenModel, megatron: OpenModel) -> Iterator[Path]
         yield original.path
         return
     source, description = original.source, original.description
-    manifest = megatron.manifest
-    if changed and _COMPRESSION.issuperset(changed) and manifest is not None and megatron.training is None:
-        compression, how = megatron.description.compression, manifest.initialization
+    record = megatron.record
+    if changed and _COMPRESSION.issuperset(changed) and record is not None and megatron.training is None:
+        compression, how = megatron.description.compression, record.initialization
         source, description, _ = initialize(source, description, compression, how or "copy")
         changed = differences(description, megatron.description)
     if changed:

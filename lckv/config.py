@@ -1,12 +1,16 @@
 """What makes a model's KV cache small: the sharing map, its iteration plan, the window and the KV policy."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
 from lckv.policies.dense.config import DenseConfig
 from lckv.policies.dmc.config import DMCConfig
+from lckv.reading import read
 from lckv.sharing.layer_types import LayerTypes
+
+
+def _policies() -> Mapping[str, type]:
+    return {"dense": DenseConfig, "dmc": DMCConfig}
 
 
 @dataclass(frozen=True)
@@ -33,24 +37,17 @@ class CompressionConfig:
     force_nodiag: bool = False
     """Hide the query's own position in every layer, not only in cyclic ones."""
 
-    policy: DenseConfig | DMCConfig = field(default_factory=DenseConfig)
+    policy: DenseConfig | DMCConfig = field(default_factory=DenseConfig, metadata={"variants": _policies})
     """What is kept along the sequence."""
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> "CompressionConfig":
-        """From what `dataclasses.asdict` makes of one, with defaults for what is missing. Raises ValueError
-        for an unknown key."""
-        given = dict(content)
-        policy = given.pop("policy", None)
-        if policy is not None and not isinstance(policy, DenseConfig | DMCConfig):
-            kinds: dict[str, type[DenseConfig | DMCConfig]] = {"dense": DenseConfig, "dmc": DMCConfig}
-            name = policy.get("name") if isinstance(policy, Mapping) else None
-            if name not in kinds:
-                raise ValueError(
-                    f"compression.policy.name is {name!r}; the KV policies are {', '.join(kinds)}."
-                )
-            policy = _build(kinds[name], policy, "compression.policy.")
-        return _build(cls, given if policy is None else {**given, "policy": policy}, "compression.")
+    def from_dict(cls, content: object) -> "CompressionConfig":
+        """From what `dataclasses.asdict` makes of one, or a JSON file holds, with defaults for what is
+        missing.
+
+        Raises ModelError that names every field that is unknown or of another type.
+        """
+        return read(cls, content, "compression")
 
     def map(self, num_layers: int) -> LayerTypes:
         """The parsed sharing map of a model with `num_layers` layers; raises ValueError where it does not
@@ -93,15 +90,3 @@ class CompressionConfig:
         if self.sliding_window is not None and self.sliding_window < 1:
             found.append(f"compression.sliding_window is {self.sliding_window}; it must be at least 1 token.")
         return found
-
-
-def _build(kind: type, content: Mapping[str, Any], prefix: str) -> Any:
-    """A frozen dataclass from its fields by name."""
-    known = [field.name for field in fields(kind)]
-    unknown = [name for name in content if name not in known]
-    if unknown:
-        raise ValueError(
-            f"{prefix}{unknown[0]} is {content[unknown[0]]!r}; there is no such field. Known: "
-            f"{', '.join(known)}."
-        )
-    return kind(**content)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from checkpoints_conversion.description import ModelDescription
-from checkpoints_conversion.tensors import ConversionError
+from checkpoints_conversion.errors import ConversionError
 from lckv.config import CompressionConfig
 from lckv.policies.dmc.config import DMCConfig
 from megatron_ext.config import ModelConfig
