@@ -151,7 +151,7 @@ def _run_inspect(options: argparse.Namespace) -> None:
 
 
 def _dtype(name: str) -> "torch.dtype | None":
-    from checkpoints_conversion.description import dtype_of
+    from lckv.weights.tensors import dtype_of
 
     return None if name == "keep" else dtype_of(name, "--dtype")
 

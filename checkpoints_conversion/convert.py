@@ -9,22 +9,23 @@ from typing import Any, Literal
 import torch
 
 from checkpoints_conversion.compression_options import changed_compression
+from checkpoints_conversion.conversion_record import ConversionRecord, ConversionSource, write_record
 from checkpoints_conversion.description import ModelDescription
+from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.export.extras import export_extras
 from checkpoints_conversion.export.model_card import Measured
 from checkpoints_conversion.export.tokenizer import has_tokenizer
-from checkpoints_conversion.formats.huggingface import CONFIG_NAME, MAX_SHARD_BYTES
+from checkpoints_conversion.formats.huggingface import MAX_SHARD_BYTES
 from checkpoints_conversion.formats.megatron import write_checkpoint
 from checkpoints_conversion.hub import local_folder
 from checkpoints_conversion.initialization import initialize
-from checkpoints_conversion.manifest import ConversionManifest, ConversionSource, write_manifest
 from checkpoints_conversion.opening import OpenModel, open_huggingface, open_legacy, open_megatron
 from checkpoints_conversion.staging import check_free, staged
 from checkpoints_conversion.streams import CastSource, model_bytes, shown_progress
-from checkpoints_conversion.tensors import ConversionError
 from checkpoints_conversion.verify import is_small_enough, prove
 from checkpoints_conversion.writing import write_huggingface
 from lckv.sharing.initialization import Initialization
+from lckv.weights.huggingface import CONFIG_NAME
 from megatron_ext.training.metrics import read_metrics
 
 ProofMode = Literal["auto", "always", "never"]
@@ -80,21 +81,21 @@ def to_megatron(
     tokenizer: str | None,
     proof: ProofMode,
 ) -> ModelDescription:
-    """Convert an opened model, called `name` in the manifest, to a checkpoint; see `hf_to_megatron`."""
+    """Convert an opened model, called `name` in the record, to a checkpoint; see `hf_to_megatron`."""
     compression = changed_compression(model.description.compression, changes)
     source, description, done = initialize(model.source, model.description, compression, how)
     description = replace(description, dtype=dtype or description.dtype)
     logger.info("hashing %s, %.1f MB", model.path, model_bytes(model.source) / 1e6)
-    manifest = ConversionManifest(
+    record = ConversionRecord(
         description,
         ConversionSource(model.format, name, model.hashes()),
         initialization=done,
         tokenizer=tokenizer,
-        previous=model.manifest,
+        previous=model.record,
     )
     with staged(target, model_bytes(source)) as staging:
         with shown_progress(source, "converting") as counted:
-            write_checkpoint(staging, description, counted, dtype=dtype, manifest_json=manifest.to_json())
+            write_checkpoint(staging, description, counted, dtype=dtype, record_json=record.to_json())
         if _is_due(proof, model, f"--hf-path {name} --megatron-path {target}"):
             prove(model, open_megatron(staging, verify_hashes=False))
     logger.info("wrote %s", target)
@@ -157,12 +158,12 @@ def megatron_to_hf(
     model = open_megatron(megatron)
     source = model.source if dtype is None else CastSource(model.source, dtype)
     description = replace(model.description, dtype=dtype or model.description.dtype)
-    manifest = ConversionManifest(
+    record = ConversionRecord(
         description,
         ConversionSource("megatron", str(model.path.absolute()), model.hashes()),
         tokenizer=model.tokenizer if tokenizer is None else str(tokenizer.absolute()),
         training=model.training,
-        previous=model.manifest,
+        previous=model.record,
     )
     measured = _measured(
         metrics_file or (Path(model.metrics_file) if model.metrics_file else None), model.training
@@ -170,11 +171,9 @@ def megatron_to_hf(
     with staged(target, model_bytes(source)) as staging:
         with shown_progress(source, "converting") as counted:
             write_huggingface(staging, description, counted, family=family, max_shard_bytes=max_shard_bytes)
-        write_manifest(staging, manifest.without_places())
-        origin = _huggingface_origin(manifest)
-        export_extras(
-            staging, description, manifest, name=target.name, source_folder=origin, measured=measured
-        )
+        write_record(staging, record.without_places())
+        origin = _huggingface_origin(record)
+        export_extras(staging, description, record, name=target.name, source_folder=origin, measured=measured)
         if _is_due(proof, model, f"--hf-path {target} --megatron-path {megatron}"):
             prove(open_huggingface(staging), model)
     logger.info("wrote %s", target)
@@ -200,14 +199,14 @@ def _is_due(proof: ProofMode, model: OpenModel, command: str) -> bool:
     return proof != "never"
 
 
-def _huggingface_origin(manifest: ConversionManifest) -> Path | None:
+def _huggingface_origin(record: ConversionRecord) -> Path | None:
     """The Hugging Face folder with which the history of a model began, if it is here and its tokenizer is
     still the model's."""
-    first = manifest
+    first = record
     while first.previous is not None:
         first = first.previous
     for place in (first.source.path, first.tokenizer):
-        if place is None or manifest.tokenizer not in (None, place) or not Path(place).is_absolute():
+        if place is None or record.tokenizer not in (None, place) or not Path(place).is_absolute():
             continue
         if (Path(place) / CONFIG_NAME).is_file():
             return Path(place)

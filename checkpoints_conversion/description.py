@@ -1,20 +1,40 @@
 """What a model is, apart from its weights and from where it is stored."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from types import NoneType
 from typing import Any
 
 import torch
 
-from checkpoints_conversion.tensors import WEIGHT_DTYPES, ConversionError, TensorInfo, expected_tensors
+from checkpoints_conversion.errors import ConversionError
+from checkpoints_conversion.fusion import canonical_tensors
 from lckv.config import CompressionConfig
-from megatron_ext.config import ModelConfig
-from megatron_ext.settings import read
+from lckv.families.decoder import Decoder, TokenIds
+from lckv.families.lckv_llama import LCKV_LLAMA
+from lckv.reading import read
+from lckv.rope import LinearScaling, Llama3Scaling
+from lckv.weights.tensors import TensorInfo, dtype_name, dtype_of
+from megatron_ext.config import ModelConfig, RopeScalingConfig
 from megatron_ext.validation.layout import compression_problems
 
-TokenIds = dict[str, int | list[int] | None]
-"""Special tokens by their names in a Hugging Face config: bos_token_id, eos_token_id, pad_token_id."""
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
+_SAME = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "max_position_embeddings": "max_position_embeddings",
+    "rotary_base": "rope_base",
+    "layernorm_epsilon": "rms_norm_eps",
+    "add_qkv_bias": "qkv_bias",
+    "qk_layernorm": "qk_norm",
+    "attention_dropout": "attention_dropout",
+    "init_method_std": "initializer_range",
+}
+"""Fields of `ModelConfig` that are fields of `Decoder`, with their names there."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +49,10 @@ class ModelDescription:
     """Sharing map, passes, window, and the policy with its stage."""
 
     family: str
-    """Name of the model family (`families/registry.py`), under which Hugging Face knows the model."""
+    """Name of the model family (`lckv/families/registry.py`), under which Hugging Face knows the model."""
 
     dtype: torch.dtype
-    """Of the weights, one of `tensors.WEIGHT_DTYPES`."""
+    """Of the weights, one of `lckv.weights.tensors.WEIGHT_DTYPES`."""
 
     token_ids: TokenIds = field(default_factory=dict)
     """Special tokens."""
@@ -72,13 +92,39 @@ class ModelDescription:
 
     def expected_tensors(self) -> dict[str, TensorInfo]:
         """The tensors that the model has, under canonical names."""
-        return expected_tensors(self.model, self.compression, self.vocab_size, self.dtype)
+        return canonical_tensors(self.decoder(), LCKV_LLAMA)
+
+    def decoder(self) -> Decoder:
+        """The same without what only training knows. The inverse of `of_decoder`."""
+        model = self.model
+        return Decoder(
+            family=self.family,
+            **{theirs: getattr(model, ours) for ours, theirs in _SAME.items()},
+            tie_word_embeddings=not model.untie_embeddings_and_output_weights,
+            rope_scaling=_scaling(model.rope_scaling),
+            compression=self.compression,
+            token_ids=self.token_ids,
+            dtype=self.dtype,
+        )
+
+    @classmethod
+    def of_decoder(cls, decoder: Decoder) -> "ModelDescription":
+        """The description of any decoder; what only training knows has its default."""
+        scaling = decoder.rope_scaling
+        kind = {NoneType: "none", LinearScaling: "linear", Llama3Scaling: "llama3"}[type(scaling)]
+        parameters = {} if scaling is None else asdict(scaling)
+        model = ModelConfig(
+            **{ours: getattr(decoder, theirs) for ours, theirs in _SAME.items()},
+            untie_embeddings_and_output_weights=not decoder.tie_word_embeddings,
+            rope_scaling=read(RopeScalingConfig, {"type": kind, **parameters}),
+        )
+        return cls(model, decoder.compression, decoder.family, decoder.dtype, decoder.token_ids)
 
     def to_json(self) -> dict[str, Any]:
         """Fit for `json.dumps`; `from_json` gives the same description back."""
         return {
             "family": self.family,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "token_ids": self.token_ids,
             "model": asdict(self.model),
             "compression": asdict(self.compression),
@@ -86,26 +132,24 @@ class ModelDescription:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "ModelDescription":
-        """The inverse of `to_json`; raises ConversionError, or ConfigError naming all settings that are
-        wrong."""
+        """The inverse of `to_json`; raises ModelError naming all settings that are wrong."""
         fields = ("family", "dtype", "token_ids", "model", "compression")
         if set(content) != set(fields):
             raise ConversionError(
                 f"the description of a model has the fields {list(content)}; it must have {list(fields)}."
             )
         return cls(
-            model=read(ModelConfig, [("model: ", content["model"])]),
-            compression=read(CompressionConfig, [("compression: ", content["compression"])]),
+            model=read(ModelConfig, content["model"], "model"),
+            compression=CompressionConfig.from_dict(content["compression"]),
             family=str(content["family"]),
             dtype=dtype_of(content["dtype"], "dtype"),
             token_ids=dict(content["token_ids"]),
         )
 
 
-def dtype_of(name: object, where: str) -> torch.dtype:
-    """The dtype of weights called `name`, such as "bfloat16"; raises ConversionError with the field
-    `where`."""
-    dtype = _DTYPES.get(str(name).removeprefix("torch."))
-    if dtype is None:
-        raise ConversionError(f"{where} is {name!r}; weights of {', '.join(_DTYPES)} can be converted.")
-    return dtype
+def _scaling(config: RopeScalingConfig) -> LinearScaling | Llama3Scaling | None:
+    kinds = {"none": None, "linear": LinearScaling, "llama3": Llama3Scaling}
+    kind = kinds[config.type]
+    return (
+        None if kind is None else kind(**{entry.name: getattr(config, entry.name) for entry in fields(kind)})
+    )

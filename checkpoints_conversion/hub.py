@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from checkpoints_conversion.tensors import ConversionError
+from checkpoints_conversion.errors import ConversionError
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WANTED = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from checkpoints_conversion.description import ModelDescription
-from checkpoints_conversion.tensors import ConversionError, TensorInfo, TensorSource, row_chunks
+from checkpoints_conversion.errors import ConversionError
 from lckv.config import CompressionConfig
 from lckv.sharing.initialization import Initialization, initial_kv_weight
 from lckv.sharing.layer_types import LayerTypes
+from lckv.weights.tensors import TensorInfo, TensorSource, row_chunks
 from megatron_ext.config import ModelConfig
 from megatron_ext.validation.layout import compression_problems
 

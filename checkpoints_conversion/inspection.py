@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from checkpoints_conversion.families.registry import export_family
-from checkpoints_conversion.manifest import ConversionManifest
+from checkpoints_conversion.conversion_record import ConversionRecord
 from checkpoints_conversion.opening import OpenModel
 from lckv.cost import kv_bytes_per_token
+from lckv.families.registry import export_family
 from lckv.sharing.layer_types import LayerTypes
 from lckv.sharing.picture import draw
+from lckv.weights.tensors import dtype_name
 from megatron_ext.config import RopeScalingConfig
 from megatron_ext.model.cost import model_shape
 
@@ -29,8 +30,8 @@ def facts(opened: OpenModel) -> dict[str, Any]:
         "format": opened.format,
         "path": str(opened.path),
         "family": description.family,
-        "huggingface_class": export_family(description).architecture,
-        "dtype": str(description.dtype).removeprefix("torch."),
+        "huggingface_class": export_family(description.decoder()).architecture,
+        "dtype": dtype_name(description.dtype),
         "parameters": sum(math.prod(info.shape) for info in infos.values()),
         "weights_bytes": sum(info.nbytes for info in infos.values()),
         "vocab_size": description.vocab_size,
@@ -58,7 +59,7 @@ def facts(opened: OpenModel) -> dict[str, Any]:
         "kv_bytes_per_token_of_plain_model": whole,
         "token_ids": description.token_ids,
         "training": opened.training,
-        "conversion": None if opened.manifest is None else opened.manifest.to_json(),
+        "conversion": None if opened.record is None else opened.record.to_json(),
     }
 
 
@@ -139,8 +140,8 @@ def _scaling(scaling: RopeScalingConfig) -> str:
 
 
 def _history(opened: OpenModel) -> Iterator[str]:
-    training, manifest = opened.training, opened.manifest
-    if training is None and manifest is None:
+    training, record = opened.training, opened.record
+    if training is None and record is None:
         return
     yield ""
     if training is not None:
@@ -149,19 +150,19 @@ def _history(opened: OpenModel) -> Iterator[str]:
             f"trained             {progress.get('iteration', 0):,} iterations, "
             f"{progress.get('consumed_tokens', 0):,} tokens"
         )
-    while manifest is not None:
-        yield from _conversion(manifest)
-        manifest = manifest.previous
+    while record is not None:
+        yield from _conversion(record)
+        record = record.previous
 
 
-def _conversion(manifest: ConversionManifest) -> Iterator[str]:
-    source = manifest.source
-    yield f"converted           {manifest.created} from {_FORMATS.get(source.format, source.format)} {source.path}"
-    if manifest.initialization is not None:
-        yield f"                    keys and values of the map by {manifest.initialization}"
+def _conversion(record: ConversionRecord) -> Iterator[str]:
+    source = record.source
+    yield f"converted           {record.created} from {_FORMATS.get(source.format, source.format)} {source.path}"
+    if record.initialization is not None:
+        yield f"                    keys and values of the map by {record.initialization}"
     for name, digest in source.files.items():
         yield f"                    {name} sha256 {digest[:16]}..."
     yield (
         "                    with "
-        f"{', '.join(f'{name} {version}' for name, version in manifest.versions.items())}"
+        f"{', '.join(f'{name} {version}' for name, version in record.versions.items())}"
     )

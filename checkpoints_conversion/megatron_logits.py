@@ -19,8 +19,9 @@ import numpy as np
 import psutil
 import torch
 
-from checkpoints_conversion.description import ModelDescription, dtype_of
-from checkpoints_conversion.tensors import ConversionError
+from checkpoints_conversion.description import ModelDescription
+from checkpoints_conversion.errors import ConversionError
+from lckv.weights.tensors import dtype_of
 from megatron_ext.config import ParallelConfig, RunConfig, TrainConfig
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.evaluation import logits_file

@@ -10,14 +10,16 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from checkpoints_conversion.conversion_record import ConversionRecord, SourceFormat, hash_weights, read_record
 from checkpoints_conversion.description import ModelDescription
-from checkpoints_conversion.families.registry import describe, family_of
-from checkpoints_conversion.formats.huggingface import CONFIG_NAME, HuggingFaceFolder, read_config_file
+from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.formats.megatron import MegatronCheckpoint
 from checkpoints_conversion.formats.megatron_legacy import LegacyCheckpoint
-from checkpoints_conversion.manifest import ConversionManifest, SourceFormat, hash_weights, read_manifest
-from checkpoints_conversion.streams import CheckedSource
-from checkpoints_conversion.tensors import ConversionError, TensorSource
+from checkpoints_conversion.fusion import canonical_from_hf
+from lckv.families.registry import describe, family_of
+from lckv.weights.checks import CheckedSource
+from lckv.weights.huggingface import CONFIG_NAME, HuggingFaceFolder, read_config_file
+from lckv.weights.tensors import TensorSource
 from megatron_ext.checkpointing.errors import CheckpointError
 from megatron_ext.checkpointing.folders import find_candidates
 from megatron_ext.checkpointing.manifest import MANIFEST_NAME
@@ -48,7 +50,7 @@ class OpenModel:
     stored_vocab_size: int | None = None
     """Rows of the embedding as it is stored, padding included, where that is known."""
 
-    manifest: ConversionManifest | None = None
+    record: ConversionRecord | None = None
     """Of the conversion that made it, or made what its training started from, if there was one."""
 
     training: Mapping[str, Any] | None = None
@@ -78,19 +80,21 @@ def format_of(path: Path) -> SourceFormat:
 
 
 def open_huggingface(folder: Path, *, allow_pickle: bool = False) -> OpenModel:
-    """The model of a Hugging Face folder. Raises ConversionError that names the field, file or tensor that
-    cannot be converted."""
+    """The model of a Hugging Face folder.
+
+    Raises ModelError that names the field, file or tensor that cannot be converted.
+    """
     weights = HuggingFaceFolder(folder, allow_pickle=allow_pickle)
-    description = describe(read_config_file(folder), weights.infos())
-    family = family_of(description.family)
+    decoder = describe(read_config_file(folder), weights.infos(), folder / CONFIG_NAME)
+    description = ModelDescription.of_decoder(decoder)
     return OpenModel(
         "huggingface",
         folder,
         description,
-        family.canonical_from_hf(CheckedSource(weights, folder), description, folder),
+        canonical_from_hf(CheckedSource(weights, folder), decoder, family_of(decoder.family), folder),
         hashes=lambda: hash_weights(folder, weights.files),
         stored_vocab_size=description.vocab_size,
-        manifest=read_manifest(folder),
+        record=read_record(folder),
         tokenizer=str(folder.absolute()),
     )
 
@@ -99,17 +103,17 @@ def open_megatron(path: Path, *, verify_hashes: bool = True) -> OpenModel:
     """The newest good checkpoint that `path` means, its files checked against their hashes.
 
     What a conversion knew of the model, and training does not, is taken from where training started. Raises
-    ConversionError or CheckpointError.
+    ModelError or CheckpointError.
     """
     checkpoint = MegatronCheckpoint(path, verify_hashes=verify_hashes)
-    manifest, description = checkpoint.conversion, checkpoint.description
+    record, description = checkpoint.conversion, checkpoint.description
     training = None
-    if manifest is None:
+    if record is None:
         settings = checkpoint.settings
         training = {"progress": checkpoint.progress, **{name: settings.get(name) for name in _RUN_SECTIONS}}
-        manifest = _origin(checkpoint.path, settings)
-        if manifest is not None:
-            known = manifest.description
+        record = _origin(checkpoint.path, settings)
+        if record is not None:
+            known = record.description
             description = replace(description, family=known.family, token_ids=known.token_ids)
     return OpenModel(
         "megatron",
@@ -120,9 +124,9 @@ def open_megatron(path: Path, *, verify_hashes: bool = True) -> OpenModel:
             name: entry.sha256 for name, entry in checkpoint.manifest.files.items() if name.endswith(_WEIGHTS)
         },
         stored_vocab_size=_stored_vocab_size(checkpoint.path),
-        manifest=manifest,
+        record=record,
         training=training,
-        tokenizer=_tokenizer(checkpoint.settings, manifest),
+        tokenizer=_tokenizer(checkpoint.settings, record),
         metrics_file=(checkpoint.settings.get("logging") or {}).get("metrics_file"),
     )
 
@@ -132,8 +136,8 @@ def _stored_vocab_size(checkpoint: Path) -> int | None:
     return embedding.size[0] if isinstance(embedding, TensorStorageMetadata) else None
 
 
-def _origin(checkpoint: Path, settings: Mapping[str, Any]) -> ConversionManifest | None:
-    """The manifest of the conversion that a run started from, also by way of other runs; None where there was
+def _origin(checkpoint: Path, settings: Mapping[str, Any]) -> ConversionRecord | None:
+    """The record of the conversion that a run started from, also by way of other runs; None where there was
     none, or it is gone."""
     seen = {checkpoint.parent.absolute()}
     while (loaded := (settings.get("checkpoint") or {}).get("load")) is not None:
@@ -142,8 +146,8 @@ def _origin(checkpoint: Path, settings: Mapping[str, Any]) -> ConversionManifest
             if before.parent.absolute() in seen:
                 return None
             seen.add(before.parent.absolute())
-            if (manifest := read_manifest(before)) is not None:
-                return manifest
+            if (record := read_record(before)) is not None:
+                return record
             settings = json.loads((before / CONFIG_NAME).read_bytes())
         except (CheckpointError, ConversionError, OSError, ValueError) as error:
             logger.warning(
@@ -153,11 +157,11 @@ def _origin(checkpoint: Path, settings: Mapping[str, Any]) -> ConversionManifest
     return None
 
 
-def _tokenizer(settings: Mapping[str, Any], manifest: ConversionManifest | None) -> str | None:
+def _tokenizer(settings: Mapping[str, Any], record: ConversionRecord | None) -> str | None:
     """The tokenizer that the run was trained with, or else that of the model that was converted."""
     named = [
         (settings.get("data") or {}).get("tokenizer_model"),
-        None if manifest is None else manifest.tokenizer,
+        None if record is None else record.tokenizer,
     ]
     return next((name for name in named if name is not None and Path(name).exists()), None)
 
@@ -178,8 +182,10 @@ def open_legacy(
 
 
 def open_model(path: Path, *, allow_pickle: bool = False) -> OpenModel:
-    """The model in the folder `path`, of whichever format; files are not checked against their hashes. Raises
-    ConversionError."""
+    """The model in the folder `path`, of whichever format; files are not checked against their hashes.
+
+    Raises ModelError.
+    """
     kind = format_of(path)
     if kind == "huggingface":
         return open_huggingface(path, allow_pickle=allow_pickle)

@@ -3,7 +3,7 @@ logits."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from checkpoints_conversion.description import ModelDescription
+from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.initialization import initialize
 from checkpoints_conversion.megatron_logits import round_weights
 from checkpoints_conversion.opening import OpenModel
-from checkpoints_conversion.tensors import ConversionError
 from checkpoints_conversion.writing import write_huggingface
 from lckv.config import CompressionConfig
 from megatron_ext.model.architecture import architecture
@@ -32,7 +32,7 @@ def differences(first: ModelDescription, second: ModelDescription) -> dict[str, 
 def _defining(description: ModelDescription) -> dict[str, object]:
     model, compression = description.model, description.compression
     found = architecture(model, compression, vocab_size=description.vocab_size)
-    found["policy"] = asdict(compression.policy)
+    found["policy"] = compression.policy.settings()
     if compression.map(model.num_layers).any_cyclic:
         found |= {
             "forward_passes": compression.forward_passes,
@@ -53,9 +53,9 @@ def reference_folder(original: OpenModel, megatron: OpenModel) -> Iterator[Path]
         yield original.path
         return
     source, description = original.source, original.description
-    manifest = megatron.manifest
-    if changed and _COMPRESSION.issuperset(changed) and manifest is not None and megatron.training is None:
-        compression, how = megatron.description.compression, manifest.initialization
+    record = megatron.record
+    if changed and _COMPRESSION.issuperset(changed) and record is not None and megatron.training is None:
+        compression, how = megatron.description.compression, record.initialization
         source, description, _ = initialize(source, description, compression, how or "copy")
         changed = differences(description, megatron.description)
     if changed:

@@ -13,10 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from checkpoints_conversion.tensors import ConversionError
+from checkpoints_conversion.errors import ConversionError
 from megatron_ext.atomic import move
+from megatron_ext.checkpointing.errors import disk_full_in
 
 logger = logging.getLogger(__name__)
+
+_ROOM_BYTES = 64 * 2**20
+"""For everything in a folder but the numbers."""
 
 
 def check_free(target: Path) -> None:
@@ -32,7 +36,7 @@ def check_free(target: Path) -> None:
 
 @contextmanager
 def staged(target: Path, needed_bytes: int = 0) -> Iterator[Path]:
-    """A new folder to write some `needed_bytes` into, which is moved to `target` at the end. After an
+    """A new folder to write some `needed_bytes` of weights into, which is moved to `target` at the end. After an
     exception, whichever, it is removed.
 
     Raises ConversionError where `target` is taken, another conversion is writing it, there is no space, or
@@ -53,17 +57,20 @@ def staged(target: Path, needed_bytes: int = 0) -> Iterator[Path]:
             except BaseException:
                 shutil.rmtree(staging, ignore_errors=True)
                 raise
-    except OSError as error:
-        raise ConversionError(f"{target} cannot be written: {error}. Nothing is left of it.") from error
+    except Exception as error:
+        # torch.save tells of a full disk in an error of its own.
+        cause = error if isinstance(error, OSError) else disk_full_in(error)
+        if cause is None:
+            raise
+        raise ConversionError(f"{target} cannot be written: {cause}. Nothing is left of it.") from error
 
 
 def _check_space(folder: Path, needed_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
+    needed, free = needed_bytes + _ROOM_BYTES, shutil.disk_usage(folder).free
+    if free < needed:
         raise ConversionError(
-            f"{folder.parent}: the model takes about {needed_bytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are "
-            "free. Free some space, or "
-            "give a folder on another file system."
+            f"{folder.parent}: the model takes about {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free. "
+            "Free some space, or give a folder on another file system."
         )
 
 

@@ -1,4 +1,4 @@
-"""What happens to tensors on their way from one format to the other: checked, cast, counted. Each a source
+"""What happens to tensors on their way from one format to the other: cast, counted. Each a source
 around a source."""
 
 import sys
@@ -10,33 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints_conversion.tensors import TensorInfo, TensorSource, check_finite
-
-
-@dataclass(frozen=True)
-class CheckedSource:
-    """Refuses weights that are NaN or infinite, with ConversionError."""
-
-    source: TensorSource
-    where: object
-    """Folder or file of the weights, for the message."""
-
-    def infos(self) -> Mapping[str, TensorInfo]:
-        """As of the source."""
-        return self.source.infos()
-
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """As of the source."""
-        tensor = self.source.read(name, rows)
-        if not _is_finite(tensor):
-            check_finite(name, tensor, self.where)
-        return tensor
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether no number is NaN or infinite. The extremes, which NaN passes on to, are found some 30 times
-    faster than by `isfinite`."""
-    return tensor.numel() == 0 or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
+from lckv.weights.tensors import TensorInfo, TensorSource
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from checkpoints_conversion.megatron_logits import check_layout, compute
 from checkpoints_conversion.opening import OpenModel
 from checkpoints_conversion.reference import Reference, common_dtype, reference_folder
-from checkpoints_conversion.tensors import CHUNK_BYTES
+from lckv.weights.tensors import CHUNK_BYTES
 from megatron_ext.config import ParallelConfig
 
 logger = logging.getLogger(__name__)

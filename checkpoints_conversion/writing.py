@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 from checkpoints_conversion.description import ModelDescription
-from checkpoints_conversion.families.registry import export_family, family_of
-from checkpoints_conversion.formats.huggingface import CONFIG_NAME, MAX_SHARD_BYTES, write_safetensors
-from checkpoints_conversion.tensors import TensorSource
+from checkpoints_conversion.formats.huggingface import MAX_SHARD_BYTES, write_safetensors
+from checkpoints_conversion.fusion import hf_from_canonical
+from lckv.families.registry import export_family, family_of
+from lckv.weights.huggingface import CONFIG_NAME
+from lckv.weights.tensors import TensorSource
 from megatron_ext.atomic import write_file
 
 
@@ -21,9 +23,13 @@ def write_huggingface(
     """Write config.json and the weights, canonical in `source`, into `folder`.
 
     `family` is that of the written model (default: one that stock software runs where possible, else
-    lckv-llama); ConversionError where it cannot express the model.
+    lckv-llama).
+
+    Raises ModelError where the family cannot express the model.
     """
-    chosen = export_family(description) if family is None else family_of(family)
-    config = chosen.write_config(description)
-    write_safetensors(folder, chosen.hf_from_canonical(source, description), max_shard_bytes=max_shard_bytes)
+    decoder = description.decoder()
+    chosen = export_family(decoder) if family is None else family_of(family, "--family")
+    config = chosen.write_config(decoder)
+    tensors = hf_from_canonical(source, decoder, chosen)
+    write_safetensors(folder, tensors, max_shard_bytes=max_shard_bytes)
     write_file(folder / CONFIG_NAME, json.dumps(config, indent=2).encode())

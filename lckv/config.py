@@ -1,13 +1,14 @@
 """What makes a model's KV cache small: the sharing map, its iteration plan, the window and the KV policy."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from lckv.errors import Problem, SettingError
 from lckv.policies.config import PolicyConfig
 from lckv.policies.dense.config import DenseConfig
-from lckv.policies.registry import config_class, config_classes
+from lckv.policies.registry import config_classes
+from lckv.reading import read
 from lckv.sharing.layer_types import LayerType, LayerTypes
 from lckv.sharing.plan import Step, iteration_plan
 
@@ -50,18 +51,13 @@ class CompressionConfig:
     """What is kept along the sequence."""
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> "CompressionConfig":
-        """From what `dataclasses.asdict` makes of one, with defaults for what is missing. Raises SettingError for an
-        unknown key or policy."""
-        given = dict(content)
-        policy = given.pop("policy", None)
-        if policy is not None and not isinstance(policy, PolicyConfig):
-            name = policy.get("name") if isinstance(policy, Mapping) else None
-            try:
-                policy = _build(config_class(name), policy)
-            except SettingError as error:
-                raise error.under("policy") from None
-        return _build(cls, given if policy is None else {**given, "policy": policy})
+    def from_dict(cls, content: object) -> "CompressionConfig":
+        """From what `dataclasses.asdict` makes of one, or a JSON file holds, with defaults for what is
+        missing.
+
+        Raises ModelError that names every field that is unknown or of another type.
+        """
+        return read(cls, content, "compression")
 
     def map(self, num_layers: int) -> LayerTypes:
         """The parsed sharing map of a model with `num_layers` layers; raises ValueError where it does not
@@ -124,13 +120,3 @@ class CompressionConfig:
         if not traits.shares and any(layer.source != layer.index for layer in layer_types):
             obstacle = f"the policy {name} works only where every layer reads its own keys and values: choose another one"
             yield Problem("layer_types", layer_types, obstacle)
-
-
-def _build(kind: type, content: Mapping[str, Any]) -> Any:
-    """A frozen dataclass from its fields by name."""
-    known = [entry.name for entry in fields(kind)]
-    unknown = [name for name in content if name not in known]
-    if unknown:
-        obstacle = f"there is no such field. Known: {', '.join(known)}"
-        raise SettingError([Problem(unknown[0], repr(content[unknown[0]]), obstacle)])
-    return kind(**content)

@@ -25,7 +25,12 @@ class Problem:
         return replace(self, field=f"{section}.{self.field}")
 
 
-class SettingError(ValueError):
+class ModelError(ValueError):
+    """A model that cannot be read, built or written: the message says which file, field or tensor, what is
+    wrong and the way out."""
+
+
+class SettingError(ModelError):
     """Settings that cannot work; its text has a line for each problem."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 
+from lckv.errors import ModelError
 from megatron_ext.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -30,11 +31,11 @@ def set_up_logging() -> None:
 
 
 def exit_status(program: Callable[[], None]) -> int:
-    """Run `program`; 0, or after an error that is shown as one message 2 (ConfigError) or 1 (ArithmeticError:
-    a loss that is not finite)."""
+    """Run `program`; 0, or after an error that is shown as one message 2 (ConfigError, ModelError) or 1
+    (ArithmeticError: a loss that is not finite)."""
     try:
         program()
-    except ConfigError as error:
+    except (ConfigError, ModelError) as error:
         if os.environ.get("RANK", "0") == "0" or _groups_exist():
             logger.error("error: %s", error)
         else:

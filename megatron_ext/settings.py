@@ -19,6 +19,7 @@ import docstring_parser
 import jsonargparse
 import yaml
 
+from lckv.reading import describe
 from megatron_ext.errors import ConfigError
 from megatron_ext.text_yaml import load_text_yaml
 
@@ -261,12 +262,7 @@ def _suggestion(hint: Any, value: object) -> str:
 
 def _describe(hint: Any) -> str:
     """The values that a setting accepts, in words."""
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
-    if _is_texts(hint):
-        return "a list of texts, such as [a, b]"
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    return names.get(hint) or " or ".join(_describe(part) for part in typing.get_args(hint))
+    return "a list of texts, such as [a, b]" if _is_texts(hint) else describe(hint)
 
 
 def _build(section: type[_Section], values: Mapping[str, object], prefix: str = "") -> _Section:

@@ -34,7 +34,7 @@ OPTIONAL_PACKAGES = (
 OPTIONAL_FOLDERS = {"kernels", "serving"}
 """Modules in folders of these names may import optional packages at their top; others import them when
 needed."""
-TRANSFORMERS_IN_LCKV = ("lckv.models", "lckv.generation")
+TRANSFORMERS_IN_LCKV = ("lckv.models", "lckv.generation", "lckv.families.harmless")
 
 
 @dataclass(frozen=True)

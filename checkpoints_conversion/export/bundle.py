@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoints_conversion.manifest import package_versions
+from checkpoints_conversion.conversion_record import package_versions
 from megatron_ext.atomic import write_file
 
 PACKAGE = "lckv"

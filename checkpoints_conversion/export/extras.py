@@ -5,12 +5,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from checkpoints_conversion.description import ModelDescription, TokenIds
+from checkpoints_conversion.conversion_record import ConversionRecord
+from checkpoints_conversion.description import ModelDescription
+from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.export.bundle import AUTO_MAP, MODEL_TYPE, write_modelling_files
 from checkpoints_conversion.export.model_card import Measured, license_of, model_card
 from checkpoints_conversion.export.tokenizer import has_tokenizer, kind_of, write_tokenizer
-from checkpoints_conversion.manifest import ConversionManifest
-from checkpoints_conversion.tensors import ConversionError
+from lckv.families.decoder import TokenIds
 from megatron_ext.atomic import write_file
 from megatron_ext.data.tokenizers import load_tokenizer
 
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 def export_extras(
     folder: Path,
     description: ModelDescription,
-    manifest: ConversionManifest,
+    record: ConversionRecord,
     *,
     name: str | None = None,
     source_folder: Path | None = None,
@@ -29,15 +30,15 @@ def export_extras(
     """Write tokenizer, generation_config.json, README.md and, for a model of type lckv-llama, the modelling
     files into `folder`.
 
-    The tokenizer is that of `source_folder` where it has one, else `manifest.tokenizer`; without either there
+    The tokenizer is that of `source_folder` where it has one, else `record.tokenizer`; without either there
     is none, and a warning. `name` is what the card calls the model (default: the folder's name). Returns the
     names of the files written.
 
-    Raises ConversionError where the tokenizer that the manifest names is missing or cannot be exported.
+    Raises ConversionError where the tokenizer that the record names is missing or cannot be exported.
     """
     config_file = folder / "config.json"
     config = json.loads(config_file.read_bytes())
-    tokenizer = _tokenizer(manifest, source_folder)
+    tokenizer = _tokenizer(record, source_folder)
     names = [] if tokenizer is None else write_tokenizer(*tokenizer, folder)
     ids = {**description.token_ids}
     if tokenizer is not None and ids.get("eos_token_id") is None:
@@ -53,7 +54,7 @@ def export_extras(
     card = model_card(
         name or folder.name,
         description,
-        manifest,
+        record,
         measured=measured,
         license_fields=license_of(source_folder),
         with_code=with_code,
@@ -62,16 +63,16 @@ def export_extras(
     return [*names, "generation_config.json", "README.md"]
 
 
-def _tokenizer(manifest: ConversionManifest, source_folder: Path | None) -> tuple[str, Path] | None:
+def _tokenizer(record: ConversionRecord, source_folder: Path | None) -> tuple[str, Path] | None:
     """Kind and place of the model's tokenizer."""
     if source_folder is not None and has_tokenizer(source_folder):
         return "huggingface", source_folder
-    if manifest.tokenizer is None:
+    if record.tokenizer is None:
         logger.warning(
             "No tokenizer is known for this model: add one to the folder, or name one on the command line."
         )
         return None
-    path = Path(manifest.tokenizer)
+    path = Path(record.tokenizer)
     if not path.exists():
         raise ConversionError(
             f"the tokenizer {path} that the model was trained with does not exist here; name a copy of it on "

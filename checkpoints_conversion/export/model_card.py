@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
+from checkpoints_conversion.conversion_record import ConversionRecord
 from checkpoints_conversion.description import ModelDescription
-from checkpoints_conversion.manifest import ConversionManifest
 from lckv.cost import kv_bytes_per_token
 from lckv.sharing.layer_types import LayerTypes
 from lckv.sharing.picture import draw
@@ -41,7 +41,7 @@ class Measured:
 def model_card(
     name: str,
     description: ModelDescription,
-    manifest: ConversionManifest,
+    record: ConversionRecord,
     *,
     measured: Measured | None = None,
     license_fields: Mapping[str, str] | None = None,
@@ -54,15 +54,15 @@ def model_card(
     """
     measured = measured or Measured()
     front = {"library_name": "transformers", "pipeline_tag": "text-generation", **(license_fields or {})}
-    if base := _hub_name(manifest):
+    if base := _hub_name(record):
         front["base_model"] = base
     sections = [
         _introduction(name, description),
         _sharing(description),
         _cache(description, measured),
-        _history(manifest, measured),
+        _history(record, measured),
         _loading(with_code),
-        _references(description, manifest),
+        _references(description, record),
     ]
     body = "\n\n".join("\n".join(section) for section in map(list, sections) if section)
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{body}\n"
@@ -152,12 +152,12 @@ def _cache(description: ModelDescription, measured: Measured) -> Iterator[str]:
         yield "\nLayers with a window stop growing when it is full."
 
 
-def _history(manifest: ConversionManifest, measured: Measured) -> Iterator[str]:
+def _history(record: ConversionRecord, measured: Measured) -> Iterator[str]:
     yield "## How it was made"
     yield ""
-    if base := _hub_name(manifest):
+    if base := _hub_name(record):
         yield f"- From `{base}`."
-    for conversion in _chain(manifest):
+    for conversion in _chain(record):
         if conversion.initialization is not None:
             how = {
                 "average": "averaged over the layers that read them",
@@ -169,9 +169,9 @@ def _history(manifest: ConversionManifest, measured: Measured) -> Iterator[str]:
     if measured.validation_loss is not None:
         loss = measured.validation_loss
         yield f"- Validation loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}."
-    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
-    day = manifest.created[:10]
-    yield f"- Converted from {manifest.source.format} weights on {day} with {versions}; `conversion.json` has the details."
+    versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+    day = record.created[:10]
+    yield f"- Converted from {record.source.format} weights on {day} with {versions}; `conversion.json` has the details."
 
 
 def _training(training: Mapping[str, Any]) -> Iterator[str]:
@@ -209,29 +209,29 @@ def _loading(with_code: bool) -> Iterator[str]:
     yield "```"
 
 
-def _references(description: ModelDescription, manifest: ConversionManifest) -> list[str]:
+def _references(description: ModelDescription, record: ConversionRecord) -> list[str]:
     layer_types = description.compression.map(description.model.num_layers)
     shared = len(layer_types.kv_layers) < len(layer_types)
     fits = {
         "lckv": layer_types.any_cyclic,
         "sharing": shared,
-        "average": any(conversion.initialization == "average" for conversion in _chain(manifest)),
+        "average": any(conversion.initialization == "average" for conversion in _chain(record)),
     }
     papers = [_REFERENCES[name] for name, used in fits.items() if used]
     lines = [f"- {paper}" for paper in (*papers, *description.compression.policy.references)]
     return ["## References", "", *lines] if lines else []
 
 
-def _chain(manifest: ConversionManifest) -> Iterator[ConversionManifest]:
+def _chain(record: ConversionRecord) -> Iterator[ConversionRecord]:
     """The conversions that led to a model, the first one first."""
-    if manifest.previous is not None:
-        yield from _chain(manifest.previous)
-    yield manifest
+    if record.previous is not None:
+        yield from _chain(record.previous)
+    yield record
 
 
-def _hub_name(manifest: ConversionManifest) -> str | None:
+def _hub_name(record: ConversionRecord) -> str | None:
     """The name on the Hugging Face Hub of the model that it all began with; a folder of this machine is
     nobody else's business."""
-    source = next(_chain(manifest)).source
+    source = next(_chain(record)).source
     on_hub = source.format == "huggingface" and re.fullmatch(r"[\w.-]+/[\w.-]+", source.path) is not None
     return source.path if on_hub and not Path(source.path).exists() else None

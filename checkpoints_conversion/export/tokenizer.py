@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from checkpoints_conversion.tensors import ConversionError
+from checkpoints_conversion.errors import ConversionError
 from megatron_ext.atomic import write_file
 from megatron_ext.data.tokenizers import TIKTOKEN_PATTERN, Tokenizer, load_tokenizer
 from megatron_ext.errors import ConfigError

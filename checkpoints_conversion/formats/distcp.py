@@ -32,8 +32,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.formats.pieces import Piece, cover
-from checkpoints_conversion.tensors import CHUNK_BYTES, ConversionError, TensorInfo, row_chunks
+from lckv.weights.tensors import CHUNK_BYTES, TensorInfo, row_chunks
 from megatron_ext.checkpointing.manifest import FileEntry
 
 FILE_BYTES = 4 * 2**30

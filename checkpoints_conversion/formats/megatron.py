@@ -7,7 +7,6 @@ Neither needs process groups, and neither holds more of a model than the rows th
 import json
 import logging
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -18,17 +17,20 @@ import torch
 import yaml
 from torch import Tensor
 
+from checkpoints_conversion.conversion_record import RECORD_NAME as CONVERSION_NAME
+from checkpoints_conversion.conversion_record import ConversionRecord
+from checkpoints_conversion.conversion_record import read_record as read_conversion
 from checkpoints_conversion.description import ModelDescription
+from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.formats.distcp import stored_tensors, write_tensors
 from checkpoints_conversion.formats.pieces import Piece, join_rows
-from checkpoints_conversion.manifest import MANIFEST_NAME as CONVERSION_NAME
-from checkpoints_conversion.manifest import ConversionManifest
-from checkpoints_conversion.manifest import read_manifest as read_conversion
 from checkpoints_conversion.staging import check_free
-from checkpoints_conversion.tensors import ConversionError, TensorInfo, TensorSource, check_tensors
+from lckv.weights.checks import check_tensors
+from lckv.weights.json_file import read_json_object
+from lckv.weights.tensors import TensorInfo, TensorSource
 from megatron_ext.atomic import sync_file, write_file
 from megatron_ext.checkpointing import folders
-from megatron_ext.checkpointing.errors import DamagedCheckpointError, DiskFullError, disk_full_in
+from megatron_ext.checkpointing.errors import DamagedCheckpointError
 from megatron_ext.checkpointing.manifest import (
     Layout,
     Manifest,
@@ -64,8 +66,6 @@ _NORMS = (
     ),
     (re.compile(r"(decoder\.layers\.\d+\.)mlp\.linear_fc1\.layer_norm_(weight)"), r"\1pre_mlp_layernorm.\2"),
 )
-_ROOM_BYTES = 64 * 2**20
-"""For everything in a checkpoint but the numbers."""
 
 logger = logging.getLogger(__name__)
 
@@ -93,13 +93,13 @@ class MegatronCheckpoint:
         self.path, self.manifest = _choose(Path(path), verify_hashes, progress)
         """The folder of the checkpoint, and what its files are."""
 
-        self.settings: dict[str, Any] = _read_json(self.path / CONFIG_NAME)
+        self.settings = read_json_object(self.path / CONFIG_NAME)
         """The run that made it."""
 
-        self.progress: dict[str, Any] = _read_json(self.path / PROGRESS_NAME)
+        self.progress = read_json_object(self.path / PROGRESS_NAME)
         """How far that run was."""
 
-        self.conversion: ConversionManifest | None = read_conversion(self.path)
+        self.conversion: ConversionRecord | None = read_conversion(self.path)
         """Where it comes from, if a conversion has written it."""
 
         stored = stored_tensors(
@@ -166,16 +166,6 @@ def _choose(path: Path, verify_hashes: bool, progress: Progress | None) -> tuple
     return checkpoint, manifest
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{path} cannot be read: {error}. Take another checkpoint.") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} holds no mapping of names to values. Take another checkpoint.")
-    return content
-
-
 def without_padding(name: str, info: TensorInfo, expected: Mapping[str, TensorInfo]) -> TensorInfo:
     """A vocabulary's tensor without the rows that pad it; others as they are."""
     if name in _VOCABULARY and name in expected and info.shape and info.shape[0] > expected[name].shape[0]:
@@ -190,18 +180,18 @@ def write_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     iteration: int = 0,
-    manifest_json: Mapping[str, Any],
+    record_json: Mapping[str, Any],
     progress: Progress | None = None,
 ) -> Path:
-    """Writes weights as a checkpoint in the new or empty folder `directory`; returns the checkpoint's own
-    folder.
+    """Writes weights as a checkpoint in the new or empty folder `directory`, such as `staged` gives; returns
+    the checkpoint's own folder.
 
     `restore` and `checkpoint.finetune` load it on every layout; there is no optimizer in it, so a run cannot
     be resumed from it. The tensors of `source`, which has those of `description`, are read in rows of some 32
-    MiB, cast to `dtype` (default: left as they are) and forgotten. `manifest_json` is the content of
-    conversion.json. Nothing is left behind where it fails or is stopped.
+    MiB, cast to `dtype` (default: left as they are) and forgotten. `record_json` is the content of
+    conversion.json. Where it fails or is stopped, what it has written is left to the caller.
 
-    Raises ConversionError where the folder is not empty or tensors are missing; DiskFullError.
+    Raises ConversionError where the folder is not empty, ModelError where tensors are missing.
     """
     directory = Path(directory)
     if dtype is not None:
@@ -210,45 +200,24 @@ def write_checkpoint(
     expected = description.expected_tensors()
     check_tensors(infos, expected, "the model to write")
     check_free(directory)
-    is_new = not directory.exists()
-    _check_room(directory, sum(info.nbytes for info in infos.values()))
     staging, sequence = folders.prepare_staging(directory, iteration, 0)
-    try:
-        files = _write_weights(staging, {name: infos[name] for name in expected}, source, progress)
-        settings = _settings(description)
-        contents = {
-            CONFIG_NAME: settings,
-            PROGRESS_NAME: {"iteration": iteration, "consumed_samples": 0, "consumed_tokens": 0},
-            CONVERSION_NAME: manifest_json,
-        }
-        for name, content in contents.items():
-            write_file(staging / name, json.dumps(content, indent=1).encode())
-        write_common(staging, {})
-        others = [name for name in list_files(staging) if name not in files]
-        for name in others:
-            sync_file(staging / name)
-        files = dict(sorted({**files, **hash_files(staging, others)}.items()))
-        write_manifest(staging, Manifest(iteration, sequence, Layout("cpu", 1, 1, 1, 1, 1), files))
-        _write_model_file(directory / MODEL_FILE_NAME, settings)
-        return folders.publish(staging, iteration)
-    except BaseException as error:
-        _clean_up(directory, staging, is_new)
-        if full := disk_full_in(error):
-            raise DiskFullError(
-                f"{directory}: no space to write the model: {full}. Nothing is left of it; free some space."
-            ) from error
-        raise
-
-
-def _check_room(directory: Path, weights_bytes: int) -> None:
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
-    needed, free = weights_bytes + _ROOM_BYTES, shutil.disk_usage(existing).free
-    if free < needed:
-        raise DiskFullError(
-            f"{directory}: no space to write the model: it takes about {needed / 1e6:,.1f} MB, "
-            f"{free / 1e6:,.1f} MB are free. "
-            "Free some space, or give a folder on another file system."
-        )
+    files = _write_weights(staging, {name: infos[name] for name in expected}, source, progress)
+    settings = _settings(description)
+    contents = {
+        CONFIG_NAME: settings,
+        PROGRESS_NAME: {"iteration": iteration, "consumed_samples": 0, "consumed_tokens": 0},
+        CONVERSION_NAME: record_json,
+    }
+    for name, content in contents.items():
+        write_file(staging / name, json.dumps(content, indent=1).encode())
+    write_common(staging, {})
+    others = [name for name in list_files(staging) if name not in files]
+    for name in others:
+        sync_file(staging / name)
+    files = dict(sorted({**files, **hash_files(staging, others)}.items()))
+    write_manifest(staging, Manifest(iteration, sequence, Layout("cpu", 1, 1, 1, 1, 1), files))
+    _write_model_file(directory / MODEL_FILE_NAME, settings)
+    return folders.publish(staging, iteration)
 
 
 def _write_weights(
@@ -292,10 +261,3 @@ def _settings(description: ModelDescription) -> dict[str, Any]:
 def _write_model_file(path: Path, settings: Mapping[str, Any]) -> None:
     sections = {name: settings[name] for name in ("model", "compression")}
     write_file(path, yaml.safe_dump(sections, sort_keys=False, allow_unicode=True).encode())
-
-
-def _clean_up(directory: Path, staging: Path, is_new: bool) -> None:
-    shutil.rmtree(staging, ignore_errors=True)
-    (directory / MODEL_FILE_NAME).unlink(missing_ok=True)
-    if is_new:
-        shutil.rmtree(directory, ignore_errors=True)

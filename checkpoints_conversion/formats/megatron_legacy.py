@@ -16,11 +16,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.formats.megatron import canonical_name, without_padding
 from checkpoints_conversion.formats.megatron_legacy_arguments import Arguments, describe
 from checkpoints_conversion.formats.megatron_legacy_file import FILE_NAME, RankFile
 from checkpoints_conversion.formats.pieces import Piece, join_rows
-from checkpoints_conversion.tensors import ConversionError, TensorInfo, check_tensors
+from lckv.weights.checks import check_tensors
+from lckv.weights.tensors import TensorInfo
 
 _TRACKER_NAME = "latest_checkpointed_iteration.txt"
 _RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from checkpoints_conversion.description import ModelDescription
-from checkpoints_conversion.tensors import ConversionError
+from checkpoints_conversion.errors import ConversionError
 from lckv.config import CompressionConfig
 from lckv.errors import SettingError
 from lckv.policies.config import PolicyConfig

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints_conversion.tensors import ConversionError
+from checkpoints_conversion.errors import ConversionError
 
 FILE_NAME = "model_optim_rng.pt"
 REMAP_BYTES = 256 * 2**20

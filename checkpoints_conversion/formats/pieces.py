@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from checkpoints_conversion.tensors import TensorInfo
+from lckv.weights.tensors import TensorInfo
 
 
 @dataclass(frozen=True)

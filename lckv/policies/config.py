@@ -5,9 +5,9 @@ report; and the policy itself (`base.py`), which works on tensors. Nothing outsi
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lckv.attention.key_bias import KeyBias
 from lckv.errors import Problem
@@ -70,6 +70,10 @@ class PolicyConfig:
     def build(self) -> "KVPolicy":
         """The policy itself."""
         raise TypeError(f"{type(self).__name__} must say how its policy is built.")
+
+    def settings(self) -> dict[str, Any]:
+        """The fields by name, fit for JSON; `CompressionConfig.from_dict` reads them back."""
+        return asdict(cast(Any, self))
 
     def problems(self) -> Iterable[Problem]:
         """What is wrong with these settings by themselves; fields by their own names."""

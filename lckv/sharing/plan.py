@@ -76,7 +76,7 @@ class Read(NamedTuple):
 class LayerRun:
     """What a step does with one layer."""
 
-    index: int  # type: ignore[assignment]  # hides the method of tuples
+    index: int
 
     part: Part
 

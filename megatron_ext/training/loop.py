@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
 
 from megatron_ext.checkpointing.folders import list_checkpoints
 from megatron_ext.checkpointing.load import load_checkpoint

@@ -18,12 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints_conversion import convert
+from checkpoints_conversion.conversion_record import RECORD_NAME, read_record
 from checkpoints_conversion.convert import hf_to_megatron, legacy_to_megatron, megatron_to_hf
+from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.formats.megatron import MegatronCheckpoint, write_checkpoint
-from checkpoints_conversion.manifest import MANIFEST_NAME, read_manifest
 from checkpoints_conversion.megatron_logits import write_logits
-from checkpoints_conversion.tensors import ConversionError, MemorySource, TensorSource
 from checkpoints_conversion.verify import ProofError
+from lckv.weights.tensors import MemorySource, TensorSource
 from megatron_ext.errors import ConfigError
 from tests.checkpoints_conversion.formats.checkpoints import whole_weights
 from tests.checkpoints_conversion.formats.test_megatron_legacy import POLICY, PUBLISHED, publish
@@ -82,17 +83,17 @@ def test_what_was_done_is_written_beside_the_weights(llama: Path, tmp_path: Path
     target = tmp_path / "megatron"
     changes = {"compression.layer_types": "0_2_2"}
     description = hf_to_megatron(str(llama), target, changes=changes, how="copy", proof="never")
-    manifest = read_manifest(target / "iter_0000000")
-    assert manifest is not None
-    assert manifest.description == description == MegatronCheckpoint(target).description
-    assert manifest.initialization == "copy"
-    assert manifest.source.path == str(llama)
-    assert manifest.source.files.keys() == {WEIGHTS}
+    record = read_record(target / "iter_0000000")
+    assert record is not None
+    assert record.description == description == MegatronCheckpoint(target).description
+    assert record.initialization == "copy"
+    assert record.source.path == str(llama)
+    assert record.source.files.keys() == {WEIGHTS}
     megatron_to_hf(target, tmp_path / "back", proof="never")
-    after = read_manifest(tmp_path / "back")
+    after = read_record(tmp_path / "back")
     assert after is not None
-    assert after.previous == manifest.without_places()
-    assert str(tmp_path) not in (tmp_path / "back" / MANIFEST_NAME).read_text()
+    assert after.previous == record.without_places()
+    assert str(tmp_path) not in (tmp_path / "back" / RECORD_NAME).read_text()
     assert after.training is None
     assert all(name.endswith(".distcp") for name in after.source.files)
 
@@ -400,12 +401,12 @@ def test_a_run_remembers_what_it_was_converted_from(tmp_path: Path) -> None:
     assert description.family == "mistral"
     assert description.token_ids["eos_token_id"] == 7
     assert json.loads((tmp_path / "exported" / "config.json").read_text())["eos_token_id"] == 7
-    manifest = read_manifest(tmp_path / "exported")
-    assert manifest is not None
-    assert manifest.training is not None
-    assert manifest.training["progress"]["iteration"] == 2
-    assert manifest.previous is not None
-    assert manifest.previous.source.path == "source"
+    record = read_record(tmp_path / "exported")
+    assert record is not None
+    assert record.training is not None
+    assert record.training["progress"]["iteration"] == 2
+    assert record.previous is not None
+    assert record.previous.source.path == "source"
     card = (tmp_path / "exported" / "README.md").read_text()
     assert "Trained for 2 iterations" in card
     assert "Validation loss" in card
@@ -419,16 +420,16 @@ def test_a_legacy_checkpoint(tmp_path: Path, llama: Path) -> None:
         tmp_path / "dmc", target, vocab_size=VOCAB, tokenizer=tmp_path / "tokenizer", proof="always"
     )
     assert description.compression.policy == POLICY
-    manifest = read_manifest(target / "iter_0000000")
-    assert manifest is not None
-    assert manifest.tokenizer == str(tmp_path / "tokenizer")
+    record = read_record(target / "iter_0000000")
+    assert record is not None
+    assert record.tokenizer == str(tmp_path / "tokenizer")
     files = {f"mp_rank_0{rank}/model_optim_rng.pt" for rank in range(2)}
-    assert (manifest.source.format, manifest.source.files.keys()) == ("megatron-legacy", files)
+    assert (record.source.format, record.source.files.keys()) == ("megatron-legacy", files)
     whole = MegatronCheckpoint(target)
     assert all(torch.equal(whole.read(name), tensor) for name, tensor in whole_weights(PUBLISHED).items())
 
 
-def test_a_manifest_that_cannot_be_understood(llama: Path, copy: Path, tmp_path: Path) -> None:
-    (copy / MANIFEST_NAME).write_text("{}")
-    with pytest.raises(ConversionError, match="is no manifest of a conversion"):
+def test_a_record_that_cannot_be_understood(llama: Path, copy: Path, tmp_path: Path) -> None:
+    (copy / RECORD_NAME).write_text("{}")
+    with pytest.raises(ConversionError, match="is no record of a conversion"):
         hf_to_megatron(str(copy), tmp_path / "megatron")

@@ -3,8 +3,8 @@ from typing import Any
 
 import pytest
 
+from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.hub import local_folder
-from checkpoints_conversion.tensors import ConversionError
 
 
 def test_a_folder_is_itself(tmp_path: Path) -> None:

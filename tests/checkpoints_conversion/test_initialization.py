@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from checkpoints_conversion.description import ModelDescription
+from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.initialization import initialize
-from checkpoints_conversion.tensors import ConversionError, MemorySource, check_tensors
 from lckv.config import CompressionConfig
 from lckv.policies.dmc.config import DMCConfig
+from lckv.weights.checks import check_tensors
+from lckv.weights.tensors import MemorySource
 from megatron_ext.config import ModelConfig
 from tests.golden.lckv_models import FOLDER
 
@@ -175,7 +177,7 @@ def test_rows_are_those_of_the_whole(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_nothing_larger_than_a_chunk_is_read(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from checkpoints_conversion import tensors
+    from lckv.weights import tensors
 
     chunk = 64
     monkeypatch.setattr(tensors.row_chunks, "__defaults__", (chunk,))

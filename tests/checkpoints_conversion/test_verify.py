@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from checkpoints_conversion import megatron_logits
 from checkpoints_conversion.__main__ import main
 from checkpoints_conversion.convert import hf_to_megatron, legacy_to_megatron
+from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.opening import open_huggingface, open_megatron
 from checkpoints_conversion.reference import common_dtype, differences
-from checkpoints_conversion.tensors import ConversionError
 from checkpoints_conversion.verify import Comparison, Tolerance, compare, random_tokens
 from megatron_ext.config import ParallelConfig
 from tests.checkpoints_conversion.formats.test_megatron_legacy import publish

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from checkpoints_conversion.convert import hf_to_megatron, megatron_to_hf
 from checkpoints_conversion.description import ModelDescription
-from checkpoints_conversion.tensors import TensorInfo
 from checkpoints_conversion.writing import write_huggingface
 from lckv.config import CompressionConfig
+from lckv.weights.tensors import TensorInfo
 from megatron_ext.config import ModelConfig
 from tools.benchmarks.timing import setting, write_csv
 

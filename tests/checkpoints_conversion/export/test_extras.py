@@ -10,12 +10,12 @@ import torch
 import yaml
 from transformers import AutoTokenizer, GenerationConfig
 
+from checkpoints_conversion.conversion_record import ConversionRecord, ConversionSource
 from checkpoints_conversion.description import ModelDescription
+from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.export.bundle import AUTO_MAP, modelling_files
 from checkpoints_conversion.export.extras import export_extras
 from checkpoints_conversion.export.model_card import Measured, license_of, model_card
-from checkpoints_conversion.manifest import ConversionManifest, ConversionSource
-from checkpoints_conversion.tensors import ConversionError
 from lckv.config import CompressionConfig
 from lckv.policies.dmc.config import DMCConfig
 from megatron_ext.config import ModelConfig
@@ -49,12 +49,12 @@ def describe(compression: CompressionConfig = MERGING) -> ModelDescription:
     return ModelDescription(MODEL, compression, "llama", torch.bfloat16)
 
 
-def manifest(description: ModelDescription, tokenizer: Path | None = None) -> ConversionManifest:
+def manifest(description: ModelDescription, tokenizer: Path | None = None) -> ConversionRecord:
     """Of a run that began with a plain model from the Hub."""
-    first = ConversionManifest(
+    first = ConversionRecord(
         description, ConversionSource("huggingface", "someone/plain-model", {}), initialization="average"
     )
-    return ConversionManifest(
+    return ConversionRecord(
         description,
         ConversionSource("megatron", "/secret/run", {}),
         tokenizer=str(tokenizer) if tokenizer else None,
@@ -107,7 +107,7 @@ def test_card_of_a_plain_model_promises_nothing_special() -> None:
     card = model_card(
         "plain",
         description,
-        ConversionManifest(description, ConversionSource("huggingface", "/models/mine", {})),
+        ConversionRecord(description, ConversionSource("huggingface", "/models/mine", {})),
     )
     assert "trust_remote_code" not in card and "References" not in card and "/models" not in card
     assert "Policy: every token is kept." in card
@@ -160,7 +160,7 @@ def test_a_converted_model_keeps_what_its_source_has(tmp_path: Path) -> None:
     (source / "generation_config.json").write_text('{"temperature": 0.6}')
     (source / "README.md").write_text("---\nlicense: mit\n---\n")
     description = replace(describe(CompressionConfig()), token_ids={"eos_token_id": 7})
-    made = ConversionManifest(description, ConversionSource("huggingface", str(source), {}))
+    made = ConversionRecord(description, ConversionSource("huggingface", str(source), {}))
     names = export_extras(folder, description, made, name="given", source_folder=source)
     assert sorted(names) == ["README.md", "generation_config.json", "tokenizer.json"]
     assert json.loads((folder / "generation_config.json").read_text()) == {"temperature": 0.6}

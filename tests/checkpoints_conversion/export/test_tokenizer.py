@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.export import tokenizer as export
 from checkpoints_conversion.export.tokenizer import has_tokenizer, kind_of, write_tokenizer
-from checkpoints_conversion.tensors import ConversionError
 from megatron_ext.data.tokenizers import Tokenizer, load_tokenizer
 from tests.megatron_ext.data.builders import train_sentencepiece, write_ranks, write_tokenizer_json
 

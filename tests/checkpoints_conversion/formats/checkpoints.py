@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoints_conversion.conversion_record import ConversionRecord, ConversionSource
 from checkpoints_conversion.description import ModelDescription
-from checkpoints_conversion.manifest import ConversionManifest, ConversionSource
 from lckv.config import CompressionConfig
 from megatron_ext.checkpointing.save import save_checkpoint
 from megatron_ext.command_line import config_to_dict
@@ -107,8 +107,8 @@ def save(stage: SharedKVGPTModel, description: ModelDescription, directory: Path
     )
 
 
-def manifest_of(description: ModelDescription) -> ConversionManifest:
+def manifest_of(description: ModelDescription) -> ConversionRecord:
     """As of a conversion from Hugging Face."""
-    return ConversionManifest(
+    return ConversionRecord(
         description, ConversionSource("huggingface", "somewhere", {"model.safetensors": "00"})
     )

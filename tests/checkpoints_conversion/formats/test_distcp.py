@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.formats import distcp
 from checkpoints_conversion.formats.distcp import stored_tensors, write_tensors
 from checkpoints_conversion.formats.pieces import join_rows
-from checkpoints_conversion.tensors import ConversionError, TensorInfo, row_chunks
+from lckv.weights.tensors import TensorInfo, row_chunks
 from megatron_ext.checkpointing.manifest import hash_files
 from megatron_ext.checkpointing.strategies import read_contents
 

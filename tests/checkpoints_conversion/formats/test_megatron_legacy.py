@@ -16,11 +16,12 @@ import torch
 from megatron.core.enums import ModelType
 from torch import Tensor
 
+from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.formats import megatron_legacy_file
 from checkpoints_conversion.formats.megatron_legacy import LegacyCheckpoint
-from checkpoints_conversion.tensors import ConversionError, TensorInfo
 from lckv.config import CompressionConfig
 from lckv.policies.dmc.config import DMCConfig
+from lckv.weights.tensors import TensorInfo
 from tests.checkpoints_conversion.formats.checkpoints import describe, whole_weights
 from tests.megatron_ext.model.stages import MODEL, VOCAB
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.formats.megatron import MegatronCheckpoint, write_checkpoint
-from checkpoints_conversion.tensors import MemorySource, TensorInfo
 from lckv.config import CompressionConfig
+from lckv.weights.tensors import MemorySource, TensorInfo
 from megatron_ext.checkpointing.errors import MismatchError
 from megatron_ext.config import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig
 from megatron_ext.model.initialization import global_parameters, shard
@@ -73,7 +73,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = replace(run_with().model, max_position_embeddings=64)
     description = ModelDescription(model, CompressionConfig(), "llama", torch.float32)
     source = MemorySource(whole_weights(description))
-    write_checkpoint(directory, description, source, manifest_json=manifest_of(description).to_json())
+    write_checkpoint(directory, description, source, record_json=manifest_of(description).to_json())
     return directory
 
 
@@ -129,7 +129,7 @@ def _resident(field: str) -> float:
 def _peaks(directory: Path, description: ModelDescription) -> tuple[float, float, float]:
     """Of writing, of reading tensor by tensor, of reading a little of everything; MiB."""
     made, content = _Made(description.expected_tensors()), manifest_of(description).to_json()
-    writing = _peak(lambda: write_checkpoint(directory, description, made, manifest_json=content))
+    writing = _peak(lambda: write_checkpoint(directory, description, made, record_json=content))
     checkpoint = MegatronCheckpoint(directory, verify_hashes=False)
     reading = _peak(lambda: [checkpoint.read(name) is None for name in checkpoint.infos()])
     rows = _peak(lambda: [checkpoint.read(name, slice(0, 1)) for name in checkpoint.infos()])

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoints_conversion.formats.pieces import Piece, cover, join_rows
-from checkpoints_conversion.tensors import TensorInfo
+from lckv.weights.tensors import TensorInfo
 
 
 def pieces_of(whole: torch.Tensor, row_cuts: list[int], column_cuts: list[int]) -> list[Piece]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 from lckv.config import CompressionConfig
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
@@ -70,32 +71,30 @@ DMC = {"policy": {"name": "dmc", "stage": "finetune"}}
     [
         (
             {"attention_bias": True},
-            r"attention_bias is True: .*qkv_bias is that of queries, keys and values; it must be False",
+            "attention_bias is True; it must be False: true adds a bias to the output projection",
         ),
-        ({"mlp_bias": True}, "mlp_bias is True: biases in the MLP are not supported; it must be False"),
-        (
-            {"use_sequential": True},
-            "use_sequential is True: generation is token by token anyway; it must be False",
-        ),
-        ({"pretraining_tp": 2}, "pretraining_tp is 2: slicing of weights is not supported; it must be 1"),
+        ({"mlp_bias": True}, "mlp_bias is True; it must be False: the MLP here has no bias"),
         ({"layer_types": "0_0_2_2", "compression": {}}, "layer_types are given beside compression"),
         (
             {"layer_types": ["full_attention"] * 4},
             r"layer_types is \['full_.*; it must be the sharing map, .*marks? layers with",
         ),
         ({"layer_types": "0_0_2"}, "compression.layer_types '0_0_2' has 3 entries"),
-        ({"sliding_window": 8}, "compression.sliding_window is 8 but no layer .* is marked with 's'"),
+        (
+            {"compression": {"sliding_window": 8}},
+            "compression.sliding_window is 8 but no layer .* is marked with 's'",
+        ),
         (
             {"compression": {"windows": 3}},
-            "compression.windows is 3; there is no such field. Known: layer_types, ",
+            "compression.windows is unknown; the fields are layer_types, ",
         ),
         (
             {"compression": {"policy": {"name": "h2o"}}},
-            "compression.policy.name is 'h2o'; the KV policies are dense, dmc",
+            "compression.policy.name is 'h2o'; it must be one of dense, dmc",
         ),
         (
             {"compression": {"policy": {"name": "dmc", "ratio": 3}}},
-            "compression.policy.ratio is 3; there is no such field",
+            "compression.policy.ratio is unknown; ",
         ),
         (
             {"compression": {"policy": {"name": "dmc", "stage": "x"}}},
@@ -103,9 +102,9 @@ DMC = {"policy": {"name": "dmc", "stage": "finetune"}}
         ),
         (
             {"compression": DMC, "attention_dropout": 0.1},
-            "attention_dropout is 0.1; it must be 0 where tokens are merged",
+            "attention_dropout is 0.1; it must be 0 where the KV policy biases keys",
         ),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only silu is supported"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; it must be 'silu': the MLP here is SwiGLU"),
         (
             {"num_attention_heads": 5},
             "hidden_size is 32; it must be a multiple of num_attention_heads, which is 5, or head_dim",
@@ -116,24 +115,49 @@ DMC = {"policy": {"name": "dmc", "stage": "finetune"}}
         ),
         (
             {"num_key_value_heads": 0},
-            "num_attention_heads is 4; it must be a multiple of num_key_value_heads, which is 0",
+            "num_key_value_heads is 0; it must be at least 1",
         ),
         ({"head_dim": 7}, "head_dim is 7; it must be even"),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
             "rope_type is 'yarn'; it must be one of default, linear, llama3",
         ),
-        ({"rope_scaling": {"rope_type": "linear"}}, "rope_parameters of rope_type linear lack factor"),
+        (
+            {"rope_scaling": {"rope_type": "linear"}},
+            "rope_parameters.factor is None; rope_type linear needs a number",
+        ),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-            "rope_type llama3 lack low_freq_factor, high_freq_factor",
+            "(?s)low_freq_factor is None; rope_type llama3 needs.*high_freq_factor is None",
         ),
-        ({"partial_rotary_factor": 0.5}, "rope_parameters.partial_rotary_factor must be 1"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; only whole heads can be rotated"),
     ],
 )
 def test_messages(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         made(**fields)
+
+
+def test_what_says_how_published_code_is_run_is_passed_over() -> None:
+    config = made(use_sequential=True, pretraining_tp=2, hidden_act="swish")
+    assert not hasattr(config, "use_sequential")
+
+
+def test_a_decoder_there_and_back() -> None:
+    config = made(
+        compression={"layer_types": "0_0_2_2"}, dtype="bfloat16", eos_token_id=[3, 4], qk_norm=True, head_dim=6,
+        rope_parameters={"rope_type": "linear", "rope_theta": 5e4, "factor": 2.0}, tie_word_embeddings=True,
+    )  # fmt: skip
+    decoder = config.as_decoder()
+    assert (decoder.rope_base, decoder.rope_scaling, decoder.dtype) == (
+        5e4,
+        LinearScaling(2.0),
+        torch.bfloat16,
+    )
+    assert decoder.token_ids == {"bos_token_id": 1, "eos_token_id": [3, 4], "pad_token_id": None}
+    again = LCKVLlamaConfig.from_decoder(decoder)
+    assert again.as_decoder() == decoder
+    assert again.to_dict() == config.to_dict()
 
 
 def test_all_problems_at_once() -> None:
