@@ -8,7 +8,6 @@ import torch
 
 from lckv.config import CompressionConfig
 from lckv.errors import ModelError
-from lckv.policies.build import build_policy
 from lckv.rope import LinearScaling, Llama3Scaling
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -91,7 +90,7 @@ class Decoder:
             *self._size_problems(),
             *self._rope_problems(),
             *(str(wrong.under("compression")) for wrong in self.compression.problems(self.num_hidden_layers)),
-            *self._dropout_problems(),
+            *self._policy_problems(),
         ]
 
     def _size_problems(self) -> Iterator[str]:
@@ -130,13 +129,19 @@ class Decoder:
                 f"{scaling.low_freq_factor}; the former must be greater (Llama 3.1 has 4 and 1)."
             )
 
-    def _dropout_problems(self) -> Iterator[str]:
+    def _policy_problems(self) -> Iterator[str]:
+        policy = self.compression.policy
         if not 0 <= self.attention_dropout < 1:
             yield f"attention_dropout is {self.attention_dropout}; it must be at least 0 and below 1."
-        elif self.attention_dropout > 0 and build_policy(self.compression.policy).biases_keys:
+        elif self.attention_dropout > 0 and not policy.traits.dropout:
             yield (
-                f"attention_dropout is {self.attention_dropout}; it must be 0 where the KV policy biases keys "
-                f"(compression.policy.name {self.compression.policy.name})."
+                f"attention_dropout is {self.attention_dropout}; it must be 0 with the policy {policy.name} "
+                "(compression.policy), whose keys carry a bias."
+            )
+        if self.head_dim < policy.traits.min_head_dim:
+            yield (
+                f"head_dim is {self.head_dim}; it must be at least {policy.traits.min_head_dim} with the policy "
+                f"{policy.name} (compression.policy)."
             )
 
 
