@@ -156,7 +156,8 @@ def _history(opened: OpenModel) -> Iterator[str]:
 
 def _conversion(manifest: ConversionManifest) -> Iterator[str]:
     source = manifest.source
-    yield f"converted           {manifest.created} from {_FORMATS.get(source.format, source.format)} {source.path}"
+    kind = _FORMATS.get(source.format, source.format)
+    yield f"converted           {manifest.created} from {kind} {source.path}"
     if manifest.initialization is not None:
         yield f"                    keys and values of the map by {manifest.initialization}"
     for name, digest in source.files.items():

@@ -32,7 +32,7 @@ def differences(first: ModelDescription, second: ModelDescription) -> dict[str, 
 def _defining(description: ModelDescription) -> dict[str, object]:
     model, compression = description.model, description.compression
     found = architecture(model, compression, vocab_size=description.vocab_size)
-    found["policy"] = asdict(compression.policy)
+    found["policy"] = asdict(compression)["policy"]
     if compression.map(model.num_layers).any_cyclic:
         found |= {
             "forward_passes": compression.forward_passes,

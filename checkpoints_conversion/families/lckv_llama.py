@@ -23,6 +23,7 @@ from checkpoints_conversion.families.windows import CompressionFields
 from lckv.config import CompressionConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.settings import read
+from megatron_ext.validation.layout import compression_problems
 
 _PUBLISHED_FIELDS = ("layer_types", "forward_passes", "backward_passes", "sliding_window", "force_nodiag")
 _PUBLISHED_WINDOW = 4096
@@ -37,10 +38,9 @@ def _config_problems(config: Mapping[str, Any], num_layers: int) -> Iterator[str
             "this project."
         )
     try:
-        found = _read(config, num_layers).problems(num_layers)
+        yield from compression_problems(_read(config, num_layers), num_layers)
     except ConfigError as error:
-        found = str(error).splitlines()
-    yield from found
+        yield from str(error).splitlines()
 
 
 def _read(config: Mapping[str, Any], num_layers: int) -> CompressionConfig:

@@ -1,13 +1,14 @@
 """What the engine's inference cache costs, from sizes alone.
 
-The cache is the engine's (lckv/cache/paged.py): pages from one pool. For a sequence of n tokens, per KV head of each layer that computes
-keys and values,
-    pages  ceil(slots / page size) for the slots that the KV policy needs; where only windowed layers read them, at most those
+The cache is the engine's (lckv/cache/paged.py): pages from one pool. For a sequence of n tokens, per KV head
+of each layer that computes keys and values,
+    pages  ceil(slots / page size) for the slots that the KV policy needs; where only windowed layers read
+    them, at most those
            in which W - 1 neighbouring tokens can lie
     table  4 bytes for each page that n tokens would fill with a slot each, and 8 for a length
     state  float32 of the KV policy
-with CR = tokens per slot, taken to be the same for all heads, and bytes of a page = 2 x page size x d x bytes of a number. Weights and
-activations are not counted.
+with CR = tokens per slot, taken to be the same for all heads, and bytes of a page = 2 x page size x d x bytes
+of a number. Weights and activations are not counted.
 """
 
 import math

@@ -33,8 +33,9 @@ from megatron_ext.precision import precision
 from megatron_ext.validation.run import problems, step_problems
 
 ACTIVATIONS = """\
-activations: layer inputs and shared keys and values that full recompute keeps, for all micro-batches in flight (formula:
-megatron_ext/model/memory.py). Not counted: logits, what is kept without recompute, the layer that is being computed."""
+activations: layer inputs and shared keys and values that full recompute keeps, for all micro-batches in
+flight (formula: megatron_ext/model/memory.py). Not counted: logits, what is kept without recompute, the layer
+that is being computed."""
 
 
 @dataclass(frozen=True)
