@@ -114,8 +114,8 @@ def legacy_to_megatron(
 ) -> ModelDescription:
     """Convert a checkpoint in Megatron's older layout to one of this project in the new folder `target`.
 
-    `vocab_size`, the true one, and the arguments `given` by name go before what the checkpoint says of itself.
-    Otherwise as `hf_to_megatron`.
+    `vocab_size`, the true one, and the arguments `given` by name go before what the checkpoint says of
+    itself. Otherwise as `hf_to_megatron`.
     """
     check_free(target)
     _check_tokenizer(tokenizer)

@@ -33,9 +33,9 @@ def initialize(
     """The weights `source` of the model `description` for the same model with `compression`, its description,
     and how its keys and values were made: None where all weights are the source's.
 
-    A map can be given to a model whose layers all read their own keys and values, and a KV policy, where it has
-    no obstacle, to one that keeps every token. A model that has a map or a policy already keeps it; how often
-    its plan iterates may change. Raises ConversionError.
+    A map can be given to a model whose layers all read their own keys and values, and a KV policy, where it
+    has no obstacle, to one that keeps every token. A model that has a map or a policy already keeps it; how
+    often its plan iterates may change. Raises ConversionError.
     """
     layers = description.model.num_layers
     if problems := [*compression_problems(compression, layers)]:

@@ -157,7 +157,8 @@ def _history(opened: OpenModel) -> Iterator[str]:
 
 def _conversion(record: ConversionRecord) -> Iterator[str]:
     source = record.source
-    yield f"converted           {record.created} from {_FORMATS.get(source.format, source.format)} {source.path}"
+    kind = _FORMATS.get(source.format, source.format)
+    yield f"converted           {record.created} from {kind} {source.path}"
     if record.initialization is not None:
         yield f"                    keys and values of the map by {record.initialization}"
     for name, digest in source.files.items():

@@ -169,8 +169,8 @@ def _tokenizer(settings: Mapping[str, Any], record: ConversionRecord | None) -> 
 def open_legacy(
     path: Path, *, vocab_size: int | None = None, given: Mapping[str, object] | None = None
 ) -> OpenModel:
-    """A checkpoint in Megatron's older layout; `vocab_size`, the true one, and the arguments `given` by name go
-    before what it says of itself. Raises ConversionError."""
+    """A checkpoint in Megatron's older layout; `vocab_size`, the true one, and the arguments `given` by name
+    go before what it says of itself. Raises ConversionError."""
     checkpoint = LegacyCheckpoint(path, vocab_size=vocab_size, given=given)
     return OpenModel(
         "megatron-legacy",

@@ -35,7 +35,8 @@ class Tolerance:
     """How far two models may differ that compute the same in another order."""
 
     difference: float = 1e-4
-    """Largest |difference| of two logits, as a share of the largest |logit|. Rounding is some 1e-6 and, where layers are iterated, 1e-5."""
+    """Largest |difference| of two logits, as a share of the largest |logit|. Rounding is some 1e-6 and, where
+    layers are iterated, 1e-5."""
 
     agreement: float = 0.999
     """Least share of positions at which both hold the same token for the likeliest."""

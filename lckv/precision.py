@@ -1,5 +1,5 @@
-"""Numbers of weights, activations, keys and values: their names and sizes. Torch is loaded only where a dtype of its
-own is asked for."""
+"""Numbers of weights, activations, keys and values: their names and sizes. Torch is loaded only where a dtype
+of its own is asked for."""
 
 from typing import TYPE_CHECKING
 

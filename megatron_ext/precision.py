@@ -1,7 +1,8 @@
-"""What `train.precision` means: one object that says it all. Torch and Megatron are loaded only by those who need them."""
+"""What `train.precision` means: one object that says it all. Torch and Megatron are loaded only by those who
+need them."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lckv.precision import bytes_of, torch_dtype
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 class Precision:
     """The numbers that a run computes with."""
 
-    name: str
+    name: Literal["fp32", "bf16"]
     """As `train.precision` has it."""
 
     dtype_name: str
@@ -38,7 +39,8 @@ class Precision:
 
     @property
     def optimizer_bytes(self) -> int:
-        """Of the optimizer's state per parameter: two float32 moments, and main weights where there are any."""
+        """Of the optimizer's state per parameter: two float32 moments, and main weights where there are
+        any."""
         return 12 if self.is_bf16 else 8
 
     def wrap(self, config: "TransformerConfig", stage: "MegatronModule") -> "MegatronModule":
@@ -48,12 +50,10 @@ class Precision:
         return Float16Module(config, stage) if self.is_bf16 else stage
 
 
-_PRECISIONS = {
-    name: Precision(name, dtype_name) for name, dtype_name in (("fp32", "float32"), ("bf16", "bfloat16"))
-}
+_PRECISIONS = {kind.name: kind for kind in (Precision("fp32", "float32"), Precision("bf16", "bfloat16"))}
 
 
-def precision(name: str) -> Precision:
+def precision(name: Literal["fp32", "bf16"]) -> Precision:
     """The precision that `train.precision` names."""
     return _PRECISIONS[name]
 

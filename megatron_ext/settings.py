@@ -2,8 +2,8 @@
 back to it.
 
 A setting is a field that is no dataclass itself, under a dotted key such as `train.seed`. A field may be a
-choice of dataclasses, its variants: its metadata has a function "variants" that returns them by their names. Then the
-setting `name` chooses, and the other settings of a variant exist only where it is chosen.
+choice of dataclasses, its variants: its metadata has a function "variants" that returns them by their names.
+Then the setting `name` chooses, and the other settings of a variant exist only where it is chosen.
 """
 
 import argparse

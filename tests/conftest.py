@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -28,6 +29,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and severa
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or tokenizers warns in every forked process
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+# A KV policy that exists only in the tests, for every process that they start.
+os.environ["LCKV_POLICIES"] = "tests.policies.forgetful"
+_ROOT = str(Path(__file__).resolve().parent.parent)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))
 
 # The same examples everywhere, so that a failure can be repeated; HYPOTHESIS_PROFILE=explore looks for new
 # ones.

@@ -5,21 +5,28 @@ transformers takes code from a model's folder (`trust_remote_code`) under rules 
 in one folder, they import each other as `from .name import x`, which transformers finds with a regular
 expression, and a package that is imported outside of `try` must be installed. So every module of `lckv` that
 the model needs, at its top or inside a function, becomes one file with rewritten imports; apart from these
-lines the code is the package's.
+lines the code is the package's. One module has no counterpart: the registry of KV policies looks for folders;
+in its place comes a list of the policies that the model can have, which may lie outside of `lckv`.
 """
 
 import ast
 import importlib.util
+import json
 import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from checkpoints_conversion.conversion_record import package_versions
+from lckv.policies.config import PolicyConfig
+from lckv.policies.dense.config import DenseConfig
+from lckv.policies.registry import config_class
 from megatron_ext.atomic import write_file
 
 PACKAGE = "lckv"
 CONFIGURATION, MODEL = "lckv.models.configuration_lckv_llama", "lckv.models.modeling_lckv_llama"
+REGISTRY = "lckv.policies.registry"
 MODEL_TYPE = "lckv-llama"
 AUTO_MAP = {
     "AutoConfig": "modeling_lckv_llama.LCKVLlamaConfig",
@@ -55,6 +62,12 @@ class Bundler:
     entries: tuple[str, ...]
     """Modules whose files keep their own last name; all others are called after their whole path."""
 
+    others: Mapping[str, Path] = field(default_factory=dict)
+    """More packages whose modules become files, by dotted name, with the folders in which their top packages lie."""
+
+    replaced: Mapping[str, str] = field(default_factory=dict)
+    """Modules in whose place comes another text, whose imports are rewritten like all."""
+
     def files(self) -> dict[str, str]:
         """File name -> source text, of the entries and of every module of the package that they need.
 
@@ -74,7 +87,8 @@ class Bundler:
         return module.rpartition(".")[2] if module in self.entries else module.replace(".", "_")
 
     def _path(self, module: str) -> Path | None:
-        stem = self.root.joinpath(*module.split("."))
+        root = next((root for name, root in self.others.items() if _within(module, name)), self.root)
+        stem = root.joinpath(*module.split("."))
         return next(
             (path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.is_file()), None
         )
@@ -83,7 +97,7 @@ class Bundler:
         """The module's text with its imports rewritten, and the modules of the package that it imports."""
         path = self._path(module)
         assert path is not None, module
-        text = path.read_text(encoding="utf-8")
+        text = self.replaced.get(module) or path.read_text(encoding="utf-8")
         tree = ast.parse(text)
         if named := [
             node.value
@@ -103,7 +117,7 @@ class Bundler:
             if replacement is not None:
                 lines[node.lineno - 1 : node.end_lineno] = [indent + line for line in replacement]
             needed += modules
-        source = path.relative_to(self.root).as_posix()
+        source = "/".join(module.split(".")[:-1] + [path.name])
         version = package_versions().get(_DISTRIBUTION, "(checkout)")
         header = [
             f"# Written by {_DISTRIBUTION} {version} from its {source}, for transformers' trust_remote_code.",
@@ -114,6 +128,9 @@ class Bundler:
     def _is_module_name(self, value: object) -> bool:
         return isinstance(value, str) and re.fullmatch(rf"{self.package}(\.\w+)+", value) is not None
 
+    def _is_own(self, module: str) -> bool:
+        return any(_within(module, name) for name in (self.package, *self.others))
+
     def _import(self, node: ast.Import | ast.ImportFrom, module: str) -> tuple[list[str] | None, list[str]]:
         """What replaces an import statement (None: nothing), and the modules of the package that it needs."""
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -122,7 +139,7 @@ class Bundler:
             )
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
         tops = {name.partition(".")[0] for name in names}
-        if self.package in tops:
+        if any(map(self._is_own, names)):
             if isinstance(node, ast.Import):
                 raise ValueError(
                     f"{module}, line {node.lineno}: 'import {names[0]}' has no counterpart in a model's "
@@ -156,23 +173,65 @@ class Bundler:
         return lines, needed
 
 
-def modelling_files() -> dict[str, str]:
-    """File name -> text of everything that an `lckv-llama` model needs beside torch and transformers."""
-    texts = Bundler(_folder_of_packages(), PACKAGE, (CONFIGURATION, MODEL)).files()
+_REGISTRY_TEXT = '''"""The KV policies that this model can have."""
+
+from collections.abc import Mapping
+
+from lckv.errors import Problem, SettingError
+from lckv.policies.config import PolicyConfig
+{imports}
+
+
+def config_classes() -> Mapping[str, type[PolicyConfig]]:
+    """The dataclass of each policy's settings, by the policy's name."""
+    return {{kind.name: kind for kind in ({names},)}}
+
+
+def config_class(name: object) -> type[PolicyConfig]:
+    """The dataclass of the settings of the policy `name`. Raises SettingError where there is none."""
+    known = config_classes()
+    if not isinstance(name, str) or name not in known:
+        obstacle = f"the KV policies of this model's files are {{', '.join(known)}}"
+        raise SettingError([Problem("name", repr(name), obstacle)])
+    return known[name]
+'''
+
+
+def modelling_files(policy: str) -> dict[str, str]:
+    """File name -> text of everything that an `lckv-llama` model with the KV policy `policy` needs beside torch and
+    transformers."""
+    kinds: dict[str, type[PolicyConfig]] = {DenseConfig.name: DenseConfig, policy: config_class(policy)}
+    packages = {kind.__module__.rpartition(".")[0] for kind in kinds.values()}
+    others = {name: _folder_of(name) for name in sorted(packages) if not _within(name, PACKAGE)}
+    replaced = {REGISTRY: _registry([*kinds.values()])}
+    entries = (CONFIGURATION, MODEL)
+    texts = Bundler(_folder_of(PACKAGE), PACKAGE, entries, others, replaced).files()
     texts["modeling_lckv_llama.py"] += _ONE_COPY
     return texts
 
 
 def write_modelling_files(folder: Path) -> list[str]:
-    """Write the modelling files into a model's folder; config.json must have `AUTO_MAP`. Returns their
-    names."""
-    texts = modelling_files()
+    """Write the modelling files into a model's folder, whose config.json says which KV policy it has, and must have
+    `AUTO_MAP`. Returns their names."""
+    config = json.loads((folder / "config.json").read_bytes())
+    policy = ((config.get("compression") or {}).get("policy") or {}).get("name", DenseConfig.name)
+    texts = modelling_files(policy)
     for name, text in texts.items():
         write_file(folder / name, text.encode())
     return list(texts)
 
 
-def _folder_of_packages() -> Path:
-    spec = importlib.util.find_spec(PACKAGE)
+def _registry(kinds: list[type[PolicyConfig]]) -> str:
+    imports = [f"from {kind.__module__} import {kind.__name__}" for kind in kinds]
+    return _REGISTRY_TEXT.format(imports="\n".join(imports), names=", ".join(kind.__name__ for kind in kinds))
+
+
+def _within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def _folder_of(package: str) -> Path:
+    """The folder in which the top of a dotted package lies."""
+    spec = importlib.util.find_spec(package)
     assert spec is not None and spec.origin is not None
-    return Path(spec.origin).parent.parent
+    return Path(spec.origin).parents[package.count(".") + 1]

@@ -171,7 +171,10 @@ def _history(record: ConversionRecord, measured: Measured) -> Iterator[str]:
         yield f"- Validation loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}."
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     day = record.created[:10]
-    yield f"- Converted from {record.source.format} weights on {day} with {versions}; `conversion.json` has the details."
+    yield (
+        f"- Converted from {record.source.format} weights on {day} with {versions}; `conversion.json` has the "
+        "details."
+    )
 
 
 def _training(training: Mapping[str, Any]) -> Iterator[str]:
@@ -180,7 +183,10 @@ def _training(training: Mapping[str, Any]) -> Iterator[str]:
         tokens = f", {progress['consumed_tokens']:,} tokens" if "consumed_tokens" in progress else ""
         yield f"- Trained for {progress['iteration']:,} iterations{tokens}."
     if "global_batch_size" in train:
-        yield f"- {train['global_batch_size']:,} sequences of {train['seq_length']:,} tokens per step, {train['precision']}."
+        yield (
+            f"- {train['global_batch_size']:,} sequences of {train['seq_length']:,} tokens per step, "
+            f"{train['precision']}."
+        )
     if "lr" in optimizer:
         yield (
             f"- AdamW, peak learning rate {optimizer['lr']:g}, {optimizer['lr_decay_style']} schedule to "
@@ -203,7 +209,10 @@ def _loading(with_code: bool) -> Iterator[str]:
     yield "model = AutoModelForCausalLM.from_pretrained(folder)"
     if with_code:
         yield ""
-        yield "# or without the package, by the modelling files in this folder: code runs that came with the weights"
+        yield (
+            "# or without the package, by the modelling files in this folder: code runs that came with the "
+            "weights"
+        )
         yield "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)"
         yield "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)"
     yield "```"

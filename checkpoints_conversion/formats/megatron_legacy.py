@@ -2,7 +2,7 @@
 
     FOLDER/latest_checkpointed_iteration.txt            the number of the newest iteration, or "release"
     FOLDER/iter_0002000/mp_rank_00/model_optim_rng.pt   tensor-parallel rank 0
-    FOLDER/iter_0002000/mp_rank_00_001/...              the same of pipeline stage 1, where there are several stages
+    FOLDER/iter_0002000/mp_rank_00_001/...              the same of pipeline stage 1
 
 A file is a dictionary that torch.save has pickled: the run's `args`, and its part of the weights under
 `model`.

@@ -3,7 +3,8 @@
 The last channel of a key is its bias and the last channel of a query the constant that brings it to the score, so any
 flash kernel adds it. But a query sees its newest w keys without bias. So keys are seen in two parts, whose softmaxes are
 joined by their logsumexp (lse): those with bias by the kernel, which is again a causal problem, w queries shorter; those
-without in another way. Here w is 2:
+without in another way. w is the age from which on keys
+carry their bias; here it is 2:
 
     keys     0 1 2 3 4 5
     query 0  .                   .: the newest w keys
@@ -56,11 +57,10 @@ def attend_biased(
         asked = f"dropout of {dropout} in attention to keys that carry a bias"
         raise UnsupportedError(asked, "it must be 0, or choose a KV policy without such keys")
     behind = int(visibility.exclude_self)
-    newest = key_bias.first_biased(exclude_self=visibility.exclude_self) - behind
     pieces = list(_pieces(query, visibility, behind))
-    if newest == 1:
+    if key_bias.age == 1:
         return attend_with_frontier(query, key, value, scale, pieces, pair)
-    return attend_with_band(query, key, value, scale, newest, pieces, pair)
+    return attend_with_band(query, key, value, scale, key_bias.age, pieces, pair)
 
 
 def _pieces(query: Tensor, visibility: Visibility, behind: int) -> Iterator[Piece]:

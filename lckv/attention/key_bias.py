@@ -22,22 +22,17 @@ class KeyBias:
     """
 
     age: int = 1
-    """n: keys n or more places behind the newest one carry their bias. At least 1; 2 without `from_newest_visible`, so that
-    every query sees a key without bias."""
-
-    from_newest_visible: bool = True
-    """Where a layer hides the query's own place: ages are counted from the newest key that is seen (True), because the
-    bias of that key is not known yet; or from the query's own place all the same (False)."""
+    """n >= 1: keys n or more places behind the newest one that a query sees carry their bias. (Where a layer hides the
+    query's own place, the newest one is the one before, whose bias nobody can know yet.)"""
 
     extra_channels: int = 0
     """Channels that queries and keys have beyond those of values: 0 where the last channel of a head is free for the
     bias, else a multiple of 8, which kernels on GPUs ask for. All but the last one are 0."""
 
     def __post_init__(self) -> None:
-        least = 1 if self.from_newest_visible else 2
-        if self.age < least:
+        if self.age < 1:
             raise ValueError(
-                f"age is {self.age}; it must be at least {least}, so that every query sees a key without bias."
+                f"age is {self.age}; it must be at least 1, so that every query sees a key without bias."
             )
         if self.extra_channels < 0 or self.extra_channels % 8:
             raise ValueError(
@@ -46,4 +41,4 @@ class KeyBias:
 
     def first_biased(self, *, exclude_self: bool) -> int:
         """The smallest distance in tokens from a query to a key that carries its bias."""
-        return self.age + (exclude_self and self.from_newest_visible)
+        return self.age + exclude_self

@@ -43,12 +43,16 @@ class Growth(NamedTuple):
     """[l, b, g]: slots afterwards, those that a window has dropped counted too."""
 
     taken: Columns
-    freed: Columns
+    outrun: Columns
+    """Given back, because a window has left them behind."""
+    cut: Columns
+    """Given back, because there are fewer slots than before."""
 
     @property
     def pages(self) -> int:
         """Pages that it takes from the pool; negative where it gives back more."""
-        return int(self.taken.counts.sum() - self.freed.counts.sum())
+        given_back = self.outrun.counts.sum() + self.cut.counts.sum()
+        return int(self.taken.counts.sum() - given_back)
 
 
 class PageTables:
@@ -92,18 +96,25 @@ class PageTables:
         return self._columns(self.lengths[:, sequences])
 
     def growth(self, sequences: Integers, lengths: Integers) -> Growth:
-        """What it means that `sequences` have `lengths` [l, b, g], none of them shorter than before."""
+        """What it means that `sequences` have `lengths` [l, b, g], longer or shorter than before. What a window has dropped
+        does not come back: see `loses`."""
         old, new = self.owned(sequences), self._columns(lengths)
         taken = Columns(np.maximum(old.stop, new.first), new.stop)
-        freed = Columns(old.first, np.minimum(old.stop, new.first))
-        return Growth(sequences, lengths, taken, freed)
+        outrun = Columns(old.first, np.minimum(old.stop, new.first))
+        cut = Columns(np.maximum(old.first, new.stop), old.stop)
+        return Growth(sequences, lengths, taken, outrun, cut)
+
+    def loses(self, sequences: Integers, lengths: Integers) -> NDArray[np.bool_]:
+        """bool [l]: layers of which `sequences` with `lengths` [l, b, g] would have to show what a window has dropped."""
+        return (self._columns(lengths).first < self.owned(sequences).first).any((1, 2))
 
     def apply(self, growth: Growth, pool: PagePool) -> None:
         """Take the pages from the pool, which has enough, and give back what is not needed any more."""
-        freed, taken = (
-            self._positions(growth.sequences, columns) for columns in (growth.freed, growth.taken)
+        outrun, cut, taken = (
+            self._positions(growth.sequences, columns)
+            for columns in (growth.outrun, growth.cut, growth.taken)
         )
-        if len(freed):
+        for freed in filter(len, (outrun, cut)):
             pool.give_back(self._host.reshape(-1)[freed])
             self._write(freed, np.zeros(len(freed), np.int32))
         if len(taken):

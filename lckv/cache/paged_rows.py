@@ -145,6 +145,28 @@ class PagedRows:
                 assert extension.state is not None, "the policy keeps one of every token"
                 memory.state[memory.number[layer]].index_copy_(1, self._rows, extension.state)
 
+    def drop_newest(self, tokens: int) -> None:
+        """Forget the newest tokens of every row; pages that are empty then are free. Raises ValueError, with nothing
+        forgotten, where that is impossible: what was merged or dropped cannot come back."""
+        memory = self._memory
+        fewer = np.minimum(memory.tokens[self._sequences], tokens)
+        lengths = memory.tables.lengths[:, self._sequences] - fewer[:, None]
+        lost = memory.tables.loses(self._sequences, lengths)
+        if not memory.policy.traits.keeps_every_token:
+            obstacle = f"the KV policy {memory.policy.name} does not keep every token in a slot of its own"
+        elif lost.any():
+            number = next(layer for layer, place in memory.number.items() if lost[place])
+            obstacle = f"layer {number} has a window and keeps no older ones, which would come back"
+        else:
+            memory.version += 1
+            memory.tables.apply(memory.tables.growth(self._sequences, lengths), memory.pool)
+            memory.tokens[self._sequences] -= fewer
+            taken = torch.from_numpy(fewer).to(memory.seen.device)
+            memory.seen[self._rows] -= taken
+            memory.lengths[:, self._rows] -= taken[:, None]
+            return
+        raise ValueError(f"the newest {tokens} tokens cannot be forgotten: {obstacle}.")
+
     def _refresh(self) -> None:
         """Look again at what the memory holds, if that has changed."""
         if self._version == self._memory.version:
@@ -188,7 +210,8 @@ class PagedRows:
     ) -> PagesAttended:
         """Attention of `query` [b, h, d] to the slots.
 
-        Of the a newest slots only the oldest one is so far behind the query that it may be hidden from it:
+        Of the a newest slots only the oldest one is so far behind the query that it may be hidden from it, and not even that
+        one where the query does not see itself:
 
             a = 3      slots    0 1 2 3 4 5 6   query
                                 o o o o h n n     Q           o, n: seen; h: not seen if it is hidden
@@ -197,11 +220,7 @@ class PagedRows:
         attend = partial(paged.attend_paged, query, self._memory.pages_of(number), scale=scale)
         if visibility.window is not None:
             first = stop - (visibility.window - 1)
-        if (
-            new.hides is None
-            or key_bias is None
-            or key_bias.first_biased(exclude_self=visibility.exclude_self) > key_bias.age
-        ):
+        if new.hides is None or key_bias is None or visibility.exclude_self:
             return attend(self._work_of(number, visibility.window), first, stop)
         after = (stop - (key_bias.age - 1)).clamp(min=0)
         older = attend(self._work_of(number, None), None, (after - new.hides[0].long()).clamp(min=0))

@@ -13,7 +13,6 @@ from lckv.generation.detokenize import AnswerText
 from lckv.generation.limits import end_tokens
 from lckv.generation.sampling import SamplingParams, sample
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
-from lckv.policies.build import build_policy
 from lckv.rope import inverse_frequencies
 
 _PROMPT_TAIL = 8
@@ -39,7 +38,7 @@ def streaming_cache(model: LCKVLlamaForCausalLM, *, sinks: int, window: int) -> 
     base, scaling = config.rope_parameters["rope_theta"], config.rope_scaling_config()
     return StreamingCache(
         layer_types.kv_layers,
-        build_policy(compression.policy),
+        compression.policy.build(),
         compression.windows(config.num_hidden_layers),
         rows=1,
         kv_heads=config.num_key_value_heads,

@@ -1,8 +1,8 @@
 """The KV policies that there are: folders beside this file, and packages that the environment or installed projects name.
 
-A policy is a package with a module `config` that has one dataclass derived from `PolicyConfig`. The variable
-LCKV_POLICIES names more of them ("mine.forgetful,other.policy"); installed projects name theirs as entry points of the
-group `lckv.policies`.
+A policy is a package with a module `config` that has one dataclass derived from `PolicyConfig`; or a lone module that has
+one, which then loads torch for its other half wherever settings are read. The variable LCKV_POLICIES names more of them
+("mine.forgetful,other.policy"); installed projects name theirs as entry points of the group `lckv.policies`.
 """
 
 import importlib
@@ -60,10 +60,12 @@ def _installed() -> Iterator[str]:
 
 def _config_of(package: str) -> type[PolicyConfig]:
     try:
-        module = importlib.import_module(f"{package}.config")
+        whole = importlib.import_module(package)
+        module = importlib.import_module(f"{package}.config") if hasattr(whole, "__path__") else whole
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"{package} is no KV policy: {error}. {VARIABLE} and entry points of {GROUP} name packages with a module config."
+            f"{package} is no KV policy: {error}. {VARIABLE} and entry points of {GROUP} name packages with a module config, "
+            "or modules."
         ) from error
     kinds = [
         kind

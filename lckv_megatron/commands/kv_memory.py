@@ -30,12 +30,12 @@ from megatron_ext.config import RunConfig
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError
 from megatron_ext.precision import precision
-from megatron_ext.validation.layout import model_problems
+from megatron_ext.validation.layout import architecture_problems
 
 
 def model_of_run(run: RunConfig, dtype: str | None, page_size: int) -> CacheModel:
     """Of a run's configuration; raises ConfigError for sizes that do not fit together."""
-    if problems := [*model_problems(run.model, run.compression, run.train.precision)]:
+    if problems := [*architecture_problems(run.model, run.compression, precision(run.train.precision))]:
         raise ConfigError("\n".join(problems))
     return CacheModel(
         num_layers=run.model.num_layers,
@@ -133,7 +133,8 @@ def describe(
     policy = compression.policy
     if not policy.traits.keeps_every_token:
         state = f"{size(model.state_bytes)} per sequence" if model.state_bytes else "none"
-        yield f"KV policy {policy.describe()}; {model.compression_ratio:g} tokens per slot; its state: {state}"
+        ratio = f"{model.compression_ratio:g} tokens per slot"
+        yield f"KV policy {policy.describe()}; {ratio}; its state: {state}"
     yield ""
     yield from table(
         [

@@ -30,8 +30,8 @@ def last_statistics(reports: Sequence[Mapping[str, Any]]) -> dict[str, Cells]:
 
 
 def draw_heat_map(axes: Axes, cells: Mapping[tuple[int, int], float], label: str) -> None:
-    """Layers upwards, KV heads to the right; cells show their values where there is room. Shares have the scale
-    from 0 to 1."""
+    """Layers upwards, KV heads to the right; cells show their values where there is room. Shares have the
+    scale from 0 to 1."""
     layers, heads = sorted({layer for layer, _ in cells}), sorted({head for _, head in cells})
     grid = [[cells[layer, head] for head in heads] for layer in layers]
     finite = [value for value in cells.values() if math.isfinite(value)]

@@ -52,8 +52,8 @@ def dump_logits(
 
 
 def write_logits(stage: SharedKVGPTModel, tokens: np.ndarray, output: Path, *, rows_at_once: int = 1) -> None:
-    """Write float32 [B, T, true vocabulary] for `tokens` int64 [B, T] to `output`, a .npy file, which gets its name
-    when it is whole. Every process calls it; data-parallel replicas share out the rows."""
+    """Write float32 [B, T, true vocabulary] for `tokens` int64 [B, T] to `output`, a .npy file, which gets
+    its name when it is whole. Every process calls it; data-parallel replicas share out the rows."""
     shape, unfinished = (*tokens.shape, stage.vocab_size), output.with_name(f".{output.name}.tmp")
     if dist.get_rank() == 0:
         np.lib.format.open_memmap(unfinished, "w+", np.float32, shape).flush()

@@ -1,7 +1,7 @@
 """Self-attention over keys and values that may be another layer's.
 
-Shapes: s tokens, b micro-batch, h query heads and g KV heads of this tensor-parallel rank, d channels of a head, e extra
-channels of keys and queries where the KV policy biases keys.
+Shapes: s tokens, b micro-batch, h query heads and g KV heads of this tensor-parallel rank, d channels of a
+head, e extra channels of keys and queries where the KV policy biases keys.
 """
 
 from functools import partial

@@ -22,8 +22,8 @@ def model_shape(model: ModelConfig, *, vocab_size: int, seq_length: int) -> Mode
 
 
 def policy_line(policy: PolicyConfig, *, kv_bytes: int, plain_bytes: int) -> Iterator[str]:
-    """What the policy is to make of `kv_bytes` of KV cache per token, next to a plain model's; nothing where it keeps
-    every token."""
+    """What the policy is to make of `kv_bytes` of KV cache per token, next to a plain model's; nothing where
+    it keeps every token."""
     if policy.traits.keeps_every_token:
         return
     ratio = policy.compression_ratio

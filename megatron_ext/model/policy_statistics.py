@@ -1,7 +1,7 @@
 """A KV policy on Megatron's ranks: its noise, and its statistics summed over heads, layers and stages.
 
-Shapes: b micro-batch, s tokens, G KV heads of the model, g those of this rank, n statistics of the policy, R parts of a
-sum (see `StatisticSums`).
+Shapes: b micro-batch, s tokens, G KV heads of the model, g those of this rank, n statistics of the policy, R
+parts of a sum (see `StatisticSums`).
 """
 
 import hashlib
@@ -59,8 +59,8 @@ def _seed(*numbers: int) -> int:
 class StatisticSums:
     """Sums a policy's statistics over the KV heads of all ranks and the layers of a model.
 
-    A sum has one part, over all KV heads. Where the policy's loss is computed per tensor-parallel rank, it has a part
-    for every rank: part r is the sum over the heads of rank r.
+    A sum has one part, over all KV heads. Where the policy's loss is computed per tensor-parallel rank, it
+    has a part for every rank: part r is the sum over the heads of rank r.
     """
 
     def __init__(

@@ -63,8 +63,8 @@ class PipelinePayload:
     def pack(
         self, hidden_states: Tensor, key_values: Mapping[int, KeyValue], sums: Tensor | None = None
     ) -> Tensor:
-        """Hidden states [s / shards, b, hidden], the crossing keys and values (`key_value_shapes`) and the sums of
-        statistics float32 [b, columns] as one tensor."""
+        """Hidden states [s / shards, b, hidden], the crossing keys and values (`key_value_shapes`) and the
+        sums of statistics float32 [b, columns] as one tensor."""
         if self._only_hidden:
             return hidden_states
         parts = [hidden_states]

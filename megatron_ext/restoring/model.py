@@ -46,8 +46,8 @@ def restore(
 ) -> Restored:
     """Build this rank's stage on the layout `parallel` and load its weights. Needs process groups.
 
-    Sequence parallelism, which only saves memory in training and restricts lengths, is left out. With `in_float32`
-    the model computes in float32 and nothing coarser, whatever the run did.
+    Sequence parallelism, which only saves memory in training and restricts lengths, is left out. With
+    `in_float32` the model computes in float32 and nothing coarser, whatever the run did.
 
     Raises ConfigError where the model does not fit the layout, and CheckpointError as `load_checkpoint` does.
     """

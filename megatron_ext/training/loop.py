@@ -176,7 +176,8 @@ def check_save_directory(checkpoint: CheckpointConfig) -> None:
     existing = list_checkpoints(save)
     if existing and (checkpoint.load is None or save not in (load, load.parent)):
         raise ConfigError(
-            f"checkpoint.save {checkpoint.save} holds checkpoints of another run ({existing[-1].path.name} and "
+            f"checkpoint.save {checkpoint.save} holds checkpoints of another run ({existing[-1].path.name} "
+            f"and "
             f"{len(existing) - 1} more). To "
             f"go on from them set checkpoint.load to {checkpoint.save}; for a new run choose another "
             "checkpoint.save."

@@ -1,7 +1,8 @@
-"""What may follow what in training: from the policy and stage of a checkpoint to those of a run, and the end of a stage.
+"""What may follow what in training: from the policy and stage of a checkpoint to those of a run, and the end
+of a stage.
 
-A run is resumed in the policy and stage that it was in; a new stage starts with checkpoint.finetune. What else keeps one
-policy from following another, the policies say.
+A run is resumed in the policy and stage that it was in; a new stage starts with checkpoint.finetune. What
+else keeps one policy from following another, the policies say.
 """
 
 import logging
@@ -43,7 +44,8 @@ def check_succession(before: PolicyConfig, after: PolicyConfig, *, finetune: boo
 
 
 def check_weights(model: MegatronModule, policy: KVPolicy, before: PolicyConfig) -> None:
-    """ConfigError, on every rank, where weights that some rank has loaded keep `policy` from following `before`."""
+    """ConfigError, on every rank, where weights that some rank has loaded keep `policy` from following
+    `before`."""
     obstacle = policy.obstacle_in_weights(StageChannelRows(model), before)
     of_ranks: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(of_ranks, obstacle)

@@ -1,11 +1,12 @@
-"""What cannot work in the sizes of a model and in how they are spread over processes and time. Usual settings are checked
-without torch."""
+"""What cannot work in the sizes of a model and in how they are spread over processes and time. Usual settings
+are checked without torch."""
 
 import math
 from collections.abc import Iterator
 
 from lckv.config import CompressionConfig
 from megatron_ext.config import ModelConfig, ParallelConfig, RopeScalingConfig, RunConfig, TrainConfig
+from megatron_ext.precision import Precision, precision
 from megatron_ext.validation.policy import policy_problems
 from megatron_ext.validation.rules import above_zero, at_least, fraction, multiple
 
@@ -13,21 +14,23 @@ RECOMPUTE_MODULES = ("core_attn", "mlp")
 
 
 def layout_problems(run: RunConfig) -> list[str]:
-    """Everything in a model and in how it is split over ranks that cannot work, one sentence each. How many processes
-    there are, and how a step of training is divided, is not looked at."""
+    """Everything in a model and in how it is split over ranks that cannot work, one sentence each. How many
+    processes there are, and how a step of training is divided, is not looked at."""
     return [
-        *model_problems(run.model, run.compression, run.train.precision),
+        *architecture_problems(run.model, run.compression, precision(run.train.precision)),
         *tensor_parallel_problems(run.model, run.parallel, run.train),
         *pipeline_problems(run),
     ]
 
 
-def model_problems(model: ModelConfig, compression: CompressionConfig, precision_name: str) -> Iterator[str]:
-    """What cannot work in a model, trained in train.precision `precision_name`, on any layout."""
-    yield from size_problems(model)
+def architecture_problems(
+    model: ModelConfig, compression: CompressionConfig, numbers: Precision
+) -> Iterator[str]:
+    """What cannot work in a model, trained in the precision `numbers`, on any layout."""
+    yield from model_problems(model)
     yield from rope_problems(model)
     yield from compression_problems(compression, model.num_layers)
-    yield from policy_problems(model, compression.policy, precision_name)
+    yield from policy_problems(model, compression.policy, numbers)
 
 
 def compression_problems(compression: CompressionConfig, num_layers: int) -> Iterator[str]:
@@ -35,7 +38,7 @@ def compression_problems(compression: CompressionConfig, num_layers: int) -> Ite
     return (str(problem.under("compression")) for problem in compression.problems(num_layers))
 
 
-def size_problems(model: ModelConfig) -> Iterator[str]:
+def model_problems(model: ModelConfig) -> Iterator[str]:
     """Sizes of the model that are no sizes, or do not divide each other."""
     yield from at_least(
         "model", model, 1, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",

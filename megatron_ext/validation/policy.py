@@ -6,16 +6,17 @@ from collections.abc import Iterator
 from lckv.attention.head_sizes import obstacle_to_biased_keys
 from lckv.policies.config import PolicyConfig, Traits
 from megatron_ext.config import ModelConfig
-from megatron_ext.precision import precision
+from megatron_ext.precision import Precision
 
 
-def policy_problems(model: ModelConfig, policy: PolicyConfig, precision_name: str) -> Iterator[str]:
-    """Settings of `model`, trained in train.precision `precision_name`, that cannot work under `policy`."""
+def policy_problems(model: ModelConfig, policy: PolicyConfig, numbers: Precision) -> Iterator[str]:
+    """Settings of `model`, trained in the precision `numbers`, that cannot work under `policy`."""
     name = "model.kv_channels" if model.kv_channels else "model.hidden_size / model.num_attention_heads"
     size, traits = _head_size(model), policy.traits
     if size is not None and size < traits.min_head_dim:
         yield (
-            f"{name} is {size} and compression.policy.name is {policy.name}; under this policy it must be at least "
+            f"{name} is {size} and compression.policy.name is {policy.name}; under this policy it must be "
+            f"at least "
             f"{traits.min_head_dim}."
         )
         return
@@ -23,11 +24,12 @@ def policy_problems(model: ModelConfig, policy: PolicyConfig, precision_name: st
     chosen = f"compression.policy.name is {policy.name}{stage}"
     if 0 < model.attention_dropout < 1 and not traits.dropout:
         yield (
-            f"model.attention_dropout is {model.attention_dropout}, {chosen}; attention under this policy has no dropout: "
+            f"model.attention_dropout is {model.attention_dropout}, {chosen}; attention under this policy "
+            f"has no dropout: "
             "set model.attention_dropout to 0."
         )
     if size is not None and model.attention_backend != "reference":
-        obstacle = _obstacle_on_cuda(size, traits, precision_name)
+        obstacle = _obstacle_on_cuda(size, traits, numbers)
         if obstacle is not None and _has_cuda():
             yield (
                 f"{name} is {size}, {chosen}; {obstacle}: choose another size, or for small trials set "
@@ -43,12 +45,12 @@ def _head_size(model: ModelConfig) -> int | None:
     return model.head_dim if model.head_dim > 0 and model.head_dim % 2 == 0 else None
 
 
-def _obstacle_on_cuda(size: int, traits: Traits, precision_name: str) -> str | None:
+def _obstacle_on_cuda(size: int, traits: Traits, numbers: Precision) -> str | None:
     """What keeps attention to keys with a bias from taking heads of this size on CUDA."""
     if traits.key_bias is None:
         return None
     channels = size + traits.key_bias.extra_channels
-    return obstacle_to_biased_keys(channels, float32=not precision(precision_name).is_bf16)
+    return obstacle_to_biased_keys(channels, float32=not numbers.is_bf16)
 
 
 def _has_cuda() -> bool:

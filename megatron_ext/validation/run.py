@@ -52,8 +52,8 @@ def problems(run: RunConfig, world_size: int) -> list[str]:
 
 
 def step_problems(run: RunConfig, world_size: int) -> list[str]:
-    """Everything in `run` that keeps the numbers of a step from being computed: what cannot work in the model, its layout
-    on `world_size` processes and the sizes of a step."""
+    """Everything in `run` that keeps the numbers of a step from being computed: what cannot work in the
+    model, its layout on `world_size` processes and the sizes of a step."""
     sizes = ("train_iters", "micro_batch_size", "global_batch_size", "seq_length", "recompute_num_layers")
     return [
         *layout_problems(run),

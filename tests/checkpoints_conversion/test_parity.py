@@ -190,7 +190,7 @@ def test_logits(matrix: Matrix, name: str) -> None:
 def test_tokens_are_merged(matrix: Matrix) -> None:
     """Or these cases would say nothing."""
     model = LCKVLlamaForCausalLM.from_pretrained(matrix.hugging_face("merging")).eval()
-    rates = model(torch.from_numpy(TOKENS), use_cache=False).merge_rates
+    rates = model(torch.from_numpy(TOKENS), use_cache=False).statistics["merge_rate"]
     assert 0.1 < rates.mean() < 0.9
 
 

@@ -167,7 +167,10 @@ def test_nested_sections(tmp_path):
         (["--compression.policy.stage", "retrofit"], f"error: {BELONGS}\n"),
         (
             ["--compression.policy.name", "dcm", "--compression.policy.stage", "retrofit"],
-            "error: compression.policy.name is 'dcm'; it must be one of dense, dmc; did you mean dmc?\n",
+            (
+                "error: compression.policy.name is 'dcm'; it must be one of dense, dmc, forgetful; did you mean "
+                "dmc?\n"
+            ),
         ),
         (
             ["--compression.policy.stge", "x"],
@@ -175,7 +178,10 @@ def test_nested_sections(tmp_path):
         ),
         (
             ["--compression.policy.name=dmc", "--compression.policy.stage", "retro"],
-            "compression.policy.stage is 'retro'; it must be one of zero_out, retrofit, finetune; did you mean retrofit?",
+            (
+                "compression.policy.stage is 'retro'; it must be one of zero_out, retrofit, finetune; did you "
+                "mean retrofit?"
+            ),
         ),
         (
             ["--data.split", "9,1", "3"],
@@ -281,10 +287,12 @@ def test_help_explains_every_field_with_its_default(capsys):
     )
     assert "train: Length, batch and numerics of the run:" in shown
     assert (
-        "compression.policy: What is kept along the sequence: --compression.policy.name {dense,dmc} dense: "
+        "compression.policy: What is kept along the sequence: --compression.policy.name "
+        "{dense,dmc,forgetful} dense: "
         "Keep" in shown
     )
     assert "compression.policy dmc: --compression.policy.stage {zero_out,retrofit,finetune}" in shown
+    assert "compression.policy forgetful: --compression.policy.age AGE Tokens after which" in shown
 
 
 def test_help_needs_no_torch():

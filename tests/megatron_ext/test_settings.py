@@ -133,8 +133,14 @@ def test_the_last_source_chooses_wherever_the_others_stand():
 
 def test_settings_of_variants_that_are_not_chosen():
     assert refusal({"thing": {"name": "stone"}}, {"thing": {"age": 1, "height": 2}}).splitlines() == [
-        "1: thing.age belongs to thing tree or cat; thing.name is stone: remove the former, or set the latter to tree or cat.",
-        "1: thing.height belongs to thing tree; thing.name is stone: remove the former, or set the latter to tree.",
+        (
+            "1: thing.age belongs to thing tree or cat; thing.name is stone: remove the former, or set the "
+            "latter to tree or cat."
+        ),
+        (
+            "1: thing.height belongs to thing tree; thing.name is stone: remove the former, or set the latter "
+            "to tree."
+        ),
     ]
     assert refusal({"other": {"roots": {"metres": 2}}}).startswith(
         "0: other.roots.metres belongs to other tree;"

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, scaled_dot_product_attention
 
 from lckv.attention import sdpa
+from lckv.attention.key_bias import KeyBias
 from lckv.attention.visibility import Visibility
 from tools.benchmarks.timing import CLOCKS, median_seconds, peak_bytes, setting, write_csv
 
@@ -41,7 +42,7 @@ def attend(variant: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
         )
     if variant == "frontier":
-        return sdpa.attend(query, key, value, Visibility(), scale=scale, biased=True)
+        return sdpa.attend(query, key, value, Visibility(), scale=scale, key_bias=KeyBias())
     # What the public code does: a bias of length x length that takes the key's bias back on the diagonal.
     future = torch.full((length, length), -torch.inf, dtype=query.dtype, device=query.device).triu(1)
     back = torch.diag_embed(-key[..., -1]).repeat_interleave(query.shape[1] // key.shape[1], 1)

@@ -132,7 +132,7 @@ def measure(model: LCKVLlamaForCausalLM, tokens: Tensor) -> list[dict[str, objec
         for passes in range(1, most + 1)
     ]
     for tolerance in TOLERANCES:
-        settling = Settling(tolerance, most, len(tokens), None, biased=False, device=tokens.device)
+        settling = Settling(tolerance, most, len(tokens), None, key_bias=None, device=tokens.device)
         loss = parallel(model, tokens, Iteration(most, settling))
         found.append(row("tolerance", tolerance, float(settling.passes.double().mean()), loss))
     return found

@@ -1,5 +1,5 @@
-"""The settings of NVIDIA's published DMC models (Llama-2-7B-DMC-4x and its siblings), from the arguments of the training
-program that made them."""
+"""The settings of NVIDIA's published DMC models (Llama-2-7B-DMC-4x and its siblings), from the arguments of
+the training program that made them."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lckv.models  # noqa: F401
-from checkpoints_conversion.export.bundle import AUTO_MAP, Bundler, write_modelling_files
+from checkpoints_conversion.export.bundle import AUTO_MAP, Bundler, modelling_files, write_modelling_files
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
+from lckv.policies.registry import config_class
 
 MODULES = {
     "pkg/__init__.py": "",
@@ -113,11 +114,12 @@ MODELS = {
         "layer_types": "0_2_2_3",
         "policy": {"name": "dmc", "stage": "finetune", "initial_decision_bias": 0.1},
     },
+    "a policy of another package": {"layer_types": "0_2_2_3", "policy": {"name": "forgetful", "age": 2}},
 }
 
 LOAD_WITHOUT_THE_PACKAGE = """
 import sys
-sys.modules["lckv"] = sys.modules["triton"] = None  # importing either is an error
+sys.modules["lckv"] = sys.modules["triton"] = sys.modules["tests"] = None  # importing either is an error
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 for folder in sys.argv[1:]:
@@ -137,6 +139,19 @@ for folder in sys.argv[1:]:
     assert type(again.config).__module__ == type(again).__module__
 assert not any(name.partition(".")[0] == "lckv" for name in sys.modules if sys.modules[name])
 """
+
+
+def test_the_registry_lists_the_policies_of_the_model() -> None:
+    for policy, others in (("dense", 0), ("dmc", 5), ("forgetful", 2)):
+        files = modelling_files(policy)
+        text = files["lckv_policies_registry.py"]
+        assert f"in (DenseConfig{'' if policy == 'dense' else f', {policy_class(policy)}'},)" in text
+        assert len([name for name in files if f"policies_{policy}_" in name]) >= others
+    assert "lckv_policies_dmc_config.py" not in files and "tests_policies_forgetful_policy.py" in files
+
+
+def policy_class(policy: str) -> str:
+    return config_class(policy).__name__
 
 
 def save_tiny(folder: Path, compression: dict[str, Any]) -> LCKVLlamaForCausalLM:

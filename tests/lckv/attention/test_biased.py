@@ -103,10 +103,10 @@ def documents_of(rows, length, cuts):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@example(rows=2, kv_heads=1, group=2, length=1, exclude_self=True, cuts=None, age=1, newest=True, extra=0)
-@example(rows=1, kv_heads=1, group=1, length=9, exclude_self=True, cuts=None, age=2, newest=False, extra=0)
-@example(rows=2, kv_heads=2, group=2, length=20, exclude_self=False, cuts=None, age=7, newest=True, extra=8)
-@example(rows=1, kv_heads=1, group=1, length=20, exclude_self=False, cuts=None, age=20, newest=True, extra=0)
+@example(rows=2, kv_heads=1, group=2, length=1, exclude_self=True, cuts=None, age=1, extra=0)
+@example(rows=1, kv_heads=1, group=1, length=9, exclude_self=True, cuts=None, age=2, extra=0)
+@example(rows=2, kv_heads=2, group=2, length=20, exclude_self=False, cuts=None, age=7, extra=8)
+@example(rows=1, kv_heads=1, group=1, length=20, exclude_self=False, cuts=None, age=20, extra=0)
 @given(
     rows=st.integers(1, 3),
     kv_heads=st.integers(1, 2),
@@ -115,15 +115,12 @@ def documents_of(rows, length, cuts):
     exclude_self=st.booleans(),
     cuts=st.none() | st.lists(st.integers(0, 60), max_size=6),
     age=st.one_of(st.just(1), st.integers(1, 22)),
-    newest=st.booleans(),
     extra=st.sampled_from([0, 8]),
 )
-def test_equals_the_score_matrix(
-    backend, rows, kv_heads, group, length, exclude_self, cuts, age, newest, extra
-):
+def test_equals_the_score_matrix(backend, rows, kv_heads, group, length, exclude_self, cuts, age, extra):
     documents = None if cuts is None else documents_of(rows, length, cuts)
     visibility = Visibility(exclude_self=exclude_self, documents=documents)
-    key_bias = KeyBias(age + (not newest), newest, extra)
+    key_bias = KeyBias(age, extra)
     inputs = tensors(rows, kv_heads, group, length, extra=extra)
     results = [run(attend, inputs, visibility, key_bias) for attend in (BACKENDS[backend], reference.attend)]
     for actual, right in zip(*results, strict=True):
@@ -216,10 +213,9 @@ def test_windows_and_dropout_are_refused():
             attend(*inputs, Visibility(), scale=1.0, key_bias=FRONTIER, dropout=0.1)
 
 
-def test_ages_that_leave_a_query_without_a_key():
-    for wrong, least in ((KeyBias, 1), (partial(KeyBias, from_newest_visible=False), 2)):
-        with pytest.raises(ValueError, match=f"age is {least - 1}; it must be at least {least}"):
-            wrong(age=least - 1)
+def test_sizes_that_make_no_sense():
+    with pytest.raises(ValueError, match="age is 0; it must be at least 1"):
+        KeyBias(age=0)
     with pytest.raises(ValueError, match="extra_channels is 4; it must be 0 or a multiple of 8"):
         KeyBias(extra_channels=4)
 

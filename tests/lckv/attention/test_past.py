@@ -58,14 +58,13 @@ def plain(
     exclude_self=st.booleans(),
     kind=st.sampled_from(["dense", "window", "biased"]),
     age=st.integers(1, 4),
-    newest=st.booleans(),
     extra=st.sampled_from([0, 8]),
     padding=st.booleans(),
     block=st.sampled_from([1, 2, 128]),
     seed=st.integers(0, 99),
 )
 def test_equals_the_plain_computation(
-    rows, kv_heads, group, length, slots, exclude_self, kind, age, newest, extra, padding, block, seed
+    rows, kv_heads, group, length, slots, exclude_self, kind, age, extra, padding, block, seed
 ):
     generator = torch.Generator().manual_seed(seed)
 
@@ -86,7 +85,7 @@ def test_equals_the_plain_computation(
         counted = (place >= first[:, None]) & (place < (first + count)[:, None])
     hides, key_bias = None, None
     if kind == "biased":
-        key_bias = KeyBias(age + (not newest), newest, extra)
+        key_bias = KeyBias(age, extra)
         hides = integers(0, 2, rows, kv_heads, key_bias.age).bool()
     wide = 6 if key_bias is None else 6 + extra
     new = NewTokens(random(rows, kv_heads, length, wide), random(rows, kv_heads, length, 6), counted, hides)
@@ -105,7 +104,7 @@ def _in_blocks(block: int, *args: object, key_bias: KeyBias | None) -> Tensor:
         return past.attend_past(*args, scale=0.3, key_bias=key_bias)
 
 
-@pytest.mark.parametrize("key_bias", [None, KeyBias(), KeyBias(age=5, from_newest_visible=False)], ids=str)
+@pytest.mark.parametrize("key_bias", [None, KeyBias(), KeyBias(age=5)], ids=str)
 @pytest.mark.parametrize("exclude_self", [False, True])
 def test_without_a_past_it_is_ordinary_attention(exclude_self: bool, key_bias: KeyBias | None) -> None:
     query, key, value = torch.randn(2, 4, 300, 8), *torch.randn(2, 2, 2, 300, 8)

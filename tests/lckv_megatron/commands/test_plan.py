@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lckv.config import CompressionConfig
-from lckv_megatron.commands.plan import Plan, find_vocab_size, main, size_problems
+from lckv_megatron.commands.plan import Plan, find_vocab_size, main
 from megatron_ext.command_line import parse_run_config
 from megatron_ext.config import RunConfig
 from megatron_ext.data import checks
@@ -239,13 +239,13 @@ def test_sizes_that_do_not_fit_have_no_plan(capsys, argv: list[str], problem: st
     assert problem in captured.err
 
 
-def test_every_problem_of_sizes_is_one_of_the_run() -> None:
-    from megatron_ext.validation.run import problems
+def test_every_problem_of_a_step_is_one_of_the_run() -> None:
+    from megatron_ext.validation.run import problems, step_problems
 
     run = parse_run_config(
         [*TINY, "--train.seq_length", "0", "--model.num_layers", "0", "--train.micro_batch_size", "0"]
     )
-    assert set(size_problems(run, 3)) <= set(problems(run, 3))
+    assert set(step_problems(run, 3)) <= set(problems(run, 3))
 
 
 def test_a_vocabulary_that_nothing_tells(capsys) -> None:

@@ -189,7 +189,7 @@ class TestSuccession:
         run = dmc_run(MAPS["plain"], replace(SOON, stage="retrofit"), checkpoint=loading)
         with pytest.raises(
             ConfigError,
-            match=r"compression\.policy is dmc, stage retrofit, but the checkpoint's is dense: .*Run stage zero_out",
+            match=r"policy is dmc, stage retrofit, but the checkpoint's is dense: .*Run stage zero_out",
         ):
             run_on_ranks(1, train, run)
 

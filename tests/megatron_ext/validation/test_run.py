@@ -126,14 +126,16 @@ CASES = [
         dmc() | {"model.kv_channels": 2},
         1,
         (
-            "model.kv_channels is 2 and compression.policy.name is dmc; under this policy it must be at least 4."
+            "model.kv_channels is 2 and compression.policy.name is dmc; under this policy it must be at "
+            "least 4."
         ),
     ),
     (
         dmc(stage="finetune") | {"model.hidden_size": 8},
         1,
         (
-            "model.hidden_size / model.num_attention_heads is 2 and compression.policy.name is dmc; under this "
+            "model.hidden_size / model.num_attention_heads is 2 and compression.policy.name is dmc; under "
+            "this "
             "policy it must be at least 4"
         ),
     ),
@@ -162,7 +164,8 @@ CASES = [
         p(8) | {"model.num_query_groups": 2},
         8,
         (
-            "model.num_attention_heads is 4 and parallel.tensor_model_parallel_size is 8; the former must be a "
+            "model.num_attention_heads is 4 and parallel.tensor_model_parallel_size is 8; the former must "
+            "be a "
             "multiple"
         ),
     ),
@@ -176,7 +179,8 @@ CASES = [
         },
         6,
         (
-            "model.num_query_groups is 4 and parallel.tensor_model_parallel_size is 6; one must be a multiple of "
+            "model.num_query_groups is 4 and parallel.tensor_model_parallel_size is 6; one must be a "
+            "multiple of "
             "the other"
         ),
     ),
@@ -199,7 +203,8 @@ CASES = [
         {"parallel.pipeline_model_parallel_size": 3},
         3,
         (
-            "model.num_layers is 8 and parallel.pipeline_model_parallel_size is 3; the former must be a multiple "
+            "model.num_layers is 8 and parallel.pipeline_model_parallel_size is 3; the former must be a "
+            "multiple "
             "of the latter"
         ),
     ),
@@ -207,7 +212,8 @@ CASES = [
         {"parallel.pipeline_model_parallel_size": 2, "compression.layer_types": "0_6_6_6_6_6_6_7"},
         2,
         (
-            "compression.layer_types is 0_6_6_6_6_6_6_7 and parallel.pipeline_model_parallel_size is 2; a map in "
+            "compression.layer_types is 0_6_6_6_6_6_6_7 and parallel.pipeline_model_parallel_size is 2; a "
+            "map in "
             "which"
         ),
     ),
@@ -284,7 +290,8 @@ CASES = [
         {"optimizer.lr_warmup_iters": 1000},
         1,
         (
-            "optimizer.lr_warmup_iters is 1000 and train.train_iters (the default of optimizer.lr_decay_iters) "
+            "optimizer.lr_warmup_iters is 1000 and train.train_iters (the default of "
+            "optimizer.lr_decay_iters) "
             "is 1000; the former"
         ),
     ),
@@ -292,7 +299,8 @@ CASES = [
         {"optimizer.lr_warmup_iters": 5, "optimizer.lr_decay_iters": 5},
         1,
         (
-            "optimizer.lr_warmup_iters is 5 and optimizer.lr_decay_iters is 5; the former must be less than the "
+            "optimizer.lr_warmup_iters is 5 and optimizer.lr_decay_iters is 5; the former must be less than "
+            "the "
             "latter."
         ),
     ),
@@ -529,7 +537,8 @@ def test_no_sizes_break_the_checks_and_what_they_let_through_divides(
 
 def test_validation_needs_no_torch():
     program = (
-        "import sys; from megatron_ext.validation.run import problems; from megatron_ext.config import RunConfig;"
+        "import sys; from megatron_ext.validation.run import problems; from megatron_ext.config import "
+        "RunConfig;"
         "problems(RunConfig(), 8); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

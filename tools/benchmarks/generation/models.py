@@ -114,8 +114,8 @@ class RandomModel:
 
 @torch.inference_mode()
 def script_decisions(model: LCKVLlamaForCausalLM) -> None:
-    """Set the biases of key projections so that of random tokens as many share a slot as the KV policy aims at,
-    from the bottom layer to the top, each on what the scripted ones below give it."""
+    """Set the biases of key projections so that of random tokens as many share a slot as the KV policy aims
+    at, from the bottom layer to the top, each on what the scripted ones below give it."""
     config, heads, policy = model.config, model.config.num_key_value_heads, model.model.policy
     assert heads is not None
 
@@ -125,7 +125,7 @@ def script_decisions(model: LCKVLlamaForCausalLM) -> None:
         if added is None:
             return output
         assert isinstance(projection, nn.Linear)
-        projection.bias += added.flatten()
+        projection.bias.add_(added.flatten())
         return output + added.flatten()
 
     owners = [layer.self_attn.k_proj for layer in model.model.layers if layer.self_attn.computes_kv]

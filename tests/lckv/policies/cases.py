@@ -1,0 +1,86 @@
+"""Every KV policy that is registered, found by discovery, and tiny models with them on every kind of map."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cache
+from typing import Any
+
+import torch
+
+from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
+from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
+from lckv.policies.config import PolicyConfig
+from lckv.policies.registry import config_class, config_classes
+
+MAPS = {
+    "plain": "0_1_2",
+    "CLA": "0_0_2_2",
+    "LCKV": "0_3_3_3",
+    "sandwich": "0_2_2_3",
+    "without self": "0_0_2",
+}
+
+OTHER_SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "dmc": [{"stage": "finetune", "initial_decision_bias": 0.1, "window": 5}],
+    "forgetful": [{"age": 1}, {"age": 9, "stride": 3}],
+}
+"""Settings to try besides the defaults, for those policies whose defaults do not do everything."""
+
+
+def _settings() -> Iterator[tuple[str, dict[str, Any]]]:
+    for name in config_classes():
+        yield name, {}
+        for number, settings in enumerate(OTHER_SETTINGS.get(name, []), 1):
+            yield f"{name}-{number}", settings
+
+
+SETTINGS = dict(_settings())
+POLICIES = list(SETTINGS)
+CASES = [(policy, name) for policy in POLICIES for name in MAPS]
+
+
+def policy_config(policy: str) -> PolicyConfig:
+    """The settings of a case."""
+    return config_class(policy.partition("-")[0])(**SETTINGS[policy])
+
+
+def config(policy: str, name: str, **fields: Any) -> LCKVLlamaConfig:
+    """Of a tiny model with grouped heads."""
+    layer_types = MAPS[name]
+    compression = {
+        "layer_types": layer_types,
+        "policy": asdict(policy_config(policy)),
+        "force_nodiag": name == "without self",
+        **fields.pop("compression", {}),
+    }
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layer_types.count("_") + 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.15,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
+    return LCKVLlamaConfig(**{**sizes, **fields}, compression=compression)
+
+
+def fresh_model(policy: str, name: str, **fields: Any) -> LCKVLlamaForCausalLM:
+    """In evaluation; always the same weights. A policy that decides in the last channel of keys has no close decisions."""
+    torch.manual_seed(0)
+    built = LCKVLlamaForCausalLM(config(policy, name, **fields))
+    with torch.no_grad():
+        for layer in built.model.layers:
+            if layer.self_attn.computes_kv:
+                layer.self_attn.k_proj.weight.unflatten(0, (2, 8))[:, -1] *= 20
+    return built.eval()
+
+
+@cache
+def model(policy: str, name: str) -> LCKVLlamaForCausalLM:
+    """One that nobody changes."""
+    return fresh_model(policy, name)
