@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lckv.attention.pages import PagesAttended, Pages, Work, pages_of_a_chunk
+from lckv.attention.pages import Pages, PagesAttended, Work, pages_of_a_chunk
 
 _BYTES_AT_ONCE = 2**20
 """Keys, and as many values, that the twin copies out of their pages at once: what stays in the cache of a CPU

@@ -152,7 +152,8 @@ class LCKVLlamaConfig(PreTrainedConfig):
             )
         if self.head_dim < policy.traits.min_head_dim:
             yield (
-                f"head_dim is {self.head_dim}; it must be at least {policy.traits.min_head_dim} with the policy {policy.name} "
+                f"head_dim is {self.head_dim}; it must be at least {policy.traits.min_head_dim} with the "
+                f"policy {policy.name} "
                 "(compression.policy)."
             )
         yield from self._rope_problems()

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lckv.attention.pages import PagesAttended, Pages, Work, pages_of_a_chunk
+from lckv.attention.pages import Pages, PagesAttended, Work, pages_of_a_chunk
 
 _SLOTS = 64
 """Slots per step of the first kernel, at most, whose tiles have _SLOTS x d entries."""

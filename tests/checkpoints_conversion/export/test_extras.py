@@ -143,7 +143,13 @@ def test_a_trained_model_gets_everything(tmp_path: Path) -> None:
     )
     names = export_extras(folder, describe(), manifest(describe(), vocabulary))
     assert sorted(names) == sorted(
-        [*modelling_files("dense"), "tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md"]
+        [
+            *modelling_files("dense"),
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "generation_config.json",
+            "README.md",
+        ]
     )
     assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "config.json"])
     config = json.loads((folder / "config.json").read_text())

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lckv.attention.pages import PagesAttended, Pages, Work, list_work, pages_of_a_chunk
+from lckv.attention.pages import Pages, PagesAttended, Work, list_work, pages_of_a_chunk
 
 
 class Slots:

@@ -162,5 +162,7 @@ class TestChoice:
             choose("flash", device=self.cpu, dtype=torch.float32, head_dim=64)
 
     def test_unknown_name(self) -> None:
-        with pytest.raises(UnsupportedError, match="'fused' cannot be .* the backends are auto, sdpa, flash, reference"):
+        with pytest.raises(
+            UnsupportedError, match=r"'fused' cannot be .* the backends are auto, sdpa, flash, reference"
+        ):
             choose("fused", device=self.cpu, dtype=torch.float32, head_dim=64)

@@ -1,4 +1,5 @@
-"""Attention to keys with a bias: its parts against the whole score matrix, for every age and on every pair of kernels."""
+"""Attention to keys with a bias: its parts against the whole score matrix, for every age and on every pair of
+kernels."""
 
 import inspect
 import itertools
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lckv.attention import flash, reference, sdpa
 from lckv.attention.biased import attend_biased
-from lckv.attention.flash_pairs import AtenCPU, AtenEfficient, AtenFlash, Partial, FlashAttnPair, choose_pair
+from lckv.attention.flash_pairs import AtenCPU, AtenEfficient, AtenFlash, FlashAttnPair, Partial, choose_pair
 from lckv.attention.key_bias import HIDDEN, KeyBias
 from lckv.attention.visibility import Documents, Visibility
 from lckv.errors import UnsupportedError
@@ -76,8 +77,8 @@ BACKENDS = {"sdpa": sdpa.attend, "flash": partial(flash.attend, kernel=PACKAGE)}
 def tensors(
     rows, kv_heads, group, length, channels=8, dtype=torch.float64, biases=(-9.0, 0.0, HIDDEN), extra=0
 ):
-    """Query, key [b, heads, s, d + e], value [b, heads, s, d], laid out [s, b, heads, ...] as in the model, with bias
-    channels; the scale is 1 / sqrt(d)."""
+    """Query, key [b, heads, s, d + e], value [b, heads, s, d], laid out [s, b, heads, ...] as in the model,
+    with bias channels; the scale is 1 / sqrt(d)."""
     generator = torch.Generator().manual_seed(length + 100 * group)
     heads = (kv_heads * group, kv_heads, kv_heads)
     query, key, value = (
@@ -117,9 +118,7 @@ def documents_of(rows, length, cuts):
     age=st.one_of(st.just(1), st.integers(1, 22)),
     extra=st.sampled_from([0, 8]),
 )
-def test_equals_the_score_matrix(
-    backend, rows, kv_heads, group, length, exclude_self, cuts, age, extra
-):
+def test_equals_the_score_matrix(backend, rows, kv_heads, group, length, exclude_self, cuts, age, extra):
     documents = None if cuts is None else documents_of(rows, length, cuts)
     visibility = Visibility(exclude_self=exclude_self, documents=documents)
     key_bias = KeyBias(age, extra)
@@ -207,7 +206,9 @@ def test_nothing_of_length_times_length_is_made(age, most):
 def test_windows_and_dropout_are_refused():
     inputs = tensors(1, 1, 1, 4)
     for attend in BACKENDS.values():
-        with pytest.raises(UnsupportedError, match="a sliding window of 3 tokens over keys .* cannot be used: rem"):
+        with pytest.raises(
+            UnsupportedError, match=r"a sliding window of 3 tokens over keys .* cannot be used: rem"
+        ):
             attend(*inputs, Visibility(window=3), scale=1.0, key_bias=FRONTIER)
         with pytest.raises(UnsupportedError, match=r"dropout of 0.1 in .* cannot be used: it must be 0"):
             attend(*inputs, Visibility(), scale=1.0, key_bias=FRONTIER, dropout=0.1)
@@ -233,9 +234,13 @@ def test_the_pair_for_each_device_and_dtype():
         lambda: choose_pair(odd),
         lambda: FlashAttnPair(FlashAttnStandIn()).forward(odd, odd, odd, 1.0),
     ):
-        with pytest.raises(UnsupportedError, match="heads of 12 channels .* on GPUs .* must be a multiple of 8"):
+        with pytest.raises(
+            UnsupportedError, match=r"heads of 12 channels .* on GPUs .* must be a multiple of 8"
+        ):
             refuse()
-    with pytest.raises(UnsupportedError, match=r"in torch.float64 cannot .*: on meta it takes float16, bfloat16"):
+    with pytest.raises(
+        UnsupportedError, match=r"in torch.float64 cannot .*: on meta it takes float16, bfloat16"
+    ):
         choose_pair(meta(torch.float64))
 
 

@@ -94,7 +94,9 @@ def test_any_pieces_equal_the_whole(policy, kv_heads, group, exclude_self, calls
             key_value, _ = policy.keys_values(
                 tensors[1], tensors[2], tensors[0] if policy.traits.reads_query else None, facts
             )
-            output = attend(policy.query(tensors[0], facts), key_value, visibility, key_bias=policy.traits.key_bias)
+            output = attend(
+                policy.query(tensors[0], facts), key_value, visibility, key_bias=policy.traits.key_bias
+            )
             torch.testing.assert_close(torch.cat(found[row]), output[:, 0], rtol=0, atol=2e-5)
 
 

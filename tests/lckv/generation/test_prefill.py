@@ -14,7 +14,11 @@ from tests.lckv.cache.models import contiguous_cache, model, parallel_logits, te
 
 
 def _settling(
-    tolerance: float = 0.1, *, rows: int = 1, counted: torch.Tensor | None = None, key_bias: KeyBias | None = None
+    tolerance: float = 0.1,
+    *,
+    rows: int = 1,
+    counted: torch.Tensor | None = None,
+    key_bias: KeyBias | None = None,
 ) -> Settling:
     return Settling(tolerance, 9, rows, counted, key_bias=key_bias, device=torch.device("cpu"))
 
@@ -83,7 +87,12 @@ def _run(name: str, policy: str, tolerance: float, rows: list[list[int]]) -> tup
     built = model(name, policy)
     tokens = torch.tensor(rows)
     settling = Settling(
-        tolerance, 40, len(rows), None, key_bias=built.model.policy.traits.key_bias, device=torch.device("cpu")
+        tolerance,
+        40,
+        len(rows),
+        None,
+        key_bias=built.model.policy.traits.key_bias,
+        device=torch.device("cpu"),
     )
     with torch.inference_mode():
         embedded = built.model.embed_tokens(tokens)

@@ -13,7 +13,14 @@ from lckv.cache.streaming import StreamingCache
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from lckv.policies.base import TokenContext
 from lckv.rope import inverse_frequencies, rotate, rotation
-from tests.lckv.cache.models import cache_settings, contiguous_cache, logits, paged_cache, parallel_logits, text
+from tests.lckv.cache.models import (
+    cache_settings,
+    contiguous_cache,
+    logits,
+    paged_cache,
+    parallel_logits,
+    text,
+)
 from tests.lckv.generation.engines import GREEDY, empty, engine
 from tests.lckv.policies.cases import CASES, MAPS, POLICIES, fresh_model, model, policy_config
 
@@ -104,13 +111,16 @@ def test_statistics_are_those_announced(policy: str) -> None:
     assert (output.auxiliary_loss is None) == (loss is None)
     if loss is not None:
         close(output.auxiliary_loss, loss.mean(), 1e-6)
-    report = built.model.policy.report([tensor.double().mean(1) for tensor in (output.statistics or {}).values()], 0.1, 0.5)
+    report = built.model.policy.report(
+        [tensor.double().mean(1) for tensor in (output.statistics or {}).values()], 0.1, 0.5
+    )
     assert all(isinstance(number, float) for number in report.values())
 
 
 @every_case
 def test_engines_answer_as_generate_does(policy: str, name: str) -> None:
-    """In one piece, in chunks, token by token, and with so few pages that requests give theirs to one another."""
+    """In one piece, in chunks, token by token, and with so few pages that requests give theirs to one
+    another."""
     built, prompts = model(policy, name), [text(length, length) for length in (7, 3, 9)]
     params = replace(GREEDY, max_new_tokens=8)
     expected = [
@@ -163,7 +173,8 @@ def test_bytes_are_those_allocated(policy: str) -> None:
     fixed = 2 * 2 * (8 + 4 * settings.state_numbers(8))  # of two layers and heads: lengths and state
     per_slot = 2 * 2 * 2 * 8 * 4
     assert fixed + slots * per_slot <= contiguous.num_bytes <= fixed + (2 * slots + 1) * per_slot or (
-        contiguous.num_bytes <= fixed + 61 * per_slot  # at first there is room for all tokens that come at once
+        contiguous.num_bytes
+        <= fixed + 61 * per_slot  # at first there is room for all tokens that come at once
     )
     paged = paged_cache(built, pages=60, max_sequences=3)
     assert paged.num_bytes == 61 * paged.bytes_per_page + 3 * paged.bytes_per_sequence
@@ -194,7 +205,9 @@ def test_what_needs_every_token_is_refused_where_not_every_token_is_kept(policy:
     paged = paged_cache(built)
     view = paged.rows([paged.open()])
     logits(built, [text(10)], view)
-    with pytest.raises(ValueError, match="newest 2 tokens cannot be forgotten: the KV policy .* does not keep"):
+    with pytest.raises(
+        ValueError, match=r"newest 2 tokens cannot be forgotten: the KV policy .* does not keep"
+    ):
         view.drop_newest(2)
     with pytest.raises(ValueError, match=r"assisted decoding .* with the policy"):
         built.generate(torch.tensor([text(10)]), prompt_lookup_num_tokens=2, max_new_tokens=3)
@@ -208,7 +221,9 @@ def test_windows_and_dropout_are_refused_where_they_cannot_be(policy: str) -> No
     if traits.windows:
         fresh_model(policy, "CLA", compression=windows)
     else:
-        with pytest.raises(ValueError, match=r"compression.sliding_window is 5; the policy .* cannot live with"):
+        with pytest.raises(
+            ValueError, match=r"compression.sliding_window is 5; the policy .* cannot live with"
+        ):
             fresh_model(policy, "CLA", compression=windows)
     if traits.dropout:
         fresh_model(policy, "CLA", attention_dropout=0.1)
@@ -242,13 +257,16 @@ def test_extending_says_what_the_whole_says(policy: str, split: int) -> None:
 
 @every_policy
 def test_a_hidden_token_of_a_batch_goes_when_its_own_row_is_that_far(policy: str) -> None:
-    """Rows get different numbers of tokens at a time, some none, and their slots are those of the row alone."""
+    """Rows get different numbers of tokens at a time, some none, and their slots are those of the row
+    alone."""
     built, texts = model(policy, "plain"), [text(20, 1), text(20, 2)]
     paged, alone = paged_cache(built), paged_cache(built)
     sequences = [paged.open(), paged.open()]
     view, used, said = paged.rows(sequences), [0, 0], [[], []]
     for counts in ((3, 1), (1, 5), (6, 1), (2, 2), (1, 1), (7, 10)):
-        new = [tokens[start : start + count] for tokens, start, count in zip(texts, used, counts, strict=True)]
+        new = [
+            tokens[start : start + count] for tokens, start, count in zip(texts, used, counts, strict=True)
+        ]
         for row, part in enumerate(logits(built, new, view)):
             said[row].append(part)
         used = [start + count for start, count in zip(used, counts, strict=True)]

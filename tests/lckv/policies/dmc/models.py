@@ -51,7 +51,9 @@ def attend(
     """[s, b, h, d] from [s, b, heads, d], on the plain oracle or the fast backend."""
     heads = (tensor.permute(1, 2, 0, 3) for tensor in (query, *key_value))
     backend = reference if plain else sdpa
-    output = backend.attend(*heads, visibility or Visibility(), scale=query.shape[-1] ** -0.5, key_bias=key_bias)
+    output = backend.attend(
+        *heads, visibility or Visibility(), scale=query.shape[-1] ** -0.5, key_bias=key_bias
+    )
     return output.permute(2, 0, 1, 3)
 
 

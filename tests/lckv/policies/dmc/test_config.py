@@ -54,7 +54,9 @@ def test_sliding_windows_are_refused():
         layer_types="0s_1s_2_2", sliding_window=8, policy=DMCConfig(stage="retrofit")
     )
     (problem,) = compression.problems(4)
-    assert str(problem).startswith("sliding_window is 8; the policy dmc cannot live with sliding windows: remove")
+    assert str(problem).startswith(
+        "sliding_window is 8; the policy dmc cannot live with sliding windows: remove"
+    )
     assert "the 's' in layer_types" in str(problem)
 
 

@@ -224,7 +224,9 @@ def test_the_end_of_stage_zero_out():
         yield from heads[:, {"query": slice(0, 2), "key": slice(2, 3), "value": slice(3, 4)}[kind], channel]
 
     policy = DMCPolicy(DMCConfig(stage="zero_out"))
-    assert policy.end_stage(rows) == "stage zero_out is over: the decision channel of all queries and keys is 0"
+    assert (
+        policy.end_stage(rows) == "stage zero_out is over: the decision channel of all queries and keys is 0"
+    )
     assert torch.equal(weight, tensors["weight_after_H4_KV2_D16"])
     assert DMCPolicy(DMCConfig(stage="retrofit")).obstacle_in_weights(rows, DMCConfig()) is None
 

@@ -22,7 +22,9 @@ def noise_of(tensor):
 def run(policy, tensors, facts, visibility=None):
     """Output, keys, values and statistics."""
     query, key, value = tensors
-    key_value, statistics = policy.keys_values(key, value, query if policy.traits.reads_query else None, facts)
+    key_value, statistics = policy.keys_values(
+        key, value, query if policy.traits.reads_query else None, facts
+    )
     output = attend(policy.query(query, facts), key_value, visibility, key_bias=policy.traits.key_bias)
     return output, key_value, statistics
 
@@ -85,9 +87,7 @@ def test_heads_of_a_rank_are_what_they_are_among_all():
         partial_output, partial_keys, partial_statistics = run(RETROFIT, part, facts)
         torch.testing.assert_close(partial_output, output[:, :, mine], rtol=0, atol=1e-6)
         torch.testing.assert_close(partial_keys.key, key_value.key[:, :, groups], rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(
-            partial_statistics[0], statistics[0][:, groups], rtol=0, atol=1e-6
-        )
+        torch.testing.assert_close(partial_statistics[0], statistics[0][:, groups], rtol=0, atol=1e-6)
 
 
 def test_padding_neither_merges_nor_counts():
