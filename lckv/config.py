@@ -97,11 +97,15 @@ class CompressionConfig:
 
     def _window_problems(self, layer_types: LayerTypes) -> Iterator[Problem]:
         if layer_types.any_sliding and self.sliding_window is None:
-            obstacle = "layers are marked with 's' but sliding_window is not set: give it in tokens, or remove the 's'"
+            obstacle = (
+                "layers are marked with 's' but sliding_window is not set: give it in tokens, or remove "
+                "the 's'"
+            )
             yield Problem("layer_types", layer_types, obstacle)
         if self.sliding_window is not None and not layer_types.any_sliding:
             obstacle = (
-                f"no layer of {layer_types} is marked with 's': mark the layers that shall have a window, or remove "
+                f"no layer of {layer_types} is marked with 's': mark the layers that shall have a window, or "
+                "remove "
                 "sliding_window"
             )
             yield Problem("sliding_window", self.sliding_window, obstacle)
@@ -113,10 +117,14 @@ class CompressionConfig:
         name, traits = self.policy.name, self.policy.traits
         if self.sliding_window is not None and not traits.windows:
             obstacle = (
-                f"the policy {name} cannot live with sliding windows: remove the window and the 's' in layer_types, or choose "
+                f"the policy {name} cannot live with sliding windows: remove the window and the 's' in "
+                "layer_types, or choose "
                 "another policy"
             )
             yield Problem("sliding_window", self.sliding_window, obstacle)
         if not traits.shares and any(layer.source != layer.index for layer in layer_types):
-            obstacle = f"the policy {name} works only where every layer reads its own keys and values: choose another one"
+            obstacle = (
+                f"the policy {name} works only where every layer reads its own keys and values: choose "
+                "another one"
+            )
             yield Problem("layer_types", layer_types, obstacle)

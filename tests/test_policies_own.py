@@ -1,4 +1,5 @@
-"""Nothing outside the folder of a KV policy names it, except the policy of a plain transformer, which is the default."""
+"""Nothing outside the folder of a KV policy names it, except the policy of a plain transformer, which is the
+default."""
 
 import re
 from collections.abc import Iterator
@@ -14,8 +15,8 @@ NAMES = sorted(path.parent.name for path in POLICIES.glob("*/config.py") if path
 
 
 def lines_that_name(name: str, roots: tuple[str, ...], root: Path = ROOT) -> Iterator[str]:
-    """Lines of Python files outside the policy's folder in which its name stands as a word, or as a part of one that
-    begins with it (DMCConfig)."""
+    """Lines of Python files outside the policy's folder in which its name stands as a word, or as a part of
+    one that begins with it (DMCConfig)."""
     word = re.compile(rf"(?<![a-z]){name}(?![a-z])", re.IGNORECASE)
     inside = re.compile(rf"\b{name.upper()}[A-Z]")  # a class of the policy
     for top in roots:

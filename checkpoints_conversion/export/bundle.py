@@ -63,7 +63,8 @@ class Bundler:
     """Modules whose files keep their own last name; all others are called after their whole path."""
 
     others: Mapping[str, Path] = field(default_factory=dict)
-    """More packages whose modules become files, by dotted name, with the folders in which their top packages lie."""
+    """More packages whose modules become files, by dotted name, with the folders in which their top packages
+    lie."""
 
     replaced: Mapping[str, str] = field(default_factory=dict)
     """Modules in whose place comes another text, whose imports are rewritten like all."""
@@ -117,7 +118,7 @@ class Bundler:
             if replacement is not None:
                 lines[node.lineno - 1 : node.end_lineno] = [indent + line for line in replacement]
             needed += modules
-        source = "/".join(module.split(".")[:-1] + [path.name])
+        source = "/".join([*module.split(".")[:-1], path.name])
         version = package_versions().get(_DISTRIBUTION, "(checkout)")
         header = [
             f"# Written by {_DISTRIBUTION} {version} from its {source}, for transformers' trust_remote_code.",
@@ -198,8 +199,8 @@ def config_class(name: object) -> type[PolicyConfig]:
 
 
 def modelling_files(policy: str) -> dict[str, str]:
-    """File name -> text of everything that an `lckv-llama` model with the KV policy `policy` needs beside torch and
-    transformers."""
+    """File name -> text of everything that an `lckv-llama` model with the KV policy `policy` needs beside
+    torch and transformers."""
     kinds: dict[str, type[PolicyConfig]] = {DenseConfig.name: DenseConfig, policy: config_class(policy)}
     packages = {kind.__module__.rpartition(".")[0] for kind in kinds.values()}
     others = {name: _folder_of(name) for name in sorted(packages) if not _within(name, PACKAGE)}
@@ -211,8 +212,8 @@ def modelling_files(policy: str) -> dict[str, str]:
 
 
 def write_modelling_files(folder: Path) -> list[str]:
-    """Write the modelling files into a model's folder, whose config.json says which KV policy it has, and must have
-    `AUTO_MAP`. Returns their names."""
+    """Write the modelling files into a model's folder, whose config.json says which KV policy it has, and
+    must have `AUTO_MAP`. Returns their names."""
     config = json.loads((folder / "config.json").read_bytes())
     policy = ((config.get("compression") or {}).get("policy") or {}).get("name", DenseConfig.name)
     texts = modelling_files(policy)

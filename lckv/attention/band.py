@@ -1,11 +1,11 @@
 """Attention to keys with a bias where a query sees its newest w keys without it, for w >= 2.
 
-Keys below the band are one causal problem, w queries shorter. The band itself is cut into chunks of w tokens. A query sees
-its own chunk causally; and of the chunk before the keys that lie behind its own place, which is a causal problem again when
-both chunks are read backwards, one query shorter. With w = 3:
+Keys below the band are one causal problem, w queries shorter. The band itself is cut into chunks of w tokens.
+A query sees its own chunk causally; and of the chunk before the keys that lie behind its own place, which is
+a causal problem again when both chunks are read backwards, one query shorter. With w = 3:
 
-    keys     0 1 2 3 4 5 6 7            query 3, place 0 of its chunk, sees places 1 and 2 of the chunk before, query 4
-    query 0  o                          place 2, query 5 none. Backwards:
+    keys     0 1 2 3 4 5 6 7            query 3, place 0 of its chunk, sees places 1 and 2 of the
+    query 0  o                          chunk before, query 4 place 2, query 5 none. Backwards:
     query 1  o o
     query 2  o o o                          keys     2 1
     query 3  b p p o                        query 4  p
@@ -14,9 +14,9 @@ both chunks are read backwards, one query shorter. With w = 3:
     query 6  b b b b p p o              o: own chunk, p: chunk before, b: below the band, with bias
     query 7  b b b b b p o o
 
-All chunks of a kind are one call, side by side in the batch. Of s^2 / 2 products of a query and a key that plain causal
-attention makes, the kernels make (s - w)^2 / 2 below the band, s w / 2 in own chunks and s w / 2 in chunks before: together
-s^2 / 2 + w^2 / 2.
+All chunks of a kind are one call, side by side in the batch. Of s^2 / 2 products of a query and a key that
+plain causal attention makes, the kernels make (s - w)^2 / 2 below the band, s w / 2 in own chunks and s w / 2
+in chunks before: together s^2 / 2 + w^2 / 2.
 
 Shapes: as in `lckv.attention.biased`; here s are the tokens of a piece, c those of a chunk, n chunks.
 """
@@ -36,7 +36,8 @@ from lckv.attention.unbiased import without_bias
 def attend_with_band(
     query: Tensor, key: Tensor, value: Tensor, scale: float, width: int, pieces: list[Piece], pair: FlashPair
 ) -> Tensor:
-    """[b, h, s, d]; 0 for queries that are in no piece. `width`: w >= 2, newest keys that are seen without bias."""
+    """[b, h, s, d]; 0 for queries that are in no piece. `width`: w >= 2, newest keys that are seen without
+    bias."""
     return _Banded.apply(query, key, value, width, pieces, Biased(pair, scale))
 
 
@@ -161,7 +162,8 @@ def _backward_of_band(
 
 
 class _Band:
-    """Indices of the band: tensors [b, heads, s, ...] as chunks [b, n, heads, c, ...], and what the kernel gets of them."""
+    """Indices of the band: tensors [b, heads, s, ...] as chunks [b, n, heads, c, ...], and what the kernel
+    gets of them."""
 
     def __init__(self, width: int, tokens: int) -> None:
         self._tokens, self._size = tokens, min(width, tokens)
@@ -190,8 +192,8 @@ class _Band:
         return self.to_own(query), self.to_own(key), self.to_own(value)
 
     def before(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the kernel gets for chunks before: queries of the second chunk and later ones, all but their last place;
-        keys and values of all but the last chunk, all but their first place; backwards."""
+        """What the kernel gets for chunks before: queries of the second chunk and later ones, all but their
+        last place; keys and values of all but the last chunk, all but their first place; backwards."""
         return (
             self.to_before(self.second(query)),
             self.to_before(self.first(key)),
@@ -199,11 +201,13 @@ class _Band:
         )
 
     def second(self, chunks: Tensor) -> Tensor:
-        """Places of queries that see keys of the chunk before: [b, n, heads, c, ...] to [b, n - 1, heads, c - 1, ...]."""
+        """Places of queries that see keys of the chunk before: [b, n, heads, c, ...] to [b, n - 1, heads, c -
+        1, ...]."""
         return chunks[:, 1:, :, :-1]
 
     def first(self, chunks: Tensor) -> Tensor:
-        """Places of keys that are seen from the chunk behind: [b, n, heads, c, ...] to [b, n - 1, heads, c - 1, ...]."""
+        """Places of keys that are seen from the chunk behind: [b, n, heads, c, ...] to [b, n - 1, heads, c -
+        1, ...]."""
         return chunks[:, :-1, :, 1:]
 
     def to_own(self, chunks: Tensor) -> Tensor:

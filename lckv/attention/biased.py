@@ -1,10 +1,10 @@
 """Attention to keys with a bias on their score, at the cost of plain causal flash attention.
 
-The last channel of a key is its bias and the last channel of a query the constant that brings it to the score, so any
-flash kernel adds it. But a query sees its newest w keys without bias. So keys are seen in two parts, whose softmaxes are
-joined by their logsumexp (lse): those with bias by the kernel, which is again a causal problem, w queries shorter; those
-without in another way. w is the age from which on keys
-carry their bias; here it is 2:
+The last channel of a key is its bias and the last channel of a query the constant that brings it to the
+score, so any flash kernel adds it. But a query sees its newest w keys without bias. So keys are seen in two
+parts, whose softmaxes are joined by their logsumexp (lse): those with bias by the kernel, which is again a
+causal problem, w queries shorter; those without in another way. w is the age from which on keys carry their
+bias; here it is 2:
 
     keys     0 1 2 3 4 5
     query 0  .                   .: the newest w keys
@@ -14,15 +14,14 @@ carry their bias; here it is 2:
     query 4  b b b . .
     query 5  b b b b . .
 
-Where a query does not see itself, all of it lies one key further left: query t + 1 stands in the place of query t. Each
-part's backward is given the output and the lse of the whole softmax and so returns exactly the gradients through its own
-keys. Nothing of size s x s is made.
+Where a query does not see itself, all of it lies one key further left: query t + 1 stands in the place of
+query t. Each part's backward is given the output and the lse of the whole softmax and so returns exactly the
+gradients through its own keys. Nothing of size s x s is made.
 
 The newest keys: one (w = 1) is a dot product for each query (`frontier.py`), more are a band (`band.py`).
 
-Shapes: b rows, h query heads, g KV heads, s tokens, d channels of a value, e extra channels of queries and keys; query
-[b, h, s, d + e], key [b, g, s, d + e], value [b, g, s, d].
-"""
+Shapes: b rows, h query heads, g KV heads, s tokens, d channels of a value, e extra channels of queries and
+keys; query [b, h, s, d + e], key [b, g, s, d + e], value [b, g, s, d]."""
 
 from collections.abc import Iterator
 
@@ -48,8 +47,8 @@ def attend_biased(
     key_bias: KeyBias,
     pair: FlashPair,
 ) -> Tensor:
-    """Same contract as `reference.attend` with a key bias. Raises UnsupportedError for a window and for dropout, which it
-    does not have."""
+    """Same contract as `reference.attend` with a key bias. Raises UnsupportedError for a window and for
+    dropout, which it does not have."""
     if visibility.window is not None:
         asked = f"a sliding window of {visibility.window} tokens over keys that carry a bias"
         raise UnsupportedError(asked, "remove the window, or choose a KV policy without such keys")

@@ -1,9 +1,9 @@
-"""Attention to keys with a bias where a query sees its newest key, its frontier, without it: key t, or key t - 1 where
-query t does not see itself.
+"""Attention to keys with a bias where a query sees its newest key, its frontier, without it: key t, or key t
+- 1 where query t does not see itself.
 
     keys     0 1 2 3 4
-    query 0  F                 F: the frontier, one dot product for each query, joined to the kernel's softmax by its lse
-    query 1  b F
+    query 0  F                 F: the frontier, one dot product for each query, joined to the kernel's
+    query 1  b F               softmax by its lse
     query 2  b b F             b: the kernel, on queries 1 .. s - 1 and keys 0 .. s - 2
     query 3  b b b F
     query 4  b b b b F
@@ -60,14 +60,14 @@ class _Frontier(torch.autograd.Function):
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, share: Tensor, *, below: Biased
 ) -> Rest:
-    """Fills `output` and, except for query 0, `lse` and `share` [b, h, s], the frontier's part of the softmax. Returns what
-    the pair's backward wants back."""
+    """Fills `output` and, except for query 0, `lse` and `share` [b, h, s], the frontier's part of the
+    softmax. Returns what the pair's backward wants back."""
     grouped(output, key)[:, :, :, 0] = value[:, :, None, 0]
     if query.shape[2] == 1:
         return ()
     partial = below.forward(query[:, :, 1:], key[:, :, :-1], value[:, :, :-1])
     output, lse, share = (tensor[:, :, 1:] for tensor in (output, lse, share))
-    # [b, g, h / g, s - 1, d + e]
+    # Shape [b, g, h / g, s - 1, d + e].
     products = grouped(query[:, :, 1:], key).to(lse.dtype) * key[:, :, None, 1:]
     score = products[..., :-1].sum(-1).flatten(1, 2) * below.scale
     torch.logaddexp(partial.lse, score, out=lse)
@@ -104,9 +104,10 @@ def _backward(
     below_dq, below_dk, below_dv = below.backward(gradient, query, key[:, :, :-1], value[:, :, :-1], whole)
     dk[:, :, :-1] += below_dk
     dv[:, :, :-1] += below_dv
-    # The frontier's terms are added in all channels; then the last one, which it is seen without, gets its own back.
+    # The frontier's terms are added in all channels; then the last one, which it is seen without, gets its
+    # own back.
     bias_gradient = dk[..., -1].clone()
-    # Queries [b, g, h / g, s - 1, ...], keys [b, g, 1, s - 1, ...]
+    # Shapes: queries [b, g, h / g, s - 1, ...], keys [b, g, 1, s - 1, ...].
     gradient, query, output, share = (grouped(tensor, key) for tensor in (gradient, query, output, share))
     value, key = value[:, :, None, 1:], key[:, :, None, 1:]
     dscore = share * (gradient * (value - output)).sum(-1, dtype=share.dtype) * below.scale

@@ -10,8 +10,8 @@ HIDDEN = -5e4
 class KeyBias:
     """Which keys a query sees with their bias.
 
-    The last channel of a key is its bias. The last channel of a query is the constant that brings it to the score.
-    Younger keys are seen without bias, as if their last channel were 0:
+    The last channel of a key is its bias. The last channel of a query is the constant that brings it to the
+    score. Younger keys are seen without bias, as if their last channel were 0:
 
         age 2        keys     0 1 2 3 4
                      query 0  .                 .: seen without bias
@@ -22,12 +22,12 @@ class KeyBias:
     """
 
     age: int = 1
-    """n >= 1: keys n or more places behind the newest one that a query sees carry their bias. (Where a layer hides the
-    query's own place, the newest one is the one before, whose bias nobody can know yet.)"""
+    """n >= 1: keys n or more places behind the newest one that a query sees carry their bias. (Where a layer
+    hides the query's own place, the newest one is the one before, whose bias nobody can know yet.)"""
 
     extra_channels: int = 0
-    """Channels that queries and keys have beyond those of values: 0 where the last channel of a head is free for the
-    bias, else a multiple of 8, which kernels on GPUs ask for. All but the last one are 0."""
+    """Channels that queries and keys have beyond those of values: 0 where the last channel of a head is free
+    for the bias, else a multiple of 8, which kernels on GPUs ask for. All but the last one are 0."""
 
     def __post_init__(self) -> None:
         if self.age < 1:
@@ -36,7 +36,8 @@ class KeyBias:
             )
         if self.extra_channels < 0 or self.extra_channels % 8:
             raise ValueError(
-                f"extra_channels is {self.extra_channels}; it must be 0 or a multiple of 8, which kernels on GPUs ask for."
+                f"extra_channels is {self.extra_channels}; it must be 0 or a multiple of 8, which kernels on "
+                "GPUs ask for."
             )
 
     def first_biased(self, *, exclude_self: bool) -> int:

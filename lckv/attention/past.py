@@ -49,8 +49,8 @@ class NewTokens(NamedTuple):
     """bool [b, s]: those that are not padding; None: all. In each row they lie side by side."""
 
     hides: Tensor | None
-    """bool [b, g, a]: which of the newest a slots of the past, the oldest first, are hidden from queries that are as
-    many places behind them as the key bias says; None: none."""
+    """bool [b, g, a]: which of the newest a slots of the past, the oldest first, are hidden from queries that
+    are as many places behind them as the key bias says; None: none."""
 
 
 def attend_past(
@@ -62,12 +62,11 @@ def attend_past(
     scale: float,
     key_bias: KeyBias | None = None,
 ) -> Tensor:
-    """softmax(scale * query key^T) value over the visible keys, 0 for a query that sees none; query [b, h, s, d + e],
-    result [b, h, s, d] in the dtype of the values.
+    """softmax(scale * query key^T) value over the visible keys, 0 for a query that sees none; query [b, h, s,
+    d + e], result [b, h, s, d] in the dtype of the values.
 
-    `visibility` (without documents) and `key_bias` as in `reference.attend`; the bias of a new key is added to its score
-    as it is, and keys of the past have none. Scores are float32.
-    """
+    `visibility` (without documents) and `key_bias` as in `reference.attend`; the bias of a new key is added
+    to its score as it is, and keys of the past have none. Scores are float32."""
     rows, kv_heads, older, _ = past.key.shape
     size = min(_BLOCK, max(1, _MASK // max(1, rows * kv_heads * (older + new.key.shape[2]))))
     new_key = new.key

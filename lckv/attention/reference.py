@@ -35,10 +35,10 @@ def attend(
 ) -> Tensor:
     """softmax(scale * query key^T) value over the visible keys; 0 for a query that sees none.
 
-    query [b, h, s, d + e], key [b, g, s, d + e] and value [b, g, s, d] with h a multiple of g (query head i reads head
-    i * g // h) and e the extra channels of `key_bias`; result [b, h, s, d]. Scores are float32. `key_bias`: the last channel
-    carries a bias of the key, which counts for queries that are at least `key_bias.first_biased` places behind it.
-    """
+    query [b, h, s, d + e], key [b, g, s, d + e] and value [b, g, s, d] with h a multiple of g (query head i
+    reads head i * g // h) and e the extra channels of `key_bias`; result [b, h, s, d]. Scores are float32.
+    `key_bias`: the last channel carries a bias of the key, which counts for queries that are at least
+    `key_bias.first_biased` places behind it."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     seen = visible(query.shape[2], query.shape[0], visibility, query.device)[:, None]

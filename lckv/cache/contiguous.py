@@ -174,7 +174,9 @@ class _LayerSlots:
 
     def why_not_drop(self, tokens: int) -> str | None:
         if not self._traits.keeps_every_token:
-            return "does not keep every token in a slot of its own, and what was merged or dropped cannot come back"
+            return (
+                "does not keep every token in a slot of its own; what was merged or dropped cannot come back"
+            )
         if self._gone is not None and self._slots is not None and self._window is not None:
             missing = (self._gone > 0) & (self._slots.lengths - tokens < self._window - 1)
             if bool(missing.any()):

@@ -1,11 +1,13 @@
 """What taking in new tokens does to the slots of a cache: the one rule that all caches follow.
 
-Slots are tokens that are kept, in order. Appending writes behind them. A hidden token is dropped once a = `KeyBias.age`
-tokens are behind it. So only the a newest slots can change, and afterwards they are the a newest tokens again:
+Slots are tokens that are kept, in order. Appending writes behind them. A hidden token is dropped once a =
+`KeyBias.age` tokens are behind it. So only the a newest slots can change, and afterwards they are the a
+newest tokens again:
 
     a = 3      slots    0 1 2 3 4 5 6                 4 is hidden; two tokens come
                                 [4 5 6]               the newest a
-                                [5 6 7 8]             written from slot 4 on: 4 is gone, for three tokens are behind it
+                                [5 6 7 8]             written from slot 4 on: 4 is gone, with three
+                                                      tokens behind it
 
     a = 1      slots    0 1 2 3                       3 is merged into the token that comes
                               [3]
@@ -41,7 +43,8 @@ class Edit(NamedTuple):
 
 
 def edit_of(extension: Extension, key_bias: KeyBias | None, counted: Tensor | None, lengths: Tensor) -> Edit:
-    """What `extension` does to heads with `lengths` [b, g] slots. `counted` is bool [b, s]; None: no token is padding."""
+    """What `extension` does to heads with `lengths` [b, g] slots. `counted` is bool [b, s]; None: no token is
+    padding."""
     tokens = len(extension.key)
     kept = _kept_of_new(extension, key_bias, counted)
     if extension.hides is None or key_bias is None:

@@ -96,8 +96,8 @@ class PageTables:
         return self._columns(self.lengths[:, sequences])
 
     def growth(self, sequences: Integers, lengths: Integers) -> Growth:
-        """What it means that `sequences` have `lengths` [l, b, g], longer or shorter than before. What a window has dropped
-        does not come back: see `loses`."""
+        """What it means that `sequences` have `lengths` [l, b, g], longer or shorter than before. What a
+        window has dropped does not come back: see `loses`."""
         old, new = self.owned(sequences), self._columns(lengths)
         taken = Columns(np.maximum(old.stop, new.first), new.stop)
         outrun = Columns(old.first, np.minimum(old.stop, new.first))
@@ -105,7 +105,8 @@ class PageTables:
         return Growth(sequences, lengths, taken, outrun, cut)
 
     def loses(self, sequences: Integers, lengths: Integers) -> NDArray[np.bool_]:
-        """bool [l]: layers of which `sequences` with `lengths` [l, b, g] would have to show what a window has dropped."""
+        """bool [l]: layers of which `sequences` with `lengths` [l, b, g] would have to show what a window has
+        dropped."""
         return (self._columns(lengths).first < self.owned(sequences).first).any((1, 2))
 
     def apply(self, growth: Growth, pool: PagePool) -> None:

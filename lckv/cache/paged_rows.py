@@ -146,8 +146,8 @@ class PagedRows:
                 memory.state[memory.number[layer]].index_copy_(1, self._rows, extension.state)
 
     def drop_newest(self, tokens: int) -> None:
-        """Forget the newest tokens of every row; pages that are empty then are free. Raises ValueError, with nothing
-        forgotten, where that is impossible: what was merged or dropped cannot come back."""
+        """Forget the newest tokens of every row; pages that are empty then are free. Raises ValueError, with
+        nothing forgotten, where that is impossible: what was merged or dropped cannot come back."""
         memory = self._memory
         fewer = np.minimum(memory.tokens[self._sequences], tokens)
         lengths = memory.tables.lengths[:, self._sequences] - fewer[:, None]
@@ -210,8 +210,8 @@ class PagedRows:
     ) -> PagesAttended:
         """Attention of `query` [b, h, d] to the slots.
 
-        Of the a newest slots only the oldest one is so far behind the query that it may be hidden from it, and not even that
-        one where the query does not see itself:
+        Of the a newest slots only the oldest one is so far behind the query that it may be hidden from it,
+        and not even that one where the query does not see itself:
 
             a = 3      slots    0 1 2 3 4 5 6   query
                                 o o o o h n n     Q           o, n: seen; h: not seen if it is hidden
@@ -295,7 +295,8 @@ class PagedRows:
                 for pool, new in ((memory.pool.key, key), (memory.pool.value, value))
             )
         if written is not None or (memory.windowed and len(slots) > 1):
-            # What is not kept, or has slid out of a window within these tokens, goes to page 0, which stays zeros.
+            # What is not kept, or has slid out of a window within these tokens, goes to page 0, which stays
+            # zeros.
             page = page if written is None else page.where(written, 0)
             place = place.where(page > 0, 0)
             key, value = (tensor.masked_fill((page == 0)[..., None], 0) for tensor in (key, value))

@@ -67,8 +67,8 @@ class LCKVCache(Cache):
             self.slots.select_rows(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens (given as a negative number). Raises ValueError where tokens were merged or
-        dropped."""
+        """Forget the newest tokens (given as a negative number). Raises ValueError where tokens were merged
+        or dropped."""
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}."

@@ -83,8 +83,8 @@ class LCKVLlamaAttention(nn.Module):
     def keys_values(
         self, hidden_states: Tensor, tokens: Tokens, query: Tensor | None = None
     ) -> tuple[Extension, Statistics]:
-        """The layer's keys and values from [b, s, hidden]; `query` [s, b, h, d] saves projecting it where the policy reads
-        it. There are no statistics where there is a cache."""
+        """The layer's keys and values from [b, s, hidden]; `query` [s, b, h, d] saves projecting it where the
+        policy reads it. There are no statistics where there is a cache."""
         reads_query = self.policy.traits.reads_query
         if query is None and reads_query:
             query = self._heads("q", hidden_states)
@@ -148,7 +148,8 @@ class LCKVLlamaMLP(nn.Module):
 
 
 _Flat = tuple[Tensor | None, ...]
-"""Hidden states, then the fields of the layer's own `Extension`, then its statistics: what checkpointing can pass on."""
+"""Hidden states, then the fields of the layer's own `Extension`, then its statistics: what checkpointing can
+pass on."""
 
 
 _NO_EXTENSION = (None,) * len(Extension._fields)

@@ -45,8 +45,8 @@ class LCKVOutput(ModelOutput):
     auxiliary_loss: Tensor | None = None
     """float32 []: the KV policy's, mean over rows."""
     statistics: dict[str, Tensor] | None = None
-    """What the KV policy reports, by name: each float32 [layers that compute keys and values, b, g]. None where it reports
-    nothing, and with a cache."""
+    """What the KV policy reports, by name: each float32 [layers that compute keys and values, b, g]. None
+    where it reports nothing, and with a cache."""
     passes: int | None = None
     """Passes that were run over the iterated groups of layers."""
 
@@ -138,7 +138,8 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
             return None
         if self.training and torch.is_grad_enabled():
             raise ValueError(
-                "use_cache is set, or past_key_values given, in training; what is in a cache has no gradient, and a KV policy "
+                "use_cache is set, or past_key_values given, in training; what is in a cache has no "
+                "gradient, and a KV policy "
                 "decides without noise there: leave them out, or call model.eval()."
             )
         return LCKVCache(self.config) if given is None else given
@@ -330,7 +331,8 @@ class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
         ):
             raise ValueError(
                 "assisted decoding forgets the tokens that it rejects, which is impossible with the policy "
-                f"{self.model.policy.name} (compression.policy), since it does not keep every token in a slot of its own: "
+                f"{self.model.policy.name} (compression.policy), since it does not keep every token in a "
+                "slot of its own: "
                 "leave out assistant_model and prompt_lookup_num_tokens."
             )
         given = model_kwargs.get("past_key_values")

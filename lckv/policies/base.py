@@ -1,12 +1,11 @@
 """What a KV policy is: the rule that says what is kept of the keys and values along the sequence.
 
-A policy stands between the projections of a layer and its attention. The layer that computes keys and values asks it
-once per pass; every layer that reads them gets the result as tensors. A policy keeps no tensors: what it needs later it
-returns. What follows from its settings alone is said by `PolicyConfig` (`config.py`).
+A policy stands between the projections of a layer and its attention. The layer that computes keys and values
+asks it once per pass; every layer that reads them gets the result as tensors. A policy keeps no tensors: what
+it needs later it returns. What follows from its settings alone is said by `PolicyConfig` (`config.py`).
 
-Shapes: b batch rows, s tokens, h query heads, g KV heads (those of this rank), d channels of a head, e extra channels
-and a age of the policy's `KeyBias` (0 without one).
-"""
+Shapes: b batch rows, s tokens, h query heads, g KV heads (those of this rank), d channels of a head, e extra
+channels and a age of the policy's `KeyBias` (0 without one)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,8 @@ class KeyValue(NamedTuple):
     """What readers of a layer attend to."""
 
     key: Tensor
-    """[s, b, g, d + e], rotated to absolute positions. Where the policy biases keys, the last channel is the bias."""
+    """[s, b, g, d + e], rotated to absolute positions. Where the policy biases keys, the last channel is the
+    bias."""
 
     value: Tensor
     """[s, b, g, d]."""
@@ -42,8 +42,8 @@ class Statistic:
 
 
 Statistics = tuple[Tensor, ...]
-"""What a layer's policy reports of one micro-batch: a float32 tensor [b, g] for each of `KVPolicy.statistics`, through
-which the auxiliary loss is differentiated."""
+"""What a layer's policy reports of one micro-batch: a float32 tensor [b, g] for each of
+`KVPolicy.statistics`, through which the auxiliary loss is differentiated."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,13 +75,14 @@ class TokenContext:
 class Extension(NamedTuple):
     """What new tokens add to those that an inference cache holds.
 
-    A hidden token is dropped at age a: it is not seen by tokens that come a or more places behind it, and its slot is
-    gone once such a token is in the cache. That says all of a cache's verbs. Appending: nothing is hidden. Replacing the
-    newest (merging): a = 1, and the newest slot is hidden from the token that it was merged into. Eviction: a = 1 or more.
-    """
+    A hidden token is dropped at age a: it is not seen by tokens that come a or more places behind it, and its
+    slot is gone once such a token is in the cache. That says all of a cache's verbs. Appending: nothing is
+    hidden. Replacing the newest (merging): a = 1, and the newest slot is hidden from the token that it was
+    merged into. Eviction: a = 1 or more."""
 
     key: Tensor
-    """[s, b, g, d + e] as in `KeyValue`, of the new tokens; the bias of a hidden one is `HIDDEN`, of others 0."""
+    """[s, b, g, d + e] as in `KeyValue`, of the new tokens; the bias of a hidden one is `HIDDEN`, of others
+    0."""
 
     value: Tensor
     """[s, b, g, d]."""
@@ -90,21 +91,22 @@ class Extension(NamedTuple):
     """bool [a, b, g]: which of the a newest slots of the cache, the oldest first, are hidden. None: none."""
 
     state: Tensor | None = None
-    """What `KVPolicy.extend` needs to know of these tokens when the next ones come: float32 [n, b, g, c], n and c fixed;
-    zeros stand for no tokens. None: nothing."""
+    """What `KVPolicy.extend` needs to know of these tokens when the next ones come: float32 [n, b, g, c], n
+    and c fixed; zeros stand for no tokens. None: nothing."""
 
 
 class ChannelRows(Protocol):
     """The weights (and biases) of a model's projections, seen from the channels that they make."""
 
     def __call__(self, kind: Literal["query", "key", "value"], channel: int) -> Iterator[Tensor]:
-        """Views of the rows that make channel `channel` of the heads of `kind`, on this rank: of every layer and head."""
+        """Views of the rows that make channel `channel` of the heads of `kind`, on this rank: of every layer
+        and head."""
         ...
 
 
 class KVPolicy(ABC):
-    """A KV policy; every sharing map works with every policy. The methods here are those of a policy without randomness,
-    losses and stages; a policy overrides what is different."""
+    """A KV policy; every sharing map works with every policy. The methods here are those of a policy without
+    randomness, losses and stages; a policy overrides what is different."""
 
     statistics: tuple[Statistic, ...] = ()
     """What `keys_values` reports, in this order."""
@@ -130,9 +132,8 @@ class KVPolicy(ABC):
     def draw_noise(self, shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> Tensor | None:
         """Randomness of one layer and micro-batch for `shape` [s, b, all KV heads], one seed per row.
 
-        It depends on nothing but the seeds, so that it is the same in every pass of the plan, in recomputation, after a
-        resume and in every layout. None if the policy is deterministic.
-        """
+        It depends on nothing but the seeds, so that it is the same in every pass of the plan, in
+        recomputation, after a resume and in every layout. None if the policy is deterministic."""
         return None
 
     def query(self, query: Tensor, context: TokenContext) -> Tensor:
@@ -143,26 +144,27 @@ class KVPolicy(ABC):
     def keys_values(
         self, key: Tensor, value: Tensor, query: Tensor | None, context: TokenContext
     ) -> tuple[KeyValue, Statistics]:
-        """Keys and values [s, b, g, d] before RoPE to what readers attend to. `query` [s, b, h, d] before RoPE is given
-        iff the traits say that it is read."""
+        """Keys and values [s, b, g, d] before RoPE to what readers attend to. `query` [s, b, h, d] before
+        RoPE is given iff the traits say that it is read."""
 
     @abstractmethod
     def extend(
         self, state: Tensor | None, key: Tensor, value: Tensor, query: Tensor | None, context: TokenContext
     ) -> Extension:
-        """As `keys_values` in evaluation, for tokens that follow those of a cache. `state` is that of the extension before;
-        None: there are no earlier tokens."""
+        """As `keys_values` in evaluation, for tokens that follow those of a cache. `state` is that of the
+        extension before; None: there are no earlier tokens."""
 
     # In training.
 
     def auxiliary_loss(self, means: Sequence[Tensor], progress: float) -> Tensor | None:
-        """Loss of each row [b] from the mean of each statistic over all layers and KV heads, each [b], or where `per_rank`
-        [b, ranks]; None: no loss."""
+        """Loss of each row [b] from the mean of each statistic over all layers and KV heads, each [b], or
+        where `per_rank` [b, ranks]; None: no loss."""
         return None
 
     def report(self, means: Sequence[Tensor], loss: float, progress: float | None) -> dict[str, float]:
-        """Numbers to log, by name, from the mean of each statistic over rows, each float64 [layers, KV heads], and from the
-        mean `loss` of rows. `progress`: share of training that is done; None: of an evaluation."""
+        """Numbers to log, by name, from the mean of each statistic over rows, each float64 [layers, KV
+        heads], and from the mean `loss` of rows. `progress`: share of training that is done; None: of an
+        evaluation."""
         return {}
 
     def scripted_shift(self, key: Tensor) -> Tensor | None:
@@ -171,11 +173,13 @@ class KVPolicy(ABC):
         return None
 
     def obstacle_in_weights(self, rows: ChannelRows, before: PolicyConfig) -> str | None:
-        """What keeps weights of a model of the policy `before` from going on with this one; None if nothing does."""
+        """What keeps weights of a model of the policy `before` from going on with this one; None if nothing
+        does."""
         return None
 
     def end_stage(self, rows: ChannelRows) -> str | None:
-        """Change weights in place when the stage is over. Returns what was done, for the log; None: nothing was."""
+        """Change weights in place when the stage is over. Returns what was done, for the log; None: nothing
+        was."""
         return None
 
 

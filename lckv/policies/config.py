@@ -1,8 +1,8 @@
 """What the settings of a KV policy tell of it. Neither torch nor Megatron is loaded.
 
-A policy is a folder with two classes: its settings, which know everything that follows from them for a run, a cache, a
-report; and the policy itself (`base.py`), which works on tensors. Nothing outside the folder asks which policy it is.
-"""
+A policy is a folder with two classes: its settings, which know everything that follows from them for a run, a
+cache, a report; and the policy itself (`base.py`), which works on tensors. Nothing outside the folder asks
+which policy it is."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -21,8 +21,8 @@ class Traits:
     """What a policy does to attention and caches, and what it can live with."""
 
     key_bias: KeyBias | None = None
-    """Set where keys carry a bias. In evaluation it is 0 or `HIDDEN`: a hidden key is dropped from caches at the age at
-    which it would carry its bias."""
+    """Set where keys carry a bias. In evaluation it is 0 or `HIDDEN`: a hidden key is dropped from caches at
+    the age at which it would carry its bias."""
 
     merges: bool = False
     """Whether a key that is dropped lives on in the one that comes after it."""
@@ -41,7 +41,8 @@ class Traits:
 
     @property
     def keeps_every_token(self) -> bool:
-        """Whether every token has a slot of its own for good, so that the newest tokens can be forgotten again."""
+        """Whether every token has a slot of its own for good, so that the newest tokens can be forgotten
+        again."""
         return self.key_bias is None
 
     @property
@@ -51,7 +52,8 @@ class Traits:
 
 
 class PolicyConfig:
-    """Settings of a KV policy: the base of a frozen dataclass whose field `name` is a `Literal` with one value.
+    """Settings of a KV policy: the base of a frozen dataclass whose field `name` is a `Literal` with one
+    value.
 
     The methods here are those of a policy that keeps every token and has no stages.
     """
@@ -82,11 +84,13 @@ class PolicyConfig:
     # How training goes from one policy or stage to another. An obstacle is a sentence with the way out.
 
     def obstacle_to_leaving(self, after: "PolicyConfig") -> str | None:
-        """What keeps a model that was trained with this policy from going on with `after`; None if nothing does."""
+        """What keeps a model that was trained with this policy from going on with `after`; None if nothing
+        does."""
         return None
 
     def obstacle_to_converting(self, before: "PolicyConfig") -> str | None:
-        """What keeps a model of the policy `before` from getting this policy without training; None if nothing does."""
+        """What keeps a model of the policy `before` from getting this policy without training; None if
+        nothing does."""
         return None
 
     # What a cache takes.
@@ -121,7 +125,9 @@ class PolicyConfig:
 
     @classmethod
     def from_megatron_arguments(cls, arguments: Mapping[str, Any]) -> "PolicyConfig | None":
-        """The settings in the arguments of a run of Megatron's older training program, among them `params_dtype`, the
-        name of the weights' dtype; None where the run did not use this policy. Raises SettingError, with the names of
-        arguments, where they cannot be understood."""
+        """The settings in the arguments of a run of Megatron's older training program, among them `params_dtype`,
+        the name of the weights' dtype; None where the run did not use this policy.
+
+        Raises SettingError, with the names of arguments, where they cannot be understood.
+        """
         return None

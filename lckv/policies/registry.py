@@ -1,9 +1,10 @@
-"""The KV policies that there are: folders beside this file, and packages that the environment or installed projects name.
+"""The KV policies that there are: folders beside this file, and packages that the environment or installed
+projects name.
 
-A policy is a package with a module `config` that has one dataclass derived from `PolicyConfig`; or a lone module that has
-one, which then loads torch for its other half wherever settings are read. The variable LCKV_POLICIES names more of them
-("mine.forgetful,other.policy"); installed projects name theirs as entry points of the group `lckv.policies`.
-"""
+A policy is a package with a module `config` that has one dataclass derived from `PolicyConfig`; or a lone
+module that has one, which then loads torch for its other half wherever settings are read. The variable
+LCKV_POLICIES names more of them ("mine.forgetful,other.policy"); installed projects name theirs as entry
+points of the group `lckv.policies`."""
 
 import importlib
 import importlib.metadata
@@ -30,7 +31,10 @@ def config_class(name: object) -> type[PolicyConfig]:
     """The dataclass of the settings of the policy `name`. Raises SettingError where there is none."""
     known = config_classes()
     if not isinstance(name, str) or name not in known:
-        obstacle = f"the KV policies are {', '.join(known)} (more can be named in the environment variable {VARIABLE}, as packages)"
+        obstacle = (
+            f"the KV policies are {', '.join(known)} (more can be named in the environment variable "
+            f"{VARIABLE}, as packages)"
+        )
         raise SettingError([Problem("name", repr(name), obstacle)])
     return known[name]
 
@@ -43,7 +47,8 @@ def _config_classes(named: str) -> Mapping[str, type[PolicyConfig]]:
         other = classes.setdefault(kind.name, kind)
         if other is not kind:
             raise ValueError(
-                f"{other.__module__} and {kind.__module__} both define the KV policy {kind.name!r}; rename one."
+                f"{other.__module__} and {kind.__module__} both define the KV policy {kind.name!r}; rename "
+                "one."
             )
     return MappingProxyType(classes)
 
@@ -64,7 +69,8 @@ def _config_of(package: str) -> type[PolicyConfig]:
         module = importlib.import_module(f"{package}.config") if hasattr(whole, "__path__") else whole
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"{package} is no KV policy: {error}. {VARIABLE} and entry points of {GROUP} name packages with a module config, "
+            f"{package} is no KV policy: {error}. {VARIABLE} and entry points of {GROUP} name packages with "
+            "a module config, "
             "or modules."
         ) from error
     kinds = [

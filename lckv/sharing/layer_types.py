@@ -62,21 +62,24 @@ class LayerTypes:
             if match is None:
                 raise _misfit(
                     text,
-                    f"{place} is {repr(entry) if entry else 'empty'}: an entry is the index of the layer to read from, with "
+                    f"{place} is {repr(entry) if entry else 'empty'}: an entry is the index of the layer to "
+                    "read from, with "
                     'an optional "s" for a sliding window, and entries are joined by "_"',
                 )
             source = int(match[1])
             if source >= num_layers:
                 raise _misfit(
                     text,
-                    f"{place} reads layer {source}, but the model has {num_layers} layers, 0 to {num_layers - 1}",
+                    f"{place} reads layer {source}, but the model has {num_layers} layers, 0 to "
+                    f"{num_layers - 1}",
                 )
             layers.append(LayerType(index, source, bool(match[2])))
             column += len(entry) + 1
         if len(layers) != num_layers:
             raise _misfit(
                 text,
-                f"it has {len(layers)} entries but the model has {num_layers} layers: give one entry per layer",
+                f"it has {len(layers)} entries but the model has {num_layers} layers: give one entry per "
+                "layer",
             )
         return cls(tuple(layers))
 

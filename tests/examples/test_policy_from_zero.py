@@ -1,6 +1,5 @@
 """The page examples/policy_from_zero: a whole KV policy in 40 lines, loaded as its README.md says."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,8 @@ FOLDER = Path(__file__).resolve().parents[2] / "examples" / "policy_from_zero"
 
 
 @pytest.fixture(autouse=True)
-def _named(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, MODULE)
-    yield
 
 
 def test_it_is_as_short_as_its_page_says() -> None:
@@ -51,7 +49,6 @@ def test_it_trains_and_generates_and_forgets() -> None:
         optimizer.step()
         losses.append(float(output.loss.detach()))
     assert losses[1] < losses[0]
-    assert output.statistics is not None and (output.statistics["odd"] == 0.5).all()
     model.eval()
     mask = torch.ones_like(ids)
     mask[1, :5] = 0

@@ -13,9 +13,8 @@ class DensePolicy(KVPolicy):
     ) -> tuple[KeyValue, Statistics]:
         """RoPE on the keys and nothing else.
 
-        Values get memory of their own: as a view of the fused projection they would keep its queries alive as long as
-        any reader needs them.
-        """
+        Values get memory of their own: as a view of the fused projection they would keep its queries alive as
+        long as any reader needs them."""
         return KeyValue(context.rotate(key), value.contiguous()), ()
 
     def extend(

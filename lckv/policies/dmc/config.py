@@ -1,9 +1,9 @@
 """Settings of the DMC policy."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from lckv.attention.key_bias import KeyBias
 from lckv.errors import Problem
@@ -18,8 +18,8 @@ _MERGING = ("retrofit", "finetune")
 
 @dataclass(frozen=True)
 class DMCConfig(PolicyConfig):
-    """Merge tokens: each KV head decides for every token whether it opens a slot or is merged into the last one
-    (Dynamic Memory Compression, Nawrot et al. 2024)."""
+    """Merge tokens: each KV head decides for every token whether it opens a slot or is merged into the last
+    one (Dynamic Memory Compression, Nawrot et al. 2024)."""
 
     name: Literal["dmc"] = "dmc"
     """Name of the KV policy."""
@@ -80,7 +80,8 @@ class DMCConfig(PolicyConfig):
             yield Problem("target_compression_ratio", self.target_compression_ratio, obstacle)
         if not 0 < self.initial_decision_bias < math.inf:
             obstacle = (
-                "it must be greater than 0, or every token would be merged from the start, all into the first one. The "
+                "it must be greater than 0, or every token would be merged from the start, all into the "
+                "first one. The "
                 "published value is 5"
             )
             yield Problem("initial_decision_bias", self.initial_decision_bias, obstacle)
@@ -100,7 +101,8 @@ class DMCConfig(PolicyConfig):
         if not self.decides or (isinstance(after, DMCConfig) and after.decides):
             return None
         return (
-            "its decision channel now decides what is merged. Choose the policy dmc with stage retrofit or finetune, or load "
+            "its decision channel now decides what is merged. Choose the policy dmc with stage retrofit or "
+            "finetune, or load "
             "an earlier checkpoint"
         )
 
@@ -109,7 +111,8 @@ class DMCConfig(PolicyConfig):
         if not self.decides or isinstance(before, DMCConfig):
             return None
         return (
-            f"stage is {self.stage}, but the model knows no merging: its decision channel is in use, so decisions would be "
+            f"stage is {self.stage}, but the model knows no merging: its decision channel is in use, so "
+            "decisions would be "
             "arbitrary. Set the stage to zero_out and train that stage first"
         )
 
@@ -133,16 +136,20 @@ class DMCConfig(PolicyConfig):
     def card(self) -> str:
         """See `PolicyConfig`."""
         return (
-            f"Dynamic Memory Compression, stage {self.stage}, trained towards {self.target_compression_ratio:g} tokens per "
-            "slot. Each KV head decides for every token whether it opens a slot or is merged into the last one."
+            f"Dynamic Memory Compression, stage {self.stage}, trained towards "
+            f"{self.target_compression_ratio:g} tokens per "
+            "slot. Each KV head decides for every token whether it opens a slot or is merged into the last "
+            "one."
         )
 
     @property
     def references(self) -> tuple[str, ...]:
         """See `PolicyConfig`."""
         return (
-            "DMC: Nawrot, Łańcucki, Chochowski, Tarjan, Ponti. *Dynamic Memory Compression: Retrofitting LLMs for "
-            "Accelerated Inference.* ICML 2024, arXiv:2403.09636",
+            (
+                "DMC: Nawrot, Łańcucki, Chochowski, Tarjan, Ponti. *Dynamic Memory Compression: Retrofitting "
+                "LLMs for Accelerated Inference.* ICML 2024, arXiv:2403.09636"
+            ),
         )
 
     @classmethod

@@ -105,7 +105,8 @@ class DMCPolicy(KVPolicy):
         return loss if loss.dim() == 1 else loss.mean(1)
 
     def report(self, means: Sequence[Tensor], loss: float, progress: float | None) -> dict[str, float]:
-        """The loss, and the compression ratios asked for and reached, in tokens per slot over all layers and heads."""
+        """The loss, and the compression ratios asked for and reached, in tokens per slot over all layers and
+        heads."""
         if not self.config.decides:
             return {}
         reached = {"compression_ratio": schedule.ratio_of_rate(means[0].mean().item())}
@@ -130,15 +131,17 @@ class DMCPolicy(KVPolicy):
         if largest == 0:
             return None
         return (
-            f"stage is {self.config.stage}, but the loaded weights use the decision channel (the last one of queries and "
-            f"keys; its largest weight is {largest:.3g}), so decisions would be arbitrary. Run stage zero_out first, to "
+            f"stage is {self.config.stage}, but the loaded weights use the decision channel (the last one of "
+            "queries and "
+            f"keys; its largest weight is {largest:.3g}), so decisions would be arbitrary. Run stage "
+            "zero_out first, to "
             "its end, and load what it saves"
         )
 
     @torch.no_grad()
     def end_stage(self, rows: ChannelRows) -> str | None:
-        """The end of stage zero_out: weights (and biases) of the last channel of every query and key head become 0, which
-        by then changes no output."""
+        """The end of stage zero_out: weights (and biases) of the last channel of every query and key head
+        become 0, which by then changes no output."""
         if self.config.decides:
             return None
         for row in _decision_rows(rows):

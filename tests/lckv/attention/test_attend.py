@@ -163,6 +163,6 @@ class TestChoice:
 
     def test_unknown_name(self) -> None:
         with pytest.raises(
-            UnsupportedError, match="'fused' cannot be .* the backends are auto, sdpa, flash, reference"
+            UnsupportedError, match=r"'fused' cannot be .* the backends are auto, sdpa, flash, reference"
         ):
             choose("fused", device=self.cpu, dtype=torch.float32, head_dim=64)

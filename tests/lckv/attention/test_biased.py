@@ -1,4 +1,5 @@
-"""Attention to keys with a bias: its parts against the whole score matrix, for every age and on every pair of kernels."""
+"""Attention to keys with a bias: its parts against the whole score matrix, for every age and on every pair of
+kernels."""
 
 import inspect
 import itertools
@@ -76,8 +77,8 @@ BACKENDS = {"sdpa": sdpa.attend, "flash": partial(flash.attend, kernel=PACKAGE)}
 def tensors(
     rows, kv_heads, group, length, channels=8, dtype=torch.float64, biases=(-9.0, 0.0, HIDDEN), extra=0
 ):
-    """Query, key [b, heads, s, d + e], value [b, heads, s, d], laid out [s, b, heads, ...] as in the model, with bias
-    channels; the scale is 1 / sqrt(d)."""
+    """Query, key [b, heads, s, d + e], value [b, heads, s, d], laid out [s, b, heads, ...] as in the model,
+    with bias channels; the scale is 1 / sqrt(d)."""
     generator = torch.Generator().manual_seed(length + 100 * group)
     heads = (kv_heads * group, kv_heads, kv_heads)
     query, key, value = (
@@ -206,7 +207,7 @@ def test_windows_and_dropout_are_refused():
     inputs = tensors(1, 1, 1, 4)
     for attend in BACKENDS.values():
         with pytest.raises(
-            UnsupportedError, match="a sliding window of 3 tokens over keys .* cannot be used: rem"
+            UnsupportedError, match=r"a sliding window of 3 tokens over keys .* cannot be used: rem"
         ):
             attend(*inputs, Visibility(window=3), scale=1.0, key_bias=FRONTIER)
         with pytest.raises(UnsupportedError, match=r"dropout of 0.1 in .* cannot be used: it must be 0"):
@@ -234,7 +235,7 @@ def test_the_pair_for_each_device_and_dtype():
         lambda: FlashAttnPair(FlashAttnStandIn()).forward(odd, odd, odd, 1.0),
     ):
         with pytest.raises(
-            UnsupportedError, match="heads of 12 channels .* on GPUs .* must be a multiple of 8"
+            UnsupportedError, match=r"heads of 12 channels .* on GPUs .* must be a multiple of 8"
         ):
             refuse()
     with pytest.raises(

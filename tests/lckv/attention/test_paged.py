@@ -30,9 +30,9 @@ constants = {"HAS_FIRST": True, "CHUNK": 256, "SLOTS": 64, "GROUP": 16, "CHANNEL
 for name in ("_attend_chunk", "_merge"):
     kernel = getattr(paged, name)
     types = {
-        argument: "constexpr" if argument in constants else "*bf16" if argument in FEATURES else "*fp32" if argument in NUMBERS
-        else "*i64" if argument in INDICES else "*i32" if argument == "table" else "fp32" if argument == "scale" else "i32"
-        for argument in kernel.arg_names
+        argument: "constexpr" if argument in constants else "*bf16" if argument in FEATURES else "*fp32" if
+        argument in NUMBERS else "*i64" if argument in INDICES else "*i32" if argument == "table" else "fp32"
+        if argument == "scale" else "i32" for argument in kernel.arg_names
     }
     values = {(place,): constants[name] for place, name in enumerate(kernel.arg_names) if name in constants}
     source = triton.compiler.ASTSource(kernel, types, constexprs=values)

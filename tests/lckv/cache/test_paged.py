@@ -317,6 +317,32 @@ def test_bytes_are_those_of_pages_and_sequences() -> None:
             assert small.pages_in_use == 2 * 2 * 8  # layers, heads, pages of 4 for 30 tokens
 
 
+@pytest.mark.parametrize("name", ["CLA", "YOCO"])
+def test_the_newest_tokens_can_be_forgotten_and_their_pages_are_free(name: str) -> None:
+    built, tokens = model(name), text(40)
+    cache, other = paged_cache(built), paged_cache(built)
+    sequences = [cache.open(), cache.open()]
+    view, expected = cache.rows(sequences), parallel_logits(built, tokens)
+    logits(built, [tokens[:23], tokens[:15]], view)
+    view.drop_newest(1)
+    for row, count in zip(sequences, (22, 14), strict=True):
+        logits(built, [tokens[:count]], other.rows([other.open()]))
+        assert torch.equal(cache.lengths(row, 0), other.lengths(row, 0))
+    assert cache.pages_in_use == other.pages_in_use == len(owned_pages(cache))
+    assert cache.rows(sequences).seen.tolist() == [22, 14]
+    close(logits(built, [tokens[22:]], cache.rows([0])), expected[22:])
+    close([logits(built, [tokens[14:]], cache.rows([1]))[0]], expected[14:])
+    if name == "CLA":
+        cache.rows([1]).drop_newest(1000)
+        assert cache.rows([1]).empty and cache.lengths(1, 0).tolist() == [0, 0]
+        close(logits(built, [tokens], cache.rows([1])), expected)
+    else:
+        before = everything(cache)
+        with pytest.raises(ValueError, match=r"newest 9 tokens cannot be forgotten: layer 0 has a window"):
+            cache.rows([1]).drop_newest(9)
+        assert all(torch.equal(one, two) for one, two in zip(before, everything(cache), strict=True))
+
+
 def test_pages_needed() -> None:
     for policy in ("dense", "dmc"):
         built = model("CLA", policy)

@@ -156,7 +156,7 @@ def test_what_is_refused() -> None:
     }
     with pytest.raises(
         ValueError,
-        match="the KV policy is dmc; streaming with attention sinks drops single tokens, which needs a policy that keeps",
+        match="the KV policy is dmc; streaming with attention sinks drops single tokens, which needs a",
     ):
         StreamingCache([0], DMCPolicy(DMCConfig(stage="finetune")), {}, **settings, window=16)
     for wrong, least in (({"window": 0}, 1), ({"sinks": -1, "window": 4}, 0), ({"rows": 0, "window": 4}, 1)):

@@ -70,7 +70,8 @@ def config(policy: str, name: str, **fields: Any) -> LCKVLlamaConfig:
 
 
 def fresh_model(policy: str, name: str, **fields: Any) -> LCKVLlamaForCausalLM:
-    """In evaluation; always the same weights. A policy that decides in the last channel of keys has no close decisions."""
+    """In evaluation; always the same weights. A policy that decides in the last channel of keys has no close
+    decisions."""
     torch.manual_seed(0)
     built = LCKVLlamaForCausalLM(config(policy, name, **fields))
     with torch.no_grad():

@@ -119,7 +119,8 @@ def test_statistics_are_those_announced(policy: str) -> None:
 
 @every_case
 def test_engines_answer_as_generate_does(policy: str, name: str) -> None:
-    """In one piece, in chunks, token by token, and with so few pages that requests give theirs to one another."""
+    """In one piece, in chunks, token by token, and with so few pages that requests give theirs to one
+    another."""
     built, prompts = model(policy, name), [text(length, length) for length in (7, 3, 9)]
     params = replace(GREEDY, max_new_tokens=8)
     expected = [
@@ -205,7 +206,7 @@ def test_what_needs_every_token_is_refused_where_not_every_token_is_kept(policy:
     view = paged.rows([paged.open()])
     logits(built, [text(10)], view)
     with pytest.raises(
-        ValueError, match="newest 2 tokens cannot be forgotten: the KV policy .* does not keep"
+        ValueError, match=r"newest 2 tokens cannot be forgotten: the KV policy .* does not keep"
     ):
         view.drop_newest(2)
     with pytest.raises(ValueError, match=r"assisted decoding .* with the policy"):
@@ -256,7 +257,8 @@ def test_extending_says_what_the_whole_says(policy: str, split: int) -> None:
 
 @every_policy
 def test_a_hidden_token_of_a_batch_goes_when_its_own_row_is_that_far(policy: str) -> None:
-    """Rows get different numbers of tokens at a time, some none, and their slots are those of the row alone."""
+    """Rows get different numbers of tokens at a time, some none, and their slots are those of the row
+    alone."""
     built, texts = model(policy, "plain"), [text(20, 1), text(20, 2)]
     paged, alone = paged_cache(built), paged_cache(built)
     sequences = [paged.open(), paged.open()]

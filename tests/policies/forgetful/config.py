@@ -1,4 +1,5 @@
-"""Settings of a KV policy that exists only here: whatever it needs of the product must be there for any policy."""
+"""Settings of a KV policy that exists only here: whatever it needs of the product must be there for any
+policy."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
