@@ -4,8 +4,8 @@
         --picture docs/images/inference.png
     python -m tools.benchmarks.inference --models out/plain out/lckv out/dmc --text held_out.txt \\
         --lengths 128 256 --context 256
-    python -m tools.benchmarks.inference --random plain lckv dmc8=plain,dmc=8 --layers 32 --hidden-size 4096 \\
-        --heads 32 --kv-heads 8
+    python -m tools.benchmarks.inference --random plain lckv dmc8=plain,dmc=8 --layers 32 \\
+        --hidden-size 4096 --heads 32 --kv-heads 8
 
 Models are Hugging Face folders, or have random weights: a map as in compression.layer_types, or the name of a
 layout of lckv_megatron/layouts.py, and dmc=CR where CR tokens shall be merged into a slot. Ratios are to the
