@@ -1,5 +1,6 @@
 """lckv-megatron: one list of programs, one line each, and only the chosen one is imported."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,7 @@ def test_each_program_has_a_line_and_a_page(name: str, capsys: pytest.CaptureFix
     assert ended.value.code == 0
     text = capsys.readouterr().out
     assert f"usage: lckv-megatron {name} " in text
-    assert f"lckv-megatron {name} " in text.partition("\n\n")[2], "an example"
+    assert re.search(rf"lckv[-_]megatron {name} ", text.partition("\n\n")[2]), "an example"
     assert "tools/" not in text
     assert "tools." not in text
 
@@ -108,3 +109,23 @@ def test_every_way_to_call_a_program(command: list[str]) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "KV bytes per token" in result.stdout
+
+
+def _texts(ending: str) -> list[str]:
+    """The files of this kind in which a user reads commands."""
+    folders = [ROOT / name for name in ("docs", "examples", "lckv", "megatron_ext", "checkpoints_conversion")]
+    paths = [*ROOT.glob(f"*.{ending}"), *(path for folder in folders for path in folder.rglob(f"*.{ending}"))]
+    return [path.read_text(encoding="utf-8") for path in paths]
+
+
+def test_commands_of_pages_and_scripts_exist() -> None:
+    command = re.compile(r"(?:lckv-megatron|-m lckv_megatron) ([a-z][a-z-]+)")
+    named = {name for ending in ("md", "sh") for text in _texts(ending) for name in command.findall(text)}
+    assert {"generate", "plan", "dump-logits"} <= named
+    assert named <= set(program_names())
+
+
+@pytest.mark.parametrize("ending", ["md", "sh", "py"])
+def test_nobody_is_sent_to_the_scripts(ending: str) -> None:
+    script = re.compile(r"tools/[a-z_]+\.py|-m tools\.(?!benchmarks)")
+    assert [found for text in _texts(ending) for found in script.findall(text)] == []

@@ -1,9 +1,9 @@
 """Settings of the DMC policy."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lckv.attention.key_bias import KeyBias
 from lckv.errors import Problem
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from lckv.policies.base import KVPolicy
 
 STAGES = ("zero_out", "retrofit", "finetune")
-_MERGING = ("retrofit", "finetune")
 
 
 @dataclass(frozen=True)
