@@ -77,9 +77,9 @@ def test_no_record(tmp_path: Path) -> None:
 
 def test_the_format_of_an_earlier_version_is_kept_as_text(tmp_path: Path) -> None:
     source = {"format": "published-dmc", "path": "x", "files": {}}
-    (tmp_path / MANIFEST_NAME).write_text(_content(source=source))
-    manifest = read_manifest(tmp_path)
-    assert manifest is not None and manifest.to_json()["source"] == source
+    (tmp_path / RECORD_NAME).write_text(_content(source=source))
+    record = read_record(tmp_path)
+    assert record is not None and record.to_json()["source"] == source
 
 
 def _content(**changed: Any) -> str:

@@ -171,12 +171,10 @@ def test_an_error_leaves_no_reading_processes() -> None:
 
 def processes_behind_an_error(run: RunConfig) -> int:
     before = set(multiprocessing.active_children())
-    try:
+    with pytest.raises(NonFiniteLossError) as caught:
         train(run)
-    except NonFiniteLossError as error:  # whose traceback lives, as that of an error that ends a program does
-        assert error.__traceback__ is not None
-        return len(set(multiprocessing.active_children()) - before)
-    raise AssertionError("the run did not fail")
+    assert caught.value.__traceback__ is not None  # alive, as that of an error that ends a program is
+    return len(set(multiprocessing.active_children()) - before)
 
 
 def test_it_may_be_told_to_go_on() -> None:
