@@ -323,7 +323,7 @@ def test_published_lckv_windows() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layer_types": "0_1"}, "config.json: compression.layer_types '0_1' has 2 entries"),
+        ({"layer_types": "0_1"}, "config.json: compression.layer_types is '0_1'; it has 2 entries"),
         ({"layer_types": ["full_attention"] * 22}, "config.json: layer_types is ['full_attention'"),
         ({"backward_passes": 0}, "compression.backward_passes is 0; it must be at least 1"),
         (dict.fromkeys(PUBLISHED_FIELDS) | {"compression": {"windows": 3}}, "compression.windows is unknown"),

@@ -25,17 +25,17 @@ def test_maps_mean_what_the_official_code_says(entry: dict) -> None:
 
 @pytest.mark.parametrize("entry", RECORDED["invalid"], ids=lambda entry: repr(entry["layer_types"]))
 def test_what_the_official_code_rejects_is_rejected(entry: dict) -> None:
-    with pytest.raises(ValueError, match=r"compression\.layer_types"):
+    with pytest.raises(ValueError, match=r"^layer_types is"):
         LayerTypes.parse(entry["layer_types"], entry["num_hidden_layers"])
 
 
 @pytest.mark.parametrize(
     ("text", "num_layers", "said"),
     [
-        ("0_1t_2", 3, r"entry 1 \(character 3\) is '1t'; an entry is the index of the layer"),
+        ("0_1t_2", 3, r"entry 1 \(character 3\) is '1t': an entry is the index of the layer"),
         ("0_1_", 3, r"entry 2 \(character 5\) is empty"),
-        ("0_1_5", 3, r"entry 2 \(character 5\) reads layer 5, but the model has layers 0 to 2"),
-        ("0_1_2_3", 5, r"has 4 entries but model\.num_layers is 5"),
+        ("0_1_5", 3, r"entry 2 \(character 5\) reads layer 5, but the model has 3 layers, 0 to 2"),
+        ("0_1_2_3", 5, "has 4 entries but the model has 5 layers"),
         ("0_-1", 2, r"entry 1 \(character 3\) is '-1'"),
     ],
 )
