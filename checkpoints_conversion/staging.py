@@ -1,8 +1,9 @@
 """The folder that a conversion writes: under another name beside its place until it is whole and proven, then
 moved there.
 
-ckpt/.llama2.converting/        being written; a conversion that fails or is stopped removes it, the next one after a crash does
-ckpt/llama2/                    there in full, or not at all
+ckpt/.llama2.converting/  being written; a conversion that fails or is stopped removes it, after a crash the
+                          next one does
+ckpt/llama2/              there in full, or not at all
 """
 
 import fcntl
@@ -36,8 +37,8 @@ def check_free(target: Path) -> None:
 
 @contextmanager
 def staged(target: Path, needed_bytes: int = 0) -> Iterator[Path]:
-    """A new folder to write some `needed_bytes` of weights into, which is moved to `target` at the end. After an
-    exception, whichever, it is removed.
+    """A new folder to write some `needed_bytes` of weights into, which is moved to `target` at the end. After
+    an exception, whichever, it is removed.
 
     Raises ConversionError where `target` is taken, another conversion is writing it, there is no space, or
     writing fails.

@@ -70,8 +70,8 @@ class Family:
     def read_config(
         self, config: Mapping[str, Any], dtype: torch.dtype | None = None, where: object = "config.json"
     ) -> Decoder:
-        """What the config in the file `where` says. `dtype` is that of the weights where it is known (default:
-        what the config says, or float32).
+        """What the config in the file `where` says. `dtype` is that of the weights where it is known
+        (default: what the config says, or float32).
 
         Raises ModelError that names every field that is unknown or has a value without meaning here.
         """
@@ -84,8 +84,7 @@ class Family:
             if values["head_dim"] is None:
                 values["head_dim"] = default_head_dim(values["hidden_size"], values["num_attention_heads"])
             compression = self.compression.read(config, layers)
-            stated = config.get("dtype") or config.get("torch_dtype") or "float32"
-            dtype = dtype or dtype_of(stated, "dtype")
+            stated = dtype_of(config.get("dtype") or config.get("torch_dtype") or "float32", "dtype")
         except ModelError as error:
             _raise(str(error).splitlines(), where)
             raise
@@ -97,7 +96,7 @@ class Family:
             rope_scaling=scaling,
             compression=compression,
             token_ids={name: config.get(name, self.token_ids[name]) for name in TOKEN_IDS},
-            dtype=dtype,
+            dtype=dtype or stated,
         )
         _raise(decoder.problems(), where)
         return decoder
@@ -115,7 +114,8 @@ class Family:
             yield from token_problems(name, config.get(name))
         old_names = (field.old_name for field in self.fields.values())
         known = {
-            *self.fields, *self.fixed, *self.ignored, *self.compression.names, *rope.FIELDS, *_IDENTITY, *old_names
+            *self.fields, *self.fixed, *self.ignored, *self.compression.names, *rope.FIELDS, *_IDENTITY,
+            *old_names,
         }  # fmt: skip
         for name, value in config.items():
             if name not in known and not is_harmless(name, value, self.stock_type):

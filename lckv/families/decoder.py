@@ -14,15 +14,15 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TokenIds = dict[str, int | list[int] | None]
 """Special tokens, by the names of `TOKEN_IDS`."""
 _SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "max_position_embeddings",
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings",
 )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """RMSNorm, SwiGLU, rotary positions, grouped-query attention, and what makes the KV cache small. Names are
-    those of Hugging Face's configs."""
+    """RMSNorm, SwiGLU, rotary positions, grouped-query attention, and what makes the KV cache small. Names
+    are those of Hugging Face's configs."""
 
     family: str = "lckv-llama"
     """Name of the model family (`registry.py`) from whose config it was read."""

@@ -151,5 +151,5 @@ IGNORED = {
     "label2id": "of classifiers",
     "num_labels": "of classifiers",
 }
-"""Fields that have no bearing on weights and outputs, with the reason. Those of transformers' base config that
-its newest version still has are harmless too (`harmless.py`)."""
+"""Fields that have no bearing on weights and outputs, with the reason. Those of transformers' base config
+that its newest version still has are harmless too (`harmless.py`)."""

@@ -2,15 +2,15 @@
 
 Their maps are texts such as 0_1_1_2_0, one number per layer, with other meanings than those of this project.
 
-opt-llama: 0 reads its own keys and values, 1 those of the target layer, 2 is the target layer itself. No layer
-sees the query's own position, neither in training nor in decoding, those of kind 0 included: force_nodiag. Of
-the passes over the layers, m go without gradient and b with; a config gives num_encoders = m + b - 1 and
-num_trained_encoders = b - 1. (After the last pass the published code lets the target layer and kind 1 above it
-read the keys and values of the pass before, this project those of the last one. Once the passes have converged,
-and in decoding token by token, the two are the same.)
+opt-llama: 0 reads its own keys and values, 1 those of the target layer, 2 is the target layer itself. No
+layer sees the query's own position, neither in training nor in decoding, those of kind 0 included:
+force_nodiag. Of the passes over the layers, m go without gradient and b with; a config gives num_encoders =
+m + b - 1 and num_trained_encoders = b - 1. (After the last pass the published code lets the target layer, and
+kind 1 above it, read the keys and values of the pass before; this project lets them read those of the last
+one. Once the passes have converged, and in decoding token by token, the two are the same.)
 
-cla-llama: 0 and 2 read their own, 1 those of the nearest layer below that has its own. All see the query's own
-position. Nothing is iterated.
+cla-llama: 0 and 2 read their own, 1 those of the nearest layer below that has its own. All see the query's
+own position. Nothing is iterated.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,14 +34,14 @@ def _kinds(config: Mapping[str, Any], num_layers: int) -> list[str]:
     kinds = [_OWN] * num_layers if text is None else text.split("_") if isinstance(text, str) else []
     if len(kinds) != num_layers or not {_OWN, _SHARED, _TARGET}.issuperset(kinds):
         raise ModelError(
-            f"layer_types is {text!r}; it must be null or {num_layers} times 0, 1 or 2 joined by '_', one per "
-            "layer."
+            f"layer_types is {text!r}; it must be null or {num_layers} times 0, 1 or 2 joined by '_', one "
+            "per layer."
         )
     return kinds
 
 
 def _number(config: Mapping[str, Any], name: str, default: int, least: int | None = 0) -> int:
-    value = config.get(name)
+    value: Any = config.get(name)
     if value is None:
         return default
     if not is_of_kind(value, int) or (least is not None and value < least):

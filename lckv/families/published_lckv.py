@@ -1,5 +1,5 @@
-"""How the published LCKV models (Wu and Tu, ACL 2024) say which keys and values a layer reads: in fields beside
-those of Llama, the map as a text under the key layer_types."""
+"""How the published LCKV models (Wu and Tu, ACL 2024) say which keys and values a layer reads: in fields
+beside those of Llama, the map as a text under the key layer_types."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,7 @@
 """Models and tokenizers from Hugging Face folders, of every family that `lckv.families` declares.
 
-Each becomes an `LCKVLlamaForCausalLM`. In a plain model all layers read their own keys and values; the weights
-have the same names.
+Each becomes an `LCKVLlamaForCausalLM`. In a plain model all layers read their own keys and values; the
+weights have the same names.
 """
 
 from pathlib import Path

@@ -16,8 +16,9 @@ from lckv.rope import LinearScaling, Llama3Scaling
 from lckv.weights.tensors import dtype_name
 
 _SAME = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "max_position_embeddings", "initializer_range", "rms_norm_eps", "tie_word_embeddings", "attention_dropout", "qkv_bias", "qk_norm",
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "initializer_range", "rms_norm_eps",
+    "tie_word_embeddings", "attention_dropout", "qkv_bias", "qk_norm",
 )  # fmt: skip
 """Fields that `Decoder` has under the same name."""
 _OF_NO_ACCOUNT = ("use_sequential", "pretraining_tp")

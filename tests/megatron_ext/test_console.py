@@ -4,6 +4,7 @@ import logging
 
 import pytest
 
+from lckv.errors import ModelError
 from megatron_ext.console import exit_status
 from megatron_ext.errors import ConfigError
 
@@ -13,7 +14,12 @@ def raising(error: Exception) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(ConfigError("set x to 1"), 2), (ArithmeticError("the loss is nan"), 1)]
+    ("error", "status"),
+    [
+        (ConfigError("set x to 1"), 2),
+        (ModelError("mlp_bias is True"), 2),
+        (ArithmeticError("the loss is nan"), 1),
+    ],
 )
 def test_messages(error: Exception, status: int, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR):

@@ -19,6 +19,7 @@ from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.formats import distcp
 from checkpoints_conversion.formats.megatron import MODEL_FILE_NAME, MegatronCheckpoint, write_checkpoint
 from checkpoints_conversion.staging import staged
+from lckv.errors import ModelError
 from lckv.weights.tensors import MemorySource, TensorInfo, row_chunks
 from megatron_ext.checkpointing.errors import CheckpointError, DamagedCheckpointError
 from megatron_ext.checkpointing.folders import list_checkpoints, read_pointer
@@ -385,7 +386,7 @@ def test_tensors_that_are_not_those_of_the_model(tmp_path):
     del weights["decoder.final_layernorm.weight"]
     weights["extra.weight"] = torch.zeros(2)
     weights[EMBEDDING] = weights[EMBEDDING][: VOCAB - 1]
-    with pytest.raises(ConversionError) as raised:
+    with pytest.raises(ModelError) as raised:
         write_checkpoint(tmp_path / "model", CASES["plain"], MemorySource(weights), record_json={})
     for part in (
         "missing: decoder.final_layernorm",

@@ -1,5 +1,8 @@
 """The content of config.json of published models."""
 
+import json
+from pathlib import Path
+
 LLAMA_2_13B = {
     "_name_or_path": "meta-llama/Llama-2-13b-hf",
     "architectures": ["LlamaForCausalLM"],
@@ -261,3 +264,9 @@ PUBLISHED = {
     "Qwen3-0.6B": QWEN3_0_6B,
     "tinyllama-lckv": TINYLLAMA_LCKV,
 }
+
+CASES = PUBLISHED | {
+    path.stem: json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted((Path(__file__).parent / "configs").glob("*.json"))
+}
+"""All of the above, and those in configs/."""

@@ -88,7 +88,10 @@ def _break_index(folder: Path) -> None:
     ("damage", "message"),
     [
         (_truncate, r"model-00002-of-00003.safetensors is truncated"),
-        (_remove_shard, r"model-00002-of-00003.safetensors is missing, but model.safetensors.index.json names it"),
+        (
+            _remove_shard,
+            r"model-00002-of-00003.safetensors is missing, but model.safetensors.index.json names it",
+        ),
         (_break_index, r"model.safetensors.index.json is not valid JSON"),
         (
             _edit_index(lambda index: index["weight_map"].update(w9="model-00001-of-00003.safetensors")),
@@ -98,8 +101,14 @@ def _break_index(folder: Path) -> None:
             _edit_index(lambda index: index["weight_map"].update(w0="model-00002-of-00003.safetensors")),
             r"model-00002-of-00003.safetensors lacks 1 tensors .*, such as w0",
         ),
-        (_edit_index(lambda index: index["weight_map"].update(w9="../secret")), r"w9 is in '../secret'; only files of the same"),
-        (_edit_index(lambda index: index.update(weight_map={})), r"weight_map is {}; it must say for every tensor"),
+        (
+            _edit_index(lambda index: index["weight_map"].update(w9="../secret")),
+            r"w9 is in '../secret'; only files of the same",
+        ),
+        (
+            _edit_index(lambda index: index.update(weight_map={})),
+            r"weight_map is {}; it must say for every tensor",
+        ),
         (_edit_index(lambda index: index.update(weight_map={"w0": 3})), r"weight_map is {'w0': 3}"),
     ],
 )  # fmt: skip
