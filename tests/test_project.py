@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted(path for ending in ("yaml", "yml") for path in (ROOT / "examples").rglob(f"*.{ending}"))
 
 ENGINES = {"3.11": "0.16.1", "3.12": "0.19.2", "3.13": "0.19.2"}
-"""The tested version of megatron-core by version of Python (docs/engines.md)."""
+"""The version of megatron-core that each version of Python gets (docs/engines.md)."""
 PYTHONS = tuple(ENGINES)
 
 MACHINE_TRACES = {

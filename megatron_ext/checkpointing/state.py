@@ -258,7 +258,7 @@ def _leaves(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 
 
 def _load_distributed_optimizer(optimizer: DistributedOptimizer, state: State) -> None:
-    """Loads in two steps, because megatron-core 0.16 is wrong in one with torch's Adam, the optimizer without
+    """Loads in two steps, because megatron-core is wrong in one with torch's Adam, the optimizer without
     Transformer Engine.
 
     It then asks for a `step` among the tensors, where there is none, and it gives all weights one and the

@@ -62,13 +62,13 @@ def test_memory_without_cuda_is_the_peak_of_the_process():
         "del block\n"
         "print(before, memory_in_use())\n"
     )
-    size_of_this_process = bytearray(b"x") * (600 << 20)  # must not be counted
+    size_of_this_process = bytearray(b"x") * (800 << 20)  # must not be counted
     result = subprocess.run(
         [sys.executable, "-c", program], check=True, timeout=120, capture_output=True, text=True
     )
     del size_of_this_process
     before, after = map(int, result.stdout.split())
-    assert 10 << 20 < before < 500 << 20
+    assert 10 << 20 < before < 700 << 20  # importing a CUDA build of torch takes 500 MiB
     assert 200 << 20 < after - before < 450 << 20  # importing may have peaked above `before`
 
 
