@@ -352,7 +352,7 @@ sys.exit(status)
 
 
 def peak_kib(*arguments: str) -> int:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
     command = [sys.executable, "-c", MEASURE, *arguments]
     output = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=True)
     return int(output.stdout.split()[-1])

@@ -17,7 +17,7 @@ import pytest
 
 from tests.lckv.serving.served_model import write_folder
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 START_SECONDS, END_SECONDS = 120, 60
 
 
@@ -38,7 +38,9 @@ class Server:
         }
         command = [
             sys.executable,
-            str(ROOT / "tools" / "serve.py"),
+            "-m",
+            "lckv_megatron",
+            "serve",
             "--model",
             str(folder),
             "--port",
