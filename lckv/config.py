@@ -8,7 +8,7 @@ from lckv.errors import Problem, SettingError
 from lckv.policies.config import PolicyConfig
 from lckv.policies.dense.config import DenseConfig
 from lckv.policies.registry import config_class, config_classes
-from lckv.sharing.layer_types import LayerTypes
+from lckv.sharing.layer_types import LayerType, LayerTypes
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ class CompressionConfig:
         """The parsed sharing map of a model with `num_layers` layers; raises ValueError where it does not
         fit."""
         return LayerTypes.parse(self.layer_types, num_layers)
+
+    def hidden_from(self, layer: LayerType) -> tuple[bool, int | None]:
+        """What queries of `layer` do not see: whether their own position, and all but the newest how many
+        tokens (None: nothing more)."""
+        return layer.cyclic or self.force_nodiag, self.sliding_window if layer.sliding else None
 
     def windows(self, num_layers: int) -> dict[int, int]:
         """Layers whose keys and values only windowed layers read, with the window in tokens: what a cache may

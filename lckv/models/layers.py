@@ -50,9 +50,7 @@ class LCKVLlamaAttention(nn.Module):
         self.config, self.layer_idx, self.source = config, layer_idx, layer.source
         self.computes_kv = layer_idx in layer_types.kv_layers
         self.policy = compression.policy.build()
-        self.visibility = Visibility(
-            layer.cyclic or compression.force_nodiag, compression.sliding_window if layer.sliding else None
-        )
+        self.visibility = Visibility(*compression.hidden_from(layer))
         self.head_dim, self.kv_heads, hidden = config.head_dim, config.num_key_value_heads, config.hidden_size
         width, kv_width = (heads * self.head_dim for heads in (config.num_attention_heads, self.kv_heads))
         self.q_proj = nn.Linear(hidden, width, bias=config.qkv_bias)

@@ -39,8 +39,7 @@ class CoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         layer, compression = config.layer_types[layer_number - 1], config.compression
-        self.exclude_self = layer.cyclic or compression.force_nodiag
-        self.window = compression.sliding_window if layer.sliding else None
+        self.exclude_self, self.window = compression.hidden_from(layer)
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
         self.key_bias = compression.policy.traits.key_bias
 

@@ -55,6 +55,8 @@ def _lines(
         "model"
     )
     yield from policy_line(compression.policy, kv_bytes=mine, plain_bytes=plain)
+    for statistic in compression.policy.build().statistics:
+        yield f"reported as           {statistic.name}/layer_I/head_J: {statistic.text}"
     passes = (
         f"{compression.forward_passes} passes without and {compression.backward_passes} with gradient over "
         "each cyclic group"
