@@ -117,7 +117,7 @@ class Bundler:
             if replacement is not None:
                 lines[node.lineno - 1 : node.end_lineno] = [indent + line for line in replacement]
             needed += modules
-        source = "/".join(module.split(".")[:-1] + [path.name])
+        source = "/".join([*module.split(".")[:-1], path.name])
         version = package_versions().get(_DISTRIBUTION, "(checkout)")
         header = [
             f"# Written by {_DISTRIBUTION} {version} from its {source}, for transformers' trust_remote_code.",
@@ -223,9 +223,7 @@ def write_modelling_files(folder: Path) -> list[str]:
 
 def _registry(kinds: list[type[PolicyConfig]]) -> str:
     imports = [f"from {kind.__module__} import {kind.__name__}" for kind in kinds]
-    return _REGISTRY_TEXT.format(
-        imports="\n".join(imports), names=", ".join(kind.__name__ for kind in kinds)
-    )
+    return _REGISTRY_TEXT.format(imports="\n".join(imports), names=", ".join(kind.__name__ for kind in kinds))
 
 
 def _within(module: str, package: str) -> bool:
