@@ -133,10 +133,10 @@ def _run_verify(options: argparse.Namespace) -> None:
             options.tensor,
             options.tensor // heads,
         )
-    found = compare(original, megatron, tokens, parallel=parallel, timeout_seconds=options.timeout)
+    comparison = compare(original, megatron, tokens, parallel=parallel, timeout_seconds=options.timeout)
     tolerance = Tolerance(options.tolerance, options.agreement)
-    sys.stdout.write("\n".join(found.lines(tolerance)) + "\n")
-    if not found.within(tolerance):
+    sys.stdout.write("\n".join(comparison.lines(tolerance)) + "\n")
+    if not comparison.within(tolerance):
         raise ProofError(f"{options.hf_path} and {options.megatron_path} differ.")
 
 

@@ -101,15 +101,15 @@ class SharedMapSource:
 
     @cached_property
     def _infos(self) -> dict[str, TensorInfo]:
-        found = {}
+        infos = {}
         for name, info in self.plain.infos().items():
             match = _ATTENTION.fullmatch(name)
             if match is None or int(match[1]) in self.layer_types.kv_layers:
-                found[name] = info
+                infos[name] = info
             elif match[2] == "linear_qkv":
                 rows = self.model.num_attention_heads * self.model.head_dim
-                found[name.replace("linear_qkv", "linear_q")] = replace(info, shape=(rows, *info.shape[1:]))
-        return found
+                infos[name.replace("linear_qkv", "linear_q")] = replace(info, shape=(rows, *info.shape[1:]))
+        return infos
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """As `TensorSource.read`. Averages are taken in float32."""

@@ -31,14 +31,14 @@ def differences(first: ModelDescription, second: ModelDescription) -> dict[str, 
 
 def _defining(description: ModelDescription) -> dict[str, object]:
     model, compression = description.model, description.compression
-    found = architecture(model, compression, vocab_size=description.vocab_size)
-    found["policy"] = compression.policy.settings()
+    defining = architecture(model, compression, vocab_size=description.vocab_size)
+    defining["policy"] = compression.policy.settings()
     if compression.map(model.num_layers).any_cyclic:
-        found |= {
+        defining |= {
             "forward_passes": compression.forward_passes,
             "backward_passes": compression.backward_passes,
         }
-    return found
+    return defining
 
 
 @contextmanager

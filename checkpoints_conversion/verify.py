@@ -102,15 +102,15 @@ def compare(
             dtype,
             timeout_seconds=timeout_seconds,
         )
-        found = np.load(output, mmap_mode="r")
-        return _summary(Reference(folder, dtype), tokens, found)
+        computed = np.load(output, mmap_mode="r")
+        return _summary(Reference(folder, dtype), tokens, computed)
 
 
-def _summary(reference: Reference, tokens: np.ndarray, found: np.ndarray) -> Comparison:
-    """`found`: float32 [B, T, vocabulary]."""
+def _summary(reference: Reference, tokens: np.ndarray, computed: np.ndarray) -> Comparison:
+    """`computed`: float32 [B, T, vocabulary]."""
     largest = worst = torch.zeros(())
     total, agreeing = 0.0, 0
-    for row, given in zip(tokens, found, strict=True):
+    for row, given in zip(tokens, computed, strict=True):
         expected = reference.logits(torch.from_numpy(np.array(row)))
         for theirs, ours in _chunks(expected, given):
             error = (theirs - ours).abs()
@@ -118,7 +118,9 @@ def _summary(reference: Reference, tokens: np.ndarray, found: np.ndarray) -> Com
             total += error.sum(dtype=torch.float64).item()
             agreeing += int((theirs.argmax(-1) == ours.argmax(-1)).sum())
     rows, length = tokens.shape
-    return Comparison(rows, length, worst.item(), total / found.size, largest.item(), agreeing / tokens.size)
+    return Comparison(
+        rows, length, worst.item(), total / computed.size, largest.item(), agreeing / tokens.size
+    )
 
 
 def _chunks(expected: Tensor, given: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
@@ -141,11 +143,12 @@ def prove(original: OpenModel, megatron: OpenModel, *, rows: int = 2, length: in
     tolerance, description = Tolerance(), megatron.description
     longest = min(length, description.model.max_position_embeddings or length)
     tokens = random_tokens(description.vocab_size, rows=rows, length=longest, seed=1)
-    found = compare(original, megatron, tokens)
+    comparison = compare(original, megatron, tokens)
     logger.info(
-        "logits of Megatron's and Hugging Face's model, in float32:\n%s", "\n".join(found.lines(tolerance))
+        "logits of Megatron's and Hugging Face's model, in float32:\n%s",
+        "\n".join(comparison.lines(tolerance)),
     )
-    if not found.within(tolerance):
+    if not comparison.within(tolerance):
         raise ProofError(
             "the converted model does not compute what the original does; nothing was written. Please report "
             "this with config.json. "

@@ -107,9 +107,9 @@ class MegatronCheckpoint:
         )
         self._stored = {canonical_name(key): entry for key, entry in stored.items()}
         expected = self.description.expected_tensors()
-        found = {name: without_padding(name, info, expected) for name, (info, _) in self._stored.items()}
-        check_tensors(found, expected, self.path)
-        self._infos = {name: found[name] for name in expected}
+        infos = {name: without_padding(name, info, expected) for name, (info, _) in self._stored.items()}
+        check_tensors(infos, expected, self.path)
+        self._infos = {name: infos[name] for name in expected}
 
     @property
     def iteration(self) -> int:

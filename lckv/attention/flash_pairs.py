@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lckv.attention.head_sizes import obstacle_to_biased_keys
 from lckv.errors import UnsupportedError
 
 _ATEN = torch.ops.aten
@@ -51,7 +52,7 @@ def choose_pair(query: Tensor) -> FlashPair:
     """PyTorch's own kernels for tensors like `query`. Raises UnsupportedError where there are none."""
     if query.device.type == "cpu":
         return AtenCPU()
-    _require_multiple_of_8(query)
+    _require_fitting_heads(query)
     if query.dtype in (torch.float16, torch.bfloat16):
         return AtenFlash()
     if query.dtype == torch.float32:
@@ -60,10 +61,11 @@ def choose_pair(query: Tensor) -> FlashPair:
     raise UnsupportedError(f"attention to keys with a bias in {query.dtype}", obstacle)
 
 
-def _require_multiple_of_8(query: Tensor) -> None:
-    if query.shape[-1] % 8:
-        asked = f"attention to keys with a bias in heads of {query.shape[-1]} channels"
-        raise UnsupportedError(asked, "on GPUs the number of channels must be a multiple of 8")
+def _require_fitting_heads(query: Tensor) -> None:
+    channels = query.shape[-1]
+    obstacle = obstacle_to_biased_keys(channels, float32=query.dtype == torch.float32)
+    if obstacle is not None:
+        raise UnsupportedError(f"attention to keys with a bias in heads of {channels} channels", obstacle)
 
 
 class AtenCPU:
@@ -190,7 +192,7 @@ class FlashAttnPair:
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Partial:
         """See `FlashPair`."""
-        _require_multiple_of_8(query)
+        _require_fitting_heads(query)
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         output, lse, _, random_state = self._interface._flash_attn_forward(
             query, key, value, return_softmax=False, **self._options(scale)

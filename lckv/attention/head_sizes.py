@@ -5,7 +5,7 @@ LARGEST_BIASED_HEAD = 256
 
 
 def obstacle_to_biased_keys(channels: int, *, float32: bool) -> str | None:
-    """What keeps `flash_pairs` on CUDA from taking keys and queries of so many channels; None if nothing
+    """What keeps kernels on CUDA from taking keys and queries of so many channels; None if nothing
     does."""
     if channels % 8 == 0 and (float32 or channels <= LARGEST_BIASED_HEAD):
         return None

@@ -40,6 +40,11 @@ class Traits:
     """Fewest channels of a head."""
 
     @property
+    def extra_channels(self) -> int:
+        """Channels that queries and keys have beyond those of values."""
+        return 0 if self.key_bias is None else self.key_bias.extra_channels
+
+    @property
     def keeps_every_token(self) -> bool:
         """Whether every token has a slot of its own for good, so that the newest tokens can be forgotten
         again."""

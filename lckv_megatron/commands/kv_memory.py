@@ -147,13 +147,13 @@ def describe(
 def as_json(model: CacheModel, memory: int, contexts: Sequence[int], batches: Sequence[int]) -> str:
     """The answer for programs: bytes, tokens and sequences."""
 
-    def facts(each: CacheModel) -> dict[str, object]:
+    def facts(kind: CacheModel) -> dict[str, object]:
         return {
-            "kv_bytes_per_token": each.bytes_per_token,
-            "state_bytes_per_sequence": each.state_bytes,
-            "sequence_bytes": {tokens: each.sequence_bytes(tokens) for tokens in contexts},
-            "largest_batch": {tokens: largest_batch(each, tokens, memory) for tokens in contexts},
-            "longest_context": {batch: longest_context(each, batch, memory) for batch in batches},
+            "kv_bytes_per_token": kind.bytes_per_token,
+            "state_bytes_per_sequence": kind.state_bytes,
+            "sequence_bytes": {tokens: kind.sequence_bytes(tokens) for tokens in contexts},
+            "largest_batch": {tokens: largest_batch(kind, tokens, memory) for tokens in contexts},
+            "longest_context": {batch: longest_context(kind, batch, memory) for batch in batches},
         }
 
     settings = {**asdict(model), "page_bytes": model.page_bytes, "memory": memory}

@@ -173,6 +173,7 @@ def _sent(plan: Plan, boundary: int) -> str:
         sequence_shards=ranks if parallel.sequence_parallel else 1,
         kv_heads=max(1, model.query_groups // ranks),
         head_dim=model.head_dim,
+        extra_channels=plan.run.compression.policy.traits.extra_channels,
     )
     numbers = math.prod(payload.shape(train.seq_length, train.micro_batch_size))
     sent = size(numbers * precision(train.precision).bytes)

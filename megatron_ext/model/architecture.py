@@ -9,7 +9,7 @@ from megatron_ext.config import ModelConfig
 
 def architecture(model: ModelConfig, compression: CompressionConfig, *, vocab_size: int) -> dict[str, Any]:
     """What weights and outputs depend on, with defaults resolved; how often a plan iterates, kernels and
-    dropout are left out, and what a KV policy may follow on (`training/policy_stages.py`)."""
+    dropout are left out, and what a KV policy may follow on (`training/succession.py`)."""
     return {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,

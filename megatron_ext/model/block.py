@@ -73,14 +73,13 @@ class SharedKVBlock(TransformerBlock):
 
     def _payload(self, boundary: int) -> PipelinePayload:
         ranks = self.pg_collection.tp.size()
-        key_bias = self.config.compression.policy.traits.key_bias
         return PipelinePayload(
             sources=crossing_sources(self.plan, boundary),
             hidden_size=self.config.hidden_size,
             sequence_shards=ranks if self.config.sequence_parallel else 1,
             kv_heads=max(1, self.config.num_query_groups // ranks),
             head_dim=self.config.kv_channels,
-            extra_channels=0 if key_bias is None else key_bias.extra_channels,
+            extra_channels=self.config.compression.policy.traits.extra_channels,
             sum_columns=self.statistics.columns if self._statistics_below(boundary) else 0,
         )
 

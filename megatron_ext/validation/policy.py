@@ -49,8 +49,7 @@ def _obstacle_on_cuda(size: int, traits: Traits, numbers: Precision) -> str | No
     """What keeps attention to keys with a bias from taking heads of this size on CUDA."""
     if traits.key_bias is None:
         return None
-    channels = size + traits.key_bias.extra_channels
-    return obstacle_to_biased_keys(channels, float32=not numbers.is_bf16)
+    return obstacle_to_biased_keys(size + traits.extra_channels, float32=not numbers.is_bf16)
 
 
 def _has_cuda() -> bool:

@@ -94,7 +94,7 @@ def test_incomplete_and_impossible_models_are_refused() -> None:
         ConversionError, match=r"model.vocab_size is None and model.max_position_embeddings is 64"
     ):
         replace(DESCRIPTION, model=replace(DESCRIPTION.model, vocab_size=None))
-    with pytest.raises(ConversionError, match=r"has 2 entries but model.num_layers is 4"):
+    with pytest.raises(ConversionError, match=r"it has 2 entries but the model has 4 layers"):
         replace(DESCRIPTION, compression=CompressionConfig("0_1"))
 
 

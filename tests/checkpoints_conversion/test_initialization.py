@@ -227,7 +227,7 @@ def test_a_shared_model_keeps_its_map() -> None:
         (
             PLAIN,
             CompressionConfig("0_1_2_3_3"),
-            "compression.layer_types is 0_1_2_3_3; it has 5 entries but the model has 4 layers",
+            "compression.layer_types is '0_1_2_3_3'; it has 5 entries but the model has 4 layers",
         ),
         (PLAIN, CompressionConfig("0_1_2_9"), "entry 3"),
         (

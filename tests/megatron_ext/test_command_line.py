@@ -212,7 +212,7 @@ def test_wrong_options(argv, message, capsys):
         ("compression: {policy: {stage: finetune}}", f"run.yaml: {BELONGS}"),
         (
             "compression: {policy: {name: null}}",
-            "compression.policy.name is None; it must be one of dense, dmc.",
+            "compression.policy.name is None; it must be one of dense, dmc, forgetful.",
         ),
         (
             "compression: {policy: {name: dmc, stge: x}}",
@@ -266,7 +266,7 @@ def leaves(section, prefix=""):
     for entry in fields(section):
         hint = typing.get_type_hints(section)[entry.name]
         key = prefix + entry.name
-        parts = [hint] if is_dataclass(hint) else variants_of(hint).values()
+        parts = [hint] if is_dataclass(hint) else variants_of(entry).values()
         for part in parts:
             yield from leaves(part, f"{key}.")
         if not parts:

@@ -110,7 +110,7 @@ def test_card_of_a_plain_model_promises_nothing_special() -> None:
         ConversionRecord(description, ConversionSource("huggingface", "/models/mine", {})),
     )
     assert "trust_remote_code" not in card and "References" not in card and "/models" not in card
-    assert "Policy: every token is kept." in card
+    assert "Policy: Every token is kept." in card
     assert "base_model" not in card
 
 

@@ -172,7 +172,7 @@ def test_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--compression.layer_types", "0_9_2_3"], "reads layer 9, but the model has layers 0 to 3"),
+        (["--compression.layer_types", "0_9_2_3"], "reads layer 9, but the model has 4 layers, 0 to 3"),
         (["--model.hidden_size", "30"], "model.hidden_size is 30"),
         (
             ["--compression-ratio", "2"],

@@ -203,7 +203,7 @@ def test_what_is_neither_a_map_nor_a_name(capsys) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([*TINY, "--compare", "circle"])
     assert exit_.value.code == 2
-    assert "error: --compare: compression.layer_types 'circle': entry 0" in capsys.readouterr().err
+    assert "error: --compare: layer_types is 'circle'; entry 0" in capsys.readouterr().err
 
 
 def test_all_problems_are_named_and_the_plan_is_shown_where_sizes_fit(capsys) -> None:
@@ -219,7 +219,7 @@ def test_all_problems_are_named_and_the_plan_is_shown_where_sizes_fit(capsys) ->
     [
         (["--world-size", "3", *PIPELINE], "3 processes were started"),
         (["--train.global_batch_size", "7", "--world-size", "2"], "train.global_batch_size is 7"),
-        (["--compression.layer_types", "0_0"], "compression.layer_types '0_0' has 2 entries"),
+        (["--compression.layer_types", "0_0"], "compression.layer_types is '0_0'; it has 2 entries"),
         (
             ["--compression.layer_types", "0_2_2_3", *PIPELINE],
             "iterates over layers and does not run as a pipeline",
