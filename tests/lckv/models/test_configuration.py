@@ -83,8 +83,8 @@ DMC = {"policy": {"name": "dmc", "stage": "finetune"}}
             {"layer_types": ["full_attention"] * 4},
             r"layer_types is \['full_.*; it must be the sharing map, .*marks? layers with",
         ),
-        ({"layer_types": "0_0_2"}, "compression.layer_types '0_0_2' has 3 entries"),
-        ({"sliding_window": 8}, "compression.sliding_window is 8 but no layer .* is marked with 's'"),
+        ({"layer_types": "0_0_2"}, "compression.layer_types is '0_0_2'; it has 3 entries but the model has 4 layers"),
+        ({"sliding_window": 8}, "compression.sliding_window is 8; no layer .* is marked with 's'"),
         (
             {"compression": {"windows": 3}},
             "compression.windows is 3; there is no such field. Known: layer_types, ",
@@ -103,8 +103,9 @@ DMC = {"policy": {"name": "dmc", "stage": "finetune"}}
         ),
         (
             {"compression": DMC, "attention_dropout": 0.1},
-            "attention_dropout is 0.1; it must be 0 where tokens are merged",
+            "attention_dropout is 0.1; it must be 0 with the policy dmc",
         ),
+        ({"compression": DMC, "head_dim": 2}, "head_dim is 2; it must be at least 4 with the policy dmc"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only silu is supported"),
         (
             {"num_attention_heads": 5},
