@@ -93,7 +93,7 @@ def test_newest_tokens_are_forgotten(layer_types: str | None) -> None:
 def test_merged_tokens_cannot_be_forgotten() -> None:
     cache = filled(SHARED, MERGING)
     assert not cache.is_croppable
-    with pytest.raises(ValueError, match="the newest 2 tokens cannot be forgotten: layer 0 merges tokens"):
+    with pytest.raises(ValueError, match="the newest 2 tokens cannot be forgotten: layer 0 does not keep"):
         cache.crop(-2)
     assert cache.get_seq_length() == 6
     assert filled(SHARED, DMCConfig(stage="zero_out")).is_croppable

@@ -79,10 +79,13 @@ DMC = {"policy": {"name": "dmc", "stage": "finetune"}}
             {"layer_types": ["full_attention"] * 4},
             r"layer_types is \['full_.*; it must be the sharing map, .*marks? layers with",
         ),
-        ({"layer_types": "0_0_2"}, "compression.layer_types '0_0_2' has 3 entries"),
+        (
+            {"layer_types": "0_0_2"},
+            "compression.layer_types is '0_0_2'; it has 3 entries but the model has 4 layers",
+        ),
         (
             {"compression": {"sliding_window": 8}},
-            "compression.sliding_window is 8 but no layer .* is marked with 's'",
+            "compression.sliding_window is 8; no layer .* is marked with 's'",
         ),
         (
             {"compression": {"windows": 3}},
@@ -102,8 +105,9 @@ DMC = {"policy": {"name": "dmc", "stage": "finetune"}}
         ),
         (
             {"compression": DMC, "attention_dropout": 0.1},
-            "attention_dropout is 0.1; it must be 0 where the KV policy biases keys",
+            "attention_dropout is 0.1; it must be 0 with the policy dmc",
         ),
+        ({"compression": DMC, "head_dim": 2}, "head_dim is 2; it must be at least 4 with the policy dmc"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; it must be 'silu': the MLP here is SwiGLU"),
         (
             {"num_attention_heads": 5},

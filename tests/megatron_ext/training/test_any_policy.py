@@ -11,7 +11,7 @@ from lckv.config import CompressionConfig
 from lckv.policies.config import PolicyConfig
 from megatron_ext.config import RunConfig
 from megatron_ext.errors import ConfigError
-from megatron_ext.model.cost import model_shape
+from megatron_ext.summary.sizes import RunSizes
 from megatron_ext.training.summary import describe
 from megatron_ext.validation.run import problems
 from tests.megatron_ext.training.runs import logged_to, reports, series, tiny_run, train
@@ -128,9 +128,8 @@ def replace_age(policy: PolicyConfig, age: int) -> PolicyConfig:
 
 def test_the_summary_names_it() -> None:
     run = forgetful_run("0_0_2_2")
-    shape = model_shape(run.model, vocab_size=128, seq_length=24)
-    text = describe(run, shape, parameters=1, device=torch.device("cpu"), world_size=1)
+    text = "\n".join(describe(RunSizes(run, 1, 128), torch.device("cpu")))
     assert (
         "KV policy             forgetful: every 2th token stays beyond 3 tokens: 64 bytes per token" in text
-    assert "reported as           forgotten/layer_I/head_J: share of tokens that will be forgotten" in text
     )
+    assert "reported as           forgotten/layer_I/head_J: share of tokens that will be forgotten" in text
