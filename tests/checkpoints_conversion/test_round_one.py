@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lckv.registration import register
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from checkpoints_conversion.opening import open_huggingface, open_megatron
 from checkpoints_conversion.reference import differences
 from lckv.generation.loading import load_model
+from lckv.models import register
 from megatron_ext.config import ParallelConfig
 from megatron_ext.evaluation.logits import compute_logits
 from megatron_ext.parallel import process_groups

@@ -235,7 +235,7 @@ def test_the_pair_for_each_device_and_dtype():
         lambda: FlashAttnPair(FlashAttnStandIn()).forward(odd, odd, odd, 1.0),
     ):
         with pytest.raises(
-            UnsupportedError, match="heads of 12 channels .* on CUDA it must be a multiple of 8"
+            UnsupportedError, match=r"heads of 12 channels .* on CUDA it must be a multiple of 8"
         ):
             refuse()
     with pytest.raises(

@@ -11,6 +11,7 @@ from lckv.config import CompressionConfig
 from lckv.policies.config import PolicyConfig
 from megatron_ext.config import RunConfig
 from megatron_ext.errors import ConfigError
+from megatron_ext.model.cost import model_shape
 from megatron_ext.summary.sizes import RunSizes
 from megatron_ext.training.summary import describe
 from megatron_ext.validation.run import problems
@@ -128,7 +129,8 @@ def replace_age(policy: PolicyConfig, age: int) -> PolicyConfig:
 
 def test_the_summary_names_it() -> None:
     run = forgetful_run("0_0_2_2")
-    text = "\n".join(describe(RunSizes(run, 1, 128), torch.device("cpu")))
+    shape = model_shape(run.model, vocab_size=128, seq_length=24)
+    text = "\n".join(describe(RunSizes(run, shape, 1, 1), torch.device("cpu")))
     assert (
         "KV policy             forgetful: every 2th token stays beyond 3 tokens: 64 bytes per token" in text
     )
