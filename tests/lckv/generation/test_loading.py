@@ -175,5 +175,5 @@ def test_folders_that_are_none_are_refused(tmp_path: Path) -> None:
     folder = _saved(tmp_path)
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="only pickled weights .* Pickles can run programs"):
+    with pytest.raises(ModelError, match=r"only pickled weights .* Pickles can run programs"):
         load_model(folder)
