@@ -24,6 +24,7 @@ from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.formats.megatron import MegatronCheckpoint, write_checkpoint
 from checkpoints_conversion.megatron_logits import write_logits
 from checkpoints_conversion.verify import ProofError
+from lckv.errors import ModelError
 from lckv.weights.tensors import MemorySource, TensorSource
 from megatron_ext.errors import ConfigError
 from tests.checkpoints_conversion.formats.checkpoints import whole_weights
@@ -262,7 +263,7 @@ NAME = "model.layers.1.mlp.up_proj.weight"
 )
 def test_a_bad_source(damage: Callable[[Path], None], said: str, copy: Path, tmp_path: Path) -> None:
     damage(copy)
-    with pytest.raises(ConversionError, match=said):
+    with pytest.raises(ModelError, match=said):
         hf_to_megatron(str(copy), tmp_path / "megatron")
     assert_nothing_is_left(tmp_path, "source")
 
@@ -312,7 +313,7 @@ def test_a_family_that_cannot_express_the_model(llama: Path, tmp_path: Path) -> 
     hf_to_megatron(
         str(llama), tmp_path / "megatron", changes={"compression.layer_types": "0_0_2"}, proof="never"
     )
-    with pytest.raises(ConversionError, match="LlamaForCausalLM cannot express it"):
+    with pytest.raises(ModelError, match="LlamaForCausalLM cannot express it"):
         megatron_to_hf(tmp_path / "megatron", tmp_path / "back", family="llama")
     assert_nothing_is_left(tmp_path, "megatron")
 
