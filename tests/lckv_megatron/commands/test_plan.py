@@ -19,7 +19,7 @@ from megatron_ext.training.loop import _count_parameters
 from megatron_ext.training.summary import cost_of, recomputed_layers
 from tests.ranks import run_on_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TINY = [
     "--model.num_layers",
     "4",
