@@ -101,9 +101,8 @@ def describe_settings(root: type) -> str:
     """All settings with their types, defaults and docstrings, grouped by section and variant, as --help shows
     them."""
     groups: dict[str, list[Setting]] = {}
-    for settings in settings_of(root).values():
-        for setting in settings:
-            groups.setdefault(setting.group, []).append(setting)
+    for setting in _walk(root, "", "", None):
+        groups.setdefault(setting.group, []).append(setting)
     return "\n".join(_describe_group(title, members) for title, members in groups.items())
 
 

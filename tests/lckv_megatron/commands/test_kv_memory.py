@@ -13,7 +13,7 @@ from lckv.cache.paged import PagedCache
 from lckv.config import CompressionConfig
 from lckv.generation.memory import cache_model, paged_cache
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
-from lckv.policies.dense.policy import DensePolicy
+from lckv.policies.dense.config import DenseConfig
 from lckv_megatron.commands.kv_memory import main
 from tests.lckv.models.tiny import CYCLIC, MERGING, PLAIN, SHARED, WINDOWS, model
 from tests.lckv_megatron.model_folders import save_folder
@@ -81,7 +81,7 @@ def test_merged_slots_are_predicted_from_the_measured_ratio() -> None:
 def test_bytes_per_token_are_those_of_the_contiguous_cache() -> None:
     made, sizes = model(SHARED), []
     for tokens in (32, 64):
-        cache = ContiguousCache([0, 2], DensePolicy(), {})
+        cache = ContiguousCache([0, 2], DenseConfig().build(), {})
         with torch.no_grad():
             made.model.run(made.model.embed_tokens(torch.ones(1, tokens, dtype=torch.int64)), cache)
         sizes.append(cache.num_bytes)

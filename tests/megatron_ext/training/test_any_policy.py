@@ -131,7 +131,6 @@ def test_the_summary_names_it() -> None:
     run = forgetful_run("0_0_2_2")
     shape = model_shape(run.model, vocab_size=128, seq_length=24)
     text = "\n".join(describe(RunSizes(run, shape, 1, 1), torch.device("cpu")))
-    assert (
-        "KV policy             forgetful: every 2th token stays beyond 3 tokens: 64 bytes per token" in text
-    )
+    stays = "forgetful: every 2th token stays beyond 3 tokens"
+    assert f"KV policy             {stays}: 64 bytes per token" in text
     assert "reported as           forgotten/layer_I/head_J: share of tokens that will be forgotten" in text
