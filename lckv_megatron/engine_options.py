@@ -92,8 +92,6 @@ def placement(options: argparse.Namespace) -> "tuple[torch.device, torch.dtype |
 
 def load(options: argparse.Namespace) -> tuple[Any, Any]:
     """The model, ready for inference, and its tokenizer. Raises ConfigError."""
-    from safetensors import SafetensorError
-
     from lckv.generation.loading import load_model
 
     device, dtype = placement(options)
@@ -101,7 +99,7 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
         model, tokenizer = load_model(options.model, dtype=dtype, device=device)
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
-    except (RuntimeError, SafetensorError) as error:
+    except RuntimeError as error:  # memory of the device
         raise ConfigError(f"--model {options.model} cannot be loaded: {error}") from error
     if tokenizer is None:
         raise ConfigError(f"--model {options.model} has no tokenizer; put its files into the folder.")

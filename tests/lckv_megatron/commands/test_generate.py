@@ -187,4 +187,4 @@ def test_damaged_weights(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     save_folder(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-100])
     assert run(tmp_path, "--prompt", "a") == 2
-    assert "cannot be loaded" in capfd.readouterr().err
+    assert "model.safetensors is truncated" in capfd.readouterr().err
