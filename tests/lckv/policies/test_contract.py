@@ -83,6 +83,7 @@ def test_attention_is_that_of_the_oracle(policy: str, name: str) -> None:
         close(gradient, gradients[1][key], 1e-4 * scale)
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 @every_case
 def test_recomputing_changes_nothing(policy: str, name: str) -> None:
     ids, gradients = torch.tensor([text(12, 2)]), []
