@@ -166,14 +166,16 @@ def _sent(plan: Plan, boundary: int) -> str:
         return "-"
     from megatron_ext.parallel.pipeline_payload import PipelinePayload  # loads torch: only pipelines wait
 
-    ranks = parallel.tensor_model_parallel_size
+    ranks, policy = parallel.tensor_model_parallel_size, plan.run.compression.policy.build()
+    owners_below = any(layer < boundary for layer in plan.layer_types.kv_layers)
     payload = PipelinePayload(
         sources=crossing_sources(plan.run.compression.plan(model.num_layers), boundary),
         hidden_size=model.hidden_size,
         sequence_shards=ranks if parallel.sequence_parallel else 1,
         kv_heads=max(1, model.query_groups // ranks),
         head_dim=model.head_dim,
-        extra_channels=plan.run.compression.policy.traits.extra_channels,
+        extra_channels=policy.traits.extra_channels,
+        sum_columns=len(policy.statistics) * (ranks if policy.per_rank else 1) * owners_below,
     )
     numbers = math.prod(payload.shape(train.seq_length, train.micro_batch_size))
     sent = size(numbers * precision(train.precision).bytes)

@@ -6,7 +6,7 @@ State, in bytes per parameter of the rank (data-parallel ranks share the optimiz
     fp32: weights 4, gradients 4, optimizer 8
 
 Activations that full recompute keeps for backward, for one micro-batch of b rows of s tokens:
-    inputs x s b h / T   +   shared x 2 s b g d
+    inputs x s b h / T   +   shared x s b g (2 d + e)
 with h hidden size, g KV heads of the rank, d channels of a head, T tensor-parallel ranks with sequence
 parallelism, else 1. `inputs` is the number of layers, where a layer counts once for every pass with gradient.
 `shared` is the number of distinct keys and values that some layer reads from another: each is stored once,
@@ -54,7 +54,10 @@ class Kept:
     """Layer inputs [s / T, b, h]."""
 
     shared: int
-    """Keys and values, 2 x [s, b, g, d], that a layer reads from another."""
+    """Keys [s, b, g, d + e] and values [s, b, g, d] that a layer reads from another."""
+
+    extra_channels: int = 0
+    """e: channels that the KV policy gives keys beyond those of values."""
 
 
 def kept_by_full_recompute(compression: CompressionConfig, num_layers: int, layers: range) -> Kept:
@@ -72,7 +75,7 @@ def kept_by_full_recompute(compression: CompressionConfig, num_layers: int, laye
         if run.index >= layers.start and run.reads and run.reads.source < layers.start
     }
     shared = {(reads.source, reads.number) for reads in read if reads.origin is not Origin.OWN}
-    return Kept(len(runs), len(shared))
+    return Kept(len(runs), len(shared), compression.policy.traits.extra_channels)
 
 
 def kept_bytes(kept: Kept, model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> int:
@@ -80,5 +83,6 @@ def kept_bytes(kept: Kept, model: ModelConfig, parallel: ParallelConfig, train: 
     ranks = parallel.tensor_model_parallel_size
     tokens = train.seq_length * train.micro_batch_size
     hidden = tokens * model.hidden_size // (ranks if parallel.sequence_parallel else 1)
-    key_value = 2 * tokens * max(1, model.query_groups // ranks) * model.head_dim
+    channels = 2 * model.head_dim + kept.extra_channels
+    key_value = tokens * max(1, model.query_groups // ranks) * channels
     return precision(train.precision).bytes * (kept.inputs * hidden + kept.shared * key_value)
