@@ -68,7 +68,7 @@ class _Banded(torch.autograd.Function):
         for piece, rests in zip(ctx.pieces, ctx.rests, strict=True):
             of_queries, of_keys = piece.of_queries(gradient, query, output, lse), piece.of_keys(key, value)
             gradients = piece.of_queries(dq) + piece.of_keys(dk, dv)
-            _backward(*of_queries, *of_keys, gradients, rests, width=ctx.width, below=ctx.below)
+            _backward(of_queries, of_keys, gradients, rests, width=ctx.width, below=ctx.below)
         return dq, dk, dv, None, None, None
 
 
@@ -105,23 +105,21 @@ def _join(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None
 
 
 def _backward(
-    gradient: Tensor,
-    query: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    key: Tensor,
-    value: Tensor,
+    of_queries: tuple[Tensor, ...],
+    of_keys: tuple[Tensor, ...],
     gradients: tuple[Tensor, ...],
     rests: _Rests,
     *,
     width: int,
     below: Biased,
 ) -> None:
-    """Adds to `gradients`, those of query, key and value."""
+    """Adds to `gradients`, those of query, key and value. `of_queries` are the output's gradient, query,
+    output and lse, `of_keys` key and value."""
+    gradient, query, output, lse = of_queries
+    key, value = of_keys
     dq, dk, dv = gradients
     if rests.below is not None:
-        of_queries = (tensor[:, :, width:] for tensor in (gradient, query, output, lse))
-        late_gradient, late_query, late_output, late_lse = of_queries
+        late_gradient, late_query, late_output, late_lse = (tensor[:, :, width:] for tensor in of_queries)
         older = slice(0, key.shape[2] - width)
         whole = Partial(late_output, late_lse, rests.below)
         parts = below.backward(late_gradient, late_query, key[:, :, older], value[:, :, older], whole)

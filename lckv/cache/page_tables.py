@@ -107,7 +107,8 @@ class PageTables:
     def loses(self, sequences: Integers, lengths: Integers) -> NDArray[np.bool_]:
         """bool [l]: layers of which `sequences` with `lengths` [l, b, g] would have to show what a window has
         dropped."""
-        return (self._columns(lengths).first < self.owned(sequences).first).any((1, 2))
+        lost = self._columns(lengths).first < self.owned(sequences).first
+        return np.asarray(lost.any((1, 2)))
 
     def apply(self, growth: Growth, pool: PagePool) -> None:
         """Take the pages from the pool, which has enough, and give back what is not needed any more."""

@@ -4,6 +4,7 @@ compiled and on CUDA."""
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lckv.attention import paged
-from lckv.attention.paged import attend_in_torch, attend_paged, join, why_not_kernel
+from lckv.attention.paged import attend_in_torch, attend_paged, join, joined, why_not_kernel
 from lckv.attention.pages import PagesAttended
 from tests.lckv.attention.paged_slots import Slots
 from tests.ranks import run_on_ranks
@@ -90,6 +91,13 @@ def test_one_more_key_joins() -> None:
     weights = torch.stack((past.lse, score.double())).softmax(0)[..., None]
     expected = weights[0] * past.output + weights[1] * value.double().repeat_interleave(2, 1)
     torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_two_parts_of_the_slots_are_joined() -> None:
+    slots = Slots(torch.tensor([[130, 20, 0, 3]]), 4, 2, 8)
+    cut = torch.tensor([[100, 20, 0, 0]])
+    attend = partial(attend_paged, slots.query, slots.pages, slots.work, scale=slots.scale)
+    close(joined(attend(None, cut), attend(cut, slots.stop)), slots.by_formula(), 1e-5)
 
 
 def test_why_not_kernel() -> None:

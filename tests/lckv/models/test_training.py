@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from lckv.policies.base import KeyValue, TokenContext
+from lckv.policies.dense.config import DenseConfig
 from lckv.policies.dense.policy import DensePolicy
 from lckv.policies.dmc.config import DMCConfig
 from tests.lckv.models.tiny import CYCLIC, MAPS, MERGING, PLAIN, SHARED, TWO_GROUPS, close, model, tokens
@@ -122,7 +123,7 @@ def test_zero_out_is_a_plain_model_without_the_last_channel() -> None:
     assert output.statistics is None
     # Rotation moves a part of the partner channel into the last one, where it is dropped.
     for layer in plain.model.layers:
-        layer.self_attn.policy = Dropping()
+        layer.self_attn.policy = Dropping(DenseConfig())
     close(output.logits, plain(ids).logits)
 
 
@@ -134,7 +135,7 @@ class Dropping(DensePolicy):
 
     def keys_values(self, *args: Any) -> Any:
         (key, value), _ = super().keys_values(*args)
-        return KeyValue(self._dropped(key), value), None
+        return KeyValue(self._dropped(key), value), ()
 
     @staticmethod
     def _dropped(heads: Tensor) -> Tensor:
