@@ -36,6 +36,7 @@ EXTRAS_REQUIRE = {
     "wandb": ["wandb>=0.19"],
     "eval": ["lm-eval>=0.4.9"],
     "serve": ["fastapi>=0.115", "uvicorn>=0.34", "prometheus-client>=0.21"],
+    "parquet": ["pyarrow>=15"],
     "gguf": ["gguf>=0.10", "accelerate>=1.1"],
     "dev": [
         "pytest>=8.3",
@@ -53,6 +54,7 @@ EXTRAS_REQUIRE = {
         "uvicorn>=0.34",
         "prometheus-client>=0.21",
         "openai>=2",
+        "pyarrow>=15",
         "gguf>=0.10",
         "accelerate>=1.1",
     ],

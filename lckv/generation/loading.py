@@ -13,8 +13,10 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from lckv.generation.sentencepiece_conversion import use_own_splitting
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
+from lckv.tokenizer_files import MODEL_NAME, is_only_sentencepiece
 
 _SAME = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -106,10 +108,16 @@ def load_model(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a folder, None where it has none."""
+    """The tokenizer of a folder, None where it has none. A SentencePiece model splits text as its file says.
+
+    Raises ValueError where transformers cannot read it so.
+    """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if is_only_sentencepiece(folder):
+        use_own_splitting(tokenizer, folder / MODEL_NAME)
+    return tokenizer
 
 
 def model_config(folder: Path) -> LCKVLlamaConfig:

@@ -68,9 +68,12 @@ def test_settings(prefix: str) -> None:
 def test_a_manifest_of_other_files(prefix: str) -> None:
     change_manifest(prefix, tokens=6)
     found = problems(prefix)
-    assert "d.json describes 2 documents with 6 tokens (uint16), but the index has 2 with 7 (uint16)" in found
-    Path(f"{prefix}.json").write_text("{")
-    assert "d.json: not a dataset description" in problems(prefix)
+    assert (
+        "d.dataset.json describes 2 documents with 6 tokens (uint16), but the index has 2 with 7 (uint16)"
+        in found
+    )
+    manifest_path(prefix).write_text("{")
+    assert "d.dataset.json: not a dataset description" in problems(prefix)
 
 
 def test_another_tokenizer(tmp_path: Path, sentencepiece_model: Path) -> None:
@@ -97,7 +100,7 @@ def test_datasets_of_different_tokenizers(prefix: str, tmp_path: Path) -> None:
     other = write_dataset(tmp_path / "other", DOCUMENTS, fingerprint="f" * 16)
     found = problems(prefix, data_path=(prefix, other))
     assert (
-        f"dataset {other} was made with another tokenizer than {prefix}.json: fingerprint {'f' * 16} instead "
+        f"dataset {other} was made with another tokenizer than {prefix}.dataset.json: fingerprint {'f' * 16} instead "
         "of" in found
     )
 
@@ -117,7 +120,7 @@ def test_without_a_manifest_it_is_said_that_the_tokenizer_is_unchecked(
     with caplog.at_level(logging.WARNING):
         assert problems(prefix) == ""
     assert (
-        "d.json not found: whether the tokenizer is the one that made the dataset is not checked"
+        "d.dataset.json not found: whether the tokenizer is the one that made the dataset is not checked"
         in caplog.text
     )
 
