@@ -164,6 +164,6 @@ def check_replaceable(output: Path, inputs: Sequence[str], is_ours: Callable[[Pa
         raise ConfigError(f"--output {output} would replace an input. Give another --output.")
     if os.path.lexists(output) and not (output.is_file() and is_ours(output)):
         raise ConfigError(
-            f"--output {output} is there already and was not made by this program, so it is not replaced. Give "
-            "another --output."
+            f"--output {output} is there already and was not made by this program, so it is not replaced. "
+            "Give another --output."
         )

@@ -31,7 +31,7 @@ from megatron_ext.data.manifest import (
     read_manifest,
 )
 from megatron_ext.data.outputs import OutputFiles, existing_prefixes, refuse_inputs
-from megatron_ext.data.sources import Position, RecordReader, Source, text_bytes
+from megatron_ext.data.sources import Position, RecordReader, Source, check_columns, text_bytes
 from megatron_ext.data.tokenizers import content_of, load_tokenizer
 from megatron_ext.errors import ConfigError
 
@@ -87,6 +87,7 @@ def preprocess(
         raise ConfigError(
             f"--json-keys {' '.join(job.json_keys)} needs JSON lines, but {text.path} is a text."
         )
+    check_columns(job.sources, job.json_keys)
     run = _Run(job, report)
     run.take_place(overwrite=overwrite)
     run.find_complete_shards()

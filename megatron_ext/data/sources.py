@@ -205,6 +205,13 @@ def _pass_line(stream: BinaryIO) -> int:
     return count
 
 
+def check_columns(sources: Sequence[Source], columns: Sequence[str]) -> None:
+    """Raises ConfigError for a Parquet file that is damaged or has no texts in one of `columns`."""
+    for source in sources:
+        if source.format == "parquet":
+            ParquetTexts(source.path, columns)
+
+
 def text_bytes(sources: Sequence[Source], columns: Sequence[str] = ("text",)) -> int:
     """Bytes of text in all sources. Compressed files and columns of Parquet files are read through for it."""
     return sum(_text_bytes(source, columns) for source in sources)

@@ -375,3 +375,24 @@ def test_memory_does_not_grow_with_the_input(tokenizer_model: str) -> None:
     assert peaks[1] - peaks[0] < 6000
     assert peaks[1] < 150_000
     assert merged - peaks[0] < 6000
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_the_input_survives(tokenizer_model: str, overwrite: list[str]) -> None:
+    """Its name is what the description was called once."""
+    Path("corpus.json").write_bytes(lines())
+    for _ in range(2):
+        assert run(tokenizer_model, "--input", "corpus.json", "--output-prefix", "corpus", *overwrite) == 0
+        assert Path("corpus.json").read_bytes() == lines()
+    assert documents_in("corpus") == expected(tokenizer_model, TEXTS)
+
+
+def test_merging_asks_before_it_replaces(tokenizer_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("corpus.jsonl").write_bytes(lines())
+    for prefix, options in (("part", ["--shards", "2"]), ("whole", ["--no-append-eod"])):
+        assert run(tokenizer_model, "--input", "corpus.jsonl", "--output-prefix", prefix, *options) == 0
+    merge = ["--merge", "--input", "part-*.dataset.json", "--output-prefix", "whole"]
+    assert main(merge) == 2
+    assert "error: whole is a dataset already, and another one." in capsys.readouterr().err
+    assert main([*merge, "--overwrite"]) == 0
+    assert documents_in("whole") == expected(tokenizer_model, TEXTS)

@@ -65,7 +65,7 @@ def test_a_truncated_file(tmp_path: Path) -> None:
 def test_nesting_too_deep(tmp_path: Path) -> None:
     prefix = write_dataset(tmp_path / "d", [[1, 2]])
     manifest_path(prefix).write_text("[" * 200_000)
-    with pytest.raises(ConfigError, match="not a dataset description.*move this file away"):
+    with pytest.raises(ConfigError, match=r"not a dataset description.*move this file away"):
         read_manifest(prefix)
 
 

@@ -119,18 +119,19 @@ def test_a_compressed_file_that_has_shrunk(corpus: Path) -> None:
     reader = RecordReader(sources)
     list(islice(reader, 400))
     (corpus / "b.jsonl.gz").write_bytes(gzip.compress(LINES[:100]))
-    with pytest.raises(ConfigError, match="b.jsonl.gz: changed since it was looked at first"):
+    with pytest.raises(ConfigError, match=r"b.jsonl.gz: changed since it was looked at first"):
         list(RecordReader(sources, reader.position))
     with pytest.raises(ConfigError, match="shorter than when it was read before"):
         list(RecordReader(find_sources([str(corpus / "b.jsonl.gz")]), reader.position))
 
 
 def test_a_file_that_grows_while_it_is_read(corpus: Path) -> None:
-    with pytest.raises(ConfigError, match="a.jsonl: changed since it was looked at first"):
-        for record in RecordReader(find_sources([str(corpus / "a.jsonl")])):
-            if record.line == 400:
-                with (corpus / "a.jsonl").open("ab") as file:
-                    file.write(b'{"text": "more"}\n')
+    records = iter(RecordReader(find_sources([str(corpus / "a.jsonl")])))
+    next(records)
+    with (corpus / "a.jsonl").open("ab") as file:
+        file.write(b'{"text": "more"}\n')
+    with pytest.raises(ConfigError, match=r"a.jsonl: changed since it was looked at first"):
+        list(records)
 
 
 def test_long_records_are_passed_over_on_request(tmp_path: Path) -> None:
