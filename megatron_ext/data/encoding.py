@@ -62,9 +62,11 @@ class ContentHash:
 
     def add(self, record: Record) -> None:
         """Take in the next record."""
-        parts = (record.data,) if record.columns is None else record.columns
-        for part in (record.problem.encode(), *parts) if record.problem else parts:
-            self._state.update(b"n" if part is None else b"%d:" % len(part))
+        if record.line and record.columns is None and not record.problem:
+            self._state.update(record.data)  # a line has its own end
+            return
+        for part in (record.problem.encode(), *(record.columns or (record.data,))):
+            self._state.update(b"null" if part is None else b"%d:" % len(part))
             self._state.update(part or b"")
 
     def digits(self) -> str:

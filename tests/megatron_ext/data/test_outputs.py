@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron_ext.data import preprocessing
 from megatron_ext.data.indexed import IndexedWriter
 from megatron_ext.data.manifest import manifest_path, read_manifest
 from megatron_ext.data.merging import merge_shards
@@ -243,6 +244,7 @@ def test_a_process_that_ends_while_files_get_their_names(
     with pytest.raises(KeyboardInterrupt):
         make("d/corpus")
     monkeypatch.setattr(OutputFiles, "_move_all", move_all)
+    monkeypatch.setattr(preprocessing, "encode_records", lambda *args, **options: pytest.fail("made again"))
     assert not manifest_path("d/corpus").exists()
     make("d/corpus")
     assert Path("d/corpus.bin").read_bytes() == Path("d/whole.bin").read_bytes()

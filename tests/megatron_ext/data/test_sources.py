@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.data.records import BadRecordError, Record, parse_texts
-from megatron_ext.data.sources import Position, RecordReader, find_sources, text_bytes
+from megatron_ext.data.sources import FileState, Position, RecordReader, find_sources, text_bytes
 from megatron_ext.errors import ConfigError
 
 LINES = b"".join(json.dumps({"text": f"document {number}"}).encode() + b"\n" for number in range(500))
@@ -132,6 +132,17 @@ def test_a_file_that_grows_while_it_is_read(corpus: Path) -> None:
         file.write(b'{"text": "more"}\n')
     with pytest.raises(ConfigError, match=r"a.jsonl: changed since it was looked at first"):
         list(records)
+
+
+def test_an_edit_right_after_a_file_was_read_shows(tmp_path: Path) -> None:
+    """Although the file system's clock may not have moved on since the file was written."""
+    for _ in range(20):
+        path = tmp_path / "a.txt"
+        path.write_text("one")
+        before = find_sources([str(path)])
+        list(RecordReader(before))
+        path.write_text("two")
+        assert FileState.of(path.stat()) != before[0].state
 
 
 def test_long_records_are_passed_over_on_request(tmp_path: Path) -> None:
