@@ -75,7 +75,7 @@ def _fill(model: LCKVLlamaForCausalLM, source: TensorSource) -> None:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a folder, None where it has none. A SentencePiece model splits text as its file says.
 
-    Raises ValueError where transformers cannot read it so.
+    Raises ModelError where that splitting cannot be had.
     """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None

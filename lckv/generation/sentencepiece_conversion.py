@@ -11,25 +11,26 @@ from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from lckv.errors import ModelError
 from lckv.tokenizer_files import PROBES
 
 
 def use_own_splitting(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     """Make a tokenizer that transformers converted from the SentencePiece model at `path` split as that does.
 
-    Its added tokens, template and begin and end tokens stay. Raises ValueError where the model cannot be
+    Its added tokens, template and begin and end tokens stay. Raises ModelError where the model cannot be
     converted exactly and transformers' conversion splits otherwise.
     """
     import sentencepiece
 
     try:
         converted, _ = convert(path)
-    except ValueError as error:
+    except ModelError as error:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         for text in PROBES:
             theirs = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
             if theirs != processor.EncodeAsIds(text):
-                raise ValueError(
+                raise ModelError(
                     f"{path}: transformers splits {text!r} otherwise than this file does, and an exact "
                     f"conversion is not known: {error} Add a tokenizer.json that splits as the model was "
                     "trained."
@@ -44,7 +45,7 @@ def convert(path: Path) -> tuple[Any, dict[str, str]]:
     """A `tokenizers.Tokenizer` that splits as the model file at `path`, and the special tokens by their names
     in tokenizer_config.json.
 
-    Raises ValueError for models that cannot be converted exactly: other than BPE, or changing the text first.
+    Raises ModelError for models that cannot be converted exactly: other than BPE, or changing the text first.
     """
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # needs protobuf, which tensorboard brings
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers
@@ -56,9 +57,9 @@ def convert(path: Path) -> tuple[Any, dict[str, str]]:
     scored = [(piece.piece, piece.score) for piece in proto.pieces]
     from_text = [(piece.piece, piece.score) for piece in proto.pieces if piece.type == piece.NORMAL]
     if trainer.model_type != trainer.BPE:
-        raise ValueError(f"{path} is no BPE model; no others can be converted.")
+        raise ModelError(f"{path} is no BPE model; no others can be converted.")
     if normalizer.remove_extra_whitespaces or normalizer.precompiled_charsmap:
-        raise ValueError(
+        raise ModelError(
             f"{path} changes the text before it splits it (normalization {normalizer.name!r}, "
             "remove_extra_whitespaces "
             f"{normalizer.remove_extra_whitespaces}); only models that keep the text as it is can be "

@@ -25,18 +25,18 @@ from megatron_ext.errors import ConfigError
 
 EXAMPLES = """
 input
-  JSON lines, one object per document with its text under --json-keys, and text files, one document each; both
-  also compressed (gzip, zstd). Parquet files (with pip install 'lckv-megatron[parquet]'), one document per row
-  with its text in the columns --json-keys. The content of a file says what it is; what could be two things is
-  refused. A directory stands for all its files, a quoted glob for those that match. Documents come out in the
-  order of the input.
+  JSON lines, one object per document with its text under --json-keys, and text files, one document each;
+  both also compressed (gzip, zstd). Parquet files (with pip install 'lckv-megatron[parquet]'), one document
+  per row with its text in the columns --json-keys. The content of a file says what it is; what could be two
+  things is refused. A directory stands for all its files, a quoted glob for those that match. Documents come
+  out in the order of the input.
 
 output
-  PREFIX.bin (tokens), PREFIX.idx (where documents begin) and PREFIX.dataset.json (tokenizer, numbers, options
-  and sources; training checks it). Files that are an input, or no dataset of this program, are never replaced.
-  With --shards or --shard-mib: PREFIX-00000.*, PREFIX-00001.*, ... A job that is started again goes on behind
-  its last complete shard, and stops if options or input have changed. Shards can be trained on as they are, or
-  be merged.
+  PREFIX.bin (tokens), PREFIX.idx (where documents begin) and PREFIX.dataset.json (tokenizer, numbers,
+  options and sources; training checks it). Files that are an input, or no dataset of this program, are never
+  replaced. With --shards or --shard-mib: PREFIX-00000.*, PREFIX-00001.*, ... A job that is started again goes
+  on behind its last complete shard, and stops if options or input have changed. Shards can be trained on as
+  they are, or be merged.
 
 examples
   # a compressed corpus with a SentencePiece tokenizer, on 8 processes

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from lckv.errors import ModelError
 from lckv.generation.loading import load_tokenizer
 from lckv.tokenizer_files import PROBES, is_only_sentencepiece
 
@@ -42,7 +43,7 @@ def test_the_model_files_own_splitting(tmp_path: Path) -> None:
 def test_a_model_without_an_exact_conversion(tmp_path: Path) -> None:
     train(tmp_path, vocab_size=16, model_type="unigram")
     with pytest.raises(
-        ValueError, match=r"tokenizer.model: transformers splits .* otherwise than this file does.*BPE"
+        ModelError, match=r"tokenizer.model: transformers splits .* otherwise than this file does.*BPE"
     ):
         load_tokenizer(tmp_path)
 
