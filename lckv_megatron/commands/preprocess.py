@@ -1,4 +1,4 @@
-"""Turns raw text into Megatron's indexed datasets: PREFIX.bin, PREFIX.idx and PREFIX.dataset.json.
+"""Turns raw text into Megatron's indexed datasets.
 
     lckv-megatron preprocess --input 'corpus/*.jsonl.zst' --output-prefix data/corpus \\
         --tokenizer-type sentencepiece --tokenizer-model tokenizer.model --workers 8
