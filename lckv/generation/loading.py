@@ -12,8 +12,10 @@ from transformers import AutoTokenizer, GenerationConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lckv.families.registry import describe, family_of
+from lckv.generation.sentencepiece_conversion import use_own_splitting
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
+from lckv.tokenizer_files import MODEL_NAME, is_only_sentencepiece
 from lckv.weights.checks import CheckedSource
 from lckv.weights.huggingface import CONFIG_NAME, HuggingFaceFolder, read_config_file
 from lckv.weights.tensors import TensorSource, row_chunks
@@ -71,10 +73,16 @@ def _fill(model: LCKVLlamaForCausalLM, source: TensorSource) -> None:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a folder, None where it has none."""
+    """The tokenizer of a folder, None where it has none. A SentencePiece model splits text as its file says.
+
+    Raises ModelError where that splitting cannot be had.
+    """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if is_only_sentencepiece(folder):
+        use_own_splitting(tokenizer, folder / MODEL_NAME)
+    return tokenizer
 
 
 def model_config(folder: Path) -> LCKVLlamaConfig:

@@ -20,11 +20,12 @@ import sys
 import sysconfig
 import tokenize
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from megatron_ext.arguments import ProgramParser
 from megatron_ext.atomic import write_file
+from megatron_ext.data.outputs import check_replaceable
 from megatron_ext.errors import ConfigError
 
 _LEFT_OUT = {
@@ -74,12 +75,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def write_corpus(output: Path, max_bytes: int | None = None) -> CorpusSize:
-    """Write the corpus and the file about its size. Raises ConfigError if there is no text, or none that
-    small."""
+    """Write the corpus and the file about its size.
+
+    Raises ConfigError if there is no text, or none that small, or another program's file is in the way.
+    """
     if output.suffix != ".jsonl":
         raise ConfigError(
             f"--output={output} must end with .jsonl; its size goes into a .json file of that name."
         )
+    size_file = output.with_suffix(".json")
+    check_replaceable(output, [], _is_corpus)
+    check_replaceable(size_file, [], _is_size)
     lines: list[bytes] = []
     text_bytes = 0
     for source, text in sorted(
@@ -96,8 +102,25 @@ def write_corpus(output: Path, max_bytes: int | None = None) -> CorpusSize:
     corpus_size = CorpusSize(len(lines), text_bytes, platform.python_version())
     output.parent.mkdir(parents=True, exist_ok=True)
     write_file(output, b"".join(lines))
-    write_file(output.with_suffix(".json"), json.dumps(asdict(corpus_size), indent=1).encode() + b"\n")
+    write_file(size_file, json.dumps(asdict(corpus_size), indent=1).encode() + b"\n")
     return corpus_size
+
+
+def _is_corpus(path: Path) -> bool:
+    with path.open("rb") as file:
+        return _has_keys(file.readline(1 << 26), {"text", "source"})
+
+
+def _is_size(path: Path) -> bool:
+    return _has_keys(path.read_bytes(), {field.name for field in fields(CorpusSize)})
+
+
+def _has_keys(content: bytes, keys: set[str]) -> bool:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and value.keys() == keys
 
 
 def _documents() -> Iterator[tuple[str, str]]:

@@ -57,10 +57,16 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="texts and JSON lines (also .gz, .zst), folders, globs",
+        help="texts, JSON lines, Parquet (also .gz, .zst), folders, globs",
     )
     texts.add_argument(
         "--json-key", default="text", metavar="KEY", help="of the text in a line of JSON (default: text)"
+    )
+    texts.add_argument(
+        "--text-format",
+        choices=("auto", "jsonl", "text"),
+        default="auto",
+        help="default auto: by the content of the files",
     )
     texts.add_argument("--max-tokens", type=positive, metavar="N", help="predict the first N tokens only")
     texts.add_argument(
@@ -151,7 +157,7 @@ def measured(
 ) -> tuple[Perplexity, dict[str, Any]]:
     """Read the texts and measure."""
     cut = cut_of(options, longest)
-    strings = read_texts(options.text, options.json_key)
+    strings = read_texts(options.text, options.json_key, options.text_format)
     if options.rows is None:
         texts, total = whole_texts(strings, coder, options.max_tokens), options.max_tokens
     else:

@@ -7,6 +7,7 @@
 import argparse
 import glob
 import logging
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,21 +17,26 @@ from tqdm import tqdm
 from megatron_ext.arguments import ProgramParser, positive
 from megatron_ext.data.encoding import Stretch
 from megatron_ext.data.manifest import DatasetManifest
-from megatron_ext.data.preprocessing import PreprocessingJob, merge_shards, preprocess, remove_output
+from megatron_ext.data.merging import merge_shards
+from megatron_ext.data.preprocessing import PreprocessingJob, preprocess
 from megatron_ext.data.sources import find_sources
 from megatron_ext.data.tokenizers import KINDS
 from megatron_ext.errors import ConfigError
 
 EXAMPLES = """
 input
-  JSON lines (.jsonl, .ndjson, .json), one object per document with its text under --json-keys, and text
-  files, one document each; both also compressed (.gz, .zst). A directory stands for all its files, a quoted
-  glob for those that match. Documents come out in the order of the input.
+  JSON lines, one object per document with its text under --json-keys, and text files, one document each;
+  both also compressed (gzip, zstd). Parquet files (with pip install 'lckv-megatron[parquet]'), one document
+  per row with its text in the columns --json-keys. The content of a file says what it is; what could be two
+  things is refused. A directory stands for all its files, a quoted glob for those that match. Documents come
+  out in the order of the input.
 
 output
-  PREFIX.bin (tokens), PREFIX.idx (where documents begin) and PREFIX.json (tokenizer, numbers, sources;
-  training checks it). With --shards or --shard-mib: PREFIX-00000.*, PREFIX-00001.*, ... A job that is started
-  again goes on behind its last complete shard. Shards can be trained on as they are, or be merged.
+  PREFIX.bin (tokens), PREFIX.idx (where documents begin) and PREFIX.dataset.json (tokenizer, numbers,
+  options and sources; training checks it). Files that are an input, or no dataset of this program, are never
+  replaced. With --shards or --shard-mib: PREFIX-00000.*, PREFIX-00001.*, ... A job that is started again goes
+  on behind its last complete shard, and stops if options or input have changed. Shards can be trained on as
+  they are, or be merged.
 
 examples
   # a compressed corpus with a SentencePiece tokenizer, on 8 processes
@@ -55,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.merge:
             prefixes = _prefixes_to_merge(arguments.input)
-            _print_summary({arguments.output_prefix: merge_shards(prefixes, arguments.output_prefix)})
+            merged = merge_shards(prefixes, arguments.output_prefix, overwrite=arguments.overwrite)
+            _print_summary({arguments.output_prefix: merged})
         else:
             _print_summary(_preprocess(_job(arguments), overwrite=arguments.overwrite))
     except (ConfigError, OSError) as error:
@@ -80,14 +87,14 @@ def _parser() -> argparse.ArgumentParser:
         "--text-format",
         choices=("auto", "jsonl", "text"),
         default="auto",
-        help="default auto: by the names of the files",
+        help="default auto: by the content of the files",
     )
     files.add_argument(
         "--json-keys",
         nargs="+",
         default=["text"],
         metavar="KEY",
-        help="default text; of several each gets PREFIX_KEY",
+        help="default text; of several each gets PREFIX_KEY; columns of Parquet files",
     )
     files.add_argument(
         "--skip-bad-lines", action="store_true", help="count bad records instead of stopping at the first"
@@ -117,9 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument(
         "--shard-mib", type=positive, metavar="MIB", help="split the output after so much input text"
     )
-    shards.add_argument(
-        "--overwrite", action="store_true", help="delete the output of an earlier job and begin again"
-    )
+    shards.add_argument("--overwrite", action="store_true", help="replace the dataset of an earlier job")
     shards.add_argument(
         "--merge", action="store_true", help="inputs are datasets (prefixes or .idx files): append them"
     )
@@ -147,8 +152,6 @@ def _job(arguments: argparse.Namespace) -> PreprocessingJob:
 
 
 def _preprocess(job: PreprocessingJob, *, overwrite: bool) -> dict[str, DatasetManifest]:
-    if overwrite:
-        remove_output(job)
     total = sum(source.size for source in job.sources)
     with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", mininterval=0.5) as bar:
         begin: list[Stretch] = []
@@ -167,7 +170,7 @@ def _preprocess(job: PreprocessingJob, *, overwrite: bool) -> dict[str, DatasetM
             )
             bar.update(stretch.disk_bytes - bar.n)
 
-        return preprocess(job, report)
+        return preprocess(job, report, overwrite=overwrite)
 
 
 def _prefixes_to_merge(inputs: Sequence[str]) -> list[str]:
@@ -175,14 +178,14 @@ def _prefixes_to_merge(inputs: Sequence[str]) -> list[str]:
     prefixes: list[str] = []
     for entry in inputs:
         path = Path(entry)
-        found = (
+        matches = (
             sorted(str(file) for file in path.parent.glob(path.name))
             if glob.has_magic(path.name)
             else [entry]
         )
-        if not found:
+        if not matches:
             raise ConfigError(f"--input {entry!r} stands for no file.")
-        prefixes += [file.removesuffix(".idx").removesuffix(".bin").removesuffix(".json") for file in found]
+        prefixes += [re.sub(r"\.(idx|bin|dataset\.json|json)$", "", file) for file in matches]
     return list(dict.fromkeys(prefixes))
 
 

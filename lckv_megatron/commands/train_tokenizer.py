@@ -16,14 +16,16 @@ from tqdm import tqdm
 
 from megatron_ext.arguments import ProgramParser
 from megatron_ext.atomic import write_file
-from megatron_ext.data.sources import RecordReader, Source, find_sources, parse_texts, text_bytes
+from megatron_ext.data.outputs import check_replaceable
+from megatron_ext.data.records import parse_texts
+from megatron_ext.data.sources import RecordReader, Source, find_sources, text_bytes
 from megatron_ext.data.tokenizers import load_tokenizer
 from megatron_ext.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 EXAMPLES = """
-Input is as for lckv-megatron preprocess: JSON lines and text files, also .gz and .zst; directories; globs.
+Input is as for lckv-megatron preprocess: JSON lines, text and Parquet files; directories; quoted globs.
 
 Training keeps its sample of the text in memory, several times over. If there is more text than --max-mib,
 each document is taken with the same probability, drawn from --seed. The same input, options and version of
@@ -57,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         sources = find_sources(arguments.input, suffixes=arguments.suffix, text_format=arguments.text_format)
+        check_replaceable(Path(arguments.output), [source.path for source in sources], _was_trained_here)
         training = TokenizerTraining(
             tuple(sources),
             arguments.vocab_size,
@@ -87,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         "--suffix", nargs="+", default=[], help="take only files whose names end with one of these"
     )
     parser.add_argument(
-        "--text-format", choices=("auto", "jsonl", "text"), default="auto", help="default: by name"
+        "--text-format", choices=("auto", "jsonl", "text"), default="auto", help="default: by content"
     )
     parser.add_argument("--json-key", default="text", help="where JSON lines have their text (default text)")
     parser.add_argument(
@@ -96,6 +99,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=1234, help="which documents are sampled (default 1234)")
     parser.add_argument("--threads", type=int, default=4, help="threads of the training (default 4)")
     return parser
+
+
+def _was_trained_here(path: Path) -> bool:
+    """Whether a file is a model that `train` made: no other program takes sentences of such a length."""
+    from google.protobuf.message import DecodeError
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    model = ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except DecodeError:
+        return False
+    return model.trainer_spec.max_sentence_length == 4 * _SENTENCE_CHARACTERS
 
 
 def train(training: TokenizerTraining) -> bytes:
@@ -148,9 +164,9 @@ def _noting(sentences: Iterator[str], failures: list[Exception]) -> Iterator[str
 
 def _sentences(training: TokenizerTraining) -> Iterator[str]:
     """The lines of the sampled documents, cut to the length that SentencePiece takes."""
-    share = training.max_bytes / max(1, text_bytes(training.sources))
+    share = training.max_bytes / max(1, text_bytes(training.sources, [training.json_key]))
     chance = random.Random(training.seed)
-    reader = RecordReader(training.sources)
+    reader = RecordReader(training.sources, columns=[training.json_key])
     total = sum(source.size for source in training.sources)
     empty = True
     with tqdm(total=total, unit="B", unit_scale=True, desc="reading", mininterval=0.5) as bar:

@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from megatron_ext.data.sources import RecordReader, find_sources, parse_texts
+from megatron_ext.data.formats import TextFormat
+from megatron_ext.data.records import parse_texts
+from megatron_ext.data.sources import RecordReader, find_sources
 from megatron_ext.errors import ConfigError
 
 
@@ -82,11 +84,13 @@ class Text:
             done = end
 
 
-def read_texts(paths: Sequence[str], json_key: str) -> Iterator[str]:
-    """The documents in files: each line of JSON lines, and whole texts. Raises ConfigError for what cannot be
-    read."""
+def read_texts(paths: Sequence[str], json_key: str, text_format: TextFormat = "auto") -> Iterator[str]:
+    """The documents in files: each line of JSON lines, each row of Parquet, and whole texts.
+
+    Raises ConfigError for what cannot be read.
+    """
     try:
-        for record in RecordReader(find_sources(paths)):
+        for record in RecordReader(find_sources(paths, text_format=text_format), columns=[json_key]):
             yield from parse_texts(record, [json_key])
     except OSError as error:
         raise ConfigError(f"--text {error.filename} cannot be read: {error.strerror}.") from error

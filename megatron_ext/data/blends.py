@@ -7,7 +7,7 @@ few samples off its share.
 """
 
 import math
-from collections import Counter
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -87,9 +87,15 @@ def _number(entry: str) -> float | None:
 def _check_prefixes(field: str, prefixes: Sequence[str]) -> None:
     if "" in prefixes:
         raise ConfigError(f"{field}: prefix {prefixes.index('') + 1} is empty.")
-    prefix, times = Counter(prefixes).most_common(1)[0]
-    if times > 1:
-        raise ConfigError(f"{field}: {prefix} is given twice. Give it once, with the sum of the weights.")
+    first: dict[str, str] = {}
+    for prefix in prefixes:
+        place = os.path.realpath(f"{prefix}.bin")
+        if place in first:
+            same = "" if first[place] == prefix else f" (the same dataset as {first[place]})"
+            raise ConfigError(
+                f"{field}: {prefix} is given twice{same}. Give it once, with the sum of the weights."
+            )
+        first[place] = prefix
     if len(prefixes) > MAX_SOURCES:
         raise ConfigError(
             f"{field}: {len(prefixes)} datasets, but at most {MAX_SOURCES} can be blended. Merge some of "

@@ -10,7 +10,7 @@ import numpy as np
 from megatron_ext.config import DataConfig
 from megatron_ext.data.blends import split_sources
 from megatron_ext.data.indexed import IndexInfo, read_index
-from megatron_ext.data.manifest import DatasetManifest, read_manifest
+from megatron_ext.data.manifest import DatasetManifest, existing_manifest, manifest_path, read_manifest
 from megatron_ext.data.tokenizers import load_tokenizer
 from megatron_ext.errors import ConfigError
 
@@ -29,39 +29,69 @@ class Vocabulary:
     size: int
     eod: int
     fingerprint: str
+    splitting: str
+    """How text becomes its tokens; "" if not known."""
+
     origin: str
     """Where this is known from, for messages."""
 
+    @classmethod
+    def of(cls, prefix: str, manifest: DatasetManifest) -> "Vocabulary":
+        """That of the tokenizer that made a dataset."""
+        return cls(
+            manifest.vocab_size,
+            manifest.eod,
+            manifest.tokenizer_fingerprint,
+            manifest.tokenizer_splitting,
+            str(existing_manifest(prefix)),
+        )
+
+    def differences(self, other: "Vocabulary") -> list[str]:
+        """In what they differ, as far as both know."""
+        pairs = {
+            "fingerprint": (self.fingerprint, other.fingerprint),
+            "vocab_size": (self.size, other.size),
+            "eod": (self.eod, other.eod),
+            "splitting": (self.splitting, other.splitting),
+        }
+        return [
+            f"{name} {ours} instead of {theirs}"
+            for name, (ours, theirs) in pairs.items()
+            if ours != theirs and "" not in (ours, theirs)
+        ]
+
 
 def find_vocabulary(data: DataConfig) -> Vocabulary | None:
-    """The vocabulary of the configured tokenizer; without one that of the datasets, if their PREFIX.json
-    agree; else None.
+    """The vocabulary of the configured tokenizer; without one that of the datasets, if their
+    descriptions agree; else None.
 
     Raises ConfigError if the tokenizer cannot be loaded or the settings cannot be read.
     """
     if data.tokenizer_type != "none":
         tokenizer = load_tokenizer(data.tokenizer_type, data.tokenizer_model)
         origin = f"data.tokenizer_model={data.tokenizer_model}"
-        return Vocabulary(tokenizer.vocab_size, tokenizer.eod, tokenizer.fingerprint, origin)
+        return Vocabulary(
+            tokenizer.vocab_size, tokenizer.eod, tokenizer.fingerprint, tokenizer.splitting, origin
+        )
     if data.mock:
         return None
-    found = {}
+    vocabularies: list[Vocabulary] = []
     for prefix in _prefixes(data):
         manifest = read_manifest(prefix)
         if manifest is None:
             return None
-        identity = (manifest.vocab_size, manifest.eod, manifest.tokenizer_fingerprint)
-        found[identity] = Vocabulary(*identity, origin=f"{prefix}.json")
-    return next(iter(found.values())) if len(found) == 1 else None
+        vocabularies.append(Vocabulary.of(prefix, manifest))
+    agree = not any(vocabulary.differences(vocabularies[0]) for vocabulary in vocabularies)
+    return vocabularies[0] if agree and vocabularies else None
 
 
 def check_data(data: DataConfig, vocab_size: int) -> list[str]:
     """All that is wrong with the settings, files and tokens of the data, a line each; nothing is built.
 
     `vocab_size` is the model's, without padding. Looked at are: settings that contradict each other or cannot
-    be read; missing, truncated or damaged .bin and .idx files; PREFIX.json that disagrees with the files,
+    be read; missing, truncated or damaged .bin and .idx files; descriptions that disagree with the files,
     with the configured tokenizer or with other datasets; token ids outside the vocabulary (without
-    PREFIX.json a sample of the tokens: the rest is checked as it is read).
+    a description a sample of the tokens: the rest is checked as it is read).
     """
     problems: list[str] = []
     if data.mock:
@@ -97,9 +127,7 @@ def _first_vocabulary(prefixes: list[str]) -> Vocabulary | None:
     """What the first dataset that says so was made with: the others have to agree with it."""
     for prefix in prefixes:
         if manifest := read_manifest(prefix):
-            return Vocabulary(
-                manifest.vocab_size, manifest.eod, manifest.tokenizer_fingerprint, f"{prefix}.json"
-            )
+            return Vocabulary.of(prefix, manifest)
     return None
 
 
@@ -114,7 +142,8 @@ def _dataset_problems(
     needs_eod = [name for name in _NEED_EOD if getattr(data, name)]
     if manifest is None:
         logger.warning(
-            "%s.json not found: whether the tokenizer is the one that made the dataset is not checked", prefix
+            "%s not found: whether the tokenizer is the one that made the dataset is not checked",
+            manifest_path(prefix),
         )
         yield from _token_problems(prefix, info, vocab_size, needs_eod[:1], expected)
         return
@@ -124,10 +153,9 @@ def _dataset_problems(
         info.tokens,
     ):
         yield (
-            f"{prefix}.json describes {manifest.documents} documents with {manifest.tokens} tokens "
-            f"({manifest.dtype}), but the "
-            f"index has {info.sequences} with {info.tokens} ({info.dtype}): it belongs to other files. Copy "
-            "all three again."
+            f"{existing_manifest(prefix)} describes {manifest.documents} documents with {manifest.tokens} "
+            f"tokens ({manifest.dtype}), but the index has {info.sequences} with {info.tokens} "
+            f"({info.dtype}): it belongs to other files. Copy all three again."
         )
     yield from _vocabulary_problems(prefix, manifest, vocab_size, expected)
     if needs_eod and not manifest.append_eod:
@@ -137,19 +165,12 @@ def _dataset_problems(
 def _vocabulary_problems(
     prefix: str, manifest: DatasetManifest, vocab_size: int, expected: Vocabulary | None
 ) -> Iterator[str]:
-    if expected is not None:
-        theirs = (manifest.tokenizer_fingerprint, manifest.vocab_size, manifest.eod)
-        ours = (expected.fingerprint, expected.size, expected.eod)
-        if theirs != ours:
-            names = ("fingerprint", "vocab_size", "eod")
-            differing = [
-                f"{n} {a} instead of {b}" for n, a, b in zip(names, theirs, ours, strict=True) if a != b
-            ]
-            yield (
-                f"dataset {prefix} was made with another tokenizer than {expected.origin}: "
-                f"{', '.join(differing)}. Use the "
-                "tokenizer that made it, or make it again."
-            )
+    differing = [] if expected is None else Vocabulary.of(prefix, manifest).differences(expected)
+    if expected is not None and differing:
+        yield (
+            f"dataset {prefix} was made with another tokenizer than {expected.origin}: "
+            f"{', '.join(differing)}. Use the tokenizer that made it, or make it again."
+        )
     if manifest.max_token_id >= vocab_size:
         yield _outside(prefix, manifest.max_token_id, vocab_size)
     elif manifest.vocab_size > vocab_size:

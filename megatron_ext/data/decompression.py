@@ -1,12 +1,20 @@
-"""Reading .gz and .zst files as streams of bytes, with an error for files that are truncated or damaged."""
+"""Reading gzip and Zstandard files as streams of bytes, with an error for damaged or truncated ones.
+
+The first bytes of a file tell how it is compressed. A name that says otherwise is an error.
+"""
 
 import io
+import re
 import zlib
-from typing import BinaryIO, Protocol, cast
+from typing import BinaryIO, Literal, Protocol, cast
 
 from megatron_ext.errors import ConfigError
 
+Compression = Literal["", "gz", "zst"]
+
 CHUNK_BYTES = 1 << 20
+MAGIC_BYTES = 4
+"""How many of a file's first bytes tell its compression."""
 _COMPRESSED_CHUNK_BYTES = 1 << 14
 """Small, for all that comes out of one chunk is in memory at once."""
 
@@ -23,14 +31,33 @@ class _Decompressor(Protocol):
     def decompress(self, data: bytes) -> bytes: ...
 
 
-def decompressed(path: str, disk: BinaryIO) -> BinaryIO:
-    """The bytes in the open file `disk`, decompressed if the name `path` ends with .gz or .zst.
+def compression_of(path: str, start: bytes) -> Compression:
+    """How a file is compressed, "" for not at all; `start` is its first `MAGIC_BYTES` bytes.
 
-    Reading raises ConfigError, naming the file, if it is damaged or ends too early.
+    Raises ConfigError if the name ends with .gz or .zst and the content is something else.
     """
-    if not path.endswith((".gz", ".zst")):
+    if start.startswith(b"\x1f\x8b"):
+        return "gz"
+    if re.match(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", start):  # a frame, or one to pass over
+        return "zst"
+    if path.endswith((".gz", ".zst")):
+        kind = "gzip" if path.endswith(".gz") else "Zstandard"
+        raise _damaged(path, f"its name says {kind}, its content does not" if start else "it is empty")
+    return ""
+
+
+def decompressed(path: str, disk: BinaryIO, compression: Compression) -> BinaryIO:
+    """The bytes in the open file `disk`, decompressed.
+
+    Reading raises ConfigError, naming the file `path`, if it is damaged or ends too early.
+    """
+    if not compression:
         return disk
-    return cast(BinaryIO, io.BufferedReader(_MemberStream(path, disk), CHUNK_BYTES))
+    return cast(BinaryIO, io.BufferedReader(_MemberStream(path, disk, compression), CHUNK_BYTES))
+
+
+def _damaged(path: str, reason: str) -> ConfigError:
+    return ConfigError(f"{path}: truncated or damaged ({reason}); make or copy the file again.")
 
 
 class _MemberStream(io.RawIOBase):
@@ -39,15 +66,16 @@ class _MemberStream(io.RawIOBase):
     The readers of the libraries do not serve: zstandard's takes a truncated file for a complete one.
     """
 
-    def __init__(self, path: str, disk: BinaryIO) -> None:
+    def __init__(self, path: str, disk: BinaryIO, compression: Compression) -> None:
         self._path = path
+        self._compression = compression
         self._disk = disk
         self._member = self._new_member()
         self._inside = False
         self._text = memoryview(b"")
 
     def _new_member(self) -> _Decompressor:
-        if self._path.endswith(".gz"):
+        if self._compression == "gz":
             return zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
         import zstandard
 
@@ -61,7 +89,7 @@ class _MemberStream(io.RawIOBase):
             data = self._member.unused_data if self._member.eof else b""
             data = data or self._disk.read(_COMPRESSED_CHUNK_BYTES)
             if not data and self._inside:
-                raise self._damaged("it ends too early")
+                raise _damaged(self._path, "it ends too early")
             if not data:
                 return 0
             self._decompress(data)
@@ -76,8 +104,5 @@ class _MemberStream(io.RawIOBase):
         try:
             self._text = memoryview(self._member.decompress(data))
         except Exception as error:
-            raise self._damaged(str(error)) from error
+            raise _damaged(self._path, str(error)) from error
         self._inside = not self._member.eof
-
-    def _damaged(self, reason: str) -> ConfigError:
-        return ConfigError(f"{self._path}: truncated or damaged ({reason}); make or copy the file again.")

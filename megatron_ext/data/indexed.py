@@ -25,9 +25,9 @@ from typing import BinaryIO, Self
 
 import numpy as np
 
+from megatron_ext.data.outputs import MAGIC, OutputFiles
 from megatron_ext.errors import ConfigError
 
-_MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPE_CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 _CHUNK = 1 << 16
@@ -51,23 +51,20 @@ class IndexInfo:
 
 
 class IndexedWriter:
-    """Writes PREFIX.bin and PREFIX.idx, under temporary names until `close`.
+    """Writes PREFIX.bin and PREFIX.idx, in a folder of its own until `close`.
 
-    As a context manager it removes the temporary files if an exception passes.
+    As a context manager it removes that folder if an exception passes. Raises ConfigError if there is
+    something else in its place.
     """
 
     def __init__(self, prefix: str, dtype: np.dtype) -> None:
         self.dtype = dtype
         self.documents = 0
         self.tokens = 0
-        self._paths = {name: Path(f"{prefix}.{name}") for name in ("bin", "idx", "lengths")}
-        self._paths["bin"].parent.mkdir(parents=True, exist_ok=True)
-        self._bin = self._temporary("bin").open("wb")
-        self._lengths = self._temporary("lengths").open("wb+")
-
-    def _temporary(self, name: str) -> Path:
-        path = self._paths[name]
-        return path.with_name(f"{path.name}.tmp")
+        self._output = OutputFiles(prefix)
+        folder = self._output.begin()
+        self._bin = (folder / "bin").open("wb")
+        self._lengths = (folder / "lengths").open("wb+")
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         """Append documents: `tokens` [sum of lengths] of all of them, `lengths` int32 [documents]."""
@@ -92,21 +89,20 @@ class IndexedWriter:
         self.documents += info.sequences
         self.tokens += info.tokens
 
-    def close(self) -> None:
-        """Write the index and give both files their names."""
+    def close(self, description: bytes = b"") -> None:
+        """Write the index and give both files their names, and with them `description`, if there is one,
+        that of PREFIX.dataset.json."""
         _sync_and_close(self._bin)
-        with self._temporary("idx").open("wb") as index:
+        with (self._output.folder / "idx").open("wb") as index:
             self._write_index(index)
             index.flush()
             os.fsync(index.fileno())
         self._lengths.close()
-        self._temporary("lengths").unlink()
-        for name in ("bin", "idx"):
-            self._temporary(name).replace(self._paths[name])
+        self._output.finish(description)
 
     def _write_index(self, index: BinaryIO) -> None:
         code = next(code for code, name in _DTYPE_CODES.items() if self.dtype == np.dtype(name))
-        index.write(_HEADER.pack(_MAGIC, 1, code, self.documents, self.documents + 1))
+        index.write(_HEADER.pack(MAGIC, 1, code, self.documents, self.documents + 1))
         self._lengths.seek(0)
         shutil.copyfileobj(self._lengths, index, 4 * _CHUNK)
         self._lengths.seek(0)
@@ -126,8 +122,7 @@ class IndexedWriter:
     ) -> None:
         self._bin.close()
         self._lengths.close()
-        for name in self._paths:
-            self._temporary(name).unlink(missing_ok=True)
+        self._output.abandon()
 
 
 def _sync_and_close(file: BinaryIO) -> None:
@@ -150,7 +145,7 @@ def read_index(prefix: str) -> IndexInfo:
         )
     with index_path.open("rb") as index:
         header = index.read(_HEADER.size)
-    if len(header) < _HEADER.size or not header.startswith(_MAGIC):
+    if len(header) < _HEADER.size or not header.startswith(MAGIC):
         raise ConfigError(f"{index_path}: not an index of a megatron dataset. Make it again with {_REMEDY}.")
     _, version, code, sequences, boundaries = _HEADER.unpack(header)
     if version != 1 or code not in _DTYPE_CODES or boundaries < 1:
@@ -203,9 +198,10 @@ def token_chunks(prefix: str, info: IndexInfo, count: int = 1 << 22) -> Iterator
             yield chunk
 
 
-def merge_datasets(prefixes: Sequence[str], output: str) -> None:
-    """Append indexed datasets to one another into `output`, without loading them."""
+def merge_datasets(prefixes: Sequence[str], output: str, description: bytes = b"") -> None:
+    """Append indexed datasets to one another into `output`, without loading them; `description` as in
+    `IndexedWriter.close`."""
     with IndexedWriter(output, read_index(prefixes[0]).dtype) as writer:
         for prefix in prefixes:
             writer.add_dataset(prefix)
-        writer.close()
+        writer.close(description)

@@ -1,25 +1,54 @@
-"""What is known of an indexed dataset beside its tokens: PREFIX.json, written next to PREFIX.bin and
-PREFIX.idx."""
+"""What is known of an indexed dataset beside its tokens: PREFIX.dataset.json, next to PREFIX.bin and
+PREFIX.idx.
+
+Earlier versions wrote PREFIX.json, which is read too. That name may be anybody's, so such a file counts only
+if its content says that it is a description.
+"""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.atomic import write_file
-from megatron_ext.data.sources import Position
+from megatron_ext.data.sources import FileState, Position, Source
 from megatron_ext.errors import ConfigError
 
-FORMAT = 1
+FORMAT = 2
+_READ_FORMATS = (1, 2)
+_NEEDED = {"tokenizer_type", "tokenizer_fingerprint", "vocab_size", "dtype", "documents", "tokens"}
+_PEEK_BYTES = 4096
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """An input file as it was when it was read: path as given, and bytes on disk."""
+    """An input file as it was when it was read: path as given, bytes on disk, what was read out of it, and
+    what shows that it was not touched since (`FileState`; 0: not known)."""
 
     path: str
     bytes: int
+    format: str = ""
+    inode: int = 0
+    modified_ns: int = 0
+    changed_ns: int = 0
+
+    @classmethod
+    def of(cls, source: Source) -> "SourceFile":
+        """As the source is now."""
+        state = source.state
+        return cls(source.path, state.size, source.format, state.inode, state.modified_ns, state.changed_ns)
+
+    @property
+    def identity(self) -> tuple[str, int, str]:
+        """What must agree for two files to hold the same, whatever was done to them."""
+        return self.path, self.bytes, self.format
+
+    @property
+    def state(self) -> FileState:
+        """When equal, the file was not touched."""
+        return FileState(self.bytes, self.inode, self.modified_ns, self.changed_ns)
 
 
 @dataclass(frozen=True)
@@ -41,7 +70,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class DatasetManifest:
-    """Contents of PREFIX.json."""
+    """Contents of PREFIX.dataset.json."""
 
     tokenizer_type: str
     """Kind of tokenizer, as in `data.tokenizer_type`."""
@@ -82,39 +111,104 @@ class DatasetManifest:
     shard: Shard | None = None
     """Place among the shards of a sharded job; None for a whole or merged dataset."""
 
+    tokenizer_splitting: str = ""
+    """`Tokenizer.splitting`; "" if not known."""
+
+    tokenizer_content: str = ""
+    """Hash of the tokenizer's files; "" if not known."""
+
+    json_keys: tuple[str, ...] = ()
+    """All keys that the job took texts from: a record without one of them gives no document to any."""
+
+    skip_bad_records: bool = False
+    """Whether bad records were left out instead of stopping."""
+
+    max_document_bytes: int = 0
+    """Longest document that was taken; 0 if not known."""
+
+    content: str = ""
+    """`ContentHash` of the records that were read; "" if not known (merged, or of an earlier version)."""
+
+
+MEANING = ("tokenizer_fingerprint", "tokenizer_splitting", "vocab_size", "eod", "dtype", "append_eod")
+"""Fields in which two manifests must agree for their tokens to mean the same."""
+
+
+def differences_of_meaning(first: DatasetManifest, second: DatasetManifest) -> list[str]:
+    """The fields of `MEANING` that differ; those that one of them does not know ("") do not."""
+    pairs = [(name, getattr(first, name), getattr(second, name)) for name in MEANING]
+    return [name for name, one, other in pairs if one != other and "" not in (one, other)]
+
 
 def manifest_path(prefix: str) -> Path:
-    """PREFIX.json."""
-    return Path(f"{prefix}.json")
+    """PREFIX.dataset.json."""
+    return Path(f"{prefix}.dataset.json")
+
+
+def existing_manifest(prefix: str) -> Path | None:
+    """The file that describes a dataset: PREFIX.dataset.json, or PREFIX.json if it is a description; None
+    if there is neither."""
+    path, earlier = manifest_path(prefix), Path(f"{prefix}.json")
+    if path.exists():
+        return path
+    return earlier if _is_earlier_description(earlier) else None
+
+
+def _is_earlier_description(path: Path) -> bool:
+    """Looks at the beginning first: the file may be a corpus of any size."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        start = file.read(_PEEK_BYTES)
+    if not re.match(rb'\{\s*"format": 1,\s*"tokenizer_type"', start):
+        return False
+    try:
+        return _is_description(json.loads(path.read_bytes()))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _is_description(values: object) -> bool:
+    return isinstance(values, dict) and values.keys() >= _NEEDED
+
+
+def is_description(path: Path) -> bool:
+    """Whether a file's content is the description of a dataset."""
+    try:
+        return _is_description(json.loads(path.read_bytes()))
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def manifest_bytes(manifest: DatasetManifest) -> bytes:
+    """The content of PREFIX.dataset.json."""
+    return json.dumps({"format": FORMAT} | asdict(manifest), indent=1).encode() + b"\n"
 
 
 def write_manifest(prefix: str, manifest: DatasetManifest) -> None:
-    """Write PREFIX.json atomically."""
-    text = json.dumps({"format": FORMAT} | asdict(manifest), indent=1)
-    write_file(manifest_path(prefix), text.encode() + b"\n")
+    """Write PREFIX.dataset.json atomically."""
+    write_file(manifest_path(prefix), manifest_bytes(manifest))
 
 
 def read_manifest(prefix: str) -> DatasetManifest | None:
-    """Read PREFIX.json; None if there is none. Raises ConfigError if it cannot be understood."""
-    path = manifest_path(prefix)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    """Read the description of a dataset; None if there is none. Raises ConfigError if it cannot be
+    understood."""
+    path = existing_manifest(prefix)
+    if path is None:
         return None
     try:
-        values = json.loads(text)
-        if values.pop("format") != FORMAT:
-            raise ValueError(f"its format is not {FORMAT}")
+        values = json.loads(path.read_bytes())
+        if (version := values.pop("format")) not in _READ_FORMATS:
+            raise ValueError(f"its format is {version!r}, not 1 or 2")
         shard = values.pop("shard")
         sources = tuple(SourceFile(**source) for source in values.pop("sources"))
-        return _checked(
-            DatasetManifest(**values, sources=sources, shard=None if shard is None else _shard(shard))
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        keys = tuple(values.pop("json_keys", ()))
+        place = None if shard is None else _shard(shard)
+        return _checked(DatasetManifest(**values, sources=sources, shard=place, json_keys=keys))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
-            f"{path}: not a dataset description ({error}). Make the dataset again with "
-            "lckv-megatron preprocess, or delete "
-            "this file to use the dataset unchecked."
+            f"{path}: not a dataset description ({error}). Make the dataset again under another prefix with "
+            "lckv-megatron preprocess, or move this file away to use the dataset unchecked."
         ) from error
 
 

@@ -1,32 +1,43 @@
 """From raw text to indexed datasets, shard by shard.
 
-A shard is complete when its manifest is there. A job that is started again goes on behind the last complete
-shard. Without shards the whole output counts as one.
+A shard is complete when its description is there. A job that is started again goes on behind the last
+complete shard, if that is what the job would make now. Without shards the whole output counts as one.
 """
 
 import contextlib
 import logging
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.data.encoding import Documents, EncodedStream, EncodingSettings, Stretch, encode_records
-from megatron_ext.data.indexed import IndexedWriter, merge_datasets, read_index, token_dtype
-from megatron_ext.data.manifest import DatasetManifest, Shard, SourceFile, read_manifest, write_manifest
-from megatron_ext.data.sources import Position, RecordReader, Source, text_bytes
-from megatron_ext.data.tokenizers import load_tokenizer
+from megatron_ext.data.encoding import (
+    Documents,
+    EncodedStream,
+    EncodingSettings,
+    Stretch,
+    content_hash,
+    encode_records,
+)
+from megatron_ext.data.indexed import IndexedWriter, read_index, token_dtype
+from megatron_ext.data.manifest import (
+    DatasetManifest,
+    Shard,
+    SourceFile,
+    differences_of_meaning,
+    manifest_bytes,
+    read_manifest,
+)
+from megatron_ext.data.outputs import OutputFiles, existing_prefixes, refuse_inputs
+from megatron_ext.data.sources import Position, RecordReader, Source, check_columns, text_bytes
+from megatron_ext.data.tokenizers import content_of, load_tokenizer
 from megatron_ext.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 _LOGGED_BAD_RECORDS = 10
-_MEANING = ("tokenizer_fingerprint", "vocab_size", "eod", "dtype", "append_eod")
-"""Fields in which two manifests must agree for their tokens to mean the same."""
 
 
 @dataclass(frozen=True)
@@ -60,33 +71,29 @@ class PreprocessingJob:
 
 
 def preprocess(
-    job: PreprocessingJob, report: Callable[[Stretch, int], None] = lambda stretch, tokens: None
+    job: PreprocessingJob,
+    report: Callable[[Stretch, int], None] = lambda stretch, tokens: None,
+    *,
+    overwrite: bool = False,
 ) -> dict[str, DatasetManifest]:
-    """Do a job, or what is left of it. Returns the manifests by prefix, in order.
+    """Do a job, or what is left of it; with `overwrite` all of it, replacing what an earlier job left under
+    the same prefix. Returns the manifests by prefix, in order.
 
     At the start and after each batch `report` gets the stretch of the input that is done, and the number of
-    new tokens. Raises ConfigError for bad input (with file and line), output of another job in the same
-    place, or no document at all.
+    new tokens. Raises ConfigError for bad input (with file and line), for output in the same place that is
+    an input, another job's, or nobody's dataset, and if there is no document at all.
     """
-    if len(job.json_keys) > 1 and (text := next((s for s in job.sources if not s.jsonl), None)):
+    if len(job.json_keys) > 1 and (text := next((s for s in job.sources if s.format == "text"), None)):
         raise ConfigError(
             f"--json-keys {' '.join(job.json_keys)} needs JSON lines, but {text.path} is a text."
         )
+    check_columns(job.sources, job.json_keys)
     run = _Run(job, report)
+    run.take_place(overwrite=overwrite)
     run.find_complete_shards()
     if not run.complete:
         run.write_shards()
     return run.manifests
-
-
-def remove_output(job: PreprocessingJob) -> None:
-    """Delete what an earlier job left under the same output prefix, shards included."""
-    prefix = Path(job.output_prefix)
-    keys = "|".join(re.escape(_key_suffix(job, key)) for key in job.json_keys)
-    name = re.compile(rf"{re.escape(prefix.name)}(-\d{{5}})?({keys})\.(bin|idx|json)")
-    for path in prefix.parent.glob("*"):
-        if name.fullmatch(path.name):
-            path.unlink()
 
 
 def _key_suffix(job: PreprocessingJob, key: str) -> str:
@@ -104,10 +111,11 @@ class _Run:
         self._shards = 0
         self._bad_records = 0
         self._start = Position()
+        tokenizer = load_tokenizer(job.tokenizer_type, job.tokenizer_model)
         self._shard_text_bytes = job.shard_text_bytes
         if job.shards is not None:
-            self._shard_text_bytes = max(1, math.ceil(text_bytes(job.sources) / job.shards))
-        tokenizer = load_tokenizer(job.tokenizer_type, job.tokenizer_model)
+            total = text_bytes(job.sources, job.json_keys)
+            self._shard_text_bytes = max(1, math.ceil(total / job.shards))
         self._empty = DatasetManifest(
             tokenizer_type=job.tokenizer_type,
             tokenizer_fingerprint=tokenizer.fingerprint,
@@ -120,8 +128,32 @@ class _Run:
             max_token_id=-1,
             json_key="",
             skipped_records=0,
-            sources=tuple(SourceFile(source.path, source.size) for source in job.sources),
+            sources=tuple(map(SourceFile.of, job.sources)),
+            tokenizer_splitting=tokenizer.splitting,
+            tokenizer_content=content_of(job.tokenizer_model),
+            json_keys=job.json_keys,
+            skip_bad_records=job.skip_bad_records,
+            max_document_bytes=job.max_document_bytes,
         )
+
+    def take_place(self, *, overwrite: bool) -> None:
+        """Look at all that lies where output may go, before anything is touched; remove it if that is
+        wanted, else check that this job made it."""
+        job = self._job
+        keys = [_key_suffix(job, key) for key in job.json_keys]
+        prefixes = existing_prefixes(job.output_prefix, keys, sharded=self._shard_text_bytes is not None)
+        refuse_inputs(prefixes, [*(source.path for source in job.sources), job.tokenizer_model])
+        outputs = [OutputFiles(prefix) for prefix in prefixes]
+        for output in outputs:
+            output.check_ours()
+        for output in outputs:
+            if overwrite:
+                output.remove()
+            else:
+                output.finish_interrupted()
+        for prefix in prefixes:
+            if (manifest := read_manifest(prefix)) is not None:
+                self._check_same_job(prefix, manifest)
 
     def _prefixes(self) -> list[str]:
         """Prefixes of the next shard, one for each key."""
@@ -133,28 +165,44 @@ class _Run:
     def find_complete_shards(self) -> None:
         """Take over the shards that an earlier run of the same job has completed."""
         while not self.complete:
-            found = {prefix: manifest for prefix in self._prefixes() if (manifest := read_manifest(prefix))}
-            if len(found) < len(self._job.json_keys):
+            shard = {prefix: manifest for prefix in self._prefixes() if (manifest := read_manifest(prefix))}
+            if len(shard) < len(self._job.json_keys):
                 return
-            for key, (prefix, manifest) in zip(self._job.json_keys, found.items(), strict=True):
-                self._check_same_job(prefix, manifest, replace(self._empty, json_key=key))
+            for prefix, manifest in shard.items():
                 read_index(prefix)
-            logger.info("found complete: %s", ", ".join(found))
-            self._take_over(found)
+                self._check_same_content(prefix, manifest)
+            logger.info("found complete: %s", ", ".join(shard))
+            self._take_over(shard)
 
-    def _check_same_job(self, prefix: str, manifest: DatasetManifest, expected: DatasetManifest) -> None:
-        for name in (*_MEANING, "json_key", "sources"):
-            if getattr(manifest, name) != getattr(expected, name):
-                raise ConfigError(
-                    f"{prefix}.json is of another job: {name} differs. Give another --output-prefix, or "
-                    "--overwrite to begin "
-                    "again."
-                )
+    def _check_same_job(self, prefix: str, manifest: DatasetManifest) -> None:
+        if not manifest.tokenizer_content:
+            raise _of_another_job(prefix, "an earlier version made it, which did not note all that matters")
+        key = manifest.json_key
+        ours = key in self._job.json_keys and prefix.endswith(_key_suffix(self._job, key))
+        differing = [*_differences(manifest, replace(self._empty, json_key=key if ours else ""))]
         if (manifest.shard and manifest.shard.text_bytes) != self._shard_text_bytes:
-            raise ConfigError(
-                f"{prefix}.json is of a job with shards of another size. Give the same, or --overwrite to "
-                "begin again."
-            )
+            differing.append("size of the shards")
+        if differing:
+            raise _of_another_job(prefix, f"{', '.join(differing)} differs")
+
+    def _check_same_content(self, prefix: str, manifest: DatasetManifest) -> None:
+        """Files that were touched since are read again, as far as the shard goes."""
+        if manifest.sources == self._empty.sources:
+            return
+        logger.info("%s: input files were touched since; they are read to see if they changed", prefix)
+        end = None if manifest.shard is None or manifest.shard.final else manifest.shard.end
+        if manifest.content != content_hash(self._reader(), end):
+            raise _of_another_job(prefix, "the content of the input differs")
+
+    def _reader(self) -> RecordReader:
+        job = self._job
+        return RecordReader(
+            job.sources,
+            self._start,
+            job.max_document_bytes,
+            columns=job.json_keys,
+            skips_long=job.skip_bad_records,
+        )
 
     def _take_over(self, shard: dict[str, DatasetManifest]) -> None:
         self.manifests |= shard
@@ -169,7 +217,7 @@ class _Run:
         settings = EncodingSettings(
             job.tokenizer_type, job.tokenizer_model, job.json_keys, job.append_eod, job.skip_bad_records
         )
-        reader = RecordReader(job.sources, self._start, job.max_document_bytes)
+        reader = self._reader()
         self._report(Stretch(self._start, reader.disk_bytes), 0)
         stream = encode_records(
             reader, settings, workers=job.workers, shard_text_bytes=self._shard_text_bytes
@@ -200,13 +248,11 @@ class _Run:
                     f"no document in {', '.join(s.path for s in self._job.sources[:3])}: all are empty or "
                     "bad."
                 )
-            for writer in writers:
-                writer.close()
-        if self._shard_text_bytes is not None:
-            place = Shard(self._shards, stretch.final, self._shard_text_bytes, stretch.end)
-            shard = {prefix: replace(manifest, shard=place) for prefix, manifest in shard.items()}
-        for prefix, manifest in shard.items():
-            write_manifest(prefix, manifest)
+            size = self._shard_text_bytes
+            place = None if size is None else Shard(self._shards, stretch.final, size, stretch.end)
+            for writer, (prefix, manifest) in zip(writers, [*shard.items()], strict=True):
+                shard[prefix] = replace(manifest, shard=place, content=stretch.content)
+                writer.close(manifest_bytes(shard[prefix]))
         self._take_over(shard)
 
     def _log_bad(self, messages: Sequence[str]) -> None:
@@ -226,56 +272,23 @@ def _extended(manifest: DatasetManifest, documents: Documents, bad_records: int)
     )
 
 
-def merge_shards(prefixes: Sequence[str], output_prefix: str) -> DatasetManifest:
-    """Append datasets, such as the shards of one job, to one another without loading them. Returns the
-    manifest.
-
-    Raises ConfigError if one is damaged, if they were made by different tokenizers, or if a shard of a job is
-    missing.
-    """
-    found: dict[str, DatasetManifest] = {}
-    for prefix in prefixes:
-        manifest = read_manifest(prefix)
-        if manifest is None:
-            raise ConfigError(f"{prefix}.json not found: only complete datasets of this tool can be merged.")
-        if prefix in found:
-            raise ConfigError(f"{prefix} is given twice.")
-        found[prefix] = manifest
-    first = found[prefixes[0]]
-    for prefix, manifest in found.items():
-        for name in _MEANING:
-            if getattr(manifest, name) != getattr(first, name):
-                raise ConfigError(f"{prefix} and {prefixes[0]} cannot be merged: {name} differs.")
-    _check_no_shard_missing(found)
-    merge_datasets(prefixes, output_prefix)
-    merged = replace(
-        first,
-        documents=sum(manifest.documents for manifest in found.values()),
-        tokens=sum(manifest.tokens for manifest in found.values()),
-        max_token_id=max(manifest.max_token_id for manifest in found.values()),
-        skipped_records=sum(manifest.skipped_records for manifest in found.values()),
-        sources=tuple(dict.fromkeys(source for manifest in found.values() for source in manifest.sources)),
-        shard=None,
+def _of_another_job(prefix: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"{prefix} is of another job: {reason}. Give another --output-prefix, or --overwrite to begin again."
     )
-    write_manifest(output_prefix, merged)
-    return merged
 
 
-def _check_no_shard_missing(manifests: Mapping[str, DatasetManifest]) -> None:
-    expected, before = 0, ""
-    for prefix, manifest in manifests.items():
-        index = 0 if manifest.shard is None else manifest.shard.index
-        if index != expected:
-            raise ConfigError(
-                f"cannot merge: before {prefix}, shard number {index}, belongs shard number {expected}. Give "
-                "all shards of "
-                "a job, in order."
-            )
-        expected = 0 if manifest.shard is None or manifest.shard.final else index + 1
-        before = prefix
-    if expected:
-        raise ConfigError(
-            f"cannot merge: {before} is not the last shard of its job. Give all of them; if they are not "
-            "there yet, run the "
-            "job again to finish it."
-        )
+def _differences(theirs: DatasetManifest, ours: DatasetManifest) -> Iterator[str]:
+    """In what a dataset is not what this job would make, as far as the manifests tell."""
+    yield from differences_of_meaning(theirs, ours)
+    for name in ("tokenizer_type", "tokenizer_content", "json_key", "json_keys"):
+        if getattr(theirs, name) != getattr(ours, name):
+            yield name
+    if [source.identity for source in theirs.sources] != [source.identity for source in ours.sources]:
+        yield "sources"
+    if theirs.skipped_records and not ours.skip_bad_records:
+        yield "skip_bad_records"
+    shorter = ours.max_document_bytes < theirs.max_document_bytes
+    longer = ours.max_document_bytes > theirs.max_document_bytes
+    if shorter or (longer and theirs.skipped_records):
+        yield "max_document_bytes"

@@ -1,64 +1,67 @@
-"""Raw text on disk: JSON lines and plain text files, compressed or not, read one record at a time.
+"""Raw text on disk: JSON lines, plain text and Parquet files, compressed or not, read one record at a time.
 
 A position in a list of sources is exact, so that a reader can start again where an earlier one stopped.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from glob import glob, has_magic
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import BinaryIO
 
-from megatron_ext.data.decompression import CHUNK_BYTES, decompressed
+from megatron_ext.data.decompression import CHUNK_BYTES, Compression, decompressed
+from megatron_ext.data.expansion import expand, refuse_repeated
+from megatron_ext.data.formats import BOM, Format, TextFormat, format_of
+from megatron_ext.data.parquet import ParquetTexts
+from megatron_ext.data.records import BadRecordError, Record
 from megatron_ext.errors import ConfigError
 
-TextFormat = Literal["auto", "jsonl", "text"]
+_SETTLING_SECONDS = 0.05
+"""A file system's clock may tick as rarely: of two changes within one tick only the first one shows."""
 
-_JSONL_SUFFIXES = (".jsonl", ".ndjson")
+
+@dataclass(frozen=True)
+class FileState:
+    """What changes when a file does: its size in bytes, its number on the disk, times of the last change of
+    its content and of content or attributes, in nanoseconds."""
+
+    size: int
+    inode: int
+    modified_ns: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, state: os.stat_result) -> "FileState":
+        """From what the operating system says."""
+        return cls(state.st_size, state.st_ino, state.st_mtime_ns, state.st_ctime_ns)
 
 
 @dataclass(frozen=True)
 class Source:
-    """One input file: JSON lines with a document each, or a text that is one document. `size` is bytes on
-    disk."""
+    """One input file: JSON lines with a document each, a text that is one document, or Parquet with a
+    document in each row."""
 
     path: str
-    size: int
-    jsonl: bool
+    state: FileState
+    format: Format
+    compression: Compression
 
     @property
-    def compressed(self) -> bool:
-        """Whether the file is decompressed while it is read (.gz, .zst)."""
-        return self.path.endswith((".gz", ".zst"))
+    def size(self) -> int:
+        """Bytes on disk."""
+        return self.state.size
 
 
 @dataclass(frozen=True)
 class Position:
-    """A place between two records: `line` lines and `offset` bytes into `source`; `text_bytes` since the very
-    start."""
+    """A place between two records: `line` lines (or rows) and `offset` bytes into `source`; `text_bytes`
+    since the very start."""
 
     source: int = 0
     line: int = 0
     offset: int = 0
     text_bytes: int = 0
-
-
-class Record(NamedTuple):
-    """One line of JSON, or one whole text file (then `line` is 0). Lines count from 1."""
-
-    path: str
-    line: int
-    data: bytes
-
-    @property
-    def place(self) -> str:
-        """File and line, for messages."""
-        return f"{self.path}:{self.line}" if self.line else self.path
-
-
-class BadRecordError(ConfigError):
-    """A record that is not what it should be; its message names file and line."""
 
 
 def find_sources(
@@ -68,161 +71,160 @@ def find_sources(
     directories sorted.
 
     Of a directory all files are taken, recursively, hidden ones excepted; `suffixes` keeps those whose name
-    ends with one of them. With "auto", names ending with .jsonl or .ndjson (outside directories also .json;
-    with or without .gz or .zst behind) are JSON lines, and other files are texts. Raises ConfigError if an
-    input does not exist, stands for no file, or is a text by its name but looks like JSON lines.
+    ends with one of them. With "auto" the content says what a file holds (`formats.format_of`). Raises
+    ConfigError if an input stands for no file, cannot be read, is given twice, or could hold two things.
     """
-    sources: list[Source] = []
-    for entry in inputs:
-        found = _expand(entry)
-        kept = [path for path in found if not suffixes or path.name.endswith(tuple(suffixes))]
-        if not kept:
-            hint = f"; no name ends with {' or '.join(suffixes)}" if found else ""
-            raise ConfigError(
-                f"input {entry!r} stands for no file{hint}. Give files, globs or directories that exist."
-            )
-        jsonl_suffixes = _JSONL_SUFFIXES if Path(entry).is_dir() else (*_JSONL_SUFFIXES, ".json")
-        sources += [_source(path, text_format, jsonl_suffixes) for path in kept]
-        if text_format == "auto" and not Path(entry).is_dir():
-            _refuse_doubtful(sources[-len(kept) :])
-    return sources
+    paths = [path for entry in inputs for path in expand(entry, suffixes)]
+    refuse_repeated(paths)
+    return [Source(str(path), _settled_state(path), *format_of(path, text_format)) for path in paths]
 
 
-def _expand(entry: str) -> list[Path]:
-    path = Path(entry)
-    if path.is_dir():
-        inside = (found for found in path.rglob("*") if found.is_file())
-        return sorted(
-            found for found in inside if not any(p.startswith(".") for p in found.relative_to(path).parts)
-        )
-    if path.exists() or not has_magic(entry):
-        return [path] if path.exists() else []
-    return sorted(Path(found) for found in glob(entry, recursive=True) if Path(found).is_file())
-
-
-def _source(path: Path, text_format: TextFormat, jsonl_suffixes: tuple[str, ...]) -> Source:
-    name = path.name.removesuffix(".gz").removesuffix(".zst")
-    jsonl = name.endswith(jsonl_suffixes) if text_format == "auto" else text_format == "jsonl"
-    return Source(str(path), path.stat().st_size, jsonl)
-
-
-def _refuse_doubtful(sources: Sequence[Source]) -> None:
-    for source in sources:
-        if not source.jsonl and not source.compressed:
-            with Path(source.path).open("rb") as start:
-                if start.read(1) == b"{":
-                    raise ConfigError(
-                        f"input {source.path!r} looks like JSON lines but has another name; say "
-                        "--text-format jsonl or text."
-                    )
+def _settled_state(path: Path) -> FileState:
+    """The state of a file that a later change will alter."""
+    if abs(time.time() - path.stat().st_ctime) < _SETTLING_SECONDS:
+        time.sleep(_SETTLING_SECONDS)
+    return FileState.of(path.stat())
 
 
 class RecordReader:
     """Iterates over the records of `sources`, from `start` on; blank lines are passed over.
 
-    After each record `position` is the place behind it. Raises ConfigError when a record is longer than
-    `max_record_bytes` (the bound on memory) or a compressed file is damaged.
+    Of Parquet files the texts of `columns` are read. After each record `position` is the place behind it. A
+    record of more than `max_record_bytes` (the bound on memory) raises BadRecordError; with `skips_long` it
+    comes without its content, with a `problem`. Raises ConfigError when a file is damaged or changes.
     """
 
     def __init__(
-        self, sources: Sequence[Source], start: Position = Position(), max_record_bytes: int = 1 << 26
+        self,
+        sources: Sequence[Source],
+        start: Position = Position(),
+        max_record_bytes: int = 1 << 26,
+        *,
+        columns: Sequence[str] = ("text",),
+        skips_long: bool = False,
     ) -> None:
         self.position = start
         self._sources = sources
         self._max_record_bytes = max_record_bytes
-        self._disk: BinaryIO | None = None
+        self._columns = columns
+        self._skips_long = skips_long
+        self._disk_bytes = lambda: 0
 
     @property
     def disk_bytes(self) -> int:
         """Bytes on disk read so far, those before `start` included."""
         done = sum(source.size for source in self._sources[: self.position.source])
-        return done + (self._disk.tell() if self._disk is not None and self.position.line else 0)
+        return done + (self._disk_bytes() if self.position.line else 0)
 
     def __iter__(self) -> Iterator[Record]:
         while self.position.source < len(self._sources):
-            source = self._sources[self.position.source]
-            with Path(source.path).open("rb") as self._disk:
-                stream = decompressed(source.path, self._disk)
-                _skip(source, stream, self.position.offset)
-                yield from self._lines(source, stream) if source.jsonl else self._text(source, stream)
-            self._disk = None
-            if source.jsonl:
-                self.position = Position(self.position.source + 1, text_bytes=self.position.text_bytes)
+            number, source = self.position.source, self._sources[self.position.source]
+            with Path(source.path).open("rb") as disk:
+                _check_unchanged(source, disk)
+                yield from self._records(source, disk)
+                _check_unchanged(source, disk)
+            self._disk_bytes = lambda: 0
+            self.position = Position(number + 1, text_bytes=self.position.text_bytes)
+
+    def _records(self, source: Source, disk: BinaryIO) -> Iterator[Record]:
+        if source.format == "parquet":
+            yield from self._rows(source)
+            return
+        stream = decompressed(source.path, disk, source.compression)
+        _skip(source, stream, self.position.offset)
+        self._disk_bytes = disk.tell
+        yield from self._lines(source, stream) if source.format == "jsonl" else self._text(source, stream)
+
+    def _advance(self, offset_bytes: int, text_bytes: int) -> int:
+        """Put `position` behind the next line or row. Returns its number."""
+        at = self.position
+        self.position = Position(at.source, at.line + 1, at.offset + offset_bytes, at.text_bytes + text_bytes)
+        return self.position.line
 
     def _lines(self, source: Source, stream: BinaryIO) -> Iterator[Record]:
         while line := stream.readline(self._max_record_bytes + 1):
-            at, size = self.position, len(line)
-            self.position = Position(at.source, at.line + 1, at.offset + size, at.text_bytes + size)
-            record = Record(source.path, self.position.line, line)
-            self._check_length(record)
-            if not line.isspace():
+            if len(line) > self._max_record_bytes:
+                record = self._too_long(source, self.position.line + 1)
+                size = len(line) + (0 if line.endswith(b"\n") else _pass_line(stream))
+                self._advance(size, size)
                 yield record
+            elif line.isspace() or line.removeprefix(BOM).isspace():
+                self._advance(len(line), len(line))
+            else:
+                yield Record(source.path, self._advance(len(line), len(line)), line)
 
     def _text(self, source: Source, stream: BinaryIO) -> Iterator[Record]:
-        record = Record(source.path, 0, stream.read(self._max_record_bytes + 1))
-        self._check_length(record)
-        self.position = Position(
-            self.position.source + 1, text_bytes=self.position.text_bytes + len(record.data)
-        )
+        text = stream.read(self._max_record_bytes + 1)
+        too_long = len(text) > self._max_record_bytes
+        record = self._too_long(source, 0) if too_long else Record(source.path, 0, text)
+        at = self.position
+        self.position = Position(at.source + 1, text_bytes=at.text_bytes + len(text))
         yield record
 
-    def _check_length(self, record: Record) -> None:
-        if len(record.data) > self._max_record_bytes:
-            raise ConfigError(
-                f"{record.place}: the document is longer than {self._max_record_bytes >> 20} MiB, the bound "
-                "on memory; "
-                "is it the right format? If so, raise --max-document-mib."
-            )
+    def _rows(self, source: Source) -> Iterator[Record]:
+        file = ParquetTexts(source.path, self._columns)
+        self._disk_bytes = lambda: source.size * self.position.line // max(1, file.num_rows)
+        for row in file.rows(self.position.line):
+            record = Record(source.path, self.position.line + 1, b"", row)
+            size = record.size
+            if size > self._max_record_bytes:
+                record = self._too_long(source, record.line)
+            self._advance(0, size)
+            yield record
 
-
-def text_bytes(sources: Sequence[Source]) -> int:
-    """Bytes of text in all sources. Compressed files are read through for it."""
-    return sum(_decompressed_size(source) if source.compressed else source.size for source in sources)
-
-
-def parse_texts(record: Record, keys: Sequence[str]) -> list[str]:
-    """The texts of a record: those of `keys` in a line of JSON; of a text file its only one.
-
-    Raises BadRecordError if it is not valid JSON, lacks such a text, or is not Unicode.
-    """
-    if not record.line:
-        return [_unicode(record)]
-    try:
-        value = json.loads(record.data)
-    except ValueError as error:
-        raise BadRecordError(f"{record.place}: not valid JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise BadRecordError(f"{record.place}: a JSON object is needed, not {type(value).__name__}.")
-    return [_text_of_key(record, value, key) for key in keys]
-
-
-def _text_of_key(record: Record, value: Mapping[str, object], key: str) -> str:
-    if key not in value:
-        raise BadRecordError(
-            f"{record.place}: no key {key!r}; the keys are {', '.join(map(repr, value)) or 'none'}."
+    def _too_long(self, source: Source, line: int) -> Record:
+        problem = (
+            f"the document is longer than {self._max_record_bytes >> 20} MiB, the bound on memory; is it the "
+            "right format? If so, raise --max-document-mib."
         )
-    text = value[key]
-    if not isinstance(text, str):
-        raise BadRecordError(f"{record.place}: {key!r} is not a text but {type(text).__name__}.")
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise BadRecordError(
-                f"{record.place}: {key!r} holds half of a surrogate pair, not a character."
-            ) from error
-    return text
+        record = Record(source.path, line, b"", problem=problem)
+        if not self._skips_long:
+            raise BadRecordError(f"{record.place}: {problem}")
+        return record
 
 
-def _unicode(record: Record) -> str:
-    try:
-        return record.data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadRecordError(f"{record.place}: not UTF-8 text (byte {error.start}).") from error
+def _check_unchanged(source: Source, disk: BinaryIO) -> None:
+    now = FileState.of(os.fstat(disk.fileno()))
+    if (now.size, now.inode, now.modified_ns) != (
+        source.state.size,
+        source.state.inode,
+        source.state.modified_ns,
+    ):
+        raise ConfigError(
+            f"{source.path}: changed since it was looked at first. Start again when it is complete."
+        )
+
+
+def _pass_line(stream: BinaryIO) -> int:
+    """Read to the end of a line. Returns the number of bytes."""
+    count = 0
+    while chunk := stream.readline(CHUNK_BYTES):
+        count += len(chunk)
+        if chunk.endswith(b"\n"):
+            break
+    return count
+
+
+def check_columns(sources: Sequence[Source], columns: Sequence[str]) -> None:
+    """Raises ConfigError for a Parquet file that is damaged or has no texts in one of `columns`."""
+    for source in sources:
+        if source.format == "parquet":
+            ParquetTexts(source.path, columns)
+
+
+def text_bytes(sources: Sequence[Source], columns: Sequence[str] = ("text",)) -> int:
+    """Bytes of text in all sources. Compressed files and columns of Parquet files are read through for it."""
+    return sum(_text_bytes(source, columns) for source in sources)
+
+
+def _text_bytes(source: Source, columns: Sequence[str]) -> int:
+    if source.format == "parquet":
+        return ParquetTexts(source.path, columns).text_bytes()
+    return _decompressed_size(source) if source.compression else source.size
 
 
 def _skip(source: Source, stream: BinaryIO, count: int) -> None:
-    if not source.compressed:
+    if not source.compression:
         stream.seek(count)
         return
     while count > 0:
@@ -236,7 +238,7 @@ def _skip(source: Source, stream: BinaryIO, count: int) -> None:
 
 def _decompressed_size(source: Source) -> int:
     with Path(source.path).open("rb") as disk:
-        stream, size = decompressed(source.path, disk), 0
+        stream, size = decompressed(source.path, disk, source.compression), 0
         while chunk := stream.read(CHUNK_BYTES):
             size += len(chunk)
     return size

@@ -113,7 +113,7 @@ def vocabulary(model: ModelConfig, data: DataConfig) -> tuple[int, int | None]:
     known = find_vocabulary(data)
     if model.vocab_size is None and known is None:
         raise ConfigError(
-            "model.vocab_size is not set and neither a tokenizer nor the dataset's PREFIX.json tells it; "
+            "model.vocab_size is not set and neither a tokenizer nor the dataset's description tells it; "
             "set model.vocab_size, or data.tokenizer_type and data.tokenizer_model."
         )
     if known is not None and model.vocab_size is not None and model.vocab_size < known.size:

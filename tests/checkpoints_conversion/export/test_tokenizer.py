@@ -1,5 +1,6 @@
 """Tokenizer files: the ids are those that the model was trained on."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from checkpoints_conversion.errors import ConversionError
-from checkpoints_conversion.export import tokenizer as export
 from checkpoints_conversion.export.tokenizer import has_tokenizer, kind_of, write_tokenizer
+from lckv.generation import sentencepiece_conversion
+from lckv.generation.loading import load_tokenizer as load_folder
+from lckv.tokenizer_files import PROBES
 from megatron_ext.data.tokenizers import Tokenizer, load_tokenizer
 from tests.megatron_ext.data.builders import train_sentencepiece, write_ranks, write_tokenizer_json
 
@@ -65,7 +68,7 @@ def test_a_folder_is_copied(pairs: dict[str, tuple[Tokenizer, Tokenizer, Path]],
 
 def test_wrong_merges_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = train_sentencepiece(tmp_path / "vocabulary.model")
-    monkeypatch.setattr(export, "_merges", lambda scored: iter(()))
+    monkeypatch.setattr(sentencepiece_conversion, "_merges", lambda scored: iter(()))
     with pytest.raises(
         ConversionError, match=r"gives .* for 'The quick .*', but exported, transformers makes .* of it"
     ):
@@ -102,7 +105,7 @@ def test_normalisation_cannot_be_exported(tmp_path: Path) -> None:
         hard_vocab_limit=False,
         minloglevel=2,
     )
-    with pytest.raises(ConversionError, match="only models that keep the text as it is can be exported"):
+    with pytest.raises(ConversionError, match="only models that keep the text as it is can be converted"):
         write_tokenizer("sentencepiece", tmp_path / "nfkc.model", tmp_path)
 
 
@@ -111,8 +114,63 @@ def test_unigram_models_cannot_be_exported(tmp_path: Path) -> None:
 
     (tmp_path / "text.txt").write_text("hello world\n" * 30)
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "unigram"), vocab_size=16, model_type="unigram",
-        hard_vocab_limit=False, minloglevel=2,
+        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "unigram"), vocab_size=16,
+        model_type="unigram", hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
     with pytest.raises(ConversionError, match="is no BPE model"):
         write_tokenizer("sentencepiece", tmp_path / "unigram.model", tmp_path)
+
+
+SETTINGS = {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "chat_template": "{{ messages }}"}
+ADDED = {
+    "content": "<pad>",
+    "special": True,
+    "normalized": False,
+    "lstrip": False,
+    "rstrip": False,
+    "single_word": False,
+}
+
+
+@pytest.mark.parametrize("settings", [None, SETTINGS, {**SETTINGS, "added_tokens_decoder": {"320": ADDED}}])
+def test_a_model_file_alone_splits_its_own_way_everywhere(
+    tmp_path: Path, settings: dict[str, object] | None
+) -> None:
+    """In training, in the engine, exported to a folder, and read there by transformers itself."""
+    folder, target = tmp_path / "folder", tmp_path / "target"
+    folder.mkdir()
+    target.mkdir()
+    model = load_tokenizer("sentencepiece", str(train_sentencepiece(folder / "tokenizer.model")))
+    if settings is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    write_tokenizer("huggingface", folder, target)
+    training = load_tokenizer("huggingface", str(folder))
+    engine, exported = load_folder(folder), AutoTokenizer.from_pretrained(target)
+    assert engine is not None
+    for text in (*PROBES, " a", "   three\n", "a </s> b"):
+        ids = model.encode(text)
+        assert training.encode(text) == ids
+        for tokenizer in (engine, exported):
+            assert tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) == ids
+    assert training.splitting == model.splitting
+    assert training.eod == engine.eos_token_id == exported.eos_token_id == 2
+    assert (training.fingerprint == model.fingerprint) == (training.vocab_size == 320)
+    if settings is not None:
+        assert engine.chat_template == exported.chat_template == "{{ messages }}"
+    if settings is not None and "added_tokens_decoder" in settings:
+        assert training.decode([*model.encode("hello"), 320]) == "hello<pad>"
+        assert engine.convert_tokens_to_ids("<pad>") == exported.convert_tokens_to_ids("<pad>") == 320
+
+
+def test_a_model_file_that_transformers_splits_otherwise_is_refused(tmp_path: Path) -> None:
+    """Where no exact conversion is known."""
+    import sentencepiece
+
+    (tmp_path / "text.txt").write_text("hello world\n" * 30)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=16,
+        model_type="unigram", hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "target").mkdir()
+    with pytest.raises(ConversionError, match="transformers splits"):
+        write_tokenizer("huggingface", tmp_path, tmp_path / "target")

@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from lckv_megatron.commands import preprocess
 from lckv_megatron.commands.demo_corpus import main
+from megatron_ext.data.manifest import read_manifest
+from tests.megatron_ext.data.builders import train_sentencepiece
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_sentencepiece(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
 
 
 def documents_of(path: Path) -> list[dict[str, str]]:
@@ -65,3 +73,30 @@ def test_bad_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         in capsys.readouterr().err
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dataset_of_the_same_stem(tmp_path: Path, sentencepiece_model: Path) -> None:
+    """The corpus' size and the dataset's description have names of their own."""
+    corpus = tmp_path / "corpus.jsonl"
+    options = ["--output", str(corpus), "--max-bytes", "300000"]
+    assert main(options) == 0
+    size = corpus.with_suffix(".json").read_bytes()
+    prefix = str(tmp_path / "corpus")
+    tokenizer = ["--tokenizer-type", "sentencepiece", "--tokenizer-model", str(sentencepiece_model)]
+    for more in ([], ["--overwrite"]):
+        assert preprocess.main(["--input", str(corpus), "--output-prefix", prefix, *tokenizer, *more]) == 0
+    assert corpus.with_suffix(".json").read_bytes() == size
+    assert read_manifest(prefix) is not None
+    assert main(options) == 0
+    assert read_manifest(prefix) is not None
+
+
+@pytest.mark.parametrize("name", ["corpus.jsonl", "corpus.json"])
+@pytest.mark.parametrize("content", ['{"text": "mine"}\n', '{"format": 1}', "", "[" * 200_000])
+def test_files_of_others_are_not_replaced(
+    tmp_path: Path, name: str, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text(content)
+    assert main(["--output", str(tmp_path / "corpus.jsonl"), "--max-bytes", "300000"]) == 2
+    assert f"{name} is there already and was not made by this program" in capsys.readouterr().err
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: content}

@@ -80,6 +80,18 @@ def test_it_is_that_of_the_logits(tmp_path: Path, text: Path, capsys: pytest.Cap
     )
 
 
+def test_what_a_file_holds_can_be_said(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_folder(tmp_path / "model", context=256)
+    lines = tmp_path / "lines.txt"
+    lines.write_text(json.dumps({"text": text.read_text()}) + "\n")
+    assert main(["--model", str(tmp_path / "model"), "--text", str(lines)]) == 2
+    assert "say --text-format jsonl or text" in capsys.readouterr().err
+    said = measured(tmp_path / "model", lines, capsys, "--text-format", "jsonl")
+    assert said["bytes"] == measured(tmp_path / "model", text, capsys)["bytes"]
+
+
 def test_windows_of_texts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

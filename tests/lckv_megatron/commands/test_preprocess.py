@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,7 @@ def manifest_of(prefix: str) -> DatasetManifest:
 
 
 def files() -> dict[str, bytes]:
-    return {
-        path.name: path.read_bytes()
-        for path in Path.cwd().iterdir()
-        if path.suffix in (".bin", ".idx", ".json")
-    }
+    return {path.name: path.read_bytes() for path in Path.cwd().iterdir() if path.name.startswith("part-")}
 
 
 def test_a_dataset_and_its_description(tokenizer_model: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,15 +103,16 @@ def test_all_kinds_of_input_in_order(tokenizer_model: str) -> None:
         "--input",
         "in/*.txt",
         "in/a.jsonl",
-        "in",
+        "in/b*",
         "--suffix",
         "a.jsonl",
         "d.txt",
+        ".gz",
         "--output-prefix",
         "some",
     ]
     assert run(tokenizer_model, *arguments) == 0
-    assert documents_in("some") == expected(tokenizer_model, [TEXTS[30], *TEXTS[:10], *TEXTS[:10], TEXTS[30]])
+    assert documents_in("some") == expected(tokenizer_model, [TEXTS[30], *TEXTS[:20]])
 
 
 @pytest.mark.parametrize("shards", [[], ["--shards", "3"]])
@@ -166,7 +164,8 @@ def test_shards_merge_into_the_whole(tokenizer_model: str) -> None:
     assert main(["--merge", "--input", "s/part-*.idx", "--output-prefix", "merged"]) == 0
     assert Path("merged.bin").read_bytes() == Path("whole.bin").read_bytes()
     assert Path("merged.idx").read_bytes() == Path("whole.idx").read_bytes()
-    assert manifest_of("merged") == manifest_of("whole")
+    merged, whole = manifest_of("merged"), manifest_of("whole")
+    assert replace(merged, content=whole.content) == whole
 
 
 @pytest.mark.parametrize("name", ["corpus.jsonl", "corpus.jsonl.gz", "corpus.jsonl.zst"])
@@ -198,7 +197,7 @@ def test_a_failure_leaves_only_complete_shards(
     assert run(tokenizer_model, *job) == 2
     assert "error: corpus.jsonl:46: 'text' is not a text but int." in capsys.readouterr().err
     assert sorted(path.name for path in Path.cwd().glob("part*")) == [
-        f"part-0000{number}.{name}" for number in (0, 1) for name in ("bin", "idx", "json")
+        f"part-0000{number}.{name}" for number in (0, 1) for name in ("bin", "dataset.json", "idx")
     ]
 
 
@@ -218,15 +217,15 @@ def test_output_of_another_job_is_not_mixed_in(
     job = ["--input", "corpus.jsonl", "--output-prefix", "part", "--shards", "4"]
     assert run(tokenizer_model, *job) == 0
     for changes, message in (
-        (["--no-append-eod"], "part-00000.json is of another job: append_eod differs."),
-        (["--json-keys", "title"], "part-00000.json is of another job: json_key differs."),
-        (["--shards", "3"], "part-00000.json is of a job with shards of another size."),
+        (["--no-append-eod"], "part-00000 is of another job: append_eod differs."),
+        (["--json-keys", "title"], "part-00000 is of another job: json_key, json_keys differs."),
+        (["--shards", "3"], "part-00000 is of another job: size of the shards differs."),
     ):
         assert run(tokenizer_model, *job, *changes) == 2
         assert f"error: {message}" in capsys.readouterr().err
     Path("corpus.jsonl").write_bytes(lines(TEXTS[:50]))
     assert run(tokenizer_model, *job) == 2
-    assert "part-00000.json is of another job: sources differs." in capsys.readouterr().err
+    assert "part-00000 is of another job: sources, size of the shards differs." in capsys.readouterr().err
     assert run(tokenizer_model, *job[:-1], "2", "--overwrite") == 0
     assert sorted(path.name for path in Path.cwd().glob("part*.bin")) == ["part-00000.bin", "part-00001.bin"]
 
@@ -278,7 +277,7 @@ def test_bad_lines_are_counted_on_request(
             "tokenizer_model='none.model' does not exist",
         ),
         (["--merge", "--input", "none-*.idx"], "--input 'none-*.idx' stands for no file"),
-        (["--merge", "--input", "none"], "none.json not found"),
+        (["--merge", "--input", "none"], "none.dataset.json not found"),
     ],
 )
 def test_bad_input(
@@ -376,3 +375,24 @@ def test_memory_does_not_grow_with_the_input(tokenizer_model: str) -> None:
     assert peaks[1] - peaks[0] < 6000
     assert peaks[1] < 150_000
     assert merged - peaks[0] < 6000
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_the_input_survives(tokenizer_model: str, overwrite: list[str]) -> None:
+    """Its name is what the description was called once."""
+    Path("corpus.json").write_bytes(lines())
+    for _ in range(2):
+        assert run(tokenizer_model, "--input", "corpus.json", "--output-prefix", "corpus", *overwrite) == 0
+        assert Path("corpus.json").read_bytes() == lines()
+    assert documents_in("corpus") == expected(tokenizer_model, TEXTS)
+
+
+def test_merging_asks_before_it_replaces(tokenizer_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("corpus.jsonl").write_bytes(lines())
+    for prefix, options in (("part", ["--shards", "2"]), ("whole", ["--no-append-eod"])):
+        assert run(tokenizer_model, "--input", "corpus.jsonl", "--output-prefix", prefix, *options) == 0
+    merge = ["--merge", "--input", "part-*.dataset.json", "--output-prefix", "whole"]
+    assert main(merge) == 2
+    assert "error: whole is a dataset already, and another one." in capsys.readouterr().err
+    assert main([*merge, "--overwrite"]) == 0
+    assert documents_in("whole") == expected(tokenizer_model, TEXTS)

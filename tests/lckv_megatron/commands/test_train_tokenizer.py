@@ -1,13 +1,15 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 
 from lckv_megatron.commands.train_tokenizer import TokenizerTraining, main, train
 from megatron_ext.data.sources import find_sources
 from megatron_ext.data.tokenizers import load_tokenizer
-from tests.megatron_ext.data.builders import TEXTS
+from tests.megatron_ext.data.builders import TEXTS, train_sentencepiece
 
 
 @pytest.fixture
@@ -19,7 +21,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*arguments: str) -> int:
-    return main([*arguments, "--output", "tokenizer.model", "--vocab-size", "330"])
+    return main(["--output", "tokenizer.model", "--vocab-size", "330", *arguments])
 
 
 def test_a_tokenizer_like_llamas(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,3 +104,40 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "lckv-megatron train-tokenizer --input corpus.jsonl --vocab-size 8192" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("output", ["corpus.jsonl", "./corpus.jsonl", "link", "other.model", "empty.model"])
+def test_only_its_own_models_are_replaced(
+    corpus: Path, output: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("link").symlink_to(corpus)
+    train_sentencepiece(Path("other.model"))
+    Path("empty.model").touch()
+    before = {path: path.read_bytes() for path in Path().iterdir()}
+    assert run("--input", "corpus.jsonl", "--output", output) == 2
+    message = (
+        "would replace an input"
+        if output in ("link",) or "corpus" in output
+        else "was not made by this program"
+    )
+    assert (
+        f"--output {Path(output)} {'is there already and ' * ('was' in message)}{message}"
+        in capsys.readouterr().err
+    )
+    assert {path: path.read_bytes() for path in Path().iterdir()} == before
+
+
+def test_its_own_model_is_replaced(corpus: Path) -> None:
+    for _ in range(2):
+        assert run("--input", "corpus.jsonl") == 0
+
+
+def test_parquet_and_files_without_a_telling_name(corpus: Path) -> None:
+    Path("folder").mkdir()
+    Path("folder/wiki_00").write_bytes(corpus.read_bytes())
+    pq.write_table(pa.table({"text": TEXTS}), "texts.parquet")
+    models = [
+        train(TokenizerTraining(tuple(find_sources([path])), 330))
+        for path in ("corpus.jsonl", "folder", "texts.parquet")
+    ]
+    assert models[0] == models[1] == models[2]

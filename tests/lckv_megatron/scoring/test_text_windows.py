@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,6 +61,17 @@ def test_texts_of_files(tmp_path: Path) -> None:
         list(read_texts(paths, "text"))
     with pytest.raises(ConfigError, match="stands for no file"):
         list(read_texts(["nowhere.txt"], "text"))
+
+
+def test_texts_of_files_without_a_telling_name(tmp_path: Path) -> None:
+    lines = '{"text": "first"}\n{"text": "second"}\n'
+    (tmp_path / "wiki_00").write_text(lines)
+    pq.write_table(pa.table({"text": ["third"]}), tmp_path / "part.parquet")
+    assert list(read_texts([str(tmp_path)], "text")) == ["third", "first", "second"]
+    (tmp_path / "wiki_00").rename(tmp_path / "wiki.txt")
+    with pytest.raises(ConfigError, match="say --text-format jsonl or text"):
+        list(read_texts([str(tmp_path)], "text"))
+    assert list(read_texts([str(tmp_path / "wiki.txt")], "text", "text")) == [lines]
 
 
 def test_no_more_is_read_than_is_needed() -> None:

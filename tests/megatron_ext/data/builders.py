@@ -68,7 +68,7 @@ def write_dataset(
     append_eod: bool = True,
     manifest: bool = True,
 ) -> str:
-    """An indexed dataset of these documents, by default with its PREFIX.json. Returns the prefix."""
+    """An indexed dataset of these documents, by default with its description. Returns the prefix."""
     dtype = token_dtype(vocab_size)
     with IndexedWriter(str(prefix), dtype) as writer:
         for document in documents:

@@ -1,5 +1,6 @@
 import re
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,6 +97,8 @@ def test_reading_blends() -> None:
         (("nan", "a"), "the weight of a is nan, but must be > 0"),
         (("inf", "a"), "the weight of a is inf, but must be > 0"),
         (("a", "b", "a"), "a is given twice"),
+        (("a", "b", "./a"), r"./a is given twice \(the same dataset as a\)"),
+        (("0.5", "d/../a", "0.5", "a"), r"a is given twice \(the same dataset as d/../a\)"),
         (("a", ""), "prefix 2 is empty"),
         (tuple(f"p{number}" for number in range(32768)), "32768 datasets, but at most 32767"),
     ],
@@ -169,3 +172,9 @@ def test_contradictions(data: DataConfig, messages: list[str]) -> None:
         split_sources(data)
     for line, message in zip(str(caught.value).split("\n"), messages, strict=True):
         assert re.search(message, line)
+
+
+def test_a_dataset_given_twice_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "link.bin").symlink_to("a.bin")
+    with pytest.raises(ConfigError, match="link is given twice"):
+        parse_blend("data.data_path", [str(tmp_path / "a"), str(tmp_path / "link")])

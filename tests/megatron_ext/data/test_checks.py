@@ -9,7 +9,7 @@ import pytest
 
 from megatron_ext.config import DataConfig
 from megatron_ext.data.checks import check_data, find_vocabulary
-from megatron_ext.data.manifest import manifest_path, read_manifest
+from megatron_ext.data.manifest import manifest_path, read_manifest, write_manifest
 from megatron_ext.data.tokenizers import load_tokenizer
 from tests.megatron_ext.data.builders import EOD, FINGERPRINT, write_dataset
 
@@ -68,9 +68,12 @@ def test_settings(prefix: str) -> None:
 def test_a_manifest_of_other_files(prefix: str) -> None:
     change_manifest(prefix, tokens=6)
     found = problems(prefix)
-    assert "d.json describes 2 documents with 6 tokens (uint16), but the index has 2 with 7 (uint16)" in found
-    Path(f"{prefix}.json").write_text("{")
-    assert "d.json: not a dataset description" in problems(prefix)
+    assert (
+        "d.dataset.json describes 2 documents with 6 tokens (uint16), but the index has 2 with 7 (uint16)"
+        in found
+    )
+    manifest_path(prefix).write_text("{")
+    assert "d.dataset.json: not a dataset description" in problems(prefix)
 
 
 def test_another_tokenizer(tmp_path: Path, sentencepiece_model: Path) -> None:
@@ -95,11 +98,21 @@ def test_another_tokenizer(tmp_path: Path, sentencepiece_model: Path) -> None:
 
 def test_datasets_of_different_tokenizers(prefix: str, tmp_path: Path) -> None:
     other = write_dataset(tmp_path / "other", DOCUMENTS, fingerprint="f" * 16)
-    found = problems(prefix, data_path=(prefix, other))
-    assert (
-        f"dataset {other} was made with another tokenizer than {prefix}.json: fingerprint {'f' * 16} instead "
-        "of" in found
-    )
+    told = problems(prefix, data_path=(prefix, other))
+    origin = f"{prefix}.dataset.json"
+    assert f"dataset {other} was made with another tokenizer than {origin}: fingerprint {'f' * 16} " in told
+
+
+def test_datasets_of_one_vocabulary_split_otherwise(prefix: str, tmp_path: Path) -> None:
+    """Where both say how; earlier versions did not."""
+    other = write_dataset(tmp_path / "other", DOCUMENTS)
+    for ours, theirs in (("", "b" * 16), ("a" * 16, "b" * 16)):
+        for name, splitting in ((prefix, ours), (other, theirs)):
+            manifest = read_manifest(name)
+            assert manifest is not None
+            write_manifest(name, replace(manifest, tokenizer_splitting=splitting))
+        told = problems(prefix, data_path=(prefix, other))
+        assert (f"splitting {'b' * 16} instead of {'a' * 16}" in told) == bool(ours)
 
 
 def test_tokens_outside_the_vocabulary(prefix: str) -> None:
@@ -117,7 +130,7 @@ def test_without_a_manifest_it_is_said_that_the_tokenizer_is_unchecked(
     with caplog.at_level(logging.WARNING):
         assert problems(prefix) == ""
     assert (
-        "d.json not found: whether the tokenizer is the one that made the dataset is not checked"
+        "d.dataset.json not found: whether the tokenizer is the one that made the dataset is not checked"
         in caplog.text
     )
 

@@ -6,7 +6,8 @@ import pytest
 
 from megatron_ext.data import encoding
 from megatron_ext.data.encoding import EncodedStream, EncodingSettings, encode_records
-from megatron_ext.data.sources import BadRecordError, RecordReader, find_sources
+from megatron_ext.data.records import BadRecordError
+from megatron_ext.data.sources import RecordReader, find_sources
 
 
 @pytest.fixture

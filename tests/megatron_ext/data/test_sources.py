@@ -8,14 +8,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ext.data.sources import (
-    BadRecordError,
-    Record,
-    RecordReader,
-    find_sources,
-    parse_texts,
-    text_bytes,
-)
+from megatron_ext.data.records import BadRecordError, Record, parse_texts
+from megatron_ext.data.sources import FileState, Position, RecordReader, find_sources, text_bytes
 from megatron_ext.errors import ConfigError
 
 LINES = b"".join(json.dumps({"text": f"document {number}"}).encode() + b"\n" for number in range(500))
@@ -42,19 +36,19 @@ def names(paths: list[str]) -> list[str]:
 
 
 def test_directories_globs_and_files_in_order(corpus: Path) -> None:
-    found = find_sources([str(corpus)])
-    assert names([source.path for source in found]) == [
+    sources = find_sources([str(corpus)])
+    assert names([source.path for source in sources]) == [
         "a.jsonl",
         "b.jsonl.gz",
         "c.jsonl.zst",
         "d.txt",
         "e.md",
     ]
-    assert [source.jsonl for source in found] == [True, True, True, False, False]
-    found = find_sources(
+    assert [source.format for source in sources] == ["jsonl", "jsonl", "jsonl", "text", "text"]
+    sources = find_sources(
         [str(corpus / "inner" / "*.md"), str(corpus / "[ba].*"), str(corpus / "c.jsonl.zst")]
     )
-    assert names([source.path for source in found]) == ["e.md", "a.jsonl", "b.jsonl.gz", "c.jsonl.zst"]
+    assert names([source.path for source in sources]) == ["e.md", "a.jsonl", "b.jsonl.gz", "c.jsonl.zst"]
     assert names([source.path for source in find_sources([str(corpus)], suffixes=[".txt"])]) == ["d.txt"]
 
 
@@ -71,8 +65,8 @@ def test_json_lines_under_another_name_are_not_taken_for_a_text(tmp_path: Path) 
     path.write_bytes(LINES)
     with pytest.raises(ConfigError, match="looks like JSON lines"):
         find_sources([str(path)])
-    assert find_sources([str(path)], text_format="jsonl")[0].jsonl
-    assert not find_sources([str(path)], text_format="text")[0].jsonl
+    for text_format in ("jsonl", "text"):
+        assert find_sources([str(path)], text_format=text_format)[0].format == text_format
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "b.jsonl.gz", "c.jsonl.zst"])
@@ -125,8 +119,52 @@ def test_a_compressed_file_that_has_shrunk(corpus: Path) -> None:
     reader = RecordReader(sources)
     list(islice(reader, 400))
     (corpus / "b.jsonl.gz").write_bytes(gzip.compress(LINES[:100]))
-    with pytest.raises(ConfigError, match="shorter than when it was read before"):
+    with pytest.raises(ConfigError, match=r"b.jsonl.gz: changed since it was looked at first"):
         list(RecordReader(sources, reader.position))
+    with pytest.raises(ConfigError, match="shorter than when it was read before"):
+        list(RecordReader(find_sources([str(corpus / "b.jsonl.gz")]), reader.position))
+
+
+def test_a_file_that_grows_while_it_is_read(corpus: Path) -> None:
+    records = iter(RecordReader(find_sources([str(corpus / "a.jsonl")])))
+    next(records)
+    with (corpus / "a.jsonl").open("ab") as file:
+        file.write(b'{"text": "more"}\n')
+    with pytest.raises(ConfigError, match=r"a.jsonl: changed since it was looked at first"):
+        list(records)
+
+
+def test_an_edit_right_after_a_file_was_read_shows(tmp_path: Path) -> None:
+    """Although the file system's clock may not have moved on since the file was written."""
+    for _ in range(20):
+        path = tmp_path / "a.txt"
+        path.write_text("one")
+        before = find_sources([str(path)])
+        list(RecordReader(before))
+        path.write_text("two")
+        assert FileState.of(path.stat()) != before[0].state
+
+
+def test_long_records_are_passed_over_on_request(tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{"text": "' + b"x" * 3_000_000 + b'"}\n{"text": "b"}\n')
+    (tmp_path / "long.txt").write_text("x" * 3_000_000)
+    sources = find_sources([str(path), str(tmp_path / "long.txt")])
+    reader = RecordReader(sources, max_record_bytes=100, skips_long=True)
+    records = list(reader)
+    assert [(record.line, len(record.data)) for record in records] == [(1, 14), (2, 0), (3, 14), (0, 0)]
+    for record in (records[1], records[3]):
+        with pytest.raises(BadRecordError, match=f"{record.place}: the document is longer than 0 MiB"):
+            parse_texts(record, ["text"])
+    second = RecordReader(sources, Position(0, 1, 14, 14), 100, skips_long=True)
+    assert list(second) == records[1:]
+
+
+def test_a_byte_order_mark_is_no_record(tmp_path: Path) -> None:
+    bom = b"\xef\xbb\xbf"
+    path = tmp_path / "bom.jsonl"
+    path.write_bytes(bom + b"\n" + bom + b'{"text": "a"}\r\n')
+    assert [parse_texts(record, ["text"]) for record in RecordReader(find_sources([str(path)]))] == [["a"]]
 
 
 def test_a_document_longer_than_the_bound(corpus: Path) -> None:
@@ -145,6 +183,7 @@ def test_texts_of_records() -> None:
     [
         (7, b'{"text": ', r"^x:7: not valid JSON \(Expecting value"),
         (7, b"\xff\xfe{}", r"^x:7: not valid JSON"),
+        (7, b'{"text": ' + b"[" * 200_000, "^x:7: lists or objects in one another, too deep to be read"),
         (7, b'["text"]', "^x:7: a JSON object is needed, not list"),
         (7, b'{"content": "a", "id": 1}', "^x:7: no key 'text'; the keys are 'content', 'id'"),
         (7, b'{"text": 5}', "^x:7: 'text' is not a text but int"),

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import get_args
 
@@ -6,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.config import DataConfig
-from megatron_ext.data.tokenizers import KINDS, Tokenizer, load_tokenizer
+from megatron_ext.data.tokenizers import KINDS, Tokenizer, content_of, load_tokenizer
 from megatron_ext.errors import ConfigError
 from tests.megatron_ext.data.builders import train_sentencepiece, write_ranks, write_tokenizer_json
 
@@ -120,3 +121,87 @@ def test_a_vocabulary_without_an_end_of_document(tmp_path: Path) -> None:
     write_tokenizer_json(tmp_path / "tokenizer.json", special=("[PAD]",))
     with pytest.raises(ConfigError, match="names no end-of-document token"):
         load_tokenizer("huggingface", str(tmp_path / "tokenizer.json"))
+
+
+def edited(folder: Path, name: str, change: dict[str, object]) -> None:
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+BROKEN = {
+    "a model of a newer kind": lambda f: edited(f, "tokenizer.json", {"model": {"type": "Newer"}}),
+    "a newer version": lambda f: edited(f, "tokenizer.json", {"version": "9.0"}),
+    "no vocabulary": lambda f: edited(
+        f, "tokenizer.json", {"model": {"type": "BPE", "vocab": {}, "merges": []}}
+    ),
+    "no tokenizer": lambda f: (f / "tokenizer.json").unlink(),
+    "another value": lambda f: (f / "tokenizer.json").write_text("[]"),
+    "nested too deep": lambda f: (f / "tokenizer.json").write_text("[" * 100_000),
+    "cut short": lambda f: (f / "tokenizer.json").write_bytes((f / "tokenizer.json").read_bytes()[:500]),
+    "settings of another kind": lambda f: (f / "tokenizer_config.json").write_text("[]"),
+    "settings nested too deep": lambda f: (f / "tokenizer_config.json").write_text("[" * 100_000),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+@pytest.mark.parametrize("bare", [False, True])
+def test_broken_and_newer_folders(tmp_path: Path, what: str, bare: bool) -> None:
+    write_tokenizer_json(tmp_path / "tokenizer.json")
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}')
+    assert load_tokenizer("huggingface", str(tmp_path)).eod == 0
+    BROKEN[what](tmp_path)
+    if bare:
+        settings.unlink()
+    if bare and what.startswith("settings"):
+        assert load_tokenizer("huggingface", str(tmp_path)).eod == 0
+        return
+    with pytest.raises(ConfigError, match=r"is not a readable huggingface tokenizer \(.*check the file"):
+        load_tokenizer("huggingface", str(tmp_path))
+
+
+def test_a_newer_file_is_said_to_be_newer(tmp_path: Path) -> None:
+    write_tokenizer_json(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    edited(tmp_path, "tokenizer.json", {"model": {"type": "Newer"}})
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        with pytest.raises(ConfigError, match=r"untagged enum .*; broken, or newer than tokenizers \d+\."):
+            load_tokenizer("huggingface", str(path))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000])
+def test_damaged_special_tokens(tmp_path: Path, content: str) -> None:
+    write_tokenizer_json(tmp_path / "tokenizer.json")
+    (tmp_path / "special_tokens_map.json").write_text(content)
+    with pytest.raises(
+        ConfigError, match=r"special_tokens_map.json' is not a readable huggingface tokenizer"
+    ):
+        load_tokenizer("huggingface", str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"no model", b"\0" * 100])
+def test_a_folder_with_a_damaged_model_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(ConfigError, match="is not a readable huggingface tokenizer"):
+        load_tokenizer("huggingface", str(tmp_path))
+
+
+def test_a_folder_with_only_ranks(tmp_path: Path) -> None:
+    path = write_ranks(tmp_path / "tokenizer.model")
+    assert (
+        load_tokenizer("huggingface", str(tmp_path)).splitting
+        == load_tokenizer("tiktoken", str(path)).splitting
+    )
+
+
+def test_splitting_and_content_tell_what_a_fingerprint_does_not(tmp_path: Path) -> None:
+    write_tokenizer_json(tmp_path / "tokenizer.json")
+    before = load_tokenizer("huggingface", str(tmp_path))
+    content = content_of(str(tmp_path))
+    values = json.loads((tmp_path / "tokenizer.json").read_text())
+    values["model"]["merges"] = values["model"]["merges"][1:]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    after = load_tokenizer("huggingface", str(tmp_path))
+    assert after.fingerprint == before.fingerprint
+    assert after.splitting != before.splitting
+    assert content_of(str(tmp_path)) != content != content_of(str(tmp_path / "tokenizer.json"))

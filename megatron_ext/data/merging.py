@@ -1,0 +1,112 @@
+"""Datasets, such as the shards of one job, appended to one another."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_ext.data.indexed import merge_datasets, read_index
+from megatron_ext.data.manifest import (
+    DatasetManifest,
+    differences_of_meaning,
+    manifest_bytes,
+    manifest_path,
+    read_manifest,
+)
+from megatron_ext.data.outputs import OutputFiles, existing_prefixes, refuse_inputs
+from megatron_ext.errors import ConfigError
+
+
+def merge_shards(prefixes: Sequence[str], output_prefix: str, *, overwrite: bool = False) -> DatasetManifest:
+    """Append datasets, such as the shards of one job, to one another without loading them. Returns the
+    manifest.
+
+    Raises ConfigError if one is damaged, if they were made by different tokenizers, or if a shard of a job is
+    missing; and if the output would replace an input or something that is no dataset, or, without
+    `overwrite`, another dataset.
+    """
+    merged = _merged(prefixes, _manifests(prefixes))
+    existing = existing_prefixes(output_prefix, [""], sharded=False)
+    refuse_inputs(existing, [f"{prefix}.{name}" for prefix in prefixes for name in ("bin", "idx")])
+    output = OutputFiles(output_prefix)
+    output.check_ours()
+    output.finish_interrupted()
+    before = read_manifest(output_prefix)
+    done = before is not None and before == merged and before.content != ""
+    if before is not None and not done and not overwrite:
+        raise ConfigError(
+            f"{output_prefix} is a dataset already, and another one. Give another --output-prefix, or "
+            "--overwrite to replace it."
+        )
+    if done and not overwrite:
+        read_index(output_prefix)
+        return merged
+    for prefix in prefixes:
+        read_index(prefix)
+    if before is not None:
+        output.remove()
+    merge_datasets(prefixes, output_prefix, manifest_bytes(merged))
+    return merged
+
+
+def _manifests(prefixes: Sequence[str]) -> dict[str, DatasetManifest]:
+    manifests: dict[str, DatasetManifest] = {}
+    places: dict[Path, str] = {}
+    for prefix in prefixes:
+        manifest = read_manifest(prefix)
+        if manifest is None:
+            raise ConfigError(
+                f"{manifest_path(prefix)} not found: only complete datasets of this tool can be merged."
+            )
+        if (first := places.setdefault(Path(f"{prefix}.bin").resolve(), prefix)) != prefix:
+            raise ConfigError(f"{prefix} is given twice (the same dataset as {first}).")
+        if prefix in manifests:
+            raise ConfigError(f"{prefix} is given twice.")
+        manifests[prefix] = manifest
+    return manifests
+
+
+def _merged(prefixes: Sequence[str], manifests: Mapping[str, DatasetManifest]) -> DatasetManifest:
+    first = manifests[prefixes[0]]
+    for prefix, manifest in manifests.items():
+        if differing := differences_of_meaning(manifest, first):
+            raise ConfigError(f"{prefix} and {prefixes[0]} cannot be merged: {', '.join(differing)} differs.")
+    _check_no_shard_missing(manifests)
+    return replace(
+        first,
+        documents=sum(manifest.documents for manifest in manifests.values()),
+        tokens=sum(manifest.tokens for manifest in manifests.values()),
+        max_token_id=max(manifest.max_token_id for manifest in manifests.values()),
+        skipped_records=sum(manifest.skipped_records for manifest in manifests.values()),
+        sources=tuple(
+            dict.fromkeys(source for manifest in manifests.values() for source in manifest.sources)
+        ),
+        shard=None,
+        content=_content(manifests),
+    )
+
+
+def _content(manifests: Mapping[str, DatasetManifest]) -> str:
+    """A hash that tells one merged dataset from another; "" if the content of a part is not known."""
+    parts = [manifest.content for manifest in manifests.values()]
+    return hashlib.blake2b("".join(parts).encode(), digest_size=16).hexdigest() if all(parts) else ""
+
+
+def _check_no_shard_missing(manifests: Mapping[str, DatasetManifest]) -> None:
+    expected, before = 0, ""
+    for prefix, manifest in manifests.items():
+        index = 0 if manifest.shard is None else manifest.shard.index
+        if index != expected:
+            raise ConfigError(
+                f"cannot merge: before {prefix}, shard number {index}, belongs shard number {expected}. Give "
+                "all shards of "
+                "a job, in order."
+            )
+        expected = 0 if manifest.shard is None or manifest.shard.final else index + 1
+        before = prefix
+    if expected:
+        raise ConfigError(
+            f"cannot merge: {before} is not the last shard of its job. Give all of them; if they are not "
+            "there yet, run the "
+            "job again to finish it."
+        )
