@@ -63,14 +63,14 @@ def read_batch(path: Path, tokenizer: Any, params: SamplingParams, chat: Chat | 
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--batch {path} cannot be read: {error}") from error
-    found = [
+    prompts = [
         _line(f"{path}:{number}", number, line, tokenizer, params, chat)
         for number, line in enumerate(lines, 1)
         if line.strip()
     ]
-    if not found:
+    if not prompts:
         raise ConfigError(f"--batch {path} has no prompts: give one JSON object per line.")
-    return found
+    return prompts
 
 
 def _line(

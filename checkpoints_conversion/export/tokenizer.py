@@ -99,11 +99,11 @@ def kind_of(path: Path) -> str:
 def _check_agreement(original: Tokenizer, source: Path, folder: Path) -> None:
     tokenizer = load_tokenizer("huggingface", str(folder))
     for text in _PROBES:
-        expected, found = original.encode(text), tokenizer.encode(text)
-        if expected != found:
+        expected, exported = original.encode(text), tokenizer.encode(text)
+        if expected != exported:
             raise ConversionError(
                 f"the tokenizer {source} gives {expected} for {text!r}, but exported, transformers makes "
-                f"{found} of it: for models of "
+                f"{exported} of it: for models of "
                 "some types it takes a tokenizer class of its own. Export under another --family, such as "
                 "lckv-llama."
             )

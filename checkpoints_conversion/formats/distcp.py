@@ -58,7 +58,7 @@ def stored_tensors(
 ) -> dict[str, tuple[TensorInfo, list[Piece]]]:
     """The tensors of a checkpoint with this table of contents, by their keys, and the pieces to read them
     from. Opens no file."""
-    found = {}
+    tensors = {}
     for key, entry in contents.state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata) and is_wanted(key):
             info = TensorInfo(tuple(entry.size), entry.properties.dtype)
@@ -67,8 +67,8 @@ def stored_tensors(
                 raise ConversionError(
                     f"{checkpoint}: the parts of {key} that are there do not make up {list(info.shape)}."
                 )
-            found[key] = info, pieces
-    return found
+            tensors[key] = info, pieces
+    return tensors
 
 
 def _piece(

@@ -179,10 +179,10 @@ class Engine:
         of_each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         requests: list[Request] = []
         try:
-            for prompt, each in zip(prompts, of_each, strict=True):
+            for prompt, own_params in zip(prompts, of_each, strict=True):
                 while True:
                     try:
-                        requests.append(self.submit(prompt, each))
+                        requests.append(self.submit(prompt, own_params))
                         break
                     except QueueFullError:
                         self.step()

@@ -83,7 +83,7 @@ def token_ids(tokens: Sequence[int]) -> tuple[int, ...]:
 
 def end_tokens(model: LCKVLlamaForCausalLM) -> frozenset[int]:
     """The model's end-of-sequence tokens."""
-    found: set[int] = set()
+    tokens: set[int] = set()
     for given in (model.config.eos_token_id, getattr(model.generation_config, "eos_token_id", None)):
-        found |= set(given if isinstance(given, list) else () if given is None else (given,))
-    return frozenset(found)
+        tokens |= set(given if isinstance(given, list) else () if given is None else (given,))
+    return frozenset(tokens)

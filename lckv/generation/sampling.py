@@ -135,7 +135,7 @@ def sample(
     scores = logits.float()
     chosen = filtered(scores, params, previous)
     best = chosen.argmax(-1)
-    drawn = [row for row, each in enumerate(params) if each.temperature > 0]
+    drawn = [row for row, row_params in enumerate(params) if row_params.temperature > 0]
     if drawn:
         uniform = torch.tensor([generators[row].random() for row in drawn], dtype=torch.float64).to(
             logits.device
@@ -225,4 +225,4 @@ def _whole(value: object) -> bool:
 
 
 def _tuple_of(kind: type, value: object) -> bool:
-    return isinstance(value, tuple) and all(isinstance(each, kind) for each in value)
+    return isinstance(value, tuple) and all(isinstance(entry, kind) for entry in value)

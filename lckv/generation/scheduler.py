@@ -70,7 +70,7 @@ class Scheduler:
             job.sequence = self._cache.open()
             together = [*self.running, job]
             # A page more for each, so that the next step does not need another one's.
-            tokens = [len(each.tokens) - each.computed + self._cache.page_size for each in together]
+            tokens = [len(member.tokens) - member.computed + self._cache.page_size for member in together]
             if self.running and not self._fits(together, tokens):
                 self._cache.close(job.sequence)
                 job.sequence = None

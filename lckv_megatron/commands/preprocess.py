@@ -175,14 +175,14 @@ def _prefixes_to_merge(inputs: Sequence[str]) -> list[str]:
     prefixes: list[str] = []
     for entry in inputs:
         path = Path(entry)
-        found = (
+        files = (
             sorted(str(file) for file in path.parent.glob(path.name))
             if glob.has_magic(path.name)
             else [entry]
         )
-        if not found:
+        if not files:
             raise ConfigError(f"--input {entry!r} stands for no file.")
-        prefixes += [file.removesuffix(".idx").removesuffix(".bin").removesuffix(".json") for file in found]
+        prefixes += [file.removesuffix(".idx").removesuffix(".bin").removesuffix(".json") for file in files]
     return list(dict.fromkeys(prefixes))
 
 

@@ -110,16 +110,16 @@ def rows_of_texts(texts: Iterable[str], coder: Coder, count: int, length: int) -
 
     Raises ConfigError if there are fewer.
     """
-    found = 0
+    rows = 0
     for text in texts:
         ids = coder.encode(text)
         for start in range(0, len(ids) - length + 1, length):
             row = ids[start : start + length]
             yield Text(row, coder.bytes_behind_first(row))
-            found += 1
-            if found == count:
+            rows += 1
+            if rows == count:
                 return
     raise ConfigError(
-        f"--text: there are {found} rows of {length} tokens; {count} are needed. Give a longer text, or "
+        f"--text: there are {rows} rows of {length} tokens; {count} are needed. Give a longer text, or "
         "fewer or shorter rows."
     )

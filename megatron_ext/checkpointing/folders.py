@@ -212,16 +212,16 @@ def remove_old(directory: Path, keep_last: int | None) -> None:
 def _scan(directory: Path) -> list[CheckpointInfo]:
     """The checkpoints in order of saving, those without a readable manifest last. Opens nothing but
     manifests."""
-    found = []
+    checkpoints = []
     for path in directory.iterdir():
         if match := _CHECKPOINT.fullmatch(path.name):
             iteration = int(match.group(1))
             try:
-                found.append(CheckpointInfo(path, iteration, read_manifest(path), None))
+                checkpoints.append(CheckpointInfo(path, iteration, read_manifest(path), None))
             except DamagedCheckpointError as error:
-                found.append(CheckpointInfo(path, iteration, None, str(error)))
+                checkpoints.append(CheckpointInfo(path, iteration, None, str(error)))
     return sorted(
-        found, key=lambda info: (info.manifest.sequence if info.manifest else math.inf, info.iteration)
+        checkpoints, key=lambda info: (info.manifest.sequence if info.manifest else math.inf, info.iteration)
     )
 
 

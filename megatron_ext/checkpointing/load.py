@@ -146,8 +146,8 @@ def _verify(ranks: Agreement, checkpoint: Path, verify_hashes: bool) -> tuple[Ma
     if manifest is not None and not problems and verify_hashes:
         sizes = {name: entry.bytes for name, entry in manifest.files.items()}
         share = share_of_rank(sizes, ranks.rank, ranks.world_size)
-        found = ranks.gather("verify files", lambda: find_wrong_hashes(checkpoint, manifest, share))
-        problems = [problem for part in found for problem in part]
+        parts = ranks.gather("verify files", lambda: find_wrong_hashes(checkpoint, manifest, share))
+        problems = [problem for part in parts for problem in part]
     return manifest, problems
 
 

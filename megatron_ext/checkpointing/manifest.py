@@ -147,12 +147,12 @@ def find_wrong_hashes(
     """Those of the named files whose content is not the one that was written, each as a sentence; `progress`
     as for `hash_files`."""
     try:
-        found = hash_files(checkpoint, names, progress)
+        entries = hash_files(checkpoint, names, progress)
     except OSError as error:
         return [f"reading fails: {error}"]
     return [
         f"{name} has changed (sha256 differs)"
-        for name, entry in found.items()
+        for name, entry in entries.items()
         if entry != manifest.files[name]
     ]
 

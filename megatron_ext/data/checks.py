@@ -45,14 +45,14 @@ def find_vocabulary(data: DataConfig) -> Vocabulary | None:
         return Vocabulary(tokenizer.vocab_size, tokenizer.eod, tokenizer.fingerprint, origin)
     if data.mock:
         return None
-    found = {}
+    vocabularies = {}
     for prefix in _prefixes(data):
         manifest = read_manifest(prefix)
         if manifest is None:
             return None
         identity = (manifest.vocab_size, manifest.eod, manifest.tokenizer_fingerprint)
-        found[identity] = Vocabulary(*identity, origin=f"{prefix}.json")
-    return next(iter(found.values())) if len(found) == 1 else None
+        vocabularies[identity] = Vocabulary(*identity, origin=f"{prefix}.json")
+    return next(iter(vocabularies.values())) if len(vocabularies) == 1 else None
 
 
 def check_data(data: DataConfig, vocab_size: int) -> list[str]:

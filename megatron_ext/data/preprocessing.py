@@ -133,14 +133,16 @@ class _Run:
     def find_complete_shards(self) -> None:
         """Take over the shards that an earlier run of the same job has completed."""
         while not self.complete:
-            found = {prefix: manifest for prefix in self._prefixes() if (manifest := read_manifest(prefix))}
-            if len(found) < len(self._job.json_keys):
+            manifests = {
+                prefix: manifest for prefix in self._prefixes() if (manifest := read_manifest(prefix))
+            }
+            if len(manifests) < len(self._job.json_keys):
                 return
-            for key, (prefix, manifest) in zip(self._job.json_keys, found.items(), strict=True):
+            for key, (prefix, manifest) in zip(self._job.json_keys, manifests.items(), strict=True):
                 self._check_same_job(prefix, manifest, replace(self._empty, json_key=key))
                 read_index(prefix)
-            logger.info("found complete: %s", ", ".join(found))
-            self._take_over(found)
+            logger.info("found complete: %s", ", ".join(manifests))
+            self._take_over(manifests)
 
     def _check_same_job(self, prefix: str, manifest: DatasetManifest, expected: DatasetManifest) -> None:
         for name in (*_MEANING, "json_key", "sources"):
@@ -233,28 +235,30 @@ def merge_shards(prefixes: Sequence[str], output_prefix: str) -> DatasetManifest
     Raises ConfigError if one is damaged, if they were made by different tokenizers, or if a shard of a job is
     missing.
     """
-    found: dict[str, DatasetManifest] = {}
+    manifests: dict[str, DatasetManifest] = {}
     for prefix in prefixes:
         manifest = read_manifest(prefix)
         if manifest is None:
             raise ConfigError(f"{prefix}.json not found: only complete datasets of this tool can be merged.")
-        if prefix in found:
+        if prefix in manifests:
             raise ConfigError(f"{prefix} is given twice.")
-        found[prefix] = manifest
-    first = found[prefixes[0]]
-    for prefix, manifest in found.items():
+        manifests[prefix] = manifest
+    first = manifests[prefixes[0]]
+    for prefix, manifest in manifests.items():
         for name in _MEANING:
             if getattr(manifest, name) != getattr(first, name):
                 raise ConfigError(f"{prefix} and {prefixes[0]} cannot be merged: {name} differs.")
-    _check_no_shard_missing(found)
+    _check_no_shard_missing(manifests)
     merge_datasets(prefixes, output_prefix)
     merged = replace(
         first,
-        documents=sum(manifest.documents for manifest in found.values()),
-        tokens=sum(manifest.tokens for manifest in found.values()),
-        max_token_id=max(manifest.max_token_id for manifest in found.values()),
-        skipped_records=sum(manifest.skipped_records for manifest in found.values()),
-        sources=tuple(dict.fromkeys(source for manifest in found.values() for source in manifest.sources)),
+        documents=sum(manifest.documents for manifest in manifests.values()),
+        tokens=sum(manifest.tokens for manifest in manifests.values()),
+        max_token_id=max(manifest.max_token_id for manifest in manifests.values()),
+        skipped_records=sum(manifest.skipped_records for manifest in manifests.values()),
+        sources=tuple(
+            dict.fromkeys(source for manifest in manifests.values() for source in manifest.sources)
+        ),
         shard=None,
     )
     write_manifest(output_prefix, merged)

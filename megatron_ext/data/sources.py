@@ -74,10 +74,10 @@ def find_sources(
     """
     sources: list[Source] = []
     for entry in inputs:
-        found = _expand(entry)
-        kept = [path for path in found if not suffixes or path.name.endswith(tuple(suffixes))]
+        paths = _expand(entry)
+        kept = [path for path in paths if not suffixes or path.name.endswith(tuple(suffixes))]
         if not kept:
-            hint = f"; no name ends with {' or '.join(suffixes)}" if found else ""
+            hint = f"; no name ends with {' or '.join(suffixes)}" if paths else ""
             raise ConfigError(
                 f"input {entry!r} stands for no file{hint}. Give files, globs or directories that exist."
             )
@@ -91,13 +91,13 @@ def find_sources(
 def _expand(entry: str) -> list[Path]:
     path = Path(entry)
     if path.is_dir():
-        inside = (found for found in path.rglob("*") if found.is_file())
+        inside = (file for file in path.rglob("*") if file.is_file())
         return sorted(
-            found for found in inside if not any(p.startswith(".") for p in found.relative_to(path).parts)
+            file for file in inside if not any(p.startswith(".") for p in file.relative_to(path).parts)
         )
     if path.exists() or not has_magic(entry):
         return [path] if path.exists() else []
-    return sorted(Path(found) for found in glob(entry, recursive=True) if Path(found).is_file())
+    return sorted(Path(match) for match in glob(entry, recursive=True) if Path(match).is_file())
 
 
 def _source(path: Path, text_format: TextFormat, jsonl_suffixes: tuple[str, ...]) -> Source:

@@ -77,9 +77,9 @@ def memory_in_use() -> int:
 def _peak_resident_bytes() -> int:
     status = Path("/proc/self/status")
     if status.exists():  # what getrusage says begins, on Linux, with the size of the parent process
-        found = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
-        if found is not None:
-            return int(found[1]) * 1024
+        peak = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
+        if peak is not None:
+            return int(peak[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -105,12 +105,12 @@ class Throughput:
         1."""
         per_device = tokens / seconds / self.world_size
         model_tflops = per_device * self.model_flops_per_token / 1e12
-        found = {
+        speeds = {
             "tokens_per_second": tokens / seconds,
             "tokens_per_second_per_device": per_device,
             "model_tflops_per_device": model_tflops,
         }
         if self.peak_tflops is not None:
-            found["mfu"] = model_tflops / self.peak_tflops
-            found["hfu"] = per_device * self.hardware_flops_per_token / 1e12 / self.peak_tflops
-        return found
+            speeds["mfu"] = model_tflops / self.peak_tflops
+            speeds["hfu"] = per_device * self.hardware_flops_per_token / 1e12 / self.peak_tflops
+        return speeds
