@@ -101,7 +101,8 @@ class ModelConfig:
     back."""
 
     cross_entropy_backend: Literal["auto", "whole", "chunked"] = "auto"
-    """How the loss is computed: from the logits of all tokens, or chunk by chunk; auto: as cross_entropy_chunk_size says."""
+    """How the loss is computed: from the logits of all tokens, or chunk by chunk; auto: as
+    cross_entropy_chunk_size says."""
 
     cross_entropy_chunk_size: int = 0
     """Tokens whose logits are in memory at a time; logits of other chunks are recomputed in backward. 0: all

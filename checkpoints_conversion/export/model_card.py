@@ -18,11 +18,12 @@ from lckv.sharing.picture import draw
 from megatron_ext.model.cost import model_shape
 
 _REFERENCES = {
-    "lckv": "LCKV: Wu, Tu. *Layer-Condensed KV Cache for Efficient Inference of Large Language Models.* ACL 2024, arXiv:2405.10637",
-    "sharing": "Sharing maps: Wu, Wu, Tu. *A Systematic Study of Cross-Layer KV Sharing for Efficient LLM Inference.* NAACL 2025, "
-    "arXiv:2410.14442",
-    "average": "Averaged keys and values: Zuhri, Adilazuarda, Purwarianti, Aji. *MLKV: Multi-Layer Key-Value Heads for Memory Efficient "
-    "Transformer Decoding.* 2024, arXiv:2406.09297",
+    "lckv": "LCKV: Wu, Tu. *Layer-Condensed KV Cache for Efficient Inference of Large Language Models.* "
+    "ACL 2024, arXiv:2405.10637",
+    "sharing": "Sharing maps: Wu, Wu, Tu. *A Systematic Study of Cross-Layer KV Sharing for Efficient LLM "
+    "Inference.* NAACL 2025, arXiv:2410.14442",
+    "average": "Averaged keys and values: Zuhri, Adilazuarda, Purwarianti, Aji. *MLKV: Multi-Layer Key-Value "
+    "Heads for Memory Efficient Transformer Decoding.* 2024, arXiv:2406.09297",
 }
 _LICENSE_FIELDS = ("license", "license_name", "license_link")
 
@@ -172,8 +173,8 @@ def _history(record: ConversionRecord, measured: Measured) -> Iterator[str]:
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     day = record.created[:10]
     yield (
-        f"- Converted from {record.source.format} weights on {day} with {versions}; `conversion.json` has the "
-        "details."
+        f"- Converted from {record.source.format} weights on {day} with {versions}; `conversion.json` has "
+        "the details."
     )
 
 

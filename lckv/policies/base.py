@@ -168,8 +168,8 @@ class KVPolicy(ABC):
         return {}
 
     def scripted_shift(self, key: Tensor) -> Tensor | None:
-        """For benchmarks, where weights are random: what to add to keys [s, b, g, d] before RoPE, [g, d], so that as many
-        tokens share a slot as the settings aim at. None: nothing needs to be added."""
+        """For benchmarks, where weights are random: what to add to keys [s, b, g, d] before RoPE, [g, d], so
+        that as many tokens share a slot as the settings aim at. None: nothing needs to be added."""
         return None
 
     def obstacle_in_weights(self, rows: ChannelRows, before: PolicyConfig) -> str | None:

@@ -130,8 +130,8 @@ class PolicyConfig:
 
     @classmethod
     def from_megatron_arguments(cls, arguments: Mapping[str, Any]) -> "PolicyConfig | None":
-        """The settings in the arguments of a run of Megatron's older training program, among them `params_dtype`,
-        the name of the weights' dtype; None where the run did not use this policy.
+        """The settings in the arguments of a run of Megatron's older training program, among them
+        `params_dtype`, the name of the weights' dtype; None where the run did not use this policy.
 
         Raises SettingError, with the names of arguments, where they cannot be understood.
         """

@@ -201,10 +201,9 @@ def show(result: Perplexity, facts: dict[str, Any], options: argparse.Namespace)
         print(json.dumps(content, indent=1))
         return
     print(
-        f"perplexity {result.perplexity:.4f} ({result.loss:.6f} nats per token, {result.bits_per_byte:.4f} bits "
-        "per byte; "
-        f"{result.tokens:,} tokens in {result.texts:,} texts, {result.windows:,} windows of up to "
-        f"{facts['context']:,})"
+        f"perplexity {result.perplexity:.4f} ({result.loss:.6f} nats per token, "
+        f"{result.bits_per_byte:.4f} bits per byte; {result.tokens:,} tokens in {result.texts:,} texts, "
+        f"{result.windows:,} windows of up to {facts['context']:,})"
     )
     ratio, passes, seconds = facts.get("compression_ratio"), facts.get("passes"), facts["seconds"]
     if ratio is not None:

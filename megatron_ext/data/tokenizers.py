@@ -78,8 +78,8 @@ def load_tokenizer(kind: str, path: str | None) -> Tokenizer:
       huggingface    a directory as saved by `save_pretrained`, or a bare tokenizer.json
       sentencepiece  a .model file
       tiktoken       a file of "base64-token rank" lines, such as Llama 3's tokenizer.model. Text is split by
-                     `TIKTOKEN_PATTERN`; Llama 3's 256 special tokens take the ids after the last rank, which is where
-                     Llama 3 has them; documents end with <|end_of_text|>
+                     `TIKTOKEN_PATTERN`; Llama 3's 256 special tokens take the ids after the last rank,
+                     which is where Llama 3 has them; documents end with <|end_of_text|>
 
     Raises ConfigError if the path is missing, is of another kind, or defines no end-of-document token.
     """

@@ -137,8 +137,9 @@ class SharedKVGPTModel(LanguageModule):
         return self.loss.token_loss(_Head(self, gathered), hidden_states, labels)
 
     def logits(self, hidden_states: Tensor, *, gathered: bool = False) -> Tensor:
-        """This rank's part of the logits, [s, b, padded vocabulary / TP], of hidden states [s / shards, b, hidden], or
-        [s, b, hidden] if they are `gathered` already; padding is as low as the dtype goes."""
+        """This rank's part of the logits, [s, b, padded vocabulary / TP], of hidden states
+        [s / shards, b, hidden], or [s, b, hidden] if they are `gathered` already; padding is as low as the
+        dtype goes."""
         weight = (
             self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         )

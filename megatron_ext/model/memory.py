@@ -10,8 +10,8 @@ Activations that full recompute keeps for backward, for one micro-batch of b row
 with h hidden size, g KV heads of the rank, d channels of a head, T tensor-parallel ranks with sequence
 parallelism, else 1. `inputs` is the number of layers, where a layer counts once for every pass with gradient.
 `shared` is the number of distinct keys and values that some layer reads from another: each is stored once,
-however many layers read it. Not counted: what the embedding, the final norm and the loss keep, the logits, and
-the working memory of the one layer that is being computed.
+however many layers read it. Not counted: what the embedding, the final norm and the loss keep, the logits,
+and the working memory of the one layer that is being computed.
 """
 
 from dataclasses import dataclass

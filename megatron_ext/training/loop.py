@@ -220,7 +220,8 @@ def _iterate(training: Training, position: Position, report: Report) -> Position
             "there is no training data; give data.data_path, data.train_data_path or data.mock."
         )
     reason = None
-    # Closed on leaving: an error's traceback would keep the reading processes alive, and Python waits for them at its exit.
+    # Closed on leaving: an error's traceback would keep the reading processes alive, and Python waits for
+    # them at its exit.
     reading = closing(_iterator(training, training.datasets.train, position.consumed_samples))
     with reading as samples, stop_requests(run.train.exit_duration_minutes) as stop:
         while position.iteration < run.train.train_iters and reason is None:

@@ -41,8 +41,9 @@ def compression_problems(compression: CompressionConfig, num_layers: int) -> Ite
 def model_problems(model: ModelConfig) -> Iterator[str]:
     """Sizes of the model that are no sizes, or do not divide each other."""
     yield from at_least(
-        "model", model, 1, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
-        "kv_channels", "vocab_size", "make_vocab_size_divisible_by", "max_position_embeddings",
+        "model", model, 1, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
+        "num_query_groups", "kv_channels", "vocab_size", "make_vocab_size_divisible_by",
+        "max_position_embeddings",
     )  # fmt: skip
     yield from at_least("model", model, 0, "cross_entropy_chunk_size")
     yield from _loss_problems(model)
@@ -66,8 +67,8 @@ def _loss_problems(model: ModelConfig) -> Iterator[str]:
     if (backend == "whole" and size > 0) or (backend == "chunked" and size == 0):
         required = "0" if backend == "whole" else "at least 1"
         yield (
-            f"model.cross_entropy_backend is {backend} and model.cross_entropy_chunk_size is {size}; with this backend the "
-            f"latter must be {required}: change one of them, or leave the former out."
+            f"model.cross_entropy_backend is {backend} and model.cross_entropy_chunk_size is {size}; with "
+            f"this backend the latter must be {required}: change one of them, or leave the former out."
         )
 
 

@@ -48,7 +48,8 @@ def attend_paged(
             query, pages.key, pages.value, pages.table, work.head, work.first_slot, work.block,
             stop if first is None else first.contiguous(), stop, part, part_lse,
             scale, page_size, chunk_pages, group, channels,
-            HAS_FIRST=first is not None, CHUNK=slots, SLOTS=min(_SLOTS, max(_LEAST, triton.next_power_of_2(slots))), **sizes,
+            HAS_FIRST=first is not None, CHUNK=slots,
+            SLOTS=min(_SLOTS, max(_LEAST, triton.next_power_of_2(slots))), **sizes,
         )  # fmt: skip
     _merge[(heads,)](part, part_lse, work.bounds, output, lse, group, channels, **sizes)
     return PagesAttended(output.view(query.shape), lse.view(query.shape[:-1]))
@@ -58,7 +59,8 @@ def attend_paged(
 def _attend_chunk(
     query, key, value, table, head_of, first_slot_of, block_of, first, stop, output, lse,
     scale, page_size, chunk_pages, group, channels,
-    HAS_FIRST: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr,
+    HAS_FIRST: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr,
+    GROUP: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0)
     head, first_slot = tl.load(head_of + number), tl.load(first_slot_of + number)

@@ -1,6 +1,7 @@
 """Keys and values of slots: the mean over the newest W tokens of a slot, weighted by importance.
 
-    P_t = sum over s in t - W + 1 .. t of c(t, s) w_s y_s / sum of c(t, s) w_s    for y = k and v, c(t, s) = p_{s+1} ... p_t
+    P_t = sum over s in t - W + 1 .. t of c(t, s) w_s y_s / sum of c(t, s) w_s
+    for y = k and v, c(t, s) = p_{s+1} ... p_t
 
 with p the merge decisions and w the importance. p of the first token of a row plays no part. `pool` chooses
 between the fused Triton kernel of `kernels.pooling` and the two algorithms here. All compute in float32, with

@@ -111,8 +111,8 @@ def test_unigram_models_cannot_be_exported(tmp_path: Path) -> None:
 
     (tmp_path / "text.txt").write_text("hello world\n" * 30)
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "unigram"), vocab_size=16, model_type="unigram",
-        hard_vocab_limit=False, minloglevel=2,
+        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "unigram"), vocab_size=16,
+        model_type="unigram", hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
     with pytest.raises(ConversionError, match="is no BPE model"):
         write_tokenizer("sentencepiece", tmp_path / "unigram.model", tmp_path)

@@ -139,8 +139,8 @@ def test_a_split_with_too_few_tokens(prefixes: list[str], tmp_path: Path) -> Non
     data = DataConfig(data_path=(prefix,), split="98,1,1")
     with pytest.raises(
         ConfigError,
-        match=r"the valid split of .*d has 0 documents, its share by data\.split=98,1,1, with 0 tokens in all, but one "
-        r"sample takes train\.seq_length \+ 1 = 9",
+        match=r"the valid split of .*d has 0 documents, its share by data\.split=98,1,1, with 0 tokens in "
+        r"all, but one sample takes train\.seq_length \+ 1 = 9",
     ):
         build(data, 5, 5)
     assert build(data, 5, None).valid is None
