@@ -103,8 +103,7 @@ def _run_processes(processes: int, arguments: Sequence[str], timeout_seconds: fl
         if isinstance(error, subprocess.TimeoutExpired):
             raise ConversionError(
                 f"Megatron's logits were not there after {timeout_seconds:g} seconds; give its {processes} "
-                "process(es) more time "
-                "(--timeout), or fewer tokens."
+                "process(es) more time (--timeout), or fewer tokens."
             ) from None
         raise
     if started.returncode:

@@ -74,8 +74,7 @@ def format_of(path: Path) -> SourceFormat:
         return "huggingface"
     raise ConversionError(
         f"{path} holds no model: neither {CONFIG_NAME} (Hugging Face), nor iter_0000100 or the like (this "
-        "project's checkpoints), nor "
-        "mp_rank_00 or the like (Megatron's older layout)."
+        "project's checkpoints), nor mp_rank_00 or the like (Megatron's older layout)."
     )
 
 

@@ -62,8 +62,7 @@ def reference_folder(original: OpenModel, megatron: OpenModel) -> Iterator[Path]
         listed = "\n".join(f"  {name}: {values}" for name, values in changed.items())
         raise ConversionError(
             f"{original.path} and {megatron.path} are different models, of which the outputs cannot "
-            f"agree:\n{listed}\nGive the model "
-            "that the other one was made from."
+            f"agree:\n{listed}\nGive the model that the other one was made from."
         )
     with TemporaryDirectory() as folder:
         write_huggingface(Path(folder), description, source)

@@ -151,6 +151,5 @@ def prove(original: OpenModel, megatron: OpenModel, *, rows: int = 2, length: in
     if not comparison.within(tolerance):
         raise ProofError(
             "the converted model does not compute what the original does; nothing was written. Please report "
-            "this with config.json. "
-            "(--verify never writes it all the same.)"
+            "this with config.json. (--verify never writes it all the same.)"
         )

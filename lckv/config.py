@@ -105,8 +105,7 @@ class CompressionConfig:
         if self.sliding_window is not None and not layer_types.any_sliding:
             obstacle = (
                 f"no layer of {layer_types} is marked with 's': mark the layers that shall have a window, or "
-                "remove "
-                "sliding_window"
+                "remove sliding_window"
             )
             yield Problem("sliding_window", self.sliding_window, obstacle)
         if self.sliding_window is not None and self.sliding_window < 1:
@@ -118,8 +117,7 @@ class CompressionConfig:
         if self.sliding_window is not None and not traits.windows:
             obstacle = (
                 f"the policy {name} cannot live with sliding windows: remove the window and the 's' in "
-                "layer_types, or choose "
-                "another policy"
+                "layer_types, or choose another policy"
             )
             yield Problem("sliding_window", self.sliding_window, obstacle)
         if not traits.shares and any(layer.source != layer.index for layer in layer_types):

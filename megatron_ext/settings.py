@@ -209,8 +209,7 @@ def _in_force(
     names = " or ".join(owners)
     raise ConfigError(
         f"{key} belongs to {choice.split('.')[-2]} {names}; {choice} is {chosen[choice]}: remove the former, "
-        "or set the "
-        f"latter to {names}."
+        f"or set the latter to {names}."
     )
 
 

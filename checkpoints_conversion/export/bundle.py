@@ -144,8 +144,7 @@ class Bundler:
             if isinstance(node, ast.Import):
                 raise ValueError(
                     f"{module}, line {node.lineno}: 'import {names[0]}' has no counterpart in a model's "
-                    "folder; "
-                    f"write 'from ... import ...'."
+                    "folder; write 'from ... import ...'."
                 )
             return self._own_import(node)
         if tops <= _ALWAYS_THERE:

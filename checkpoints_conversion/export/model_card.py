@@ -94,14 +94,11 @@ def _introduction(name: str, description: ModelDescription) -> Iterator[str]:
     yield ""
     yield (
         f"A decoder of the {description.family} family: {model.num_layers} layers of width "
-        f"{model.hidden_size}, "
-        f"{model.num_attention_heads} query heads and {model.query_groups} key/value heads of "
-        f"{model.head_dim} channels, "
-        f"{description.vocab_size:,} tokens of vocabulary, contexts of {model.max_position_embeddings:,} "
-        f"tokens, {parameters:,} "
-        f"parameters in {str(description.dtype).removeprefix('torch.')}. Keys and values are computed in "
-        f"{len(layer_types.kv_layers)} of "
-        f"{model.num_layers} layers."
+        f"{model.hidden_size}, {model.num_attention_heads} query heads and {model.query_groups} key/value "
+        f"heads of {model.head_dim} channels, {description.vocab_size:,} tokens of vocabulary, contexts of "
+        f"{model.max_position_embeddings:,} tokens, {parameters:,} parameters in "
+        f"{str(description.dtype).removeprefix('torch.')}. Keys and values are computed in "
+        f"{len(layer_types.kv_layers)} of {model.num_layers} layers."
     )
 
 
@@ -118,10 +115,8 @@ def _sharing(description: ModelDescription) -> Iterator[str]:
     if layer_types.any_cyclic:
         yield (
             "\nLayers that read a layer above themselves are iterated when many tokens are processed at "
-            "once, in training and for a "
-            f"prompt: {compression.forward_passes} passes without and {compression.backward_passes} with "
-            "gradient. Generating a token "
-            "takes one pass."
+            f"once, in training and for a prompt: {compression.forward_passes} passes without and "
+            f"{compression.backward_passes} with gradient. Generating a token takes one pass."
         )
     if compression.sliding_window is not None:
         yield f"\nLayers marked `s` see the newest {compression.sliding_window:,} tokens."
@@ -191,9 +186,8 @@ def _training(training: Mapping[str, Any]) -> Iterator[str]:
     if "lr" in optimizer:
         yield (
             f"- AdamW, peak learning rate {optimizer['lr']:g}, {optimizer['lr_decay_style']} schedule to "
-            f"{optimizer['min_lr']:g} with "
-            f"{optimizer['lr_warmup_iters']:,} iterations of warm-up, weight decay "
-            f"{optimizer['weight_decay']:g}."
+            f"{optimizer['min_lr']:g} with {optimizer['lr_warmup_iters']:,} iterations of warm-up, weight "
+            f"decay {optimizer['weight_decay']:g}."
         )
 
 

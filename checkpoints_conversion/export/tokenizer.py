@@ -103,9 +103,8 @@ def _check_agreement(original: Tokenizer, source: Path, folder: Path) -> None:
         if expected != exported:
             raise ConversionError(
                 f"the tokenizer {source} gives {expected} for {text!r}, but exported, transformers makes "
-                f"{exported} of it: for models of "
-                "some types it takes a tokenizer class of its own. Export under another --family, such as "
-                "lckv-llama."
+                f"{exported} of it: for models of some types it takes a tokenizer class of its own. Export "
+                "under another --family, such as lckv-llama."
             )
 
 
@@ -125,9 +124,8 @@ def _from_sentencepiece(path: Path) -> tuple[Any, dict[str, str]]:
     if normalizer.remove_extra_whitespaces or normalizer.precompiled_charsmap:
         raise ConversionError(
             f"{path} changes the text before it splits it (normalization {normalizer.name!r}, "
-            "remove_extra_whitespaces "
-            f"{normalizer.remove_extra_whitespaces}); only models that keep the text as it is can be "
-            "exported."
+            f"remove_extra_whitespaces {normalizer.remove_extra_whitespaces}); only models that keep the "
+            "text as it is can be exported."
         )
     vocabulary = {piece: index for index, (piece, _) in enumerate(scored)}
     merges = list(_merges(from_text))

@@ -125,8 +125,7 @@ class MegatronCheckpoint:
         except KeyError as error:
             raise ConversionError(
                 f"{self.path / CONFIG_NAME} has no section or field {error}; it is needed to know the model. "
-                "Give a checkpoint that "
-                "this project's training or conversion has saved."
+                "Give a checkpoint that this project's training or conversion has saved."
             ) from error
         length = run.model.max_position_embeddings or run.train.seq_length
         origin = None if self.conversion is None else self.conversion.description

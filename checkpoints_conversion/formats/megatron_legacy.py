@@ -131,8 +131,7 @@ class LegacyCheckpoint:
         if extra := sorted(self._ranks.keys() - expected):
             raise ConversionError(
                 f"{self.path}: {self._ranks[extra[0]].path.parent.name} belongs to no rank of "
-                f"tensor_model_parallel_size {sizes[0]} "
-                f"x pipeline_model_parallel_size {sizes[1]}; remove it."
+                f"tensor_model_parallel_size {sizes[0]} x pipeline_model_parallel_size {sizes[1]}; remove it."
             )
         return known
 

@@ -38,8 +38,7 @@ class Documents:
             if first + stop - start > row_length:
                 raise ValueError(
                     f"cu_seqlens: the document at tokens {start} to {stop - 1} crosses the end of a row of "
-                    f"{row_length} tokens; "
-                    "every row must start a document."
+                    f"{row_length} tokens; every row must start a document."
                 )
             spans.append((row, first, first + stop - start))
         return tuple(spans)

@@ -129,8 +129,8 @@ class PagedRows:
         if growth.pages > memory.pool.free:
             raise OutOfPagesError(
                 f"{int(added.sum())} more tokens in {len(added)} sequences need {growth.pages} pages, but "
-                f"{memory.pool.free} of "
-                f"{memory.pool.pages} are free; close sequences, or make the cache with more pages."
+                f"{memory.pool.free} of {memory.pool.pages} are free; close sequences, or make the cache "
+                "with more pages."
             )
         memory.version += 1
         memory.tables.apply(growth, memory.pool)

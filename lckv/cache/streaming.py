@@ -71,10 +71,8 @@ class StreamingCache:
         if not policy.traits.keeps_every_token:
             raise ValueError(
                 f"the KV policy is {policy.name}; streaming with attention sinks drops single tokens, which "
-                "needs a policy "
-                "that keeps every token in a slot of its own: generate within the model's context instead, "
-                "or use a model "
-                "with such a policy."
+                "needs a policy that keeps every token in a slot of its own: generate within the model's "
+                "context instead, or use a model with such a policy."
             )
         for name, size, least in (("rows", rows, 1), ("sinks", sinks, 0), ("window", window, 1)):
             if size < least:

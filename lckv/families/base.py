@@ -120,9 +120,8 @@ class Family:
         for name, value in config.items():
             if name not in known and not is_harmless(name, value, self.stock_type):
                 yield (
-                    f"{name} is {value!r}; this field of a {self.name} model is unknown here and may "
-                    "change what the model computes. Only if you know that it does not, remove it from the "
-                    "file."
+                    f"{name} is {value!r}; this field of a {self.name} model is unknown here and may change "
+                    "what the model computes. Only if you know that it does not, remove it from the file."
                 )
 
     def _architecture_problems(self, given: Any) -> Iterator[str]:

@@ -279,8 +279,7 @@ class Engine:
         return self._fail(
             job,
             f"the prompt's {job.prompt_tokens} tokens do not fit into the cache, whose {self.cache.pages} "
-            "pages are full after "
-            f"{job.computed}; give the engine more memory_bytes.",
+            f"pages are full after {job.computed}; give the engine more memory_bytes.",
         )
 
     def _fail(self, job: Job, error: str) -> TokenEvent:

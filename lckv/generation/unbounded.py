@@ -31,8 +31,7 @@ def streaming_cache(model: LCKVLlamaForCausalLM, *, sinks: int, window: int) -> 
     )
     if sinks + window > config.max_position_embeddings:
         raise ValueError(
-            f"sinks is {sinks} and window is {window}; together they must be at most the model's "
-            "context, "
+            f"sinks is {sinks} and window is {window}; together they must be at most the model's context, "
             f"{config.max_position_embeddings} tokens."
         )
     base, scaling = config.rope_parameters["rope_theta"], config.rope_scaling_config()

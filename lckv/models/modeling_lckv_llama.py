@@ -129,8 +129,7 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         if given is not None and not isinstance(given, LCKVCache):
             raise ValueError(
                 f"past_key_values is a {type(given).__name__}; this model keeps one entry per layer that "
-                "computes keys and values: pass an "
-                "LCKVCache(model.config), or None."
+                "computes keys and values: pass an LCKVCache(model.config), or None."
             )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -139,8 +138,7 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         if self.training and torch.is_grad_enabled():
             raise ValueError(
                 "use_cache is set, or past_key_values given, in training; what is in a cache has no "
-                "gradient, and a KV policy "
-                "decides without noise there: leave them out, or call model.eval()."
+                "gradient, and a KV policy decides without noise there: leave them out, or call model.eval()."
             )
         return LCKVCache(self.config) if given is None else given
 
@@ -322,8 +320,7 @@ class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation is {generation_config.cache_implementation!r}; this model has a cache "
-                "of its own kind, which is "
-                "small already: leave it out."
+                "of its own kind, which is small already: leave it out."
             )
         if (
             generation_mode == GenerationMode.ASSISTED_GENERATION
@@ -332,8 +329,7 @@ class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
             raise ValueError(
                 "assisted decoding forgets the tokens that it rejects, which is impossible with the policy "
                 f"{self.model.policy.name} (compression.policy), since it does not keep every token in a "
-                "slot of its own: "
-                "leave out assistant_model and prompt_lookup_num_tokens."
+                "slot of its own: leave out assistant_model and prompt_lookup_num_tokens."
             )
         given = model_kwargs.get("past_key_values")
         if given is None and generation_config.use_cache is not False:

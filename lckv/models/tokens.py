@@ -22,9 +22,8 @@ def counted_tokens(attention_mask: Tensor | None, tokens: int, older: int) -> Te
     if attention_mask.dim() != 2 or attention_mask.shape[1] != older + tokens:
         raise ValueError(
             f"attention_mask has shape {list(attention_mask.shape)}; it must be [batch, {older + tokens}], "
-            "with 1 for tokens and 0 for "
-            f"padding, for {older} earlier columns and {tokens} new ones. Which key a query sees follows "
-            "from the sharing map."
+            f"with 1 for tokens and 0 for padding, for {older} earlier columns and {tokens} new ones. Which "
+            "key a query sees follows from the sharing map."
         )
     mask = attention_mask[:, older:].bool()
     if bool(mask.all()):

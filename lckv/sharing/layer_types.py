@@ -63,8 +63,7 @@ class LayerTypes:
                 raise _misfit(
                     text,
                     f"{place} is {repr(entry) if entry else 'empty'}: an entry is the index of the layer to "
-                    "read from, with "
-                    'an optional "s" for a sliding window, and entries are joined by "_"',
+                    'read from, with an optional "s" for a sliding window, and entries are joined by "_"',
                 )
             source = int(match[1])
             if source >= num_layers:

@@ -188,8 +188,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         except OSError as error:
             raise ConfigError(
                 f"{file} cannot be read: {error.strerror}; give a metrics file (logging.metrics_file of the "
-                "run) or a "
-                f"directory with {METRICS_NAME} in it."
+                f"run) or a directory with {METRICS_NAME} in it."
             ) from error
         if not reports:
             raise ConfigError(
@@ -219,8 +218,7 @@ def plot(runs: Sequence[Run], style: Style) -> Figure:
         wanted = ", ".join(value for panel in PANELS for value in panel.values)
         raise ConfigError(
             f"no report from {style.x} {style.start:g} on has one of {wanted}; there is nothing to draw. "
-            "Choose another --x or "
-            "--start."
+            "Choose another --x or --start."
         )
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)

@@ -92,8 +92,7 @@ class Agreement:
             minutes = self._timeout.total_seconds() / 60
             raise MissingRanksError(
                 f"checkpoint, step '{step}': not every rank arrived within {minutes:g} minutes, as rank "
-                f"{self.rank} "
-                f"saw it: {error}"
+                f"{self.rank} saw it: {error}"
             ) from error
 
 

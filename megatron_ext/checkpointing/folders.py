@@ -168,10 +168,9 @@ def explain_full_disk(directory: Path, iteration: int, needed_bytes: int, free_b
     """The message of a DiskFullError."""
     return (
         f"checkpoint.save: no space for {_name(iteration)} in {directory}: it takes about "
-        f"{needed_bytes / 1e6:,.1f} MB, "
-        f"{free_bytes / 1e6:,.1f} MB are free. Earlier checkpoints and '{POINTER_NAME}' are as they were. "
-        "Free some space, "
-        f"lower checkpoint.keep_last, or set checkpoint.save to another file system"
+        f"{needed_bytes / 1e6:,.1f} MB, {free_bytes / 1e6:,.1f} MB are free. Earlier checkpoints and "
+        f"'{POINTER_NAME}' are as they were. Free some space, lower checkpoint.keep_last, or set "
+        "checkpoint.save to another file system"
     )
 
 

@@ -196,9 +196,8 @@ def _load_scheduler(scheduler: OptimizerParamScheduler, state: dict[str, Any]) -
     except AssertionError as error:
         raise MismatchError(
             f"checkpoint.load: the learning-rate schedule differs from that of the saved run: {error}. Set "
-            "the fields of "
-            "`optimizer` and train.train_iters as they were, or use checkpoint.finetune to start a new "
-            "schedule"
+            "the fields of `optimizer` and train.train_iters as they were, or use checkpoint.finetune to "
+            "start a new schedule"
         ) from error
 
 
@@ -214,6 +213,5 @@ def _load_rng(checkpoint: Path, manifest: Manifest, same_layout: bool, rank: int
 def _explain_reseeding(saved: Layout) -> str:
     return (
         f"the checkpoint was saved by {saved}, this run has {current_layout()}: random states are seeded "
-        "anew, and the run goes "
-        f"on within rounding instead of bit for bit"
+        "anew, and the run goes on within rounding instead of bit for bit"
     )

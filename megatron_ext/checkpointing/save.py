@@ -126,8 +126,7 @@ def _check_visible(staging: Path, rank: int) -> None:
     if not staging.is_dir():
         raise CheckpointError(
             f"checkpoint.save: rank {rank} does not see {staging}, which rank 0 has made; the directory must "
-            "be on a file "
-            f"system that all nodes share"
+            "be on a file system that all nodes share"
         )
 
 

@@ -169,8 +169,7 @@ def check_fit(ranks: Agreement, checkpoint: Path, state: State) -> None:
             if only_optimizer and not any(map(_of_optimizer, stored)):
                 raise MismatchError(
                     f"checkpoint.load: {checkpoint} holds weights only, no optimizer to go on with. Set "
-                    "checkpoint.finetune to "
-                    "start from its weights at iteration 0"
+                    "checkpoint.finetune to start from its weights at iteration 0"
                 )
             raise MismatchError(_explain_misfit(checkpoint, parts, only_optimizer))
 
@@ -216,8 +215,7 @@ def _explain_misfit(checkpoint: Path, parts: dict[str, list[str]], only_optimize
     if only_optimizer:
         lines.append(
             "Use parallel.use_distributed_optimizer and train.precision as in its config.json, or "
-            "checkpoint.finetune to load "
-            "weights only"
+            "checkpoint.finetune to load weights only"
         )
     else:
         lines.append("Build the model as its config.json says, or load another checkpoint")

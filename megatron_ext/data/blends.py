@@ -60,8 +60,7 @@ def parse_blend(field: str, entries: Sequence[str]) -> Blend | None:
                 wanted = "a weight" if place % 2 == 0 else "a prefix"
                 raise ConfigError(
                     f"{field}: entry {place + 1} is {entries[place]!r}, but {wanted} belongs there. Give "
-                    "PREFIX ..., or "
-                    "WEIGHT PREFIX WEIGHT PREFIX ..."
+                    "PREFIX ..., or WEIGHT PREFIX WEIGHT PREFIX ..."
                 )
         if len(entries) % 2:
             raise ConfigError(f"{field}: no prefix follows the last weight, {entries[-1]}.")

@@ -125,9 +125,8 @@ def _dataset_problems(
     ):
         yield (
             f"{prefix}.json describes {manifest.documents} documents with {manifest.tokens} tokens "
-            f"({manifest.dtype}), but the "
-            f"index has {info.sequences} with {info.tokens} ({info.dtype}): it belongs to other files. Copy "
-            "all three again."
+            f"({manifest.dtype}), but the index has {info.sequences} with {info.tokens} ({info.dtype}): it "
+            "belongs to other files. Copy all three again."
         )
     yield from _vocabulary_problems(prefix, manifest, vocab_size, expected)
     if needs_eod and not manifest.append_eod:
@@ -147,16 +146,14 @@ def _vocabulary_problems(
             ]
             yield (
                 f"dataset {prefix} was made with another tokenizer than {expected.origin}: "
-                f"{', '.join(differing)}. Use the "
-                "tokenizer that made it, or make it again."
+                f"{', '.join(differing)}. Use the tokenizer that made it, or make it again."
             )
     if manifest.max_token_id >= vocab_size:
         yield _outside(prefix, manifest.max_token_id, vocab_size)
     elif manifest.vocab_size > vocab_size:
         yield (
             f"model.vocab_size={vocab_size} is smaller than the vocabulary of dataset {prefix}, "
-            f"{manifest.vocab_size}. Leave "
-            "it unset, or set it to that."
+            f"{manifest.vocab_size}. Leave it unset, or set it to that."
         )
 
 
@@ -185,14 +182,12 @@ def _token_problems(
 def _no_eod(setting: str, prefix: str) -> str:
     return (
         f"data.{setting}=true would do nothing: the documents of {prefix} have no end-of-document token. "
-        "Make it again with "
-        "--append-eod."
+        "Make it again with --append-eod."
     )
 
 
 def _outside(prefix: str, token: int, vocab_size: int) -> str:
     return (
         f"{prefix}.bin holds the token {token}, but the vocabulary has {vocab_size}. Set model.vocab_size to "
-        "that of the "
-        "tokenizer that made the dataset."
+        "that of the tokenizer that made the dataset."
     )

@@ -46,8 +46,7 @@ def cached_directory(
     except OSError as error:
         raise ConfigError(
             f"cannot write the sample indices into {parent} ({error}). Set data.data_cache_path to a "
-            "directory that can be "
-            "written, has space, and is seen by every node."
+            "directory that can be written, has space, and is seen by every node."
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

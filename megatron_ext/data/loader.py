@@ -104,10 +104,8 @@ def _until_exhausted(loader: DataLoader, batches: _RankBatches) -> Generator[dic
         _end_readers(reading)
     raise ConfigError(
         f"the dataset's {batches.samples} samples are exhausted, and another micro-batch is asked for. Build "
-        "it with more "
-        "samples: train.train_iters * train.global_batch_size for training, train.eval_iters * "
-        "train.global_batch_size for "
-        "an evaluation."
+        "it with more samples: train.train_iters * train.global_batch_size for training, train.eval_iters * "
+        "train.global_batch_size for an evaluation."
     )
 
 

@@ -112,9 +112,8 @@ def read_manifest(prefix: str) -> DatasetManifest | None:
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{path}: not a dataset description ({error}). Make the dataset again with "
-            "lckv-megatron preprocess, or delete "
-            "this file to use the dataset unchecked."
+            f"{path}: not a dataset description ({error}). Make the dataset again with lckv-megatron "
+            "preprocess, or delete this file to use the dataset unchecked."
         ) from error
 
 

@@ -149,8 +149,7 @@ class _Run:
             if getattr(manifest, name) != getattr(expected, name):
                 raise ConfigError(
                     f"{prefix}.json is of another job: {name} differs. Give another --output-prefix, or "
-                    "--overwrite to begin "
-                    "again."
+                    "--overwrite to begin again."
                 )
         if (manifest.shard and manifest.shard.text_bytes) != self._shard_text_bytes:
             raise ConfigError(
@@ -272,14 +271,12 @@ def _check_no_shard_missing(manifests: Mapping[str, DatasetManifest]) -> None:
         if index != expected:
             raise ConfigError(
                 f"cannot merge: before {prefix}, shard number {index}, belongs shard number {expected}. Give "
-                "all shards of "
-                "a job, in order."
+                "all shards of a job, in order."
             )
         expected = 0 if manifest.shard is None or manifest.shard.final else index + 1
         before = prefix
     if expected:
         raise ConfigError(
             f"cannot merge: {before} is not the last shard of its job. Give all of them; if they are not "
-            "there yet, run the "
-            "job again to finish it."
+            "there yet, run the job again to finish it."
         )

@@ -151,8 +151,8 @@ class EpochSamples(torch.utils.data.Dataset):
         if lowest < 0 or highest >= self._vocab_size:
             raise ConfigError(
                 f"{self._prefix}.bin holds the token {lowest if lowest < 0 else highest}, but the vocabulary "
-                "has "
-                f"{self._vocab_size}. Set model.vocab_size to that of the tokenizer that made the dataset."
+                f"has {self._vocab_size}. Set model.vocab_size to that of the tokenizer that made the "
+                "dataset."
             )
         tokens = torch.from_numpy(text)
         return {"tokens": tokens[:-1], "labels": tokens[1:]}

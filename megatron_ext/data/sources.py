@@ -170,8 +170,7 @@ class RecordReader:
         if len(record.data) > self._max_record_bytes:
             raise ConfigError(
                 f"{record.place}: the document is longer than {self._max_record_bytes >> 20} MiB, the bound "
-                "on memory; "
-                "is it the right format? If so, raise --max-document-mib."
+                "on memory; is it the right format? If so, raise --max-document-mib."
             )
 
 

@@ -125,8 +125,7 @@ def _named_eod(vocabulary: Mapping[str, int], path: Path) -> int:
 def _wrong_kind(path: Path, kind: str, reason: object) -> ConfigError:
     return ConfigError(
         f"tokenizer_model='{path}' is not a readable {kind} tokenizer ({reason}); check the file, or give "
-        "the right "
-        f"tokenizer_type (one of {', '.join(KINDS)})."
+        f"the right tokenizer_type (one of {', '.join(KINDS)})."
     )
 
 

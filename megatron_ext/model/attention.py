@@ -134,8 +134,7 @@ class SharedKVAttention(Attention):
         if reads_own != (shared is None):
             raise ValueError(
                 f"layer {self.layer_type.index} reads the keys and values of layer {self.layer_type.source}, "
-                "which were "
-                f"{'not ' if shared is None else ''}given to it."
+                f"which were {'not ' if shared is None else ''}given to it."
             )
         query, own, statistics = self._project(hidden_states, context)
         key_value = own if shared is None else shared

@@ -60,8 +60,7 @@ class PolicyMeans:
                 more = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
                 raise NonFiniteStatisticError(
                     f"iteration {iteration}: {name} of {places}{more} is not finite; lower optimizer.lr, or "
-                    f"resume from an "
-                    "earlier checkpoint."
+                    "resume from an earlier checkpoint."
                 )
 
 

@@ -119,8 +119,7 @@ def vocabulary(model: ModelConfig, data: DataConfig) -> tuple[int, int | None]:
     if known is not None and model.vocab_size is not None and model.vocab_size < known.size:
         raise ConfigError(
             f"model.vocab_size is {model.vocab_size}, but the vocabulary of {known.origin} has {known.size} "
-            "tokens; "
-            f"leave model.vocab_size out, or set it to at least {known.size}."
+            f"tokens; leave model.vocab_size out, or set it to at least {known.size}."
         )
     size = model.vocab_size or (known.size if known is not None else 0)
     return size, known.eod if known is not None else None
@@ -177,10 +176,8 @@ def check_save_directory(checkpoint: CheckpointConfig) -> None:
     if existing and (checkpoint.load is None or save not in (load, load.parent)):
         raise ConfigError(
             f"checkpoint.save {checkpoint.save} holds checkpoints of another run ({existing[-1].path.name} "
-            f"and "
-            f"{len(existing) - 1} more). To "
-            f"go on from them set checkpoint.load to {checkpoint.save}; for a new run choose another "
-            "checkpoint.save."
+            f"and {len(existing) - 1} more). To go on from them set checkpoint.load to {checkpoint.save}; "
+            "for a new run choose another checkpoint.save."
         )
 
 
@@ -263,8 +260,7 @@ def _validate(training: Training, position: Position) -> Evaluation:
     if dataset is None:
         raise ConfigError(
             f"train.eval_interval is {training.run.train.eval_interval}, but there is no validation data; "
-            "give a validation share in "
-            "data.split, or data.valid_data_path, or set train.eval_interval to 0."
+            "give a validation share in data.split, or data.valid_data_path, or set train.eval_interval to 0."
         )
     gathers_late = training.run.parallel.overlap_param_gather
     if gathers_late:

@@ -93,8 +93,7 @@ class JsonLines:
         except OSError as error:
             raise ConfigError(
                 f"logging.metrics_file {self._path} cannot be written at iteration {iteration}: "
-                f"{error.strerror}; "
-                "make room, or choose another file, and resume."
+                f"{error.strerror}; make room, or choose another file, and resume."
             ) from error
 
     def close(self) -> None:

@@ -138,10 +138,9 @@ def pipeline_problems(run: RunConfig) -> Iterator[str]:
         if layer_types.any_cyclic:
             yield (
                 f"compression.layer_types is {layer_types} and {name} is {size}; a map in which a layer "
-                "reads the keys and "
-                f"values of a layer above it iterates over layers and does not run as a pipeline: set {name} "
-                "to 1 and use "
-                "parallel.tensor_model_parallel_size, or choose a map without such layers."
+                "reads the keys and values of a layer above it iterates over layers and does not run as a "
+                f"pipeline: set {name} to 1 and use parallel.tensor_model_parallel_size, or choose a map "
+                "without such layers."
             )
 
 
@@ -152,9 +151,8 @@ def process_problems(parallel: ParallelConfig, world_size: int) -> Iterator[str]
         yield (
             f"{world_size} processes were started, parallel.tensor_model_parallel_size is {tensor} and "
             f"parallel.pipeline_model_parallel_size is {pipeline}; the number of processes must be a "
-            "multiple of their product "
-            f"{tensor * pipeline}: change one of the three (processes: torchrun --nproc-per-node and "
-            "--nnodes)."
+            f"multiple of their product {tensor * pipeline}: change one of the three (processes: torchrun "
+            "--nproc-per-node and --nnodes)."
         )
 
 
@@ -178,10 +176,8 @@ def data_parallel_problems(parallel: ParallelConfig, train: TrainConfig, world_s
     if samples > 0 and batch > 0 and batch % samples:
         yield (
             f"train.global_batch_size is {batch}, train.micro_batch_size is {train.micro_batch_size} and the "
-            "data-parallel "
-            f"size is {replicas}; the first must be a multiple of the others' product {samples}, for "
-            "instance "
-            f"{samples * math.ceil(batch / samples)}."
+            f"data-parallel size is {replicas}; the first must be a multiple of the others' product "
+            f"{samples}, for instance {samples * math.ceil(batch / samples)}."
         )
 
 
@@ -208,14 +204,13 @@ def recompute_problems(train: TrainConfig, num_layers: int, stages: int) -> Iter
     if layers is not None and granularity != "full":
         yield (
             f"train.recompute_num_layers is {layers} and train.recompute_granularity is {granularity}; the "
-            "former needs full: "
-            "set train.recompute_granularity to full, or leave train.recompute_num_layers out."
+            "former needs full: set train.recompute_granularity to full, or leave train.recompute_num_layers "
+            "out."
         )
     per_stage = num_layers // stages if stages > 0 else num_layers
     if layers is not None and granularity == "full" and layers > per_stage > 0:
         yield (
             f"train.recompute_num_layers is {layers}; a pipeline stage has {per_stage} layers "
-            "(model.num_layers / "
-            f"parallel.pipeline_model_parallel_size): set it to at most {per_stage}, or leave it out to "
-            "recompute all."
+            f"(model.num_layers / parallel.pipeline_model_parallel_size): set it to at most {per_stage}, or "
+            "leave it out to recompute all."
         )

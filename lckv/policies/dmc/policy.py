@@ -132,10 +132,8 @@ class DMCPolicy(KVPolicy):
             return None
         return (
             f"stage is {self.config.stage}, but the loaded weights use the decision channel (the last one of "
-            "queries and "
-            f"keys; its largest weight is {largest:.3g}), so decisions would be arbitrary. Run stage "
-            "zero_out first, to "
-            "its end, and load what it saves"
+            f"queries and keys; its largest weight is {largest:.3g}), so decisions would be arbitrary. Run "
+            "stage zero_out first, to its end, and load what it saves"
         )
 
     @torch.no_grad()
