@@ -54,8 +54,8 @@ def compute(
     """Write float32 [B, T, true vocabulary] for `tokens` int64 [B, T] to `output`, a .npy file.
 
     `checkpoint` is one checkpoint, whose files are good; its weights are rounded to `weights_dtype`. The
-    layout is one that `check_layout` accepts. Raises ConversionError where processes fail or do not end in
-    time.
+    layout is one that `check_layout` accepts.
+    Raises ConversionError where processes fail or do not end in time.
     """
     sizes = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     with TemporaryDirectory() as folder:

@@ -54,8 +54,8 @@ class OpenModel:
     """Of the conversion that made it, or made what its training started from, if there was one."""
 
     training: Mapping[str, Any] | None = None
-    """Of a checkpoint that a run has saved: its `progress`, and the run's settings `train`, `optimizer` and
-    `data`."""
+    """Of a checkpoint that a run has saved: its `progress`, and the run's settings `train`,
+    `optimizer` and `data`."""
 
     tokenizer: str | None = None
     """Folder or file of the tokenizer, where one is known and there."""

@@ -66,8 +66,8 @@ class Report:
 
 
 def examine() -> Report:
-    """Look at everything. A step that fails in an unforeseen way becomes an entry of its own; the others go
-    on."""
+    """Look at everything. A step that fails in an unforeseen way becomes an entry
+    of its own; the others go on."""
     report = Report()
     for step in (_python, _requirements, _torch, _optional_packages, _index_builder, _machine, _paths):
         try:
@@ -84,8 +84,8 @@ def _python(report: Report) -> None:
 
 
 def requirements() -> list[str]:
-    """What the project needs always, such as "torch>=2.6": of the installed distribution, else of this
-    checkout."""
+    """What the project needs always, such as "torch>=2.6":
+    of the installed distribution, else of this checkout."""
     try:
         declared = importlib.metadata.requires(DISTRIBUTION) or []
         return [entry for entry in declared if "extra ==" not in entry]

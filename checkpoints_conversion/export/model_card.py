@@ -70,8 +70,8 @@ def model_card(
 
 
 def license_of(folder: Path | None) -> dict[str, str]:
-    """The fields of the license in a model folder's own card; none where there is no card, or it says
-    nothing."""
+    """The fields of the license in a model folder's own card;
+    none where there is no card, or it says nothing."""
     path = folder / "README.md" if folder is not None else None
     if path is None or not path.is_file():
         return {}

@@ -3,8 +3,8 @@ trained with.
 
 SentencePiece and tiktoken vocabularies become a tokenizer.json that transformers reads. The result is tried
 on a few texts before it is accepted, for transformers does not always give the ids that the model was trained
-on: it ignores the scores of a SentencePiece file, and replaces the tokenizer of some types of models by
-another one.
+on: it ignores the scores of a SentencePiece file, and replaces the tokenizer
+of some types of models by another one.
 """
 
 import json

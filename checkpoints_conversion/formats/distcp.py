@@ -126,8 +126,8 @@ class _Record:
 
     @cached_property
     def _first_byte(self) -> int | None:
-        """Where in the file the tensor's elements begin, one row behind the other; None where they are in
-        another order."""
+        """Where in the file the tensor's elements begin, one row behind the other;
+        None where they are in another order."""
         with open(self.path, "rb") as file:
             tensor = self._load(file, "meta")
             with zipfile.ZipFile(_part(file, self.offset, self.length)) as archive:

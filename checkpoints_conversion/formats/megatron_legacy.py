@@ -4,8 +4,8 @@
     FOLDER/iter_0002000/mp_rank_00/model_optim_rng.pt   tensor-parallel rank 0
     FOLDER/iter_0002000/mp_rank_00_001/...              the same of pipeline stage 1
 
-A file is a dictionary that torch.save has pickled: the run's `args`, and its part of the weights under
-`model`.
+A file is a dictionary that torch.save has pickled:
+the run's `args`, and its part of the weights under `model`.
 """
 
 import argparse
@@ -48,8 +48,8 @@ _SPLIT_BY_ROWS = ("word_embeddings.weight", "output_layer.weight", ".linear_qkv.
 
 
 class LegacyCheckpoint:
-    """A model's weights under canonical names (a TensorSource), tensor-parallel ranks and pipeline
-    stages joined."""
+    """A model's weights under canonical names (a TensorSource),
+    tensor-parallel ranks and pipeline stages joined."""
 
     def __init__(
         self, path: Path, *, vocab_size: int | None = None, given: Mapping[str, object] | None = None
@@ -57,8 +57,8 @@ class LegacyCheckpoint:
         """`path` is the folder of one iteration, or the one with `latest_checkpointed_iteration.txt`.
 
         `vocab_size`, the true one, and the arguments `given` by name go before what the file says. Raises
-        ConversionError where files of ranks are missing or refused, or where the model is not one that can be
-        converted.
+        ConversionError where files of ranks are missing or refused,
+        or where the model is not one that can be converted.
         """
         self.path = _find_folder(Path(path))
         """The folder of the iteration."""

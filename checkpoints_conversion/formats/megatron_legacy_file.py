@@ -23,8 +23,8 @@ REMAP_BYTES = 256 * 2**20
 
 
 class _Ignored:
-    """Stands for an object of no use here: an enumeration among the arguments, a random state, FP8 scaling.
-    Keeps nothing."""
+    """Stands for an object of no use here: an enumeration among the arguments,
+    a random state, FP8 scaling. Keeps nothing."""
 
     def __new__(cls, *_: object) -> "_Ignored":
         return super().__new__(cls)

@@ -158,8 +158,8 @@ class StreamingCache:
 
     @torch.no_grad()
     def commit(self, extensions: Mapping[int, Extension], counted: Tensor | None) -> None:
-        """See `KVCache`. Raises ValueError unless there is exactly one extension for every layer of the
-        cache."""
+        """See `KVCache`. Raises ValueError unless there is exactly one extension
+        for every layer of the cache."""
         if extensions.keys() != self._layers.keys():
             raise ValueError(
                 f"the cache holds layers {sorted(self._layers)}; keys and values of {sorted(extensions)} "
@@ -241,8 +241,8 @@ def _copy(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> None:
 
 
 def _tokens_in(places: int, tokens: Tensor) -> Tensor:
-    """int64 [b, places]: which token lies in each place after `tokens` [b] tokens; negative where none
-    does."""
+    """int64 [b, places]: which token lies in each place after `tokens` [b] tokens;
+    negative where none does."""
     newest = tokens[:, None] - 1
     return newest - (newest - torch.arange(places, device=tokens.device)) % places
 

@@ -51,8 +51,8 @@ class Family:
     """Special tokens that transformers assumes where a config does not give them."""
 
     stock_type: str
-    """The model_type of transformers' config class whose defaults change nothing where a config writes them
-    out."""
+    """The model_type of transformers' config class whose defaults change nothing
+    where a config writes them out."""
 
     names: WeightNames = LLAMA_NAMES
     """Names of the weights."""
@@ -61,8 +61,8 @@ class Family:
     """Whether transformers insists that num_attention_heads divides hidden_size."""
 
     old_spelling: bool = True
-    """Whether software that knows only transformers 4 runs the family, so that configs are written in its
-    spelling too."""
+    """Whether software that knows only transformers 4 runs the family,
+    so that configs are written in its spelling too."""
 
     read_only: bool = False
     """Whether models of the family are read, but written as another one."""

@@ -1,5 +1,5 @@
-"""Text from tokens that come one by one: whole characters only, and nothing of a text that ends the
-answer."""
+"""Text from tokens that come one by one: whole characters only,
+and nothing of a text that ends the answer."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -24,8 +24,8 @@ class Detokenizer:
     """Turns tokens into text as they come.
 
     Decoders treat the beginning of a text in their own way (spaces), so the newest tokens are decoded behind
-    those before them, and what these give alone is taken off. The work per token does not depend on how many
-    there were.
+    those before them, and what these give alone is taken off.
+    The work per token does not depend on how many there were.
     """
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
@@ -67,8 +67,8 @@ class StopTexts:
         """The text that was found; nothing may be added after it."""
 
     def add(self, text: str) -> str:
-        """The part of `text`, and of what was held back before, that cannot belong to one of the texts, or is
-        before it."""
+        """The part of `text`, and of what was held back before, that cannot belong
+        to one of the texts, or is before it."""
         held = self._held + text
         ends = [(held.find(stop) + len(stop), -len(stop), stop) for stop in self._texts if stop in held]
         if ends:

@@ -66,8 +66,8 @@ def paged_cache(
 
 
 def longest_sequence(cache: PagedCache, most: int) -> int:
-    """Tokens, at most `most`, of the longest sequence that has room in an empty `cache` if every token is
-    kept."""
+    """Tokens, at most `most`, of the longest sequence that has room
+    in an empty `cache` if every token is kept."""
     sequence = cache.open()
     try:
         return bisect_right(

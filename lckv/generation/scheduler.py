@@ -29,8 +29,8 @@ class Scheduler:
         iterated: bool,
     ) -> None:
         """`prefill_chunk`: tokens, padding included, of prompts in one step. `exact`: prompts go token by
-        token. `iterated`: computing several tokens at once is an approximation, which only prompts may be
-        subject to."""
+        token. `iterated`: computing several tokens at once is an approximation,
+        which only prompts may be subject to."""
         self._cache, self._max_batch_size, self._max_waiting = cache, max_batch_size, max_waiting
         self._prefill_chunk, self._exact, self._iterated = prefill_chunk, exact, iterated
         self._lock = threading.Lock()
@@ -85,8 +85,8 @@ class Scheduler:
         """Those whose next chunk is computed in this step, the oldest first, as many as the padded chunks
         allow.
 
-        A chunk is never cut to make room for another request's: what a request gets must not depend on its
-        neighbours.
+        A chunk is never cut to make room for another request's:
+        what a request gets must not depend on its neighbours.
         """
         chosen: list[Job] = []
         width = 0

@@ -33,8 +33,8 @@ class LCKVOutput(ModelOutput):
     """What the model returns; fields that were not asked for are None."""
 
     loss: Tensor | None = None
-    """float32 []: mean cross-entropy of the shifted labels in nats; in training with a policy that has one,
-    plus `auxiliary_loss`."""
+    """float32 []: mean cross-entropy of the shifted labels in nats;
+    in training with a policy that has one, plus `auxiliary_loss`."""
     logits: Tensor | None = None
     """[b, s, vocabulary]."""
     past_key_values: LCKVCache | None = None
@@ -153,8 +153,8 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         output_hidden_states: bool = False,
     ) -> LCKVOutput:
         """Run the layers on embedded tokens [b, s, hidden] with any cache, which takes them in. `counted`
-        bool [b, s]: not padding; `iteration`: for maps that iterate, default the configuration's m + b
-        passes."""
+        bool [b, s]: not padding; `iteration`: for maps that iterate,
+        default the configuration's m + b passes."""
         rows, tokens = hidden_states.shape[:2]
         if cache is not None and not cache.empty and len(cache.seen) != rows:
             raise ValueError(
@@ -230,8 +230,8 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         return contexts
 
     def _frequencies(self, device: torch.device) -> Tensor:
-        """float32 whatever the model's dtype, and no buffer, which loading or casting the model would
-        spoil."""
+        """float32 whatever the model's dtype, and no buffer,
+        which loading or casting the model would spoil."""
         config = self.config
         assert config.rope_parameters is not None and config.head_dim is not None
         return inverse_frequencies(

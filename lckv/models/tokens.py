@@ -14,8 +14,8 @@ def counted_tokens(attention_mask: Tensor | None, tokens: int, older: int) -> Te
     """bool [b, s]: which of the newest `tokens` tokens are not padding; None: all are not.
 
     `attention_mask` is [b, older + s] of 0 and 1, with `older` columns for what a cache holds. Raises
-    ValueError for a mask of another shape and for padding between new tokens, which causal attention has no
-    meaning for.
+    ValueError for a mask of another shape and for padding between new tokens,
+    which causal attention has no meaning for.
     """
     if attention_mask is None:
         return None

@@ -1,5 +1,5 @@
-"""The HTTP application: OpenAI-style completions and chat over one engine, with limits, health and
-metrics."""
+"""The HTTP application: OpenAI-style completions and chat over one engine,
+with limits, health and metrics."""
 
 import asyncio
 import hmac

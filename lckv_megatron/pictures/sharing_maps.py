@@ -202,8 +202,8 @@ def _box(corner: tuple[float, float], *, computes_kv: bool) -> FancyBboxPatch:
 
 
 def _line(axes: Axes, reads: Reads, x: float, *, both: bool) -> None:
-    """From readers to their source; where the source is a reader too (`both`), the line arrives above the one
-    that leaves."""
+    """From readers to their source; where the source is a reader too (`both`),
+    the line arrives above the one that leaves."""
     look: dict[str, Any] = {
         "color": UPWARD if reads.upward else DOWNWARD,
         "linewidth": 1.3,

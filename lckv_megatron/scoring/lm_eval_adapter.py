@@ -99,8 +99,8 @@ class EngineRequests:
         return self._score(pairs, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts; of longer ones than the context in windows, as lm-eval cuts
-        them."""
+        """Log-probability of whole texts; of longer ones than the context
+        in windows, as lm-eval cuts them."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         windows = [

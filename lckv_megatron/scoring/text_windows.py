@@ -29,8 +29,8 @@ class Coder:
     decode: Callable[[list[int]], str]
 
     begin: int | None = None
-    """A token to put before every text, so that its own first token is predicted too; None: that one is
-    given."""
+    """A token to put before every text, so that its own first token is predicted too;
+    None: that one is given."""
 
     @classmethod
     def of_huggingface(cls, tokenizer: Any, *, begins: bool = True) -> "Coder":
@@ -47,8 +47,8 @@ class Coder:
         )
 
     def text(self, text: str, most: int) -> "Text | None":
-        """The first tokens of `text`, at most `most` of them predicted; None where nothing is left to
-        predict."""
+        """The first tokens of `text`, at most `most` of them predicted;
+        None where nothing is left to predict."""
         ids = self.encode(text)
         begin = [] if self.begin is None else [self.begin]
         kept = [*begin, *ids][: most + 1]
@@ -83,8 +83,8 @@ class Text:
 
 
 def read_texts(paths: Sequence[str], json_key: str) -> Iterator[str]:
-    """The documents in files: each line of JSON lines, and whole texts. Raises ConfigError for what cannot be
-    read."""
+    """The documents in files: each line of JSON lines, and whole texts.
+    Raises ConfigError for what cannot be read."""
     try:
         for record in RecordReader(find_sources(paths)):
             yield from parse_texts(record, [json_key])

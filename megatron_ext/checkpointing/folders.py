@@ -67,8 +67,8 @@ def list_checkpoints(directory: Path) -> list[CheckpointInfo]:
 
 
 def read_pointer(directory: Path) -> str | None:
-    """The name in `latest`, None where there is no such file. Raises DamagedCheckpointError when it is not a
-    name."""
+    """The name in `latest`, None where there is no such file.
+    Raises DamagedCheckpointError when it is not a name."""
     try:
         name = (directory / POINTER_NAME).read_bytes().decode(errors="replace").strip()
     except FileNotFoundError:
@@ -123,8 +123,8 @@ def choose_checkpoint(
     """The best of the candidates of `path` that is not damaged, and why better ones were passed over, None
     where there are none.
 
-    `verify` returns a checkpoint's manifest, None where it cannot be read, and all that is wrong. Raises
-    DamagedCheckpointError.
+    `verify` returns a checkpoint's manifest, None where it cannot be read, and all that is wrong.
+    Raises DamagedCheckpointError.
     """
     tried = [candidates.pointer_problem] if candidates.pointer_problem is not None else []
     for checkpoint in candidates.checkpoints:
@@ -209,8 +209,8 @@ def remove_old(directory: Path, keep_last: int | None) -> None:
 
 
 def _scan(directory: Path) -> list[CheckpointInfo]:
-    """The checkpoints in order of saving, those without a readable manifest last. Opens nothing but
-    manifests."""
+    """The checkpoints in order of saving, those without a readable manifest last.
+    Opens nothing but manifests."""
     checkpoints = []
     for path in directory.iterdir():
         if match := _CHECKPOINT.fullmatch(path.name):

@@ -85,8 +85,8 @@ def load_checkpoint(
     layout all generators are seeded from `seed` and the iteration.
 
     Raises the same error on all ranks: NoCheckpointError, DamagedCheckpointError (with all that was tried)
-    and MismatchError before any weight is changed; MissingRanksError when a rank does not come to a step
-    within `timeout_minutes`.
+    and MismatchError before any weight is changed; MissingRanksError when a rank does not come
+    to a step within `timeout_minutes`.
     """
     weights_only = finetune or optimizer is None
     with agreement(timeout_minutes) as ranks:

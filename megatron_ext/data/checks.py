@@ -23,8 +23,8 @@ _PROBE_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Size in tokens and end-of-document token of the vocabulary that datasets were made with; identity, if
-    known."""
+    """Size in tokens and end-of-document token of the vocabulary
+    that datasets were made with; identity, if known."""
 
     size: int
     eod: int

@@ -1,5 +1,5 @@
-"""Work that rank 0 does while the other ranks wait, however long it takes, without a collective that could
-time out."""
+"""Work that rank 0 does while the other ranks wait, however long it takes,
+without a collective that could time out."""
 
 import json
 import logging

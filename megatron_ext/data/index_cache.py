@@ -21,8 +21,8 @@ CACHE_NAME = "index_cache"
 
 
 def cache_parent(data_cache_path: str | None, prefix: str) -> Path:
-    """Where indices of the dataset `prefix` are kept: `data_cache_path`, or a directory beside the
-    dataset."""
+    """Where indices of the dataset `prefix` are kept:
+    `data_cache_path`, or a directory beside the dataset."""
     return Path(data_cache_path) if data_cache_path else Path(prefix).absolute().parent / CACHE_NAME
 
 
@@ -62,8 +62,8 @@ def _rename(unfinished: Path, directory: Path) -> None:
 
 
 class ArrayFile:
-    """Writes a .npy file block by block, with an ordinary error on a full disk (a memory map would kill the
-    process)."""
+    """Writes a .npy file block by block, with an ordinary error
+    on a full disk (a memory map would kill the process)."""
 
     def __init__(self, path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
         self._dtype = dtype

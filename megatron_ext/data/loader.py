@@ -120,7 +120,7 @@ def _end_readers(reading: Any) -> None:
 
 
 def _leave_signals_to_the_run(_worker: int) -> None:
-    """Batch systems signal all processes of a job; readers must live on while the run does its last step and
-    saves."""
+    """Batch systems signal all processes of a job;
+    readers must live on while the run does its last step and saves."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

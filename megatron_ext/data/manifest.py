@@ -1,5 +1,5 @@
-"""What is known of an indexed dataset beside its tokens: PREFIX.json, written next to PREFIX.bin and
-PREFIX.idx."""
+"""What is known of an indexed dataset beside its tokens:
+PREFIX.json, written next to PREFIX.bin and PREFIX.idx."""
 
 import json
 from collections.abc import Mapping

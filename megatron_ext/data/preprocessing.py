@@ -231,8 +231,8 @@ def merge_shards(prefixes: Sequence[str], output_prefix: str) -> DatasetManifest
     """Append datasets, such as the shards of one job, to one another without loading them. Returns the
     manifest.
 
-    Raises ConfigError if one is damaged, if they were made by different tokenizers, or if a shard of a job is
-    missing.
+    Raises ConfigError if one is damaged, if they were made by different tokenizers,
+    or if a shard of a job is missing.
     """
     manifests: dict[str, DatasetManifest] = {}
     for prefix in prefixes:

@@ -5,8 +5,8 @@ In each epoch the documents are put into a new random order and laid end to end;
 Then the samples are put into a random order. So every document comes once per epoch, and what comes first
 does not depend on how many epochs are drawn: a run may be made longer without seeing anything twice.
 (megatron's GPTDataset shuffles the documents of all epochs together, in an order that changes with the number
-of samples asked for.) Random orders come from numpy's RandomState, whose streams are the same in all versions
-of numpy.
+of samples asked for.) Random orders come from numpy's RandomState,
+whose streams are the same in all versions of numpy.
 """
 
 import math

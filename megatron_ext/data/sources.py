@@ -20,8 +20,8 @@ _JSONL_SUFFIXES = (".jsonl", ".ndjson")
 
 @dataclass(frozen=True)
 class Source:
-    """One input file: JSON lines with a document each, or a text that is one document. `size` is bytes on
-    disk."""
+    """One input file: JSON lines with a document each, or a text that is one document.
+    `size` is bytes on disk."""
 
     path: str
     size: int
@@ -35,8 +35,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Position:
-    """A place between two records: `line` lines and `offset` bytes into `source`; `text_bytes` since the very
-    start."""
+    """A place between two records: `line` lines and `offset` bytes into `source`;
+    `text_bytes` since the very start."""
 
     source: int = 0
     line: int = 0

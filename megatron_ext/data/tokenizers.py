@@ -24,12 +24,12 @@ TIKTOKEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How Llama 3 splits text before merging: contractions, words, up to three digits, signs, line ends,
-spaces."""
+"""How Llama 3 splits text before merging: contractions, words,
+up to three digits, signs, line ends, spaces."""
 
 _TIKTOKEN_CHUNK = 400_000
-"""Characters given to tiktoken at a time: its regular expressions overflow the stack on longer runs of white
-space."""
+"""Characters given to tiktoken at a time: its regular expressions overflow the stack
+on longer runs of white space."""
 
 
 class Tokenizer(Protocol):

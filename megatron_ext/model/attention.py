@@ -25,8 +25,8 @@ from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 
 
 class CoreAttention(MegatronModule):
-    """The attention of one layer, without projections: picks the kernel and knows what the layer's queries
-    see."""
+    """The attention of one layer, without projections:
+    picks the kernel and knows what the layer's queries see."""
 
     def __init__(
         self,

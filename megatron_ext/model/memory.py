@@ -58,8 +58,8 @@ class Kept:
 
 
 def kept_by_full_recompute(compression: CompressionConfig, num_layers: int, layers: range) -> Kept:
-    """For the pipeline stage with `layers`. At least one pass without gradient (m >= 1) is assumed of cyclic
-    groups."""
+    """For the pipeline stage with `layers`. At least one pass without gradient (m >= 1)
+    is assumed of cyclic groups."""
     steps = [step for step in compression.plan(num_layers) if step.requires_grad]
     runs = [run for step in steps for run in step.runs if run.index in layers]
     read = {run.reads for run in runs if run.part is Part.WHOLE and run.reads}

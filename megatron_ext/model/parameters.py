@@ -69,8 +69,8 @@ def stage_parameters(
 
 
 def total_parameters(stages: tuple[StageParameters, ...], parallel: ParallelConfig) -> int:
-    """Parameters of the whole model: copies on other ranks and a tied output layer count once, vocabulary
-    padding counts."""
+    """Parameters of the whole model: copies on other ranks and a tied output layer count once,
+    vocabulary padding counts."""
     return sum(stage.split * parallel.tensor_model_parallel_size + stage.copied for stage in stages)
 
 

@@ -1,5 +1,5 @@
-"""Start and end of the process groups: torch.distributed from torchrun's environment, and Megatron's groups
-on top."""
+"""Start and end of the process groups: torch.distributed from torchrun's environment,
+and Megatron's groups on top."""
 
 import logging
 import os

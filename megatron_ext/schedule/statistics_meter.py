@@ -49,8 +49,8 @@ class PolicyMeans:
         }
 
     def require_finite(self, iteration: int) -> None:
-        """Raises NonFiniteStatisticError with iteration, statistic, layer and head where a mean is not
-        finite."""
+        """Raises NonFiniteStatisticError with iteration, statistic,
+        layer and head where a mean is not finite."""
         for name, means in self.means.items():
             wrong = (~means.isfinite()).nonzero().tolist()
             if wrong:

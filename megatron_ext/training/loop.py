@@ -76,8 +76,8 @@ class Training:
 
 
 def fit(run: RunConfig) -> Position:
-    """Train `run` to its last iteration, or until it is asked to stop. Needs process groups. Returns how far
-    it came."""
+    """Train `run` to its last iteration, or until it is asked to stop.
+    Needs process groups. Returns how far it came."""
     torch.use_deterministic_algorithms(run.train.deterministic)
     check_save_directory(run.checkpoint)
     vocab_size, eod = vocabulary(run.model, run.data)

@@ -55,8 +55,8 @@ def peak_tflops(device_name: str, precision: str) -> float | None:
     """Dense peak in TFLOP/s of a CUDA device, named as by torch.cuda.get_device_name; None where it is not
     known.
 
-    `precision` is train.precision. bf16 is counted with fp32 accumulation, without sparsity; fp32 without
-    TF32.
+    `precision` is train.precision. bf16 is counted with fp32 accumulation,
+    without sparsity; fp32 without TF32.
     """
     if _OTHERS.search(device_name):
         return None
@@ -67,8 +67,8 @@ def peak_tflops(device_name: str, precision: str) -> float | None:
 
 
 def memory_in_use() -> int:
-    """Largest memory so far, in bytes: allocated on this process's CUDA device, or resident in this process
-    without CUDA."""
+    """Largest memory so far, in bytes: allocated on this process's CUDA device,
+    or resident in this process without CUDA."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return _peak_resident_bytes()
@@ -101,8 +101,8 @@ class Throughput:
     """Dense peak of one device in TFLOP/s; None: no utilisation is reported."""
 
     def metrics(self, tokens: int, seconds: float) -> dict[str, float]:
-        """Speed of processing `tokens` tokens, over all devices, in `seconds`; utilisations are fractions of
-        1."""
+        """Speed of processing `tokens` tokens, over all devices, in `seconds`;
+        utilisations are fractions of 1."""
         per_device = tokens / seconds / self.world_size
         model_tflops = per_device * self.model_flops_per_token / 1e12
         speeds = {

@@ -186,8 +186,8 @@ def _word(value: bool) -> str:
 
 
 def recompute_problems(train: TrainConfig, num_layers: int, stages: int) -> Iterator[str]:
-    """Settings of recomputation that contradict each other, for `num_layers` layers in `stages` pipeline
-    stages."""
+    """Settings of recomputation that contradict each other,
+    for `num_layers` layers in `stages` pipeline stages."""
     granularity, layers = train.recompute_granularity, train.recompute_num_layers
     known = ", ".join(RECOMPUTE_MODULES)
     unknown = [name for name in train.recompute_modules if name not in RECOMPUTE_MODULES]

@@ -1,5 +1,5 @@
-"""What a model cannot do under its KV policy. What is wrong with the policy's settings by themselves, it says
-itself."""
+"""What a model cannot do under its KV policy.
+What is wrong with the policy's settings by themselves, it says itself."""
 
 from collections.abc import Iterator
 

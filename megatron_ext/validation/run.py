@@ -27,8 +27,8 @@ LARGEST_SEED = 2**31 - 1
 
 
 def validate(run: RunConfig, world_size: int) -> None:
-    """Raises ConfigError with a numbered list of everything in `run` that cannot work on `world_size`
-    processes."""
+    """Raises ConfigError with a numbered list of everything in `run`
+    that cannot work on `world_size` processes."""
     sentences = problems(run, world_size)
     if sentences:
         count = "1 setting" if len(sentences) == 1 else f"{len(sentences)} settings"

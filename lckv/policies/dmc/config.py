@@ -32,8 +32,8 @@ class DMCConfig(PolicyConfig):
     """CR: tokens per slot to reach, at least 1. Published models: 2, 4 and 8."""
 
     initial_decision_bias: float = 5.0
-    """Subtracted from the decision logit, so that every token opens a slot at first; also added to the
-    importance logit."""
+    """Subtracted from the decision logit, so that every token opens a slot at first;
+    also added to the importance logit."""
 
     temperature: float = 0.1
     """Of the noisy decisions in training."""

@@ -62,8 +62,8 @@ def pool_in_torch(
 
 
 def pool_by_formula(features: Tensor, merge: Tensor, weight: Tensor, window: int | None) -> Tensor:
-    """The formula for `features` [s, b, g, d] as it stands, with a matrix of s x s: the oracle of the
-    others."""
+    """The formula for `features` [s, b, g, d] as it stands, with a matrix of s x s:
+    the oracle of the others."""
     length = features.shape[0]
     row, rows = torch.zeros_like(merge), []
     for token in range(length):
@@ -88,8 +88,8 @@ def _shares(merge: Tensor, weight: Tensor, window: int) -> Tensor:
 
 
 class _Band(torch.autograd.Function):
-    """The product of a banded matrix, one per row and head, with features: W shifted multiply-adds and no
-    copies."""
+    """The product of a banded matrix, one per row and head, with features:
+    W shifted multiply-adds and no copies."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, shares: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 other.
 
 What a model makes of its prompts is computed once. Its keys, values and merge decisions are then committed
-for as many sequences as there is room for: real heads of real lengths fill real pages, without a forward pass
-for each.
+for as many sequences as there is room for: real heads of real lengths fill real pages,
+without a forward pass for each.
 """
 
 from collections.abc import Mapping, Sequence

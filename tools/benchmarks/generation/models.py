@@ -67,8 +67,8 @@ class RandomModel:
 
     @classmethod
     def parse(cls, text: str) -> "RandomModel":
-        """From NAME=MAP or NAME=MAP,POLICY (see `policy_of`); without NAME= the name is the map. Raises
-        ValueError."""
+        """From NAME=MAP or NAME=MAP,POLICY (see `policy_of`);
+        without NAME= the name is the map. Raises ValueError."""
         description, comma, policy = text.partition(",")
         name, equals, layout = description.partition("=")
         return cls(
