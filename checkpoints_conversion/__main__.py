@@ -110,9 +110,8 @@ def _run_verify(options: argparse.Namespace) -> None:
     if options.nproc_per_node not in (None, needed):
         raise ConfigError(
             f"--nproc-per-node is {options.nproc_per_node}; it must be {needed}, "
-            f"--parallel.tensor_model_parallel_size {options.tensor} "
-            f"times --parallel.pipeline_model_parallel_size {options.pipeline}. Leave it out, or change the "
-            "sizes."
+            f"--parallel.tensor_model_parallel_size {options.tensor} times "
+            f"--parallel.pipeline_model_parallel_size {options.pipeline}. Leave it out, or change the sizes."
         )
     if min(options.rows, options.seq_length) < 1:
         raise ConfigError(

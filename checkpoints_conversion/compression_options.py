@@ -1,5 +1,5 @@
-"""The settings of a model's sharing map and KV policy that a conversion can change, as options of the command
-line."""
+"""The settings of a model's sharing map and KV policy that a conversion can change,
+as options of the command line."""
 
 import argparse
 from collections.abc import Mapping
@@ -19,8 +19,8 @@ class CompressionSection:
 
 
 def add_compression_options(parser: argparse.ArgumentParser) -> None:
-    """One option `--compression.FIELD` for each setting; those given are in the parsed namespace, the others
-    are not."""
+    """One option `--compression.FIELD` for each setting;
+    those given are in the parsed namespace, the others are not."""
     groups: dict[str, argparse._ArgumentGroup] = {}
     for key, settings in settings_of(CompressionSection).items():
         group = settings[0].group

@@ -49,15 +49,15 @@ class ConversionRecord:
 
     source: ConversionSource
     initialization: Initialization | None = None
-    """How keys and values of a shared map were made from those of a plain model; None where weights are the
-    source's."""
+    """How keys and values of a shared map were made from those of a plain model;
+    None where weights are the source's."""
 
     tokenizer: str | None = None
     """Folder or file of the tokenizer, where one is known."""
 
     training: Mapping[str, Any] | None = None
-    """Of the run that made the source, where it was one: its progress, and its settings `train`, `optimizer`
-    and `data`."""
+    """Of the run that made the source, where it was one:
+    its progress, and its settings `train`, `optimizer` and `data`."""
 
     previous: "ConversionRecord | None" = None
     """Where the source itself is the result of a conversion: that one's record."""
@@ -116,8 +116,8 @@ def _without_places(content: Any) -> Any:
 
 
 def package_versions() -> dict[str, str]:
-    """Python's version and those of the packages that a conversion depends on; what is not installed is left
-    out."""
+    """Python's version and those of the packages that a conversion depends on;
+    what is not installed is left out."""
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -133,8 +133,8 @@ def write_record(folder: Path, record: ConversionRecord) -> None:
 
 
 def read_record(folder: Path) -> ConversionRecord | None:
-    """The record in `folder`, None where there is none. Raises ConversionError where it cannot be
-    understood."""
+    """The record in `folder`, None where there is none.
+    Raises ConversionError where it cannot be understood."""
     path = folder / RECORD_NAME
     try:
         content = json.loads(path.read_bytes())

@@ -214,8 +214,8 @@ def _huggingface_origin(record: ConversionRecord) -> Path | None:
 
 
 def _measured(path: Path | None, training: Mapping[str, Any] | None) -> Measured | None:
-    """What the last evaluation of a run tells, from its metrics file, if that was at the checkpoint's
-    iteration."""
+    """What the last evaluation of a run tells, from its metrics file,
+    if that was at the checkpoint's iteration."""
     if path is None or training is None or not path.is_file():
         return None
     iteration = training["progress"].get("iteration")

@@ -5,5 +5,5 @@ from megatron_ext.errors import ConfigError
 
 
 class ConversionError(ConfigError, ModelError):
-    """A model that cannot be converted: the message says which file, field or tensor, what is wrong and the
-    way out."""
+    """A model that cannot be converted: the message says which file, field or tensor,
+    what is wrong and the way out."""

@@ -91,8 +91,8 @@ def _canonical_modules(names: WeightNames) -> dict[str, tuple[str, ...]]:
 
 
 def fusions_of(decoder: Decoder, family: Family) -> dict[str, Fusion]:
-    """What each canonical tensor of the decoder is made of in the family, by canonical names in writing
-    order."""
+    """What each canonical tensor of the decoder is made of in the family,
+    by canonical names in writing order."""
     infos = family.tensors(decoder)
     modules = _canonical_modules(family.names)
     canonical = {name: module for module, names in modules.items() for name in names if module != _QUERY_ONLY}
@@ -123,8 +123,8 @@ def canonical_from_hf(
 ) -> TensorSource:
     """Canonical tensors that are read from Hugging Face's when they are asked for.
 
-    Raises ModelError that names all tensors of `hf`, which come from `where`, that are missing, superfluous
-    or misshapen.
+    Raises ModelError that names all tensors of `hf`, which come from `where`,
+    that are missing, superfluous or misshapen.
     """
     family.check_weights(hf, decoder, where)
     source = FusedSource(hf, fusions_of(decoder, family))
@@ -135,8 +135,8 @@ def canonical_from_hf(
 def hf_from_canonical(
     source: TensorSource, decoder: Decoder, family: Family, where: object = "the model"
 ) -> TensorSource:
-    """Hugging Face's tensors that are read from canonical ones when they are asked for; errors as in
-    `canonical_from_hf`."""
+    """Hugging Face's tensors that are read from canonical ones when they are asked for;
+    errors as in `canonical_from_hf`."""
     check_tensors(source.infos(), canonical_tensors(decoder, family), where)
     return SplitSource(source, fusions_of(decoder, family))
 

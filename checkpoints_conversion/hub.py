@@ -37,6 +37,6 @@ def local_folder(path: str) -> Path:
     ) as error:  # no network, no such model, no permission: all of these are OSErrors
         raise ConversionError(
             f"{path} is not a folder that exists, and as a name on the Hugging Face Hub it cannot be "
-            f"fetched: {error} "
-            "Check the name, the network, and for gated models `hf auth login`; or give a folder."
+            f"fetched: {error} Check the name, the network, and for gated models `hf auth login`; or give "
+            "a folder."
         ) from error

@@ -61,12 +61,10 @@ def _check_same_map(
         return
     raise ConversionError(
         f"compression.layer_types {new} (sliding_window {after.sliding_window}, force_nodiag "
-        f"{after.force_nodiag}) cannot be made from "
-        f"this model: it shares keys and values already ({old}, sliding_window {before.sliding_window}, "
-        "force_nodiag "
-        f"{before.force_nodiag}), and layers that only read have no weights for their own. Leave these "
-        "settings out to convert the "
-        "model as it is, or start from a plain model."
+        f"{after.force_nodiag}) cannot be made from this model: it shares keys and values already ({old}, "
+        f"sliding_window {before.sliding_window}, force_nodiag {before.force_nodiag}), and layers that only "
+        "read have no weights for their own. Leave these settings out to convert the model as it is, or "
+        "start from a plain model."
     )
 
 
@@ -77,8 +75,7 @@ def _check_policy(description: ModelDescription, compression: CompressionConfig)
     if before != CompressionConfig().policy:
         raise ConversionError(
             f"compression.policy is {after} but the model was trained with {before}; a conversion keeps the "
-            "policy. Leave "
-            "compression.policy out; a new stage starts in training, with checkpoint.finetune."
+            "policy. Leave compression.policy out; a new stage starts in training, with checkpoint.finetune."
         )
     obstacle = after.obstacle_to_converting(before)
     if obstacle is not None:

@@ -134,8 +134,7 @@ def _scaling(scaling: RopeScalingConfig) -> str:
         return f"scaled by {scaling.factor:g}, linear"
     return (
         f"scaled by {scaling.factor:g}, llama3: frequency factors {scaling.low_freq_factor:g} and "
-        f"{scaling.high_freq_factor:g}, "
-        f"originally {scaling.original_max_position_embeddings:,} positions"
+        f"{scaling.high_freq_factor:g}, originally {scaling.original_max_position_embeddings:,} positions"
     )
 
 

@@ -54,8 +54,8 @@ def compute(
     """Write float32 [B, T, true vocabulary] for `tokens` int64 [B, T] to `output`, a .npy file.
 
     `checkpoint` is one checkpoint, whose files are good; its weights are rounded to `weights_dtype`. The
-    layout is one that `check_layout` accepts. Raises ConversionError where processes fail or do not end in
-    time.
+    layout is one that `check_layout` accepts.
+    Raises ConversionError where processes fail or do not end in time.
     """
     sizes = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     with TemporaryDirectory() as folder:
@@ -103,8 +103,7 @@ def _run_processes(processes: int, arguments: Sequence[str], timeout_seconds: fl
         if isinstance(error, subprocess.TimeoutExpired):
             raise ConversionError(
                 f"Megatron's logits were not there after {timeout_seconds:g} seconds; give its {processes} "
-                "process(es) more time "
-                "(--timeout), or fewer tokens."
+                "process(es) more time (--timeout), or fewer tokens."
             ) from None
         raise
     if started.returncode:

@@ -54,8 +54,8 @@ class OpenModel:
     """Of the conversion that made it, or made what its training started from, if there was one."""
 
     training: Mapping[str, Any] | None = None
-    """Of a checkpoint that a run has saved: its `progress`, and the run's settings `train`, `optimizer` and
-    `data`."""
+    """Of a checkpoint that a run has saved: its `progress`, and the run's settings `train`,
+    `optimizer` and `data`."""
 
     tokenizer: str | None = None
     """Folder or file of the tokenizer, where one is known and there."""
@@ -74,8 +74,7 @@ def format_of(path: Path) -> SourceFormat:
         return "huggingface"
     raise ConversionError(
         f"{path} holds no model: neither {CONFIG_NAME} (Hugging Face), nor iter_0000100 or the like (this "
-        "project's checkpoints), nor "
-        "mp_rank_00 or the like (Megatron's older layout)."
+        "project's checkpoints), nor mp_rank_00 or the like (Megatron's older layout)."
     )
 
 

@@ -14,36 +14,43 @@ Models are converted tensor by tensor: the memory needed does not grow with the 
 be new; it gets its name when everything in it is whole and proven, so what is stopped leaves nothing behind.
 {prog} SUBCOMMAND --help shows options and examples."""
 
-_HF_TO_MEGATRON = """Makes a checkpoint of this project, for every parallel layout, from a Hugging Face model: Llama 2 and 3, Mistral,
-Qwen2, Qwen3, SmolLM, and models that share keys and values (lckv-llama).
+_HF_TO_MEGATRON = """Makes a checkpoint of this project, for every parallel layout, from a Hugging Face model:
+Llama 2 and 3, Mistral, Qwen2, Qwen3, SmolLM, and models that share keys and values (lckv-llama).
 
 A plain model; one with a sharing map; one that is to get a KV policy (here P):
   hf-to-megatron --hf-path meta-llama/Llama-2-7b-hf --megatron-path ckpt/plain
-  hf-to-megatron --hf-path models/eight-layers --megatron-path ckpt/lckv --compression.layer_types 0_6_6_6_6_6_6_7 --init average
+  hf-to-megatron --hf-path models/eight-layers --megatron-path ckpt/lckv \\
+      --compression.layer_types 0_6_6_6_6_6_6_7 --init average
   hf-to-megatron --hf-path HuggingFaceTB/SmolLM2-135M --megatron-path ckpt/p --compression.policy.name P
 
 Training goes on from it with
   torchrun pretrain_lckv.py --config run.yaml --config MEGATRON_PATH/model.yaml \\
       --checkpoint.load MEGATRON_PATH --checkpoint.finetune true"""
 
-_MEGATRON_TO_HF = """Makes a Hugging Face model from a checkpoint of this project, whatever the layout that saved it: config, safetensors,
-tokenizer, generation config, model card. A plain model is written under its own architecture, which stock software runs; one that
-shares or merges as lckv-llama, with the files of its model class beside the weights.
+_MEGATRON_TO_HF = """Makes a Hugging Face model from a checkpoint of this project, whatever the layout that
+saved it: config, safetensors, tokenizer, generation config, model card. A plain model is written under its
+own architecture, which stock software runs; one that shares or merges as lckv-llama, with the files of its
+model class beside the weights.
 
   megatron-to-hf --megatron-path runs/mine/checkpoints --hf-path out/model
-  megatron-to-hf --megatron-path runs/mine/checkpoints/iter_0002000 --hf-path out/model --dtype bfloat16 --tokenizer tokenizer.model
+  megatron-to-hf --megatron-path runs/mine/checkpoints/iter_0002000 --hf-path out/model \\
+      --dtype bfloat16 --tokenizer tokenizer.model
 
 In Python:
-  AutoModelForCausalLM.from_pretrained("out/model")                            after `import lckv.models`, for lckv-llama
-  AutoModelForCausalLM.from_pretrained("out/model", trust_remote_code=True)    where this project is not installed"""
+  AutoModelForCausalLM.from_pretrained("out/model")
+      after `import lckv.models`, for lckv-llama
+  AutoModelForCausalLM.from_pretrained("out/model", trust_remote_code=True)
+      where this project is not installed"""
 
-_LEGACY_TO_MEGATRON = """Makes a checkpoint of this project from one in Megatron's older layout, mp_rank_XX/model_optim_rng.pt, read
-without running anything that is pickled in it. The KV policy is the one that knows the run's arguments as its own.
+_LEGACY_TO_MEGATRON = """Makes a checkpoint of this project from one in Megatron's older layout,
+mp_rank_XX/model_optim_rng.pt, read without running anything that is pickled in it. The KV policy is the one
+that knows the run's arguments as its own.
 
   legacy-to-megatron --legacy-path Llama-2-7B --megatron-path ckpt/llama --tokenizer tokenizer.model"""
 
-_VERIFY = """Runs both models in float32 on the same tokens, Megatron's on the layout that is asked for, and compares their logits.
-Where the checkpoint was converted to a sharing map or a policy, the same is done to the Hugging Face model first.
+_VERIFY = """Runs both models in float32 on the same tokens, Megatron's on the layout that is asked for, and
+compares their logits. Where the checkpoint was converted to a sharing map or a policy, the same is done to
+the Hugging Face model first.
 
   verify --hf-path meta-llama/Llama-2-7b-hf --megatron-path ckpt/llama2-7b
   verify --hf-path A --megatron-path B --nproc-per-node 2 --parallel.tensor_model_parallel_size 2
@@ -51,8 +58,8 @@ Where the checkpoint was converted to a sharing map or a policy, the same is don
 
 Exit status: 0 equal up to rounding, 1 different, 2 not comparable."""
 
-_INSPECT = """Says what a model is: a Hugging Face folder or name on the Hub, a checkpoint of this project or of Megatron's older layout.
-No weights are read.
+_INSPECT = """Says what a model is: a Hugging Face folder or name on the Hub, a checkpoint of this project or
+of Megatron's older layout. No weights are read.
 
   inspect out/model
   inspect runs/mine/checkpoints --json"""
@@ -93,8 +100,8 @@ def _add_hf_to_megatron(parser: argparse.ArgumentParser) -> None:
         "--init",
         choices=("average", "copy"),
         default="average",
-        help="keys and values of a sharing map: those of the layer itself (copy), or the mean over all layers that will read them "
-        "(average, the default; MLKV)",
+        help="keys and values of a sharing map: those of the layer itself (copy), or the mean over all "
+        "layers that will read them (average, the default; MLKV)",
     )
     parser.add_argument(
         "--allow-pickle",
@@ -112,8 +119,8 @@ def _add_megatron_to_hf(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hf-path", type=Path, required=True, help="folder to write; must be new or empty")
     parser.add_argument(
         "--family",
-        help="model type to write: llama, mistral, qwen2, qwen3 or lckv-llama (default: one that stock software runs, where the model "
-        "allows it)",
+        help="model type to write: llama, mistral, qwen2, qwen3 or lckv-llama (default: one that stock "
+        "software runs, where the model allows it)",
     )
     parser.add_argument(
         "--max-shard-size",
@@ -168,8 +175,8 @@ def _add_dtype_and_verify(parser: argparse.ArgumentParser) -> None:
         "--verify",
         choices=("auto", "always", "never"),
         default="auto",
-        help="compare the logits of both models before the folder gets its name; auto, the default: up to 3 billion parameters, if both "
-        "models fit into the memory one after the other",
+        help="compare the logits of both models before the folder gets its name; auto, the default: up to 3 "
+        "billion parameters, if both models fit into the memory one after the other",
     )
     parser.add_argument(
         "--no-verify", dest="verify", action="store_const", const="never", help="--verify never"
@@ -180,7 +187,8 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hf-path",
         required=True,
-        help="folder of the model, its name on the Hugging Face Hub, or a checkpoint in Megatron's older layout",
+        help="folder of the model, its name on the Hugging Face Hub, or a checkpoint in Megatron's older "
+        "layout",
     )
     parser.add_argument(
         "--megatron-path", type=Path, required=True, help="directory of checkpoints, or one checkpoint"

@@ -1,5 +1,5 @@
-"""The Hugging Face side of a proof: which model has the outputs that a Megatron checkpoint must have, and its
-logits."""
+"""The Hugging Face side of a proof: which model has the outputs that a Megatron checkpoint
+must have, and its logits."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,8 +23,8 @@ _COMPRESSION = frozenset(field.name for field in fields(CompressionConfig))
 
 
 def differences(first: ModelDescription, second: ModelDescription) -> dict[str, str]:
-    """Everything on which outputs depend, besides weights, and in which two models differ: both values by the
-    field's name."""
+    """Everything on which outputs depend, besides weights, and in which two models differ:
+    both values by the field's name."""
     ours, theirs = _defining(first), _defining(second)
     return {name: f"{ours.get(name)}, {theirs[name]}" for name in theirs if ours.get(name) != theirs[name]}
 
@@ -62,8 +62,7 @@ def reference_folder(original: OpenModel, megatron: OpenModel) -> Iterator[Path]
         listed = "\n".join(f"  {name}: {values}" for name, values in changed.items())
         raise ConversionError(
             f"{original.path} and {megatron.path} are different models, of which the outputs cannot "
-            f"agree:\n{listed}\nGive the model "
-            "that the other one was made from."
+            f"agree:\n{listed}\nGive the model that the other one was made from."
         )
     with TemporaryDirectory() as folder:
         write_huggingface(Path(folder), description, source)
@@ -71,8 +70,8 @@ def reference_folder(original: OpenModel, megatron: OpenModel) -> Iterator[Path]
 
 
 class Reference:
-    """The model of a Hugging Face folder under transformers' own class or, where no such class knows it,
-    LCKVLlamaForCausalLM."""
+    """The model of a Hugging Face folder under transformers' own class or,
+    where no such class knows it, LCKVLlamaForCausalLM."""
 
     def __init__(self, folder: Path, weights_dtype: torch.dtype) -> None:
         """Loads it in float32, its weights rounded to `weights_dtype`."""

@@ -40,8 +40,8 @@ def staged(target: Path, needed_bytes: int = 0) -> Iterator[Path]:
     """A new folder to write some `needed_bytes` of weights into, which is moved to `target` at the end. After
     an exception, whichever, it is removed.
 
-    Raises ConversionError where `target` is taken, another conversion is writing it, there is no space, or
-    writing fails.
+    Raises ConversionError where `target` is taken, another conversion is writing it,
+    there is no space, or writing fails.
     """
     check_free(target)
     target = target.absolute()

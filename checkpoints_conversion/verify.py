@@ -138,8 +138,8 @@ def is_small_enough(model: OpenModel) -> bool:
 
 
 def prove(original: OpenModel, megatron: OpenModel, *, rows: int = 2, length: int = 64) -> None:
-    """Compare the models on a few random tokens and log what was found; raises ProofError where they
-    differ."""
+    """Compare the models on a few random tokens and log what was found;
+    raises ProofError where they differ."""
     tolerance, description = Tolerance(), megatron.description
     longest = min(length, description.model.max_position_embeddings or length)
     tokens = random_tokens(description.vocab_size, rows=rows, length=longest, seed=1)
@@ -151,6 +151,5 @@ def prove(original: OpenModel, megatron: OpenModel, *, rows: int = 2, length: in
     if not comparison.within(tolerance):
         raise ProofError(
             "the converted model does not compute what the original does; nothing was written. Please report "
-            "this with config.json. "
-            "(--verify never writes it all the same.)"
+            "this with config.json. (--verify never writes it all the same.)"
         )

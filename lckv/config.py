@@ -25,8 +25,8 @@ class Sight(NamedTuple):
 
 @dataclass(frozen=True)
 class CompressionConfig:
-    """Cross-layer KV sharing (which layer's keys and values a layer reads) and the KV policy (which tokens
-    are kept)."""
+    """Cross-layer KV sharing (which layer's keys and values a layer reads)
+    and the KV policy (which tokens are kept)."""
 
     layer_types: str | None = None
     """Sharing map, one entry per layer joined by "_": the index of the layer whose keys and values it reads,
@@ -34,15 +34,15 @@ class CompressionConfig:
     (YOCO). Default: every layer reads its own (a plain transformer)."""
 
     forward_passes: int = 7
-    """m: passes without gradient over each cyclic group of layers, before those with gradient (LCKV, section
-    3.2)."""
+    """m: passes without gradient over each cyclic group of layers,
+    before those with gradient (LCKV, section 3.2)."""
 
     backward_passes: int = 2
     """b: passes with gradient over each cyclic group of layers (LCKV, section 3.2)."""
 
     sliding_window: int | None = None
-    """W: tokens that a layer marked "s" sees, its own included. Required iff the map marks a layer with
-    "s"."""
+    """W: tokens that a layer marked "s" sees, its own included.
+    Required iff the map marks a layer with "s"."""
 
     force_nodiag: bool = False
     """Hide the query's own position in every layer, not only in cyclic ones."""
@@ -60,8 +60,8 @@ class CompressionConfig:
         return read(cls, content, "compression")
 
     def map(self, num_layers: int) -> LayerTypes:
-        """The parsed sharing map of a model with `num_layers` layers; raises ValueError where it does not
-        fit."""
+        """The parsed sharing map of a model with `num_layers` layers;
+        raises ValueError where it does not fit."""
         return LayerTypes.parse(self.layer_types, num_layers)
 
     def plan(self, num_layers: int) -> tuple[Step, ...]:
@@ -77,8 +77,8 @@ class CompressionConfig:
         )
 
     def windows(self, num_layers: int) -> dict[int, int]:
-        """Layers whose keys and values only windowed layers read, with the window in tokens: what a cache may
-        drop."""
+        """Layers whose keys and values only windowed layers read, with the window in tokens:
+        what a cache may drop."""
         if self.sliding_window is None:
             return {}
         return dict.fromkeys(self.map(num_layers).windowed_kv_layers, self.sliding_window)
@@ -105,8 +105,7 @@ class CompressionConfig:
         if self.sliding_window is not None and not layer_types.any_sliding:
             obstacle = (
                 f"no layer of {layer_types} is marked with 's': mark the layers that shall have a window, or "
-                "remove "
-                "sliding_window"
+                "remove sliding_window"
             )
             yield Problem("sliding_window", self.sliding_window, obstacle)
         if self.sliding_window is not None and self.sliding_window < 1:
@@ -118,8 +117,7 @@ class CompressionConfig:
         if self.sliding_window is not None and not traits.windows:
             obstacle = (
                 f"the policy {name} cannot live with sliding windows: remove the window and the 's' in "
-                "layer_types, or choose "
-                "another policy"
+                "layer_types, or choose another policy"
             )
             yield Problem("sliding_window", self.sliding_window, obstacle)
         if not traits.shares and any(layer.source != layer.index for layer in layer_types):

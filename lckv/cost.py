@@ -60,8 +60,8 @@ class TrainingCost:
     """FLOPs per token of one training step."""
 
     model_flops: float
-    """What the method asks for: every pass of the plan, K/V projections only where a layer has them; no
-    recomputation."""
+    """What the method asks for: every pass of the plan, K/V projections only
+    where a layer has them; no recomputation."""
 
     hardware_flops: float
     """model_flops and the forward of layers recomputed in backward."""
@@ -108,8 +108,8 @@ def layer_costs(shape: ModelShape, compression: CompressionConfig) -> tuple[Laye
 def training_cost(
     shape: ModelShape, compression: CompressionConfig, *, recomputed_layers: int = 0
 ) -> TrainingCost:
-    """FLOPs per token of a training step; the lowest `recomputed_layers` layers run their forward again in
-    backward."""
+    """FLOPs per token of a training step; the lowest `recomputed_layers` layers
+    run their forward again in backward."""
     mine = _step_flops(shape, compression)
     again = _recomputed_flops(shape, compression, recomputed_layers)
     return TrainingCost(mine, mine + again, _step_flops(shape, CompressionConfig()))

@@ -46,12 +46,12 @@ class SettingError(ModelError):
 
 
 class UnsupportedError(ValueError):
-    """Something that was asked for by name and cannot be served here. Callers add the name of their
-    setting."""
+    """Something that was asked for by name and cannot be served here.
+    Callers add the name of their setting."""
 
     def __init__(self, asked: str, obstacle: str) -> None:
-        """`asked`: what was asked for, such as "flash"; `obstacle`: why it cannot be served, without full
-        stop."""
+        """`asked`: what was asked for, such as "flash"; `obstacle`:
+        why it cannot be served, without full stop."""
         self.asked, self.obstacle = asked, obstacle
         super().__init__(f"{asked} cannot be used: {obstacle}.")
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """Llama 3.1's scaling: low frequencies are divided by the factor, high ones kept, those between
-    blended."""
+    """Llama 3.1's scaling: low frequencies are divided by the factor,
+    high ones kept, those between blended."""
 
     factor: float
     low_freq_factor: float
@@ -64,8 +64,8 @@ def rotation(positions: Tensor, frequencies: Tensor) -> Rotation:
 
 
 def rotate(x: Tensor, angles: Rotation) -> Tensor:
-    """Turn `x` [..., D] by `angles`, whose cos and sin must broadcast against [..., D/2]; result in x's
-    dtype."""
+    """Turn `x` [..., D] by `angles`, whose cos and sin
+    must broadcast against [..., D/2]; result in x's dtype."""
     cos, sin = angles.cos.to(x.dtype), angles.sin.to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

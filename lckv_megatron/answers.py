@@ -41,9 +41,11 @@ def answer_batch(options: argparse.Namespace, model: Any, tokenizer: Any, prompt
     then, at the end."""
     engine = build_engine(engine_config(options), model, tokenizer)
     facts = CacheFacts(engine)
-    found = answers(engine, [(prompt.tokens, prompt.params) for prompt in prompts], on_step=facts.observe)
+    completions = answers(
+        engine, [(prompt.tokens, prompt.params) for prompt in prompts], on_step=facts.observe
+    )
     lines, failed = [], 0
-    bar = tqdm(zip(prompts, found, strict=True), total=len(prompts), desc="answering", disable=None)
+    bar = tqdm(zip(prompts, completions, strict=True), total=len(prompts), desc="answering", disable=None)
     for prompt, completion in bar:
         failed += isinstance(completion, ValueError) or completion.error is not None
         lines.append(answer_line(prompt, completion))

@@ -64,6 +64,6 @@ class CacheFacts:
         )
         return (
             f"KV cache: {mine:,.0f} bytes per token (a plain model: {plain:,.0f}), "
-            f"{facts['compression_ratio']:.2f} tokens per slot "
-            f"measured{most}; {size(facts['cache_bytes'])} allocated"
+            f"{facts['compression_ratio']:.2f} tokens per slot measured{most}; {size(facts['cache_bytes'])} "
+            "allocated"
         )

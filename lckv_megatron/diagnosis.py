@@ -51,7 +51,7 @@ class OperationPath:
 class Report:
     """The result: facts by name, paths by operation, and what is missing."""
 
-    found: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
     paths: dict[str, OperationPath] = field(default_factory=dict)
     missing: list[Missing] = field(default_factory=list)
 
@@ -66,8 +66,8 @@ class Report:
 
 
 def examine() -> Report:
-    """Look at everything. A step that fails in an unforeseen way becomes an entry of its own; the others go
-    on."""
+    """Look at everything. A step that fails in an unforeseen way becomes an entry
+    of its own; the others go on."""
     report = Report()
     for step in (_python, _requirements, _torch, _optional_packages, _index_builder, _machine, _paths):
         try:
@@ -80,12 +80,12 @@ def examine() -> Report:
 
 
 def _python(report: Report) -> None:
-    report.found["python"] = f"{platform.python_version()} ({platform.platform()})"
+    report.facts["python"] = f"{platform.python_version()} ({platform.platform()})"
 
 
 def requirements() -> list[str]:
-    """What the project needs always, such as "torch>=2.6": of the installed distribution, else of this
-    checkout."""
+    """What the project needs always, such as "torch>=2.6":
+    of the installed distribution, else of this checkout."""
     try:
         declared = importlib.metadata.requires(DISTRIBUTION) or []
         return [entry for entry in declared if "extra ==" not in entry]
@@ -102,7 +102,7 @@ def _requirements(report: Report) -> None:
             continue
         version = _version(requirement.name)
         wanted = f"{requirement.name}{requirement.specifier}"
-        report.found[requirement.name] = (
+        report.facts[requirement.name] = (
             f"{version or 'not installed'} (supported: {requirement.specifier or 'any'})"
         )
         if version is None:
@@ -123,10 +123,10 @@ def _torch(report: Report) -> None:
     import torch
     import torch.distributed as dist
 
-    report.found["CUDA of torch"] = torch.version.cuda or "none (a CPU build)"
+    report.facts["CUDA of torch"] = torch.version.cuda or "none (a CPU build)"
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     names = (f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, sm_{gpu.major}{gpu.minor}" for gpu in gpus)
-    report.found["GPUs"] = "; ".join(names) or "none"
+    report.facts["GPUs"] = "; ".join(names) or "none"
     driver = _driver_sees_gpus()
     if driver and not gpus:
         what = f"torch cannot use the {driver} GPU(s) that nvidia-smi lists"
@@ -138,7 +138,7 @@ def _torch(report: Report) -> None:
     if not dist.is_available() or not dist.is_gloo_available():
         report.lacks("gloo in torch.distributed", "install another build of torch", prevents_training=True)
     nccl = dist.is_available() and dist.is_nccl_available()
-    report.found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version())) if nccl else "none"
+    report.facts["NCCL"] = ".".join(map(str, torch.cuda.nccl.version())) if nccl else "none"
     if gpus and not nccl:
         report.lacks(
             "NCCL in torch.distributed", "install a Linux build of torch with CUDA", prevents_training=True
@@ -156,16 +156,16 @@ def _driver_sees_gpus() -> int:
 def _optional_packages(report: Report) -> None:
     for distribution, (module, purpose, extra) in OPTIONAL.items():
         version = _version(distribution)
-        report.found[distribution] = version or "not installed"
+        report.facts[distribution] = version or "not installed"
         remedy = f"pip install '{DISTRIBUTION}[{extra}]', or in a checkout: pip install -e '.[{extra}]'"
         if version is None:
-            if extra != "gpu" or report.found.get("GPUs", "none") != "none":
+            if extra != "gpu" or report.facts.get("GPUs", "none") != "none":
                 report.lacks(f"{distribution} (optional: {purpose})", remedy)
             continue
         try:
             importlib.import_module(module)
         except Exception as error:  # noqa: BLE001 - told, whatever it is
-            report.found[distribution] += " (cannot be imported)"
+            report.facts[distribution] += " (cannot be imported)"
             what = f"{distribution} {version} cannot be imported: {type(error).__name__}: {error}"
             report.lacks(what, f"pip uninstall {distribution}, or build it for this torch: {remedy}")
 
@@ -173,12 +173,12 @@ def _optional_packages(report: Report) -> None:
 def _index_builder(report: Report) -> None:
     """Megatron's C++ module that builds the sample indices of a dataset."""
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    report.found["C++ compiler"] = Path(compiler).name if compiler else "none"
+    report.facts["C++ compiler"] = Path(compiler).name if compiler else "none"
     try:
         importlib.import_module("megatron.core.datasets.helpers_cpp")
-        report.found["helpers_cpp of Megatron"] = "compiled"
+        report.facts["helpers_cpp of Megatron"] = "compiled"
     except ImportError as error:
-        report.found["helpers_cpp of Megatron"] = "cannot be imported"
+        report.facts["helpers_cpp of Megatron"] = "cannot be imported"
         remedy = "pip install --force-reinstall --no-deps megatron-core"
         if compiler is None:
             remedy = f"install a C++ compiler (Debian and Ubuntu: apt install g++), then {remedy}"
@@ -189,7 +189,7 @@ def _machine(report: Report) -> None:
     import psutil
 
     memory = psutil.virtual_memory().total / GIB
-    report.found["CPU"] = f"{os.cpu_count()} cores, {memory:.0f} GiB of memory"
+    report.facts["CPU"] = f"{os.cpu_count()} cores, {memory:.0f} GiB of memory"
     for name, folder, enough, remedy in (
         (
             "free disk here",
@@ -200,12 +200,12 @@ def _machine(report: Report) -> None:
         ("free temporary disk", Path(tempfile.gettempdir()), 1.0, "delete something, or set TMPDIR"),
     ):
         free = shutil.disk_usage(folder).free / GIB
-        report.found[name] = f"{free:.1f} GiB"
+        report.facts[name] = f"{free:.1f} GiB"
         if free < enough:
             report.lacks(f"{enough:g} GiB of {name} ({free:.1f} GiB found)", remedy)
     if Path("/dev/shm").is_dir():
         shared = shutil.disk_usage("/dev/shm").total / GIB
-        report.found["shared memory"] = f"{shared:.1f} GiB"
+        report.facts["shared memory"] = f"{shared:.1f} GiB"
         if shared < ENOUGH_SHARED_MEMORY_GIB:
             what = (
                 f"{ENOUGH_SHARED_MEMORY_GIB:g} GiB of shared memory for NCCL and data loaders ({shared:.2f} "
@@ -214,7 +214,7 @@ def _machine(report: Report) -> None:
             report.lacks(what, "docker run --shm-size=8g ..., or --ipc=host")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = soft == resource.RLIM_INFINITY
-    report.found["open files (ulimit -n)"] = "unlimited" if unlimited else str(soft)
+    report.facts["open files (ulimit -n)"] = "unlimited" if unlimited else str(soft)
     if not unlimited and soft < ENOUGH_OPEN_FILES:
         enough = ENOUGH_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, ENOUGH_OPEN_FILES)
         report.lacks(f"a limit of {ENOUGH_OPEN_FILES} open files ({soft} found)", f"ulimit -n {enough}")
@@ -268,7 +268,7 @@ def adam_implementation() -> OperationPath:
 def as_text(report: Report) -> Iterator[str]:
     """The report in lines for people."""
     yield "Found"
-    for name, value in report.found.items():
+    for name, value in report.facts.items():
         yield f"  {name:<26} {value}"
     yield "Paths that operations take"
     for operation, path in report.paths.items():
@@ -286,4 +286,5 @@ def as_text(report: Report) -> Iterator[str]:
 
 def as_json(report: Report) -> str:
     """The report as one JSON object: found, paths, missing, can_train."""
-    return json.dumps(asdict(report) | {"can_train": report.can_train}, indent=2)
+    entries = asdict(report)
+    return json.dumps({"found": entries.pop("facts"), **entries, "can_train": report.can_train}, indent=2)

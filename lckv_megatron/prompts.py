@@ -1,5 +1,5 @@
-"""Prompts of command-line programs: a text, the lines of a file, chats; as tokens, each with its sampling
-settings."""
+"""Prompts of command-line programs: a text, the lines of a file, chats;
+as tokens, each with its sampling settings."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -37,8 +37,8 @@ class Chat:
         self._before = [] if system is None else [{"role": "system", "content": system}]
 
     def tokens(self, messages: Sequence[Mapping[str, Any]], where: str) -> list[int]:
-        """Up to where the answer begins; `where` is named in the ConfigError for messages that the template
-        refuses."""
+        """Up to where the answer begins; `where` is named in the ConfigError
+        for messages that the template refuses."""
         try:
             encoded = self._tokenizer.apply_chat_template(
                 [*self._before, *messages], add_generation_prompt=True, return_dict=True
@@ -63,14 +63,14 @@ def read_batch(path: Path, tokenizer: Any, params: SamplingParams, chat: Chat | 
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--batch {path} cannot be read: {error}") from error
-    found = [
+    prompts = [
         _line(f"{path}:{number}", number, line, tokenizer, params, chat)
         for number, line in enumerate(lines, 1)
         if line.strip()
     ]
-    if not found:
+    if not prompts:
         raise ConfigError(f"--batch {path} has no prompts: give one JSON object per line.")
-    return found
+    return prompts
 
 
 def _line(

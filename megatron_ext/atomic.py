@@ -35,7 +35,7 @@ def move(source: Path, target: Path) -> None:
 
 
 def remove_tree(path: Path, trash: Path) -> None:
-    """Deletes a directory. It first gets the name `trash`: a crash cannot leave a half that looks like the
-    whole."""
+    """Deletes a directory. It first gets the name `trash`:
+    a crash cannot leave a half that looks like the whole."""
     move(path, trash)
     shutil.rmtree(trash)

@@ -45,8 +45,8 @@ def _parser() -> argparse.ArgumentParser:
 def parse_run_config(argv: Sequence[str] | None = None) -> RunConfig:
     """The run that `argv` (default: the program's arguments) and the YAML files named in it describe.
 
-    `--help` and `--print-config` print and exit. A wrong option or file ends the program with status 2 and
-    one message.
+    `--help` and `--print-config` print and exit.
+    A wrong option or file ends the program with status 2 and one message.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if "-h" in argv or "--help" in argv:
@@ -66,8 +66,8 @@ def parse_run_config(argv: Sequence[str] | None = None) -> RunConfig:
 
 
 def _parse_options(argv: Sequence[str]) -> dict[str, object]:
-    """The values of --config, --print-config and the settings in `argv`, by their names; raises
-    ConfigError."""
+    """The values of --config, --print-config and the settings in `argv`,
+    by their names; raises ConfigError."""
     try:
         given, rest = _parser().parse_known_args(argv)
     except argparse.ArgumentError as error:
@@ -122,8 +122,8 @@ def config_to_dict(run: RunConfig) -> dict[str, Any]:
 
 
 def config_from_dict(sections: Mapping[str, Any]) -> RunConfig:
-    """The inverse of `config_to_dict`; fields left out have their defaults. Raises ConfigError naming all
-    misfits."""
+    """The inverse of `config_to_dict`; fields left out have their defaults.
+    Raises ConfigError naming all misfits."""
     return read(RunConfig, [("", sections)])
 
 
@@ -132,8 +132,8 @@ def _to_yaml(run: RunConfig) -> str:
 
 
 def save_config(run: RunConfig, path: str | os.PathLike[str]) -> None:
-    """Write `run` as YAML, in full or not at all; raises OSError, or ValueError where it would read back
-    differently."""
+    """Write `run` as YAML, in full or not at all;
+    raises OSError, or ValueError where it would read back differently."""
     text = _to_yaml(run)
     if config_from_dict(load_text_yaml(text)) != run:
         raise ValueError(f"{path} is not written: this configuration would be read back differently:\n{text}")

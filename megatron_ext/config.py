@@ -17,8 +17,8 @@ class RopeScalingConfig:
     """Stretching of the rotary position embedding to contexts longer than those of pretraining."""
 
     type: Literal["none", "linear", "llama3"] = "none"
-    """none; linear: positions are divided by the factor; llama3: only low frequencies are (Llama 3.1 and
-    later)."""
+    """none; linear: positions are divided by the factor; llama3:
+    only low frequencies are (Llama 3.1 and later)."""
 
     factor: float = 8.0
     """By how much the context grows."""
@@ -93,19 +93,20 @@ class ModelConfig:
     """Standard deviation of initial weights; output projections are divided by sqrt(2 * num_layers)."""
 
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Layers from Megatron's local modules or from Transformer Engine; auto: the latter where installed with
-    CUDA."""
+    """Layers from Megatron's local modules or from Transformer Engine; auto:
+    the latter where installed with CUDA."""
 
     attention_backend: Literal["auto", "sdpa", "flash", "reference"] = "auto"
-    """Attention kernel: PyTorch's, flash-attn's, or the plain oracle. An explicit request never falls
-    back."""
+    """Attention kernel: PyTorch's, flash-attn's, or the plain oracle.
+    An explicit request never falls back."""
 
     cross_entropy_backend: Literal["auto", "whole", "chunked"] = "auto"
-    """How the loss is computed: from the logits of all tokens, or chunk by chunk; auto: as cross_entropy_chunk_size says."""
+    """How the loss is computed: from the logits of all tokens, or chunk by chunk;
+    auto: as cross_entropy_chunk_size says."""
 
     cross_entropy_chunk_size: int = 0
-    """Tokens whose logits are in memory at a time; logits of other chunks are recomputed in backward. 0: all
-    at once."""
+    """Tokens whose logits are in memory at a time;
+    logits of other chunks are recomputed in backward. 0: all at once."""
 
     @property
     def head_dim(self) -> int:
@@ -125,8 +126,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the model and the batch are spread over processes. Data parallelism takes what the other sizes
-    leave."""
+    """How the model and the batch are spread over processes.
+    Data parallelism takes what the other sizes leave."""
 
     tensor_model_parallel_size: int = 1
     """Ranks that split each weight matrix."""
@@ -144,8 +145,8 @@ class ParallelConfig:
     """Reduce gradients while backward still runs."""
 
     overlap_param_gather: bool = False
-    """Gather updated weights while the next forward already runs. Needs use_distributed_optimizer and
-    overlap_grad_reduce."""
+    """Gather updated weights while the next forward already runs.
+    Needs use_distributed_optimizer and overlap_grad_reduce."""
 
     distributed_timeout_minutes: float = 10.0
     """A collective that waits longer than this ends the run with an error instead of hanging."""
@@ -171,8 +172,8 @@ class TrainConfig:
     """Seed of weights, dropout and data order."""
 
     precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16: weights and activations in bfloat16 with float32 main weights and gradients; fp32: everything in
-    float32."""
+    """bf16: weights and activations in bfloat16 with float32 main weights and gradients;
+    fp32: everything in float32."""
 
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in backward: none; selective: those of recompute_modules; full: whole layers."""
@@ -245,8 +246,8 @@ class DataConfig:
     """Indexed datasets, their blend, and the tokenizer that made them."""
 
     data_path: tuple[str, ...] = ()
-    """Prefixes of .bin/.idx files: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ... (weights are fractions of the
-    tokens)."""
+    """Prefixes of .bin/.idx files: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...
+    (weights are fractions of the tokens)."""
 
     split: str = "969,30,1"
     """Shares of data_path's documents for training, validation and test."""

@@ -48,8 +48,8 @@ def exit_status(program: Callable[[], None]) -> int:
 
 
 def let_first_rank_speak() -> None:
-    """torchrun ends all processes as soon as one has failed: wait until rank 0 has had the time to say
-    why."""
+    """torchrun ends all processes as soon as one has failed:
+    wait until rank 0 has had the time to say why."""
     time.sleep(_PATIENCE_SECONDS)
 
 

@@ -59,8 +59,8 @@ def load_in_parallel(
 
 
 class _Saving:
-    """What Megatron's wrapper takes for a strategy of its own. That of 0.16.1 reads name and version of the
-    format."""
+    """What Megatron's wrapper takes for a strategy of its own.
+    That of 0.16.1 reads name and version of the format."""
 
     backend, version = "torch_dist", 1
 

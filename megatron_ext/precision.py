@@ -1,5 +1,5 @@
-"""What `train.precision` means: one object that says it all. Torch and Megatron are loaded only by those who
-need them."""
+"""What `train.precision` means: one object that says it all.
+Torch and Megatron are loaded only by those who need them."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -39,8 +39,8 @@ class Precision:
 
     @property
     def optimizer_bytes(self) -> int:
-        """Of the optimizer's state per parameter: two float32 moments, and main weights where there are
-        any."""
+        """Of the optimizer's state per parameter: two float32 moments,
+        and main weights where there are any."""
         return 12 if self.is_bf16 else 8
 
     def wrap(self, config: "TransformerConfig", stage: "MegatronModule") -> "MegatronModule":

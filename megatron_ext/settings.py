@@ -38,8 +38,8 @@ class Setting:
     group: str
     """What --help says above it: its section and what that is."""
     needs: tuple[str, str] | None = None
-    """The setting that chooses the variant, and its value that makes this one exist; None: it always
-    exists."""
+    """The setting that chooses the variant, and its value that makes this one exist;
+    None: it always exists."""
 
 
 def variants_of(entry: Field[Any]) -> Mapping[str, type]:
@@ -48,8 +48,8 @@ def variants_of(entry: Field[Any]) -> Mapping[str, type]:
 
 
 def settings_of(root: type) -> Mapping[str, Sequence[Setting]]:
-    """The settings of a configuration by their keys. A key has several where several variants have a field of
-    that name."""
+    """The settings of a configuration by their keys.
+    A key has several where several variants have a field of that name."""
     settings: dict[str, list[Setting]] = {}
     for setting in _walk(root, "", "", None):
         settings.setdefault(setting.key, []).append(setting)
@@ -98,8 +98,8 @@ def _summary(section: type) -> str:
 
 
 def describe_settings(root: type) -> str:
-    """All settings with their types, defaults and docstrings, grouped by section and variant, as --help shows
-    them."""
+    """All settings with their types, defaults and docstrings,
+    grouped by section and variant, as --help shows them."""
     groups: dict[str, list[Setting]] = {}
     for setting in _walk(root, "", "", None):
         groups.setdefault(setting.group, []).append(setting)
@@ -154,8 +154,8 @@ def read(root: type[_Section], sources: Iterable[tuple[str, object]]) -> _Sectio
 
 
 def _leaves(tree: object, prefix: str, known: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """(dotted key, value) of what `tree` gives; also of keys that are unknown, and of values where a section
-    belongs."""
+    """(dotted key, value) of what `tree` gives; also of keys that are unknown,
+    and of values where a section belongs."""
     if tree is None:  # a section whose entries are all commented out
         return
     if not isinstance(tree, Mapping):
@@ -209,8 +209,7 @@ def _in_force(
     names = " or ".join(owners)
     raise ConfigError(
         f"{key} belongs to {choice.split('.')[-2]} {names}; {choice} is {chosen[choice]}: remove the former, "
-        "or set the "
-        f"latter to {names}."
+        f"or set the latter to {names}."
     )
 
 
@@ -242,8 +241,8 @@ def _parser_of(hint: Any) -> jsonargparse.ArgumentParser:
 
 
 def _texts(value: object) -> tuple[str, ...]:
-    """The value of a setting that is a list of texts, given as one text, as `[a, b]` or as a list; raises
-    ValueError."""
+    """The value of a setting that is a list of texts, given as one text,
+    as `[a, b]` or as a list; raises ValueError."""
     if isinstance(value, str):
         value = load_text_yaml(value) if value.lstrip().startswith("[") else [value]
     if not isinstance(value, list | tuple) or any(

@@ -29,6 +29,6 @@ _TextLoader.add_constructor(_NULL, lambda loader, node: None)
 
 
 def load_text_yaml(text: str) -> Any:
-    """What `text` says, in dictionaries, lists, texts and None; nothing else is ever built. Raises
-    yaml.YAMLError."""
+    """What `text` says, in dictionaries, lists, texts and None;
+    nothing else is ever built. Raises yaml.YAMLError."""
     return yaml.load(text, Loader=_TextLoader)

@@ -4,9 +4,9 @@ One pool of processes per world size is started when it is first needed, serves 
 session, and ends with it. Each case gets a fresh world group. A rank that raises, dies or hangs fails its own
 case only: where the others do not come to an end, the pool is killed and the next case starts a new one.
 
-    parent --(pickled function, args)--> rank 0 .. n-1      one pipe per rank; plain pickle, so tensors travel by value
+    parent --(pickled function, args)--> rank 0 .. n-1  one pipe per rank; pickle: tensors travel by value
     parent <--(ok, result | exception)-- rank 0 .. n-1
-    parent --(empty: clean up)---------> rank 0 .. n-1      only after every rank has answered
+    parent --(empty: clean up)---------> rank 0 .. n-1  only after every rank has answered
     parent <--(ok)---------------------- rank 0 .. n-1
 """
 
@@ -260,7 +260,8 @@ def _serve(rank: int, world_size: int, port: int, device: Device, stack: str, co
     case = 0
     try:
         _prepare(rank, world_size, port, device)
-        gc.freeze()  # torch and Megatron stay: looking through them after each case costs more than most cases
+        # torch and Megatron stay: looking through them after each case costs more than most cases.
+        gc.freeze()
         import torch.distributed as dist
 
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
@@ -300,7 +301,8 @@ def _prepare(rank: int, world_size: int, port: int, device: Device) -> None:
             "LOCAL_WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 joins the parent's store and does not try to start one
+            # Rank 0 joins the parent's store and does not try to start one.
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": loopback,
             "CUDA_DEVICE_MAX_CONNECTIONS": "1",

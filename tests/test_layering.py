@@ -342,8 +342,8 @@ def _import_in_new_process(root: Path, modules: list[str], optional: tuple[str, 
 
 
 def test_importing_every_module_has_no_effect() -> None:
-    """But for one, which is none of these: `import lckv.models` lets transformers' Auto classes know the models
-    (tests/lckv/models/test_registration.py)."""
+    """But for one, which is none of these: `import lckv.models` lets transformers' Auto classes know the
+    models (tests/lckv/models/test_registration.py)."""
     modules = [
         name
         for name in modules_of(ROOT)

@@ -147,7 +147,8 @@ def test_what_a_case_leaves_is_destroyed() -> None:
 
 
 def test_a_case_may_make_the_world_group_from_the_variables_of_torchrun() -> None:
-    kill_pools()  # a pool can do this once: torch writes the addresses of both groups under the same keys of one store
+    # A pool can do this once: torch writes the addresses of both groups under the same keys of one store.
+    kill_pools()
     assert run_on_ranks(2, _make_world_again) == [2, 2]
     kill_pools()
 

@@ -63,8 +63,8 @@ class Bundler:
     """Modules whose files keep their own last name; all others are called after their whole path."""
 
     others: Mapping[str, Path] = field(default_factory=dict)
-    """More packages whose modules become files, by dotted name, with the folders in which their top packages
-    lie."""
+    """More packages whose modules become files, by dotted name,
+    with the folders in which their top packages lie."""
 
     replaced: Mapping[str, str] = field(default_factory=dict)
     """Modules in whose place comes another text, whose imports are rewritten like all."""
@@ -144,8 +144,7 @@ class Bundler:
             if isinstance(node, ast.Import):
                 raise ValueError(
                     f"{module}, line {node.lineno}: 'import {names[0]}' has no counterpart in a model's "
-                    "folder; "
-                    f"write 'from ... import ...'."
+                    "folder; write 'from ... import ...'."
                 )
             return self._own_import(node)
         if tops <= _ALWAYS_THERE:

@@ -82,8 +82,8 @@ def _tokenizer(record: ConversionRecord, source_folder: Path | None) -> tuple[st
 
 
 def _generation_config(token_ids: TokenIds, source_folder: Path | None) -> dict[str, Any]:
-    """That of the source where it has one, for it may say how the model is best sampled; else the special
-    tokens."""
+    """That of the source where it has one, for it may say how the model is best sampled;
+    else the special tokens."""
     path = source_folder / "generation_config.json" if source_folder is not None else None
     if path is not None and path.is_file():
         return json.loads(path.read_bytes())

@@ -18,11 +18,12 @@ from lckv.sharing.picture import draw
 from megatron_ext.model.cost import model_shape
 
 _REFERENCES = {
-    "lckv": "LCKV: Wu, Tu. *Layer-Condensed KV Cache for Efficient Inference of Large Language Models.* ACL 2024, arXiv:2405.10637",
-    "sharing": "Sharing maps: Wu, Wu, Tu. *A Systematic Study of Cross-Layer KV Sharing for Efficient LLM Inference.* NAACL 2025, "
-    "arXiv:2410.14442",
-    "average": "Averaged keys and values: Zuhri, Adilazuarda, Purwarianti, Aji. *MLKV: Multi-Layer Key-Value Heads for Memory Efficient "
-    "Transformer Decoding.* 2024, arXiv:2406.09297",
+    "lckv": "LCKV: Wu, Tu. *Layer-Condensed KV Cache for Efficient Inference of Large Language Models.* "
+    "ACL 2024, arXiv:2405.10637",
+    "sharing": "Sharing maps: Wu, Wu, Tu. *A Systematic Study of Cross-Layer KV Sharing for Efficient LLM "
+    "Inference.* NAACL 2025, arXiv:2410.14442",
+    "average": "Averaged keys and values: Zuhri, Adilazuarda, Purwarianti, Aji. *MLKV: Multi-Layer Key-Value "
+    "Heads for Memory Efficient Transformer Decoding.* 2024, arXiv:2406.09297",
 }
 _LICENSE_FIELDS = ("license", "license_name", "license_link")
 
@@ -69,8 +70,8 @@ def model_card(
 
 
 def license_of(folder: Path | None) -> dict[str, str]:
-    """The fields of the license in a model folder's own card; none where there is no card, or it says
-    nothing."""
+    """The fields of the license in a model folder's own card;
+    none where there is no card, or it says nothing."""
     path = folder / "README.md" if folder is not None else None
     if path is None or not path.is_file():
         return {}
@@ -93,14 +94,11 @@ def _introduction(name: str, description: ModelDescription) -> Iterator[str]:
     yield ""
     yield (
         f"A decoder of the {description.family} family: {model.num_layers} layers of width "
-        f"{model.hidden_size}, "
-        f"{model.num_attention_heads} query heads and {model.query_groups} key/value heads of "
-        f"{model.head_dim} channels, "
-        f"{description.vocab_size:,} tokens of vocabulary, contexts of {model.max_position_embeddings:,} "
-        f"tokens, {parameters:,} "
-        f"parameters in {str(description.dtype).removeprefix('torch.')}. Keys and values are computed in "
-        f"{len(layer_types.kv_layers)} of "
-        f"{model.num_layers} layers."
+        f"{model.hidden_size}, {model.num_attention_heads} query heads and {model.query_groups} key/value "
+        f"heads of {model.head_dim} channels, {description.vocab_size:,} tokens of vocabulary, contexts of "
+        f"{model.max_position_embeddings:,} tokens, {parameters:,} parameters in "
+        f"{str(description.dtype).removeprefix('torch.')}. Keys and values are computed in "
+        f"{len(layer_types.kv_layers)} of {model.num_layers} layers."
     )
 
 
@@ -117,10 +115,8 @@ def _sharing(description: ModelDescription) -> Iterator[str]:
     if layer_types.any_cyclic:
         yield (
             "\nLayers that read a layer above themselves are iterated when many tokens are processed at "
-            "once, in training and for a "
-            f"prompt: {compression.forward_passes} passes without and {compression.backward_passes} with "
-            "gradient. Generating a token "
-            "takes one pass."
+            f"once, in training and for a prompt: {compression.forward_passes} passes without and "
+            f"{compression.backward_passes} with gradient. Generating a token takes one pass."
         )
     if compression.sliding_window is not None:
         yield f"\nLayers marked `s` see the newest {compression.sliding_window:,} tokens."
@@ -172,8 +168,8 @@ def _history(record: ConversionRecord, measured: Measured) -> Iterator[str]:
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     day = record.created[:10]
     yield (
-        f"- Converted from {record.source.format} weights on {day} with {versions}; `conversion.json` has the "
-        "details."
+        f"- Converted from {record.source.format} weights on {day} with {versions}; `conversion.json` has "
+        "the details."
     )
 
 
@@ -190,9 +186,8 @@ def _training(training: Mapping[str, Any]) -> Iterator[str]:
     if "lr" in optimizer:
         yield (
             f"- AdamW, peak learning rate {optimizer['lr']:g}, {optimizer['lr_decay_style']} schedule to "
-            f"{optimizer['min_lr']:g} with "
-            f"{optimizer['lr_warmup_iters']:,} iterations of warm-up, weight decay "
-            f"{optimizer['weight_decay']:g}."
+            f"{optimizer['min_lr']:g} with {optimizer['lr_warmup_iters']:,} iterations of warm-up, weight "
+            f"decay {optimizer['weight_decay']:g}."
         )
 
 

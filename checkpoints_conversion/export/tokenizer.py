@@ -3,8 +3,8 @@ trained with.
 
 SentencePiece and tiktoken vocabularies become a tokenizer.json that transformers reads. The result is tried
 on a few texts before it is accepted, for transformers does not always give the ids that the model was trained
-on: it ignores the scores of a SentencePiece file, and replaces the tokenizer of some types of models by
-another one.
+on: it ignores the scores of a SentencePiece file, and replaces the tokenizer
+of some types of models by another one.
 """
 
 import json
@@ -118,9 +118,8 @@ def _check_agreement(original: Tokenizer, source: Path, folder: Path) -> None:
         if expected != found:
             raise ConversionError(
                 f"the tokenizer {source} gives {expected} for {text!r}, but exported, transformers makes "
-                f"{found} of it: for models of "
-                "some types it takes a tokenizer class of its own. Export under another --family, such as "
-                "lckv-llama."
+                f"{exported} of it: for models of some types it takes a tokenizer class of its own. Export "
+                "under another --family, such as lckv-llama."
             )
 
 

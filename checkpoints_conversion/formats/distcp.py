@@ -58,7 +58,7 @@ def stored_tensors(
 ) -> dict[str, tuple[TensorInfo, list[Piece]]]:
     """The tensors of a checkpoint with this table of contents, by their keys, and the pieces to read them
     from. Opens no file."""
-    found = {}
+    tensors = {}
     for key, entry in contents.state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata) and is_wanted(key):
             info = TensorInfo(tuple(entry.size), entry.properties.dtype)
@@ -67,8 +67,8 @@ def stored_tensors(
                 raise ConversionError(
                     f"{checkpoint}: the parts of {key} that are there do not make up {list(info.shape)}."
                 )
-            found[key] = info, pieces
-    return found
+            tensors[key] = info, pieces
+    return tensors
 
 
 def _piece(
@@ -126,8 +126,8 @@ class _Record:
 
     @cached_property
     def _first_byte(self) -> int | None:
-        """Where in the file the tensor's elements begin, one row behind the other; None where they are in
-        another order."""
+        """Where in the file the tensor's elements begin, one row behind the other;
+        None where they are in another order."""
         with open(self.path, "rb") as file:
             tensor = self._load(file, "meta")
             with zipfile.ZipFile(_part(file, self.offset, self.length)) as archive:

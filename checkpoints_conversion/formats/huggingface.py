@@ -1,7 +1,7 @@
 """Weights written as Hugging Face has them: safetensors, in one file or in shards with an index.
 
-The bytes are written here, because the library's writer takes all tensors at once. The format is told in
-lckv/weights/safetensors_file.py.
+The bytes are written here, because the library's writer takes all tensors at once.
+The format is told in lckv/weights/safetensors_file.py.
 """
 
 import json

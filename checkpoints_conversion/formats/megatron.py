@@ -80,8 +80,8 @@ def canonical_name(key: str) -> str:
 
 class MegatronCheckpoint:
     """A checkpoint's model weights under canonical names (a TensorSource), in the dtype of the model that was
-    trained: where that is bfloat16, float32 main weights stay behind with the rest of the optimizer's
-    state."""
+    trained: where that is bfloat16, float32 main weights stay behind
+    with the rest of the optimizer's state."""
 
     def __init__(self, path: Path, *, verify_hashes: bool = True, progress: Progress | None = None) -> None:
         """`path` is what `checkpoint.load` takes: one checkpoint, or a directory of them, of which the newest
@@ -125,8 +125,7 @@ class MegatronCheckpoint:
         except KeyError as error:
             raise ConversionError(
                 f"{self.path / CONFIG_NAME} has no section or field {error}; it is needed to know the model. "
-                "Give a checkpoint that "
-                "this project's training or conversion has saved."
+                "Give a checkpoint that this project's training or conversion has saved."
             ) from error
         length = run.model.max_position_embeddings or run.train.seq_length
         origin = None if self.conversion is None else self.conversion.description
@@ -247,8 +246,8 @@ def _megatron_key(name: str, names: Mapping[str, Any]) -> str:
 
 
 def _settings(description: ModelDescription) -> dict[str, Any]:
-    """config.json: a run with the model, and with defaults otherwise. It computes with numbers that can hold
-    the weights."""
+    """config.json: a run with the model, and with defaults otherwise.
+    It computes with numbers that can hold the weights."""
     train = TrainConfig(
         precision=precision_for(description.dtype).name,
         seq_length=description.model.max_position_embeddings or TrainConfig.seq_length,

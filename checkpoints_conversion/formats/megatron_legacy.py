@@ -4,8 +4,8 @@
     FOLDER/iter_0002000/mp_rank_00/model_optim_rng.pt   tensor-parallel rank 0
     FOLDER/iter_0002000/mp_rank_00_001/...              the same of pipeline stage 1
 
-A file is a dictionary that torch.save has pickled: the run's `args`, and its part of the weights under
-`model`.
+A file is a dictionary that torch.save has pickled:
+the run's `args`, and its part of the weights under `model`.
 """
 
 import argparse
@@ -31,9 +31,12 @@ _LEGACY_NAMES = (
     # Models built before Megatron-core.
     (r"language_model\.embedding\.word_embeddings\.weight", "embedding.word_embeddings.weight"),
     (r"language_model\.output_layer\.weight", "output_layer.weight"),
-    (r"language_model\.(?:encoder|transformer)\.final_(?:layer)?norm\.weight", "decoder.final_layernorm.weight"),
-    (r"language_model\.(?:encoder|transformer)\.layers\.(\d+)\.input_(?:layer)?norm\.", r"decoder.layers.\1.input_layernorm."),
-    (r"language_model\.(?:encoder|transformer)\.layers\.(\d+)\.post_attention_(?:layer)?norm\.", r"decoder.layers.\1.pre_mlp_layernorm."),
+    (r"language_model\.(?:encoder|transformer)\.final_(?:layer)?norm\.weight",
+     "decoder.final_layernorm.weight"),
+    (r"language_model\.(?:encoder|transformer)\.layers\.(\d+)\.input_(?:layer)?norm\.",
+     r"decoder.layers.\1.input_layernorm."),
+    (r"language_model\.(?:encoder|transformer)\.layers\.(\d+)\.post_attention_(?:layer)?norm\.",
+     r"decoder.layers.\1.pre_mlp_layernorm."),
     (r"language_model\.(?:encoder|transformer)\.layers\.(\d+)\.", r"decoder.layers.\1."),
     (r"\.self_attention\.query_key_value\.", ".self_attention.linear_qkv."),
     (r"\.self_attention\.dense\.", ".self_attention.linear_proj."),
@@ -45,8 +48,8 @@ _SPLIT_BY_ROWS = ("word_embeddings.weight", "output_layer.weight", ".linear_qkv.
 
 
 class LegacyCheckpoint:
-    """A model's weights under canonical names (a TensorSource), tensor-parallel ranks and pipeline
-    stages joined."""
+    """A model's weights under canonical names (a TensorSource),
+    tensor-parallel ranks and pipeline stages joined."""
 
     def __init__(
         self, path: Path, *, vocab_size: int | None = None, given: Mapping[str, object] | None = None
@@ -54,8 +57,8 @@ class LegacyCheckpoint:
         """`path` is the folder of one iteration, or the one with `latest_checkpointed_iteration.txt`.
 
         `vocab_size`, the true one, and the arguments `given` by name go before what the file says. Raises
-        ConversionError where files of ranks are missing or refused, or where the model is not one that can be
-        converted.
+        ConversionError where files of ranks are missing or refused,
+        or where the model is not one that can be converted.
         """
         self.path = _find_folder(Path(path))
         """The folder of the iteration."""
@@ -128,8 +131,7 @@ class LegacyCheckpoint:
         if extra := sorted(self._ranks.keys() - expected):
             raise ConversionError(
                 f"{self.path}: {self._ranks[extra[0]].path.parent.name} belongs to no rank of "
-                f"tensor_model_parallel_size {sizes[0]} "
-                f"x pipeline_model_parallel_size {sizes[1]}; remove it."
+                f"tensor_model_parallel_size {sizes[0]} x pipeline_model_parallel_size {sizes[1]}; remove it."
             )
         return known
 

@@ -134,8 +134,7 @@ def _vocabulary(
     if type(size) is not int:
         raise ConversionError(
             f"{arguments.where}: the arguments do not say how many tokens the tokenizer ({tokenizer}) knows, "
-            "and of the embedding's "
-            f"{padded} rows some are padding. Give the vocabulary size."
+            f"and of the embedding's {padded} rows some are padding. Give the vocabulary size."
         )
     if not 0 < size <= padded:
         raise ConversionError(

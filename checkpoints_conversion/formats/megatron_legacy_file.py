@@ -23,8 +23,8 @@ REMAP_BYTES = 256 * 2**20
 
 
 class _Ignored:
-    """Stands for an object of no use here: an enumeration among the arguments, a random state, FP8 scaling.
-    Keeps nothing."""
+    """Stands for an object of no use here: an enumeration among the arguments,
+    a random state, FP8 scaling. Keeps nothing."""
 
     def __new__(cls, *_: object) -> "_Ignored":
         return super().__new__(cls)
@@ -87,8 +87,7 @@ def _load(path: Path) -> Mapping[str, Any]:
         name = re.search(r"GLOBAL (\S+)", str(error))
         raise ConversionError(
             f"{path} is refused: it names {name[1] if name else 'objects'}, which is not part of a model. "
-            "Nothing of it was run. Take the "
-            "file from where the model was published."
+            "Nothing of it was run. Take the file from where the model was published."
         ) from error
     except FileNotFoundError:
         raise ConversionError(f"{path} is missing.") from None

@@ -36,8 +36,8 @@ from lckv.attention.unbiased import without_bias
 def attend_with_band(
     query: Tensor, key: Tensor, value: Tensor, scale: float, width: int, pieces: list[Piece], pair: FlashPair
 ) -> Tensor:
-    """[b, h, s, d]; 0 for queries that are in no piece. `width`: w >= 2, newest keys that are seen without
-    bias."""
+    """[b, h, s, d]; 0 for queries that are in no piece. `width`:
+    w >= 2, newest keys that are seen without bias."""
     return _Banded.apply(query, key, value, width, pieces, Biased(pair, scale))
 
 
@@ -199,13 +199,13 @@ class _Band:
         )
 
     def second(self, chunks: Tensor) -> Tensor:
-        """Places of queries that see keys of the chunk before: [b, n, heads, c, ...] to [b, n - 1, heads, c -
-        1, ...]."""
+        """Places of queries that see keys of the chunk before:
+        [b, n, heads, c, ...] to [b, n - 1, heads, c - 1, ...]."""
         return chunks[:, 1:, :, :-1]
 
     def first(self, chunks: Tensor) -> Tensor:
-        """Places of keys that are seen from the chunk behind: [b, n, heads, c, ...] to [b, n - 1, heads, c -
-        1, ...]."""
+        """Places of keys that are seen from the chunk behind:
+        [b, n, heads, c, ...] to [b, n - 1, heads, c - 1, ...]."""
         return chunks[:, :-1, :, 1:]
 
     def to_own(self, chunks: Tensor) -> Tensor:

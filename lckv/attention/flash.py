@@ -1,7 +1,7 @@
 """Attention on the flash-attn package (CUDA, float16 and bfloat16): windows and documents inside the kernel.
 
-The package is an argument, not an import, so that the index arithmetic here is tested where it is not
-installed.
+The package is an argument, not an import, so that the index arithmetic here
+is tested where it is not installed.
 """
 
 from typing import Protocol

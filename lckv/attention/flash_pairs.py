@@ -172,8 +172,8 @@ class FlashAttnInterface(Protocol):
 
 
 class FlashAttnPair:
-    """The flash-attn package: CUDA; float16 and bfloat16, heads of a multiple of 8 and at most 256
-    channels."""
+    """The flash-attn package: CUDA; float16 and bfloat16,
+    heads of a multiple of 8 and at most 256 channels."""
 
     def __init__(self, interface: FlashAttnInterface) -> None:
         self._interface = interface

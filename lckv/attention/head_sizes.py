@@ -5,8 +5,8 @@ LARGEST_BIASED_HEAD = 256
 
 
 def obstacle_to_biased_keys(channels: int, *, float32: bool) -> str | None:
-    """What keeps kernels on CUDA from taking keys and queries of so many channels; None if nothing
-    does."""
+    """What keeps kernels on CUDA from taking keys and queries
+    of so many channels; None if nothing does."""
     if channels % 8 == 0 and (float32 or channels <= LARGEST_BIASED_HEAD):
         return None
     return f"on CUDA it must be a multiple of 8 and, in 16 bits, at most {LARGEST_BIASED_HEAD}"

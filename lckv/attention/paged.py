@@ -99,8 +99,8 @@ def joined(one: PagesAttended, other: PagesAttended) -> PagesAttended:
 
 
 def join(attended: PagesAttended, score: Tensor, value: Tensor) -> Tensor:
-    """The output float32 [b, h, d] of attention to one more key, with `score` float32 [b, h] and `value` [b,
-    g, d]."""
+    """The output float32 [b, h, d] of attention to one more key,
+    with `score` float32 [b, h] and `value` [b, g, d]."""
     lse = torch.logaddexp(attended.lse, score)
     output = attended.output * (attended.lse - lse).exp()[..., None]
     share = (score - lse).exp().unflatten(1, (value.shape[1], -1))[..., None]

@@ -4,8 +4,8 @@ to look at.
 The slots of every head are cut into chunks of whole pages; the work is a list of the chunks that hold
 something. So it grows with the slots there are, not with the longest head times the number of heads.
 
-Shapes: b rows, h query heads, g KV heads, d channels, p pages of n slots, c pages of a chunk, w chunks in the
-list.
+Shapes: b rows, h query heads, g KV heads, d channels, p pages of n slots,
+c pages of a chunk, w chunks in the list.
 """
 
 from typing import NamedTuple

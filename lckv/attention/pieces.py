@@ -12,8 +12,8 @@ from lckv.attention.flash_pairs import FlashPair, Gradients, Partial
 
 
 class Piece(NamedTuple):
-    """Tokens that attend to each other: query i of `queries` sees keys 0 .. i of `keys`, as many as there are
-    queries."""
+    """Tokens that attend to each other: query i of `queries` sees keys 0 ..
+    i of `keys`, as many as there are queries."""
 
     rows: slice
     queries: slice

@@ -1,5 +1,5 @@
-"""Attention as the formula says it, with the whole score matrix in memory: the oracle of every other
-backend."""
+"""Attention as the formula says it, with the whole score matrix in memory:
+the oracle of every other backend."""
 
 import torch
 from torch import Tensor

@@ -2,8 +2,8 @@
 
 Nothing of size length x length is made. A query that must not see itself is one row further down: dropping
 the first query and the last key turns "keys < t" into plain causality. A window is walked in chunks of
-queries against the slice of keys they can see. Documents are attended one by one. Keys with a bias:
-`lckv.attention.biased`.
+queries against the slice of keys they can see. Documents are attended one by one.
+Keys with a bias: `lckv.attention.biased`.
 """
 
 import torch

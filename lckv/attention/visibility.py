@@ -30,16 +30,15 @@ class Documents:
         return max(stop - start for start, stop in zip(self.bounds, self.bounds[1:], strict=False))
 
     def spans(self, row_length: int) -> tuple[tuple[int, int, int], ...]:
-        """(row, start, stop) of every document in rows of `row_length` tokens; ValueError where one crosses a
-        row's end."""
+        """(row, start, stop) of every document in rows of `row_length` tokens;
+        ValueError where one crosses a row's end."""
         spans = []
         for start, stop in zip(self.bounds, self.bounds[1:], strict=False):
             row, first = divmod(start, row_length)
             if first + stop - start > row_length:
                 raise ValueError(
                     f"cu_seqlens: the document at tokens {start} to {stop - 1} crosses the end of a row of "
-                    f"{row_length} tokens; "
-                    "every row must start a document."
+                    f"{row_length} tokens; every row must start a document."
                 )
             spans.append((row, first, first + stop - start))
         return tuple(spans)
@@ -57,8 +56,8 @@ class Documents:
 
 @dataclass(frozen=True, eq=False)
 class Visibility:
-    """What a layer's queries see: query t sees keys t - window + 1 .. t of its document, t itself unless
-    excluded."""
+    """What a layer's queries see: query t sees keys t - window + 1 ..
+    t of its document, t itself unless excluded."""
 
     exclude_self: bool = False
     """Query t does not see key t: the keys of a cyclic layer do not exist yet at t."""

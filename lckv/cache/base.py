@@ -32,8 +32,8 @@ class KVCache(Protocol):
         ...
 
     def state(self, layer: int) -> Tensor | None:
-        """What the KV policy kept of `layer`, for `KVPolicy.extend`; None before the first token, or where it
-        keeps nothing."""
+        """What the KV policy kept of `layer`, for `KVPolicy.extend`;
+        None before the first token, or where it keeps nothing."""
         ...
 
     def attend(
@@ -47,8 +47,8 @@ class KVCache(Protocol):
         scale: float,
         key_bias: KeyBias | None,
     ) -> Tensor:
-        """Attention of `query` [b, h, s, d] to what `layer` has made of earlier tokens and to `new`; the same
-        shape."""
+        """Attention of `query` [b, h, s, d] to what `layer` has made of earlier tokens
+        and to `new`; the same shape."""
         ...
 
     def commit(self, extensions: Mapping[int, Extension], counted: Tensor | None) -> None:

@@ -20,8 +20,8 @@ from lckv.cache.edits import edit_of, newest_slots, stored_key
 from lckv.policies.base import Extension, KVPolicy
 
 _REVOCABLE = 32
-"""So many of the newest tokens can always be forgotten again: windowed layers keep as many tokens beyond
-their window."""
+"""So many of the newest tokens can always be forgotten again:
+windowed layers keep as many tokens beyond their window."""
 
 
 class ContiguousCache:
@@ -81,8 +81,8 @@ class ContiguousCache:
         )
 
     def commit(self, extensions: Mapping[int, Extension], counted: Tensor | None) -> None:
-        """See `KVCache`. Raises ValueError unless there is exactly one extension for every layer of the
-        cache."""
+        """See `KVCache`. Raises ValueError unless there is exactly one extension
+        for every layer of the cache."""
         if extensions.keys() != self._layers.keys():
             raise ValueError(
                 f"the cache holds layers {sorted(self._layers)}; keys and values of {sorted(extensions)} "

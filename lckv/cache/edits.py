@@ -43,8 +43,8 @@ class Edit(NamedTuple):
 
 
 def edit_of(extension: Extension, key_bias: KeyBias | None, counted: Tensor | None, lengths: Tensor) -> Edit:
-    """What `extension` does to heads with `lengths` [b, g] slots. `counted` is bool [b, s]; None: no token is
-    padding."""
+    """What `extension` does to heads with `lengths` [b, g] slots. `counted` is bool [b, s];
+    None: no token is padding."""
     tokens = len(extension.key)
     kept = _kept_of_new(extension, key_bias, counted)
     if extension.hides is None or key_bias is None:

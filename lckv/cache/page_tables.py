@@ -4,8 +4,8 @@ pool.
 The host decides, on its own copies: lengths and pages owned are known exactly there, without asking the
 device.
 
-Shapes: l layers, b sequences in question, g KV heads, c columns of the tables (pages of the longest
-sequence).
+Shapes: l layers, b sequences in question, g KV heads,
+c columns of the tables (pages of the longest sequence).
 """
 
 from collections.abc import Sequence
@@ -68,8 +68,8 @@ class PageTables:
         columns: int,
         device: torch.device,
     ) -> None:
-        """`windows`: of each layer, the window in tokens beyond which nobody looks; None: everything is
-        kept."""
+        """`windows`: of each layer, the window in tokens beyond which nobody looks;
+        None: everything is kept."""
         self.lengths = np.zeros((len(windows), sequences, heads), np.int64)
         """[l, all sequences, g]: slots so far."""
         kept = [_EVERYTHING if window is None else max(1, window - 1) for window in windows]

@@ -2,8 +2,8 @@
 when a sequence ends.
 
 Every KV head of every sequence and layer owns as many pages as its slots fill. All memory is allocated at
-construction: keys and values in pages, tables of who owns which, lengths, and what the KV policy keeps of
-each sequence.
+construction: keys and values in pages, tables of who owns which, lengths,
+and what the KV policy keeps of each sequence.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -90,8 +90,8 @@ class PagedCache:
 
     @property
     def bytes_per_sequence(self) -> int:
-        """What there is for every sequence beside its pages, open or not: tables, lengths, the policy's
-        state."""
+        """What there is for every sequence beside its pages, open or not:
+        tables, lengths, the policy's state."""
         return (self.num_bytes - self._pool.num_bytes) // self.max_sequences
 
     @property
@@ -127,8 +127,8 @@ class PagedCache:
         self._closed.append(sequence)
 
     def rows(self, sequences: Sequence[int]) -> PagedRows:
-        """A cache whose row i is `sequences[i]`. Raises ValueError where one is not open, or twice among
-        them."""
+        """A cache whose row i is `sequences[i]`. Raises ValueError
+        where one is not open, or twice among them."""
         self._check_open(sequences)
         if len(set(sequences)) < max(1, len(sequences)):
             raise ValueError(f"sequences is {list(sequences)}; give at least one, and each only once.")

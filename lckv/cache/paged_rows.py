@@ -1,7 +1,7 @@
 """Some sequences of a paged cache, as the cache of a batch.
 
-Shapes: b rows, s new tokens, h query heads, g KV heads, d channels of a head, l layers that compute keys and
-values.
+Shapes: b rows, s new tokens, h query heads, g KV heads, d channels of a head,
+l layers that compute keys and values.
 """
 
 from collections.abc import Mapping, Sequence
@@ -82,8 +82,8 @@ class PagedRows:
         scale: float,
         key_bias: KeyBias | None,
     ) -> Tensor:
-        """See `KVCache`. One token per row is attended where the slots lie; for more, their pages are copied
-        together."""
+        """See `KVCache`. One token per row is attended where the slots lie;
+        for more, their pages are copied together."""
         self._refresh()
         number = self._memory.number[layer]
         if query.shape[2] == 1:
@@ -129,8 +129,8 @@ class PagedRows:
         if growth.pages > memory.pool.free:
             raise OutOfPagesError(
                 f"{int(added.sum())} more tokens in {len(added)} sequences need {growth.pages} pages, but "
-                f"{memory.pool.free} of "
-                f"{memory.pool.pages} are free; close sequences, or make the cache with more pages."
+                f"{memory.pool.free} of {memory.pool.pages} are free; close sequences, or make the cache "
+                "with more pages."
             )
         memory.version += 1
         memory.tables.apply(growth, memory.pool)
@@ -229,8 +229,8 @@ class PagedRows:
         return paged.joined(older, attend(self._work_of(number, key_bias.age), after, stop))
 
     def _work_of(self, number: int, window: int | None) -> Work:
-        """The chunks that hold what one token per row may see of a layer. Layers of equal lengths share
-        them."""
+        """The chunks that hold what one token per row may see of a layer.
+        Layers of equal lengths share them."""
         lengths = self._host_lengths[number].ravel()
         name = lengths.tobytes(), window
         if name not in self._work:
@@ -258,8 +258,8 @@ class PagedRows:
         return past.Past(key, value, self._lengths[number, rows] - first * memory.page_size)
 
     def _place(self, extensions: Sequence[Extension], counted: Tensor | None) -> list[_Placed]:
-        """Where new tokens go. One token per row: of all layers at once; more: layer by layer, which takes
-        less memory."""
+        """Where new tokens go. One token per row: of all layers at once; more:
+        layer by layer, which takes less memory."""
         tokens = len(extensions[0].key)
         parts = [extensions] if tokens == 1 else [[extension] for extension in extensions]
         placed: list[_Placed] = []

@@ -71,10 +71,8 @@ class StreamingCache:
         if not policy.traits.keeps_every_token:
             raise ValueError(
                 f"the KV policy is {policy.name}; streaming with attention sinks drops single tokens, which "
-                "needs a policy "
-                "that keeps every token in a slot of its own: generate within the model's context instead, "
-                "or use a model "
-                "with such a policy."
+                "needs a policy that keeps every token in a slot of its own: generate within the model's "
+                "context instead, or use a model with such a policy."
             )
         for name, size, least in (("rows", rows, 1), ("sinks", sinks, 0), ("window", window, 1)):
             if size < least:
@@ -160,8 +158,8 @@ class StreamingCache:
 
     @torch.no_grad()
     def commit(self, extensions: Mapping[int, Extension], counted: Tensor | None) -> None:
-        """See `KVCache`. Raises ValueError unless there is exactly one extension for every layer of the
-        cache."""
+        """See `KVCache`. Raises ValueError unless there is exactly one extension
+        for every layer of the cache."""
         if extensions.keys() != self._layers.keys():
             raise ValueError(
                 f"the cache holds layers {sorted(self._layers)}; keys and values of {sorted(extensions)} "
@@ -243,8 +241,8 @@ def _copy(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> None:
 
 
 def _tokens_in(places: int, tokens: Tensor) -> Tensor:
-    """int64 [b, places]: which token lies in each place after `tokens` [b] tokens; negative where none
-    does."""
+    """int64 [b, places]: which token lies in each place after `tokens` [b] tokens;
+    negative where none does."""
     newest = tokens[:, None] - 1
     return newest - (newest - torch.arange(places, device=tokens.device)) % places
 

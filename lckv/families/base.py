@@ -51,8 +51,8 @@ class Family:
     """Special tokens that transformers assumes where a config does not give them."""
 
     stock_type: str
-    """The model_type of transformers' config class whose defaults change nothing where a config writes them
-    out."""
+    """The model_type of transformers' config class whose defaults change nothing
+    where a config writes them out."""
 
     names: WeightNames = LLAMA_NAMES
     """Names of the weights."""
@@ -61,8 +61,8 @@ class Family:
     """Whether transformers insists that num_attention_heads divides hidden_size."""
 
     old_spelling: bool = True
-    """Whether software that knows only transformers 4 runs the family, so that configs are written in its
-    spelling too."""
+    """Whether software that knows only transformers 4 runs the family,
+    so that configs are written in its spelling too."""
 
     read_only: bool = False
     """Whether models of the family are read, but written as another one."""
@@ -120,9 +120,8 @@ class Family:
         for name, value in config.items():
             if name not in known and not is_harmless(name, value, self.stock_type):
                 yield (
-                    f"{name} is {value!r}; this field of a {self.name} model is unknown here and may "
-                    "change what the model computes. Only if you know that it does not, remove it from the "
-                    "file."
+                    f"{name} is {value!r}; this field of a {self.name} model is unknown here and may change "
+                    "what the model computes. Only if you know that it does not, remove it from the file."
                 )
 
     def _architecture_problems(self, given: Any) -> Iterator[str]:

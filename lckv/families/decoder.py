@@ -140,8 +140,8 @@ class Decoder:
             )
         if self.head_dim < policy.traits.min_head_dim:
             yield (
-                f"head_dim is {self.head_dim}; it must be at least {policy.traits.min_head_dim} with the policy "
-                f"{policy.name} (compression.policy)."
+                f"head_dim is {self.head_dim}; it must be at least {policy.traits.min_head_dim} with the "
+                f"policy {policy.name} (compression.policy)."
             )
 
 

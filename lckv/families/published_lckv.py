@@ -17,8 +17,8 @@ def compression_of(config: Mapping[str, Any]) -> CompressionConfig:
     """What makes the KV cache small, from the section `compression` of this project's configs, or from the
     fields of the published ones.
 
-    Raises ModelError that names every field that is unknown or of another type, and fields of both kinds in
-    one config.
+    Raises ModelError that names every field that is unknown or of another type,
+    and fields of both kinds in one config.
     """
     given = {name: config[name] for name in PUBLISHED_FIELDS if config.get(name) is not None}
     if config.get("compression") is not None:

@@ -113,8 +113,8 @@ def write_rope(base: float, scaling: LinearScaling | Llama3Scaling | None) -> di
 
 
 def write_old_rope(base: float, scaling: LinearScaling | Llama3Scaling | None) -> dict[str, Any]:
-    """The same as transformers 4 writes it. Software that does not know rope_parameters would silently take
-    another base."""
+    """The same as transformers 4 writes it. Software that does not know rope_parameters
+    would silently take another base."""
     parameters = write_rope(base, scaling)["rope_parameters"]
     del parameters["rope_theta"]
     return {"rope_theta": base, "rope_scaling": None if scaling is None else parameters}

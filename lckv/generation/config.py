@@ -9,8 +9,8 @@ class EngineConfig:
     """How an engine uses memory, and how it reads prompts."""
 
     memory_bytes: int | None = None
-    """Bytes of the KV cache, tables and all. Default: for a full batch, as far as memory goes; see
-    paged_cache."""
+    """Bytes of the KV cache, tables and all. Default:
+    for a full batch, as far as memory goes; see paged_cache."""
 
     page_size: int = 16
     """Slots in a page of the cache."""
@@ -31,8 +31,8 @@ class EngineConfig:
     """Tokens of prompts that one step computes, beside one token of every answer."""
 
     prefill: Literal["parallel", "exact"] = "parallel"
-    """How prompts are run: many tokens at once, or exact, token by token. The two differ only for maps that
-    iterate."""
+    """How prompts are run: many tokens at once, or exact, token by token.
+    The two differ only for maps that iterate."""
 
     prefill_tolerance: float = 0.05
     """For maps that iterate: the relative change of shared keys and values at which passes over a prompt end;

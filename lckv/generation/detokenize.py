@@ -1,5 +1,5 @@
-"""Text from tokens that come one by one: whole characters only, and nothing of a text that ends the
-answer."""
+"""Text from tokens that come one by one: whole characters only,
+and nothing of a text that ends the answer."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -24,8 +24,8 @@ class Detokenizer:
     """Turns tokens into text as they come.
 
     Decoders treat the beginning of a text in their own way (spaces), so the newest tokens are decoded behind
-    those before them, and what these give alone is taken off. The work per token does not depend on how many
-    there were.
+    those before them, and what these give alone is taken off.
+    The work per token does not depend on how many there were.
     """
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
@@ -63,21 +63,21 @@ class StopTexts:
     def __init__(self, texts: Sequence[str]) -> None:
         self._texts = tuple(texts)
         self._held = ""
-        self.found: str | None = None
+        self.stopped_by: str | None = None
         """The text that was found; nothing may be added after it."""
 
     def add(self, text: str) -> str:
-        """The part of `text`, and of what was held back before, that cannot belong to one of the texts, or is
-        before it."""
+        """The part of `text`, and of what was held back before, that cannot belong
+        to one of the texts, or is before it."""
         held = self._held + text
-        ends = [(held.find(each) + len(each), -len(each), each) for each in self._texts if each in held]
+        ends = [(held.find(stop) + len(stop), -len(stop), stop) for stop in self._texts if stop in held]
         if ends:
-            end, length, self.found = min(ends)
+            end, length, self.stopped_by = min(ends)
             self._held = ""
             return held[: end + length]
         longest = max(map(len, self._texts), default=1) - 1
         for start in range(max(0, len(held) - longest), len(held)):
-            if any(each.startswith(held[start:]) for each in self._texts):
+            if any(stop.startswith(held[start:]) for stop in self._texts):
                 self._held = held[start:]
                 return held[:start]
         self._held = ""
@@ -99,7 +99,7 @@ class AnswerText:
     @property
     def stopped_by(self) -> str | None:
         """The stop text that was found."""
-        return self._stop.found
+        return self._stop.stopped_by
 
     def add(self, token: int) -> str:
         """The text that is certain now."""
@@ -108,4 +108,4 @@ class AnswerText:
     def flush(self) -> str:
         """The rest, when no more tokens come; a stop text may still turn up in it."""
         text = self._stop.add(self._detokenizer.flush())
-        return text if self._stop.found is not None else text + self._stop.flush()
+        return text if self._stop.stopped_by is not None else text + self._stop.flush()

@@ -101,8 +101,8 @@ class Engine:
         """Hand in a request. `on_token` is called for each of its events by the thread that runs `step` (or
         `cancel`) and must be quick; it may call `cancel` and `submit`, not `step`.
 
-        Raises ValueError for what can never be answered, with every reason, and QueueFullError where too many
-        requests wait.
+        Raises ValueError for what can never be answered, with every reason,
+        and QueueFullError where too many requests wait.
         """
         prompt = token_ids(prompt_ids)
         problems = self.limits.request_problems(prompt, params)
@@ -179,10 +179,10 @@ class Engine:
         of_each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         requests: list[Request] = []
         try:
-            for prompt, each in zip(prompts, of_each, strict=True):
+            for prompt, own_params in zip(prompts, of_each, strict=True):
                 while True:
                     try:
-                        requests.append(self.submit(prompt, each))
+                        requests.append(self.submit(prompt, own_params))
                         break
                     except QueueFullError:
                         self.step()
@@ -201,8 +201,8 @@ class Engine:
         """How probable each text of tokens is, computed through the cache; see `Scores`. Requests that run
         are set aside meanwhile.
 
-        Raises ValueError for texts that `submit` would refuse as prompts, but a text may be as long as the
-        context.
+        Raises ValueError for texts that `submit` would refuse as prompts,
+        but a text may be as long as the context.
         """
         texts = [token_ids(tokens) for tokens in token_lists]
         limits = self.limits
@@ -223,8 +223,8 @@ class Engine:
         return self._counters.stats(self._scheduler, self.cache, self._forward.compression_ratio)
 
     def _compute(self, jobs: Sequence[Job]) -> list[TokenEvent]:
-        """Compute the next chunk of some running requests, and a token for each whose tokens are all computed
-        then."""
+        """Compute the next chunk of some running requests,
+        and a token for each whose tokens are all computed then."""
         present = self._scheduler.make_room(jobs)
         events = [self._out_of_pages(job) for job in jobs if job.sequence is not None and job not in present]
         if not present:
@@ -279,8 +279,7 @@ class Engine:
         return self._fail(
             job,
             f"the prompt's {job.prompt_tokens} tokens do not fit into the cache, whose {self.cache.pages} "
-            "pages are full after "
-            f"{job.computed}; give the engine more memory_bytes.",
+            f"pages are full after {job.computed}; give the engine more memory_bytes.",
         )
 
     def _fail(self, job: Job, error: str) -> TokenEvent:

@@ -56,14 +56,12 @@ class Limits:
         if len(tokens) > most:
             yield (
                 f"{name} has {len(tokens)} tokens; it must have at most {most}. (There is room for "
-                f"{self.context} tokens of prompt and "
-                "answer together; see max_tokens and max_prompt_tokens.)"
+                f"{self.context} tokens of prompt and answer together; see max_tokens and max_prompt_tokens.)"
             )
         elif len(tokens) > self.pool_tokens:
             yield (
                 f"{name} has {len(tokens)} tokens; the cache has room for {self.pool_tokens}, in "
-                f"{self.pages} pages. Give the engine more "
-                "memory_bytes."
+                f"{self.pages} pages. Give the engine more memory_bytes."
             )
 
     def _known(self, token: int) -> bool:
@@ -83,7 +81,7 @@ def token_ids(tokens: Sequence[int]) -> tuple[int, ...]:
 
 def end_tokens(model: LCKVLlamaForCausalLM) -> frozenset[int]:
     """The model's end-of-sequence tokens."""
-    found: set[int] = set()
+    tokens: set[int] = set()
     for given in (model.config.eos_token_id, getattr(model.generation_config, "eos_token_id", None)):
-        found |= set(given if isinstance(given, list) else () if given is None else (given,))
-    return frozenset(found)
+        tokens |= set(given if isinstance(given, list) else () if given is None else (given,))
+    return frozenset(tokens)

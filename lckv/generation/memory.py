@@ -59,17 +59,15 @@ def paged_cache(
     if pages < heads:
         raise ValueError(
             f"memory_bytes is {memory_bytes}; it must be at least {fixed + heads * smallest.bytes_per_page}: "
-            f"{fixed} for the tables of "
-            f"{max_sequences} sequences (max_batch_size) of {max_tokens} tokens (max_tokens), and a page for "
-            f"each of the {heads} KV heads "
-            "that the model keeps."
+            f"{fixed} for the tables of {max_sequences} sequences (max_batch_size) of {max_tokens} tokens "
+            f"(max_tokens), and a page for each of the {heads} KV heads that the model keeps."
         )
     return make(pages=pages, max_sequences=max_sequences)
 
 
 def longest_sequence(cache: PagedCache, most: int) -> int:
-    """Tokens, at most `most`, of the longest sequence that has room in an empty `cache` if every token is
-    kept."""
+    """Tokens, at most `most`, of the longest sequence that has room
+    in an empty `cache` if every token is kept."""
     sequence = cache.open()
     try:
         return bisect_right(

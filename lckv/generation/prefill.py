@@ -66,8 +66,8 @@ class Settling:
         return all(settled)
 
     def _change(self, before: Extension, after: Extension) -> Tensor:
-        """float32 [b]: the larger of the relative changes of keys and values; infinite where decisions
-        differ."""
+        """float32 [b]: the larger of the relative changes of keys and values;
+        infinite where decisions differ."""
         value = self._relative(before.value, after.value)
         if not self._biased:
             return torch.maximum(value, self._relative(before.key, after.key))

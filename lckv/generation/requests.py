@@ -1,5 +1,5 @@
-"""Requests to the engine: what a user hands in, what comes back token by token, and what is there at the
-end."""
+"""Requests to the engine: what a user hands in, what comes back token by token,
+and what is there at the end."""
 
 import threading
 from collections.abc import Callable
@@ -72,8 +72,8 @@ class Completion:
     """How often its memory was given to others in between."""
 
     prefill_passes: int | None = None
-    """Passes over the iterated layers that the prompt took (the most of any part of it); None where no layer
-    is iterated."""
+    """Passes over the iterated layers that the prompt took (the most of any part of it);
+    None where no layer is iterated."""
 
 
 class Request:
@@ -101,8 +101,8 @@ class Request:
         return self._done.is_set()
 
     def result(self, timeout: float | None = None) -> Completion:
-        """Wait for the answer, while another thread runs the engine. Raises TimeoutError after `timeout`
-        seconds."""
+        """Wait for the answer, while another thread runs the engine.
+        Raises TimeoutError after `timeout` seconds."""
         if not self._done.wait(timeout):
             raise TimeoutError(
                 f"request {self.request_id} is not finished after {timeout} seconds; does a thread run the "

@@ -129,13 +129,13 @@ def sample(
 ) -> list[Choice]:
     """One token for each row of `logits` [b, V].
 
-    `previous` are the tokens of prompt and answer so far. A row's generator gives one number, unless the row
-    is greedy.
+    `previous` are the tokens of prompt and answer so far.
+    A row's generator gives one number, unless the row is greedy.
     """
     scores = logits.float()
     chosen = filtered(scores, params, previous)
     best = chosen.argmax(-1)
-    drawn = [row for row, each in enumerate(params) if each.temperature > 0]
+    drawn = [row for row, row_params in enumerate(params) if row_params.temperature > 0]
     if drawn:
         uniform = torch.tensor([generators[row].random() for row in drawn], dtype=torch.float64).to(
             logits.device
@@ -149,8 +149,8 @@ def sample(
 
 
 def filtered(scores: Tensor, params: Sequence[SamplingParams], previous: Sequence[Sequence[int]]) -> Tensor:
-    """What is left of float32 logits [b, V] after the penalty, temperature (0: as 1) and the filters; -inf:
-    never chosen."""
+    """What is left of float32 logits [b, V] after the penalty, temperature (0: as 1)
+    and the filters; -inf: never chosen."""
     scores = _penalised(scores, params, previous)
 
     def column(values: Sequence[float]) -> Tensor:
@@ -192,8 +192,8 @@ def _penalised(scores: Tensor, params: Sequence[SamplingParams], previous: Seque
 
 
 def _draw(scores: Tensor, uniform: Tensor) -> Tensor:
-    """int64 [b]: the inverse of each row's cumulative distribution at `uniform` float64 [b], at least 0 and
-    below 1."""
+    """int64 [b]: the inverse of each row's cumulative distribution at `uniform` float64 [b],
+    at least 0 and below 1."""
     cumulative = scores.double().softmax(-1).cumsum(-1)
     # A double below 1 times the total is below the total: a token with a share of its own is found.
     at = uniform[:, None] * cumulative[:, -1:]
@@ -225,4 +225,4 @@ def _whole(value: object) -> bool:
 
 
 def _tuple_of(kind: type, value: object) -> bool:
-    return isinstance(value, tuple) and all(isinstance(each, kind) for each in value)
+    return isinstance(value, tuple) and all(isinstance(entry, kind) for entry in value)

@@ -29,8 +29,8 @@ class Scheduler:
         iterated: bool,
     ) -> None:
         """`prefill_chunk`: tokens, padding included, of prompts in one step. `exact`: prompts go token by
-        token. `iterated`: computing several tokens at once is an approximation, which only prompts may be
-        subject to."""
+        token. `iterated`: computing several tokens at once is an approximation,
+        which only prompts may be subject to."""
         self._cache, self._max_batch_size, self._max_waiting = cache, max_batch_size, max_waiting
         self._prefill_chunk, self._exact, self._iterated = prefill_chunk, exact, iterated
         self._lock = threading.Lock()
@@ -70,7 +70,7 @@ class Scheduler:
             job.sequence = self._cache.open()
             together = [*self.running, job]
             # A page more for each, so that the next step does not need another one's.
-            tokens = [len(each.tokens) - each.computed + self._cache.page_size for each in together]
+            tokens = [len(member.tokens) - member.computed + self._cache.page_size for member in together]
             if self.running and not self._fits(together, tokens):
                 self._cache.close(job.sequence)
                 job.sequence = None
@@ -85,8 +85,8 @@ class Scheduler:
         """Those whose next chunk is computed in this step, the oldest first, as many as the padded chunks
         allow.
 
-        A chunk is never cut to make room for another request's: what a request gets must not depend on its
-        neighbours.
+        A chunk is never cut to make room for another request's:
+        what a request gets must not depend on its neighbours.
         """
         chosen: list[Job] = []
         width = 0

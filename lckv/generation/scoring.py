@@ -30,7 +30,7 @@ def score(
 
     Raises OutOfPagesError for a text that finds no room alone.
     """
-    found: dict[int, Scores] = {}
+    scores_of: dict[int, Scores] = {}
     order = sorted(range(len(texts)), key=lambda number: -len(texts[number]))
     while order:
         width = min(chunk, len(texts[order[0]]))
@@ -44,11 +44,11 @@ def score(
                 tokens.pop()
             batch, order = order[: len(sequences)], order[len(sequences) :]
             scores = _score_together(forward, sequences, [texts[number] for number in batch], chunk)
-            found.update(zip(batch, scores, strict=True))
+            scores_of.update(zip(batch, scores, strict=True))
         finally:
             for sequence in sequences:
                 cache.close(sequence)
-    return [found[number] for number in range(len(texts))]
+    return [scores_of[number] for number in range(len(texts))]
 
 
 def _score_together(

@@ -1,5 +1,5 @@
-"""Generation without end, in memory that does not grow: attention sinks and a window
-(`lckv/cache/streaming.py`)."""
+"""Generation without end, in memory that does not grow:
+attention sinks and a window (`lckv/cache/streaming.py`)."""
 
 from collections.abc import Iterator, Sequence
 from random import Random
@@ -20,8 +20,8 @@ _PROMPT_TAIL = 8
 
 
 def streaming_cache(model: LCKVLlamaForCausalLM, *, sinks: int, window: int) -> StreamingCache:
-    """For one row of a model. Raises ValueError for models that merge tokens and for more tokens than the
-    model's context."""
+    """For one row of a model. Raises ValueError for models that merge tokens
+    and for more tokens than the model's context."""
     config, compression = model.config, model.config.compression_config()
     layer_types = compression.map(config.num_hidden_layers)
     assert (
@@ -31,8 +31,7 @@ def streaming_cache(model: LCKVLlamaForCausalLM, *, sinks: int, window: int) -> 
     )
     if sinks + window > config.max_position_embeddings:
         raise ValueError(
-            f"sinks is {sinks} and window is {window}; together they must be at most the model's "
-            "context, "
+            f"sinks is {sinks} and window is {window}; together they must be at most the model's context, "
             f"{config.max_position_embeddings} tokens."
         )
     base, scaling = config.rope_parameters["rope_theta"], config.rope_scaling_config()

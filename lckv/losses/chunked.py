@@ -1,6 +1,7 @@
 """The loss of some tokens at a time: logits of other chunks are recomputed in backward.
 
-Forward and backward compute the product with the output weight 4 times instead of 3, and hold the logits of one chunk.
+Forward and backward compute the product with the output weight 4 times instead of 3,
+and hold the logits of one chunk.
 """
 
 import torch

@@ -17,11 +17,11 @@ class OutputHead(Protocol):
         ...
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Loss of each token, float32 [n] in nats, from logits [n, v] and targets int64 [n] of the whole vocabulary. The
-        logits may be overwritten."""
+        """Loss of each token, float32 [n] in nats, from logits [n, v] and targets int64 [n] of the whole
+        vocabulary. The logits may be overwritten."""
         ...
 
 
 TokenLoss = Callable[[OutputHead, Tensor, Tensor], Tensor]
-"""loss(head, hidden_states, targets): of hidden states [s, b, hidden] and targets int64 [s, b], the loss of each token,
-float32 [s, b]."""
+"""loss(head, hidden_states, targets): of hidden states [s, b, hidden] and targets int64 [s, b], the loss of
+each token, float32 [s, b]."""

@@ -1,4 +1,5 @@
-"""The loss as the formula says it, with the logits of all tokens in memory: the oracle of every other backend."""
+"""The loss as the formula says it, with the logits of all tokens in memory.
+It is the oracle of every other backend."""
 
 from torch import Tensor
 

@@ -1,5 +1,5 @@
-"""The cache that Hugging Face's `generate` carries along: one entry per layer that computes keys and
-values."""
+"""The cache that Hugging Face's `generate` carries along:
+one entry per layer that computes keys and values."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 class LCKVCache(Cache):
     """What `generate` asks of a cache, around `ContiguousCache`.
 
-    It counts columns of the batch (padding included), as `attention_mask` does; what is stored is only what
-    attention needs.
+    It counts columns of the batch (padding included), as `attention_mask` does;
+    what is stored is only what attention needs.
     """
 
     def __init__(self, config: LCKVLlamaConfig) -> None:
@@ -67,8 +67,8 @@ class LCKVCache(Cache):
             self.slots.select_rows(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens (given as a negative number). Raises ValueError where tokens were merged
-        or dropped."""
+        """Forget the newest tokens (given as a negative number).
+        Raises ValueError where tokens were merged or dropped."""
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}."

@@ -39,8 +39,8 @@ class Tokens:
 
 
 class LCKVLlamaAttention(nn.Module):
-    """Self-attention of one layer of a sharing map. A layer that only reads keys and values has no weights
-    for them."""
+    """Self-attention of one layer of a sharing map.
+    A layer that only reads keys and values has no weights for them."""
 
     def __init__(self, config: LCKVLlamaConfig, layer_idx: int) -> None:
         super().__init__()
@@ -148,8 +148,8 @@ class LCKVLlamaMLP(nn.Module):
 
 
 _Flat = tuple[Tensor | None, ...]
-"""Hidden states, then the fields of the layer's own `Extension`, then its statistics: what checkpointing can
-pass on."""
+"""Hidden states, then the fields of the layer's own `Extension`, then its statistics:
+what checkpointing can pass on."""
 
 
 _NO_EXTENSION = (None,) * len(Extension._fields)
@@ -172,8 +172,8 @@ class LCKVLlamaDecoderLayer(nn.Module):
     def forward(self, hidden_states: Tensor, tokens: Tokens, part: str, *source: Tensor | None) -> _Flat:
         """`part` is "all", "keys_values" (nothing else is returned) or "without_source" (attention is left
         out, as if it were 0). `source` are the fields of what the layer reads, if it reads another's.
-        Everything goes through here, so that hooks on the module (sharded or offloaded weights) see every
-        use."""
+        Everything goes through here, so that hooks
+        on the module (sharded or offloaded weights) see every use."""
         if part == "keys_values":
             own, statistics = self.self_attn.keys_values(self.input_layernorm(hidden_states), tokens)
             return hidden_states, *own, *statistics
@@ -197,8 +197,8 @@ class PlannedLayers:
     def __init__(
         self, layers: Sequence[LCKVLlamaDecoderLayer], tokens: Tokens, hidden_states: list[Tensor] | None
     ) -> None:
-        """Each layer's result in the pass that counts is added to `hidden_states`, if there is such a
-        list."""
+        """Each layer's result in the pass that counts is added to `hidden_states`,
+        if there is such a list."""
         self._layers, self._tokens, self._hidden_states = layers, tokens, hidden_states
         self.kept: dict[int, Extension] = {}
         """Keys and values of the pass that counts, if there is a cache for them."""
@@ -228,8 +228,8 @@ class PlannedLayers:
         return own
 
     def run_without_source(self, index: int, hidden_states: Tensor) -> tuple[Tensor, Extension | None]:
-        """Without older tokens attention to zero keys and values is exactly 0; with some, the zeros are among
-        them."""
+        """Without older tokens attention to zero keys and values is exactly 0;
+        with some, the zeros are among them."""
         if self._tokens.past is not None:
             return self.run(index, hidden_states, self.zeros(hidden_states), kept=False)
         return _unflat(self._layers[index](hidden_states, self._tokens, "without_source"))[:2]

@@ -33,8 +33,8 @@ class LCKVOutput(ModelOutput):
     """What the model returns; fields that were not asked for are None."""
 
     loss: Tensor | None = None
-    """float32 []: mean cross-entropy of the shifted labels in nats; in training with a policy that has one,
-    plus `auxiliary_loss`."""
+    """float32 []: mean cross-entropy of the shifted labels in nats;
+    in training with a policy that has one, plus `auxiliary_loss`."""
     logits: Tensor | None = None
     """[b, s, vocabulary]."""
     past_key_values: LCKVCache | None = None
@@ -129,8 +129,7 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         if given is not None and not isinstance(given, LCKVCache):
             raise ValueError(
                 f"past_key_values is a {type(given).__name__}; this model keeps one entry per layer that "
-                "computes keys and values: pass an "
-                "LCKVCache(model.config), or None."
+                "computes keys and values: pass an LCKVCache(model.config), or None."
             )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -139,8 +138,7 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         if self.training and torch.is_grad_enabled():
             raise ValueError(
                 "use_cache is set, or past_key_values given, in training; what is in a cache has no "
-                "gradient, and a KV policy "
-                "decides without noise there: leave them out, or call model.eval()."
+                "gradient, and a KV policy decides without noise there: leave them out, or call model.eval()."
             )
         return LCKVCache(self.config) if given is None else given
 
@@ -155,8 +153,8 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         output_hidden_states: bool = False,
     ) -> LCKVOutput:
         """Run the layers on embedded tokens [b, s, hidden] with any cache, which takes them in. `counted`
-        bool [b, s]: not padding; `iteration`: for maps that iterate, default the configuration's m + b
-        passes."""
+        bool [b, s]: not padding; `iteration`: for maps that iterate,
+        default the configuration's m + b passes."""
         rows, tokens = hidden_states.shape[:2]
         if cache is not None and not cache.empty and len(cache.seen) != rows:
             raise ValueError(
@@ -232,8 +230,8 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         return contexts
 
     def _frequencies(self, device: torch.device) -> Tensor:
-        """float32 whatever the model's dtype, and no buffer, which loading or casting the model would
-        spoil."""
+        """float32 whatever the model's dtype, and no buffer,
+        which loading or casting the model would spoil."""
         config = self.config
         assert config.rope_parameters is not None and config.head_dim is not None
         return inverse_frequencies(
@@ -322,8 +320,7 @@ class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation is {generation_config.cache_implementation!r}; this model has a cache "
-                "of its own kind, which is "
-                "small already: leave it out."
+                "of its own kind, which is small already: leave it out."
             )
         if (
             generation_mode == GenerationMode.ASSISTED_GENERATION
@@ -332,8 +329,7 @@ class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
             raise ValueError(
                 "assisted decoding forgets the tokens that it rejects, which is impossible with the policy "
                 f"{self.model.policy.name} (compression.policy), since it does not keep every token in a "
-                "slot of its own: "
-                "leave out assistant_model and prompt_lookup_num_tokens."
+                "slot of its own: leave out assistant_model and prompt_lookup_num_tokens."
             )
         given = model_kwargs.get("past_key_values")
         if given is None and generation_config.use_cache is not False:

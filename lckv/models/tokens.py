@@ -14,17 +14,16 @@ def counted_tokens(attention_mask: Tensor | None, tokens: int, older: int) -> Te
     """bool [b, s]: which of the newest `tokens` tokens are not padding; None: all are not.
 
     `attention_mask` is [b, older + s] of 0 and 1, with `older` columns for what a cache holds. Raises
-    ValueError for a mask of another shape and for padding between new tokens, which causal attention has no
-    meaning for.
+    ValueError for a mask of another shape and for padding between new tokens,
+    which causal attention has no meaning for.
     """
     if attention_mask is None:
         return None
     if attention_mask.dim() != 2 or attention_mask.shape[1] != older + tokens:
         raise ValueError(
             f"attention_mask has shape {list(attention_mask.shape)}; it must be [batch, {older + tokens}], "
-            "with 1 for tokens and 0 for "
-            f"padding, for {older} earlier columns and {tokens} new ones. Which key a query sees follows "
-            "from the sharing map."
+            f"with 1 for tokens and 0 for padding, for {older} earlier columns and {tokens} new ones. Which "
+            "key a query sees follows from the sharing map."
         )
     mask = attention_mask[:, older:].bool()
     if bool(mask.all()):

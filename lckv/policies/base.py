@@ -23,8 +23,8 @@ class KeyValue(NamedTuple):
     """What readers of a layer attend to."""
 
     key: Tensor
-    """[s, b, g, d + e], rotated to absolute positions. Where the policy biases keys, the last channel is the
-    bias."""
+    """[s, b, g, d + e], rotated to absolute positions.
+    Where the policy biases keys, the last channel is the bias."""
 
     value: Tensor
     """[s, b, g, d]."""
@@ -81,8 +81,8 @@ class Extension(NamedTuple):
     merged into. Eviction: a = 1 or more."""
 
     key: Tensor
-    """[s, b, g, d + e] as in `KeyValue`, of the new tokens; the bias of a hidden one is `HIDDEN`, of others
-    0."""
+    """[s, b, g, d + e] as in `KeyValue`, of the new tokens;
+    the bias of a hidden one is `HIDDEN`, of others 0."""
 
     value: Tensor
     """[s, b, g, d]."""
@@ -99,8 +99,8 @@ class ChannelRows(Protocol):
     """The weights (and biases) of a model's projections, seen from the channels that they make."""
 
     def __call__(self, kind: Literal["query", "key", "value"], channel: int) -> Iterator[Tensor]:
-        """Views of the rows that make channel `channel` of the heads of `kind`, on this rank: of every layer
-        and head."""
+        """Views of the rows that make channel `channel` of the heads of `kind`, on this rank:
+        of every layer and head."""
         ...
 
 
@@ -163,23 +163,23 @@ class KVPolicy(ABC):
 
     def report(self, means: Sequence[Tensor], loss: float, progress: float | None) -> dict[str, float]:
         """Numbers to log, by name, from the mean of each statistic over rows, each float64 [layers, KV
-        heads], and from the mean `loss` of rows. `progress`: share of training that is done; None: of an
-        evaluation."""
+        heads], and from the mean `loss` of rows. `progress`: share of training that is done;
+        None: of an evaluation."""
         return {}
 
     def scripted_shift(self, key: Tensor) -> Tensor | None:
-        """For benchmarks, where weights are random: what to add to keys [s, b, g, d] before RoPE, [g, d], so that as many
-        tokens share a slot as the settings aim at. None: nothing needs to be added."""
+        """For benchmarks, where weights are random: what to add to keys [s, b, g, d] before RoPE, [g, d], so
+        that as many tokens share a slot as the settings aim at. None: nothing needs to be added."""
         return None
 
     def obstacle_in_weights(self, rows: ChannelRows, before: PolicyConfig) -> str | None:
-        """What keeps weights of a model of the policy `before` from going on with this one; None if nothing
-        does."""
+        """What keeps weights of a model of the policy `before` from going
+        on with this one; None if nothing does."""
         return None
 
     def end_stage(self, rows: ChannelRows) -> str | None:
-        """Change weights in place when the stage is over. Returns what was done, for the log; None: nothing
-        was."""
+        """Change weights in place when the stage is over.
+        Returns what was done, for the log; None: nothing was."""
         return None
 
 

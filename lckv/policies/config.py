@@ -46,8 +46,8 @@ class Traits:
 
     @property
     def keeps_every_token(self) -> bool:
-        """Whether every token has a slot of its own for good, so that the newest tokens can be forgotten
-        again."""
+        """Whether every token has a slot of its own for good,
+        so that the newest tokens can be forgotten again."""
         return self.key_bias is None
 
     @property
@@ -89,13 +89,13 @@ class PolicyConfig:
     # How training goes from one policy or stage to another. An obstacle is a sentence with the way out.
 
     def obstacle_to_leaving(self, after: "PolicyConfig") -> str | None:
-        """What keeps a model that was trained with this policy from going on with `after`; None if nothing
-        does."""
+        """What keeps a model that was trained with this policy from going
+        on with `after`; None if nothing does."""
         return None
 
     def obstacle_to_converting(self, before: "PolicyConfig") -> str | None:
-        """What keeps a model of the policy `before` from getting this policy without training; None if
-        nothing does."""
+        """What keeps a model of the policy `before` from getting this policy
+        without training; None if nothing does."""
         return None
 
     # What a cache takes.
@@ -130,8 +130,8 @@ class PolicyConfig:
 
     @classmethod
     def from_megatron_arguments(cls, arguments: Mapping[str, Any]) -> "PolicyConfig | None":
-        """The settings in the arguments of a run of Megatron's older training program, among them `params_dtype`,
-        the name of the weights' dtype; None where the run did not use this policy.
+        """The settings in the arguments of a run of Megatron's older training program, among them
+        `params_dtype`, the name of the weights' dtype; None where the run did not use this policy.
 
         Raises SettingError, with the names of arguments, where they cannot be understood.
         """

@@ -70,8 +70,7 @@ def _config_of(package: str) -> type[PolicyConfig]:
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{package} is no KV policy: {error}. {VARIABLE} and entry points of {GROUP} name packages with "
-            "a module config, "
-            "or modules."
+            "a module config, or modules."
         ) from error
     kinds = [
         kind

@@ -1,5 +1,5 @@
-"""From the engine's events to OpenAI's objects: whole answers and streamed pieces of them, for both kinds of
-requests."""
+"""From the engine's events to OpenAI's objects: whole answers and streamed pieces of them,
+for both kinds of requests."""
 
 import time
 from collections.abc import Callable

@@ -1,5 +1,5 @@
-"""The HTTP application: OpenAI-style completions and chat over one engine, with limits, health and
-metrics."""
+"""The HTTP application: OpenAI-style completions and chat over one engine,
+with limits, health and metrics."""
 
 import asyncio
 import hmac
@@ -244,14 +244,14 @@ async def _answer(
     finally:
         for answer in answers:
             answer.cancel()
-    for each in events:
-        if each[-1].finish_reason == "error":
+    for answer_events in events:
+        if answer_events[-1].finish_reason == "error":
             raise ApiError(500, "the model failed on this request; see the server's log.")
     choices = [
-        whole_choice(kind, index, each, served.tokenizer.token_text, prefixes[index])
-        for index, each in enumerate(events)
+        whole_choice(kind, index, answer_events, served.tokenizer.token_text, prefixes[index])
+        for index, answer_events in enumerate(events)
     ]
-    generated = sum(event.token is not None for each in events for event in each)
+    generated = sum(event.token is not None for answer_events in events for event in answer_events)
     return JSONResponse(header.body(choices, piece=False, usage=usage(prompt_tokens, generated)))
 
 

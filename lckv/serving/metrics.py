@@ -1,5 +1,5 @@
-"""What Prometheus reads: the engine's counters and gauges when it asks, and the server's answers by
-status."""
+"""What Prometheus reads: the engine's counters and gauges when it asks,
+and the server's answers by status."""
 
 from collections.abc import Iterator
 

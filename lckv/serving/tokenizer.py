@@ -1,5 +1,5 @@
-"""The tokenizer as the server uses it: away from the event loop, one text at a time, apart from the
-engine's."""
+"""The tokenizer as the server uses it: away from the event loop,
+one text at a time, apart from the engine's."""
 
 import asyncio
 import copy
@@ -22,8 +22,8 @@ class ServedTokenizer:
         return await asyncio.to_thread(self._encode, text, add_special_tokens=True)
 
     async def encode_chat(self, conversation: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation, by the model's chat template. Raises ApiError where there is none, or
-        it refuses."""
+        """Token ids of a conversation, by the model's chat template.
+        Raises ApiError where there is none, or it refuses."""
         if getattr(self._tokenizer, "chat_template", None) is None:
             raise ApiError(
                 400, "this model's tokenizer has no chat template; use /v1/completions.", param="messages"

@@ -1,5 +1,5 @@
-"""The engine in a thread of its own, for an asynchronous server: requests go in, events come out in the event
-loop."""
+"""The engine in a thread of its own, for an asynchronous server:
+requests go in, events come out in the event loop."""
 
 import asyncio
 import logging
@@ -80,8 +80,8 @@ class EngineWorker:
             )
 
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str) -> Answer:
-        """Hand in a request, from the event loop. Raises what `Engine.submit` raises, and
-        EngineFailedError."""
+        """Hand in a request, from the event loop. Raises what `Engine.submit` raises,
+        and EngineFailedError."""
         answer = Answer(request_id, self._cancel)
         with self._lock:
             if not self.healthy:

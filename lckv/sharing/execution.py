@@ -2,8 +2,8 @@
 
 Keys and values are arguments and results, never state: recompute, several micro-batches in flight, pipeline
 stages and caches cannot mix them up, and a source that is missing is an error. What one step leaves for the
-next is a value, `State`: a run can be suspended between any two steps, or pieces of a step, and go on
-elsewhere.
+next is a value, `State`: a run can be suspended between any two steps,
+or pieces of a step, and go on elsewhere.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +19,8 @@ KV = TypeVar("KV")
 """What readers of a layer get: its keys and values, and whatever goes with them."""
 
 Converged = Callable[[Mapping[int, KV], Mapping[int, KV]], bool]
-"""Whether the keys and values of one pass differ so little from those of the pass before that iterating may
-end."""
+"""Whether the keys and values of one pass differ so little from those
+of the pass before that iterating may end."""
 
 
 class Layers(Protocol[KV]):
@@ -38,8 +38,8 @@ class Layers(Protocol[KV]):
         ...
 
     def run_without_source(self, index: int, hidden_states: Tensor) -> tuple[Tensor, KV | None]:
-        """A cyclic layer in the first pass over its group, when the keys and values that it reads are zeros;
-        as `run`."""
+        """A cyclic layer in the first pass over its group, when the keys and values
+        that it reads are zeros; as `run`."""
         ...
 
     def zeros(self, hidden_states: Tensor) -> KV:

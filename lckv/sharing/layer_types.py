@@ -63,8 +63,7 @@ class LayerTypes:
                 raise _misfit(
                     text,
                     f"{place} is {repr(entry) if entry else 'empty'}: an entry is the index of the layer to "
-                    "read from, with "
-                    'an optional "s" for a sliding window, and entries are joined by "_"',
+                    'read from, with an optional "s" for a sliding window, and entries are joined by "_"',
                 )
             source = int(match[1])
             if source >= num_layers:
@@ -97,8 +96,8 @@ class LayerTypes:
 
     @cached_property
     def kv_layers(self) -> tuple[int, ...]:
-        """Layers that compute keys and values, ascending: those that occur in the map. The others have no K/V
-        weights."""
+        """Layers that compute keys and values, ascending: those that occur in the map.
+        The others have no K/V weights."""
         return tuple(sorted({layer.source for layer in self.layers}))
 
     @property
@@ -113,8 +112,8 @@ class LayerTypes:
 
     @cached_property
     def windowed_kv_layers(self) -> tuple[int, ...]:
-        """Those of `kv_layers` that only layers with a window read, so that a cache need not keep more than
-        the window."""
+        """Those of `kv_layers` that only layers with a window read,
+        so that a cache need not keep more than the window."""
         sliding = {layer.index for layer in self.layers if layer.sliding}
         return tuple(layer for layer in self.kv_layers if sliding.issuperset(self.readers(layer)))
 

@@ -1,5 +1,5 @@
-"""A sharing map as text: which layers compute keys and values, which read them, and which run again in which
-steps."""
+"""A sharing map as text: which layers compute keys and values, which read them,
+and which run again in which steps."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby

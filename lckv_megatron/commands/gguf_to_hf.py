@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def convert(gguf: Path, folder: Path) -> None:
     """Write the model in the file `gguf` to the new folder `folder`.
 
-    Raises ConfigError where a package is missing, the file is no GGUF file, or transformers cannot read its
-    architecture.
+    Raises ConfigError where a package is missing, the file is no GGUF file,
+    or transformers cannot read its architecture.
     """
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:

@@ -8,12 +8,14 @@ top. A filled box computes keys and values; a line runs from every layer that re
 that it reads.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib import rc_context
+from matplotlib.figure import Figure
 
+from lckv_megatron.pictures.files import write_picture
 from lckv_megatron.pictures.sharing_maps import FONT, draw, parse
 from megatron_ext.arguments import ProgramParser
 
@@ -32,18 +34,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     try:
-        maps = [parse(text) for text in options.maps]
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        with rc_context(FONT):
-            draw(maps, passes=options.passes).savefig(options.output, format="png")
+        write_picture(lambda: _picture(options), FONT, options.output)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"error: {options.output} cannot be written: {error.strerror}.", file=sys.stderr)
-        return 2
     print(options.output)
     return 0
+
+
+def _picture(options: argparse.Namespace) -> Figure:
+    """The maps that were asked for; the folder of the file is made."""
+    maps = [parse(text) for text in options.maps]
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    return draw(maps, passes=options.passes)
 
 
 if __name__ == "__main__":

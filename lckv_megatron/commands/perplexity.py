@@ -139,8 +139,8 @@ def of_folder(options: argparse.Namespace) -> tuple[Perplexity, dict[str, Any]]:
 
 
 def of_checkpoint(options: argparse.Namespace) -> tuple[Perplexity, dict[str, Any]] | None:
-    """Of the newest good checkpoint in `options.load`, in the precision of its run; None except on one
-    process."""
+    """Of the newest good checkpoint in `options.load`, in the precision of its run;
+    None except on one process."""
     from lckv_megatron.scoring.checkpoint_losses import CheckpointLosses
 
     if options.through != "forward" or options.passes is not None:
@@ -148,8 +148,8 @@ def of_checkpoint(options: argparse.Namespace) -> tuple[Perplexity, dict[str, An
             "--through and --passes are for --model; convert the checkpoint, or leave them out."
         )
     with CheckpointLosses(options) as losses:
-        found = measured(options, losses.coder, losses.context, losses)
-        return found if losses.has_result else None
+        result = measured(options, losses.coder, losses.context, losses)
+        return result if losses.has_result else None
 
 
 def measured(
@@ -165,9 +165,9 @@ def measured(
         total = options.rows * (options.row_length - 1)
     started = time.monotonic()
     with tqdm(total=total, unit=" tokens", disable=None) as bar:
-        found = Measurement(cut, bar.update).run(texts, losses, options.max_batch_size)
+        perplexity = Measurement(cut, bar.update).run(texts, losses, options.max_batch_size)
     facts = {"through": options.through, "context": cut.context, "stride": cut.stride, **losses.facts()}
-    return found, {**facts, "seconds": time.monotonic() - started}
+    return perplexity, {**facts, "seconds": time.monotonic() - started}
 
 
 def cut_of(options: argparse.Namespace, longest: int | None) -> Cut:
@@ -198,26 +198,25 @@ def cut_of(options: argparse.Namespace, longest: int | None) -> Cut:
     return Cut(context, stride)
 
 
-def show(found: Perplexity, facts: dict[str, Any], options: argparse.Namespace) -> None:
+def show(result: Perplexity, facts: dict[str, Any], options: argparse.Namespace) -> None:
     """Print a result, and write it where that was asked for."""
-    content = {**found.as_dict(), **facts}
+    content = {**result.as_dict(), **facts}
     if options.output is not None:
         write_file(options.output, f"{json.dumps(content, indent=1)}\n".encode())
     if options.json:
         print(json.dumps(content, indent=1))
         return
     print(
-        f"perplexity {found.perplexity:.4f} ({found.loss:.6f} nats per token, {found.bits_per_byte:.4f} bits "
-        "per byte; "
-        f"{found.tokens:,} tokens in {found.texts:,} texts, {found.windows:,} windows of up to "
-        f"{facts['context']:,})"
+        f"perplexity {result.perplexity:.4f} ({result.loss:.6f} nats per token, "
+        f"{result.bits_per_byte:.4f} bits per byte; {result.tokens:,} tokens in {result.texts:,} texts, "
+        f"{result.windows:,} windows of up to {facts['context']:,})"
     )
     ratio, passes, seconds = facts.get("compression_ratio"), facts.get("passes"), facts["seconds"]
     if ratio is not None:
         print(f"{ratio:.2f} tokens per slot of the KV cache")
     if passes is not None:
         print(f"{passes:g} passes over the layers that iterate")
-    print(f"{seconds:.1f} s, {found.tokens / seconds:,.0f} tokens/s", file=sys.stderr)
+    print(f"{seconds:.1f} s, {result.tokens / seconds:,.0f} tokens/s", file=sys.stderr)
 
 
 def measure(options: argparse.Namespace) -> None:

@@ -11,9 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib import rc_context
-
 from lckv_megatron.pictures.curves import LOOK, METRICS_NAME, X_LABELS, Style, plot, read_runs
+from lckv_megatron.pictures.files import write_picture
 from megatron_ext.arguments import ProgramParser
 from megatron_ext.errors import ConfigError
 
@@ -49,16 +48,11 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns its exit status."""
     options = _parser().parse_args(argv)
+    style = Style(options.x, options.smoothing, options.start)
     try:
-        runs = read_runs(options.runs)
-        with rc_context(LOOK):
-            figure = plot(runs, Style(options.x, options.smoothing, options.start))
-            figure.savefig(options.output, format="png")
+        write_picture(lambda: plot(read_runs(options.runs), style), LOOK, options.output)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {options.output} cannot be written: {error.strerror}.", file=sys.stderr)
         return 2
     print(options.output)
     return 0

@@ -2,8 +2,8 @@
 
     lckv-megatron sample --load runs/demo/checkpoints --prompt "def main("
 
-For looking at a run: the whole text runs for every token. The tokenizer is that of the run unless another is
-given.
+For looking at a run: the whole text runs for every token.
+The tokenizer is that of the run unless another is given.
 """
 
 import argparse

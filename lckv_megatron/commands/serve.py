@@ -104,8 +104,8 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Done before the model is loaded, so that a port in use is said at once; clients are accepted when it
-    is."""
+    """Done before the model is loaded, so that a port in use is said at once;
+    clients are accepted when it is."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -36,8 +36,8 @@ class Run:
     reports: list[dict[str, Any]]
 
     def series(self, value: str, x: str, start: float = 0) -> tuple[list[float], list[float]]:
-        """Abscissas from `start` and ordinates of the reports that have `value`; a value that was not finite
-        is nan."""
+        """Abscissas from `start` and ordinates of the reports that have `value`;
+        a value that was not finite is nan."""
         # A validation report need not repeat what the step's report says of the same iteration.
         places = {report["iteration"]: report[x] for report in self.reports if report.get(x) is not None}
         points = [
@@ -74,8 +74,8 @@ class Panel:
 
 
 def smooth(ordinates: Sequence[float], smoothing: float) -> list[float]:
-    """Exponential moving average, without the pull towards 0 at its start; nan stays nan and is not averaged
-    in."""
+    """Exponential moving average, without the pull towards 0 at its start;
+    nan stays nan and is not averaged in."""
     average = weight = 0.0
     smoothed = []
     for ordinate in ordinates:
@@ -87,8 +87,8 @@ def smooth(ordinates: Sequence[float], smoothing: float) -> list[float]:
 
 
 def draw_curves(axes: Axes, runs: Sequence[Run], style: Style, value: str, **line: Any) -> None:
-    """One curve per run, in the run's colour; where curves are smoothed, the points themselves stay visible
-    behind."""
+    """One curve per run, in the run's colour; where curves are smoothed,
+    the points themselves stay visible behind."""
     for index, run in enumerate(runs):
         abscissas, ordinates = run.series(value, style.x, style.start)
         colour = f"C{index % 10}"
@@ -178,8 +178,8 @@ PANELS = (
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs at `paths`, named by their directories; raises ConfigError naming the file that cannot be
-    drawn."""
+    """The runs at `paths`, named by their directories;
+    raises ConfigError naming the file that cannot be drawn."""
     files = [path / METRICS_NAME if path.is_dir() else path for path in paths]
     runs = []
     for file, name in zip(files, _names(files), strict=True):
@@ -188,8 +188,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         except OSError as error:
             raise ConfigError(
                 f"{file} cannot be read: {error.strerror}; give a metrics file (logging.metrics_file of the "
-                "run) or a "
-                f"directory with {METRICS_NAME} in it."
+                f"run) or a directory with {METRICS_NAME} in it."
             ) from error
         if not reports:
             raise ConfigError(
@@ -219,8 +218,7 @@ def plot(runs: Sequence[Run], style: Style) -> Figure:
         wanted = ", ".join(value for panel in PANELS for value in panel.values)
         raise ConfigError(
             f"no report from {style.x} {style.start:g} on has one of {wanted}; there is nothing to draw. "
-            "Choose another --x or "
-            "--start."
+            "Choose another --x or --start."
         )
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)

@@ -66,15 +66,15 @@ class Reads:
 
 def all_reads(layer_types: LayerTypes) -> list[Reads]:
     """Who reads whom, a layer's own keys and values left out; a source read from both sides occurs twice."""
-    found = []
+    reads = []
     for source in layer_types.kv_layers:
         readers = layer_types.readers(source)
         sides = (
             tuple(reader for reader in readers if reader < source),
             tuple(reader for reader in readers if reader > source),
         )
-        found += [Reads(source, side) for side in sides if side]
-    return found
+        reads += [Reads(source, side) for side in sides if side]
+    return reads
 
 
 def lanes(reads: Sequence[Reads]) -> list[int]:
@@ -94,21 +94,21 @@ def lanes(reads: Sequence[Reads]) -> list[int]:
 
 def draw(maps: Sequence[Titled], *, passes: str = "m + b") -> Figure:
     """All maps side by side, with a legend below. `passes` says how often iterated layers run."""
-    depth = max(len(each.layer_types) for each in maps)
-    widths = [_width(each) for each in maps]
-    entries = _legend([each.layer_types for each in maps])
+    depth = max(len(drawn.layer_types) for drawn in maps)
+    widths = [_width(drawn) for drawn in maps]
+    entries = _legend([drawn.layer_types for drawn in maps])
     columns = max(1, min(len(entries), int(sum(widths) * INCH / 2.2)))
     legend_height = 0.22 * math.ceil(len(entries) / columns) + 0.2
     width, height = max(3.4, INCH * sum(widths)), INCH * (depth + 0.9) + legend_height
     figure = Figure(figsize=(width, height), dpi=200, facecolor="white")
     left = (1 - INCH * sum(widths) / width) / 2
-    for each, units in zip(maps, widths, strict=True):
+    for drawn, units in zip(maps, widths, strict=True):
         axes = figure.add_axes(
             (left, legend_height / height, INCH * units / width, 1 - legend_height / height)
         )
         axes.set(xlim=(-LEFT, units - LEFT), ylim=(-0.2, depth + 0.7))
         axes.axis("off")
-        _draw_map(axes, each, passes)
+        _draw_map(axes, drawn, passes)
         left += INCH * units / width
     figure.legend(
         *zip(*entries, strict=True),
@@ -142,18 +142,18 @@ def _arrow(colour: str) -> Line2D:
     return Line2D([0, 1], [0, 0], color=colour, linewidth=1.3, marker="<", markersize=5, markevery=[0])
 
 
-def _width(each: Titled) -> float:
-    lines = LANE * (1.2 + max(lanes(all_reads(each.layer_types)), default=0))
-    title = (TITLE_CHARACTER * len(each.title) - BOX_WIDTH) / 2
+def _width(drawn: Titled) -> float:
+    lines = LANE * (1.2 + max(lanes(all_reads(drawn.layer_types)), default=0))
+    title = (TITLE_CHARACTER * len(drawn.title) - BOX_WIDTH) / 2
     return LEFT + BOX_WIDTH + max(lines, title) + RIGHT
 
 
-def _draw_map(axes: Axes, each: Titled, passes: str) -> None:
-    layer_types = each.layer_types
+def _draw_map(axes: Axes, drawn: Titled, passes: str) -> None:
+    layer_types = drawn.layer_types
     axes.text(
         BOX_WIDTH / 2,
         len(layer_types) + 0.05,
-        each.title,
+        drawn.title,
         ha="center",
         va="bottom",
         fontsize=10,
@@ -202,8 +202,8 @@ def _box(corner: tuple[float, float], *, computes_kv: bool) -> FancyBboxPatch:
 
 
 def _line(axes: Axes, reads: Reads, x: float, *, both: bool) -> None:
-    """From readers to their source; where the source is a reader too (`both`), the line arrives above the one
-    that leaves."""
+    """From readers to their source; where the source is a reader too (`both`),
+    the line arrives above the one that leaves."""
     look: dict[str, Any] = {
         "color": UPWARD if reads.upward else DOWNWARD,
         "linewidth": 1.3,

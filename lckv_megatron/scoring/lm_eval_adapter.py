@@ -99,8 +99,8 @@ class EngineRequests:
         return self._score(pairs, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts; of longer ones than the context in windows, as lm-eval cuts
-        them."""
+        """Log-probability of whole texts; of longer ones than the context
+        in windows, as lm-eval cuts them."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         windows = [
@@ -123,7 +123,7 @@ class EngineRequests:
     ) -> list[tuple[float, bool]]:
         """Longest first, so that memory that does not suffice is seen at once."""
         order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index][0]) - len(pairs[index][1]))
-        found: dict[int, tuple[float, bool]] = {}
+        results: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(pairs), desc="scoring", disable=disable_tqdm) as bar:
             for start in range(0, len(order), self._batch_size):
                 part = order[start : start + self._batch_size]
@@ -133,15 +133,15 @@ class EngineRequests:
                 for index, score in zip(part, scores, strict=True):
                     length = len(pairs[index][1])
                     logprobs, greedy = score.logprobs[-length:], score.greedy[-length:]
-                    found[index] = (logprobs.double().sum().item(), bool(greedy.all()))
+                    results[index] = (logprobs.double().sum().item(), bool(greedy.all()))
                 bar.update(len(part))
-        return [found[index] for index in range(len(pairs))]
+        return [results[index] for index in range(len(pairs))]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Answers, each up to the first of its stop texts."""
         prompts = [self._prompt(number, *request.args) for number, request in enumerate(requests)]
-        found = answers(self._engine, prompts, on_step=self.cache_facts.observe)
-        bar = tqdm(found, total=len(prompts), desc="generating", disable=disable_tqdm)
+        completions = answers(self._engine, prompts, on_step=self.cache_facts.observe)
+        bar = tqdm(completions, total=len(prompts), desc="generating", disable=disable_tqdm)
         return list(self._texts(bar))
 
     def _prompt(
@@ -157,8 +157,8 @@ class EngineRequests:
         return self.tok_encode(context)[-room:], params
 
     @staticmethod
-    def _texts(found: Any) -> Iterator[str]:
-        for completion in found:
+    def _texts(completions: Any) -> Iterator[str]:
+        for completion in completions:
             if isinstance(completion, ValueError):
                 raise ConfigError(f"the engine refuses a task's prompt: {completion}")
             if completion.error is not None:

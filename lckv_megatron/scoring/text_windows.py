@@ -31,8 +31,8 @@ class Coder:
     decode: Callable[[list[int]], str]
 
     begin: int | None = None
-    """A token to put before every text, so that its own first token is predicted too; None: that one is
-    given."""
+    """A token to put before every text, so that its own first token is predicted too;
+    None: that one is given."""
 
     @classmethod
     def of_huggingface(cls, tokenizer: Any, *, begins: bool = True) -> "Coder":
@@ -49,8 +49,8 @@ class Coder:
         )
 
     def text(self, text: str, most: int) -> "Text | None":
-        """The first tokens of `text`, at most `most` of them predicted; None where nothing is left to
-        predict."""
+        """The first tokens of `text`, at most `most` of them predicted;
+        None where nothing is left to predict."""
         ids = self.encode(text)
         begin = [] if self.begin is None else [self.begin]
         kept = [*begin, *ids][: most + 1]
@@ -114,16 +114,16 @@ def rows_of_texts(texts: Iterable[str], coder: Coder, count: int, length: int) -
 
     Raises ConfigError if there are fewer.
     """
-    found = 0
+    rows = 0
     for text in texts:
         ids = coder.encode(text)
         for start in range(0, len(ids) - length + 1, length):
             row = ids[start : start + length]
             yield Text(row, coder.bytes_behind_first(row))
-            found += 1
-            if found == count:
+            rows += 1
+            if rows == count:
                 return
     raise ConfigError(
-        f"--text: there are {found} rows of {length} tokens; {count} are needed. Give a longer text, or "
+        f"--text: there are {rows} rows of {length} tokens; {count} are needed. Give a longer text, or "
         "fewer or shorter rows."
     )

@@ -90,8 +90,8 @@ def summed_loss(model: LCKVLlamaForCausalLM, hidden_states: Tensor, targets: Ten
 
 
 class TransformersLosses:
-    """One forward pass of transformers' own class for a model, whatever that is: an independent check of this
-    project's."""
+    """One forward pass of transformers' own class for a model, whatever that is:
+    an independent check of this project's."""
 
     def __init__(self, folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> None:
         from transformers import AutoModelForCausalLM

@@ -1,8 +1,8 @@
 """Steps that ranks take together, and whose outcome is the same for all of them.
 
 A rank that fails on its own while the others walk into the next collective is how saving and loading come to
-hang. Here a step ends with the ranks telling each other how it went: either all go on or all raise the same
-error.
+hang. Here a step ends with the ranks telling each other how it went:
+either all go on or all raise the same error.
 """
 
 import time
@@ -50,16 +50,16 @@ class Agreement:
         """Runs `action` on every rank; returns this rank's result when it succeeded on all ranks.
 
         Raises, on all ranks: CheckpointError or a class of it where the user can help (the first rank's
-        message, with the ranks that failed), RuntimeError with the traceback for everything else,
-        MissingRanksError.
+        message, with the ranks that failed), RuntimeError with the traceback
+        for everything else, MissingRanksError.
         """
         outcome = _attempt(action)
         self._exchange(step, outcome.failure)
         return outcome.value  # type: ignore[return-value]
 
     def gather(self, step: str, action: Callable[[], T]) -> list[T]:
-        """Like `everywhere`, but returns every rank's result, in rank order. Results are pickled: keep them
-        small."""
+        """Like `everywhere`, but returns every rank's result, in rank order.
+        Results are pickled: keep them small."""
         outcome = _attempt(action)
         self._exchange(step, outcome.failure)
         values: list[Any] = [None] * self.world_size
@@ -92,8 +92,7 @@ class Agreement:
             minutes = self._timeout.total_seconds() / 60
             raise MissingRanksError(
                 f"checkpoint, step '{step}': not every rank arrived within {minutes:g} minutes, as rank "
-                f"{self.rank} "
-                f"saw it: {error}"
+                f"{self.rank} saw it: {error}"
             ) from error
 
 

@@ -32,8 +32,8 @@ class MissingRanksError(TimeoutError):
 def disk_full_in(error: BaseException | None) -> OSError | None:
     """The full disk (or quota) that an exception came from, if so.
 
-    torch.save reports a short write as "unexpected pos 704 vs 598", raised while handling the error that says
-    why.
+    torch.save reports a short write as "unexpected pos 704 vs 598",
+    raised while handling the error that says why.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

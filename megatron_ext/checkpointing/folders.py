@@ -67,8 +67,8 @@ def list_checkpoints(directory: Path) -> list[CheckpointInfo]:
 
 
 def read_pointer(directory: Path) -> str | None:
-    """The name in `latest`, None where there is no such file. Raises DamagedCheckpointError when it is not a
-    name."""
+    """The name in `latest`, None where there is no such file.
+    Raises DamagedCheckpointError when it is not a name."""
     try:
         name = (directory / POINTER_NAME).read_bytes().decode(errors="replace").strip()
     except FileNotFoundError:
@@ -123,8 +123,8 @@ def choose_checkpoint(
     """The best of the candidates of `path` that is not damaged, and why better ones were passed over, None
     where there are none.
 
-    `verify` returns a checkpoint's manifest, None where it cannot be read, and all that is wrong. Raises
-    DamagedCheckpointError.
+    `verify` returns a checkpoint's manifest, None where it cannot be read, and all that is wrong.
+    Raises DamagedCheckpointError.
     """
     tried = [candidates.pointer_problem] if candidates.pointer_problem is not None else []
     for checkpoint in candidates.checkpoints:
@@ -168,10 +168,9 @@ def explain_full_disk(directory: Path, iteration: int, needed_bytes: int, free_b
     """The message of a DiskFullError."""
     return (
         f"checkpoint.save: no space for {_name(iteration)} in {directory}: it takes about "
-        f"{needed_bytes / 1e6:,.1f} MB, "
-        f"{free_bytes / 1e6:,.1f} MB are free. Earlier checkpoints and '{POINTER_NAME}' are as they were. "
-        "Free some space, "
-        f"lower checkpoint.keep_last, or set checkpoint.save to another file system"
+        f"{needed_bytes / 1e6:,.1f} MB, {free_bytes / 1e6:,.1f} MB are free. Earlier checkpoints and "
+        f"'{POINTER_NAME}' are as they were. Free some space, lower checkpoint.keep_last, or set "
+        "checkpoint.save to another file system"
     )
 
 
@@ -210,18 +209,18 @@ def remove_old(directory: Path, keep_last: int | None) -> None:
 
 
 def _scan(directory: Path) -> list[CheckpointInfo]:
-    """The checkpoints in order of saving, those without a readable manifest last. Opens nothing but
-    manifests."""
-    found = []
+    """The checkpoints in order of saving, those without a readable manifest last.
+    Opens nothing but manifests."""
+    checkpoints = []
     for path in directory.iterdir():
         if match := _CHECKPOINT.fullmatch(path.name):
             iteration = int(match.group(1))
             try:
-                found.append(CheckpointInfo(path, iteration, read_manifest(path), None))
+                checkpoints.append(CheckpointInfo(path, iteration, read_manifest(path), None))
             except DamagedCheckpointError as error:
-                found.append(CheckpointInfo(path, iteration, None, str(error)))
+                checkpoints.append(CheckpointInfo(path, iteration, None, str(error)))
     return sorted(
-        found, key=lambda info: (info.manifest.sequence if info.manifest else math.inf, info.iteration)
+        checkpoints, key=lambda info: (info.manifest.sequence if info.manifest else math.inf, info.iteration)
     )
 
 

@@ -85,8 +85,8 @@ def load_checkpoint(
     layout all generators are seeded from `seed` and the iteration.
 
     Raises the same error on all ranks: NoCheckpointError, DamagedCheckpointError (with all that was tried)
-    and MismatchError before any weight is changed; MissingRanksError when a rank does not come to a step
-    within `timeout_minutes`.
+    and MismatchError before any weight is changed; MissingRanksError when a rank does not come
+    to a step within `timeout_minutes`.
     """
     weights_only = finetune or optimizer is None
     with agreement(timeout_minutes) as ranks:
@@ -146,8 +146,8 @@ def _verify(ranks: Agreement, checkpoint: Path, verify_hashes: bool) -> tuple[Ma
     if manifest is not None and not problems and verify_hashes:
         sizes = {name: entry.bytes for name, entry in manifest.files.items()}
         share = share_of_rank(sizes, ranks.rank, ranks.world_size)
-        found = ranks.gather("verify files", lambda: find_wrong_hashes(checkpoint, manifest, share))
-        problems = [problem for part in found for problem in part]
+        parts = ranks.gather("verify files", lambda: find_wrong_hashes(checkpoint, manifest, share))
+        problems = [problem for part in parts for problem in part]
     return manifest, problems
 
 
@@ -196,9 +196,8 @@ def _load_scheduler(scheduler: OptimizerParamScheduler, state: dict[str, Any]) -
     except AssertionError as error:
         raise MismatchError(
             f"checkpoint.load: the learning-rate schedule differs from that of the saved run: {error}. Set "
-            "the fields of "
-            "`optimizer` and train.train_iters as they were, or use checkpoint.finetune to start a new "
-            "schedule"
+            "the fields of `optimizer` and train.train_iters as they were, or use checkpoint.finetune to "
+            "start a new schedule"
         ) from error
 
 
@@ -214,6 +213,5 @@ def _load_rng(checkpoint: Path, manifest: Manifest, same_layout: bool, rank: int
 def _explain_reseeding(saved: Layout) -> str:
     return (
         f"the checkpoint was saved by {saved}, this run has {current_layout()}: random states are seeded "
-        "anew, and the run goes "
-        f"on within rounding instead of bit for bit"
+        "anew, and the run goes on within rounding instead of bit for bit"
     )

@@ -59,8 +59,8 @@ class Manifest:
     """Optimizer steps done when it was saved."""
 
     sequence: int
-    """Higher than that of every checkpoint that was in the directory before: the order of saving, without a
-    clock."""
+    """Higher than that of every checkpoint that was in the directory before:
+    the order of saving, without a clock."""
 
     layout: Layout
     files: Mapping[str, FileEntry]
@@ -117,8 +117,8 @@ def list_files(checkpoint: Path) -> list[str]:
 def hash_files(
     checkpoint: Path, names: Iterable[str], progress: Callable[[int], None] | None = None
 ) -> dict[str, FileEntry]:
-    """Size and sha256 of files, read in pieces by a few threads. Any of them calls `progress` with the bytes
-    just read."""
+    """Size and sha256 of files, read in pieces by a few threads.
+    Any of them calls `progress` with the bytes just read."""
     names = list(names)
     with ThreadPoolExecutor(_HASHING_THREADS) as threads:
         entries = threads.map(lambda name: _hash_file(checkpoint / name, progress), names)
@@ -147,19 +147,19 @@ def find_wrong_hashes(
     """Those of the named files whose content is not the one that was written, each as a sentence; `progress`
     as for `hash_files`."""
     try:
-        found = hash_files(checkpoint, names, progress)
+        entries = hash_files(checkpoint, names, progress)
     except OSError as error:
         return [f"reading fails: {error}"]
     return [
         f"{name} has changed (sha256 differs)"
-        for name, entry in found.items()
+        for name, entry in entries.items()
         if entry != manifest.files[name]
     ]
 
 
 def share_of_rank(sizes: Mapping[str, int], rank: int, world_size: int) -> list[str]:
-    """The files that a rank reads when all ranks share the work, so that every rank has about the same number
-    of bytes."""
+    """The files that a rank reads when all ranks share the work,
+    so that every rank has about the same number of bytes."""
     loads = [0] * world_size
     share = []
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):

@@ -21,8 +21,8 @@ _TRACKER = "tracker."
 
 
 def rng_states() -> dict[str, Tensor]:
-    """States of Python's random, NumPy's global generator, torch on CPU and CUDA, and Megatron's tracked
-    generators."""
+    """States of Python's random, NumPy's global generator, torch on CPU and CUDA,
+    and Megatron's tracked generators."""
     version, words, gauss = random.getstate()
     _, key, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - libraries use it
     states = {

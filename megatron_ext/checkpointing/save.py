@@ -4,10 +4,10 @@
     ones deleted
 
 A checkpoint's folder:
-    *.distcp, .metadata, metadata.json, common.pt     tensors of model and optimizer in Megatron's torch_dist format
-    config.json, progress.json, scheduler.json        the run: its settings, its counters, its learning-rate schedule
-    rng/rank_00000.safetensors ...                    random states, one file per rank
-    manifest.json                                     what all these files must be; written last
+    *.distcp, .metadata, metadata.json, common.pt   tensors of model and optimizer, as Megatron's torch_dist
+    config.json, progress.json, scheduler.json      the run: settings, counters, learning-rate schedule
+    rng/rank_00000.safetensors ...                  random states, one file per rank
+    manifest.json                                   what all these files must be; written last
 """
 
 import json
@@ -126,8 +126,7 @@ def _check_visible(staging: Path, rank: int) -> None:
     if not staging.is_dir():
         raise CheckpointError(
             f"checkpoint.save: rank {rank} does not see {staging}, which rank 0 has made; the directory must "
-            "be on a file "
-            f"system that all nodes share"
+            "be on a file system that all nodes share"
         )
 
 

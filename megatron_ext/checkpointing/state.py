@@ -43,8 +43,8 @@ _EXTRA_STATE = "_extra_state"
 def sharded_state(
     model: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, *, is_loading: bool
 ) -> State:
-    """What Megatron's distributed checkpoint saves, or fills. Collective: the distributed optimizer gathers
-    its state."""
+    """What Megatron's distributed checkpoint saves, or fills. Collective:
+    the distributed optimizer gathers its state."""
     finish_parameter_gather(model)
     chunks = unwrap_model(list(model))
     metadata = _metadata()
@@ -60,8 +60,8 @@ def sharded_state(
 
 def _without_extra_state(chunk: State) -> State:
     """Transformer Engine keeps FP8 scaling there, pickled. It is not used here; without it checkpoints move
-    between Transformer Engine's layers and local ones, and nothing pickled reaches Transformer Engine's
-    loader."""
+    between Transformer Engine's layers and local ones,
+    and nothing pickled reaches Transformer Engine's loader."""
     return {key: entry for key, entry in chunk.items() if not key.endswith(_EXTRA_STATE)}
 
 
@@ -81,8 +81,8 @@ def bytes_to_write(sharded: State) -> int:
 
 
 def write_state(ranks: Agreement, checkpoint: Path, sharded: State, common: State) -> None:
-    """Writes the files of Megatron's format into the folder. Data-parallel ranks share what they hold copies
-    of."""
+    """Writes the files of Megatron's format into the folder.
+    Data-parallel ranks share what they hold copies of."""
     write = partial(write_shards, group=ranks.group)
     ranks.everywhere("write tensors", lambda: save_in_parallel(write, sharded, checkpoint, _data_group()))
     ranks.on_first("write common.pt", lambda: write_common(checkpoint, common))
@@ -140,8 +140,8 @@ def apply_state(state: State, model: Sequence[torch.nn.Module], optimizer: Megat
 def check_fit(ranks: Agreement, checkpoint: Path, state: State) -> None:
     """Compares names and shapes of what is to be loaded with what a checkpoint holds, over all ranks.
 
-    Without the optimizer in `state`, the one in the checkpoint does not matter. Raises MismatchError with all
-    differences.
+    Without the optimizer in `state`, the one in the checkpoint does not matter.
+    Raises MismatchError with all differences.
     """
     wanted_by_rank = ranks.gather("list tensors", lambda: _wanted(state))
     wanted = {key: entry for entries in wanted_by_rank for key, entry in entries.items()}
@@ -169,8 +169,7 @@ def check_fit(ranks: Agreement, checkpoint: Path, state: State) -> None:
             if only_optimizer and not any(map(_of_optimizer, stored)):
                 raise MismatchError(
                     f"checkpoint.load: {checkpoint} holds weights only, no optimizer to go on with. Set "
-                    "checkpoint.finetune to "
-                    "start from its weights at iteration 0"
+                    "checkpoint.finetune to start from its weights at iteration 0"
                 )
             raise MismatchError(_explain_misfit(checkpoint, parts, only_optimizer))
 
@@ -216,8 +215,7 @@ def _explain_misfit(checkpoint: Path, parts: dict[str, list[str]], only_optimize
     if only_optimizer:
         lines.append(
             "Use parallel.use_distributed_optimizer and train.precision as in its config.json, or "
-            "checkpoint.finetune to load "
-            "weights only"
+            "checkpoint.finetune to load weights only"
         )
     else:
         lines.append("Build the model as its config.json says, or load another checkpoint")
@@ -278,8 +276,8 @@ def _load_distributed_optimizer(optimizer: DistributedOptimizer, state: State) -
 
 
 def _fill_missing_optimizer_state(optimizer: MegatronOptimizer) -> None:
-    """Gives an optimizer that has not stepped yet the zeros that it would start from; Megatron cannot save or
-    load without."""
+    """Gives an optimizer that has not stepped yet the zeros that it would start from;
+    Megatron cannot save or load without."""
     for leaf in _leaves(optimizer):
         inner = leaf.optimizer
         if inner is None or leaf.init_state_fn is None:

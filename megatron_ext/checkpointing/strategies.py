@@ -102,14 +102,14 @@ def read_shards(state: State, checkpoint: Path, group: dist.ProcessGroup) -> Sta
 
 
 def read_common(checkpoint: Path) -> State:
-    """The part of a state that is no tensor and equal on all ranks. Read without trust, whatever torch's
-    default is."""
+    """The part of a state that is no tensor and equal on all ranks.
+    Read without trust, whatever torch's default is."""
     return torch.load(checkpoint / COMMON_STATE_FNAME, map_location="cpu", weights_only=True)
 
 
 def read_contents(checkpoint: Path) -> Metadata:
-    """The table of contents of a checkpoint: names, shapes and dtypes of its tensors. Raises
-    DamagedCheckpointError."""
+    """The table of contents of a checkpoint: names, shapes and dtypes of its tensors.
+    Raises DamagedCheckpointError."""
     return _SafeReader(checkpoint).read_metadata()
 
 
@@ -152,12 +152,12 @@ class _SafeReader(dcp.FileSystemReader):
 
 
 class _ContentsUnpickler(pickle.Unpickler):
-    """Knows the dataclasses of a table of contents, dtypes, shapes and paths; all of them only hold
-    values."""
+    """Knows the dataclasses of a table of contents, dtypes, shapes and paths;
+    all of them only hold values."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name in _CLASSES_OF_CONTENTS.get(module, ()):
             return super().find_class(module, name)
-        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
-            return found
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is not part of a table of contents")

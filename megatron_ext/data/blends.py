@@ -60,8 +60,7 @@ def parse_blend(field: str, entries: Sequence[str]) -> Blend | None:
                 wanted = "a weight" if place % 2 == 0 else "a prefix"
                 raise ConfigError(
                     f"{field}: entry {place + 1} is {entries[place]!r}, but {wanted} belongs there. Give "
-                    "PREFIX ..., or "
-                    "WEIGHT PREFIX WEIGHT PREFIX ..."
+                    "PREFIX ..., or WEIGHT PREFIX WEIGHT PREFIX ..."
                 )
         if len(entries) % 2:
             raise ConfigError(f"{field}: no prefix follows the last weight, {entries[-1]}.")
@@ -155,8 +154,8 @@ def split_sources(data: DataConfig) -> list[SplitSources | None]:
 
 
 def deal_samples(weights: Sequence[float], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Source (int16 [size]) of each sample of a blend, and its number among the samples of that source (int64
-    [size])."""
+    """Source (int16 [size]) of each sample of a blend, and its number among the samples
+    of that source (int64 [size])."""
     from megatron.core.datasets import helpers
 
     source, number = np.zeros(size, np.int16), np.zeros(size, np.int64)
@@ -166,8 +165,8 @@ def deal_samples(weights: Sequence[float], size: int) -> tuple[np.ndarray, np.nd
 
 
 def deal_all_samples(sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Like `deal_samples` with the sizes as weights, until every source has given each of its samples
-    once."""
+    """Like `deal_samples` with the sizes as weights,
+    until every source has given each of its samples once."""
     from megatron.core.datasets import helpers
 
     source, number = np.zeros(sum(sizes), np.int16), np.zeros(sum(sizes), np.int64)

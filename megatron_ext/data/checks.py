@@ -23,8 +23,8 @@ _PROBE_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Size in tokens and end-of-document token of the vocabulary that datasets were made with; identity, if
-    known."""
+    """Size in tokens and end-of-document token of the vocabulary
+    that datasets were made with; identity, if known."""
 
     size: int
     eod: int
@@ -176,8 +176,7 @@ def _vocabulary_problems(
     elif manifest.vocab_size > vocab_size:
         yield (
             f"model.vocab_size={vocab_size} is smaller than the vocabulary of dataset {prefix}, "
-            f"{manifest.vocab_size}. Leave "
-            "it unset, or set it to that."
+            f"{manifest.vocab_size}. Leave it unset, or set it to that."
         )
 
 
@@ -206,14 +205,12 @@ def _token_problems(
 def _no_eod(setting: str, prefix: str) -> str:
     return (
         f"data.{setting}=true would do nothing: the documents of {prefix} have no end-of-document token. "
-        "Make it again with "
-        "--append-eod."
+        "Make it again with --append-eod."
     )
 
 
 def _outside(prefix: str, token: int, vocab_size: int) -> str:
     return (
         f"{prefix}.bin holds the token {token}, but the vocabulary has {vocab_size}. Set model.vocab_size to "
-        "that of the "
-        "tokenizer that made the dataset."
+        "that of the tokenizer that made the dataset."
     )

@@ -161,10 +161,8 @@ class _Split:
         share = f", its share by data.split={self.data.split}," if self.data.data_path else ""
         return (
             f"the {SPLITS[self.split]} split of {documents.prefix} has {documents.last - documents.first} "
-            f"documents{share} with "
-            f"{documents.tokens} tokens in all, but one sample takes train.seq_length + 1 = "
-            f"{self.seq_length + 1}. Use more "
-            "text, a shorter train.seq_length or other shares."
+            f"documents{share} with {documents.tokens} tokens in all, but one sample takes train.seq_length "
+            f"+ 1 = {self.seq_length + 1}. Use more text, a shorter train.seq_length or other shares."
         )
 
     def _deal(
@@ -216,7 +214,6 @@ def _wait_until_seen(directory: Path) -> None:
             rank = dist.get_rank() if dist.is_initialized() else 0
             raise ConfigError(
                 f"rank {rank} on {socket.gethostname()} does not see {directory}, which rank 0 has made. "
-                "Datasets and "
-                "data.data_cache_path must be on storage that all nodes share."
+                "Datasets and data.data_cache_path must be on storage that all nodes share."
             )
         time.sleep(0.5)

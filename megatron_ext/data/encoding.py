@@ -94,8 +94,8 @@ class Documents:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A batch after tokenizing: documents for each key, and messages about the bad records that were
-    skipped."""
+    """A batch after tokenizing: documents for each key,
+    and messages about the bad records that were skipped."""
 
     by_key: tuple[Documents, ...]
     bad: tuple[str, ...]

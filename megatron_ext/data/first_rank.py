@@ -1,5 +1,5 @@
-"""Work that rank 0 does while the other ranks wait, however long it takes, without a collective that could
-time out."""
+"""Work that rank 0 does while the other ranks wait, however long it takes,
+without a collective that could time out."""
 
 import json
 import logging
@@ -71,8 +71,7 @@ def _wait(
         if waited > 60 * timeout_minutes:
             raise TimeoutError(
                 f"rank {dist.get_rank()} has waited {waited / 60:.3g} minutes for the {what}, "
-                f"{_who(store, call)}. If that "
-                f"takes so long, raise {timeout_setting} ({timeout_minutes:g})."
+                f"{_who(store, call)}. If that takes so long, raise {timeout_setting} ({timeout_minutes:g})."
             )
         if waited >= next_log:
             next_log += _LOG_EVERY_SECONDS

@@ -21,8 +21,8 @@ CACHE_NAME = "index_cache"
 
 
 def cache_parent(data_cache_path: str | None, prefix: str) -> Path:
-    """Where indices of the dataset `prefix` are kept: `data_cache_path`, or a directory beside the
-    dataset."""
+    """Where indices of the dataset `prefix` are kept:
+    `data_cache_path`, or a directory beside the dataset."""
     return Path(data_cache_path) if data_cache_path else Path(prefix).absolute().parent / CACHE_NAME
 
 
@@ -46,8 +46,7 @@ def cached_directory(
     except OSError as error:
         raise ConfigError(
             f"cannot write the sample indices into {parent} ({error}). Set data.data_cache_path to a "
-            "directory that can be "
-            "written, has space, and is seen by every node."
+            "directory that can be written, has space, and is seen by every node."
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -63,8 +62,8 @@ def _rename(unfinished: Path, directory: Path) -> None:
 
 
 class ArrayFile:
-    """Writes a .npy file block by block, with an ordinary error on a full disk (a memory map would kill the
-    process)."""
+    """Writes a .npy file block by block, with an ordinary error
+    on a full disk (a memory map would kill the process)."""
 
     def __init__(self, path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
         self._dtype = dtype

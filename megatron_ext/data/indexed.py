@@ -41,8 +41,8 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 @dataclass(frozen=True)
 class IndexInfo:
-    """Header of an index: type of a token, number of sequences and of documents, size of PREFIX.bin in
-    tokens."""
+    """Header of an index: type of a token, number of sequences and of documents,
+    size of PREFIX.bin in tokens."""
 
     dtype: np.dtype
     sequences: int

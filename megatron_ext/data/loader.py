@@ -104,10 +104,8 @@ def _until_exhausted(loader: DataLoader, batches: _RankBatches) -> Generator[dic
         _end_readers(reading)
     raise ConfigError(
         f"the dataset's {batches.samples} samples are exhausted, and another micro-batch is asked for. Build "
-        "it with more "
-        "samples: train.train_iters * train.global_batch_size for training, train.eval_iters * "
-        "train.global_batch_size for "
-        "an evaluation."
+        "it with more samples: train.train_iters * train.global_batch_size for training, train.eval_iters * "
+        "train.global_batch_size for an evaluation."
     )
 
 
@@ -122,7 +120,7 @@ def _end_readers(reading: Any) -> None:
 
 
 def _leave_signals_to_the_run(_worker: int) -> None:
-    """Batch systems signal all processes of a job; readers must live on while the run does its last step and
-    saves."""
+    """Batch systems signal all processes of a job;
+    readers must live on while the run does its last step and saves."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

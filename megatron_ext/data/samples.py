@@ -5,8 +5,8 @@ In each epoch the documents are put into a new random order and laid end to end;
 Then the samples are put into a random order. So every document comes once per epoch, and what comes first
 does not depend on how many epochs are drawn: a run may be made longer without seeing anything twice.
 (megatron's GPTDataset shuffles the documents of all epochs together, in an order that changes with the number
-of samples asked for.) Random orders come from numpy's RandomState, whose streams are the same in all versions
-of numpy.
+of samples asked for.) Random orders come from numpy's RandomState,
+whose streams are the same in all versions of numpy.
 """
 
 import math
@@ -151,8 +151,8 @@ class EpochSamples(torch.utils.data.Dataset):
         if lowest < 0 or highest >= self._vocab_size:
             raise ConfigError(
                 f"{self._prefix}.bin holds the token {lowest if lowest < 0 else highest}, but the vocabulary "
-                "has "
-                f"{self._vocab_size}. Set model.vocab_size to that of the tokenizer that made the dataset."
+                f"has {self._vocab_size}. Set model.vocab_size to that of the tokenizer that made the "
+                "dataset."
             )
         tokens = torch.from_numpy(text)
         return {"tokens": tokens[:-1], "labels": tokens[1:]}

@@ -21,8 +21,8 @@ def continue_tokens(
     eod: int,
     seed: int,
 ) -> list[int]:
-    """Up to `new_tokens` token ids after `prompt`, until `eod`; at temperature 0 the likeliest. The same on
-    every rank."""
+    """Up to `new_tokens` token ids after `prompt`, until `eod`; at temperature 0 the likeliest.
+    The same on every rank."""
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
     for _ in range(new_tokens):

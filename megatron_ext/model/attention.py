@@ -25,8 +25,8 @@ from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 
 
 class CoreAttention(MegatronModule):
-    """The attention of one layer, without projections: picks the kernel and knows what the layer's queries
-    see."""
+    """The attention of one layer, without projections:
+    picks the kernel and knows what the layer's queries see."""
 
     def __init__(
         self,
@@ -134,8 +134,7 @@ class SharedKVAttention(Attention):
         if reads_own != (shared is None):
             raise ValueError(
                 f"layer {self.layer_type.index} reads the keys and values of layer {self.layer_type.source}, "
-                "which were "
-                f"{'not ' if shared is None else ''}given to it."
+                f"which were {'not ' if shared is None else ''}given to it."
             )
         query, own, statistics = self._project(hidden_states, context)
         key_value = own if shared is None else shared

@@ -8,8 +8,8 @@ from megatron_ext.errors import ConfigError
 
 
 def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int) -> Choice:
-    """The backend for model.attention_backend `name` and such tensors. Raises ConfigError where it cannot
-    serve."""
+    """The backend for model.attention_backend `name` and such tensors.
+    Raises ConfigError where it cannot serve."""
     try:
         return choose(name, device=device, dtype=dtype, head_dim=head_dim)
     except UnsupportedError as error:

@@ -65,9 +65,8 @@ class SharedKVBlock(TransformerBlock):
             if step.group.iterated and not (step.begins and step.ends):
                 raise ConfigError(
                     f"compression.layer_types {self.layer_types} iterates layers {step.group.start} to "
-                    f"{step.group.stop - 1} together, but "
-                    f"parallel.pipeline_model_parallel_size {self.config.pipeline_model_parallel_size} "
-                    "splits them over stages."
+                    f"{step.group.stop - 1} together, but parallel.pipeline_model_parallel_size "
+                    f"{self.config.pipeline_model_parallel_size} splits them over stages."
                 )
         return steps
 

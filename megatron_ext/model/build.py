@@ -48,8 +48,8 @@ def build_stage(
     *,
     vocab_size: int,
 ) -> SharedKVGPTModel:
-    """This rank's pipeline stage with initial weights, on this rank's device, in float32 or bfloat16. Needs
-    process groups."""
+    """This rank's pipeline stage with initial weights, on this rank's device,
+    in float32 or bfloat16. Needs process groups."""
     config = transformer_config(model, compression, parallel, train)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     first = get_transformer_layer_offset(config, None, groups.pp.rank())
@@ -77,8 +77,8 @@ def build_stage(
 
 
 def wrap(stage: SharedKVGPTModel, parallel: ParallelConfig, train: TrainConfig) -> MegatronModule:
-    """The stage under Megatron's mixed precision and data parallelism; gradients are accumulated and reduced
-    in float32."""
+    """The stage under Megatron's mixed precision and data parallelism;
+    gradients are accumulated and reduced in float32."""
     config = stage.config
     module = precision(train.precision).wrap(config, stage)
     ddp = DistributedDataParallel(

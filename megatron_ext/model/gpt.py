@@ -129,16 +129,17 @@ class SharedKVGPTModel(LanguageModule):
         return position_ids.transpose(0, 1)[:, :, None]
 
     def _loss(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of each token, float32 [s, b], of hidden states [s / shards, b, hidden] and labels
-        [s, b]."""
+        """Cross-entropy of each token, float32 [s, b],
+        of hidden states [s / shards, b, hidden] and labels [s, b]."""
         gathered = self.loss.name != "whole" and self.config.sequence_parallel
         if gathered:  # once, not chunk by chunk
             hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.pg_collection.tp)
         return self.loss.token_loss(_Head(self, gathered), hidden_states, labels)
 
     def logits(self, hidden_states: Tensor, *, gathered: bool = False) -> Tensor:
-        """This rank's part of the logits, [s, b, padded vocabulary / TP], of hidden states [s / shards, b, hidden], or
-        [s, b, hidden] if they are `gathered` already; padding is as low as the dtype goes."""
+        """This rank's part of the logits, [s, b, padded vocabulary / TP], of hidden states
+        [s / shards, b, hidden], or [s, b, hidden] if they are `gathered` already;
+        padding is as low as the dtype goes."""
         weight = (
             self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         )

@@ -56,8 +56,8 @@ def _whole_shape(model: SharedKVGPTModel, name: str, parameter: Tensor) -> list[
 
 
 def shard(model: SharedKVGPTModel, name: str, whole: Tensor) -> Tensor:
-    """This tensor-parallel rank's part of a whole parameter (of the embedding and output layer: its true
-    rows)."""
+    """This tensor-parallel rank's part of a whole parameter
+    (of the embedding and output layer: its true rows)."""
     ranks, rank = model.pg_collection.tp.size(), model.pg_collection.tp.rank()
     if name in (_EMBEDDING, _OUTPUT):
         padding = whole.new_zeros(model.padded_vocab_size - len(whole), *whole.shape[1:])

@@ -29,8 +29,8 @@ class SharedKVLayer(TransformerLayer):
     """
 
     def forward(self, hidden_states: Tensor, shared: KeyValue | None, context: TokenContext) -> LayerOutput:
-        """[s, b, hidden] to the same; `shared` is given iff the layer reads another layer's keys and
-        values."""
+        """[s, b, hidden] to the same; `shared` is given iff the layer
+        reads another layer's keys and values."""
         normed = self.input_layernorm(hidden_states)
         output_with_bias, own, statistics = self.self_attention(normed, shared, context)
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)

@@ -10,8 +10,8 @@ Activations that full recompute keeps for backward, for one micro-batch of b row
 with h hidden size, g KV heads of the rank, d channels of a head, T tensor-parallel ranks with sequence
 parallelism, else 1. `inputs` is the number of layers, where a layer counts once for every pass with gradient.
 `shared` is the number of distinct keys and values that some layer reads from another: each is stored once,
-however many layers read it. Not counted: what the embedding, the final norm and the loss keep, the logits, and
-the working memory of the one layer that is being computed.
+however many layers read it. Not counted: what the embedding, the final norm and the loss keep, the logits,
+and the working memory of the one layer that is being computed.
 """
 
 from dataclasses import dataclass
@@ -61,8 +61,8 @@ class Kept:
 
 
 def kept_by_full_recompute(compression: CompressionConfig, num_layers: int, layers: range) -> Kept:
-    """For the pipeline stage with `layers`. At least one pass without gradient (m >= 1) is assumed of cyclic
-    groups."""
+    """For the pipeline stage with `layers`. At least one pass without gradient (m >= 1)
+    is assumed of cyclic groups."""
     steps = [step for step in compression.plan(num_layers) if step.requires_grad]
     runs = [run for step in steps for run in step.runs if run.index in layers]
     read = {run.reads for run in runs if run.part is Part.WHOLE and run.reads}

@@ -51,12 +51,12 @@ def stage_parameters(
     depth = model.num_layers // stages
     matrix = padded_vocab_size(vocab_size, model, parallel) * model.hidden_size // ranks
     tied = not model.untie_embeddings_and_output_weights
-    found = []
+    counts = []
     for stage in range(stages):
         layers = range(stage * depth, (stage + 1) * depth)
         first, last = stage == 0, stage == stages - 1
         computes_kv = [index in layer_types.kv_layers for index in layers]
-        found.append(
+        counts.append(
             StageParameters(
                 layers=layers,
                 split=matrix * (first + (last and not tied))
@@ -65,12 +65,12 @@ def stage_parameters(
                 tied_copy=matrix * (last and tied and not first),
             )
         )
-    return tuple(found)
+    return tuple(counts)
 
 
 def total_parameters(stages: tuple[StageParameters, ...], parallel: ParallelConfig) -> int:
-    """Parameters of the whole model: copies on other ranks and a tied output layer count once, vocabulary
-    padding counts."""
+    """Parameters of the whole model: copies on other ranks and a tied output layer count once,
+    vocabulary padding counts."""
     return sum(stage.split * parallel.tensor_model_parallel_size + stage.copied for stage in stages)
 
 

@@ -38,16 +38,16 @@ class PolicyReport:
     """Of each layer of this stage that computes keys and values, n tensors float32 [b, g], without graph."""
 
     sums: Tensor | None = None
-    """float32 [b, n R]: differentiable sums over layers and KV heads of this and earlier stages; None without
-    statistics."""
+    """float32 [b, n R]: differentiable sums over layers and KV heads of this and earlier stages;
+    None without statistics."""
 
     auxiliary_loss: Tensor | None = None
     """float32 [b], on the last stage."""
 
 
 def row_seed(run_seed: int, sample_id: int) -> int:
-    """The seed of one row's randomness: the same wherever and whenever the sample is trained on in this
-    run."""
+    """The seed of one row's randomness: the same wherever and whenever the sample
+    is trained on in this run."""
     return _seed(run_seed, sample_id)
 
 
@@ -75,8 +75,8 @@ class StatisticSums:
         """n R."""
 
     def local_heads(self) -> slice:
-        """Which of the model's KV heads this rank has; with more ranks than heads, several ranks have the
-        same."""
+        """Which of the model's KV heads this rank has;
+        with more ranks than heads, several ranks have the same."""
         mine = max(1, self._heads // self._group.size())
         first = self._group.rank() * self._heads // self._group.size()
         return slice(first, first + mine)

@@ -31,8 +31,8 @@ class ImplementationChoice:
 
 
 def choose_implementation(requested: str) -> ImplementationChoice:
-    """`model.transformer_impl` to local or transformer_engine; an explicit request that cannot be met is a
-    ConfigError."""
+    """`model.transformer_impl` to local or transformer_engine;
+    an explicit request that cannot be met is a ConfigError."""
     asked = f"model.transformer_impl is {requested}"
     if requested == "local":
         return ImplementationChoice("local", asked)

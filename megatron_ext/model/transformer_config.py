@@ -14,15 +14,15 @@ from megatron_ext.precision import precision
 
 @dataclass
 class SharedKVTransformerConfig(TransformerConfig):
-    """Megatron's TransformerConfig with the sharing map, so that every module built from a spec knows its
-    layer's place."""
+    """Megatron's TransformerConfig with the sharing map, so that every module built
+    from a spec knows its layer's place."""
 
     compression: CompressionConfig = field(default_factory=CompressionConfig)
     """Sharing map, passes, window and KV policy."""
 
     attention_kernel: str = "auto"
-    """model.attention_backend: the backend of lckv.attention (Megatron's `attention_backend` is Transformer
-    Engine's)."""
+    """model.attention_backend: the backend of lckv.attention
+    (Megatron's `attention_backend` is Transformer Engine's)."""
 
     @property
     def layer_types(self) -> LayerTypes:
@@ -84,5 +84,5 @@ def transformer_config(
 
 
 def _keep(weight: torch.Tensor) -> None:
-    """Megatron's modules leave their weights alone; `initialization.py` sets them, independently of the
-    layout."""
+    """Megatron's modules leave their weights alone;
+    `initialization.py` sets them, independently of the layout."""

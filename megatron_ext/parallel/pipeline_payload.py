@@ -72,8 +72,7 @@ class PipelinePayload:
             if source not in key_values:
                 raise ValueError(
                     f"a later pipeline stage reads the keys and values of layer {source}, which this stage "
-                    "does not have; "
-                    f"it has those of {sorted(key_values) or 'no layer'}."
+                    f"does not have; it has those of {sorted(key_values) or 'no layer'}."
                 )
             parts += key_values[source]
         if sums is not None:
@@ -87,9 +86,8 @@ class PipelinePayload:
         expected = self.shape(seq_length, micro_batch_size)
         if tensor.numel() != math.prod(expected):
             raise ValueError(
-                f"the previous pipeline stage sent {tensor.numel()} numbers, expected "
-                f"{math.prod(expected)} for "
-                f"{micro_batch_size} x {seq_length} tokens and the keys and values of layers "
+                f"the previous pipeline stage sent {tensor.numel()} numbers, expected {math.prod(expected)} "
+                f"for {micro_batch_size} x {seq_length} tokens and the keys and values of layers "
                 f"{list(self.sources)}."
             )
         hidden = self._hidden_shape(seq_length, micro_batch_size)

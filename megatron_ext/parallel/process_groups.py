@@ -1,5 +1,5 @@
-"""Start and end of the process groups: torch.distributed from torchrun's environment, and Megatron's groups
-on top."""
+"""Start and end of the process groups: torch.distributed from torchrun's environment,
+and Megatron's groups on top."""
 
 import logging
 import os
@@ -51,8 +51,7 @@ def _start_torch_distributed(timeout: timedelta) -> None:
         if local_rank >= devices:
             raise ConfigError(
                 f"torchrun started a process with LOCAL_RANK {local_rank}, but this machine has {devices} "
-                "GPU(s); "
-                f"use --nproc-per-node {devices} at most."
+                f"GPU(s); use --nproc-per-node {devices} at most."
             )
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"

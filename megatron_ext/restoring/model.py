@@ -21,8 +21,8 @@ _SETTINGS = "config.json"
 
 @dataclass(frozen=True)
 class Restored:
-    """This rank's stage of a trained model, in evaluation mode, and the run that made it (with the layout of
-    now)."""
+    """This rank's stage of a trained model, in evaluation mode,
+    and the run that made it (with the layout of now)."""
 
     stage: SharedKVGPTModel
     run: RunConfig
@@ -30,8 +30,8 @@ class Restored:
 
 
 def saved_settings(path: Path) -> dict[str, Any]:
-    """The settings stored in the checkpoint that `path` means (one checkpoint, or a directory: the newest
-    readable)."""
+    """The settings stored in the checkpoint that `path` means
+    (one checkpoint, or a directory: the newest readable)."""
     candidates = find_candidates(path).checkpoints
     for checkpoint in candidates:
         try:

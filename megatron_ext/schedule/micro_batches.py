@@ -31,8 +31,8 @@ def micro_batches(train: TrainConfig) -> int:
 def stage_shapes(
     model: MegatronModule, seq_length: int, micro_batch_size: int
 ) -> Callable[[Shapes, Shapes], tuple[Shapes, Shapes]]:
-    """Megatron's hook for the shapes of tensors between stages: those of the payloads with shared keys and
-    values."""
+    """Megatron's hook for the shapes of tensors between stages:
+    those of the payloads with shared keys and values."""
     decoder = get_attr_wrapped_model(model, "decoder")
     shapes = (
         [payload.shape(seq_length, micro_batch_size)] for payload in (decoder.payload_in, decoder.payload_out)
@@ -51,8 +51,8 @@ def run_schedule(
     progress: float,
     forward_only: bool,
 ) -> list[Tensor]:
-    """Losses of this rank's micro-batches, float64 [2] each: sum and number of tokens. Empty before the last
-    stage."""
+    """Losses of this rank's micro-batches, float64 [2] each: sum and number of tokens.
+    Empty before the last stage."""
 
     def forward_step(iterator: Samples, stage: MegatronModule) -> tuple[Tensor, Callable[..., object]]:
         batch = make_batch(next(iterator))

@@ -49,8 +49,8 @@ class PolicyMeans:
         }
 
     def require_finite(self, iteration: int) -> None:
-        """Raises NonFiniteStatisticError with iteration, statistic, layer and head where a mean is not
-        finite."""
+        """Raises NonFiniteStatisticError with iteration, statistic,
+        layer and head where a mean is not finite."""
         for name, means in self.means.items():
             wrong = (~means.isfinite()).nonzero().tolist()
             if wrong:
@@ -60,8 +60,7 @@ class PolicyMeans:
                 more = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
                 raise NonFiniteStatisticError(
                     f"iteration {iteration}: {name} of {places}{more} is not finite; lower optimizer.lr, or "
-                    f"resume from an "
-                    "earlier checkpoint."
+                    "resume from an earlier checkpoint."
                 )
 
 

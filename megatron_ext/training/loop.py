@@ -76,8 +76,8 @@ class Training:
 
 
 def fit(run: RunConfig) -> Position:
-    """Train `run` to its last iteration, or until it is asked to stop. Needs process groups. Returns how far
-    it came."""
+    """Train `run` to its last iteration, or until it is asked to stop.
+    Needs process groups. Returns how far it came."""
     torch.use_deterministic_algorithms(run.train.deterministic)
     check_save_directory(run.checkpoint)
     vocab_size, eod = vocabulary(run.model, run.data)
@@ -119,8 +119,7 @@ def vocabulary(model: ModelConfig, data: DataConfig) -> tuple[int, int | None]:
     if known is not None and model.vocab_size is not None and model.vocab_size < known.size:
         raise ConfigError(
             f"model.vocab_size is {model.vocab_size}, but the vocabulary of {known.origin} has {known.size} "
-            "tokens; "
-            f"leave model.vocab_size out, or set it to at least {known.size}."
+            f"tokens; leave model.vocab_size out, or set it to at least {known.size}."
         )
     size = model.vocab_size or (known.size if known is not None else 0)
     return size, known.eod if known is not None else None
@@ -177,10 +176,8 @@ def check_save_directory(checkpoint: CheckpointConfig) -> None:
     if existing and (checkpoint.load is None or save not in (load, load.parent)):
         raise ConfigError(
             f"checkpoint.save {checkpoint.save} holds checkpoints of another run ({existing[-1].path.name} "
-            f"and "
-            f"{len(existing) - 1} more). To "
-            f"go on from them set checkpoint.load to {checkpoint.save}; for a new run choose another "
-            "checkpoint.save."
+            f"and {len(existing) - 1} more). To go on from them set checkpoint.load to {checkpoint.save}; "
+            "for a new run choose another checkpoint.save."
         )
 
 
@@ -220,7 +217,8 @@ def _iterate(training: Training, position: Position, report: Report) -> Position
             "there is no training data; give data.data_path, data.train_data_path or data.mock."
         )
     reason = None
-    # Closed on leaving: an error's traceback would keep the reading processes alive, and Python waits for them at its exit.
+    # Closed on leaving: an error's traceback would keep the reading processes alive, and Python waits for
+    # them at its exit.
     reading = closing(_iterator(training, training.datasets.train, position.consumed_samples))
     with reading as samples, stop_requests(run.train.exit_duration_minutes) as stop:
         while position.iteration < run.train.train_iters and reason is None:
@@ -262,8 +260,7 @@ def _validate(training: Training, position: Position) -> Evaluation:
     if dataset is None:
         raise ConfigError(
             f"train.eval_interval is {training.run.train.eval_interval}, but there is no validation data; "
-            "give a validation share in "
-            "data.split, or data.valid_data_path, or set train.eval_interval to 0."
+            "give a validation share in data.split, or data.valid_data_path, or set train.eval_interval to 0."
         )
     gathers_late = training.run.parallel.overlap_param_gather
     if gathers_late:

@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 
 Value = float | int | str
 NOT_FINITE = "not_finite"
-"""Key of a note on values that JSON cannot express: {name: "nan", "inf" or "-inf"}. The values themselves are
-null."""
+"""Key of a note on values that JSON cannot express: {name: "nan", "inf" or "-inf"}.
+The values themselves are null."""
 
 
 class Sink(Protocol):
@@ -93,8 +93,7 @@ class JsonLines:
         except OSError as error:
             raise ConfigError(
                 f"logging.metrics_file {self._path} cannot be written at iteration {iteration}: "
-                f"{error.strerror}; "
-                "make room, or choose another file, and resume."
+                f"{error.strerror}; make room, or choose another file, and resume."
             ) from error
 
     def close(self) -> None:
@@ -142,8 +141,8 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _keep_until(path: Path, iteration: int) -> None:
-    """Drop from a file the reports after `iteration`; a fresh run (0) moves a whole file of earlier reports
-    aside."""
+    """Drop from a file the reports after `iteration`;
+    a fresh run (0) moves a whole file of earlier reports aside."""
     if not path.exists() or path.stat().st_size == 0:
         return
     if iteration == 0:

@@ -45,7 +45,8 @@ def _scheduler(
         lr_decay_steps=decay_iters,
         lr_decay_style=config.lr_decay_style,
         use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,  # a schedule changed on resuming counts, not the one in the checkpoint
+        # A schedule changed on resuming counts, not the one in the checkpoint.
+        override_opt_param_scheduler=True,
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
         wd_incr_steps=train.train_iters,

@@ -1,5 +1,5 @@
-"""What a run shows while it trains: a progress bar in a terminal, one line per report elsewhere. Built by one
-rank only."""
+"""What a run shows while it trains: a progress bar in a terminal, one line per report elsewhere.
+Built by one rank only."""
 
 import logging
 import sys
@@ -43,8 +43,8 @@ def step_line(values: Mapping[str, Value], names: tuple[str, ...] = tuple(_SHOWN
 
 
 class Progress:
-    """Shows how far a run is. With `enabled`, and where stderr is a terminal, as a bar; otherwise as lines of
-    the log."""
+    """Shows how far a run is. With `enabled`, and where stderr is a terminal, as a bar;
+    otherwise as lines of the log."""
 
     def __init__(self, total_iterations: int, start_iteration: int, enabled: bool) -> None:
         self._total = total_iterations

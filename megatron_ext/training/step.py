@@ -81,10 +81,9 @@ def require_finite(result: StepResult, iteration: int, train: TrainConfig) -> No
         ranks = ", ".join(map(str, result.odd_ranks)) or "none"
         raise NonFiniteLossError(
             f"iteration {iteration}: the loss is {result.lm_loss} and the gradient norm {result.grad_norm} "
-            "(ranks with such a loss: "
-            f"{ranks}). Nothing was saved after the last checkpoint. Resume from it with a lower "
-            "optimizer.lr or other data, or set "
-            "train.check_for_nan_in_loss to false to go on regardless."
+            f"(ranks with such a loss: {ranks}). Nothing was saved after the last checkpoint. Resume from it "
+            "with a lower optimizer.lr or other data, or set train.check_for_nan_in_loss to false to go on "
+            "regardless."
         )
 
 

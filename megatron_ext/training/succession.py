@@ -44,8 +44,8 @@ def check_succession(before: PolicyConfig, after: PolicyConfig, *, finetune: boo
 
 
 def check_weights(model: MegatronModule, policy: KVPolicy, before: PolicyConfig) -> None:
-    """ConfigError, on every rank, where weights that some rank has loaded keep `policy` from following
-    `before`."""
+    """ConfigError, on every rank, where weights that some rank has loaded keep `policy`
+    from following `before`."""
     obstacle = policy.obstacle_in_weights(StageChannelRows(model), before)
     of_ranks: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(of_ranks, obstacle)

@@ -55,8 +55,8 @@ def peak_tflops(device_name: str, precision: str) -> float | None:
     """Dense peak in TFLOP/s of a CUDA device, named as by torch.cuda.get_device_name; None where it is not
     known.
 
-    `precision` is train.precision. bf16 is counted with fp32 accumulation, without sparsity; fp32 without
-    TF32.
+    `precision` is train.precision. bf16 is counted with fp32 accumulation,
+    without sparsity; fp32 without TF32.
     """
     if _OTHERS.search(device_name):
         return None
@@ -67,8 +67,8 @@ def peak_tflops(device_name: str, precision: str) -> float | None:
 
 
 def memory_in_use() -> int:
-    """Largest memory so far, in bytes: allocated on this process's CUDA device, or resident in this process
-    without CUDA."""
+    """Largest memory so far, in bytes: allocated on this process's CUDA device,
+    or resident in this process without CUDA."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return _peak_resident_bytes()
@@ -77,9 +77,9 @@ def memory_in_use() -> int:
 def _peak_resident_bytes() -> int:
     status = Path("/proc/self/status")
     if status.exists():  # what getrusage says begins, on Linux, with the size of the parent process
-        found = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
-        if found is not None:
-            return int(found[1]) * 1024
+        peak = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
+        if peak is not None:
+            return int(peak[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -101,16 +101,16 @@ class Throughput:
     """Dense peak of one device in TFLOP/s; None: no utilisation is reported."""
 
     def metrics(self, tokens: int, seconds: float) -> dict[str, float]:
-        """Speed of processing `tokens` tokens, over all devices, in `seconds`; utilisations are fractions of
-        1."""
+        """Speed of processing `tokens` tokens, over all devices, in `seconds`;
+        utilisations are fractions of 1."""
         per_device = tokens / seconds / self.world_size
         model_tflops = per_device * self.model_flops_per_token / 1e12
-        found = {
+        speeds = {
             "tokens_per_second": tokens / seconds,
             "tokens_per_second_per_device": per_device,
             "model_tflops_per_device": model_tflops,
         }
         if self.peak_tflops is not None:
-            found["mfu"] = model_tflops / self.peak_tflops
-            found["hfu"] = per_device * self.hardware_flops_per_token / 1e12 / self.peak_tflops
-        return found
+            speeds["mfu"] = model_tflops / self.peak_tflops
+            speeds["hfu"] = per_device * self.hardware_flops_per_token / 1e12 / self.peak_tflops
+        return speeds

@@ -41,8 +41,9 @@ def compression_problems(compression: CompressionConfig, num_layers: int) -> Ite
 def model_problems(model: ModelConfig) -> Iterator[str]:
     """Sizes of the model that are no sizes, or do not divide each other."""
     yield from at_least(
-        "model", model, 1, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
-        "kv_channels", "vocab_size", "make_vocab_size_divisible_by", "max_position_embeddings",
+        "model", model, 1, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
+        "num_query_groups", "kv_channels", "vocab_size", "make_vocab_size_divisible_by",
+        "max_position_embeddings",
     )  # fmt: skip
     yield from at_least("model", model, 0, "cross_entropy_chunk_size")
     yield from _loss_problems(model)
@@ -66,8 +67,8 @@ def _loss_problems(model: ModelConfig) -> Iterator[str]:
     if (backend == "whole" and size > 0) or (backend == "chunked" and size == 0):
         required = "0" if backend == "whole" else "at least 1"
         yield (
-            f"model.cross_entropy_backend is {backend} and model.cross_entropy_chunk_size is {size}; with this backend the "
-            f"latter must be {required}: change one of them, or leave the former out."
+            f"model.cross_entropy_backend is {backend} and model.cross_entropy_chunk_size is {size}; with "
+            f"this backend the latter must be {required}: change one of them, or leave the former out."
         )
 
 
@@ -137,10 +138,9 @@ def pipeline_problems(run: RunConfig) -> Iterator[str]:
         if layer_types.any_cyclic:
             yield (
                 f"compression.layer_types is {layer_types} and {name} is {size}; a map in which a layer "
-                "reads the keys and "
-                f"values of a layer above it iterates over layers and does not run as a pipeline: set {name} "
-                "to 1 and use "
-                "parallel.tensor_model_parallel_size, or choose a map without such layers."
+                "reads the keys and values of a layer above it iterates over layers and does not run as a "
+                f"pipeline: set {name} to 1 and use parallel.tensor_model_parallel_size, or choose a map "
+                "without such layers."
             )
 
 
@@ -151,9 +151,8 @@ def process_problems(parallel: ParallelConfig, world_size: int) -> Iterator[str]
         yield (
             f"{world_size} processes were started, parallel.tensor_model_parallel_size is {tensor} and "
             f"parallel.pipeline_model_parallel_size is {pipeline}; the number of processes must be a "
-            "multiple of their product "
-            f"{tensor * pipeline}: change one of the three (processes: torchrun --nproc-per-node and "
-            "--nnodes)."
+            f"multiple of their product {tensor * pipeline}: change one of the three (processes: torchrun "
+            "--nproc-per-node and --nnodes)."
         )
 
 
@@ -177,10 +176,8 @@ def data_parallel_problems(parallel: ParallelConfig, train: TrainConfig, world_s
     if samples > 0 and batch > 0 and batch % samples:
         yield (
             f"train.global_batch_size is {batch}, train.micro_batch_size is {train.micro_batch_size} and the "
-            "data-parallel "
-            f"size is {replicas}; the first must be a multiple of the others' product {samples}, for "
-            "instance "
-            f"{samples * math.ceil(batch / samples)}."
+            f"data-parallel size is {replicas}; the first must be a multiple of the others' product "
+            f"{samples}, for instance {samples * math.ceil(batch / samples)}."
         )
 
 
@@ -189,8 +186,8 @@ def _word(value: bool) -> str:
 
 
 def recompute_problems(train: TrainConfig, num_layers: int, stages: int) -> Iterator[str]:
-    """Settings of recomputation that contradict each other, for `num_layers` layers in `stages` pipeline
-    stages."""
+    """Settings of recomputation that contradict each other,
+    for `num_layers` layers in `stages` pipeline stages."""
     granularity, layers = train.recompute_granularity, train.recompute_num_layers
     known = ", ".join(RECOMPUTE_MODULES)
     unknown = [name for name in train.recompute_modules if name not in RECOMPUTE_MODULES]
@@ -207,14 +204,13 @@ def recompute_problems(train: TrainConfig, num_layers: int, stages: int) -> Iter
     if layers is not None and granularity != "full":
         yield (
             f"train.recompute_num_layers is {layers} and train.recompute_granularity is {granularity}; the "
-            "former needs full: "
-            "set train.recompute_granularity to full, or leave train.recompute_num_layers out."
+            "former needs full: set train.recompute_granularity to full, or leave train.recompute_num_layers "
+            "out."
         )
     per_stage = num_layers // stages if stages > 0 else num_layers
     if layers is not None and granularity == "full" and layers > per_stage > 0:
         yield (
             f"train.recompute_num_layers is {layers}; a pipeline stage has {per_stage} layers "
-            "(model.num_layers / "
-            f"parallel.pipeline_model_parallel_size): set it to at most {per_stage}, or leave it out to "
-            "recompute all."
+            f"(model.num_layers / parallel.pipeline_model_parallel_size): set it to at most {per_stage}, or "
+            "leave it out to recompute all."
         )

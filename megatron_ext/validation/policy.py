@@ -1,5 +1,5 @@
-"""What a model cannot do under its KV policy. What is wrong with the policy's settings by themselves, it says
-itself."""
+"""What a model cannot do under its KV policy.
+What is wrong with the policy's settings by themselves, it says itself."""
 
 from collections.abc import Iterator
 
@@ -15,9 +15,8 @@ def policy_problems(model: ModelConfig, policy: PolicyConfig, numbers: Precision
     size, traits = _head_size(model), policy.traits
     if size is not None and size < traits.min_head_dim:
         yield (
-            f"{name} is {size} and compression.policy.name is {policy.name}; under this policy it must be "
-            f"at least "
-            f"{traits.min_head_dim}."
+            f"{name} is {size} and compression.policy.name is {policy.name}; under this policy it must be at "
+            f"least {traits.min_head_dim}."
         )
         return
     stage = "" if policy.stage is None else f" and compression.policy.stage is {policy.stage}"
@@ -25,8 +24,7 @@ def policy_problems(model: ModelConfig, policy: PolicyConfig, numbers: Precision
     if 0 < model.attention_dropout < 1 and not traits.dropout:
         yield (
             f"model.attention_dropout is {model.attention_dropout}, {chosen}; attention under this policy "
-            f"has no dropout: "
-            "set model.attention_dropout to 0."
+            "has no dropout: set model.attention_dropout to 0."
         )
     if size is not None and model.attention_backend != "reference":
         obstacle = _obstacle_on_cuda(size, traits, numbers)

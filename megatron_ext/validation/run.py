@@ -27,8 +27,8 @@ LARGEST_SEED = 2**31 - 1
 
 
 def validate(run: RunConfig, world_size: int) -> None:
-    """Raises ConfigError with a numbered list of everything in `run` that cannot work on `world_size`
-    processes."""
+    """Raises ConfigError with a numbered list of everything in `run`
+    that cannot work on `world_size` processes."""
     sentences = problems(run, world_size)
     if sentences:
         count = "1 setting" if len(sentences) == 1 else f"{len(sentences)} settings"
@@ -74,8 +74,7 @@ def _train(model: ModelConfig, train: TrainConfig) -> Iterator[str]:
     if longest is not None and longest < train.seq_length:
         yield (
             f"model.max_position_embeddings is {longest} and train.seq_length is {train.seq_length}; the "
-            "former must be at least "
-            "the latter: raise it, or leave it out."
+            "former must be at least the latter: raise it, or leave it out."
         )
 
 
@@ -110,8 +109,7 @@ def _schedule(optimizer: OptimizerConfig, train: TrainConfig) -> Iterator[str]:
     if optimizer.lr_decay_style == "WSD" and decay is not None and decay > end - warmup >= 1:
         yield (
             f"optimizer.lr_wsd_decay_iters is {decay}; between optimizer.lr_warmup_iters {warmup} and "
-            f"{end_name} {end} there "
-            f"are {end - warmup} iterations: set it to at most that."
+            f"{end_name} {end} there are {end - warmup} iterations: set it to at most that."
         )
 
 
@@ -127,8 +125,7 @@ def _data(data: DataConfig, train: TrainConfig) -> Iterator[str]:
     if data.tokenizer_type == "none" and data.tokenizer_model is not None:
         yield (
             f"data.tokenizer_model is {data.tokenizer_model} and data.tokenizer_type is none; set the latter "
-            "to the kind of "
-            "tokenizer: huggingface, sentencepiece or tiktoken."
+            "to the kind of tokenizer: huggingface, sentencepiece or tiktoken."
         )
 
 
@@ -148,8 +145,7 @@ def _sources(data: DataConfig, train: TrainConfig) -> Iterator[str]:
     if train.eval_interval > 0 and validation is None:
         yield (
             f"train.eval_interval is {train.eval_interval} and there is no validation data; give "
-            "data.valid_data_path, a second "
-            "share in data.split, or set train.eval_interval to 0."
+            "data.valid_data_path, a second share in data.split, or set train.eval_interval to 0."
         )
 
 

@@ -165,8 +165,9 @@ def test_expected_tensors_are_the_parameters_of_the_training_model() -> None:
 )
 def test_a_decoder_there_and_back(scaling: RopeScalingConfig, tied: bool, bias: bool, dropout: float) -> None:
     model = replace(
-        DESCRIPTION.model, rope_scaling=scaling, untie_embeddings_and_output_weights=not tied, add_qkv_bias=bias,
-        qk_layernorm=not bias, attention_dropout=dropout, rotary_base=5e5, init_method_std=0.3,
+        DESCRIPTION.model, rope_scaling=scaling, untie_embeddings_and_output_weights=not tied,
+        add_qkv_bias=bias, qk_layernorm=not bias, attention_dropout=dropout, rotary_base=5e5,
+        init_method_std=0.3,
     )  # fmt: skip
     description = replace(DESCRIPTION, model=model)
     decoder = description.decoder()

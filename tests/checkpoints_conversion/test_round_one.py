@@ -1,5 +1,5 @@
-"""A Hugging Face folder and a checkpoint that were written before readers moved to `lckv` still load, and give
-the logits of then: in the engine, in transformers, in the converter, in the training model."""
+"""A Hugging Face folder and a checkpoint that were written before readers moved to `lckv` still load, and
+give the logits of then: in the engine, in transformers, in the converter, in the training model."""
 
 from pathlib import Path
 

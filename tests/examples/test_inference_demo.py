@@ -69,7 +69,8 @@ def test_they_differ_in_map_and_policy(commands):
     ]
     kinds = [(each.policy.name, each.map(8).any_cyclic, each.map(8).any_sliding) for each in compressions]
     assert kinds == [
-        ("dense", False, False), ("dense", True, False), ("dense", False, True), ("dmc", False, False), ("dmc", True, False),
+        ("dense", False, False), ("dense", True, False), ("dense", False, True),
+        ("dmc", False, False), ("dmc", True, False),
     ]  # fmt: skip
     assert compressions[1].layer_types == compressions[4].layer_types
     assert compressions[3].policy == compressions[4].policy

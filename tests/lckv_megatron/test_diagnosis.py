@@ -76,7 +76,7 @@ def test_requirement_that_is_absent_or_out_of_range_prevents_training(
     )
     report = Report()
     diagnosis._requirements(report)
-    assert report.found["torch"] == "2.13.0+cpu (supported: >=2.6)"
+    assert report.facts["torch"] == "2.13.0+cpu (supported: >=2.6)"
     newer = _missing(report, "megatron-core")
     assert "0.17.0 is outside of the tested range" in newer.what
     assert newer.prevents_training
@@ -106,8 +106,8 @@ def test_gpus_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 5))
     report = Report()
     diagnosis._torch(report)
-    assert report.found["GPUs"] == "NVIDIA H100, 80 GiB, sm_90; NVIDIA H100, 80 GiB, sm_90"
-    assert report.found["NCCL"] == "2.27.5"
+    assert report.facts["GPUs"] == "NVIDIA H100, 80 GiB, sm_90; NVIDIA H100, 80 GiB, sm_90"
+    assert report.facts["NCCL"] == "2.27.5"
     assert report.missing == []
 
 
@@ -199,4 +199,4 @@ def test_step_that_fails_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatc
     report = diagnosis.examine()
     assert "libcudart" in _missing(report, "paths: RuntimeError").what
     assert not report.can_train
-    assert "free disk here" in report.found
+    assert "free disk here" in report.facts

@@ -168,8 +168,8 @@ def test_nested_sections(tmp_path):
         (
             ["--compression.policy.name", "dcm", "--compression.policy.stage", "retrofit"],
             (
-                "error: compression.policy.name is 'dcm'; it must be one of dense, dmc, forgetful; did you mean "
-                "dmc?\n"
+                "error: compression.policy.name is 'dcm'; it must be one of dense, dmc, forgetful; did you "
+                "mean dmc?\n"
             ),
         ),
         (
@@ -179,8 +179,8 @@ def test_nested_sections(tmp_path):
         (
             ["--compression.policy.name=dmc", "--compression.policy.stage", "retro"],
             (
-                "compression.policy.stage is 'retro'; it must be one of zero_out, retrofit, finetune; did you "
-                "mean retrofit?"
+                "compression.policy.stage is 'retro'; it must be one of zero_out, retrofit, finetune; did "
+                "you mean retrofit?"
             ),
         ),
         (

@@ -138,8 +138,8 @@ def test_settings_of_variants_that_are_not_chosen():
             "latter to tree or cat."
         ),
         (
-            "1: thing.height belongs to thing tree; thing.name is stone: remove the former, or set the latter "
-            "to tree."
+            "1: thing.height belongs to thing tree; thing.name is stone: remove the former, or set the "
+            "latter to tree."
         ),
     ]
     assert refusal({"other": {"roots": {"metres": 2}}}).startswith(

@@ -15,7 +15,10 @@ TEXT = ROOT / "examples" / "smollm2" / "wikitext-2-excerpt.txt"
 TEXTS = (
     TEXT.read_text(encoding="utf-8"),
     Path(__file__).read_text(encoding="utf-8"),
-    "naïve café, Ελληνικά, русский, 漢字かな, 한국어, 🙂👍🏽, \u200b\u00a0; 1234567890; a  b   c    d     e\r\n\t\n",
+    (
+        "naïve café, Ελληνικά, русский, 漢字かな, 한국어, 🙂👍🏽, \u200b\u00a0; 1234567890; "
+        "a  b   c    d     e\r\n\t\n"
+    ),
     "<s>text</s> is no control token",
 )
 

@@ -98,10 +98,12 @@ def measure(
         window = min(YOCO_WINDOW, train.seq_length // 4) if "s" in text else None
         compression = CompressionConfig(layer_types=text, sliding_window=window)
         step = Step.of(sized, compression, train)
-        found = {"layers": layers, "saved": step.saved_bytes(), "peak": peak_bytes(step.run)}
+        measured = {"layers": layers, "saved": step.saved_bytes(), "peak": peak_bytes(step.run)}
         kept = kept_by_full_recompute(compression, layers, range(layers))
         growth = {
-            f"{what}_growth": round((found[what] - last[what]) / (layers - last["layers"]) / layer_input, 3)
+            f"{what}_growth": round(
+                (measured[what] - last[what]) / (layers - last["layers"]) / layer_input, 3
+            )
             if last
             else ""
             for what in ("saved", "peak")
@@ -110,14 +112,14 @@ def measure(
             "map": name,
             "recompute": train.recompute_granularity,
             "layers": layers,
-            "saved_bytes": found["saved"],
+            "saved_bytes": measured["saved"],
             "predicted_bytes": kept_bytes(kept, sized, ParallelConfig(), train)
             if train.recompute_granularity == "full"
             else "",
-            "peak_bytes": found["peak"],
+            "peak_bytes": measured["peak"],
             **growth,
         }
-        last = found
+        last = measured
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -50,8 +50,8 @@ class RandomWeights:
 
 
 def model_of(size: int, vocab_size: int) -> ModelDescription:
-    """A Llama of about `size` bytes, whose largest tensor, the embedding, has `vocab_size` rows of a
-    kilobyte."""
+    """A Llama of about `size` bytes, whose largest tensor, the embedding,
+    has `vocab_size` rows of a kilobyte."""
     layers = 1
     while True:
         model = ModelConfig(
@@ -119,8 +119,8 @@ def _status(name: str) -> int:
 
 
 def measure_in_turn(description: ModelDescription) -> Iterator[dict[str, object]]:
-    """All conversions of a model, each by a new process, in which there is nothing yet that it could use
-    again."""
+    """All conversions of a model, each by a new process,
+    in which there is nothing yet that it could use again."""
     with TemporaryDirectory() as folder:
         write_source(description, Path(folder))
         for name in conversions(description, Path(folder)):

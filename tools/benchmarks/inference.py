@@ -58,7 +58,7 @@ def subjects(options: argparse.Namespace) -> list[Subject]:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     longest = max(options.context, *(length + 1 for length in options.lengths))
-    found = [_of_folder(text, longest, options, dtype, device) for text in options.models]
+    chosen = [_of_folder(text, longest, options, dtype, device) for text in options.models]
     sizes = Sizes(
         options.layers,
         options.hidden_size,
@@ -72,16 +72,18 @@ def subjects(options: argparse.Namespace) -> list[Subject]:
         options.random if options.random or options.models else [RandomModel.parse(text) for text in RANDOM]
     )
     default = torch.bfloat16 if device.type == "cuda" else torch.float32
-    for each in random:
-        model = each.build(sizes, dtype=dtype or default, device=device)
-        found.append(Subject(each.name, model, random_tokens(sizes.vocab_size, options.prompts, longest)))
-    names = [subject.name for subject in found]
+    for random_model in random:
+        model = random_model.build(sizes, dtype=dtype or default, device=device)
+        chosen.append(
+            Subject(random_model.name, model, random_tokens(sizes.vocab_size, options.prompts, longest))
+        )
+    names = [subject.name for subject in chosen]
     if len(set(names)) < len(names):
         raise ConfigError(
             f"the models are called {', '.join(names)}; each needs a name of its own: its folder's, or "
             "NAME=MAP."
         )
-    return found
+    return chosen
 
 
 def _of_folder(
@@ -124,21 +126,21 @@ def measure(options: argparse.Namespace) -> None:
         options.repeats,
         options.clock,
     )
-    found: list[Row] = []
+    table: list[Row] = []
     names = [subject.name for subject in models]
     print(line("", {name: name for name in names}, names))
     for rows in compare(models, settings):
-        found += rows
+        table += rows
         print(
             line(title(rows[0]), {row.model: f"{row.value:,.4g} ({row.ratio:.3g}x)" for row in rows}, names),
             flush=True,
         )
     if options.output is not None:
-        write_csv(options.output, csv_rows(models, settings, found))
+        write_csv(options.output, csv_rows(models, settings, table))
     if options.picture is not None:
         from tools.benchmarks.generation.picture import draw
 
-        draw(found, options.picture)
+        draw(table, options.picture)
 
 
 def check(options: argparse.Namespace) -> None:

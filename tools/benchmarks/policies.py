@@ -7,8 +7,8 @@ from megatron_ext.settings import read
 
 
 def policy_of(text: str) -> PolicyConfig:
-    """The KV policy that NAME or NAME:FIELD=VALUE:... describes. Raises ConfigError, which is a
-    ValueError."""
+    """The KV policy that NAME or NAME:FIELD=VALUE:... describes.
+    Raises ConfigError, which is a ValueError."""
     name, *settings = text.split(":")
     fields = dict(setting.partition("=")[::2] for setting in settings)
     policy = read(CompressionConfig, [("", {"policy": {"name": name, **fields}})]).policy

@@ -126,16 +126,16 @@ def measure(model: LCKVLlamaForCausalLM, tokens: Tensor) -> list[dict[str, objec
             "tokens": f"{tokens.shape[0]}x{tokens.shape[1]}",
         }
 
-    found = [row("token by token", "", 1, exact)]
-    found += [
+    rows = [row("token by token", "", 1, exact)]
+    rows += [
         row("passes", passes, passes, parallel(model, tokens, Iteration(passes)))
         for passes in range(1, most + 1)
     ]
     for tolerance in TOLERANCES:
         settling = Settling(tolerance, most, len(tokens), None, key_bias=None, device=tokens.device)
         loss = parallel(model, tokens, Iteration(most, settling))
-        found.append(row("tolerance", tolerance, float(settling.passes.double().mean()), loss))
-    return found
+        rows.append(row("tolerance", tolerance, float(settling.passes.double().mean()), loss))
+    return rows
 
 
 def parallel(model: LCKVLlamaForCausalLM, tokens: Tensor, iteration: Iteration) -> float:

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-"""cpu counts the seconds in which this process computed, on all its threads: of use where other programs run
-meanwhile."""
+"""cpu counts the seconds in which this process computed, on all its threads:
+of use where other programs run meanwhile."""
 
 
 def median_seconds(

@@ -3,8 +3,8 @@ one run.
 
     python tools/benchmarks/training_step.py --output tools/benchmarks/results/training_step.csv
 
-Each map's measured ratio to the plain map stands beside the ratio that its operation count predicts
-(lckv/cost.py).
+Each map's measured ratio to the plain map stands beside the ratio
+that its operation count predicts (lckv/cost.py).
 """
 
 import argparse
@@ -79,8 +79,8 @@ class Sizes:
 
 
 def megatron_step(sizes: Sizes, tokens: torch.Tensor) -> Callable[[], None]:
-    """A step of Megatron's GPTModel with its local spec, whose norm is exchanged for one that the
-    configuration allows."""
+    """A step of Megatron's GPTModel with its local spec, whose norm is exchanged
+    for one that the configuration allows."""
     config = transformer_config(sizes.model, CompressionConfig(), ParallelConfig(), sizes.train)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm

@@ -32,8 +32,8 @@ class DMCConfig(PolicyConfig):
     """CR: tokens per slot to reach, at least 1. Published models: 2, 4 and 8."""
 
     initial_decision_bias: float = 5.0
-    """Subtracted from the decision logit, so that every token opens a slot at first; also added to the
-    importance logit."""
+    """Subtracted from the decision logit, so that every token opens a slot at first;
+    also added to the importance logit."""
 
     temperature: float = 0.1
     """Of the noisy decisions in training."""
@@ -80,8 +80,7 @@ class DMCConfig(PolicyConfig):
         if not 0 < self.initial_decision_bias < math.inf:
             obstacle = (
                 "it must be greater than 0, or every token would be merged from the start, all into the "
-                "first one. The "
-                "published value is 5"
+                "first one. The published value is 5"
             )
             yield Problem("initial_decision_bias", self.initial_decision_bias, obstacle)
         if not 0 < self.temperature < math.inf:
@@ -101,8 +100,7 @@ class DMCConfig(PolicyConfig):
             return None
         return (
             "its decision channel now decides what is merged. Choose the policy dmc with stage retrofit or "
-            "finetune, or load "
-            "an earlier checkpoint"
+            "finetune, or load an earlier checkpoint"
         )
 
     def obstacle_to_converting(self, before: PolicyConfig) -> str | None:
@@ -111,8 +109,7 @@ class DMCConfig(PolicyConfig):
             return None
         return (
             f"stage is {self.stage}, but the model knows no merging: its decision channel is in use, so "
-            "decisions would be "
-            "arbitrary. Set the stage to zero_out and train that stage first"
+            "decisions would be arbitrary. Set the stage to zero_out and train that stage first"
         )
 
     @property
@@ -136,9 +133,8 @@ class DMCConfig(PolicyConfig):
         """See `PolicyConfig`."""
         return (
             f"Dynamic Memory Compression, stage {self.stage}, trained towards "
-            f"{self.target_compression_ratio:g} tokens per "
-            "slot. Each KV head decides for every token whether it opens a slot or is merged into the last "
-            "one."
+            f"{self.target_compression_ratio:g} tokens per slot. Each KV head decides for every token "
+            "whether it opens a slot or is merged into the last one."
         )
 
     @property

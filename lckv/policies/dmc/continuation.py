@@ -4,8 +4,8 @@ The state holds the newest tokens of each head's last slot, as many as a window 
 least 1, and 1 for their mean where there is no window), newest last: key and value before RoPE, and weight.
 Where a slot has fewer tokens the weight is 0.
 
-Shapes: s new tokens, b rows, g KV heads, d channels, n tokens of the state; a state is float32 [n, b, g, 2 d
-+ 1].
+Shapes: s new tokens, b rows, g KV heads, d channels, n tokens of the state;
+a state is float32 [n, b, g, 2 d + 1].
 """
 
 import torch
@@ -18,8 +18,8 @@ from lckv.policies.dmc.pooling import pool
 
 
 class Turn:
-    """Moves the padding in front of each row's tokens behind them, so that they follow the state's; and back
-    again."""
+    """Moves the padding in front of each row's tokens behind them,
+    so that they follow the state's; and back again."""
 
     def __init__(self, counted: Tensor | None) -> None:
         """`counted` as in `TokenContext`."""
@@ -48,8 +48,8 @@ def fresh_state(window: int | None, key: Tensor) -> Tensor:
 
 def openings(logits: Tensor, state: Tensor, context: TokenContext, turn: Turn) -> Tensor:
     """bool [s, b, g], tokens first: which open a slot whatever their decision is, as
-    `decisions.forced_openings`, but a row's first token only where there is no slot yet. `logits` are [s, b,
-    g]."""
+    `decisions.forced_openings`, but a row's first token only where there is no slot yet.
+    `logits` are [s, b, g]."""
     opens = turn.there(forced_openings(logits, context))[..., None].repeat(1, 1, logits.shape[2])
     fresh = state[-1, ..., -1] == 0
     opens[0] = fresh if context.counted is None else fresh | ~context.counted.any(0)[:, None]
@@ -100,8 +100,8 @@ def _pool_many(everything: Tensor, merged: Tensor, window: int | None) -> tuple[
 
 
 def _tokens_after(everything: Tensor, merged: Tensor, tokens: int, counted: Tensor | None) -> Tensor:
-    """The newest `tokens` tokens up to each row's last counted one, without weight where they are not in its
-    slot."""
+    """The newest `tokens` tokens up to each row's last counted one,
+    without weight where they are not in its slot."""
     device, (length, rows) = everything.device, everything.shape[:2]
     added = torch.full((rows,), length - tokens, device=device) if counted is None else counted.sum(0)
     index, row = torch.arange(tokens, device=device)[:, None] + added, torch.arange(rows, device=device)

@@ -23,8 +23,8 @@ class Decisions(NamedTuple):
     """[s, b, g]: 1 merges the token into the last slot, 0 opens a new one; between 0 and 1 in training."""
 
     bias: Tensor
-    """[s, b, g]: log(1 - merge of the next token), at least `HIDDEN`: what a later query adds to the score of
-    this token."""
+    """[s, b, g]: log(1 - merge of the next token), at least `HIDDEN`:
+    what a later query adds to the score of this token."""
 
 
 def decision_logits(key: Tensor, initial_bias: float) -> Tensor:
@@ -86,8 +86,8 @@ def merge_rate(merge: Tensor, logits: Tensor, counted: Tensor | None) -> Tensor:
 
 
 def draw_noise(shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> Tensor:
-    """The difference of two Gumbel variables, which is logistic, for `shape` [s, b, g]; row i depends on
-    `seeds[i]` only."""
+    """The difference of two Gumbel variables, which is logistic, for `shape` [s, b, g];
+    row i depends on `seeds[i]` only."""
     tokens, rows, heads = shape
     if len(seeds) != rows:
         raise ValueError(f"{len(seeds)} seeds for {rows} rows; every row needs one.")

@@ -1,5 +1,5 @@
-"""Dynamic Memory Compression as a KV policy: keys and values become running means over the tokens merged into
-a slot."""
+"""Dynamic Memory Compression as a KV policy:
+keys and values become running means over the tokens merged into a slot."""
 
 from collections.abc import Iterator, Sequence
 
@@ -50,8 +50,8 @@ class DMCPolicy(KVPolicy):
     def keys_values(
         self, key: Tensor, value: Tensor, query: Tensor | None, context: TokenContext
     ) -> tuple[KeyValue, Statistics]:
-        """Decisions, pooling, RoPE at the newest token of each slot, and the bias that hides what was merged
-        later."""
+        """Decisions, pooling, RoPE at the newest token of each slot,
+        and the bias that hides what was merged later."""
         if not self.config.decides:
             return KeyValue(self._fade(key, context), value), ()
         assert query is not None
@@ -105,8 +105,8 @@ class DMCPolicy(KVPolicy):
         return loss if loss.dim() == 1 else loss.mean(1)
 
     def report(self, means: Sequence[Tensor], loss: float, progress: float | None) -> dict[str, float]:
-        """The loss, and the compression ratios asked for and reached, in tokens per slot over all layers and
-        heads."""
+        """The loss, and the compression ratios asked for and reached,
+        in tokens per slot over all layers and heads."""
         if not self.config.decides:
             return {}
         reached = {"compression_ratio": schedule.ratio_of_rate(means[0].mean().item())}
@@ -132,10 +132,8 @@ class DMCPolicy(KVPolicy):
             return None
         return (
             f"stage is {self.config.stage}, but the loaded weights use the decision channel (the last one of "
-            "queries and "
-            f"keys; its largest weight is {largest:.3g}), so decisions would be arbitrary. Run stage "
-            "zero_out first, to "
-            "its end, and load what it saves"
+            f"queries and keys; its largest weight is {largest:.3g}), so decisions would be arbitrary. Run "
+            "stage zero_out first, to its end, and load what it saves"
         )
 
     @torch.no_grad()

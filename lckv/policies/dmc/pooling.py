@@ -1,6 +1,7 @@
 """Keys and values of slots: the mean over the newest W tokens of a slot, weighted by importance.
 
-    P_t = sum over s in t - W + 1 .. t of c(t, s) w_s y_s / sum of c(t, s) w_s    for y = k and v, c(t, s) = p_{s+1} ... p_t
+    P_t = sum over s in t - W + 1 .. t of c(t, s) w_s y_s / sum of c(t, s) w_s
+    for y = k and v, c(t, s) = p_{s+1} ... p_t
 
 with p the merge decisions and w the importance. p of the first token of a row plays no part. `pool` chooses
 between the fused Triton kernel of `kernels.pooling` and the two algorithms here. All compute in float32, with
@@ -61,8 +62,8 @@ def pool_in_torch(
 
 
 def pool_by_formula(features: Tensor, merge: Tensor, weight: Tensor, window: int | None) -> Tensor:
-    """The formula for `features` [s, b, g, d] as it stands, with a matrix of s x s: the oracle of the
-    others."""
+    """The formula for `features` [s, b, g, d] as it stands, with a matrix of s x s:
+    the oracle of the others."""
     length = features.shape[0]
     row, rows = torch.zeros_like(merge), []
     for token in range(length):
@@ -87,8 +88,8 @@ def _shares(merge: Tensor, weight: Tensor, window: int) -> Tensor:
 
 
 class _Band(torch.autograd.Function):
-    """The product of a banded matrix, one per row and head, with features: W shifted multiply-adds and no
-    copies."""
+    """The product of a banded matrix, one per row and head, with features:
+    W shifted multiply-adds and no copies."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, shares: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ def compression_ratio(target: float, stage: str, progress: float) -> float:
 
 
 def hinge_loss(merge_rate: Tensor, ratio: float) -> Tensor:
-    """max(0, 1 - 1/CR - m) of each merge rate m: what is missing to the share of merged tokens that `ratio`
-    stands for."""
+    """max(0, 1 - 1/CR - m) of each merge rate m:
+    what is missing to the share of merged tokens that `ratio` stands for."""
     return torch.relu(1.0 - 1.0 / ratio - merge_rate)
 
 

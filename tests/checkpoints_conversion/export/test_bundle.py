@@ -59,7 +59,8 @@ def unpack(files: dict[str, str], folder: Path) -> None:
 
 def test_files_are_flat_and_only_those_needed(tmp_path: Path) -> None:
     assert list(bundler(tmp_path).files()) == [
-        "configuration.py", "modeling.py", "pkg_kernels_fast.py", "pkg_parts_blocks.py", "pkg_parts_pieces.py",
+        "configuration.py", "modeling.py", "pkg_kernels_fast.py", "pkg_parts_blocks.py",
+        "pkg_parts_pieces.py",
     ]  # fmt: skip
 
 

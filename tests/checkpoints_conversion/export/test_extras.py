@@ -82,7 +82,8 @@ def test_card_says_what_the_model_is() -> None:
         "# tiny\n",
         "layer 1      <- 2 ↑   ┘",
         "`layer_types`: `0_2_2_3`",
-        "| a plain model of these sizes | 512 | 1.00x |",  # 4 layers x (key and value) x 2 heads x 16 channels x 2 bytes
+        # 4 layers x (key and value) x 2 heads x 16 channels x 2 bytes
+        "| a plain model of these sizes | 512 | 1.00x |",
         "| this sharing map | 384 | 1.33x |",
         "| and the policy dmc, as measured | 110 | 4.67x |",
         "Measured: 3.50 tokens per slot.",

@@ -45,7 +45,8 @@ class Ones:
         return self.kinds
     def read(self, name, rows=None):
         info = self.kinds[name]
-        return torch.ones((info.shape[0] if rows is None else rows.stop - rows.start, *info.shape[1:]), dtype=info.dtype)
+        count = info.shape[0] if rows is None else rows.stop - rows.start
+        return torch.ones((count, *info.shape[1:]), dtype=info.dtype)
 
 def resident(kind):
     lines = Path("/proc/self/status").read_text().splitlines()

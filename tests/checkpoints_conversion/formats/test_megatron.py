@@ -192,8 +192,10 @@ def _change_settings(checkpoint: Path, change: Callable[[dict[str, Any]], object
 CHANGES: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda settings: settings.pop("architecture"), "config.json has no section or field 'architecture'"),
     (lambda settings: settings["model"].update(num_layers=5), r"not part of the model: decoder\.layers\.5"),
-    (lambda settings: settings["model"].update(num_query_groups=1), r"linear_qkv\.weight \[64, 32\] instead of \[48, 32\]"),
-    (lambda settings: settings["architecture"].update(vocab_size=999), r"embeddings\.weight \[61, 32\] instead of \[999, 32\]"),
+    (lambda settings: settings["model"].update(num_query_groups=1),
+     r"linear_qkv\.weight \[64, 32\] instead of \[48, 32\]"),
+    (lambda settings: settings["architecture"].update(vocab_size=999),
+     r"embeddings\.weight \[61, 32\] instead of \[999, 32\]"),
     (lambda settings: settings["model"].update(hidden_siz=8), "model.hidden_siz is unknown"),
 ]  # fmt: skip
 

@@ -344,7 +344,8 @@ def _cut(content: dict[str, Any]) -> None:
 
 
 DAMAGES: list[tuple[Callable[[dict[str, Any]], object], str]] = [
-    (lambda content: content["model"].pop("decoder.layers.1.mlp.linear_fc2.weight"), r"parts of decoder\.layers\.1\.mlp\.linear_fc2"),
+    (lambda content: content["model"].pop("decoder.layers.1.mlp.linear_fc2.weight"),
+     r"parts of decoder\.layers\.1\.mlp\.linear_fc2"),
     (_cut, r"parts of decoder\.layers\.2\.mlp.* mp_rank_00 \[64, 32\], mp_rank_01 \[62, 32\]"),
     (lambda content: content.pop("model"), r"has no weights under `model`"),
     (lambda content: content["model"].update(weird=3), r"weird among the weights is a int, not a tensor"),

@@ -426,8 +426,8 @@ def cuda_differences(name: str, policy: str) -> list[float]:
     for page_size in (1, 16):
         cache = paged_cache(built, page_size=page_size)
         on_cuda = PagedCache(
-            **cache_settings(built), kv_heads=2, head_dim=8, dtype=torch.float32, device="cuda", pages=cache.pages,
-            page_size=page_size, max_sequences=2, max_tokens=100,
+            **cache_settings(built), kv_heads=2, head_dim=8, dtype=torch.float32, device="cuda",
+            pages=cache.pages, page_size=page_size, max_sequences=2, max_tokens=100,
         )  # fmt: skip
         built.cuda()
         try:

@@ -70,9 +70,9 @@ def test_bytes_that_are_no_characters_do_not_pile_up() -> None:
 def _cut(text: str, stops: list[str]) -> tuple[str, bool]:
     """The plain computation: letter by letter, up to the first place where a stop text is complete."""
     for end in range(1, len(text) + 1):
-        found = [stop for stop in stops if text[:end].endswith(stop)]
-        if found:
-            return text[: end - max(map(len, found))], True
+        stopped_by = [stop for stop in stops if text[:end].endswith(stop)]
+        if stopped_by:
+            return text[: end - max(map(len, stopped_by))], True
     return text, False
 
 
@@ -86,11 +86,11 @@ def test_stop_texts_are_found_wherever_they_begin(parts: list[str], stops: list[
     for part in parts:
         shown += matcher.add(part)
         assert not any(stop in shown for stop in stops)
-        if matcher.found is not None:
+        if matcher.stopped_by is not None:
             break
     else:
         shown += matcher.flush()
-    assert (shown, matcher.found is not None) == _cut("".join(parts), stops)
+    assert (shown, matcher.stopped_by is not None) == _cut("".join(parts), stops)
 
 
 def test_only_what_may_become_a_stop_text_is_held_back() -> None:
@@ -103,7 +103,7 @@ def test_only_what_may_become_a_stop_text_is_held_back() -> None:
         "",
         "",
     ]
-    assert matcher.found == "\nUser:"
+    assert matcher.stopped_by == "\nUser:"
 
 
 def test_a_stop_text_may_turn_up_in_what_was_held_back_for_a_character() -> None:

@@ -51,8 +51,8 @@ from tests.lckv.generation.engines import GREEDY, empty, engine
             "ab",
             GREEDY,
             (
-                "a prompt must be a sequence of token ids; here is a str that is none. Texts are to be tokenised "
-                "before."
+                "a prompt must be a sequence of token ids; here is a str that is none. Texts are to be "
+                "tokenised before."
             ),
         ),
     ],

@@ -67,7 +67,10 @@ def test_a_text_may_fill_the_context() -> None:
 
 def test_texts_that_cannot_be_scored_are_refused() -> None:
     tried = engine(model("plain"))
-    message = r"(?s)text 0 is empty; it must have.*text 2's token 1 is 99.*text 3 has 129 tokens; it must have at most 128\."
+    message = (
+        r"(?s)text 0 is empty; it must have.*text 2's token 1 is 99.*"
+        r"text 3 has 129 tokens; it must have at most 128\."
+    )
     with pytest.raises(ValueError, match=message):
         tried.score([[], [1], [1, 99], [1] * 129])
     assert tried.score([]) == []

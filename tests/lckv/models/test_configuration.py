@@ -29,7 +29,8 @@ def test_published_configuration() -> None:
     """What the public LCKV models have in config.json; the window there means something only with an "s" in
     the map."""
     published = {
-        "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1, "use_sequential": False, "rope_theta": 5e5, "rope_scaling": None,
+        "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1, "use_sequential": False,
+        "rope_theta": 5e5, "rope_scaling": None,
         "forward_passes": 3, "backward_passes": 1, "sliding_window": 4096, "force_nodiag": True,
     }  # fmt: skip
     config = made(**published, layer_types="0_2_2_3")
@@ -149,8 +150,9 @@ def test_what_says_how_published_code_is_run_is_passed_over() -> None:
 
 def test_a_decoder_there_and_back() -> None:
     config = made(
-        compression={"layer_types": "0_0_2_2"}, dtype="bfloat16", eos_token_id=[3, 4], qk_norm=True, head_dim=6,
-        rope_parameters={"rope_type": "linear", "rope_theta": 5e4, "factor": 2.0}, tie_word_embeddings=True,
+        compression={"layer_types": "0_0_2_2"}, dtype="bfloat16", eos_token_id=[3, 4], qk_norm=True,
+        head_dim=6, rope_parameters={"rope_type": "linear", "rope_theta": 5e4, "factor": 2.0},
+        tie_word_embeddings=True,
     )  # fmt: skip
     decoder = config.as_decoder()
     assert (decoder.rope_base, decoder.rope_scaling, decoder.dtype) == (

@@ -10,8 +10,9 @@ from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from tests.golden.lckv_models import NAMES, Golden
 
 _FIELDS = (
-    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size",
-    "rms_norm_eps", "rope_theta", "layer_types", "forward_passes", "backward_passes", "sliding_window", "force_nodiag",
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+    "vocab_size", "rms_norm_eps", "rope_theta", "layer_types", "forward_passes", "backward_passes",
+    "sliding_window", "force_nodiag",
 )  # fmt: skip
 
 

@@ -22,8 +22,8 @@ from tests.lckv.models.test_modeling import padded
 from tests.lckv.models.tiny import close, config, tokens
 
 _LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
-    "rope_theta": 100.0,
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16, "rope_theta": 100.0,
 }  # fmt: skip
 _LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
 CASES: dict[str, tuple[type, type, str | None, dict[str, Any], dict[str, Any]]] = {
@@ -53,8 +53,9 @@ def pair(name: str) -> tuple[PreTrainedModel, LCKVLlamaForCausalLM]:
     config_class, model_class, layer_types, shared, own = CASES[name]
     mine = config(layer_types, **shared, **own)
     fields = {name: getattr(mine, name) for name in (
-        "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
-        "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "rms_norm_eps",
+        "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+        "head_dim", "vocab_size", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id",
+        "rms_norm_eps",
     )}  # fmt: skip
     window = {"sliding_window": 3} if config_class is MistralConfig else {}
     torch.manual_seed(0)

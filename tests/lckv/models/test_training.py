@@ -171,8 +171,9 @@ def test_trainer(tmp_path: Path, layer_types: str | None, policy: DMCConfig | No
 
     data = [{"input_ids": row, "labels": row} for row in tokens(8, 10)]
     arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, per_device_eval_batch_size=4, gradient_accumulation_steps=2,
-        learning_rate=3e-3, logging_steps=1, save_steps=3, report_to=[], use_cpu=True, disable_tqdm=True, gradient_checkpointing=True,
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, per_device_eval_batch_size=4,
+        gradient_accumulation_steps=2, learning_rate=3e-3, logging_steps=1, save_steps=3, report_to=[],
+        use_cpu=True, disable_tqdm=True, gradient_checkpointing=True,
     )  # fmt: skip
     one = model(layer_types, policy)
     trainer = Trainer(one, arguments, train_dataset=data, eval_dataset=data, compute_metrics=lambda results: {

@@ -95,7 +95,10 @@ def _break_index(folder: Path) -> None:
         (_break_index, r"model.safetensors.index.json is not valid JSON"),
         (
             _edit_index(lambda index: index["weight_map"].update(w9="model-00001-of-00003.safetensors")),
-            r"model-00001-of-00003.safetensors lacks 1 tensors that model.safetensors.index.json says it has, such as w9",
+            (
+                r"model-00001-of-00003.safetensors lacks 1 tensors that model.safetensors.index.json says it "
+                r"has, such as w9"
+            ),
         ),
         (
             _edit_index(lambda index: index["weight_map"].update(w0="model-00002-of-00003.safetensors")),
@@ -153,7 +156,10 @@ def _pickled(folder: Path, content: object) -> Path:
 
 def test_pickles_are_refused_unless_allowed(tmp_path: Path) -> None:
     folder = _pickled(tmp_path / "m", dict(SOURCE.tensors))
-    message = r"has no model.safetensors, only pickled weights \(pytorch_model.bin\). Pickles can run programs: .*--allow-pickle"
+    message = (
+        r"has no model.safetensors, only pickled weights \(pytorch_model.bin\). Pickles can run programs: "
+        r".*--allow-pickle"
+    )
     with pytest.raises(ModelError, match=message):
         HuggingFaceFolder(folder)
     opened = HuggingFaceFolder(folder, allow_pickle=True)

@@ -127,7 +127,10 @@ def test_no_good_checkpoint_lists_what_was_tried(directory: Path) -> None:
     assert message.splitlines() == [
         f"checkpoint.load: no good checkpoint in {directory}; tried:",
         "  latest holds 'nonsense', which is not the name of a checkpoint",
-        f"  {directory / 'iter_0000001'} is damaged: manifest.json is missing: saving did not finish, or it was deleted",
+        (
+            f"  {directory / 'iter_0000001'} is damaged: manifest.json is missing: saving did not finish, or "
+            "it was deleted"
+        ),
         f"  {directory / 'iter_0000002'} is damaged: common.pt has changed (sha256 differs)",
     ]
 

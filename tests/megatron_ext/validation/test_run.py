@@ -69,7 +69,10 @@ CASES = [
     (
         {"model.cross_entropy_backend": "whole", "model.cross_entropy_chunk_size": 64},
         1,
-        "model.cross_entropy_backend is whole and model.cross_entropy_chunk_size is 64; with this backend the latter must be 0",
+        (
+            "model.cross_entropy_backend is whole and model.cross_entropy_chunk_size is 64; with this "
+            "backend the latter must be 0"
+        ),
     ),
     (
         {"model.cross_entropy_backend": "chunked"},
@@ -501,9 +504,10 @@ def test_an_odd_size_of_heads_is_said_once_on_cuda(monkeypatch):
 
 SMALL = st.sampled_from([-7, -1, 0, 1, 2, 3, 4, 6, 8, 12])
 SIZES = (
-    "model.num_layers", "model.hidden_size", "model.num_attention_heads", "model.num_query_groups", "model.kv_channels",
-    "model.ffn_hidden_size", "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size",
-    "train.micro_batch_size", "train.global_batch_size", "train.seq_length", "train.train_iters", "train.recompute_num_layers",
+    "model.num_layers", "model.hidden_size", "model.num_attention_heads", "model.num_query_groups",
+    "model.kv_channels", "model.ffn_hidden_size", "parallel.tensor_model_parallel_size",
+    "parallel.pipeline_model_parallel_size", "train.micro_batch_size", "train.global_batch_size",
+    "train.seq_length", "train.train_iters", "train.recompute_num_layers",
     "optimizer.lr_warmup_iters", "optimizer.lr_decay_iters", "optimizer.lr_wsd_decay_iters",
 )  # fmt: skip
 

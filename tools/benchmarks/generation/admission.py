@@ -2,8 +2,8 @@
 other.
 
 What a model makes of its prompts is computed once. Its keys, values and merge decisions are then committed
-for as many sequences as there is room for: real heads of real lengths fill real pages, without a forward pass
-for each.
+for as many sequences as there is room for: real heads of real lengths fill real pages,
+without a forward pass for each.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,11 +34,11 @@ class _Recorder(ContiguousCache):
 def committed(model: LCKVLlamaForCausalLM, prompts: Tensor) -> list[Committed]:
     """What a model commits of each of some texts int64 [rows, tokens]."""
     cache = _Recorder(model.model.layer_types.kv_layers, model.model.policy, {})
-    found = []
+    of_texts = []
     for prompt in prompts:
         model.model.run(model.model.embed_tokens(prompt[None].to(model.device)), cache)
-        found.append(cache.committed)
-    return found
+        of_texts.append(cache.committed)
+    return of_texts
 
 
 @torch.inference_mode()
@@ -81,13 +81,13 @@ def largest_batch(
     """
 
     def fit(sequences: int) -> bool:
-        for each in of_prompts:
+        for prompts in of_prompts:
             try:
                 cache = cache_for(model, sequences, max_tokens, memory_bytes)
             except ValueError:  # the tables leave no room for pages
                 return False
             try:
-                fill(cache, sequences, each)
+                fill(cache, sequences, prompts)
             except OutOfPagesError:
                 return False
         return True

@@ -89,7 +89,8 @@ def prefill(subjects: Sequence[Subject], length: int, settings: Settings) -> Ite
     calls = {subject.name: Prefill(subject, length, settings.tolerance) for subject in subjects}
     yield _milliseconds("prefill", length, calls, settings)
     flops = {
-        each.name: prefill_flops(each.model.config, length, calls[each.name].passes) for each in subjects
+        subject.name: prefill_flops(subject.model.config, length, calls[subject.name].passes)
+        for subject in subjects
     }
     yield rows("prefill operations", length, "GFLOP", {name: count / 1e9 for name, count in flops.items()})
     yield rows("prefill passes", length, "", {name: call.passes for name, call in calls.items()})
@@ -97,16 +98,17 @@ def prefill(subjects: Sequence[Subject], length: int, settings: Settings) -> Ite
     yield rows(
         "prefill memory", length, "MiB", {name: peak_bytes(call) / 2**20 for name, call in calls.items()}
     )
-    iterated = [each for each in subjects if each.model.model.layer_types.any_cyclic]
+    iterated = [subject for subject in subjects if subject.model.model.layer_types.any_cyclic]
     if iterated:
-        compared = [subjects[0], *(each for each in iterated if each is not subjects[0])]
-        calls = {each.name: Prefill(each, length, 0.0) for each in compared}
+        compared = [subjects[0], *(subject for subject in iterated if subject is not subjects[0])]
+        calls = {subject.name: Prefill(subject, length, 0.0) for subject in compared}
         yield _milliseconds("prefill, all passes", length, calls, settings)
         flops = {
-            each.name: prefill_flops(each.model.config, length, calls[each.name].passes) for each in compared
+            subject.name: prefill_flops(subject.model.config, length, calls[subject.name].passes)
+            for subject in compared
         }
         yield rows(
-            "operations, all passes", length, "GFLOP", {name: each / 1e9 for name, each in flops.items()}
+            "operations, all passes", length, "GFLOP", {name: count / 1e9 for name, count in flops.items()}
         )
 
 
@@ -136,13 +138,16 @@ def decoding(subjects: Sequence[Subject], settings: Settings) -> Iterator[list[R
     yield rows("KV bytes per token", context, "bytes", kv_bytes)
     yield rows("largest batch", context, "sequences", largest)
     for batch in settings.batches:
-        calls = {each.name: Decoding(each, batch, begun[each.name], max_tokens=context) for each in subjects}
+        calls = {
+            subject.name: Decoding(subject, batch, begun[subject.name], max_tokens=context)
+            for subject in subjects
+        }
         yield _milliseconds("decode step", batch, calls, settings)
     calls = {
-        each.name: Decoding(
-            each, largest[each.name], begun[each.name], max_tokens=context, memory_bytes=memory
+        subject.name: Decoding(
+            subject, largest[subject.name], begun[subject.name], max_tokens=context, memory_bytes=memory
         )
-        for each in subjects
+        for subject in subjects
     }
     seconds = median_seconds(calls, repeats=settings.repeats, clock=settings.clock)
     yield rows("largest decode step", largest, "ms", {name: 1e3 * value for name, value in seconds.items()})

@@ -1,5 +1,5 @@
-"""What is timed: reading a prompt, the time to an answer's first token, and a step of decoding for a whole
-batch."""
+"""What is timed: reading a prompt, the time to an answer's first token,
+and a step of decoding for a whole batch."""
 
 from collections.abc import Sequence
 from random import Random
@@ -56,8 +56,8 @@ class FirstToken:
 
 
 class Decoding:
-    """A batch of sequences of which each call computes one more token, which the prompts say, and draws the
-    next."""
+    """A batch of sequences of which each call computes one more token,
+    which the prompts say, and draws the next."""
 
     def __init__(
         self,

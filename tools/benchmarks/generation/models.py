@@ -66,8 +66,8 @@ class RandomModel:
 
     @classmethod
     def parse(cls, text: str) -> "RandomModel":
-        """From NAME=MAP or NAME=MAP,POLICY (see `policy_of`); without NAME= the name is the map. Raises
-        ValueError."""
+        """From NAME=MAP or NAME=MAP,POLICY (see `policy_of`);
+        without NAME= the name is the map. Raises ValueError."""
         description, comma, policy = text.partition(",")
         name, equals, layout = description.partition("=")
         return cls(
@@ -156,12 +156,12 @@ def random_tokens(vocabulary: int, rows: int, length: int) -> Tensor:
 
 def text_tokens(texts: Iterable[str], encode: Callable[[str], list[int]], rows: int, length: int) -> Tensor:
     """int64 [rows, length] of texts one after the other. Raises ConfigError where they are too short."""
-    found: list[int] = []
+    tokens: list[int] = []
     for text in texts:
-        found += encode(text)
-        if len(found) >= rows * length:
-            return torch.tensor(found[: rows * length]).view(rows, length)
+        tokens += encode(text)
+        if len(tokens) >= rows * length:
+            return torch.tensor(tokens[: rows * length]).view(rows, length)
     raise ConfigError(
-        f"--text has {len(found)} tokens, but {rows} prompts of {length} are measured; give more text, or "
+        f"--text has {len(tokens)} tokens, but {rows} prompts of {length} are measured; give more text, or "
         "smaller --lengths."
     )

@@ -6,8 +6,8 @@ from lckv.sharing.plan import iteration_plan
 
 
 def prefill_flops(config: LCKVLlamaConfig, tokens: int, passes: int) -> float:
-    """Of a prompt of `tokens` tokens with `passes` passes over iterated layers, up to the logits of the last
-    token."""
+    """Of a prompt of `tokens` tokens with `passes` passes over iterated layers,
+    up to the logits of the last token."""
     assert config.num_key_value_heads is not None and config.head_dim is not None
     shape = ModelShape(
         num_layers=config.num_hidden_layers,

@@ -50,7 +50,8 @@ def _store(base, features, head, token, length, channel, channels):
 
 @triton.jit
 def _forward(
-    key, key_s, key_b, key_g, value, value_s, value_b, value_g, merge, weight, pooled_key, pooled_value, total,
+    key, key_s, key_b, key_g, value, value_s, value_b, value_g, merge, weight,
+    pooled_key, pooled_value, total,
     length, heads, channels, WINDOW: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     token, head = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.program_id(1).to(tl.int64)
@@ -177,7 +178,8 @@ class _Pool(torch.autograd.Function):
         pooled_key, pooled_value = _empty(key), _empty(value)
         sizes = {"WINDOW": window, "TOKENS": _TOKENS, "CHANNELS": triton.next_power_of_2(channels)}
         _forward[triton.cdiv(length, _TOKENS), rows * heads](
-            key, *key.stride()[:3], value, *value.stride()[:3], merge, weight, pooled_key, pooled_value, total,
+            key, *key.stride()[:3], value, *value.stride()[:3], merge, weight,
+            pooled_key, pooled_value, total,
             length, heads, channels, **sizes,
         )  # fmt: skip
         ctx.save_for_backward(key, value, merge, weight, total)
@@ -197,7 +199,8 @@ class _Pool(torch.autograd.Function):
         )
         products = torch.empty(rows, heads, ctx.sizes["WINDOW"], length, device=key.device)
         _backward_features[triton.cdiv(length, _TOKENS), rows * heads](
-            grad_key.contiguous(), grad_value.contiguous(), key, *key.stride()[:3], value, *value.stride()[:3],
+            grad_key.contiguous(), grad_value.contiguous(),
+            key, *key.stride()[:3], value, *value.stride()[:3],
             merge, weight, total, dkey, dvalue, products, length, heads, channels, **ctx.sizes,
         )  # fmt: skip
         grid = triton.cdiv(length, _SCALAR_TOKENS), rows * heads
