@@ -114,8 +114,8 @@ def kind_of(path: Path) -> str:
 def _check_agreement(original: Tokenizer, source: Path, folder: Path) -> None:
     tokenizer = load_tokenizer("huggingface", str(folder))
     for text in PROBES:
-        expected, found = original.encode(text), tokenizer.encode(text)
-        if expected != found:
+        expected, exported = original.encode(text), tokenizer.encode(text)
+        if expected != exported:
             raise ConversionError(
                 f"the tokenizer {source} gives {expected} for {text!r}, but exported, transformers makes "
                 f"{exported} of it: for models of some types it takes a tokenizer class of its own. Export "
