@@ -7,6 +7,7 @@ rule; the checks themselves are tried on small bad trees.
 import ast
 import itertools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -198,6 +199,24 @@ CHECKS: dict[str, Callable[[Path], list[str]]] = {
 def test_project_keeps_the_rule(check: str) -> None:
     assert len(imports_of(ROOT)) > 50, "the walk over the source files found next to nothing"
     assert CHECKS[check](ROOT) == []
+
+
+def test_lckv_names_no_setting_of_a_run() -> None:
+    """Callers add the names of their settings. The section `compression` is a field of Hugging Face configs."""
+    from megatron_ext.config import RunConfig
+    from megatron_ext.settings import settings_of
+
+    keys = [key for key in settings_of(RunConfig) if not key.startswith("compression.")]
+    assert len(keys) > 50
+    named = re.compile("|".join(rf"\b{re.escape(key)}\b" for key in keys))
+    lines = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {match[0]}"
+        for path in sorted((ROOT / "lckv").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        for match in named.finditer(node.value)
+    ]
+    assert lines == []
 
 
 def test_every_folder_with_modules_is_a_package() -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_ext.arguments import ProgramParser, positive
+from megatron_ext.data.description import DatasetManifest
 from megatron_ext.data.encoding import Stretch
-from megatron_ext.data.manifest import DatasetManifest
 from megatron_ext.data.merging import merge_shards
 from megatron_ext.data.preprocessing import PreprocessingJob, preprocess
 from megatron_ext.data.sources import find_sources

@@ -9,8 +9,8 @@ import numpy as np
 
 from megatron_ext.config import DataConfig
 from megatron_ext.data.blends import split_sources
+from megatron_ext.data.description import DatasetManifest, existing_manifest, manifest_path, read_manifest
 from megatron_ext.data.indexed import IndexInfo, read_index
-from megatron_ext.data.manifest import DatasetManifest, existing_manifest, manifest_path, read_manifest
 from megatron_ext.data.tokenizers import load_tokenizer
 from megatron_ext.errors import ConfigError
 

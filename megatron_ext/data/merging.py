@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_ext.data.indexed import merge_datasets, read_index
-from megatron_ext.data.manifest import (
+from megatron_ext.data.description import (
     DatasetManifest,
     differences_of_meaning,
     manifest_bytes,
     manifest_path,
     read_manifest,
 )
+from megatron_ext.data.indexed import merge_datasets, read_index
 from megatron_ext.data.outputs import OutputFiles, existing_prefixes, refuse_inputs
 from megatron_ext.errors import ConfigError
 

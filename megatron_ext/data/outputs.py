@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from megatron_ext.atomic import move, sync_file
-from megatron_ext.data.manifest import existing_manifest, is_description, manifest_path
+from megatron_ext.data.description import existing_manifest, is_description, manifest_path
 from megatron_ext.errors import ConfigError
 
 MAGIC = b"MMIDIDX\x00\x00"

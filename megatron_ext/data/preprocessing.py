@@ -13,6 +13,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from megatron_ext.data.description import (
+    DatasetManifest,
+    Shard,
+    SourceFile,
+    differences_of_meaning,
+    manifest_bytes,
+    read_manifest,
+)
 from megatron_ext.data.encoding import (
     Documents,
     EncodedStream,
@@ -22,14 +30,6 @@ from megatron_ext.data.encoding import (
     encode_records,
 )
 from megatron_ext.data.indexed import IndexedWriter, read_index, token_dtype
-from megatron_ext.data.manifest import (
-    DatasetManifest,
-    Shard,
-    SourceFile,
-    differences_of_meaning,
-    manifest_bytes,
-    read_manifest,
-)
 from megatron_ext.data.outputs import OutputFiles, existing_prefixes, refuse_inputs
 from megatron_ext.data.sources import Position, RecordReader, Source, check_columns, text_bytes
 from megatron_ext.data.tokenizers import content_of, load_tokenizer

@@ -44,10 +44,7 @@ def why_not_kernel(device_type: str, window: int | None) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if window is None or window > LARGEST_KERNEL_WINDOW:
-        return (
-            f"the Triton kernel takes windows up to {LARGEST_KERNEL_WINDOW} tokens, "
-            f"compression.policy.window is {window}"
-        )
+        return f"the Triton kernel takes windows up to {LARGEST_KERNEL_WINDOW} tokens, the window is {window}"
     return None
 
 

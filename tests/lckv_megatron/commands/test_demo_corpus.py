@@ -7,7 +7,7 @@ import pytest
 
 from lckv_megatron.commands import preprocess
 from lckv_megatron.commands.demo_corpus import main
-from megatron_ext.data.manifest import read_manifest
+from megatron_ext.data.description import read_manifest
 from tests.megatron_ext.data.builders import train_sentencepiece
 
 

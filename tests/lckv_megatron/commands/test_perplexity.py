@@ -157,7 +157,7 @@ def test_transformers_own_class(tmp_path: Path, text: Path, capsys: pytest.Captu
 
 def test_a_loss_that_is_not_finite(tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = save_folder(tmp_path)
-    model.lm_head.weight.data[3] = torch.nan
+    model.lm_head.weight.data.fill_(3e38)  # finite, but logits are not
     model.save_pretrained(tmp_path)
     assert main(["--model", str(tmp_path), "--text", str(text)]) == 1
     assert "the loss is nan; are the model's weights and --dtype right?" in capfd.readouterr().err

@@ -12,8 +12,8 @@ import pytest
 import zstandard
 
 from lckv_megatron.commands.preprocess import main
+from megatron_ext.data.description import DatasetManifest, read_manifest
 from megatron_ext.data.indexed import index_lengths, read_index, token_chunks
-from megatron_ext.data.manifest import DatasetManifest, read_manifest
 from megatron_ext.data.preprocessing import PreprocessingJob, preprocess
 from megatron_ext.data.sources import find_sources
 from megatron_ext.data.tokenizers import load_tokenizer

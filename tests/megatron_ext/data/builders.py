@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ext.data.description import DatasetManifest, write_manifest
 from megatron_ext.data.indexed import IndexedWriter, token_dtype
-from megatron_ext.data.manifest import DatasetManifest, write_manifest
 
 TEXTS = [f"hello world, document {number} of the corpus: {'word ' * (number % 7)}\n" for number in range(60)]
 FINGERPRINT = "0123456789abcdef"

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_ext.config import DataConfig
 from megatron_ext.data.checks import check_data, find_vocabulary
-from megatron_ext.data.manifest import manifest_path, read_manifest, write_manifest
+from megatron_ext.data.description import manifest_path, read_manifest, write_manifest
 from megatron_ext.data.tokenizers import load_tokenizer
 from tests.megatron_ext.data.builders import EOD, FINGERPRINT, write_dataset
 

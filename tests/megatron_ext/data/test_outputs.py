@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from megatron_ext.data import preprocessing
+from megatron_ext.data.description import manifest_path, read_manifest
 from megatron_ext.data.indexed import IndexedWriter
-from megatron_ext.data.manifest import manifest_path, read_manifest
 from megatron_ext.data.merging import merge_shards
 from megatron_ext.data.outputs import OutputFiles
 from megatron_ext.data.preprocessing import PreprocessingJob, preprocess

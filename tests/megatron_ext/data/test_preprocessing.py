@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_ext.data import preprocessing
-from megatron_ext.data.manifest import read_manifest
+from megatron_ext.data.description import read_manifest
 from megatron_ext.data.preprocessing import PreprocessingJob, preprocess
 from megatron_ext.data.sources import find_sources
 from megatron_ext.errors import ConfigError

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.data.manifest import (
+from megatron_ext.data.description import (
     Shard,
     SourceFile,
     existing_manifest,
