@@ -11,11 +11,11 @@ STAMP := $(VENV)/.installed
 GPU := $(shell nvidia-smi --list-gpus >/dev/null 2>&1 && echo yes)
 CONSTRAINTS := $(if $(GPU),,-c constraints-cpu.txt)
 
-TESTS_FAST := tests/lckv/sharing tests/lckv/policies tests/lckv/models/test_golden.py tests/lckv/models/test_configuration.py tests/lckv/test_cost.py tests/lckv/test_rope.py \
+TESTS_FAST := tests/lckv/sharing tests/lckv/policies/dmc tests/lckv/policies/test_registry.py tests/lckv/losses tests/lckv/models/test_golden.py tests/lckv/models/test_configuration.py tests/lckv/test_cost.py tests/lckv/test_rope.py \
     tests/megatron_ext/test_config.py tests/megatron_ext/test_settings.py tests/megatron_ext/test_command_line.py \
     tests/megatron_ext/test_arguments.py tests/megatron_ext/test_atomic.py tests/megatron_ext/validation \
     tests/megatron_ext/data/test_samples.py tests/megatron_ext/data/test_indexed.py tests/megatron_ext/data/test_blends.py \
-    tests/checkpoints_conversion/families tests/lckv_megatron/test_layouts.py tests/test_project.py
+    tests/lckv/families/test_configs.py tests/lckv_megatron/test_layouts.py tests/test_project.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast test-real lint typecheck bench clean

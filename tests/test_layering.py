@@ -202,7 +202,7 @@ def test_project_keeps_the_rule(check: str) -> None:
 
 
 def test_lckv_names_no_setting_of_a_run() -> None:
-    """Callers add the names of their settings. The section `compression` is a field of Hugging Face configs."""
+    """Callers add the names. The section `compression` is a field of Hugging Face configs too."""
     from megatron_ext.config import RunConfig
     from megatron_ext.settings import settings_of
 
