@@ -48,7 +48,7 @@ def test_the_end_of_a_document_ends_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("policy", "window", "said"),
     [
-        (MERGING, 8, "compression.policy.name is dmc"),
+        (MERGING, 8, "the KV policy is dmc; streaming with attention sinks drops single tokens"),
         (
             None,
             61,
