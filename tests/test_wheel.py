@@ -16,7 +16,7 @@ PACKAGES = {"lckv", "megatron_ext", "checkpoints_conversion", "lckv_megatron"}
 
 
 def _run(*command: str, cwd: Path, **environment: str) -> str:
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "LCKV_POLICIES")}
     result = subprocess.run(
         command, cwd=cwd, env=kept | environment, capture_output=True, text=True, timeout=250
     )

@@ -55,9 +55,12 @@ def folders(tmp_path_factory):
 
 def test_models_with_random_weights(tmp_path, capsys):
     output, picture = tmp_path / "inference.csv", tmp_path / "inference.png"
-    assert inference.main([*RANDOM, *SMALL, "--output", str(output), "--picture", str(picture)]) == 0
+    merging = "dmc:stage=finetune:target_compression_ratio=4"
+    models = [*inference.RANDOM, f"DMC 4x=plain,{merging}", f"LCKV x DMC=lckv,{merging}"]
+    options = ["--random", *models, *RANDOM, *SMALL, "--output", str(output), "--picture", str(picture)]
+    assert inference.main(options) == 0
     found = list(csv.DictReader(output.open()))
-    names = [text.partition("=")[0] for text in inference.RANDOM]
+    names = [text.partition("=")[0] for text in models]
     assert [row["model"] for row in found if row["measure"] == "tokens per second"] == names
     assert all(float(row["value"]) > 0 for row in found)
     assert all(float(row["ratio"]) == 1 for row in found if row["model"] == "plain")
