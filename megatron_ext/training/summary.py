@@ -16,6 +16,8 @@ def describe(sizes: RunSizes, device: torch.device) -> Iterator[str]:
     """The run's summary, a line each."""
     yield picture(sizes)
     yield from model_lines(sizes)
+    for statistic in sizes.run.compression.policy.build().statistics:
+        yield f"reported as           {statistic.name}/layer_I/head_J: {statistic.text}"
     yield from cost_lines(sizes)
     yield from layout_lines(sizes)
     model = sizes.run.model

@@ -20,6 +20,7 @@ from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.formats import megatron_legacy_file
 from checkpoints_conversion.formats.megatron_legacy import LegacyCheckpoint
 from lckv.config import CompressionConfig
+from lckv.errors import ModelError
 from lckv.policies.dmc.config import DMCConfig
 from lckv.weights.tensors import TensorInfo
 from tests.checkpoints_conversion.formats.checkpoints import describe, whole_weights
@@ -260,7 +261,7 @@ def test_settings_of_merging(tmp_path):
 def test_groups_mean_nothing_without_grouped_query_attention(tmp_path):
     """The program writes num_query_groups 1 for a model whose every head has keys and values of its own."""
     iteration = publish(tmp_path, group_query_attention=False, num_query_groups=1)
-    with pytest.raises(ConversionError, match=r"linear_qkv.weight \[64, 32\] instead of \[96, 32\]"):
+    with pytest.raises(ModelError, match=r"linear_qkv.weight \[64, 32\] instead of \[96, 32\]"):
         load(iteration)
 
 
@@ -369,7 +370,7 @@ def test_tensors_that_are_not_those_of_the_model(tmp_path):
         content["model"]["adapter.weight"] = torch.zeros(2)
 
     change(iteration / "mp_rank_00", act)
-    with pytest.raises(ConversionError) as raised:
+    with pytest.raises(ModelError) as raised:
         load(iteration)
     for part in (
         "missing: decoder.final_layernorm",

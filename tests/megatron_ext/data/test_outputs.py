@@ -18,7 +18,7 @@ from megatron_ext.data.preprocessing import PreprocessingJob, preprocess
 from megatron_ext.data.sources import find_sources
 from megatron_ext.errors import ConfigError
 from tests.megatron_ext.data.builders import TEXTS, write_dataset
-from tests.megatron_ext.data.test_manifest import earlier
+from tests.megatron_ext.data.test_description import earlier
 
 LINES = b"".join(json.dumps({"text": text, "more": text}).encode() + b"\n" for text in TEXTS)
 
