@@ -43,7 +43,7 @@ def test_memory_does_not_grow_beyond_the_context(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("policy", "options", "said"),
     [
-        (MERGING, ["--window", "8"], "compression.policy.name is dmc"),
+        (MERGING, ["--window", "8"], "--window: the KV policy is dmc; streaming"),
         (
             None,
             ["--window", "61"],

@@ -262,7 +262,7 @@ def test_a_tokenizer_that_is_not_there(capsys) -> None:
 
 
 def test_the_tokenizer_s_vocabulary(monkeypatch) -> None:
-    monkeypatch.setattr(checks, "find_vocabulary", lambda data: checks.Vocabulary(123, 0, "", "here"))
+    monkeypatch.setattr(checks, "find_vocabulary", lambda data: checks.Vocabulary(123, 0, "", "", "here"))
     assert find_vocab_size(RunConfig()) == 123
 
 
