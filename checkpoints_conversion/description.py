@@ -78,18 +78,6 @@ class ModelDescription:
         assert self.model.vocab_size is not None
         return self.model.vocab_size
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether every layer reads its own keys and values and keeps all tokens, as in the models of other
-        software (layers may have windows)."""
-        layers = self.compression.map(self.model.num_layers)
-        own = all(layer.source == layer.index for layer in layers)
-        return (
-            own
-            and not self.compression.force_nodiag
-            and self.compression.policy == CompressionConfig().policy
-        )
-
     def expected_tensors(self) -> dict[str, TensorInfo]:
         """The tensors that the model has, under canonical names."""
         return canonical_tensors(self.decoder(), LCKV_LLAMA)

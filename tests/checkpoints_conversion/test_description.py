@@ -73,22 +73,6 @@ def test_defaults_that_depend_on_others_are_filled_in() -> None:
     assert DESCRIPTION.vocab_size == 100
 
 
-@pytest.mark.parametrize(
-    ("compression", "plain"),
-    [
-        (CompressionConfig(), True),
-        (CompressionConfig("0_1_2_3"), True),
-        (CompressionConfig("0s_1_2_3", sliding_window=4), True),
-        (CompressionConfig("0_0_2_3"), False),
-        (CompressionConfig("0_3_3_3"), False),
-        (CompressionConfig(force_nodiag=True), False),
-        (CompressionConfig(policy=DMCConfig()), False),
-    ],
-)
-def test_plain(compression: CompressionConfig, plain: bool) -> None:
-    assert replace(DESCRIPTION, compression=compression).is_plain == plain
-
-
 def test_incomplete_and_impossible_models_are_refused() -> None:
     with pytest.raises(
         ConversionError, match=r"model.vocab_size is None and model.max_position_embeddings is 64"
