@@ -27,12 +27,29 @@ from megatron_ext.data.indexed import index_lengths, read_index
 from megatron_ext.errors import ConfigError
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a sample begins: at token `offset` (from 0) of document `document` (from 0, in all of PREFIX.idx)
+    of the dataset `prefix`. It may go on in other documents: each epoch lays them end to end in an order of
+    its own."""
+
+    prefix: str
+    document: int
+    offset: int
+
+    def __str__(self) -> str:
+        return f"dataset {self.prefix}, document {self.document}, token {self.offset}"
+
+
 class SampleDataset(Protocol):
     """Samples by number: "tokens" and "labels", int64 [seq_length]."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Tensor]: ...
+
+    def origin(self, index: int) -> Origin:
+        """Where sample `index` begins. Raises IndexError as `[index]` does."""
 
 
 @dataclass(frozen=True)
@@ -136,11 +153,7 @@ class EpochSamples(torch.utils.data.Dataset):
         return self._length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if not 0 <= index < self._length:
-            raise IndexError(f"sample {index} of {self._length} of {self._prefix}")
-        epoch, place = divmod(index, self._order.shape[1])
-        sample = int(self._order[epoch, place])
-        (first, begin), (last, end) = self._starts[epoch, sample : sample + 2].tolist()
+        epoch, (first, begin), (last, end) = self._bounds(index)
         parts = []
         for at in range(first, last + 1):
             offset = begin if at == first else 0
@@ -156,6 +169,21 @@ class EpochSamples(torch.utils.data.Dataset):
             )
         tokens = torch.from_numpy(text)
         return {"tokens": tokens[:-1], "labels": tokens[1:]}
+
+    def origin(self, index: int) -> Origin:
+        """`SampleDataset.origin`."""
+        epoch, (first, begin), _ = self._bounds(index)
+        return Origin(self._prefix, int(self._documents[epoch, first]), begin)
+
+    def _bounds(self, index: int) -> tuple[int, list[int], list[int]]:
+        """The epoch of a sample, and where in the epoch's order of documents it begins and ends: the place
+        in that order, and the token of the document there; at the end that of the last label."""
+        if not 0 <= index < self._length:
+            raise IndexError(f"sample {index} of {self._length} of {self._prefix}")
+        epoch, place = divmod(index, self._order.shape[1])
+        sample = int(self._order[epoch, place])
+        begin, end = self._starts[epoch, sample : sample + 2].tolist()
+        return epoch, begin, end
 
 
 class BlendedSamples(torch.utils.data.Dataset):
@@ -174,6 +202,15 @@ class BlendedSamples(torch.utils.data.Dataset):
         return len(self._source)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        source, number = self._dealt(index)
+        return source[number]
+
+    def origin(self, index: int) -> Origin:
+        """`SampleDataset.origin`."""
+        source, number = self._dealt(index)
+        return source.origin(number)
+
+    def _dealt(self, index: int) -> tuple[EpochSamples, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)} of a blend")
-        return self._sources[self._source[index]][int(self._number[index])]
+        return self._sources[self._source[index]], int(self._number[index])
