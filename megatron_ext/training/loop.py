@@ -25,6 +25,7 @@ from megatron_ext.data.batch import make_batch
 from megatron_ext.data.checks import find_vocabulary
 from megatron_ext.data.datasets import Datasets, build_datasets
 from megatron_ext.data.loader import build_data_iterator
+from megatron_ext.data.order import Continuation
 from megatron_ext.data.samples import SampleDataset
 from megatron_ext.errors import ConfigError
 from megatron_ext.evaluation.loss import Evaluation, evaluate
@@ -34,6 +35,7 @@ from megatron_ext.model.cost import model_shape
 from megatron_ext.model.parameters import padded_vocab_size
 from megatron_ext.parallel.process_groups import device_of_rank
 from megatron_ext.schedule.micro_batches import MakeBatch
+from megatron_ext.training.continuation import ORDER_KEY, continuation_of
 from megatron_ext.training.optimizer import build_optimizer
 from megatron_ext.training.report import Report, open_report
 from megatron_ext.training.step import require_finite, train_step
@@ -57,8 +59,8 @@ class Position:
         return Position(self.iteration + 1, self.consumed_samples + samples, tokens)
 
     def progress(self, train: TrainConfig) -> float:
-        """Share of the run that is done, in samples, 0 .. 1."""
-        return min(1.0, self.consumed_samples / (train.train_iters * train.global_batch_size))
+        """Share of the run's iterations that is done, 0 .. 1."""
+        return min(1.0, self.iteration / train.train_iters)
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,13 @@ def fit(run: RunConfig) -> Position:
     model = wrap(stage, run.parallel, run.train)
     optimizer, scheduler = build_optimizer(run.optimizer, run.parallel, run.train, model)
     defining = {"architecture": architecture(run.model, run.compression, vocab_size=vocab_size)}
-    position = _resume(run, model, optimizer, scheduler, defining)
+    position, continuation = _resume(run, model, optimizer, scheduler, defining)
     training = Training(
         run,
         model,
         optimizer,
         scheduler,
-        _datasets(run, position, vocab_size, eod),
+        _datasets(run, position, continuation, vocab_size, eod),
         partial(make_batch, data=run.data, eod=eod, device=device_of_rank()),
         {**config_to_dict(run), **defining},
     )
@@ -101,7 +103,10 @@ def fit(run: RunConfig) -> Position:
         save_config(run, Path(run.checkpoint.save) / "run.yaml")
     padded = padded_vocab_size(vocab_size, run.model, run.parallel)
     shape = model_shape(run.model, vocab_size=padded, seq_length=run.train.seq_length)
-    with open_report(run, shape, parameters=parameters, start_iteration=position.iteration) as report:
+    uses = training.datasets.uses
+    with open_report(
+        run, shape, parameters=parameters, start_iteration=position.iteration, uses=uses
+    ) as report:
         return _iterate(training, position, report)
 
 
@@ -145,9 +150,10 @@ def _resume(
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     defining: Mapping[str, Any],
-) -> Position:
+) -> tuple[Position, Continuation | None]:
+    """Where the run stands after loading; and from where it goes on in its data, None at its beginning."""
     if run.checkpoint.load is None:
-        return Position()
+        return Position(), None
     loaded = load_checkpoint(
         Path(run.checkpoint.load),
         model=[model],
@@ -162,8 +168,9 @@ def _resume(
     check_succession(before, policy, finetune=run.checkpoint.finetune)
     check_weights(model, policy.build(), before)
     if run.checkpoint.finetune:
-        return Position()
-    return Position(**{name: int(loaded.progress[name]) for name in asdict(Position())})
+        return Position(), None
+    position = Position(**{name: int(loaded.progress[name]) for name in asdict(Position())})
+    return position, continuation_of(run, loaded.config, loaded.progress)
 
 
 def check_save_directory(checkpoint: CheckpointConfig) -> None:
@@ -181,17 +188,21 @@ def check_save_directory(checkpoint: CheckpointConfig) -> None:
         )
 
 
-def _datasets(run: RunConfig, position: Position, vocab_size: int, eod: int | None) -> Datasets:
+def _datasets(
+    run: RunConfig, position: Position, continuation: Continuation | None, vocab_size: int, eod: int | None
+) -> Datasets:
+    """Those that the run reads: of a split that it does not read there may be none."""
     train = run.train
-    samples = position.consumed_samples + (train.train_iters - position.iteration) * train.global_batch_size
-    evaluated = train.eval_iters * train.global_batch_size if train.eval_interval else None
+    left = max(0, train.train_iters - position.iteration)
+    evaluated = train.eval_iters * train.global_batch_size if train.eval_interval else 0
     return build_datasets(
         run.data,
         seq_length=train.seq_length,
-        num_samples=(max(0, samples), evaluated, None),
+        num_samples=(position.consumed_samples + left * train.global_batch_size, evaluated, 0),
         seed=train.seed,
         vocab_size=vocab_size,
         eod=eod,
+        resumed=continuation,
     )
 
 
@@ -277,13 +288,14 @@ def _validate(training: Training, position: Position) -> Evaluation:
 
 def _save(training: Training, position: Position) -> int:
     assert training.run.checkpoint.save is not None
+    assert training.datasets.order is not None
     save_checkpoint(
         Path(training.run.checkpoint.save),
         position.iteration,
         model=[training.model],
         optimizer=training.optimizer,
         scheduler=training.scheduler,
-        progress=asdict(position),
+        progress={**asdict(position), ORDER_KEY: training.datasets.order.to_dict()},
         config=training.stored_config,
         keep_last=training.run.checkpoint.keep_last,
     )
