@@ -31,7 +31,7 @@ _NAMES = {
     "model.untie_embeddings_and_output_weights": ("tie_word_embeddings",),
     "optimizer.adam_beta1": ("beta1", "betas"),
     "optimizer.adam_beta2": ("beta2",),
-    "optimizer.adam_eps": ("adam_epsilon", "eps", "epsilon"),
+    "optimizer.adam_eps": ("adam_epsilon", "epsilon"),
     "optimizer.clip_grad": ("max_grad_norm", "gradient_clipping", "grad_clip", "gradient_clip_val"),
     "optimizer.lr": ("learning_rate", "max_lr", "peak_lr", "base_lr"),
     "optimizer.lr_decay_iters": ("lr_decay_steps", "lr_decay_samples"),

@@ -3,6 +3,7 @@ one. Neither torch nor Megatron is loaded."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from lckv.sharing.doubts import doubts
 from lckv.sharing.picture import draw, list_steps
 from megatron_ext.data.order import SourceUse
 from megatron_ext.model.cost import policy_line
@@ -13,8 +14,9 @@ _SHOWN_SOURCES = 10
 
 
 def picture(sizes: RunSizes) -> str:
-    """The sharing map, a line per layer."""
-    return draw(sizes.layer_types, window=sizes.run.compression.sliding_window)
+    """The sharing map, a line per layer, and what in it is doubtful."""
+    lines = [draw(sizes.layer_types, window=sizes.run.compression.sliding_window)]
+    return "\n".join([*lines, *(f"warning: {doubt}" for doubt in doubts(sizes.layer_types))])
 
 
 def model_lines(sizes: RunSizes) -> Iterator[str]:
