@@ -148,7 +148,7 @@ def _origin(checkpoint: Path, settings: Mapping[str, Any]) -> ConversionRecord |
             if (record := read_record(before)) is not None:
                 return record
             settings = json.loads((before / CONFIG_NAME).read_bytes())
-        except (CheckpointError, ConversionError, OSError, ValueError) as error:
+        except (CheckpointError, ConversionError, OSError, ValueError, RecursionError) as error:
             logger.warning(
                 "where the run of %s started from cannot be followed further back: %s", checkpoint, error
             )

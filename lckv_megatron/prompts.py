@@ -60,9 +60,10 @@ def read_batch(path: Path, tokenizer: Any, params: SamplingParams, chat: Chat | 
     perhaps `id`, and fields of `SamplingParams` that shall differ from `params`. Raises ConfigError naming
     file and line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--batch {path} cannot be read: {error}") from error
+    lines = text.split("\n")  # not at the other ends of lines that a text may hold, such as U+2028
     prompts = [
         _line(f"{path}:{number}", number, line, tokenizer, params, chat)
         for number, line in enumerate(lines, 1)
@@ -78,6 +79,11 @@ def _line(
 ) -> Prompt:
     try:
         content = json.loads(line)
+        json.dumps(content, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ConfigError(f"{where}: lists or objects in one another, too deep to be read.") from None
+    except UnicodeEncodeError:
+        raise ConfigError(f"{where}: it holds half of a surrogate pair, which is no character.") from None
     except ValueError as error:
         raise ConfigError(f"{where}: not valid JSON ({error}).") from error
     if not isinstance(content, dict) or ("prompt" in content) == ("messages" in content):

@@ -18,6 +18,8 @@ def read_json(path: Path) -> Any:
         raise ModelError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise ModelError(f"{path} is not valid JSON: {error}.") from error
+    except RecursionError:
+        raise ModelError(f"{path} holds lists or objects in one another, too deep to be read.") from None
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

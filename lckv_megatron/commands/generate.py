@@ -22,7 +22,7 @@ from lckv_megatron.engine_options import (
     add_model_options,
     load,
 )
-from megatron_ext.arguments import ProgramParser, positive
+from megatron_ext.arguments import ProgramParser, positive, unicode_text
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError
 
@@ -30,12 +30,12 @@ from megatron_ext.errors import ConfigError
 def _parser() -> argparse.ArgumentParser:
     parser = ProgramParser("generate", __doc__)
     prompts = parser.add_argument_group("prompts").add_mutually_exclusive_group()
-    prompts.add_argument("--prompt", help="text to continue")
+    prompts.add_argument("--prompt", type=unicode_text, help="text to continue")
     prompts.add_argument("--batch", type=Path, metavar="FILE", help="JSON lines with a prompt each")
     parser.add_argument(
         "--chat", action="store_true", help="prompts are messages of a user, in the tokenizer's chat format"
     )
-    parser.add_argument("--system", metavar="TEXT", help="system message of a chat")
+    parser.add_argument("--system", type=unicode_text, metavar="TEXT", help="system message of a chat")
     parser.add_argument("--stream", action="store_true", help="print the answer while it is made")
     parser.add_argument(
         "--json",

@@ -17,7 +17,7 @@ from lckv_megatron.checkpoint_options import (
     layout,
     tokenizer_of_run,
 )
-from megatron_ext.arguments import ProgramParser
+from megatron_ext.arguments import ProgramParser, unicode_text
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns its exit status."""
     parser = ProgramParser("sample", __doc__)
     add_load_option(parser)
-    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--prompt", required=True, type=unicode_text, help="text to continue")
     parser.add_argument(
         "--new-tokens", type=int, default=64, help="most tokens to add (default: %(default)s)"
     )

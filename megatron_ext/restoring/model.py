@@ -36,7 +36,7 @@ def saved_settings(path: Path) -> dict[str, Any]:
     for checkpoint in candidates:
         try:
             return json.loads((checkpoint / _SETTINGS).read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
     raise ConfigError(f"{path}: no {_SETTINGS} can be read in {', '.join(map(str, candidates))}.")
 

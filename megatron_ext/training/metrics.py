@@ -135,7 +135,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         report = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return report if isinstance(report, dict) and isinstance(report.get("iteration"), int) else None
 
