@@ -96,7 +96,7 @@ def test_a_compressed_archive_is_a_bomb(tmp_path: Path) -> None:
     rebuilt(lambda name, content: content, path, compression=zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 10**5
     assert torch.load(path, weights_only=True)["w"].numel() == 10**6, "torch unpacks it"
-    with pytest.raises(ModelError, match="is compressed, which torch.save never does"):
+    with pytest.raises(ModelError, match=r"is compressed, which torch\.save never does"):
         open_pickle(path)
 
 
@@ -135,7 +135,7 @@ HUGE = {
 @pytest.mark.parametrize("name", HUGE)
 def test_calls_that_torch_would_do_are_refused(tmp_path: Path, name: str) -> None:
     torch.save({"w": HUGE[name]}, tmp_path / "x.pt")
-    with pytest.raises(ModelError, match=r"holds more than tensors \(it names .*Nothing of it was run"):
+    with pytest.raises(ModelError, match=r"holds more than tensors.* \(it (names|calls) "):
         open_pickle(tmp_path / "x.pt")
 
 
