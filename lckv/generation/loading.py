@@ -71,7 +71,9 @@ def _generation_config(folder: Path) -> GenerationConfig:
     try:
         return GenerationConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # of any kind: fields are checked where they are used
-        raise ModelError(f"{folder / _GENERATION_NAME} cannot be understood: {_first_line(error)}.") from error
+        raise ModelError(
+            f"{folder / _GENERATION_NAME} cannot be understood: {_first_line(error)}."
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

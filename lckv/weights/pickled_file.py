@@ -133,7 +133,7 @@ def read_torch_file(
             raise EOFError(f"it ends at byte {size}, before byte {offset + length}")
         archive = _Archive(path, file, offset, length)
         content = read_pickle(archive.pickle(), _NAMES | frozenset(names))
-        return _with_tensors(content, archive.tensor)
+        return _mapped(content, lambda part: _value(part, archive))
 
 
 class _Archive:
@@ -206,20 +206,35 @@ class _Archive:
         return self._offset + begin, entry.file_size
 
 
-def _with_tensors(part: Any, tensor: Callable[[Made], PickledTensor]) -> Any:
-    """The same data with tensors in their places. What it is nested, `read_pickle` has bounded."""
-    if isinstance(part, dict):
-        return {key: _with_tensors(value, tensor) for key, value in part.items()}
-    if isinstance(part, list | tuple):
-        return type(part)(_with_tensors(value, tensor) for value in part)
+def _mapped(part: Any, change: Callable[[Any], Any]) -> Any:
+    """The same data with other leaves. What was one object stays one: a state that is saved again is then
+    equal to the last bit. How deep it is nested, `read_pickle` has bounded."""
+    known: dict[int, Any] = {}
+
+    def of(part: Any) -> Any:
+        if id(part) not in known:
+            known[id(part)] = mapped(part)
+        return known[id(part)]
+
+    def mapped(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: of(value) for key, value in part.items()}
+        if isinstance(part, list | tuple):
+            return type(part)(map(of, part))
+        if isinstance(part, Made) and part.name not in _NAMES:
+            return Made(part.name, part.arguments, of(part.state))
+        return change(part)
+
+    return of(part)
+
+
+def _value(part: Any, archive: _Archive) -> Any:
     if isinstance(part, Name) and part.name in _DTYPES:
         return _DTYPES[part.name]
     if isinstance(part, Made):
-        if part.name in (_TENSOR, _TENSOR_OF_DTYPE, _PARAMETER):
-            return tensor(part)
-        if part.name in _NAMES:
+        if part.name not in (_TENSOR, _TENSOR_OF_DTYPE, _PARAMETER):
             raise UnpicklingError(f"it calls {part.name}")
-        return Made(part.name, part.arguments, _with_tensors(part.state, tensor))
+        return archive.tensor(part)
     if isinstance(part, Name | Persistent):
         raise UnpicklingError("it holds a name, or numbers that are no tensor")
     return part
@@ -287,7 +302,7 @@ def load_tensors(part: Any) -> Any:
     tensors = list(_tensors_in(part))
     if tensors and sum(tensor.info.nbytes for tensor in tensors) > os.path.getsize(tensors[0].path):
         raise EOFError("its tensors are larger than the file")
-    return _loaded(part)
+    return _mapped(part, lambda leaf: leaf.read() if isinstance(leaf, PickledTensor) else leaf)
 
 
 def _tensors_in(part: Any) -> Iterator[PickledTensor]:
@@ -296,11 +311,3 @@ def _tensors_in(part: Any) -> Iterator[PickledTensor]:
     elif isinstance(part, dict | list | tuple):
         for value in part.values() if isinstance(part, dict) else part:
             yield from _tensors_in(value)
-
-
-def _loaded(part: Any) -> Any:
-    if isinstance(part, PickledTensor):
-        return part.read()
-    if isinstance(part, dict):
-        return {key: _loaded(value) for key, value in part.items()}
-    return type(part)(map(_loaded, part)) if isinstance(part, list | tuple) else part

@@ -44,7 +44,9 @@ class Materials:
 
 def make(folder: Path) -> Materials:
     """Makes all of them below `folder`."""
-    made = Materials(*(folder / name for name in ("hf", "checkpoints", "dataset", "pickled", "legacy", "texts")))
+    made = Materials(
+        *(folder / name for name in ("hf", "checkpoints", "dataset", "pickled", "legacy", "texts"))
+    )
     model = _model()
     model.save_pretrained(made.huggingface, max_shard_size="60KB")
     tokenizer_files(made.huggingface)

@@ -59,7 +59,12 @@ def pickles(canary: Path) -> dict[str, bytes]:
         for name, argument in calls.items()
     }
     made |= {
-        f"calls {name} by its stack": b"\x80\x04" + _short(module) + _short(attribute) + b"\x93" + _text(given) + b"\x85R."
+        f"calls {name} by its stack": b"\x80\x04"
+        + _short(module)
+        + _short(attribute)
+        + b"\x93"
+        + _text(given)
+        + b"\x85R."
         for name, given in calls.items()
         for module, _, attribute in [name.rpartition(".")]
     }

@@ -98,11 +98,20 @@ def corpus(path: Path) -> str:
     made = path.parent / f"{path.name}.out"
     made.mkdir(exist_ok=True)
     words = ["--input", str(path / "corpus*"), "--output-prefix", str(made / "corpus"), "--overwrite"]
-    words += ["--tokenizer-type", "huggingface", "--tokenizer-model", str(path.parent / "hf"), "--workers", "1"]
+    words += [
+        "--tokenizer-type",
+        "huggingface",
+        "--tokenizer-model",
+        str(path.parent / "hf"),
+        "--workers",
+        "1",
+    ]
     if preprocess.main(words) != 0:
         raise ConfigError("preprocess ended with status 2")
     prefix = str(made / "corpus")
-    return _digest({}, str([part.tolist() for part in indexed.token_chunks(prefix, indexed.read_index(prefix))]))
+    return _digest(
+        {}, str([part.tolist() for part in indexed.token_chunks(prefix, indexed.read_index(prefix))])
+    )
 
 
 def _tensors(source: TensorSource) -> dict[str, torch.Tensor]:
