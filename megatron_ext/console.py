@@ -36,7 +36,7 @@ def exit_status(program: Callable[[], None]) -> int:
     try:
         program()
     except (ConfigError, ModelError) as error:
-        if os.environ.get("RANK", "0") == "0" or _groups_exist():
+        if os.environ.get("RANK", "0") == "0" or (_groups_exist() and not getattr(error, "agreed", False)):
             logger.error("error: %s", error)
         else:
             let_first_rank_speak()

@@ -7,3 +7,6 @@ class ConfigError(ValueError):
     The message names the field or file, the value given, what is required and the way out. Programs show it
     without a traceback and exit with status 2.
     """
+
+    agreed = False
+    """Whether every rank raises it with this message, so that it is enough when one of them says it."""

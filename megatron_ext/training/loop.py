@@ -16,11 +16,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_ext.checkpointing.folders import list_checkpoints
 from megatron_ext.checkpointing.load import load_checkpoint
 from megatron_ext.checkpointing.save import save_checkpoint
-from megatron_ext.command_line import config_to_dict, save_config
-from megatron_ext.config import CheckpointConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
+from megatron_ext.command_line import config_to_dict
+from megatron_ext.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from megatron_ext.data.batch import make_batch
 from megatron_ext.data.checks import find_vocabulary
 from megatron_ext.data.datasets import Datasets, build_datasets
@@ -36,6 +35,7 @@ from megatron_ext.parallel.process_groups import device_of_rank
 from megatron_ext.schedule.micro_batches import MakeBatch
 from megatron_ext.training.optimizer import build_optimizer
 from megatron_ext.training.report import Report, open_report
+from megatron_ext.training.start import Start, check_space, prepared, write_settings
 from megatron_ext.training.step import require_finite, train_step
 from megatron_ext.training.stopping import stop_requests
 from megatron_ext.training.succession import check_succession, check_weights, end_stage, policy_of
@@ -79,14 +79,19 @@ def fit(run: RunConfig) -> Position:
     """Train `run` to its last iteration, or until it is asked to stop.
     Needs process groups. Returns how far it came."""
     torch.use_deterministic_algorithms(run.train.deterministic)
-    check_save_directory(run.checkpoint)
+    with prepared(run.checkpoint) as start:
+        return _fit(run, start)
+
+
+def _fit(run: RunConfig, start: Start) -> Position:
     vocab_size, eod = vocabulary(run.model, run.data)
     stage = build_stage(run.model, run.compression, run.parallel, run.train, vocab_size=vocab_size)
     parameters = _count_parameters(stage)
+    check_space(run, parameters)
     model = wrap(stage, run.parallel, run.train)
     optimizer, scheduler = build_optimizer(run.optimizer, run.parallel, run.train, model)
     defining = {"architecture": architecture(run.model, run.compression, vocab_size=vocab_size)}
-    position = _resume(run, model, optimizer, scheduler, defining)
+    position = _resume(run, start, model, optimizer, scheduler, defining)
     training = Training(
         run,
         model,
@@ -96,9 +101,7 @@ def fit(run: RunConfig) -> Position:
         partial(make_batch, data=run.data, eod=eod, device=device_of_rank()),
         {**config_to_dict(run), **defining},
     )
-    if run.checkpoint.save is not None and dist.get_rank() == 0:
-        Path(run.checkpoint.save).mkdir(parents=True, exist_ok=True)
-        save_config(run, Path(run.checkpoint.save) / "run.yaml")
+    write_settings(run)
     padded = padded_vocab_size(vocab_size, run.model, run.parallel)
     shape = model_shape(run.model, vocab_size=padded, seq_length=run.train.seq_length)
     with open_report(run, shape, parameters=parameters, start_iteration=position.iteration) as report:
@@ -141,44 +144,32 @@ def _count_parameters(stage: torch.nn.Module) -> int:
 
 def _resume(
     run: RunConfig,
+    start: Start,
     model: MegatronModule,
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     defining: Mapping[str, Any],
 ) -> Position:
-    if run.checkpoint.load is None:
+    if start.load is None:
         return Position()
-    loaded = load_checkpoint(
-        Path(run.checkpoint.load),
-        model=[model],
-        optimizer=optimizer,
-        scheduler=scheduler,
-        finetune=run.checkpoint.finetune,
-        verify_hashes=run.checkpoint.verify_hashes,
-        expected_model=defining,
-        seed=run.train.seed,
-    )
-    before, policy = policy_of(loaded.config), run.compression.policy
-    check_succession(before, policy, finetune=run.checkpoint.finetune)
-    check_weights(model, policy.build(), before)
-    if run.checkpoint.finetune:
+    with start.explained():
+        loaded = load_checkpoint(
+            Path(start.load),
+            model=[model],
+            optimizer=optimizer,
+            scheduler=scheduler,
+            finetune=start.finetune,
+            verify_hashes=run.checkpoint.verify_hashes,
+            expected_model=defining,
+            seed=run.train.seed,
+            timeout_minutes=run.checkpoint.load_timeout_minutes,
+        )
+        before, policy = policy_of(loaded.config), run.compression.policy
+        check_succession(before, policy, finetune=start.finetune)
+        check_weights(model, policy.build(), before)
+    if start.finetune:
         return Position()
     return Position(**{name: int(loaded.progress[name]) for name in asdict(Position())})
-
-
-def check_save_directory(checkpoint: CheckpointConfig) -> None:
-    """ConfigError where checkpoint.save holds checkpoints of a run that this one does not go on from:
-    keep_last would delete them."""
-    if checkpoint.save is None:
-        return
-    save, load = Path(checkpoint.save).absolute(), Path(checkpoint.load or "").absolute()
-    existing = list_checkpoints(save)
-    if existing and (checkpoint.load is None or save not in (load, load.parent)):
-        raise ConfigError(
-            f"checkpoint.save {checkpoint.save} holds checkpoints of another run ({existing[-1].path.name} "
-            f"and {len(existing) - 1} more). To go on from them set checkpoint.load to {checkpoint.save}; "
-            "for a new run choose another checkpoint.save."
-        )
 
 
 def _datasets(run: RunConfig, position: Position, vocab_size: int, eod: int | None) -> Datasets:
@@ -286,5 +277,6 @@ def _save(training: Training, position: Position) -> int:
         progress=asdict(position),
         config=training.stored_config,
         keep_last=training.run.checkpoint.keep_last,
+        timeout_minutes=training.run.checkpoint.save_timeout_minutes,
     )
     return position.iteration

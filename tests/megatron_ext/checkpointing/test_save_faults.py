@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from collections import namedtuple
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_ext import atomic
 from megatron_ext.checkpointing import folders, manifest, save
 from tests.megatron_ext.checkpointing.killed_saves import PLACES
 from tests.megatron_ext.checkpointing.tiny_gpt import Case, Run
@@ -60,50 +60,38 @@ def test_a_killed_save_leaves_the_last_good_checkpoint(killed: Path, place: str)
     assert after == ["iter_0000002", "latest"], "the next save cleans up"
 
 
-Fault = Callable[[Path], None]
-TEMPORARY = ".iter_0000002.tmp"
-
-
-def _full(name: str) -> Fault:
-    """A real full disk: the file to be written is /dev/full."""
-
-    def prepare(directory: Path) -> None:
-        if dist.get_rank() == 0:
-            path = directory / TEMPORARY / name
-            path.parent.mkdir(exist_ok=True)
-            path.symlink_to("/dev/full")
-        dist.barrier()
-
-    return prepare
-
-
-def _full_for_the_pointer(directory: Path) -> None:
-    if dist.get_rank() == 0:
-        (directory / ".latest.tmp").symlink_to("/dev/full")
-    dist.barrier()
-
-
-FULL: dict[str, Fault] = {
-    "tensors of rank 1": _full("__1_0.distcp"),
-    "common part": _full(".common.pt.tmp"),
-    "random states of rank 1": _full("rng/.rank_00001.safetensors.tmp"),
-    "settings": _full(".config.json.tmp"),
-    "manifest": _full(".manifest.json.tmp"),
-    "pointer": _full_for_the_pointer,
+FULL = {
+    "tensors of rank 1": "__1_0.distcp",
+    "common part": ".common.pt.tmp",
+    "random states of rank 1": ".rank_00001.safetensors.tmp",
+    "settings": ".config.json.tmp",
+    "manifest": ".manifest.json.tmp",
+    "pointer": ".latest.tmp",
 }
+
+
+def _fill_disk(patch: pytest.MonkeyPatch, name: str) -> None:
+    """A real full disk: where a file of this name is to be written, /dev/full is."""
+
+    def open_or_full(path: Path, mode: str) -> Any:
+        return open("/dev/full" if Path(path).name == name else path, mode)
+
+    patch.setattr(atomic, "open", open_or_full, raising=False)
+    write_state = save.write_state
+
+    def link_and_write(ranks: Any, staging: Path, *states: Any) -> None:
+        if name.endswith(".distcp"):  # torch opens it
+            ranks.on_first("link", lambda: (staging / name).symlink_to("/dev/full"))
+        write_state(ranks, staging, *states)
+
+    patch.setattr(save, "write_state", link_and_write)
 
 
 def _save_with_fault(directory: Path, fault: str) -> tuple[str, str, list[str], bool]:
     run = Run(Case())
     run.save(directory, 1)
-    write_state = save.write_state
-
-    def prepare_and_write(*args: Any) -> None:
-        FULL[fault](directory)
-        write_state(*args)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(save, "write_state", prepare_and_write)
+        _fill_disk(patch, FULL[fault])
         failure = _failure_of_save(run, directory)
     return (*failure, run.load(directory).iteration == 1)
 
@@ -186,10 +174,9 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     first, second = run_on_ranks(2, _save_into, tmp_path / "file" / "checkpoints")
     assert first == second
-    assert first[0] == "CheckpointError"
+    assert first[0] == "UnwritableFolderError"
     assert (
-        f"make the temporary folder: NotADirectoryError: [Errno 20] Not a directory: '{tmp_path / 'file'}"
-        in first[1]
+        f"checkpoint.save: {tmp_path / 'file' / 'checkpoints'} cannot be written: Not a directory" in first[1]
     )
 
 
