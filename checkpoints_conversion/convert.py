@@ -22,10 +22,11 @@ from checkpoints_conversion.initialization import initialize
 from checkpoints_conversion.opening import OpenModel, open_huggingface, open_legacy, open_megatron
 from checkpoints_conversion.staging import check_free, staged
 from checkpoints_conversion.streams import CastSource, model_bytes, shown_progress
-from checkpoints_conversion.verify import is_small_enough, prove
+from checkpoints_conversion.verify import layers_to_prove, prove
 from checkpoints_conversion.writing import write_huggingface
 from lckv.sharing.initialization import Initialization
 from lckv.weights.huggingface import CONFIG_NAME
+from lckv.weights.tensors import TensorSource
 from megatron_ext.training.metrics import read_metrics
 
 ProofMode = Literal["auto", "always", "never"]
@@ -96,8 +97,9 @@ def to_megatron(
     with staged(target, model_bytes(source)) as staging:
         with shown_progress(source, "converting") as counted:
             write_checkpoint(staging, description, counted, dtype=dtype, record_json=record.to_json())
-        if _is_due(proof, model, f"--hf-path {name} --megatron-path {target}"):
-            prove(model, open_megatron(staging, verify_hashes=False))
+        command = f"--hf-path {name} --megatron-path {target}"
+        if layers := _layers_to_prove(proof, source, description, command):
+            prove(model, open_megatron(staging, verify_hashes=False), _unless_all(layers, description))
     logger.info("wrote %s", target)
     return description
 
@@ -174,8 +176,9 @@ def megatron_to_hf(
         write_record(staging, record.without_places())
         origin = _huggingface_origin(record)
         export_extras(staging, description, record, name=target.name, source_folder=origin, measured=measured)
-        if _is_due(proof, model, f"--hf-path {target} --megatron-path {megatron}"):
-            prove(open_huggingface(staging), model)
+        command = f"--hf-path {target} --megatron-path {megatron}"
+        if layers := _layers_to_prove(proof, source, description, command):
+            prove(open_huggingface(staging), model, _unless_all(layers, description))
     logger.info("wrote %s", target)
     return description
 
@@ -187,16 +190,28 @@ def _check_tokenizer(path: Path | None) -> None:
         )
 
 
-def _is_due(proof: ProofMode, model: OpenModel, command: str) -> bool:
-    """Whether a conversion of `model` shall end with a proof; where it might have, but the model is large,
-    says how to have it."""
-    if proof == "auto" and not is_small_enough(model):
+def _layers_to_prove(
+    proof: ProofMode, source: TensorSource, description: ModelDescription, command: str
+) -> tuple[int, ...]:
+    """The layers of the model with which a conversion shall end its proof; where these are not all, says how
+    to have the proof of all."""
+    every = tuple(range(description.model.num_layers))
+    if proof != "auto":
+        return every if proof == "always" else ()
+    layers = layers_to_prove(source, description)
+    if layers != every:
         logger.info(
-            "the model is large; prove the conversion with: python -m checkpoints_conversion verify %s",
+            "the model is large, so %s; prove all of it, a few layers at a time, with: lckv-megatron convert "
+            "verify --layers-at-once 2 %s",
+            f"{len(layers)} of its {len(every)} layers are proven" if layers else "nothing of it is proven",
             command,
         )
-        return False
-    return proof != "never"
+    return layers
+
+
+def _unless_all(layers: tuple[int, ...], description: ModelDescription) -> tuple[int, ...] | None:
+    """What `prove` takes: None for a whole model, of which no copy is needed."""
+    return None if len(layers) == description.model.num_layers else layers
 
 
 def _huggingface_origin(record: ConversionRecord) -> Path | None:

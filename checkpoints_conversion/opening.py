@@ -20,10 +20,10 @@ from lckv.families.registry import describe, family_of
 from lckv.weights.checks import CheckedSource
 from lckv.weights.huggingface import CONFIG_NAME, HuggingFaceFolder, read_config_file
 from lckv.weights.tensors import TensorSource
+from megatron_ext.checkpointing.contents import read_contents
 from megatron_ext.checkpointing.errors import CheckpointError
 from megatron_ext.checkpointing.folders import find_candidates
 from megatron_ext.checkpointing.manifest import MANIFEST_NAME
-from megatron_ext.checkpointing.strategies import read_contents
 
 logger = logging.getLogger(__name__)
 

@@ -30,6 +30,7 @@ from lckv.weights.json_file import read_json_object
 from lckv.weights.tensors import TensorInfo, TensorSource
 from megatron_ext.atomic import sync_file, write_file
 from megatron_ext.checkpointing import folders
+from megatron_ext.checkpointing.contents import read_contents
 from megatron_ext.checkpointing.errors import DamagedCheckpointError
 from megatron_ext.checkpointing.manifest import (
     Layout,
@@ -43,7 +44,6 @@ from megatron_ext.checkpointing.manifest import (
 )
 from megatron_ext.checkpointing.save import CONFIG_NAME, PROGRESS_NAME
 from megatron_ext.checkpointing.state import write_common
-from megatron_ext.checkpointing.strategies import read_contents
 from megatron_ext.command_line import config_from_dict, config_to_dict
 from megatron_ext.config import RunConfig, TrainConfig
 from megatron_ext.model.architecture import architecture

@@ -149,10 +149,9 @@ def test_a_model_too_large_for_a_proof(
     caplog.set_level("INFO")
     monkeypatch.setattr("checkpoints_conversion.verify.LARGEST_AUTOMATIC_PROOF", 1000)
     hf_to_megatron(str(llama), tmp_path / "megatron")
-    command = (
-        f"python -m checkpoints_conversion verify --hf-path {llama} --megatron-path {tmp_path / 'megatron'}"
-    )
+    command = f"verify --layers-at-once 2 --hf-path {llama} --megatron-path {tmp_path / 'megatron'}"
     assert command in caplog.text
+    assert "nothing of it is proven" in caplog.text
     assert "result" not in caplog.text
 
 
@@ -170,6 +169,30 @@ def _swap_gate(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 def _shift_vocabulary(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.roll(1, 0) if name == "output_layer.weight" else tensor
+
+
+def test_some_layers_of_a_large_model_are_proven(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In both directions, and a damaged one is noticed."""
+    caplog.set_level("INFO")
+    saved_model(tmp_path / "hf", "llama", num_hidden_layers=8)
+    monkeypatch.setattr("checkpoints_conversion.verify.LARGEST_AUTOMATIC_PROOF", 60_000)
+    hf_to_megatron(
+        str(tmp_path / "hf"), tmp_path / "megatron", changes={"compression.layer_types": "0_6_6_6_6_6_6_7"}
+    )
+    assert "5 of its 8 layers are proven" in caplog.text
+    assert "of the layers 0, 2, 5, 6, 7 alone" in caplog.text
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert caplog.text.count("of the layers 0, 2, 5, 6, 7 alone") == 2
+
+    def write_wrongly(folder: Path, description: Any, source: TensorSource, **options: Any) -> Path:
+        tensors = {name: _swap_gate(name, source.read(name)) for name in source.infos()}
+        return write_checkpoint(folder, description, MemorySource(tensors), **options)
+
+    monkeypatch.setattr(convert, "write_checkpoint", write_wrongly)
+    with pytest.raises(ProofError):
+        hf_to_megatron(str(tmp_path / "hf"), tmp_path / "damaged")
 
 
 @pytest.mark.parametrize(
