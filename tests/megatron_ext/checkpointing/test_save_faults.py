@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch.distributed as dist
 
 from megatron_ext import atomic
 from megatron_ext.checkpointing import folders, manifest, save
+from megatron_ext.checkpointing.lock import FolderLock
+from megatron_ext.checkpointing.owner import this_process
 from tests.megatron_ext.checkpointing.killed_saves import PLACES
 from tests.megatron_ext.checkpointing.tiny_gpt import Case, Run
 from tests.ranks import run_on_ranks
@@ -175,9 +178,45 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     first, second = run_on_ranks(2, _save_into, tmp_path / "file" / "checkpoints")
     assert first == second
     assert first[0] == "UnwritableFolderError"
-    assert (
-        f"checkpoint.save: {tmp_path / 'file' / 'checkpoints'} cannot be written: Not a directory" in first[1]
-    )
+    assert f"checkpoint.save: {tmp_path / 'file'}/checkpoints cannot be written: Not a directory" in first[1]
+
+
+def test_a_folder_that_another_run_writes_into_is_left_alone(tmp_path: Path) -> None:
+    """This process, the parent of both ranks, holds it."""
+    lock = FolderLock(tmp_path)
+    lock.take()
+    (tmp_path / f".iter_0000001.{this_process().token}.tmp").mkdir()
+    first, second = run_on_ranks(2, _save_into, tmp_path)
+    lock.release()
+    assert first == second
+    assert first[0] == "FolderInUseError"
+    assert f"is in use by process {os.getpid()}" in first[1]
+    assert first[2] == [f".iter_0000001.{this_process().token}.tmp", "lock.json"]
+
+
+def _save_and_lose_the_folder(directory: Path) -> tuple[str, str, list[str]]:
+    write_manifest = save.write_manifest
+
+    def lose_it(*args: Any) -> None:
+        other = replace(this_process(), pid=os.getppid(), started=start_of(os.getppid()))
+        (directory / "lock.json").write_bytes(other.to_json())
+        write_manifest(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save, "write_manifest", lose_it)
+        return _failure_of_save(Run(Case()), directory)
+
+
+def test_a_folder_that_is_lost_in_a_save_gets_no_checkpoint(tmp_path: Path) -> None:
+    ((name, message, left),) = run_on_ranks(1, _save_and_lose_the_folder, tmp_path)
+    assert name == "FolderInUseError"
+    assert "choose another checkpoint.save" in message
+    assert left == ["lock.json"]
+
+
+def start_of(pid: int) -> int:
+    """Start of a process in clock ticks after the boot."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
 
 
 def _save_where_rank_1_does_not_look(directory: Path) -> tuple[str, str, list[str]]:

@@ -197,12 +197,9 @@ def test_it_learns(tmp_path: Path) -> None:
 
 
 def test_a_directory_with_another_runs_checkpoints_is_refused(tmp_path: Path) -> None:
-    saving = {"checkpoint": {"save": str(tmp_path)}, "train": {"train_iters": 3}}
+    saving = {"checkpoint": {"save": str(tmp_path), "resume": "never"}, "train": {"train_iters": 3}}
     run_on_ranks(1, train, tiny_run(**saving))
-    with pytest.raises(
-        ConfigError,
-        match=r"holds checkpoints of another run \(iter_0000003 and 0 more\).*set checkpoint\.load to",
-    ):
+    with pytest.raises(ConfigError, match=r"holds checkpoints of another run \(iter_0000003 and 0 more\)"):
         run_on_ranks(2, train, tiny_run(**saving))
     going_on = {"checkpoint": {"save": str(tmp_path), "load": str(tmp_path)}, "train": {"train_iters": 4}}
     assert run_on_ranks(1, train, tiny_run(**going_on)) == [4]
