@@ -1,7 +1,6 @@
 """A stored model of any format, opened: what it is, and its weights under canonical names, of which nothing
 is read yet."""
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from checkpoints_conversion.fusion import canonical_from_hf
 from lckv.families.registry import describe, family_of
 from lckv.weights.checks import CheckedSource
 from lckv.weights.huggingface import CONFIG_NAME, HuggingFaceFolder, read_config_file
+from lckv.weights.json_file import read_json_object
 from lckv.weights.tensors import TensorSource
 from megatron_ext.checkpointing.contents import read_contents
 from megatron_ext.checkpointing.errors import CheckpointError
@@ -147,7 +147,7 @@ def _origin(checkpoint: Path, settings: Mapping[str, Any]) -> ConversionRecord |
             seen.add(before.parent.absolute())
             if (record := read_record(before)) is not None:
                 return record
-            settings = json.loads((before / CONFIG_NAME).read_bytes())
+            settings = read_json_object(before / CONFIG_NAME)
         except (CheckpointError, ConversionError, OSError, ValueError) as error:
             logger.warning(
                 "where the run of %s started from cannot be followed further back: %s", checkpoint, error

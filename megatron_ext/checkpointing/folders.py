@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lckv.plain_files import read_plain
 from megatron_ext import atomic
 from megatron_ext.checkpointing.errors import DamagedCheckpointError, DiskFullError, NoCheckpointError
 from megatron_ext.checkpointing.manifest import MANIFEST_NAME, Manifest, find_wrong_sizes, read_manifest
@@ -79,7 +80,7 @@ def read_pointer(directory: Path) -> str | None:
     """The name in `latest`, None where there is no such file.
     Raises DamagedCheckpointError when it is not a name."""
     try:
-        name = (directory / POINTER_NAME).read_bytes().decode(errors="replace").strip()
+        name = read_plain(directory / POINTER_NAME).decode(errors="replace").strip()
     except FileNotFoundError:
         return None
     except OSError as error:
