@@ -4,6 +4,7 @@ can mend them."""
 import hashlib
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -45,7 +46,8 @@ def exit_status(program: Callable[[], None], *, on_stop: str = "") -> int:
     try:
         with interruptible():
             program()
-    except Interrupted as stop:
+    except KeyboardInterrupt as error:
+        stop = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
         if _may_speak(str(stop)):
             _say(logging.WARNING, f"{stop}{on_stop}")
         return stop.exit_status

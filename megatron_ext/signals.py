@@ -5,6 +5,7 @@ A program ends with one line. What it was writing is removed, or completed. A se
 signal that whoever started the program had it ignore (nohup) stays ignored.
 """
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -91,6 +92,31 @@ def ignore_all() -> None:
     """For processes that must outlive the request: the one that started them ends them."""
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
+
+
+def live_as_long_as_parent() -> None:
+    """For worker processes of multiprocessing: ignore the signals, which the whole group may get, and end
+    with the process that started this one, however that ends."""
+    ignore_all()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end, name="parent", daemon=True).start()
+
+
+@contextmanager
+def blocked() -> Iterator[None]:
+    """While the context is open, signals wait. A process that is started in it never hears of them, not even
+    before it has come to `live_as_long_as_parent`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
