@@ -58,7 +58,7 @@ class OpenModel:
     `optimizer` and `data`."""
 
     tokenizer: str | None = None
-    """Folder or file of the tokenizer, where one is known and there."""
+    """Folder or file of the tokenizer, where one is known; it need not be there any more."""
 
     metrics_file: str | None = None
     """Reports of the run that saved it, where it wrote them into a file."""
@@ -157,12 +157,14 @@ def _origin(checkpoint: Path, settings: Mapping[str, Any]) -> ConversionRecord |
 
 
 def _tokenizer(settings: Mapping[str, Any], record: ConversionRecord | None) -> str | None:
-    """The tokenizer that the run was trained with, or else that of the model that was converted."""
+    """The tokenizer that the run was trained with, or where that is gone or unknown that of the model that
+    was converted."""
     named = [
         (settings.get("data") or {}).get("tokenizer_model"),
         None if record is None else record.tokenizer,
     ]
-    return next((name for name in named if name is not None and Path(name).exists()), None)
+    known = [name for name in named if name is not None]
+    return next((name for name in known if Path(name).exists()), next(iter(known), None))
 
 
 def open_legacy(

@@ -7,9 +7,6 @@ from lckv.generation.detokenize import AnswerText, Tokenizer
 from lckv.generation.requests import Completion, FinishReason, Request, TokenEvent
 from lckv.generation.sampling import Choice
 
-_PROMPT_TAIL = 8
-"""Tokens of the prompt that the answer's text is decoded behind."""
-
 
 class Job:
     """State of one request. Only the thread that runs the engine's step changes it."""
@@ -34,8 +31,9 @@ class Job:
         # As a text, because integers lose their sign.
         self.generator = Random() if seed is None else Random(str(seed))
         self._ends, self._max_tokens = ends, max_tokens
-        tail = request.prompt_ids[-_PROMPT_TAIL:]
-        self._text = None if tokenizer is None else AnswerText(tokenizer, request.params.stop, tail)
+        self._text = (
+            None if tokenizer is None else AnswerText(tokenizer, request.params.stop, request.prompt_ids)
+        )
         self._texts: list[str] = []
         self._characters = 0
         self._choices: list[Choice] = []

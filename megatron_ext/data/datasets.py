@@ -101,7 +101,7 @@ def build_datasets(
         timeout_minutes=data.index_timeout_minutes,
         timeout_setting="data.index_timeout_minutes",
     )
-    return Datasets(*(None if split is None else _open(split, vocab_size) for split in splits))
+    return Datasets(*(None if split is None else _open(split, seq_length, vocab_size) for split in splits))
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class _Split:
         if len(ranges) > 1:
             source, number = self._deal(weights, per_epoch, samples)
             counts = np.bincount(source, minlength=len(ranges)).tolist()
-            depends_on = {"index_version": 1, "weights": weights, "per_epoch": per_epoch, "samples": samples}
+            depends_on = {"index_version": 2, "weights": weights, "per_epoch": per_epoch, "samples": samples}
             blend = str(self._save_blend(self._cache(ranges[0]), depends_on, source, number))
         logger.info(
             "%s: %s samples of %s", SPLITS[self.split], counts, [documents.prefix for documents in ranges]
@@ -195,12 +195,18 @@ class _Split:
         return cache_parent(self.data.data_cache_path, documents.prefix)
 
 
-def _open(split: dict[str, Any], vocab_size: int) -> SampleDataset:
+def _open(split: dict[str, Any], seq_length: int, vocab_size: int) -> SampleDataset:
     for path in [split["blend"], *(source["directory"] for source in split["sources"])]:
         if path is not None:
             _wait_until_seen(Path(path))
     sources = tuple(
-        EpochSamples(source["prefix"], source["directory"], length=source["length"], vocab_size=vocab_size)
+        EpochSamples(
+            source["prefix"],
+            source["directory"],
+            length=source["length"],
+            seq_length=seq_length,
+            vocab_size=vocab_size,
+        )
         for source in split["sources"]
     )
     return sources[0] if split["blend"] is None else BlendedSamples(sources, split["blend"])

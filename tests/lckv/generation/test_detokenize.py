@@ -112,3 +112,52 @@ def test_a_stop_text_may_turn_up_in_what_was_held_back_for_a_character() -> None
     tokens = tokenizer.encode("ab😀", add_special_tokens=False)[:-1]
     assert "".join(answer.add(token) for token in tokens) + answer.flush() == "a"
     assert answer.stopped_by == "b\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        ("<end>", "a b"),
+        ("b<end>\n", "a "),
+        ("<end>\n", "a b"),
+        ("\nc", "a b"),  # in what is shown
+        ("b\n", "a "),
+        ("d<end>", "a b\nc"),
+        ("<end>c", "a b\nc"),
+    ],
+)
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_stop_text_may_contain_a_special_token(name: str, stop: str, text: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    tokens = [
+        token
+        for part in ("a b", "\nc")
+        for token in [*tokenizer.encode(part, add_special_tokens=False), tokenizer.eos_token_id]
+    ]
+    answer = AnswerText(tokenizer, [stop], tokenizer.encode("x", add_special_tokens=False))
+    shown = ""
+    for token in tokens:
+        shown += answer.add(token)
+        if answer.stopped_by is not None:
+            break
+    else:
+        shown += answer.flush()
+    assert shown == text
+    assert answer.stopped_by == (None if text == "a b\nc" else stop)
+
+
+def test_half_a_character_before_a_special_token_is_shown_first() -> None:
+    tokenizer = byte_level()
+    half = tokenizer.encode("😀", add_special_tokens=False)[:2]
+    answer = AnswerText(tokenizer, ["<end>"], ())
+    assert [answer.add(token) for token in (*half, tokenizer.eos_token_id)] == ["", "", "\ufffd"]
+    assert answer.stopped_by == "<end>"
+
+
+def test_text_behind_a_special_token_keeps_its_space() -> None:
+    tokenizer = with_byte_fallback()
+    tokens = [*tokenizer.encode("ab", add_special_tokens=False), tokenizer.eos_token_id]
+    tokens += tokenizer.encode(" ab", add_special_tokens=False)
+    for stops in ([], ["x"]):
+        answer = AnswerText(tokenizer, stops, ())
+        assert "".join(answer.add(token) for token in tokens) + answer.flush() == "ab ab"
