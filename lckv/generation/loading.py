@@ -11,12 +11,14 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from lckv.errors import ModelError
 from lckv.families.registry import describe, family_of
 from lckv.generation.sentencepiece_conversion import use_own_splitting
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from lckv.tokenizer_files import MODEL_NAME, is_only_sentencepiece
 from lckv.weights.checks import CheckedSource
+from lckv.weights.folder_kind import explain_other_kind
 from lckv.weights.huggingface import CONFIG_NAME, HuggingFaceFolder, read_config_file
 from lckv.weights.tensors import TensorSource, row_chunks
 
@@ -41,9 +43,10 @@ def load_model(
 
     Raises FileNotFoundError for a folder without config.json, and ModelError for models that would not be
     computed right: of another kind, with fields that have no meaning here, with weights that are missing,
-    superfluous, pickled or not finite.
+    superfluous, pickled or not finite; and for what another program made, with the converter.
     """
     folder = Path(path)
+    _require_huggingface(folder)
     if not (folder / CONFIG_NAME).is_file():
         raise FileNotFoundError(
             f"{folder}/config.json does not exist; give the folder of a model in Hugging Face's format."
@@ -61,6 +64,11 @@ def load_model(
     if (folder / _GENERATION_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model.eval(), load_tokenizer(folder)
+
+
+def _require_huggingface(folder: Path) -> None:
+    if other := explain_other_kind(folder, "huggingface"):
+        raise ModelError(f"{other}.")
 
 
 @torch.no_grad()
@@ -88,6 +96,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 def model_config(folder: Path) -> LCKVLlamaConfig:
     """What the config.json of a folder means here; weights are not looked at.
 
-    Raises ModelError with every field that means nothing here.
+    Raises ModelError with every field that means nothing here, and for folders of another format.
     """
+    _require_huggingface(folder)
     return LCKVLlamaConfig.from_decoder(describe(read_config_file(folder), {}, folder / CONFIG_NAME))
