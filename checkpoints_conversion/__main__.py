@@ -3,12 +3,9 @@
 import argparse
 import json
 import logging
-import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -28,29 +25,10 @@ logger = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "python -m checkpoints_conversion") -> int:
     """The program, called `prog` in its help; returns its exit status: 0, 1 where models differ that should
-    not, 2 where something cannot be done, 130 where Ctrl-C stopped it."""
+    not, 2 where something cannot be done, 128 and its number where a signal stopped it."""
     options = build_parser(prog).parse_args(argv)
     set_up_logging()
-    try:
-        with _sigterm_raises():
-            return exit_status(lambda: _RUN[options.command](options))
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped; nothing was written\n")
-        return 128 + signal.SIGINT
-
-
-@contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM ends the program by an exception, so that what is half-written is removed."""
-
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return exit_status(lambda: _RUN[options.command](options), on_stop="; nothing was written")
 
 
 # torch and Megatron are loaded below only: --help and bad options are answered at once.

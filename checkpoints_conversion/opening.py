@@ -1,7 +1,6 @@
 """A stored model of any format, opened: what it is, and its weights under canonical names, of which nothing
 is read yet."""
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from lckv.families.registry import describe, family_of
 from lckv.weights.checks import CheckedSource
 from lckv.weights.folder_kind import explain_other_kind, kind_of
 from lckv.weights.huggingface import CONFIG_NAME, HuggingFaceFolder, read_config_file
+from lckv.weights.json_file import read_json_object
 from lckv.weights.tensors import TensorSource
 from megatron_ext.checkpointing.contents import read_contents
 from megatron_ext.checkpointing.errors import CheckpointError
@@ -58,7 +58,7 @@ class OpenModel:
     `optimizer` and `data`."""
 
     tokenizer: str | None = None
-    """Folder or file of the tokenizer, where one is known and there."""
+    """Folder or file of the tokenizer, where one is known; it need not be there any more."""
 
     metrics_file: str | None = None
     """Reports of the run that saved it, where it wrote them into a file."""
@@ -148,7 +148,7 @@ def _origin(checkpoint: Path, settings: Mapping[str, Any]) -> ConversionRecord |
             seen.add(before.parent.absolute())
             if (record := read_record(before)) is not None:
                 return record
-            settings = json.loads((before / CONFIG_NAME).read_bytes())
+            settings = read_json_object(before / CONFIG_NAME)
         except (CheckpointError, ConversionError, OSError, ValueError) as error:
             logger.warning(
                 "where the run of %s started from cannot be followed further back: %s", checkpoint, error
@@ -158,12 +158,14 @@ def _origin(checkpoint: Path, settings: Mapping[str, Any]) -> ConversionRecord |
 
 
 def _tokenizer(settings: Mapping[str, Any], record: ConversionRecord | None) -> str | None:
-    """The tokenizer that the run was trained with, or else that of the model that was converted."""
+    """The tokenizer that the run was trained with, or where that is gone or unknown that of the model that
+    was converted."""
     named = [
         (settings.get("data") or {}).get("tokenizer_model"),
         None if record is None else record.tokenizer,
     ]
-    return next((name for name in named if name is not None and Path(name).exists()), None)
+    known = [name for name in named if name is not None]
+    return next((name for name in known if Path(name).exists()), next(iter(known), None))
 
 
 def open_legacy(

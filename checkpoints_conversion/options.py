@@ -136,7 +136,8 @@ def _add_megatron_to_hf(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer",
         type=Path,
-        help="folder or file of the tokenizer (default: that of the run, or of the model it started from)",
+        help="folder or file of the tokenizer, or none (default: that of the run, or of the model it started "
+        "from)",
     )
     parser.add_argument(
         "--metrics-file",

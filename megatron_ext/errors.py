@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this by changing a setting or a file."""
+"""Exceptions that programs show as a message, without a traceback."""
 
 
 class ConfigError(ValueError):
@@ -8,5 +8,9 @@ class ConfigError(ValueError):
     without a traceback and exit with status 2.
     """
 
-    agreed = False
-    """Whether every rank raises it with this message, so that it is enough when one of them says it."""
+
+class LostRankError(RuntimeError):
+    """Another process of the run has failed, or does not come to where the others wait for it.
+
+    Programs show the message without a traceback and exit with status 1.
+    """

@@ -160,11 +160,9 @@ def _describe(error: BaseException) -> _Failure:
 def _as_error(step: str, failure: _Failure, where: str) -> Exception:
     if issubclass(failure.error_type, ConfigError):
         plain_system_error = failure.error_type is CheckpointError
-        error = failure.error_type(
+        return failure.error_type(
             f"{step}{where}: {failure.message}" if plain_system_error or where else failure.message
         )
-        error.agreed = True
-        return error
     return RuntimeError(f"checkpoint, step '{step}'{where}: {failure.message}")
 
 

@@ -9,8 +9,6 @@ from megatron_ext.errors import ConfigError
 class CheckpointError(ConfigError):
     """A checkpoint could not be written or read; the message says which, why, and the way out."""
 
-    agreed = True
-
 
 class FolderInUseError(CheckpointError):
     """Another run writes into the folder."""

@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lckv.plain_files import read_plain
 from lckv.weights.folder_kind import explain_other_kind
 from megatron_ext import atomic
 from megatron_ext.checkpointing.errors import DamagedCheckpointError, DiskFullError, NoCheckpointError
@@ -80,7 +81,7 @@ def read_pointer(directory: Path) -> str | None:
     """The name in `latest`, None where there is no such file.
     Raises DamagedCheckpointError when it is not a name."""
     try:
-        name = (directory / POINTER_NAME).read_bytes().decode(errors="replace").strip()
+        name = read_plain(directory / POINTER_NAME).decode(errors="replace").strip()
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -11,27 +11,25 @@ import safetensors.torch
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from safetensors import SafetensorError
 
+from lckv.errors import ModelError
+from lckv.plain_files import read_plain
+from lckv.weights.json_file import read_json_object
 from megatron_ext.checkpointing.agreement import Agreement, agreement
 from megatron_ext.checkpointing.errors import DamagedCheckpointError, MismatchError
 from megatron_ext.checkpointing.folders import choose_checkpoint, find_candidates
-from megatron_ext.checkpointing.manifest import (
-    Layout,
-    Manifest,
-    find_wrong_hashes,
-    find_wrong_sizes,
-    read_manifest,
-    share_of_rank,
-)
+from megatron_ext.checkpointing.manifest import Layout, Manifest, find_wrong_hashes, share_of_rank
 from megatron_ext.checkpointing.rng import reseed, restore_rng_states
-from megatron_ext.checkpointing.save import (
+from megatron_ext.checkpointing.save import current_layout, rng_file
+from megatron_ext.checkpointing.state import apply_state, check_fit, read_state, sharded_state
+from megatron_ext.checkpointing.verification import (
     CONFIG_NAME,
     PROGRESS_NAME,
     SCHEDULER_NAME,
-    current_layout,
-    rng_file,
+    find_problems,
+    large_files,
 )
-from megatron_ext.checkpointing.state import apply_state, check_fit, read_state, sharded_state
 
 logger = logging.getLogger(__name__)
 
@@ -133,19 +131,10 @@ def _choose(ranks: Agreement, path: Path, verify_hashes: bool) -> tuple[Path, Ma
 
 
 def _verify(ranks: Agreement, checkpoint: Path, verify_hashes: bool) -> tuple[Manifest | None, list[str]]:
-    """(manifest, what is wrong). Ranks share the reading."""
-
-    def read() -> tuple[Manifest | None, list[str]]:
-        try:
-            manifest = read_manifest(checkpoint)
-        except DamagedCheckpointError as error:
-            return None, [str(error)]
-        return manifest, find_wrong_sizes(checkpoint, manifest)
-
-    manifest, problems = ranks.on_first("read the manifest", read)
+    """(manifest, what is wrong). Ranks share the reading of large files."""
+    manifest, problems = ranks.on_first("read the manifest", lambda: find_problems(checkpoint))
     if manifest is not None and not problems and verify_hashes:
-        sizes = {name: entry.bytes for name, entry in manifest.files.items()}
-        share = share_of_rank(sizes, ranks.rank, ranks.world_size)
+        share = share_of_rank(large_files(manifest), ranks.rank, ranks.world_size)
         parts = ranks.gather("verify files", lambda: find_wrong_hashes(checkpoint, manifest, share))
         problems = [problem for part in parts for problem in part]
     return manifest, problems
@@ -170,9 +159,9 @@ def _read_run(checkpoint: Path, expected_model: Mapping[str, Any]) -> _Run:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DamagedCheckpointError(f"checkpoint.load: {path} is damaged: {error}") from error
+        return read_json_object(path)
+    except ModelError as error:
+        raise DamagedCheckpointError(f"checkpoint.load: {error}") from error
 
 
 def _differences(expected: Any, stored: Any, field: str) -> Iterator[str]:
@@ -203,7 +192,17 @@ def _load_scheduler(scheduler: OptimizerParamScheduler, state: dict[str, Any]) -
 
 def _load_rng(checkpoint: Path, manifest: Manifest, same_layout: bool, rank: int, seed: int) -> None:
     if same_layout:
-        restore_rng_states(safetensors.torch.load_file(checkpoint / rng_file(rank)))
+        path = checkpoint / rng_file(rank)
+        if rng_file(rank) not in manifest.files:
+            raise DamagedCheckpointError(
+                f"checkpoint.load: the manifest of {checkpoint} does not list {path}"
+            )
+        try:
+            restore_rng_states(safetensors.torch.load(read_plain(path)))
+        except (SafetensorError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise DamagedCheckpointError(
+                f"checkpoint.load: {path} holds no random states: {error}"
+            ) from error
         return
     reseed(seed, manifest.iteration)
     if rank == 0:

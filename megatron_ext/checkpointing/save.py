@@ -40,11 +40,9 @@ from megatron_ext.checkpointing.manifest import (
 )
 from megatron_ext.checkpointing.rng import rng_states
 from megatron_ext.checkpointing.state import bytes_to_write, sharded_state, split_for_saving, write_state
+from megatron_ext.checkpointing.verification import CONFIG_NAME, PROGRESS_NAME, SCHEDULER_NAME
 from megatron_ext.errors import ConfigError
 
-CONFIG_NAME = "config.json"
-PROGRESS_NAME = "progress.json"
-SCHEDULER_NAME = "scheduler.json"
 _FILE_OF_RANK = re.compile(r"(?:__|rng/rank_)(\d+)[_.].*")
 
 logger = logging.getLogger(__name__)

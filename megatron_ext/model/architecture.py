@@ -1,10 +1,14 @@
 """The settings that define a model: a checkpoint of one set of them is not one of another."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from lckv.config import CompressionConfig
 from megatron_ext.config import ModelConfig
+
+
+ARCHITECTURE = "architecture"
+"""The key of what `architecture` returns, where checkpoints keep it."""
 
 
 def architecture(model: ModelConfig, compression: CompressionConfig, *, vocab_size: int) -> dict[str, Any]:
@@ -28,3 +32,16 @@ def architecture(model: ModelConfig, compression: CompressionConfig, *, vocab_si
         "sliding_window": compression.sliding_window,
         "force_nodiag": compression.force_nodiag,
     }
+
+
+def explain_difference(field: str) -> str:
+    """How `field` of two architectures, such as architecture.layer_types, is set, and how weights come to have
+    another one where they can."""
+    name = field.removeprefix(f"{ARCHITECTURE}.")
+    section = "model" if name.partition(".")[0] in {entry.name for entry in fields(ModelConfig)} else "compression"
+    if name != "layer_types":
+        return f"{section}.{name}"
+    return (
+        "compression.layer_types (weights get another map by conversion: lckv-megatron convert megatron-to-hf, "
+        "then lckv-megatron convert hf-to-megatron with --compression.layer_types)"
+    )

@@ -51,12 +51,10 @@ class Start:
         except ConfigError as error:
             if not self.goes_on:
                 raise
-            explained = type(error)(
+            raise type(error)(
                 f"{error}\ncheckpoint.save {self.load} holds checkpoints, so this run goes on from them. "
                 "For a new run choose another checkpoint.save"
-            )
-            explained.agreed = error.agreed
-            raise explained from error
+            ) from error
 
 
 def choose_start(checkpoint: CheckpointConfig) -> Start:

@@ -30,6 +30,7 @@ from megatron_ext.errors import ConfigError
 from tests.checkpoints_conversion.formats.checkpoints import whole_weights
 from tests.checkpoints_conversion.formats.test_megatron_legacy import POLICY, PUBLISHED, publish
 from tests.checkpoints_conversion.tiny_models import saved_model
+from tests.megatron_ext.data.builders import write_tokenizer_json
 from tests.megatron_ext.model.stages import VOCAB
 from tests.megatron_ext.training.runs import tiny_run, train
 from tests.ranks import run_on_ranks
@@ -434,6 +435,33 @@ def test_a_run_remembers_what_it_was_converted_from(tmp_path: Path) -> None:
     card = (tmp_path / "exported" / "README.md").read_text()
     assert "Trained for 2 iterations" in card
     assert "Validation loss" in card
+
+
+def test_an_origin_that_was_moved(
+    tmp_path: Path, llama: Path, copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its tokenizer is not silently left out, nor is the license; a copy, or doing without, is named."""
+    write_tokenizer_json(copy / "tokenizer.json")
+    (copy / "README.md").write_text("---\nlicense: mit\n---\n")
+    (copy / "generation_config.json").write_text('{"temperature": 0.5}')
+    hf_to_megatron(str(copy), tmp_path / "megatron", proof="never")
+
+    def export(name: str, tokenizer: Path | None = None) -> str:
+        megatron_to_hf(tmp_path / "megatron", tmp_path / name, tokenizer=tokenizer, proof="never")
+        card = (tmp_path / name / "README.md").read_text()
+        return f"{'license: mit' in card} {(tmp_path / name / 'tokenizer.json').exists()}"
+
+    assert export("as_it_was") == "True True"
+    assert export("named", copy / "tokenizer.json") == "True True"
+    assert json.loads((tmp_path / "named" / "generation_config.json").read_text()) == {"temperature": 0.5}
+    copy.rename(tmp_path / "moved")
+    with pytest.raises(
+        ConversionError, match=r"where there is none now\. Name a copy of it with --tokenizer"
+    ):
+        export("gone")
+    assert export("found", tmp_path / "moved" / "tokenizer.json") == "False True"
+    assert f"{copy}, from which the model comes, is not there any more" in caplog.text
+    assert export("without", convert.NO_TOKENIZER) == "False False"
 
 
 def test_a_legacy_checkpoint(tmp_path: Path, llama: Path) -> None:

@@ -83,9 +83,7 @@ def test_the_common_part_is_not_trusted(tmp_path: Path) -> None:
     trap = tmp_path / "trap"
     torch.save({"optimizer": _Evil(trap)}, tmp_path / "common.pt")
     assert _is_evil(tmp_path / "common.pt", trap)
-    with pytest.raises(
-        DamagedCheckpointError, match=r"common\.pt is damaged: it names posix\.mkdir"
-    ):
+    with pytest.raises(DamagedCheckpointError, match=r"common\.pt is damaged: it names posix\.mkdir"):
         read_common(tmp_path)
     assert not trap.exists()
 

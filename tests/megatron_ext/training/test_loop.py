@@ -3,8 +3,6 @@
 import json
 import math
 import multiprocessing
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from megatron_ext.checkpointing.errors import CheckpointError
 from megatron_ext.config import RunConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.training.step import NonFiniteLossError
-from megatron_ext.training.stopping import stop_requests
 from tests.megatron_ext.training.runs import logged_to, reports, series, tiny_run, train
 from tests.ranks import run_on_ranks
 
@@ -140,20 +137,6 @@ def test_when_time_is_up_the_run_saves_and_ends(tmp_path: Path) -> None:
     assert run_on_ranks(2, train, run) == [1, 1]
     assert (tmp_path / "iter_0000001" / "manifest.json").exists()
     assert run_on_ranks(1, train, tiny_run(checkpoint={"load": str(tmp_path)})) == [6]
-
-
-def test_a_signal_to_one_rank_stops_all() -> None:
-    assert run_on_ranks(2, reasons_to_stop) == [(None, "signal SIGTERM")] * 2
-
-
-def reasons_to_stop() -> tuple[str | None, str | None]:
-    import torch.distributed as dist
-
-    with stop_requests(exit_duration_minutes=None) as stop:
-        before = stop.agreed()
-        if dist.get_rank() == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return before, stop.agreed()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run() -> None:

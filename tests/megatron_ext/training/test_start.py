@@ -130,16 +130,16 @@ def test_another_model_in_the_folder_is_refused_with_the_reason(tmp_path: Path) 
     assert not (tmp_path / "lock.json").exists(), "an error gives the folder back"
 
 
-def error_of(run: RunConfig) -> tuple[str, str, bool]:
-    """On every rank: what training raises, and whether all ranks raise the same."""
+def error_of(run: RunConfig) -> tuple[str, str]:
+    """On every rank: what training raises."""
     try:
         train(run)
     except ConfigError as error:
-        return type(error).__name__, str(error), error.agreed
-    return "", "", False
+        return type(error).__name__, str(error)
+    return "", ""
 
 
-def errors(run: RunConfig) -> tuple[str, str, bool]:
+def errors(run: RunConfig) -> tuple[str, str]:
     first, second = run_on_ranks(2, error_of, run)
     assert first == second
     return first
@@ -148,9 +148,9 @@ def errors(run: RunConfig) -> tuple[str, str, bool]:
 def test_a_folder_in_use_is_refused_on_all_ranks_once(tmp_path: Path) -> None:
     lock = FolderLock(tmp_path)
     lock.take()
-    name, message, agreed = errors(tiny_run(checkpoint={"save": str(tmp_path)}))
+    name, message = errors(tiny_run(checkpoint={"save": str(tmp_path)}))
     lock.release()
-    assert (name, agreed) == ("FolderInUseError", True)
+    assert name == "FolderInUseError"
     assert f"in use by process {os.getpid()}" in message
 
 
@@ -158,14 +158,14 @@ def test_a_folder_in_use_is_refused_on_all_ranks_once(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_is_refused_on_all_ranks_once(tmp_path: Path, save: str) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to("nowhere/at/all")
-    name, message, agreed = errors(tiny_run(checkpoint={"save": str(tmp_path / save)}))
-    assert (name, agreed) == ("UnwritableFolderError", True)
+    name, message = errors(tiny_run(checkpoint={"save": str(tmp_path / save)}))
+    assert name == "UnwritableFolderError"
     assert message.startswith(f"checkpoint.save: {tmp_path / save} cannot be written: ")
 
 
 def test_one_checkpoint_is_no_folder_to_save_into(tmp_path: Path) -> None:
     one = checkpoint(tmp_path / "iter_0000003")
-    name, message, _ = errors(tiny_run(checkpoint={"save": one}))
+    name, message = errors(tiny_run(checkpoint={"save": one}))
     assert name == "UnwritableFolderError"
     assert message.endswith(f"is one checkpoint; give the directory in which checkpoints are: {tmp_path}")
     assert sorted(os.listdir(one)) == ["manifest.json"]
@@ -173,12 +173,12 @@ def test_one_checkpoint_is_no_folder_to_save_into(tmp_path: Path) -> None:
 
 def test_settings_that_cannot_be_written_are_one_error(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").mkdir()
-    name, message, agreed = errors(tiny_run(checkpoint={"save": str(tmp_path)}))
-    assert (name, agreed) == ("CheckpointError", True)
+    name, message = errors(tiny_run(checkpoint={"save": str(tmp_path)}))
+    assert name == "CheckpointError"
     assert message.startswith(f"checkpoint.save: write {tmp_path / 'run.yaml'}: IsADirectoryError")
 
 
-def _without_space(run: RunConfig, free_bytes: int) -> tuple[str, str, bool]:
+def _without_space(run: RunConfig, free_bytes: int) -> tuple[str, str]:
     usage = namedtuple("usage", "total used free")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda path: usage(10**9, 10**9, free_bytes))
@@ -190,8 +190,8 @@ def test_space_for_the_first_checkpoint_is_looked_for_before_training(tmp_path: 
     saving = {"checkpoint": {"save": str(tmp_path)}, "model": {"hidden_size": 256}}
     run = tiny_run(**saving, train={"train_iters": 3, "precision": precision})
     small = logged_to(run, tmp_path / "small.jsonl")
-    name, message, agreed = run_on_ranks(1, _without_space, small, 100_000)[0]
-    assert (name, agreed) == ("DiskFullError", True)
+    name, message = run_on_ranks(1, _without_space, small, 100_000)[0]
+    assert name == "DiskFullError"
     assert "no space for the first checkpoint" in message and "0.1 MB are free" in message
     assert not (tmp_path / "small.jsonl").exists(), "no step was done"
     assert run_on_ranks(1, train, run) == [3]
