@@ -6,7 +6,6 @@ from typing import Any
 from lckv.config import CompressionConfig
 from megatron_ext.config import ModelConfig
 
-
 ARCHITECTURE = "architecture"
 """The key of what `architecture` returns, where checkpoints keep it."""
 
@@ -34,14 +33,8 @@ def architecture(model: ModelConfig, compression: CompressionConfig, *, vocab_si
     }
 
 
-def explain_difference(field: str) -> str:
-    """How `field` of two architectures, such as architecture.layer_types, is set, and how weights come to have
-    another one where they can."""
+def setting_of(field: str) -> str:
+    """The setting that decides on `field`, such as architecture.layer_types, of what checkpoints keep."""
     name = field.removeprefix(f"{ARCHITECTURE}.")
-    section = "model" if name.partition(".")[0] in {entry.name for entry in fields(ModelConfig)} else "compression"
-    if name != "layer_types":
-        return f"{section}.{name}"
-    return (
-        "compression.layer_types (weights get another map by conversion: lckv-megatron convert megatron-to-hf, "
-        "then lckv-megatron convert hf-to-megatron with --compression.layer_types)"
-    )
+    of_model = name.partition(".")[0] in {entry.name for entry in fields(ModelConfig)}
+    return f"{'model' if of_model else 'compression'}.{name}"
