@@ -14,9 +14,17 @@ JSON_NAMES = (
     "added_tokens.json",
     "generation_config.json",
 )
+_OTHER_NAMES = (
+    MODEL_NAME,
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "tekken.json",
+    "chat_template.jinja",
+)
 _MAX_BYTES = 2**30
 """Of a file of a tokenizer: libraries take all of it into memory, several times."""
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 PROBES = (
     "The quick brown fox jumps over the lazy dog, 1234567890 times.",
@@ -46,8 +54,8 @@ def check_folder(folder: Path) -> None:
     problems = odd_entries(folder)
     if problems:
         raise ModelError("\n".join(problems))
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and not path.name.endswith(_WEIGHTS) and plain_size(path) > _MAX_BYTES:
+    for path in (folder / name for name in (*JSON_NAMES, *_OTHER_NAMES)):
+        if path.is_file() and plain_size(path) > _MAX_BYTES:
             raise ModelError(f"{path} has {plain_size(path):,} bytes; a file of a tokenizer has fewer.")
     for name in JSON_NAMES:
         if (folder / name).exists():

@@ -22,7 +22,7 @@ from megatron_ext.data.checks import find_vocabulary
 from megatron_ext.data.datasets import Datasets, build_datasets
 from megatron_ext.data.first_rank import on_first_rank
 from megatron_ext.errors import ConfigError
-from megatron_ext.model.architecture import architecture
+from megatron_ext.model.architecture import ARCHITECTURE, architecture, setting_of
 from megatron_ext.model.build import build_stage, wrap
 from megatron_ext.model.cost import model_shape
 from megatron_ext.model.parameters import padded_vocab_size
@@ -53,7 +53,7 @@ def _fit(run: RunConfig, start: Start) -> Position:
     check_space(run, parameters)
     model = wrap(stage, run.parallel, run.train)
     optimizer, scheduler = build_optimizer(run.optimizer, run.parallel, run.train, model)
-    defining = {"architecture": architecture(run.model, run.compression, vocab_size=vocab_size)}
+    defining = {ARCHITECTURE: architecture(run.model, run.compression, vocab_size=vocab_size)}
     position = _resume(run, start, model, optimizer, scheduler, defining)
     owes_evaluation = is_evaluated(run.train, position) and lacks_validation(run.logging, position.iteration)
     if position.iteration >= run.train.train_iters and not owes_evaluation:
@@ -143,6 +143,7 @@ def _resume(
             finetune=start.finetune,
             verify_hashes=run.checkpoint.verify_hashes,
             expected_model=defining,
+            setting_of=setting_of,
             seed=run.train.seed,
             timeout_minutes=run.checkpoint.load_timeout_minutes,
         )
