@@ -24,6 +24,10 @@ class MockSamples(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self._length
 
+    def describe(self, index: int) -> str:
+        """A sample is its number."""
+        return f"mock sample {index}"
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < self._length:
             raise IndexError(f"sample {index} of {self._length} mock samples")

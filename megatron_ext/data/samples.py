@@ -34,6 +34,10 @@ class SampleDataset(Protocol):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]: ...
 
+    def describe(self, index: int) -> str:
+        """Where the tokens of a sample come from."""
+        ...
+
 
 @dataclass(frozen=True)
 class DocumentRange:
@@ -136,11 +140,7 @@ class EpochSamples(torch.utils.data.Dataset):
         return self._length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if not 0 <= index < self._length:
-            raise IndexError(f"sample {index} of {self._length} of {self._prefix}")
-        epoch, place = divmod(index, self._order.shape[1])
-        sample = int(self._order[epoch, place])
-        (first, begin), (last, end) = self._starts[epoch, sample : sample + 2].tolist()
+        epoch, (first, begin), (last, end) = self._stretch(index)
         parts = []
         for at in range(first, last + 1):
             offset = begin if at == first else 0
@@ -156,6 +156,25 @@ class EpochSamples(torch.utils.data.Dataset):
             )
         tokens = torch.from_numpy(text)
         return {"tokens": tokens[:-1], "labels": tokens[1:]}
+
+    def _stretch(self, index: int) -> tuple[int, tuple[int, int], tuple[int, int]]:
+        """Epoch of a sample; place in the order of its first document, and offset of its first token there;
+        the same of its last label."""
+        if not 0 <= index < self._length:
+            raise IndexError(f"sample {index} of {self._length} of {self._prefix}")
+        epoch, place = divmod(index, self._order.shape[1])
+        sample = int(self._order[epoch, place])
+        (first, begin), (last, end) = self._starts[epoch, sample : sample + 2].tolist()
+        return epoch, (first, begin), (last, end)
+
+    def describe(self, index: int) -> str:
+        """Document and offset, in tokens, of a sample's first token and of its last label."""
+        epoch, (first, begin), (last, end) = self._stretch(index)
+        documents = self._documents[epoch]
+        return (
+            f"{self._prefix}, document {documents[first]} from token {begin} to document {documents[last]} "
+            f"token {end}"
+        )
 
 
 class BlendedSamples(torch.utils.data.Dataset):
@@ -177,3 +196,7 @@ class BlendedSamples(torch.utils.data.Dataset):
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)} of a blend")
         return self._sources[self._source[index]][int(self._number[index])]
+
+    def describe(self, index: int) -> str:
+        """As the source that the sample is from says it."""
+        return self._sources[self._source[index]].describe(int(self._number[index]))
