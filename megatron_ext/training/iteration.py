@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -20,6 +21,7 @@ from megatron_ext.data.loader import build_data_iterator
 from megatron_ext.data.samples import SampleDataset
 from megatron_ext.errors import ConfigError
 from megatron_ext.evaluation.loss import evaluate
+from megatron_ext.last_word import PASSED_ON, say_last
 from megatron_ext.parallel.heartbeats import heartbeats
 from megatron_ext.schedule.micro_batches import MakeBatch
 from megatron_ext.signals import Interrupted
@@ -149,7 +151,10 @@ def _say_why(reason: str, number: int, position: Position, run: RunConfig) -> No
     line = f"stopped after iteration {position.iteration}: {reason}"
     if run.checkpoint.save is None and number:
         raise Interrupted(number, f"{line}; nothing is saved, checkpoint.save is not set")
-    logger.info("%s; saved in %s", line, run.checkpoint.save)
+    line += f"; saved in {run.checkpoint.save}"
+    logger.info("%s", line)
+    if number in PASSED_ON and dist.get_rank() == 0:
+        say_last(line)
 
 
 def _iterator(
