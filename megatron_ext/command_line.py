@@ -20,6 +20,7 @@ from megatron_ext.atomic import write_file
 from megatron_ext.config import RunConfig
 from megatron_ext.console import let_first_rank_speak
 from megatron_ext.errors import ConfigError
+from megatron_ext.last_word import say_last
 from megatron_ext.settings import describe_settings, is_texts, read, settings_of, unknown_message
 from megatron_ext.text_yaml import load_text_yaml
 
@@ -119,6 +120,7 @@ def exit_with(message: str) -> NoReturn:
     """End the program with status 2 and `message` on stderr, said by one process of a torchrun group only."""
     if os.environ.get("RANK", "0") == "0":
         sys.stderr.write(f"error: {message}\n")
+        say_last(f"error: {message}")
     else:
         let_first_rank_speak()
     raise SystemExit(2)

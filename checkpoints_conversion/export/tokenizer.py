@@ -27,9 +27,11 @@ logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt",
 )  # fmt: skip
 """What a tokenizer consists of in a Hugging Face folder; no folder has all of them."""
+_MORE_TEMPLATES = "additional_chat_templates"
+"""Folder of the chat templates that have a name."""
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -47,8 +49,10 @@ def write_tokenizer(kind: str, path: Path, folder: Path) -> list[str]:
     `folder`, whose config.json is there already.
     """
     if kind == "huggingface" and path.is_dir():
-        names = [name for name in TOKENIZER_FILES if (path / name).is_file()]
+        templates = (f"{_MORE_TEMPLATES}/{file.name}" for file in (path / _MORE_TEMPLATES).glob("*.jinja"))
+        names = [name for name in (*TOKENIZER_FILES, *sorted(templates)) if (path / name).is_file()]
         for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path / name, folder / name)
         try:
             original = load_tokenizer(kind, str(path))

@@ -8,7 +8,6 @@ data-parallel ranks, M sequences per micro-batch) are one micro-batch of each ra
 So a step of G samples takes samples consumed .. consumed + G - 1, whatever D and M.
 """
 
-import signal
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from megatron_ext.data.samples import SampleDataset
 from megatron_ext.errors import ConfigError
+from megatron_ext.signals import ignore_all
 
 READ_TIMEOUT_SECONDS = 600
 """A batch that a worker has not read after this long (hanging storage) ends the run with an error."""
@@ -136,5 +136,4 @@ def _end_readers(reading: Any) -> None:
 def _leave_signals_to_the_run(_worker: int) -> None:
     """Batch systems signal all processes of a job;
     readers must live on while the run does its last step and saves."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    ignore_all()

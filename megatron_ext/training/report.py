@@ -5,20 +5,21 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from lckv.cost import ModelShape
 from megatron_ext.command_line import config_to_dict
-from megatron_ext.config import RunConfig
+from megatron_ext.config import LoggingConfig, RunConfig
 from megatron_ext.data.order import SourceUse
 from megatron_ext.evaluation.loss import Evaluation
 from megatron_ext.parallel.process_groups import device_of_rank
 from megatron_ext.schedule.statistics_meter import PolicyMeans
 from megatron_ext.summary.lines import data_lines
 from megatron_ext.summary.sizes import RunSizes
-from megatron_ext.training.metrics import MetricsWriter, Value
+from megatron_ext.training.metrics import MetricsWriter, Value, reports_lack_validation
 from megatron_ext.training.progress import Progress
 from megatron_ext.training.step import StepResult
 from megatron_ext.training.summary import describe
@@ -90,6 +91,15 @@ class Report:
             self._progress.report(iteration, values)
 
 
+def lacks_validation(logging_config: LoggingConfig, iteration: int) -> bool:
+    """Whether the metrics file of a run that goes on from `iteration` has reports up to it, but not of its
+    evaluation. Collective over all ranks: rank 0 looks."""
+    path = logging_config.metrics_file
+    answer = [dist.get_rank() == 0 and path is not None and reports_lack_validation(Path(path), iteration)]
+    dist.broadcast_object_list(answer, src=0)
+    return bool(answer[0])
+
+
 @contextmanager
 def open_report(
     run: RunConfig,
@@ -114,10 +124,24 @@ def open_report(
     lines = [*describe(sizes, device), *data_lines(uses, run.train.seq_length)]
     logger.info("\n%s", "\n".join(lines))
     with MetricsWriter(
-        run.logging, resumed_iteration=start_iteration, settings=config_to_dict(run)
+        run.logging,
+        resumed_iteration=start_iteration,
+        settings=config_to_dict(run),
+        notes=_folders_of_notes(run),
     ) as writer:
         progress = Progress(run.train.train_iters, start_iteration, run.logging.progress_bar)
         try:
             yield Report(run, throughput, writer, progress)
         finally:
             progress.close()
+
+
+def _folders_of_notes(run: RunConfig) -> list[Path]:
+    """Where this run notes things, first, and where the run that it goes on from may have."""
+    folders = [Path(run.checkpoint.save)] if run.checkpoint.save is not None else []
+    if run.logging.metrics_file is not None:
+        folders.append(Path(run.logging.metrics_file).parent)
+    if run.checkpoint.load is not None:
+        load = Path(run.checkpoint.load)
+        folders += [load, load.absolute().parent] if folders else []
+    return folders
