@@ -24,8 +24,6 @@ def read_json(path: Path) -> Any:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}.") from error
     except JsonError as error:
         raise ModelError(f"{path} is not valid JSON: {error}.") from error
-    except RecursionError:
-        raise ModelError(f"{path} holds lists or objects in one another, too deep to be read.") from None
 
 
 class JsonError(ValueError):
