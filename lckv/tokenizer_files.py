@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lckv.errors import ModelError
-from lckv.plain_files import odd_entries, open_plain, plain_size
+from lckv.plain_files import MAX_BYTES, odd_entries, open_plain, plain_size
 from lckv.weights.json_file import read_json_object
 
 MODEL_NAME = "tokenizer.model"
@@ -14,8 +14,6 @@ JSON_NAMES = (
     "added_tokens.json",
     "generation_config.json",
 )
-_MAX_BYTES = 2**30
-"""Of a file of a tokenizer: libraries take all of it into memory, several times."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 PROBES = (
@@ -47,7 +45,7 @@ def check_folder(folder: Path) -> None:
     if problems:
         raise ModelError("\n".join(problems))
     for path in sorted(folder.iterdir()):
-        if path.is_file() and not path.name.endswith(_WEIGHTS) and plain_size(path) > _MAX_BYTES:
+        if path.is_file() and not path.name.endswith(_WEIGHTS) and plain_size(path) > MAX_BYTES:
             raise ModelError(f"{path} has {plain_size(path):,} bytes; a file of a tokenizer has fewer.")
     for name in JSON_NAMES:
         if (folder / name).exists():
