@@ -14,7 +14,15 @@ JSON_NAMES = (
     "added_tokens.json",
     "generation_config.json",
 )
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+_OTHER_NAMES = (
+    MODEL_NAME,
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "tekken.json",
+    "chat_template.jinja",
+)
 
 PROBES = (
     "The quick brown fox jumps over the lazy dog, 1234567890 times.",
@@ -44,8 +52,8 @@ def check_folder(folder: Path) -> None:
     problems = odd_entries(folder)
     if problems:
         raise ModelError("\n".join(problems))
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and not path.name.endswith(_WEIGHTS) and plain_size(path) > MAX_BYTES:
+    for path in (folder / name for name in (*JSON_NAMES, *_OTHER_NAMES)):
+        if path.is_file() and plain_size(path) > MAX_BYTES:
             raise ModelError(f"{path} has {plain_size(path):,} bytes; a file of a tokenizer has fewer.")
     for name in JSON_NAMES:
         if (folder / name).exists():

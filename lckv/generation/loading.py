@@ -19,6 +19,7 @@ from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from lckv.tokenizer_files import MODEL_NAME, check_folder, is_only_sentencepiece
 from lckv.weights.checks import CheckedSource
+from lckv.weights.folder_kind import explain_other_kind
 from lckv.weights.huggingface import CONFIG_NAME, HuggingFaceFolder, read_config_file
 from lckv.weights.tensors import TensorSource, row_chunks
 
@@ -43,9 +44,10 @@ def load_model(
 
     Raises FileNotFoundError for a folder without config.json, and ModelError for models that would not be
     computed right: of another kind, with fields that have no meaning here, with weights that are missing,
-    superfluous, pickled or not finite.
+    superfluous, pickled or not finite; and for what another program made, with the converter.
     """
     folder = Path(path)
+    _require_huggingface(folder)
     if folder.is_dir():
         check_folder(folder)
     if not (folder / CONFIG_NAME).is_file():
@@ -80,6 +82,11 @@ def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
 
 
+def _require_huggingface(folder: Path) -> None:
+    if other := explain_other_kind(folder, "huggingface"):
+        raise ModelError(f"{other}.")
+
+
 @torch.no_grad()
 def _fill(model: LCKVLlamaForCausalLM, source: TensorSource) -> None:
     """Copies every parameter from the tensor of its name."""
@@ -112,6 +119,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 def model_config(folder: Path) -> LCKVLlamaConfig:
     """What the config.json of a folder means here; weights are not looked at.
 
-    Raises ModelError with every field that means nothing here.
+    Raises ModelError with every field that means nothing here, and for folders of another format.
     """
+    _require_huggingface(folder)
     return LCKVLlamaConfig.from_decoder(describe(read_config_file(folder), {}, folder / CONFIG_NAME))

@@ -66,8 +66,8 @@ class SamplingParams:
     model's distribution before any of the settings above; None: none."""
 
     def problems(self, names: Mapping[str, str] | None = None) -> list[str]:
-        """Everything that is wrong with these settings: field, value, required relation. `names`: what the user
-        calls fields, where that differs."""
+        """Everything that is wrong with these settings: field, value, required relation. `names`: what the
+        user calls fields, where that differs."""
         rules: tuple[tuple[str, bool, str], ...] = (
             (
                 "temperature",

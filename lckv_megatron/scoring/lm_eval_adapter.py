@@ -167,7 +167,7 @@ class EngineRequests:
 
 
 def sampling_params(settings: Mapping[str, Any], seed: int) -> SamplingParams:
-    """From a task's generation_kwargs, transformers' and some of lm-eval's own. Null: as if it were not given.
+    """From a task's generation_kwargs, transformers' and some of lm-eval's own. Null: as if not given.
 
     As lm-eval's own models do, tasks sample where `do_sample` or a temperature above 0 says so; `do_sample`
     alone is sampling at transformers' temperature, 1. Raises ConfigError for what has no counterpart.

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lckv.plain_files import read_plain
+from lckv.weights.folder_kind import explain_other_kind
 from megatron_ext import atomic
 from megatron_ext.checkpointing.errors import DamagedCheckpointError, DiskFullError, NoCheckpointError
 from megatron_ext.checkpointing.manifest import MANIFEST_NAME, Manifest, find_wrong_sizes, read_manifest
@@ -103,6 +104,8 @@ def find_candidates(path: Path) -> Candidates:
 
     Raises NoCheckpointError.
     """
+    if other := explain_other_kind(path, "megatron"):
+        raise NoCheckpointError(f"checkpoint.load: {other}")
     if not path.is_dir():
         raise NoCheckpointError(
             f"checkpoint.load: {path} is not a directory that exists; give a directory of checkpoints or one "

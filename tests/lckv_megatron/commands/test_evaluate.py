@@ -177,7 +177,7 @@ def test_answers_are_the_engines(tmp_path: Path) -> None:
 def test_answers_end_before_a_stop_text_with_a_special_token(tmp_path: Path) -> None:
     save_folder(tmp_path)
     model, tokenizer = load_model(tmp_path)
-    model.lm_head.weight.data.zero_()  # all tokens are as probable, so that the first one comes: the end token
+    model.lm_head.weight.data.zero_()  # all are as probable, and the first one comes: the end token
     model.config.eos_token_id = model.generation_config.eos_token_id = None
     special = tokenizer.convert_ids_to_tokens(0)
     assert tokenizer.decode([0, 0]) == special * 2 and tokenizer.decode([0], skip_special_tokens=True) == ""
