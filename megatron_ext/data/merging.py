@@ -13,7 +13,7 @@ from megatron_ext.data.description import (
     read_manifest,
 )
 from megatron_ext.data.index_checks import check_index
-from megatron_ext.data.indexed import merge_datasets, read_index
+from megatron_ext.data.indexed import merge_datasets
 from megatron_ext.data.outputs import OutputFiles, existing_prefixes, refuse_inputs
 from megatron_ext.data.prefix_lock import locked
 from megatron_ext.errors import ConfigError
@@ -48,7 +48,7 @@ def _write(
             "--overwrite to replace it."
         )
     if done and not overwrite:
-        read_index(output_prefix)
+        check_index(output_prefix)
         return merged
     for prefix in prefixes:
         check_index(prefix)

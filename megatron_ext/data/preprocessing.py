@@ -29,7 +29,8 @@ from megatron_ext.data.encoding import (
     content_hash,
     encode_records,
 )
-from megatron_ext.data.indexed import IndexedWriter, read_index, token_dtype
+from megatron_ext.data.index_checks import check_index
+from megatron_ext.data.indexed import IndexedWriter, token_dtype
 from megatron_ext.data.outputs import OutputFiles, existing_prefixes, refuse_inputs
 from megatron_ext.data.prefix_lock import locked
 from megatron_ext.data.sources import Position, RecordReader, Source, check_columns, text_bytes
@@ -174,7 +175,7 @@ class _Run:
             if len(shard) < len(self._job.json_keys):
                 return
             for prefix, manifest in shard.items():
-                read_index(prefix)
+                check_index(prefix)
                 self._check_same_content(prefix, manifest)
             logger.info("found complete: %s", ", ".join(shard))
             self._take_over(shard)
