@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_ext.atomic import discard
 from megatron_ext.checkpointing.errors import FolderInUseError, UnwritableFolderError, disk_full_in
@@ -37,13 +38,34 @@ _MOST_BYTES = 65536
 logger = logging.getLogger(__name__)
 
 
+class Purpose(NamedTuple):
+    """What a folder is locked for, for messages."""
+
+    place: str
+    """The setting that names it, and what it names."""
+
+    advice: str
+    """What two processes would do there, and the way out."""
+
+
 class FolderLock:
     """The right of this process to write into `directory`."""
 
     def __init__(
-        self, directory: Path, *, beat_seconds: float = BEAT_SECONDS, stale_seconds: float = STALE_SECONDS
+        self,
+        directory: Path,
+        *,
+        purpose: Purpose | None = None,
+        beat_seconds: float = BEAT_SECONDS,
+        stale_seconds: float = STALE_SECONDS,
     ) -> None:
+        """`purpose`: by default that of checkpoint.save."""
         self._directory = Path(directory)
+        self._purpose = purpose or Purpose(
+            f"checkpoint.save: {directory}",
+            "Two runs in one folder would destroy each other's checkpoints: wait for that run or end it, or "
+            "choose another checkpoint.save",
+        )
         self._path = self._directory / LOCK_NAME
         self._beat_seconds, self._stale_seconds = beat_seconds, stale_seconds
         self._released = threading.Event()
@@ -136,9 +158,8 @@ class FolderLock:
         changed = _changed(self._path)
         ago = "" if changed is None else f", last seen {max(0.0, self._time_of_files() - changed):.0f} s ago"
         return (
-            f"checkpoint.save: {self._directory} is in use by {owner or 'an unknown process'}{ago}. Two runs "
-            "in one folder would destroy each other's checkpoints: wait for that run or end it, or choose "
-            f"another checkpoint.save. If it does not exist any more, delete {self._path}"
+            f"{self._purpose.place} is in use by {owner or 'an unknown process'}{ago}. "
+            f"{self._purpose.advice}. If it does not exist any more, delete {self._path}"
         )
 
 
