@@ -53,9 +53,9 @@ def malice(made: Materials, work: Path, share: float, seed: int, step: Step) -> 
         yield tally
 
 
-def count(made: Materials, work: Path, share: float) -> int:
+def count(made: Materials, share: float) -> int:
     """How many attacks `malice` will try."""
-    kinds = [attack.kind for attack in attacks(made, work / "canary")]
+    kinds = [attack.kind for attack in attacks(made, Path("canary"))]
     return sum(max(1, round(share * kinds.count(kind))) for kind in set(kinds))
 
 
