@@ -144,7 +144,7 @@ def read_record(folder: Path) -> ConversionRecord | None:
         content = parse_json(read_plain(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConversionError(
             f"{path} cannot be read: {error}. Restore it, or remove it to go on without."
         ) from error
