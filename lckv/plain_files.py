@@ -50,7 +50,7 @@ def read_plain(path: Path, most: int = MAX_BYTES) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > most:
             raise NotPlainError(f"{path} has {size:,} bytes; at most {most:,} are read")
-        return file.read(most + 1)
+        return file.read(size)
 
 
 def plain_size(path: Path) -> int:
