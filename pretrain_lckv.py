@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from megatron_ext.command_line import parse_run_config
 from megatron_ext.config import RunConfig
 from megatron_ext.console import exit_status, set_up_logging
+from megatron_ext.launch import world_size
 from megatron_ext.validation.run import validate
 
 
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(run: RunConfig) -> None:
     """Train from the first to the last iteration, on the processes that torchrun started."""
-    validate(run, int(os.environ.get("WORLD_SIZE", "1")))
+    validate(run, world_size(os.environ))
     if run.train.deterministic:  # cuBLAS and NCCL read these when they start
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NCCL_ALGO", "Ring")

@@ -3,12 +3,9 @@
 import argparse
 import json
 import logging
-import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -21,34 +18,17 @@ from megatron_ext.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+    from checkpoints_conversion.description import ModelDescription
+
 logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "python -m checkpoints_conversion") -> int:
     """The program, called `prog` in its help; returns its exit status: 0, 1 where models differ that should
-    not, 2 where something cannot be done, 130 where Ctrl-C stopped it."""
+    not, 2 where something cannot be done, 128 and its number where a signal stopped it."""
     options = build_parser(prog).parse_args(argv)
     set_up_logging()
-    try:
-        with _sigterm_raises():
-            return exit_status(lambda: _RUN[options.command](options))
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped; nothing was written\n")
-        return 128 + signal.SIGINT
-
-
-@contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM ends the program by an exception, so that what is half-written is removed."""
-
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return exit_status(lambda: _RUN[options.command](options), on_stop="; nothing was written")
 
 
 # torch and Megatron are loaded below only: --help and bad options are answered at once.
@@ -132,11 +112,33 @@ def _run_verify(options: argparse.Namespace) -> None:
             options.tensor,
             options.tensor // heads,
         )
-    comparison = compare(original, megatron, tokens, parallel=parallel, timeout_seconds=options.timeout)
     tolerance = Tolerance(options.tolerance, options.agreement)
-    sys.stdout.write("\n".join(comparison.lines(tolerance)) + "\n")
-    if not comparison.within(tolerance):
+    equal = True
+    for layers in [*_parts(options, megatron.description)]:
+        if layers is not None:
+            sys.stdout.write(f"layers              {', '.join(map(str, layers))}\n")
+        comparison = compare(
+            original, megatron, tokens, parallel=parallel, layers=layers, timeout_seconds=options.timeout
+        )
+        sys.stdout.write("\n".join(comparison.lines(tolerance)) + "\n")
+        sys.stdout.flush()
+        equal &= comparison.within(tolerance)
+    if not equal:
         raise ProofError(f"{options.hf_path} and {options.megatron_path} differ.")
+
+
+def _parts(options: argparse.Namespace, description: "ModelDescription") -> Iterator[tuple[int, ...] | None]:
+    """The layers to compare, one comparison after the other; None: the whole models."""
+    from checkpoints_conversion.layer_subset import parse_layers, runs_of_layers, with_sources
+
+    layer_types = description.compression.map(description.model.num_layers)
+    if options.layers is not None:
+        yield with_sources(layer_types, parse_layers(options.layers, len(layer_types)))
+    elif options.layers_at_once is not None and options.layers_at_once < len(layer_types):
+        for layers in runs_of_layers(len(layer_types), options.layers_at_once):
+            yield with_sources(layer_types, layers)
+    else:
+        yield None
 
 
 def _run_inspect(options: argparse.Namespace) -> None:

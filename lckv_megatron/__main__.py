@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pkgutil import iter_modules
 
 from lckv_megatron import commands
+from megatron_ext.signals import Interrupted, interruptible
 
 _USAGE = """usage: lckv-megatron NAME [OPTION ...]
 
@@ -23,8 +24,8 @@ lckv-megatron NAME --help says what a program does and takes. Training: pretrain
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program that `argv` (default: the process's own arguments) names; its exit status, or 2 where
-    there is none of that name."""
+    """Run the program that `argv` (default: the process's own arguments) names; its exit status, 2 where
+    there is none of that name, or 128 and the number of the signal that stopped it."""
     words = sys.argv[1:] if argv is None else list(argv)
     if not words:
         sys.stderr.write(_listing())
@@ -39,8 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in program_names():
         sys.stderr.write(f"error: {_unknown(name)}\n")
         return 2
-    module = importlib.import_module(f"{commands.__name__}.{_module_name(name)}")
-    status: int = module.main(rest)
+    try:
+        with interruptible():
+            module = importlib.import_module(f"{commands.__name__}.{_module_name(name)}")
+            status: int = module.main(rest)
+    except Interrupted as stop:
+        sys.stderr.write(f"{stop}\n")
+        return stop.exit_status
     return status
 
 

@@ -68,9 +68,10 @@ def read_batch(path: Path, tokenizer: Any, params: SamplingParams, chat: Chat | 
     perhaps `id`, and fields of `SamplingParams` that shall differ from `params`. Raises ConfigError naming
     file and line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--batch {path} cannot be read: {error}") from error
+    lines = text.split("\n")  # not at the other ends of lines that a text may hold, such as U+2028
     prompts = [
         _line(f"{path}:{number}", number, line, tokenizer, params, chat)
         for number, line in enumerate(lines, 1)

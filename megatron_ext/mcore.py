@@ -80,10 +80,18 @@ class _Loading:
         return self._load(state, checkpoint)
 
 
-def keep_learning_rates(saved: State, optimizer: MegatronOptimizer) -> None:
-    """Writes this run's bounds of the learning rate into the parameter groups of an optimizer's saved state.
+def keep_settings(saved: State, optimizer: MegatronOptimizer) -> None:
+    """Writes this run's settings of AdamW into the parameter groups of an optimizer's saved state: bounds of
+    the learning rate, betas and epsilon. Weight decay and the learning rate itself are the schedule's.
 
     With other bounds in them, 0.16.1 goes on with the old ones, and 0.19 does not recognise the groups.
     """
+    config = optimizer.config
+    settings = {
+        "max_lr": config.lr,
+        "min_lr": config.min_lr,
+        "betas": (config.adam_beta1, config.adam_beta2),  # one tuple for all groups, or the next save differs
+        "eps": config.adam_eps,
+    }
     for group in saved.get("optimizer", saved)["param_groups"]:
-        group.update(max_lr=optimizer.config.lr, min_lr=optimizer.config.min_lr)
+        group.update(settings)

@@ -31,6 +31,7 @@ from megatron_ext.arguments import ProgramParser, positive
 from megatron_ext.atomic import write_file
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError
+from megatron_ext.files import check_output
 
 _LEFT_OUT = ("samples", "pretty_env_info", "git_hash", "upper_git_hash")
 """Of lm-eval's results: the requests themselves, and what describes the machine."""
@@ -106,6 +107,7 @@ def evaluate(options: argparse.Namespace) -> None:
     except ImportError as error:
         raise ConfigError(f"lm-eval is not installed ({error}): pip install 'lm-eval>=0.4.9'.") from error
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    check_output("--output", options.output)
     names = [name.strip() for name in options.tasks.split(",") if name.strip()]
     manager = task_manager(names, options.include_path)
     model, tokenizer = load(options)

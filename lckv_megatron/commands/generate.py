@@ -25,6 +25,7 @@ from lckv_megatron.engine_options import (
 from megatron_ext.arguments import ProgramParser, positive
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError
+from megatron_ext.files import check_input, check_output
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,6 +108,8 @@ def generate(options: argparse.Namespace) -> None:
         raise ConfigError("--output is for the answers of a --batch.")
     if options.system is not None and not options.chat:
         raise ConfigError("--system is a message of a chat: add --chat.")
+    check_input("--batch", options.batch)
+    check_output("--output", options.output)
     names = (
         "max_new_tokens",
         "temperature",
@@ -159,10 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns its exit status."""
     options = _parser().parse_args(argv)
     set_up_logging()
-    try:
-        return exit_status(lambda: generate(options))
-    except KeyboardInterrupt:
-        return 130
+    return exit_status(lambda: generate(options))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,9 @@ from lckv_megatron.scoring.text_windows import Coder, read_texts, rows_of_texts,
 from megatron_ext.arguments import ProgramParser, positive
 from megatron_ext.atomic import write_file
 from megatron_ext.console import exit_status, set_up_logging
+from megatron_ext.data.sources import find_sources
 from megatron_ext.errors import ConfigError
+from megatron_ext.files import check_output
 
 if TYPE_CHECKING:
     from lckv_megatron.scoring.window_losses import WindowLosses
@@ -221,6 +223,8 @@ def show(result: Perplexity, facts: dict[str, Any], options: argparse.Namespace)
 
 def measure(options: argparse.Namespace) -> None:
     """Measure and show."""
+    check_output("--output", options.output)
+    find_sources(options.text, text_format=options.text_format)  # what is wrong with them is said at once
     result = of_folder(options) if options.load is None else of_checkpoint(options)
     if result is not None:
         show(*result, options)

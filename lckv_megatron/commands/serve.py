@@ -7,17 +7,21 @@
 
 Completions and chats are answered, streamed or whole. The name of the model is that of its folder unless
 --served-model-name is given. With LCKV_API_KEY in the environment, clients must send it as a bearer token.
-/health says whether requests are answered, /metrics is for Prometheus. SIGTERM lets running requests end
-(--shutdown-seconds) and then stops.
+/health says whether requests are answered, /metrics is for Prometheus. Ctrl-C, SIGTERM, SIGHUP and SIGUSR1
+let running requests end (--shutdown-seconds) and then stop the server, with status 0; a second one does not
+wait.
 """
 
 import argparse
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from types import FrameType
+from typing import Any
 
 from lckv_megatron.engine_options import (
     add_engine_options,
@@ -30,6 +34,7 @@ from lckv_megatron.engine_options import (
 from megatron_ext.arguments import ProgramParser, memory_size, positive, seconds
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError
+from megatron_ext.signals import Repetition, end_at_once, handling
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +125,26 @@ def serve(options: argparse.Namespace) -> None:
     )
     serving = server_config(app, limits)
     logger.info("serving %s at http://%s:%d/v1", name, *listening.getsockname()[:2])
-    uvicorn.Server(serving).run(sockets=[listening])
+    server = uvicorn.Server(serving)
+    request = _EndRequest(server)
+    server.capture_signals = lambda: handling(request.note)  # uvicorn's own knows fewer, and sends them again
+    server.run(sockets=[listening])
+    logger.info("stopped serving: %s", request.reason)
+
+
+class _EndRequest:
+    """The first signal lets running requests end, a second one does not wait for them."""
+
+    def __init__(self, server: Any) -> None:
+        self.reason = "the server ended"
+        self._server, self._repetition = server, Repetition()
+
+    def note(self, number: int, _frame: FrameType | None) -> None:
+        """Signal handler."""
+        if self._repetition.is_second():
+            end_at_once(number, f"stopped at once by a second signal, {signal.Signals(number).name}")
+        self.reason = f"signal {signal.Signals(number).name}"
+        self._server.should_exit = True
 
 
 def _listen(host: str, port: int) -> socket.socket:

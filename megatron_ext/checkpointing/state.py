@@ -24,15 +24,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_ext.atomic import write_file
 from megatron_ext.checkpointing.agreement import Agreement
+from megatron_ext.checkpointing.contents import read_contents
 from megatron_ext.checkpointing.errors import MismatchError
-from megatron_ext.checkpointing.strategies import (
-    State,
-    read_common,
-    read_contents,
-    read_shards,
-    write_shards,
-)
-from megatron_ext.mcore import keep_learning_rates, load_in_parallel, save_in_parallel
+from megatron_ext.checkpointing.strategies import State, read_common, read_shards, write_shards
+from megatron_ext.mcore import keep_settings, load_in_parallel, save_in_parallel
 
 _BYTES_PER_ENTRY = 4096
 """Zip header, padding and table of contents of one tensor; generous."""
@@ -128,7 +123,7 @@ def apply_state(state: State, model: Sequence[torch.nn.Module], optimizer: Megat
         leaves = _leaves(optimizer)
         for i, leaf in enumerate(leaves):
             leaf_state = state["optimizer"] if len(leaves) == 1 else state["optimizer"][i]
-            keep_learning_rates(leaf_state, leaf)
+            keep_settings(leaf_state, leaf)
             if isinstance(leaf, DistributedOptimizer):
                 _load_distributed_optimizer(leaf, leaf_state)
             else:

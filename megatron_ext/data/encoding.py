@@ -20,6 +20,7 @@ from megatron_ext.data.indexed import token_dtype
 from megatron_ext.data.records import BadRecordError, Record, parse_texts
 from megatron_ext.data.sources import Position, RecordReader
 from megatron_ext.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_ext.signals import blocked, live_as_long_as_parent
 
 _BATCH_BYTES = 1 << 19
 _BATCH_RECORDS = 4096
@@ -152,11 +153,12 @@ def _in_order(
     context = multiprocessing.get_context(
         "spawn"
     )  # a fork could copy a locked lock of a tokenizer library's threads
-    executor = ProcessPoolExecutor(workers, mp_context=context)
+    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=live_as_long_as_parent)
     pending: deque[tuple[Stretch, Future[Encoded]]] = deque()
     try:
         for records, stretch in batches:
-            pending.append((stretch, executor.submit(encode, records)))
+            with blocked():  # a worker may start here
+                pending.append((stretch, executor.submit(encode, records)))
             if len(pending) >= 2 * workers:
                 done, future = pending.popleft()
                 yield done, future.result()

@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron_ext.config import ParallelConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.evaluation.logits import compute_logits
+from megatron_ext.files import check_input, check_output
 from megatron_ext.model.gpt import SharedKVGPTModel
 from megatron_ext.parallel.process_groups import destroy, device_of_rank, initialize
 from megatron_ext.restoring.model import restore
@@ -40,10 +41,8 @@ def dump_logits(
     """Compute and write; every process that torchrun started calls it."""
     if rows_at_once < 1:
         raise ConfigError(f"--rows_at_once is {rows_at_once}; it must be at least 1.")
-    if not output.parent.is_dir():
-        raise ConfigError(
-            f"--output {output}: the folder {output.parent} does not exist; make it, or choose another."
-        )
+    check_output("--output", output)
+    check_input("--tokens", tokens_path)
     initialize(parallel, seed=1)
     restored = restore(load, parallel)
     tokens = read_tokens(tokens_path, restored.stage.vocab_size)

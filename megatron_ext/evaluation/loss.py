@@ -1,5 +1,6 @@
 """The loss of a model on validation data."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,13 +30,21 @@ def evaluate(
     train: TrainConfig,
     *,
     progress: float,
-) -> Evaluation:
-    """The model's loss on train.eval_iters global batches, as it is at a share `progress` of its training."""
+    stops: Callable[[], bool],
+) -> Evaluation | None:
+    """The model's loss on train.eval_iters global batches, as it is at a share `progress` of its training.
+
+    Before each batch all ranks ask `stops`, which says the same to all; None where it says that the
+    evaluation is to be left.
+    """
     model.eval()
-    total, count, meter = 0.0, 0, StatisticsMeter(model)
+    total, count, meter, stopped = 0.0, 0, StatisticsMeter(model), False
     for _ in range(train.eval_iters):
+        stopped = stops()
+        if stopped:
+            break
         losses = run_schedule(model, samples, make_batch, train, meter, progress=progress, forward_only=True)
         loss, num_tokens = mean_loss(losses)
         total, count = total + loss * num_tokens, count + num_tokens
     model.train()
-    return Evaluation(total / max(count, 1), meter.total())
+    return None if stopped else Evaluation(total / max(count, 1), meter.total())

@@ -12,6 +12,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron_ext import cpu
 from megatron_ext.config import ParallelConfig
 from megatron_ext.errors import ConfigError
+from megatron_ext.launch import world_size
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
 
 
 def _start_torch_distributed(timeout: timedelta) -> None:
+    world_size(os.environ)
     device = device_of_rank()
     if device.type == "cuda":
         local_rank, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -56,9 +58,22 @@ def _start_torch_distributed(timeout: timedelta) -> None:
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        _join(backend, timeout)
     else:
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except dist.DistError as error:
+        raise ConfigError(
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not meet the others at {address} "
+            f"(MASTER_ADDR and MASTER_PORT) within {timeout.total_seconds() / 60:g} minutes "
+            f"(parallel.distributed_timeout_minutes): {str(error).splitlines()[0]} Start as many processes "
+            "as WORLD_SIZE says, and choose a port that is free and can be reached."
+        ) from error
 
 
 def destroy() -> None:

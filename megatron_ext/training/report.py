@@ -3,20 +3,23 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from lckv.cost import ModelShape
 from megatron_ext.command_line import config_to_dict
-from megatron_ext.config import RunConfig
+from megatron_ext.config import LoggingConfig, RunConfig
+from megatron_ext.data.order import SourceUse
 from megatron_ext.evaluation.loss import Evaluation
 from megatron_ext.parallel.process_groups import device_of_rank
 from megatron_ext.schedule.statistics_meter import PolicyMeans
+from megatron_ext.summary.lines import data_lines
 from megatron_ext.summary.sizes import RunSizes
-from megatron_ext.training.metrics import MetricsWriter, Value
+from megatron_ext.training.metrics import MetricsWriter, Value, reports_lack_validation
 from megatron_ext.training.progress import Progress
 from megatron_ext.training.step import StepResult
 from megatron_ext.training.summary import describe
@@ -52,7 +55,7 @@ class Report:
             "iteration_seconds": seconds / self._iterations,
             "memory_bytes": memory_in_use(),
             **self._throughput.metrics(tokens, seconds),
-            **self._of_policy(result.policy, consumed_samples),
+            **self._of_policy(result.policy, iteration),
         }
         self._write(iteration, values)
         self.restart_clock()
@@ -71,12 +74,11 @@ class Report:
         self._write(iteration, values)
         self.restart_clock()
 
-    def _of_policy(self, means: PolicyMeans | None, consumed_samples: int) -> dict[str, Value]:
+    def _of_policy(self, means: PolicyMeans | None, iteration: int) -> dict[str, Value]:
         """What the KV policy reports, and its statistics of every layer and KV head."""
         if means is None:
             return {}
-        train = self._run.train
-        before = (consumed_samples - train.global_batch_size) / (train.train_iters * train.global_batch_size)
+        before = (iteration - 1) / self._run.train.train_iters
         return {**means.report(self._policy, before), **means.by_head()}
 
     def restart_clock(self) -> None:
@@ -89,11 +91,26 @@ class Report:
             self._progress.report(iteration, values)
 
 
+def lacks_validation(logging_config: LoggingConfig, iteration: int) -> bool:
+    """Whether the metrics file of a run that goes on from `iteration` has reports up to it, but not of its
+    evaluation. Collective over all ranks: rank 0 looks."""
+    path = logging_config.metrics_file
+    answer = [dist.get_rank() == 0 and path is not None and reports_lack_validation(Path(path), iteration)]
+    dist.broadcast_object_list(answer, src=0)
+    return bool(answer[0])
+
+
 @contextmanager
 def open_report(
-    run: RunConfig, shape: ModelShape, *, parameters: int, start_iteration: int
+    run: RunConfig,
+    shape: ModelShape,
+    *,
+    parameters: int,
+    start_iteration: int,
+    uses: Mapping[str, Sequence[SourceUse]],
 ) -> Iterator[Report]:
-    """The reports of a run that goes on from `start_iteration`, beginning with its summary."""
+    """The reports of a run that goes on from `start_iteration`, beginning with its summary; `uses`: what its
+    data are drawn from."""
     device, world_size = device_of_rank(), dist.get_world_size()
     sizes = RunSizes(run, shape, world_size, parameters)
     cost = sizes.cost
@@ -104,12 +121,27 @@ def open_report(
     if dist.get_rank() != 0:
         yield Report(run, throughput, None, None)
         return
-    logger.info("\n%s", "\n".join(describe(sizes, device)))
+    lines = [*describe(sizes, device), *data_lines(uses, run.train.seq_length)]
+    logger.info("\n%s", "\n".join(lines))
     with MetricsWriter(
-        run.logging, resumed_iteration=start_iteration, settings=config_to_dict(run)
+        run.logging,
+        resumed_iteration=start_iteration,
+        settings=config_to_dict(run),
+        notes=_folders_of_notes(run),
     ) as writer:
         progress = Progress(run.train.train_iters, start_iteration, run.logging.progress_bar)
         try:
             yield Report(run, throughput, writer, progress)
         finally:
             progress.close()
+
+
+def _folders_of_notes(run: RunConfig) -> list[Path]:
+    """Where this run notes things, first, and where the run that it goes on from may have."""
+    folders = [Path(run.checkpoint.save)] if run.checkpoint.save is not None else []
+    if run.logging.metrics_file is not None:
+        folders.append(Path(run.logging.metrics_file).parent)
+    if run.checkpoint.load is not None:
+        load = Path(run.checkpoint.load)
+        folders += [load, load.absolute().parent] if folders else []
+    return folders

@@ -145,7 +145,7 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 
     monkeypatch.setattr(convert, "megatron_to_hf", stopped)
     assert program.main(["megatron-to-hf", "--megatron-path", "a", "--hf-path", "b"]) == 130
-    assert "stopped; nothing was written" in capsys.readouterr().err
+    assert "stopped by SIGINT; nothing was written" in capsys.readouterr().err
 
 
 def test_errors_are_one_message(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from megatron_ext.config import OptimizerConfig
 from megatron_ext.mcore import load_in_parallel, name_argument, save_in_parallel
 from megatron_ext.model.attention import SharedKVAttention
 from megatron_ext.model.build import build_stage
@@ -117,3 +119,51 @@ def test_a_resumed_run_has_the_learning_rates_of_its_own_settings(
     run_on_ranks(1, train, logged_to(resumed, tmp_path / "resumed.jsonl"))
     name = "learning_rate"
     assert series(tmp_path / "resumed.jsonl", name) == series(tmp_path / "straight.jsonl", name)[3:]
+
+
+CHANGED: dict[str, dict[str, Any]] = {
+    "lr": {"lr": 1e-3},
+    "min_lr": {"min_lr": 5e-3},
+    "lr_decay_style": {"lr_decay_style": "constant"},
+    "lr_warmup_iters": {"lr_warmup_iters": 5},
+    "lr_decay_iters": {"lr_decay_iters": 20},
+    "lr_wsd_decay_iters": {"lr_wsd_decay_iters": 4},
+    "lr_wsd_decay_style": {"lr_wsd_decay_style": "exponential"},
+    "weight_decay": {"weight_decay": 0.5},
+    "adam_beta1": {"adam_beta1": 0.5},
+    "adam_beta2": {"adam_beta2": 0.5},
+    "adam_eps": {"adam_eps": 1e-2},
+    "clip_grad": {"clip_grad": 1e-2},
+}
+"""Another value of each field than that of the first run."""
+FIRST = {"lr_wsd_decay_iters": 3}
+
+
+def test_every_field_of_the_optimizer_is_tried() -> None:
+    assert [*CHANGED] == [field.name for field in fields(OptimizerConfig)]
+
+
+@pytest.mark.parametrize("distributed", [True, False], ids=["distributed", "plain"])
+def test_every_changed_setting_of_the_optimizer_counts_on_resuming(tmp_path: Path, distributed: bool) -> None:
+    """The steps after resuming differ from those without the change, for every field by itself."""
+    layout = {"parallel": {"use_distributed_optimizer": distributed}}
+    styles = {"cosine": FIRST, "WSD": {**FIRST, "lr_decay_style": "WSD"}}
+    for style, settings in styles.items():
+        saving = {"save": str(tmp_path / style), "save_interval": 3}
+        run_on_ranks(1, train, tiny_run(**layout, optimizer=settings, checkpoint=saving))
+
+    def losses(style: str, change: dict[str, Any]) -> list[float]:
+        loading = {"load": str(tmp_path / style / "iter_0000003")}
+        run = tiny_run(**layout, optimizer={**styles[style], **change}, checkpoint=loading)
+        metrics = tmp_path / "-".join((style, *change, "losses"))
+        run_on_ranks(1, train, logged_to(run, metrics))
+        return series(metrics, "lm_loss")
+
+    unchanged = {style: losses(style, {}) for style in styles}
+    style_of = {field: "WSD" if field.startswith("lr_wsd") else "cosine" for field in CHANGED}
+    same = [
+        field
+        for field, change in CHANGED.items()
+        if losses(style_of[field], change) == unchanged[style_of[field]]
+    ]
+    assert same == []

@@ -1,8 +1,10 @@
 import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -396,3 +398,37 @@ def test_merging_asks_before_it_replaces(tokenizer_model: str, capsys: pytest.Ca
     assert "error: whole is a dataset already, and another one." in capsys.readouterr().err
     assert main([*merge, "--overwrite"]) == 0
     assert documents_in("whole") == expected(tokenizer_model, TEXTS)
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["while workers start", "while they tokenize"])
+def test_a_signal_to_all_processes_leaves_complete_shards_only(tokenizer_model: str, begun: bool) -> None:
+    """Ctrl-C comes to the program and its workers. One line, no traceback, and the same command goes on."""
+    Path("corpus.jsonl").write_bytes(lines(TEXTS * 4000))
+    command = ["--input", "corpus.jsonl", "--output-prefix", "out", "--workers", "2", "--shard-mib", "1"]
+    command += ["--tokenizer-type", "sentencepiece", "--tokenizer-model", tokenizer_model]
+    root = Path(__file__).parents[3]
+    heeding = "import signal, sys\nfor number in (signal.SIGINT, signal.SIGTERM):\n"
+    heeding += "    signal.signal(number, signal.SIG_DFL)\n"  # whatever the tests were told to ignore
+    program = f"{heeding}from lckv_megatron.__main__ import main\nsys.exit(main(sys.argv[1:]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "preprocess", *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        start_new_session=True,
+    )
+    waited_for, deadline = "out-00000.idx" if begun else "*out*", time.monotonic() + 120
+    while not [*Path().glob(waited_for)] and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert errors.endswith("stopped by SIGINT\n")
+    assert "Traceback" not in errors
+    shards = {path.name.split(".")[0] for path in Path().glob("*out*")}
+    for shard in shards:
+        assert {path.name for path in Path().glob(f"*{shard}*")} == {
+            f"{shard}{end}" for end in (".bin", ".idx", ".dataset.json")
+        }
+    assert bool(shards) == begun
+    assert run(tokenizer_model, *command[: command.index("--tokenizer-type")]) == 0

@@ -14,7 +14,7 @@ from megatron_ext.data import datasets
 from megatron_ext.data.batch import make_batch
 from megatron_ext.data.datasets import Datasets, build_datasets
 from megatron_ext.data.loader import build_data_iterator
-from megatron_ext.data.samples import SampleDataset
+from megatron_ext.data.samples import Origin, SampleDataset
 from megatron_ext.errors import ConfigError
 from tests.megatron_ext.data.builders import numbered_documents, write_dataset
 from tests.ranks import run_on_ranks
@@ -272,3 +272,33 @@ def test_bad_data_is_an_error_on_every_rank(tmp_path: Path) -> None:
     )
     assert rank_0 == rank_1
     assert "a.bin and" in rank_0
+
+
+def test_samples_say_where_they_are_from(tmp_path: Path) -> None:
+    """Every token of these datasets occurs once, so it tells its place."""
+    lengths, places = [5, 30, 1, 12, 7] * 4, {}
+    prefixes, token = [], 1
+    for number in range(2):
+        contents = []
+        for length in lengths:
+            contents.append([*range(token, token + length)])
+            places |= {
+                token + at: Origin(str(tmp_path / f"d{number}"), len(contents) - 1, at)
+                for at in range(length)
+            }
+            token += length
+        prefixes.append(write_dataset(tmp_path / f"d{number}", contents))
+    blend = DataConfig(data_path=("1", prefixes[0], "3", prefixes[1]), split="1,0,0")
+    one = DataConfig(data_path=(prefixes[1],), split="50,50,0")
+    for samples in (build(blend, 90).train, build(one, 5, 5).valid):
+        assert samples is not None
+        for number in range(len(samples)):
+            assert samples.origin(number) == places[samples[number]["tokens"][0].item()]
+        with pytest.raises(IndexError):
+            samples.origin(len(samples))
+    assert str(Origin("d/x", 12, 40)) == "dataset d/x, document 12, token 40"
+    mock = build(DataConfig(mock=True), 5).train
+    assert mock is not None
+    assert str(mock.origin(3)) == "dataset data.mock, document 3, token 0"
+    with pytest.raises(IndexError):
+        mock.origin(5)

@@ -1,6 +1,7 @@
 """Tiny runs on mock data for tests of the training program."""
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,26 @@ def train(run: RunConfig) -> int:
     validate(run, dist.get_world_size())
     initialize(run.parallel, run.train.seed)
     return fit(run).iteration
+
+
+def messages(run: RunConfig) -> list[str]:
+    """On every rank: run it; returns what it says in its log."""
+    said: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    listener, logger = Listener(logging.INFO), logging.getLogger("megatron_ext")
+    level = logger.level
+    logger.addHandler(listener)
+    logger.setLevel(logging.INFO)
+    try:
+        train(run)
+    finally:
+        logger.removeHandler(listener)
+        logger.setLevel(level)
+    return said
 
 
 def logged_to(run: RunConfig, path: Path) -> RunConfig:

@@ -1,0 +1,228 @@
+"""The iterations of a run: step, save, evaluate, until the last one or a request to stop."""
+
+import logging
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_ext.checkpointing.save import save_checkpoint
+from megatron_ext.config import RunConfig, TrainConfig
+from megatron_ext.data.datasets import Datasets
+from megatron_ext.data.loader import build_data_iterator
+from megatron_ext.data.samples import SampleDataset
+from megatron_ext.errors import ConfigError
+from megatron_ext.evaluation.loss import evaluate
+from megatron_ext.last_word import PASSED_ON, say_last
+from megatron_ext.parallel.heartbeats import heartbeats
+from megatron_ext.schedule.micro_batches import MakeBatch
+from megatron_ext.signals import Interrupted
+from megatron_ext.training.continuation import ORDER_KEY
+from megatron_ext.training.report import Report
+from megatron_ext.training.step import require_finite, train_step
+from megatron_ext.training.stopping import StopRequest, stop_requests
+from megatron_ext.training.succession import end_stage
+
+logger = logging.getLogger(__name__)
+
+Beat = Callable[[int], None]
+"""Told the iteration that this rank has come to."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far the run is."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+
+    def after_step(self, samples: int, seq_length: int) -> "Position":
+        """One optimizer step further."""
+        tokens = self.consumed_tokens + samples * seq_length
+        return Position(self.iteration + 1, self.consumed_samples + samples, tokens)
+
+    def progress(self, train: TrainConfig) -> float:
+        """Share of the run's iterations that is done, 0 .. 1."""
+        return min(1.0, self.iteration / train.train_iters)
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything that one rank's training loop works on."""
+
+    run: RunConfig
+    model: MegatronModule
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    datasets: Datasets
+    make_batch: MakeBatch
+    stored_config: dict[str, Any]
+    """The run's settings as checkpoints keep them."""
+
+
+def iterate(training: Training, position: Position, report: Report, *, owes_evaluation: bool) -> Position:
+    """Train from `position` to the last iteration, or until a signal or the clock stops the run; the last
+    checkpoint is of where it ended. Returns how far it came.
+
+    An iteration that is saved and evaluated is saved first. With `owes_evaluation` that of `position` is
+    made up for.
+
+    Raises Interrupted where a signal stops a run that saves nothing, ConfigError without data to train on,
+    NonFiniteLossError and NonFiniteStatisticError.
+    """
+    run = training.run
+    with (
+        stop_requests(run.train.exit_duration_minutes) as stop,
+        heartbeats(run.parallel.distributed_timeout_minutes) as beat,
+    ):
+        reason = _validate(training, position, report, stop, beat) if owes_evaluation else None
+        if reason is None and position.iteration < run.train.train_iters:
+            position, reason = _train(training, position, report, stop, beat)
+    if reason is not None:
+        _say_why(reason, stop.number, position, run)
+    return position
+
+
+def _train(
+    training: Training, position: Position, report: Report, stop: StopRequest, beat: Beat
+) -> tuple[Position, str | None]:
+    """Where training ended, saved if anything is, and why, if it was before the last iteration."""
+    run, saved, reason = training.run, position.iteration, None
+    if training.datasets.train is None:
+        raise ConfigError(
+            "there is no training data; give data.data_path, data.train_data_path or data.mock."
+        )
+    # Closed on leaving: an error's traceback would keep the reading processes alive, and Python waits for
+    # them at its exit.
+    with closing(_iterator(training, training.datasets.train, position.consumed_samples)) as samples:
+        while position.iteration < run.train.train_iters and reason is None:
+            beat(position.iteration + 1)
+            result = train_step(
+                training.model,
+                training.optimizer,
+                training.scheduler,
+                samples,
+                training.make_batch,
+                run.train,
+                progress=position.progress(run.train),
+            )
+            position = position.after_step(run.train.global_batch_size, run.train.seq_length)
+            require_finite(result, position.iteration, run.train, training.datasets.train.origin)
+            report.step(position.iteration, position.consumed_samples, position.consumed_tokens, result)
+            if position.iteration == run.train.train_iters:
+                end_stage(training.model, training.optimizer, run.compression.policy.build())
+            reason = stop.agreed()
+            if _is_saved(run, position, stops=reason is not None):
+                beat(position.iteration)
+                with stop.saving():
+                    saved = _save(training, position)
+                report.restart_clock()
+            if reason is None and is_evaluated(run.train, position):
+                reason = _validate(training, position, report, stop, beat)
+    if run.checkpoint.save and saved != position.iteration:  # it stopped while it evaluated
+        _save(training, position)
+    return position, reason
+
+
+def is_evaluated(train: TrainConfig, position: Position) -> bool:
+    """Whether the model is evaluated after the iteration of `position`."""
+    if not train.eval_interval or position.iteration == 0:
+        return False
+    return position.iteration == train.train_iters or position.iteration % train.eval_interval == 0
+
+
+def _is_saved(run: RunConfig, position: Position, *, stops: bool) -> bool:
+    if run.checkpoint.save is None:
+        return False
+    interval = run.checkpoint.save_interval
+    last = stops or position.iteration == run.train.train_iters
+    return last or bool(interval and position.iteration % interval == 0)
+
+
+def _say_why(reason: str, number: int, position: Position, run: RunConfig) -> None:
+    line = f"stopped after iteration {position.iteration}: {reason}"
+    if run.checkpoint.save is None and number:
+        raise Interrupted(number, f"{line}; nothing is saved, checkpoint.save is not set")
+    line += f"; saved in {run.checkpoint.save}"
+    logger.info("%s", line)
+    if number in PASSED_ON and dist.get_rank() == 0:
+        say_last(line)
+
+
+def _iterator(
+    training: Training, dataset: SampleDataset, consumed_samples: int
+) -> Generator[dict[str, Tensor]]:
+    run = training.run
+    return build_data_iterator(
+        dataset,
+        consumed_samples=consumed_samples,
+        micro_batch_size=run.train.micro_batch_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        num_workers=run.data.num_workers,
+        seed=run.train.seed,
+    )
+
+
+def _validate(
+    training: Training, position: Position, report: Report, stop: StopRequest, beat: Beat
+) -> str | None:
+    """Over the same validation samples each time. Returns why the run must stop, if it must: what was left of
+    the evaluation then is not done."""
+    dataset = training.datasets.valid
+    if dataset is None:
+        raise ConfigError(
+            f"train.eval_interval is {training.run.train.eval_interval}, but there is no validation data; "
+            "give a validation share in data.split, or data.valid_data_path, or set train.eval_interval to 0."
+        )
+    gathers_late = training.run.parallel.overlap_param_gather
+    if gathers_late:
+        training.model.disable_forward_pre_hook()
+    train, reason = training.run.train, None
+
+    def stops() -> bool:
+        nonlocal reason
+        beat(position.iteration)
+        reason = stop.agreed()
+        return reason is not None
+
+    with closing(_iterator(training, dataset, 0)) as samples:
+        evaluation = evaluate(
+            training.model,
+            samples,
+            training.make_batch,
+            train,
+            progress=position.progress(train),
+            stops=stops,
+        )
+    if gathers_late:
+        training.model.enable_forward_pre_hook()
+    if evaluation is not None:
+        report.validation(position.iteration, position.consumed_tokens, evaluation)
+    return reason
+
+
+def _save(training: Training, position: Position) -> int:
+    assert training.run.checkpoint.save is not None
+    assert training.datasets.order is not None
+    save_checkpoint(
+        Path(training.run.checkpoint.save),
+        position.iteration,
+        model=[training.model],
+        optimizer=training.optimizer,
+        scheduler=training.scheduler,
+        progress={**asdict(position), ORDER_KEY: training.datasets.order.to_dict()},
+        config=training.stored_config,
+        keep_last=training.run.checkpoint.keep_last,
+        timeout_minutes=training.run.checkpoint.save_timeout_minutes,
+    )
+    return position.iteration
