@@ -23,7 +23,6 @@ from dataclasses import replace
 from types import FrameType
 from typing import Any
 
-from lckv.serving.limits import ServingLimits
 from lckv_megatron.engine_options import (
     add_engine_options,
     add_model_options,
@@ -45,6 +44,7 @@ _SIZES = (
     "max_prompts",
     "max_messages",
     "max_stops",
+    "max_stop_characters",
     "tokenizer_threads",
     "max_preparing",
     "max_connections",
@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
+    from lckv.serving.limits import ServingLimits
+
     made = ProgramParser("serve", __doc__)
     add_model_options(made)
     add_engine_options(made, batch_size=32)
@@ -99,6 +101,7 @@ def serve(options: argparse.Namespace) -> None:
 
         from lckv.serving.app import create_app
         from lckv.serving.connections import server_config
+        from lckv.serving.limits import ServingLimits
     except ImportError as error:
         raise ConfigError(
             f"serving needs the extra 'serve': pip install 'lckv-megatron[serve]' ({error})"
