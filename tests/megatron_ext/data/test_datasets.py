@@ -1,3 +1,4 @@
+import re
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -272,3 +273,24 @@ def test_bad_data_is_an_error_on_every_rank(tmp_path: Path) -> None:
     )
     assert rank_0 == rank_1
     assert "a.bin and" in rank_0
+
+
+@pytest.mark.parametrize("blended", [False, True], ids=["one source", "a blend"])
+def test_a_sample_says_from_which_document_and_token_it_is(tmp_path: Path, blended: bool) -> None:
+    """Its first token and its last label stand in the dataset where it says, over several epochs."""
+    contents = [numbered_documents([10, 25, 7, 30], first) for first in (1, SOURCE)]
+    contents = contents if blended else contents[:1]
+    paths = [write_dataset(tmp_path / f"d{number}", documents) for number, documents in enumerate(contents)]
+    samples = build(DataConfig(data_path=tuple(paths), split="1,0,0"), 30).train
+    assert samples is not None
+    seen = set()
+    for number in range(30):
+        said = samples.describe(number)
+        found = re.fullmatch(r"(.*), document (\d+) from token (\d+) to document (\d+) token (\d+)", said)
+        assert found is not None, said
+        documents = contents[paths.index(found[1])]
+        first, begin, last, end = map(int, found.groups()[1:])
+        assert samples[number]["tokens"][0] == documents[first][begin]
+        assert samples[number]["labels"][-1] == documents[last][end]
+        seen.add(found[1])
+    assert seen == set(paths)
