@@ -4,7 +4,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import yaml
@@ -17,6 +17,8 @@ from megatron_ext.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+    from checkpoints_conversion.description import ModelDescription
 
 logger = logging.getLogger(__name__)
 
@@ -110,11 +112,33 @@ def _run_verify(options: argparse.Namespace) -> None:
             options.tensor,
             options.tensor // heads,
         )
-    comparison = compare(original, megatron, tokens, parallel=parallel, timeout_seconds=options.timeout)
     tolerance = Tolerance(options.tolerance, options.agreement)
-    sys.stdout.write("\n".join(comparison.lines(tolerance)) + "\n")
-    if not comparison.within(tolerance):
+    equal = True
+    for layers in [*_parts(options, megatron.description)]:
+        if layers is not None:
+            sys.stdout.write(f"layers              {', '.join(map(str, layers))}\n")
+        comparison = compare(
+            original, megatron, tokens, parallel=parallel, layers=layers, timeout_seconds=options.timeout
+        )
+        sys.stdout.write("\n".join(comparison.lines(tolerance)) + "\n")
+        sys.stdout.flush()
+        equal &= comparison.within(tolerance)
+    if not equal:
         raise ProofError(f"{options.hf_path} and {options.megatron_path} differ.")
+
+
+def _parts(options: argparse.Namespace, description: "ModelDescription") -> Iterator[tuple[int, ...] | None]:
+    """The layers to compare, one comparison after the other; None: the whole models."""
+    from checkpoints_conversion.layer_subset import parse_layers, runs_of_layers, with_sources
+
+    layer_types = description.compression.map(description.model.num_layers)
+    if options.layers is not None:
+        yield with_sources(layer_types, parse_layers(options.layers, len(layer_types)))
+    elif options.layers_at_once is not None and options.layers_at_once < len(layer_types):
+        for layers in runs_of_layers(len(layer_types), options.layers_at_once):
+            yield with_sources(layer_types, layers)
+    else:
+        yield None
 
 
 def _run_inspect(options: argparse.Namespace) -> None:

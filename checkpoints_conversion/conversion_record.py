@@ -17,7 +17,9 @@ from typing import Any, Literal
 
 from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.errors import ConversionError
+from lckv.plain_files import open_plain, read_plain
 from lckv.sharing.initialization import Initialization
+from lckv.weights.json_file import parse_json
 from megatron_ext.atomic import write_file
 
 RECORD_NAME = "conversion.json"
@@ -89,6 +91,8 @@ class ConversionRecord:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "ConversionRecord":
         """The inverse of `to_json`; raises ConversionError."""
+        if not isinstance(content, Mapping):
+            raise ConversionError("it holds no mapping.")
         fields = dict(content)
         version = fields.pop("schema_version", None)
         if version != SCHEMA_VERSION:
@@ -103,7 +107,7 @@ class ConversionRecord:
                 previous=None if previous is None else cls.from_json(previous),
                 **fields,
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ConversionError(f"a field is missing or unknown: {error}.") from error
 
 
@@ -137,18 +141,16 @@ def read_record(folder: Path) -> ConversionRecord | None:
     Raises ConversionError where it cannot be understood."""
     path = folder / RECORD_NAME
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(read_plain(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConversionError(
             f"{path} cannot be read: {error}. Restore it, or remove it to go on without."
         ) from error
     try:
-        if not isinstance(content, Mapping):
-            raise ConversionError("it holds no mapping.")
         return ConversionRecord.from_json(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is no record of a conversion: {error}") from error
 
 
@@ -156,6 +158,6 @@ def hash_weights(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """sha256 of the named files of `folder`, read in pieces."""
     hashes = {}
     for name in names:
-        with (folder / name).open("rb") as file:
+        with open_plain(folder / name) as file:
             hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes

@@ -12,7 +12,7 @@ from checkpoints_conversion.compression_options import changed_compression
 from checkpoints_conversion.conversion_record import ConversionRecord, ConversionSource, write_record
 from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.errors import ConversionError
-from checkpoints_conversion.export.extras import export_extras
+from checkpoints_conversion.export.extras import existing_tokenizer, export_extras
 from checkpoints_conversion.export.model_card import Measured
 from checkpoints_conversion.export.tokenizer import has_tokenizer
 from checkpoints_conversion.formats.huggingface import MAX_SHARD_BYTES
@@ -22,14 +22,18 @@ from checkpoints_conversion.initialization import initialize
 from checkpoints_conversion.opening import OpenModel, open_huggingface, open_legacy, open_megatron
 from checkpoints_conversion.staging import check_free, staged
 from checkpoints_conversion.streams import CastSource, model_bytes, shown_progress
-from checkpoints_conversion.verify import is_small_enough, prove
+from checkpoints_conversion.verify import layers_to_prove, prove
 from checkpoints_conversion.writing import write_huggingface
 from lckv.sharing.initialization import Initialization
 from lckv.weights.huggingface import CONFIG_NAME
+from lckv.weights.tensors import TensorSource
 from megatron_ext.training.metrics import read_metrics
 
 ProofMode = Literal["auto", "always", "never"]
 """auto: conversions of models that fit into the memory and are not very large end with a proof."""
+
+NO_TOKENIZER = Path("none")
+"""Given as the tokenizer of an export: there shall be none."""
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +100,9 @@ def to_megatron(
     with staged(target, model_bytes(source)) as staging:
         with shown_progress(source, "converting") as counted:
             write_checkpoint(staging, description, counted, dtype=dtype, record_json=record.to_json())
-        if _is_due(proof, model, f"--hf-path {name} --megatron-path {target}"):
-            prove(model, open_megatron(staging, verify_hashes=False))
+        command = f"--hf-path {name} --megatron-path {target}"
+        if layers := _layers_to_prove(proof, source, description, command):
+            prove(model, open_megatron(staging, verify_hashes=False), _unless_all(layers, description))
     logger.info("wrote %s", target)
     return description
 
@@ -148,20 +153,23 @@ def megatron_to_hf(
 
     `megatron` is one checkpoint, or a directory of them: then the newest good one. `family` is that of the
     written model (default: one that stock software runs where possible, else lckv-llama). The tokenizer is by
-    default that of the run, or of the model that was converted for it. `metrics_file`, by default the run's,
+    default that of the run, or of the model that was converted for it; there is none where it is
+    `NO_TOKENIZER`. `metrics_file`, by default the run's,
     tells what was measured. Returns what was written.
 
     Raises ConversionError, CheckpointError, ProofError; then nothing is left in or beside `target`.
     """
     check_free(target)
-    _check_tokenizer(tokenizer)
+    if tokenizer != NO_TOKENIZER:
+        _check_tokenizer(tokenizer)
     model = open_megatron(megatron)
+    place = _tokenizer_place(tokenizer, model)
     source = model.source if dtype is None else CastSource(model.source, dtype)
     description = replace(model.description, dtype=dtype or model.description.dtype)
     record = ConversionRecord(
         description,
         ConversionSource("megatron", str(model.path.absolute()), model.hashes()),
-        tokenizer=model.tokenizer if tokenizer is None else str(tokenizer.absolute()),
+        tokenizer=place,
         training=model.training,
         previous=model.record,
     )
@@ -172,10 +180,11 @@ def megatron_to_hf(
         with shown_progress(source, "converting") as counted:
             write_huggingface(staging, description, counted, family=family, max_shard_bytes=max_shard_bytes)
         write_record(staging, record.without_places())
-        origin = _huggingface_origin(record)
+        origin = _huggingface_origin(model)
         export_extras(staging, description, record, name=target.name, source_folder=origin, measured=measured)
-        if _is_due(proof, model, f"--hf-path {target} --megatron-path {megatron}"):
-            prove(open_huggingface(staging), model)
+        command = f"--hf-path {target} --megatron-path {megatron}"
+        if layers := _layers_to_prove(proof, source, description, command):
+            prove(open_huggingface(staging), model, _unless_all(layers, description))
     logger.info("wrote %s", target)
     return description
 
@@ -187,29 +196,60 @@ def _check_tokenizer(path: Path | None) -> None:
         )
 
 
-def _is_due(proof: ProofMode, model: OpenModel, command: str) -> bool:
-    """Whether a conversion of `model` shall end with a proof; where it might have, but the model is large,
-    says how to have it."""
-    if proof == "auto" and not is_small_enough(model):
+def _layers_to_prove(
+    proof: ProofMode, source: TensorSource, description: ModelDescription, command: str
+) -> tuple[int, ...]:
+    """The layers of the model with which a conversion shall end its proof; where these are not all, says how
+    to have the proof of all."""
+    every = tuple(range(description.model.num_layers))
+    if proof != "auto":
+        return every if proof == "always" else ()
+    layers = layers_to_prove(source, description)
+    if layers != every:
         logger.info(
-            "the model is large; prove the conversion with: python -m checkpoints_conversion verify %s",
+            "the model is large, so %s; prove all of it, a few layers at a time, with: lckv-megatron convert "
+            "verify --layers-at-once 2 %s",
+            f"{len(layers)} of its {len(every)} layers are proven" if layers else "nothing of it is proven",
             command,
         )
-        return False
-    return proof != "never"
+    return layers
 
 
-def _huggingface_origin(record: ConversionRecord) -> Path | None:
+def _unless_all(layers: tuple[int, ...], description: ModelDescription) -> tuple[int, ...] | None:
+    """What `prove` takes: None for a whole model, of which no copy is needed."""
+    return None if len(layers) == description.model.num_layers else layers
+
+
+def _tokenizer_place(given: Path | None, model: OpenModel) -> str | None:
+    """Where the tokenizer of an exported model comes from. Raises ConversionError where the one that is known
+    is gone: before anything is converted."""
+    if given == NO_TOKENIZER:
+        return None
+    if given is not None:
+        return str(given.absolute())
+    return None if model.tokenizer is None else str(existing_tokenizer(model.tokenizer))
+
+
+def _huggingface_origin(model: OpenModel) -> Path | None:
     """The Hugging Face folder with which the history of a model began, if it is here and its tokenizer is
-    still the model's."""
-    first = record
+    still the model's: what it says of sampling holds for the model too."""
+    first = model.record
+    if first is None:
+        return None
     while first.previous is not None:
         first = first.previous
-    for place in (first.source.path, first.tokenizer):
-        if place is None or record.tokenizer not in (None, place) or not Path(place).is_absolute():
-            continue
-        if (Path(place) / CONFIG_NAME).is_file():
-            return Path(place)
+    places = [place for place in (first.source.path, first.tokenizer) if place and Path(place).is_absolute()]
+    if model.tokenizer not in (None, *places):
+        return None
+    for place in map(Path, places):
+        if (place / CONFIG_NAME).is_file():
+            return place
+    if first.source.format == "huggingface" and places:
+        logger.warning(
+            "%s, from which the model comes, is not there any more: its generation_config.json and its "
+            "license are left out; copy them by hand.",
+            places[0],
+        )
     return None
 
 

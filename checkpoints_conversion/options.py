@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from checkpoints_conversion.compression_options import add_compression_options
-from megatron_ext.arguments import memory_size
+from megatron_ext.arguments import memory_size, positive
 
 _DESCRIPTION = """Converts models between Hugging Face and Megatron, exactly, and proves it by their logits.
 
@@ -55,6 +55,10 @@ the Hugging Face model first.
   verify --hf-path meta-llama/Llama-2-7b-hf --megatron-path ckpt/llama2-7b
   verify --hf-path A --megatron-path B --nproc-per-node 2 --parallel.tensor_model_parallel_size 2
   verify --hf-path A --megatron-path B --tokens tokens.npy --tolerance 1e-3
+
+A model that does not fit into the memory, a few layers at a time, or some of its layers:
+  verify --hf-path A --megatron-path B --layers-at-once 2
+  verify --hf-path A --megatron-path B --layers 0,19,38-39
 
 Exit status: 0 equal up to rounding, 1 different, 2 not comparable."""
 
@@ -132,7 +136,8 @@ def _add_megatron_to_hf(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer",
         type=Path,
-        help="folder or file of the tokenizer (default: that of the run, or of the model it started from)",
+        help="folder or file of the tokenizer, or none (default: that of the run, or of the model it started "
+        "from)",
     )
     parser.add_argument(
         "--metrics-file",
@@ -175,8 +180,9 @@ def _add_dtype_and_verify(parser: argparse.ArgumentParser) -> None:
         "--verify",
         choices=("auto", "always", "never"),
         default="auto",
-        help="compare the logits of both models before the folder gets its name; auto, the default: up to 3 "
-        "billion parameters, if both models fit into the memory one after the other",
+        help="compare the logits of both models before the folder gets its name; auto, the default: of the "
+        "whole models up to 3 billion parameters, if both fit into the memory one after the other, else of "
+        "a few of their layers",
     )
     parser.add_argument(
         "--no-verify", dest="verify", action="store_const", const="never", help="--verify never"
@@ -209,6 +215,17 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
         )
     parser.add_argument(
         "--tokens", type=Path, help="int64 [B, T] in numpy's .npy format (default: random tokens)"
+    )
+    some = parser.add_mutually_exclusive_group()
+    some.add_argument(
+        "--layers",
+        help="compare only these layers of both models, and those whose keys and values they read, such as "
+        "0,5,38-39 (default: the whole models)",
+    )
+    some.add_argument(
+        "--layers-at-once",
+        type=positive,
+        help="compare all layers, so many at a time: takes the memory of so many instead of the whole models",
     )
     parser.add_argument("--rows", type=int, default=4, help="rows of random tokens (default: %(default)s)")
     parser.add_argument(

@@ -10,9 +10,12 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
+from checkpoints_conversion.conversion_record import ConversionRecord, ConversionSource
 from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.errors import ConversionError
+from checkpoints_conversion.formats.megatron import write_checkpoint
 from checkpoints_conversion.initialization import initialize
+from checkpoints_conversion.layer_subset import LayerSubset, cut_description
 from checkpoints_conversion.megatron_logits import round_weights
 from checkpoints_conversion.opening import OpenModel
 from checkpoints_conversion.writing import write_huggingface
@@ -42,14 +45,18 @@ def _defining(description: ModelDescription) -> dict[str, object]:
 
 
 @contextmanager
-def reference_folder(original: OpenModel, megatron: OpenModel) -> Iterator[Path]:
-    """A Hugging Face folder with the model that `megatron` must be.
+def reference_folder(
+    original: OpenModel, megatron: OpenModel, layers: tuple[int, ...] | None = None
+) -> Iterator[Path]:
+    """A Hugging Face folder with the model that `megatron` must be; where `layers` are given, cut down to
+    these.
 
     That is `original` itself, or where a conversion gave it a sharing map or a policy, a temporary folder
     with the same done to it. Raises ConversionError where `megatron` is another model.
     """
     changed = differences(original.description, megatron.description)
-    if not changed and original.format == "huggingface" and any(original.path.glob("*.safetensors")):
+    as_it_is = not changed and layers is None and original.format == "huggingface"
+    if as_it_is and any(original.path.glob("*.safetensors")):
         yield original.path
         return
     source, description = original.source, original.description
@@ -64,9 +71,24 @@ def reference_folder(original: OpenModel, megatron: OpenModel) -> Iterator[Path]
             f"{original.path} and {megatron.path} are different models, of which the outputs cannot "
             f"agree:\n{listed}\nGive the model that the other one was made from."
         )
+    if layers is not None:
+        source, description = LayerSubset(source, layers), cut_description(description, layers)
     with TemporaryDirectory() as folder:
         write_huggingface(Path(folder), description, source)
         yield Path(folder)
+
+
+@contextmanager
+def checkpoint_folder(megatron: OpenModel, layers: tuple[int, ...] | None = None) -> Iterator[Path]:
+    """The folder of the checkpoint `megatron`, or a temporary one with the given layers of it alone."""
+    if layers is None:
+        yield megatron.path
+        return
+    description = cut_description(megatron.description, layers)
+    record = ConversionRecord(description, ConversionSource("megatron", str(megatron.path), {}))
+    with TemporaryDirectory() as folder:
+        source = LayerSubset(megatron.source, layers)
+        yield write_checkpoint(Path(folder), description, source, record_json=record.to_json())
 
 
 class Reference:

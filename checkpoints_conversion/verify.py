@@ -2,26 +2,32 @@
 both in float32."""
 
 import logging
+import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 import numpy as np
 import psutil
 import torch
 from torch import Tensor
 
+from checkpoints_conversion.description import ModelDescription
+from checkpoints_conversion.layer_subset import LayerSubset, cut_description, spread_layers, with_sources
 from checkpoints_conversion.megatron_logits import check_layout, compute
 from checkpoints_conversion.opening import OpenModel
-from checkpoints_conversion.reference import Reference, common_dtype, reference_folder
-from lckv.weights.tensors import CHUNK_BYTES
+from checkpoints_conversion.reference import Reference, checkpoint_folder, common_dtype, reference_folder
+from lckv.weights.tensors import CHUNK_BYTES, TensorSource
 from megatron_ext.config import ParallelConfig
 
 logger = logging.getLogger(__name__)
 
 LARGEST_AUTOMATIC_PROOF = 3_000_000_000
 """Parameters up to which a conversion proves itself without being asked."""
+_SAMPLED_LAYERS = 4
+"""Layers of a larger model that a conversion proves, besides those that they read."""
 _ROOM = 1.5
 """Memory that a proof may take, in models of float32."""
 
@@ -81,21 +87,29 @@ def compare(
     tokens: np.ndarray,
     *,
     parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 - frozen
+    layers: tuple[int, ...] | None = None,
     timeout_seconds: float = 3600.0,
 ) -> Comparison:
     """Compute the logits of `tokens`, int64 [B, T], with the checkpoint `megatron` on the layout `parallel`,
     and with the Hugging Face model that `original` is or, after the conversion that made the checkpoint, must
     be.
 
-    Holds one model and one row of logits at a time. Raises ConversionError where they are different models by
-    their settings, or the layout does not fit.
+    With `layers`, both models are cut down to these (ascending, with all whose keys and values they read; see
+    `layer_subset.with_sources`), in temporary folders. Holds one model and one row of logits at a time.
+
+    Raises ConversionError where they are different models by their settings, or the layout does not fit.
     """
-    check_layout(megatron.description, parallel)
-    dtype = common_dtype(original.description.dtype, megatron.description.dtype)
-    with reference_folder(original, megatron) as folder, TemporaryDirectory() as scratch:
+    description = megatron.description
+    check_layout(description if layers is None else cut_description(description, layers), parallel)
+    dtype = common_dtype(original.description.dtype, description.dtype)
+    with (
+        reference_folder(original, megatron, layers) as folder,
+        checkpoint_folder(megatron, layers) as checkpoint,
+        TemporaryDirectory() as scratch,
+    ):
         output = Path(scratch) / "logits.npy"
         compute(
-            megatron.path,
+            checkpoint,
             tokens,
             output,
             parallel,
@@ -129,23 +143,43 @@ def _chunks(expected: Tensor, given: np.ndarray) -> Iterator[tuple[Tensor, Tenso
         yield expected[start : start + step], torch.from_numpy(np.array(given[start : start + step]))
 
 
-def is_small_enough(model: OpenModel) -> bool:
-    """Whether a proof is quick and fits into the memory that is free."""
-    parameters = sum(info.nbytes // info.dtype.itemsize for info in model.source.infos().values())
-    return (
-        parameters <= LARGEST_AUTOMATIC_PROOF and 4 * _ROOM * parameters < psutil.virtual_memory().available
-    )
+def layers_to_prove(source: TensorSource, description: ModelDescription) -> tuple[int, ...]:
+    """The layers of which a proof is quick and fits into the memory that is free: all, or where the model is
+    too large a few and what they read; none where these are too large as well.
+
+    `source` holds the weights of the model `description`.
+    """
+    layer_types = description.compression.map(description.model.num_layers)
+    some = spread_layers(len(layer_types), _SAMPLED_LAYERS)
+    for layers in (tuple(range(len(layer_types))), with_sources(layer_types, some)):
+        infos = LayerSubset(source, layers).infos().values()
+        parameters = sum(math.prod(info.shape) for info in infos)
+        fits = 4 * _ROOM * parameters < psutil.virtual_memory().available
+        if len(layers) < len(layer_types):  # both models are written once more
+            fits &= 2 * sum(info.nbytes for info in infos) < shutil.disk_usage(gettempdir()).free
+        if parameters <= LARGEST_AUTOMATIC_PROOF and fits:
+            return layers
+    return ()
 
 
-def prove(original: OpenModel, megatron: OpenModel, *, rows: int = 2, length: int = 64) -> None:
-    """Compare the models on a few random tokens and log what was found;
-    raises ProofError where they differ."""
+def prove(
+    original: OpenModel,
+    megatron: OpenModel,
+    layers: tuple[int, ...] | None = None,
+    *,
+    rows: int = 2,
+    length: int = 64,
+) -> None:
+    """Compare the models, or with `layers` these layers of them (see `compare`), on a few random tokens, and
+    log what was measured; raises ProofError where they differ."""
     tolerance, description = Tolerance(), megatron.description
     longest = min(length, description.model.max_position_embeddings or length)
     tokens = random_tokens(description.vocab_size, rows=rows, length=longest, seed=1)
-    comparison = compare(original, megatron, tokens)
+    comparison = compare(original, megatron, tokens, layers=layers)
+    which = "" if layers is None else f", of the layers {', '.join(map(str, layers))} alone"
     logger.info(
-        "logits of Megatron's and Hugging Face's model, in float32:\n%s",
+        "logits of Megatron's and Hugging Face's model, in float32%s:\n%s",
+        which,
         "\n".join(comparison.lines(tolerance)),
     )
     if not comparison.within(tolerance):

@@ -5,7 +5,7 @@
 #   CONTAINER_IMAGE    image as pyxis takes it                       (default: an NGC PyTorch image)
 #   CONTAINER_MOUNTS   more mounts, such as /data:/data              (default: the checkout only)
 #   VENV               environment made inside of that image         (default: .venv-ngc)
-#   CHECKPOINTS        where to save, and to resume from if there is something (default: runs/RECIPE/checkpoints)
+#   CHECKPOINTS        where to save; a job that starts again goes on from there (default: runs/RECIPE/checkpoints)
 #   MINUTES            save and exit after so long, before Slurm's limit       (default: never)
 #   GPUS_PER_NODE      processes per node                            (default: 8)
 set -euo pipefail
@@ -17,9 +17,6 @@ image=${CONTAINER_IMAGE:-nvcr.io#nvidia/pytorch:25.06-py3}
 mounts=$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
 checkpoints=${CHECKPOINTS:-runs/$(basename "$recipe")/checkpoints}
 options=(--config "${CONFIG:-$recipe/pretrain.yaml}" --checkpoint.save "$checkpoints")
-if [ -e "$checkpoints/latest" ]; then
-    options+=(--checkpoint.load "$checkpoints")
-fi
 if [ -n "${MINUTES:-}" ]; then
     options+=(--train.exit_duration_minutes "$MINUTES")
 fi

@@ -285,6 +285,10 @@ class DataConfig:
     eod_mask_loss: bool = False
     """No loss on predicting what follows an end-of-document token."""
 
+    allow_changed_data: bool = False
+    """Resume although seed, seq_length, split or files changed so that some text is read twice within the
+    present epoch and some not at all."""
+
     num_workers: int = 2
     """Processes per rank that read samples ahead; 0: read in the training process."""
 
@@ -294,10 +298,16 @@ class CheckpointConfig:
     """Where checkpoints are written and read."""
 
     save: str | None = None
-    """Directory to write checkpoints into."""
+    """Directory to write checkpoints into. One run at a time: it is locked."""
 
     load: str | None = None
-    """Directory to resume from, or one checkpoint in it. The newest good one is used."""
+    """Directory to start from, or one checkpoint in it. The newest good one is used. Once checkpoint.save
+    holds checkpoints, the run goes on from those, unless this is checkpoint.save or a checkpoint in it."""
+
+    resume: Literal["auto", "never", "must"] = "auto"
+    """Whether to go on from the newest good checkpoint in checkpoint.save. auto: if there is one, so that one
+    command starts and continues a run (with all state, whatever checkpoint.finetune says). must: without one
+    it is an error. never: with one it is an error."""
 
     save_interval: int = 0
     """Save every so many iterations, and at the end; 0: only at the end."""
@@ -306,10 +316,17 @@ class CheckpointConfig:
     """How many checkpoints to keep; older ones are deleted after a successful save. Default: all."""
 
     finetune: bool = False
-    """Load weights only: optimizer, schedule, iteration, data position and random state start afresh."""
+    """Load only weights from checkpoint.load: optimizer, schedule, iteration, data position and random state
+    start afresh."""
 
     verify_hashes: bool = True
     """Check every file's hash on loading, not only its size."""
+
+    save_timeout_minutes: float = 30.0
+    """How long the other ranks wait at a step of a save for one that does not come to it."""
+
+    load_timeout_minutes: float = 30.0
+    """How long the other ranks wait at a step of a load for one that does not come to it."""
 
 
 @dataclass(frozen=True)

@@ -87,10 +87,11 @@ def keep_settings(saved: State, optimizer: MegatronOptimizer) -> None:
     With other bounds in them, 0.16.1 goes on with the old ones, and 0.19 does not recognise the groups.
     """
     config = optimizer.config
+    settings = {
+        "max_lr": config.lr,
+        "min_lr": config.min_lr,
+        "betas": (config.adam_beta1, config.adam_beta2),  # one tuple for all groups, or the next save differs
+        "eps": config.adam_eps,
+    }
     for group in saved.get("optimizer", saved)["param_groups"]:
-        group.update(
-            max_lr=config.lr,
-            min_lr=config.min_lr,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_eps,
-        )
+        group.update(settings)

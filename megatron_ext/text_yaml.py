@@ -10,11 +10,24 @@ import yaml
 
 
 class _TextLoader(yaml.BaseLoader):
-    """Plain scalars stay text, except null; a key given twice is an error."""
+    """Plain scalars stay text, except null; a key given twice is an error, and so are aliases: a few lines of
+    them stand for more text than any memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, "an alias (*) refers to other text; write the value out", event.start_mark
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a list or mapping is no name of a setting", key.start_mark
+                )
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{key.value} is given twice", key.start_mark
@@ -31,4 +44,7 @@ _TextLoader.add_constructor(_NULL, lambda loader, node: None)
 def load_text_yaml(text: str) -> Any:
     """What `text` says, in dictionaries, lists, texts and None;
     nothing else is ever built. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_TextLoader)
+    try:
+        return yaml.load(text, Loader=_TextLoader)
+    except RecursionError:
+        raise yaml.YAMLError("lists or mappings in one another, too deep to be read") from None

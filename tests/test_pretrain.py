@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_ext.checkpointing.lock import FolderLock
 from tests.megatron_ext.training.runs import SETTINGS
 
 ROOT = Path(__file__).parent.parent
@@ -125,32 +126,69 @@ def test_ctrl_c_under_torchrun_saves_and_has_the_last_word(tmp_path: Path) -> No
     assert (tmp_path / "save" / "latest").exists()
 
 
-def test_killed_and_resumed(tmp_path: Path) -> None:
-    """kill -9 in the middle; a new process goes on from the last checkpoint to the same losses."""
-    straight, broken = tmp_path / "straight.jsonl", tmp_path / "broken.jsonl"
-    longer = {"train_iters": 40}
-    assert start(*command(tmp_path, f"--logging.metrics_file={straight}", train=longer)).returncode == 0
-    saving = [
-        f"--checkpoint.save={tmp_path / 'save'}",
-        "--checkpoint.save_interval=4",
-        f"--logging.metrics_file={broken}",
-    ]
-    arguments = command(tmp_path, *saving, train=longer)
-    process = subprocess.Popen(arguments, env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.DEVNULL)
+LONGER = {"train_iters": 40}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, float, float]]:
+    """What a run reports that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("straight")
+    metrics = folder / "metrics.jsonl"
+    assert start(*command(folder, f"--logging.metrics_file={metrics}", train=LONGER)).returncode == 0
+    return losses(metrics)
+
+
+def losses(metrics: Path) -> list[tuple[int, float, float]]:
+    lines = map(json.loads, metrics.read_text().splitlines())
+    return [(line["iteration"], line["lm_loss"], line["grad_norm"]) for line in lines]
+
+
+def saving(folder: Path) -> list[str]:
+    """A command that saves while it trains."""
+    options = [f"--checkpoint.save={folder / 'save'}", f"--logging.metrics_file={folder / 'metrics.jsonl'}"]
+    return command(folder, *options, "--checkpoint.save_interval=4", train=LONGER)
+
+
+def wait_for(path: Path) -> None:
     deadline = time.monotonic() + 200
-    while not (tmp_path / "save" / "latest").exists() and time.monotonic() < deadline:
+    while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
+
+
+def test_killed_and_started_again(tmp_path: Path, straight: list[tuple[int, float, float]]) -> None:
+    """kill -9 in the middle; the same command goes on from the last checkpoint to the same losses."""
+    process = subprocess.Popen(saving(tmp_path), env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.DEVNULL)
+    wait_for(tmp_path / "save" / "latest")
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=30)
-    assert start(*arguments, f"--checkpoint.load={tmp_path / 'save'}").returncode == 0
-    expected, found = (
-        [
-            (line["iteration"], line["lm_loss"], line["grad_norm"])
-            for line in map(json.loads, path.read_text().splitlines())
-        ]
-        for path in (straight, broken)
+    assert (tmp_path / "save" / "lock.json").exists()
+    assert start(*saving(tmp_path)).returncode == 0
+    assert losses(tmp_path / "metrics.jsonl") == straight
+    assert not (tmp_path / "save" / "lock.json").exists()
+
+
+def test_torchrun_restarts_a_killed_run(tmp_path: Path, straight: list[tuple[int, float, float]]) -> None:
+    python, *program = saving(tmp_path)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "--max-restarts=1"]
+    process = subprocess.Popen(
+        [python, *launcher, *program], env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
-    assert found == expected
+    wait_for(tmp_path / "save" / "latest")
+    os.kill(json.loads((tmp_path / "save" / "lock.json").read_bytes())["pid"], signal.SIGKILL)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    assert "going on from checkpoint.save" in errors
+    assert losses(tmp_path / "metrics.jsonl") == straight
+
+
+def test_a_second_run_into_the_folder_is_told_of_the_first(tmp_path: Path) -> None:
+    save = tmp_path / "save"
+    lock = FolderLock(save)
+    lock.take()
+    done = start(*command(tmp_path, f"--checkpoint.save={save}", ranks=2))
+    lock.release()
+    assert done.returncode != 0
+    assert done.stderr.count(f"error: checkpoint.save: {save} is in use by process {os.getpid()}") == 1
 
 
 def test_terminated_runs_save_and_end_well(tmp_path: Path) -> None:

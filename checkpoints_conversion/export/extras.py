@@ -12,6 +12,7 @@ from checkpoints_conversion.export.bundle import AUTO_MAP, MODEL_TYPE, write_mod
 from checkpoints_conversion.export.model_card import Measured, license_of, model_card
 from checkpoints_conversion.export.tokenizer import has_tokenizer, kind_of, write_tokenizer
 from lckv.families.decoder import TokenIds
+from lckv.weights.json_file import read_json_object
 from megatron_ext.atomic import write_file
 from megatron_ext.data.tokenizers import load_tokenizer
 
@@ -30,8 +31,9 @@ def export_extras(
     """Write tokenizer, generation_config.json, README.md and, for a model of type lckv-llama, the modelling
     files into `folder`.
 
-    The tokenizer is that of `source_folder` where it has one, else `record.tokenizer`; without either there
-    is none, and a warning. `name` is what the card calls the model (default: the folder's name). Returns the
+    The tokenizer is `record.tokenizer`, else that of `source_folder` where it has one; without either there
+    is none, and a warning. `source_folder` is also where generation_config.json and the license come from.
+    `name` is what the card calls the model (default: the folder's name). Returns the
     names of the files written.
 
     Raises ConversionError where the tokenizer that the record names is missing or cannot be exported.
@@ -65,20 +67,26 @@ def export_extras(
 
 def _tokenizer(record: ConversionRecord, source_folder: Path | None) -> tuple[str, Path] | None:
     """Kind and place of the model's tokenizer."""
+    if record.tokenizer is not None:
+        path = existing_tokenizer(record.tokenizer)
+        return kind_of(path), path
     if source_folder is not None and has_tokenizer(source_folder):
         return "huggingface", source_folder
-    if record.tokenizer is None:
-        logger.warning(
-            "No tokenizer is known for this model: add one to the folder, or name one on the command line."
-        )
-        return None
-    path = Path(record.tokenizer)
-    if not path.exists():
+    logger.warning(
+        "No tokenizer is known for this model: add one to the folder, or name one with --tokenizer."
+    )
+    return None
+
+
+def existing_tokenizer(place: str) -> Path:
+    """The folder or file `place`. Raises ConversionError where the tokenizer is not there."""
+    path = Path(place)
+    if not path.exists() or (path.is_dir() and not has_tokenizer(path)):
         raise ConversionError(
-            f"the tokenizer {path} that the model was trained with does not exist here; name a copy of it on "
-            "the command line."
+            f"the model's tokenizer was in {path}, where there is none now. Name a copy of it with "
+            "--tokenizer, or export the model without one with --tokenizer none."
         )
-    return kind_of(path), path
+    return path
 
 
 def _generation_config(token_ids: TokenIds, source_folder: Path | None) -> dict[str, Any]:
@@ -86,5 +94,5 @@ def _generation_config(token_ids: TokenIds, source_folder: Path | None) -> dict[
     else the special tokens."""
     path = source_folder / "generation_config.json" if source_folder is not None else None
     if path is not None and path.is_file():
-        return json.loads(path.read_bytes())
+        return read_json_object(path)
     return {"_from_model_config": True, **{name: ids for name, ids in token_ids.items() if ids is not None}}

@@ -17,6 +17,7 @@ from checkpoints_conversion.errors import ConversionError
 from lckv.generation.loading import load_tokenizer as load_folder
 from lckv.generation.sentencepiece_conversion import convert
 from lckv.tokenizer_files import PROBES, is_only_sentencepiece, is_tiktoken
+from lckv.weights.json_file import read_json_object
 from megatron_ext.atomic import write_file
 from megatron_ext.data.tiktoken_files import TIKTOKEN_PATTERN
 from megatron_ext.data.tokenizers import Tokenizer, load_tokenizer
@@ -26,9 +27,11 @@ logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt",
 )  # fmt: skip
 """What a tokenizer consists of in a Hugging Face folder; no folder has all of them."""
+_MORE_TEMPLATES = "additional_chat_templates"
+"""Folder of the chat templates that have a name."""
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -46,8 +49,10 @@ def write_tokenizer(kind: str, path: Path, folder: Path) -> list[str]:
     `folder`, whose config.json is there already.
     """
     if kind == "huggingface" and path.is_dir():
-        names = [name for name in TOKENIZER_FILES if (path / name).is_file()]
+        templates = (f"{_MORE_TEMPLATES}/{file.name}" for file in (path / _MORE_TEMPLATES).glob("*.jinja"))
+        names = [name for name in (*TOKENIZER_FILES, *sorted(templates)) if (path / name).is_file()]
         for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path / name, folder / name)
         try:
             original = load_tokenizer(kind, str(path))
@@ -91,7 +96,7 @@ def _add_tokenizer_json(source: Path, folder: Path) -> list[str]:
         raise ConversionError(str(error)) from error
     settings = folder / "tokenizer_config.json"
     is_new = not settings.exists()
-    config = {} if is_new else json.loads(settings.read_bytes())
+    config = {} if is_new else read_json_object(settings)
     named = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     config = {
         "clean_up_tokenization_spaces": False,

@@ -1,17 +1,13 @@
 """The files of PyTorch's distributed checkpoints (`__0_0.distcp`, ...): records of torch.save one behind the
 other, each a block of a tensor, and `.metadata`, the table of contents.
 
-PyTorch's own reader takes whole records into memory; here any of their rows are read. Its writer (2.13) keeps
+PyTorch's own reader takes whole records into memory, and unpickles them; here any of their rows are read
+(`lckv/weights/pickled_file.py`). Its writer (2.13) keeps
 all tensors of a file in memory until the file is written; here each is forgotten at once.
 """
 
 import hashlib
-import io
-import math
 import os
-import pickle
-import struct
-import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -34,23 +30,13 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.formats.pieces import Piece, cover
-from lckv.weights.tensors import CHUNK_BYTES, TensorInfo, row_chunks
+from lckv.weights.pickled_data import ForbiddenNameError
+from lckv.weights.pickled_file import READING_ERRORS, PickledTensor, read_torch_file
+from lckv.weights.tensors import TensorInfo, row_chunks
 from megatron_ext.checkpointing.manifest import FileEntry
 
 FILE_BYTES = 4 * 2**30
 """A file is full from here on: ranks that load share the checking of hashes file by file."""
-
-_LOCAL_HEADER = struct.Struct("<26xHH")
-"""Of a zip archive's entry: the lengths of its name and of its extra field, which come before the content."""
-_READING_ERRORS = (
-    RuntimeError,
-    ValueError,
-    LookupError,
-    EOFError,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    struct.error,
-)
 
 
 def stored_tensors(
@@ -75,7 +61,7 @@ def _piece(
     checkpoint: Path, contents: Metadata, key: str, dtype: torch.dtype, chunk: ChunkStorageMetadata
 ) -> Piece:
     stored = (contents.storage_data or {}).get(MetadataIndex(key, chunk.offsets))
-    if stored is None or Path(stored.relative_path).name != str(stored.relative_path):
+    if stored is None:
         raise ConversionError(
             f"{checkpoint}: .metadata does not say where {key} is at {list(chunk.offsets)}."
         )
@@ -98,97 +84,23 @@ class _Record:
     def copy_rows(self, start: int, stop: int, target: Tensor) -> None:
         """Reads rows start:stop into `target`, which has their shape."""
         try:
-            with open(self.path, "rb") as file:
-                if self._first_byte is None:
-                    target.copy_(self._load(file, "cpu")[start:stop])
-                else:
-                    self._copy_from(file, self._first_byte, start, stop, target)
-        except pickle.UnpicklingError as error:  # whose advice is to trust the file
+            self._tensor.copy_rows(start, stop, target)
+        except ForbiddenNameError as error:
             raise ConversionError(
                 f"{self.path}: {self.key} cannot be read, the file is damaged or holds something else than "
-                "tensors. Nothing of it was run."
+                f"tensors. Nothing of it was run: {error}."
             ) from error
-        except (OSError, *_READING_ERRORS) as error:
+        except READING_ERRORS as error:
             raise ConversionError(
                 f"{self.path}: {self.key} cannot be read, the file is damaged: {error}"
             ) from error
 
-    def _copy_from(self, file: BinaryIO, first_byte: int, start: int, stop: int, target: Tensor) -> None:
-        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        file.seek(first_byte + start * row_bytes)
-        if target.is_contiguous() and target.dtype == self.dtype:
-            _fill(file, target)
-            return
-        for rows in row_chunks(TensorInfo((stop - start, *self.shape[1:]), self.dtype)):
-            part = torch.empty((rows.stop - rows.start, *self.shape[1:]), dtype=self.dtype)
-            _fill(file, part)
-            target[rows] = part
-
     @cached_property
-    def _first_byte(self) -> int | None:
-        """Where in the file the tensor's elements begin, one row behind the other;
-        None where they are in another order."""
-        with open(self.path, "rb") as file:
-            tensor = self._load(file, "meta")
-            with zipfile.ZipFile(_part(file, self.offset, self.length)) as archive:
-                data = [entry for entry in archive.infolist() if "/data/" in entry.filename]
-            file.seek(self.offset + data[0].header_offset)
-            name_bytes, extra_bytes = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
-        plain = (
-            len(data) == 1
-            and data[0].compress_type == zipfile.ZIP_STORED
-            and data[0].file_size == tensor.nbytes
-        )
-        if not plain or not tensor.is_contiguous() or tensor.storage_offset():
-            return None
-        return self.offset + data[0].header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
-
-    def _load(self, file: BinaryIO, device: str) -> Tensor:
-        tensor = torch.load(_part(file, self.offset, self.length), map_location=device, weights_only=True)
-        if not isinstance(tensor, Tensor) or (tuple(tensor.shape), tensor.dtype) != (self.shape, self.dtype):
+    def _tensor(self) -> PickledTensor:
+        stored = read_torch_file(self.path, offset=self.offset, length=self.length)
+        if not isinstance(stored, PickledTensor) or stored.info != TensorInfo(self.shape, self.dtype):
             raise ValueError("it is not the tensor of which the table of contents speaks")
-        return tensor
-
-
-def _fill(file: BinaryIO, target: Tensor) -> None:
-    """Fills a contiguous tensor with the next bytes of a file; raises EOFError."""
-    missing = memoryview(cast(Any, target.reshape(-1).view(torch.uint8).numpy()))
-    while missing:
-        count = file.readinto(missing[:CHUNK_BYTES])  # type: ignore[attr-defined]
-        if not count:
-            raise EOFError(f"it ends {len(missing)} bytes too early")
-        missing = missing[count:]
-
-
-def _part(file: BinaryIO, offset: int, length: int) -> BinaryIO:
-    """Some bytes of a file, as a file."""
-    return cast(BinaryIO, _Part(file, offset, length))
-
-
-class _Part(io.RawIOBase):
-    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
-        self._file, self._offset, self._length, self._position = file, offset, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
-        self._position = max(0, start + offset)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, target: Any) -> int:
-        wanted = max(0, min(len(target), self._length - self._position))
-        self._file.seek(self._offset + self._position)
-        count = self._file.readinto(memoryview(target)[:wanted])  # type: ignore[attr-defined]
-        self._position += count
-        return count
+        return stored
 
 
 def write_tensors(

@@ -30,20 +30,17 @@ from lckv.weights.json_file import read_json_object
 from lckv.weights.tensors import TensorInfo, TensorSource
 from megatron_ext.atomic import sync_file, write_file
 from megatron_ext.checkpointing import folders
-from megatron_ext.checkpointing.errors import DamagedCheckpointError
+from megatron_ext.checkpointing.contents import read_contents
 from megatron_ext.checkpointing.manifest import (
     Layout,
     Manifest,
     find_wrong_hashes,
-    find_wrong_sizes,
     hash_files,
     list_files,
-    read_manifest,
     write_manifest,
 )
-from megatron_ext.checkpointing.save import CONFIG_NAME, PROGRESS_NAME
 from megatron_ext.checkpointing.state import write_common
-from megatron_ext.checkpointing.strategies import read_contents
+from megatron_ext.checkpointing.verification import CONFIG_NAME, PROGRESS_NAME, find_problems, large_files
 from megatron_ext.command_line import config_from_dict, config_to_dict
 from megatron_ext.config import RunConfig, TrainConfig
 from megatron_ext.model.architecture import architecture
@@ -99,7 +96,9 @@ class MegatronCheckpoint:
         self.progress = read_json_object(self.path / PROGRESS_NAME)
         """How far that run was."""
 
-        self.conversion: ConversionRecord | None = read_conversion(self.path)
+        self.conversion: ConversionRecord | None = (
+            read_conversion(self.path) if CONVERSION_NAME in self.manifest.files else None
+        )
         """Where it comes from, if a conversion has written it."""
 
         stored = stored_tensors(
@@ -149,14 +148,11 @@ class MegatronCheckpoint:
 
 def _choose(path: Path, verify_hashes: bool, progress: Progress | None) -> tuple[Path, Manifest]:
     def verify(checkpoint: Path) -> tuple[Manifest | None, list[str]]:
-        try:
-            manifest = read_manifest(checkpoint)
-        except DamagedCheckpointError as error:
-            return None, [str(error)]
-        problems = find_wrong_sizes(checkpoint, manifest)
-        if verify_hashes and not problems:
-            told = None if progress is None else lambda count: progress(count, manifest.bytes)
-            problems = find_wrong_hashes(checkpoint, manifest, manifest.files, told)
+        manifest, problems = find_problems(checkpoint)
+        if manifest is not None and verify_hashes and not problems:
+            sizes = large_files(manifest)
+            told = None if progress is None else lambda count: progress(count, sum(sizes.values()))
+            problems = find_wrong_hashes(checkpoint, manifest, sizes, told)
         return manifest, problems
 
     checkpoint, manifest, fallback = folders.choose_checkpoint(path, folders.find_candidates(path), verify)

@@ -8,7 +8,6 @@ A file is a dictionary that torch.save has pickled:
 the run's `args`, and its part of the weights under `model`.
 """
 
-import argparse
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -105,9 +104,9 @@ class LegacyCheckpoint:
 
     def _arguments(self, given: Mapping[str, object]) -> Arguments:
         content = self._ranks[0, 0].content
-        arguments, version = content.get("args"), content.get("checkpoint_version")
+        arguments, version = self._ranks[0, 0].arguments, content.get("checkpoint_version")
         where = self._ranks[0, 0].path
-        if not isinstance(arguments, argparse.Namespace):
+        if arguments is None:
             raise ConversionError(
                 f"{where} holds no arguments of a run (`args`); they are needed to know the model."
             )
@@ -201,17 +200,17 @@ def _canonical_name(key: str, first_layer: int) -> str:
 
 def _join(name: str, key: str, files: list[RankFile]) -> tuple[TensorInfo, list[Piece]]:
     tensors = {file.path: file.tensors.get(key) for file in files}
-    shapes = {None if tensor is None else tuple(tensor.shape) for tensor in tensors.values()}
+    shapes = {None if tensor is None else tensor.info.shape for tensor in tensors.values()}
     (shape, *others) = shapes
     if others or shape is None or not shape:
         shown = ", ".join(
-            f"{path.parent.name} {'nothing' if part is None else list(part.shape)}"
+            f"{path.parent.name} {'nothing' if part is None else list(part.info.shape)}"
             for path, part in tensors.items()
         )
         raise ConversionError(
             f"{files[0].path.parent.parent}: the parts of {key} do not fit together: {shown}."
         )
-    dtype, ranks, rest = files[0].tensors[key].dtype, len(files), shape[1:]
+    dtype, ranks, rest = files[0].tensors[key].info.dtype, len(files), shape[1:]
     if name.endswith(_SPLIT_BY_COLUMNS):
         pieces = [_piece(file, key, (0, rank * shape[1]), shape) for rank, file in enumerate(files)]
         return TensorInfo((shape[0], ranks * shape[1]), dtype), pieces

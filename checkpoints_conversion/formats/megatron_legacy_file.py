@@ -1,39 +1,26 @@
 """One rank's file of a checkpoint in Megatron's older layout.
 
-It is read with torch's weights_only unpickler. Of classes that this one does not know, a few that such files
-hold stand for nothing here; a file that names any other is refused.
+It is read as data. Of objects that are no tensors, a few that such files hold are known; a file that names
+any other is refused.
 """
 
 import argparse
-import pickle
-import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from checkpoints_conversion.errors import ConversionError
+from lckv.weights.pickled_data import ForbiddenNameError, Made
+from lckv.weights.pickled_file import READING_ERRORS, PickledTensor, read_torch_file
 
 FILE_NAME = "model_optim_rng.pt"
-REMAP_BYTES = 256 * 2**20
-"""After reading so much of a file it is mapped anew, so that what has been read does not stay in memory."""
 
-
-class _Ignored:
-    """Stands for an object of no use here: an enumeration among the arguments,
-    a random state, FP8 scaling. Keeps nothing."""
-
-    def __new__(cls, *_: object) -> "_Ignored":
-        return super().__new__(cls)
-
-    def __setstate__(self, state: object) -> None:
-        """Nothing."""
-
-
-_STAND_INS = (
+_ARGUMENTS = "argparse.Namespace"
+_KNOWN = (
+    _ARGUMENTS,
+    # Of no use here: enumerations among the arguments, random states, FP8 scaling.
     "megatron.core.enums.ModelType",
     "megatron.core.transformer.enums.AttnBackend",
     "megatron.core.transformer.enums.AttnMaskType",
@@ -47,51 +34,61 @@ _STAND_INS = (
     "numpy._core.multiarray.scalar",
     "numpy.dtype",
     "numpy.ndarray",
+    "_codecs.encode",
     "_io.BytesIO",
+    "builtins.bytearray",
+    "builtins.complex",
+    "builtins.set",
+    "collections.Counter",
     "pathlib.PosixPath",
     "signal.Signals",
+    "torch.Size",
+    "torch.device",
 )
 
 
 class RankFile:
-    """The file of one rank, mapped into memory."""
+    """The file of one rank."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._load()
-
-    def copy_rows(self, key: str, first: int, start: int, stop: int, target: Tensor) -> None:
-        """Copies rows of a tensor, counted from its row `first`, into a tensor of their shape."""
-        if self._copied_bytes > REMAP_BYTES:
-            self._load()
-        target.copy_(self.tensors[key][first + start : first + stop])
-        self._copied_bytes += target.nbytes
-
-    def _load(self) -> None:
-        self._copied_bytes = 0
-        self.content = _load(self.path)
+        self.content = _load(path)
         model = self.content.get("model")
         if not isinstance(model, Mapping):
             raise ConversionError(
                 f"{self.path}: it has no weights under `model`; with an interleaved pipeline (model0, ...) "
                 "they are not converted."
             )
-        self.tensors = dict(_flatten(model, self.path))
+        self.tensors = dict(_flatten(model, path))
+        """By dotted names."""
+
+    @property
+    def arguments(self) -> argparse.Namespace | None:
+        """Those of the run, None where there are none."""
+        args = self.content.get("args")
+        if not isinstance(args, Made) or args.name != _ARGUMENTS or not isinstance(args.state, Mapping):
+            return None
+        return argparse.Namespace(**{str(name): value for name, value in args.state.items()})
+
+    def copy_rows(self, key: str, first: int, start: int, stop: int, target: Tensor) -> None:
+        """Copies rows of a tensor, counted from its row `first`, into a tensor of their shape."""
+        try:
+            self.tensors[key].copy_rows(first + start, first + stop, target)
+        except READING_ERRORS as error:
+            raise ConversionError(f"{self.path}: {key} cannot be read: {error}.") from error
 
 
 def _load(path: Path) -> Mapping[str, Any]:
     try:
-        with _only_known_classes():
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        name = re.search(r"GLOBAL (\S+)", str(error))
+        content = read_torch_file(path, _KNOWN)
+    except ForbiddenNameError as error:
         raise ConversionError(
-            f"{path} is refused: it names {name[1] if name else 'objects'}, which is not part of a model. "
-            "Nothing of it was run. Take the file from where the model was published."
+            f"{path} is refused: it names {error.name}, which is not part of a model. Nothing of it was run. "
+            "Take the file from where the model was published."
         ) from error
     except FileNotFoundError:
         raise ConversionError(f"{path} is missing.") from None
-    except (OSError, RuntimeError, ValueError, LookupError, EOFError, TypeError, AttributeError) as error:
+    except READING_ERRORS as error:
         raise ConversionError(
             f"{path} cannot be read; it is damaged, or not what torch.save has written: {error}"
         ) from error
@@ -100,21 +97,7 @@ def _load(path: Path) -> Mapping[str, Any]:
     return content
 
 
-@contextmanager
-def _only_known_classes() -> Iterator[None]:
-    """The unpickler knows the stand-ins, and nothing that other packages have made known to it."""
-    known = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    try:
-        stand_ins: list[Any] = [(_Ignored, name) for name in _STAND_INS]
-        torch.serialization.add_safe_globals([argparse.Namespace, *stand_ins])
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(known)
-
-
-def _flatten(model: Mapping[Any, Any], path: Path, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+def _flatten(model: Mapping[Any, Any], path: Path, prefix: str = "") -> Iterator[tuple[str, PickledTensor]]:
     """The tensors of nested dictionaries under dotted names."""
     for name, value in model.items():
         key = f"{prefix}{name}"
@@ -122,9 +105,8 @@ def _flatten(model: Mapping[Any, Any], path: Path, prefix: str = "") -> Iterator
             continue
         if isinstance(value, Mapping):
             yield from _flatten(value, path, f"{key}.")
-        elif isinstance(value, Tensor):
+        elif isinstance(value, PickledTensor):
             yield key, value
         else:
-            raise ConversionError(
-                f"{path}: {key} among the weights is a {type(value).__name__}, not a tensor."
-            )
+            kind = value.name if isinstance(value, Made) else type(value).__name__
+            raise ConversionError(f"{path}: {key} among the weights is a {kind}, not a tensor.")

@@ -22,7 +22,4 @@ esac
 export CONFIG=$recipe/$stage.yaml
 export CHECKPOINTS=${CHECKPOINTS:-runs/llama2_13b_dmc/$stage/checkpoints}
 export MINUTES=${MINUTES:-1410} # half an hour before --time: a checkpoint has to be written
-if [ -e "$CHECKPOINTS/latest" ]; then
-    set -- --checkpoint.finetune false "$@" # the stage's own checkpoint: optimizer and position too
-fi
 exec bash examples/launch_on_slurm.sh "$recipe" "$@"

@@ -46,11 +46,33 @@ class NewTokens(NamedTuple):
     """[b, g, s, d]."""
 
     counted: Tensor | None
-    """bool [b, s]: those that are not padding; None: all. In each row they lie side by side."""
+    """bool [b, s]: those that are not padding; None: all. Where keys have a bias, they lie side by side in
+    each row."""
 
     hides: Tensor | None
     """bool [b, g, a]: which of the newest a slots of the past, the oldest first, are hidden from queries that
     are as many places behind them as the key bias says; None: none."""
+
+    documents: Tensor | None = None
+    """int64 [b, s]: the document of each, where none of them began in the past; None: one and the same."""
+
+
+class Columns(NamedTuple):
+    """Where the slots of the past stand in a batch that has padding between tokens. A window counts columns
+    then, padding included."""
+
+    distance: Tensor
+    """int64 [b, g, n]: columns from each slot to the first new token."""
+
+    shown: Tensor | None
+    """bool [b, g, n]: slots that new tokens may see; None: all."""
+
+
+def nothing_before(new: NewTokens) -> Past:
+    """The past of tokens that have none."""
+    rows, heads = new.key.shape[:2]
+    lengths = torch.zeros(rows, heads, dtype=torch.int64, device=new.key.device)
+    return Past(new.key[:, :, :0], new.value[:, :, :0], lengths)
 
 
 def attend_past(
@@ -61,12 +83,15 @@ def attend_past(
     *,
     scale: float,
     key_bias: KeyBias | None = None,
+    columns: Columns | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """softmax(scale * query key^T) value over the visible keys, 0 for a query that sees none; query [b, h, s,
     d + e], result [b, h, s, d] in the dtype of the values.
 
     `visibility` (without documents) and `key_bias` as in `reference.attend`; the bias of a new key is added
-    to its score as it is, and keys of the past have none. Scores are float32."""
+    to its score as it is, and keys of the past have none. `columns`: for policies without bias; None: all
+    slots are shown, and a window counts tokens. Scores are float32."""
     rows, kv_heads, older, _ = past.key.shape
     size = min(_BLOCK, max(1, _MASK // max(1, rows * kv_heads * (older + new.key.shape[2]))))
     new_key = new.key
@@ -81,7 +106,7 @@ def attend_past(
         key, value = (tensor.to(dtype).flatten(0, 1)[:, None] for tensor in (key, value))
         heads = query.to(dtype).unflatten(1, (kv_heads, -1)).flatten(0, 1)
         blocks = [
-            _attend_block(part, start, key, value, new, past, visibility, scale, key_bias)
+            _attend_block(part, start, key, value, new, past, visibility, scale, key_bias, columns, dropout)
             for start, part in zip(range(0, query.shape[2], size), heads.split(size, 2), strict=True)
         ]
     return torch.cat(blocks, 2).unflatten(0, (rows, kv_heads)).flatten(1, 2).to(past.value.dtype)
@@ -97,6 +122,8 @@ def _attend_block(
     visibility: Visibility,
     scale: float,
     key_bias: KeyBias | None,
+    columns: Columns | None,
+    dropout: float,
 ) -> Tensor:
     """Queries start .. of [b * g, h / g, q, d] on all keys and values [b * g, 1, n + s, d]."""
     queries = torch.arange(start, start + query.shape[2], device=query.device)
@@ -112,9 +139,9 @@ def _attend_block(
         for tensor in (key, value)
     )
     shape = (*past.lengths.shape, len(queries), -1)
-    of_new = _visible_new(queries, width, new.counted, visibility).expand(*shape[:3], width)
+    of_new = _visible_new(queries, width, new, visibility).expand(*shape[:3], width)
     first_biased = None if key_bias is None else key_bias.first_biased(exclude_self=visibility.exclude_self)
-    of_past = _visible_past(queries, new, past, visibility, first_biased).expand(shape)
+    of_past = _visible_past(queries, new, past, visibility, first_biased, columns).expand(shape)
     # [b, g, q, n + s] to [b * g, 1, q, n + s]
     seen = torch.cat((of_past, of_new), -1).flatten(0, 1)[:, None]
     mask = seen
@@ -122,7 +149,7 @@ def _attend_block(
         of_new_keys = _bias(new.key[:, :, :width], queries, first_biased)
         bias = pad(of_new_keys, (past.key.shape[2], 0)).flatten(0, 1)[:, None]
         mask = bias.to(query.dtype).masked_fill(~seen, -torch.inf)
-    output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, dropout_p=dropout)
     output = output.masked_fill(
         ~seen.any(-1, keepdim=True), 0.0
     )  # not all kernels know what the mean of nothing is
@@ -135,25 +162,39 @@ def _bias(key: Tensor, queries: Tensor, first_biased: int) -> Tensor:
     return key[:, :, None, :, -1].masked_fill(queries[:, None] - keys < first_biased, 0.0)
 
 
-def _visible_new(queries: Tensor, width: int, counted: Tensor | None, visibility: Visibility) -> Tensor:
+def _visible_new(queries: Tensor, width: int, new: NewTokens, visibility: Visibility) -> Tensor:
     """bool, broadcasts to [b, g, q, width]."""
     keys = torch.arange(width, device=queries.device)
     distance = queries[:, None] - keys
     seen = distance >= int(visibility.exclude_self)
     if visibility.window is not None:
         seen = seen & (distance < visibility.window)
-    if counted is None:
-        return seen
-    return seen & counted[:, None, None, :width]
+    if new.counted is not None:
+        seen = seen & new.counted[:, None, None, :width]
+    if new.documents is not None:
+        seen = seen & (new.documents[:, queries, None] == new.documents[:, None, :width])[:, None]
+    return seen
 
 
 def _visible_past(
-    queries: Tensor, new: NewTokens, past: Past, visibility: Visibility, first_biased: int | None
+    queries: Tensor,
+    new: NewTokens,
+    past: Past,
+    visibility: Visibility,
+    first_biased: int | None,
+    columns: Columns | None,
 ) -> Tensor:
     """bool [b, g, q or 1, n]."""
     slots = torch.arange(past.key.shape[2], device=queries.device)
     lengths = past.lengths[:, :, None, None]
     seen = slots < lengths
+    if columns is not None:
+        if columns.shown is not None:
+            seen = seen & columns.shown[:, :, None]
+        if visibility.window is not None:
+            distance = columns.distance[:, :, None] + queries[:, None]
+            seen = seen & (distance < visibility.window)
+        return seen
     if visibility.window is None and new.hides is None:
         return seen
     # Counted tokens between the past and each query.

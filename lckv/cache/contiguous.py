@@ -11,17 +11,13 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from lckv.attention import past
 from lckv.attention.key_bias import KeyBias
 from lckv.attention.visibility import Visibility
-from lckv.cache.edits import edit_of, newest_slots, stored_key
+from lckv.cache.base import KVCache
+from lckv.cache.layer_slots import LayerSlots
 from lckv.policies.base import Extension, KVPolicy
-
-_REVOCABLE = 32
-"""So many of the newest tokens can always be forgotten again:
-windowed layers keep as many tokens beyond their window."""
 
 
 class ContiguousCache:
@@ -30,8 +26,12 @@ class ContiguousCache:
     def __init__(self, layers: Iterable[int], policy: KVPolicy, windows: Mapping[int, int]) -> None:
         """`layers` compute keys and values. `windows` holds those of them that only windowed layers read,
         with the window in tokens: older tokens are dropped."""
-        self._layers = {layer: _LayerSlots(policy, windows.get(layer)) for layer in layers}
+        self._layers = {layer: LayerSlots(policy, windows.get(layer)) for layer in layers}
         self._seen: Tensor | None = None
+        self.columns = 0
+        """Columns of the batch so far, padding included."""
+        self.counted: Tensor | None = None
+        """bool [b, columns]: those that were tokens; None: all."""
 
     @property
     def empty(self) -> bool:
@@ -48,7 +48,8 @@ class ContiguousCache:
     @property
     def num_bytes(self) -> int:
         """Bytes allocated."""
-        return sum(layer.num_bytes for layer in self._layers.values())
+        of_columns = 0 if self.counted is None else self.counted.numel()
+        return of_columns + sum(layer.num_bytes for layer in self._layers.values())
 
     def lengths(self, layer: int) -> Tensor:
         """int64 [b, g]: slots in use of a layer that computes keys and values."""
@@ -70,15 +71,52 @@ class ContiguousCache:
         key_bias: KeyBias | None,
     ) -> Tensor:
         """See `KVCache`."""
+        return self.attend_shown(
+            layer, query, new, counted, visibility, scale=scale, key_bias=key_bias, shown=None
+        )
+
+    def attend_shown(
+        self,
+        layer: int,
+        query: Tensor,
+        new: Extension,
+        counted: Tensor | None,
+        visibility: Visibility,
+        *,
+        scale: float,
+        key_bias: KeyBias | None,
+        shown: Tensor | None,
+    ) -> Tensor:
+        """As `attend`, where `shown` (bool [b, columns]; None: all) says which columns may be seen."""
         tokens = past.NewTokens(
             new.key.permute(1, 2, 0, 3),
             new.value.permute(1, 2, 0, 3),
             counted,
             None if new.hides is None else new.hides.permute(1, 2, 0),
         )
+        slots, columns = self._layers[layer], None
+        if self.columns and (
+            shown is not None or (visibility.window is not None and self.counted is not None)
+        ):
+            columns = self._columns_of(slots, shown)
         return past.attend_past(
-            query, tokens, self._layers[layer].past, visibility, scale=scale, key_bias=key_bias
+            query, tokens, slots.past, visibility, scale=scale, key_bias=key_bias, columns=columns
         )
+
+    def under(self, shown: Tensor | None) -> KVCache:
+        """This cache, of which new tokens see only the columns `shown` (bool [b, columns]; None: all)."""
+        return self if shown is None else _Shown(self, shown)
+
+    def _columns_of(self, layer: LayerSlots, shown: Tensor | None) -> past.Columns:
+        column = layer.tokens
+        if self.counted is not None:
+            order = torch.argsort(~self.counted, dim=1, stable=True)[:, None].expand(-1, column.shape[1], -1)
+            column = order.gather(2, column.clamp(max=self.columns - 1))
+        # Places beyond a head's length stand for nothing: any column will do.
+        column = column.clamp(max=self.columns - 1)
+        if shown is not None:
+            shown = shown[:, None].expand(-1, column.shape[1], -1).gather(2, column)
+        return past.Columns(self.columns - column, shown)
 
     def commit(self, extensions: Mapping[int, Extension], counted: Tensor | None) -> None:
         """See `KVCache`. Raises ValueError unless there is exactly one extension
@@ -94,133 +132,77 @@ class ContiguousCache:
         if self._seen is None:
             self._seen = torch.zeros(key.shape[1], dtype=torch.int64, device=key.device)
         self._seen = self._seen + (len(key) if counted is None else counted.sum(1))
+        if counted is not None or self.counted is not None:
+            before, now = (
+                torch.ones(key.shape[1], width, dtype=torch.bool, device=key.device)
+                if known is None
+                else known
+                for known, width in ((self.counted, self.columns), (counted, len(key)))
+            )
+            self.counted = torch.cat((before, now), 1)
+        self.columns += len(key)
 
     def select_rows(self, index: Tensor) -> None:
         """Row i becomes what row `index[i]` was (int64 [new b]): beam search, repetition, removal."""
         if self._seen is not None:
             self._seen = self._seen[index]
+        if self.counted is not None:
+            self.counted = self.counted[index]
         for layer in self._layers.values():
             layer.select_rows(index)
 
-    def drop_newest(self, tokens: int) -> None:
-        """Forget the newest tokens of every row. Raises ValueError, with nothing forgotten, where that is
-        impossible: what was merged or dropped cannot come back."""
+    def drop_newest(self, columns: int) -> None:
+        """Forget the newest columns of every row, and the tokens in them. Raises ValueError, with nothing
+        forgotten, where that is impossible: what was merged or dropped cannot come back."""
+        if self._seen is None:
+            return
+        columns = min(columns, self.columns)
+        kept = self.columns - columns
+        tokens = (
+            torch.full_like(self._seen, columns) if self.counted is None else self.counted[:, kept:].sum(1)
+        )
         for number, layer in self._layers.items():
             if (obstacle := layer.why_not_drop(tokens)) is not None:
                 raise ValueError(
-                    f"the newest {tokens} tokens cannot be forgotten: layer {number} {obstacle}."
+                    f"the newest {columns} tokens cannot be forgotten: layer {number} {obstacle}."
                 )
         for layer in self._layers.values():
             layer.drop_newest(tokens)
-        if self._seen is not None:
-            self._seen = (self._seen - tokens).clamp(min=0)
+        self._seen = self._seen - tokens
+        self.columns = kept
+        if self.counted is not None:
+            self.counted = self.counted[:, :kept]
 
 
-class _LayerSlots:
-    """The slots of one layer."""
+class _Shown:
+    """A `ContiguousCache` some of whose columns are hidden. Implements `KVCache`."""
 
-    def __init__(self, policy: KVPolicy, window: int | None) -> None:
-        self._traits, self._window = policy.traits, window
-        # One slot more than room for: where tokens go that are not written.
-        self._slots: past.Past | None = None
-        # An upper bound, so that lengths are fetched from the device only when they might matter.
-        self._longest = 0
-        self._gone: Tensor | None = None  # int64 [b, g]: tokens that the window has dropped
-        self.state: Tensor | None = None
+    def __init__(self, cache: ContiguousCache, shown: Tensor) -> None:
+        self._cache, self._shown = cache, shown
+        self.state, self.commit = cache.state, cache.commit
 
     @property
-    def past(self) -> past.Past:
-        """What is in use, and what might be."""
-        assert self._slots is not None, "read before the first commit"
-        key, value, lengths = self._slots
-        return past.Past(key[:, :, : self._longest], value[:, :, : self._longest], lengths)
+    def empty(self) -> bool:
+        """See `KVCache`."""
+        return self._cache.empty
 
     @property
-    def num_bytes(self) -> int:
-        tensors = (*(self._slots or ()), self._gone, self.state)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+    def seen(self) -> Tensor:
+        """See `KVCache`."""
+        return self._cache.seen
 
-    def write(self, extension: Extension, counted: Tensor | None) -> None:
-        """Append the new tokens, and drop what is hidden."""
-        key, value = stored_key(extension.key.detach(), self._traits.key_bias), extension.value.detach()
-        tokens, rows, heads, channels = value.shape
-        if self._slots is None:
-            empty = value.new_zeros(rows, heads, 1, channels)
-            lengths = torch.zeros(rows, heads, dtype=torch.int64, device=key.device)
-            self._slots = past.Past(empty.to(key.dtype), empty.clone(), lengths)
-        lengths = self._slots.lengths
-        edit = edit_of(extension, self._traits.key_bias, counted, lengths)
-        slots, written = edit.slots, edit.written
-        shift = self._make_room(tokens, edit.lengths)
-        if shift is not None:
-            slots = slots - shift
-            written = slots >= 0 if written is None else written & (slots >= 0)
-        if written is not None:
-            slots = slots.masked_fill(~written, self._slots.key.shape[2] - 1)
-        row, head = (torch.arange(number, device=key.device) for number in (rows, heads))
-        for memory, new in ((self._slots.key, key), (self._slots.value, value)):
-            if edit.moved:
-                new = torch.cat((memory[row[:, None], head, newest_slots(edit, lengths)], new))
-            memory[row[:, None], head, slots] = new
-        self.state = None if extension.state is None else extension.state.detach()
-
-    def select_rows(self, index: Tensor) -> None:
-        if self._slots is not None:
-            self._slots = past.Past(*(tensor[index] for tensor in self._slots))
-        if self._gone is not None:
-            self._gone = self._gone[index]
-        if self.state is not None:
-            self.state = self.state[:, index]
-
-    def why_not_drop(self, tokens: int) -> str | None:
-        if not self._traits.keeps_every_token:
-            return (
-                "does not keep every token in a slot of its own; what was merged or dropped cannot come back"
-            )
-        if self._gone is not None and self._slots is not None and self._window is not None:
-            missing = (self._gone > 0) & (self._slots.lengths - tokens < self._window - 1)
-            if bool(missing.any()):
-                return f"has a window of {self._window} tokens and keeps no older ones, which would come back"
-        return None
-
-    def drop_newest(self, tokens: int) -> None:
-        if self._slots is not None:
-            self._slots = self._slots._replace(lengths=(self._slots.lengths - tokens).clamp(min=0))
-
-    def _make_room(self, tokens: int, lengths: Tensor) -> Tensor | None:
-        """For up to `tokens` more slots per head, after which there are `lengths` [b, g]. Returns how many of
-        the oldest of these were dropped, [b, g]; None: none were."""
-        assert self._slots is not None
-        self._slots = self._slots._replace(lengths=lengths)
-        self._longest += tokens
-        room = self._slots.key.shape[2] - 1
-        if self._longest <= room:
-            return None
-        if self._window is None:
-            self._longest = int(lengths.max())
-            if self._longest > room:
-                self._grow(max(self._longest, 2 * room))
-            return None
-        kept = self._window - 1 + _REVOCABLE
-        shift = (lengths - kept).clamp(min=0)
-        self._gone = shift if self._gone is None else self._gone + shift
-        self._slots = _without_oldest(self._slots, shift)
-        self._longest = int(self._slots.lengths.max())
-        # In the end there is room for so many more that tokens are moved once in a quarter of a window.
-        self._grow(min(max(self._longest, 2 * room), kept + _REVOCABLE + self._window // 4))
-        return shift
-
-    def _grow(self, room: int) -> None:
-        assert self._slots is not None
-        missing = room + 1 - self._slots.key.shape[2]
-        if missing > 0:
-            key, value = (pad(tensor, (0, 0, 0, missing)) for tensor in self._slots[:2])
-            self._slots = self._slots._replace(key=key, value=value)
-
-
-def _without_oldest(slots: past.Past, shift: Tensor) -> past.Past:
-    """The same without the first `shift` [b, g] of each head's slots."""
-    key, value, lengths = slots
-    places = torch.arange(key.shape[2], device=key.device)
-    index = (places + shift[..., None]).clamp(max=key.shape[2] - 1)[..., None].expand_as(key)
-    return past.Past(key.gather(2, index), value.gather(2, index), lengths - shift)
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        new: Extension,
+        counted: Tensor | None,
+        visibility: Visibility,
+        *,
+        scale: float,
+        key_bias: KeyBias | None,
+    ) -> Tensor:
+        """See `KVCache`."""
+        return self._cache.attend_shown(
+            layer, query, new, counted, visibility, scale=scale, key_bias=key_bias, shown=self._shown
+        )

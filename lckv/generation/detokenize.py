@@ -1,100 +1,113 @@
 """Text from tokens that come one by one: whole characters only,
 and nothing of a text that ends the answer."""
 
-from collections.abc import Sequence
+from codecs import getincrementaldecoder
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-_REPLACEMENT = "\ufffd"
-"""What decoders write for bytes that are no character, perhaps because the rest of it is yet to come."""
 
-_LONGEST_WAIT = 8
-"""Tokens that may be held back for the rest of a character, which has 4 bytes at most; more of them are no
-character at all."""
+class TokenTexts(Protocol):
+    """What tokens are as text; see `TokenBytes`."""
 
+    def bytes_of(self, token: int, *, first: bool = False) -> bytes | None:
+        """What `token` adds to a text; None for special tokens."""
+        ...
 
-class Tokenizer(Protocol):
-    """What is asked of a tokenizer (those of transformers have it)."""
+    def text_of(self, token: int, *, first: bool = False) -> str:
+        """The text of a token, special ones too."""
+        ...
 
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
-        """The text of some tokens."""
+    def begins_text(self, prompt: Sequence[int]) -> bool:
+        """Whether an answer to `prompt` is the beginning of the text."""
         ...
 
 
 class Detokenizer:
-    """Turns tokens into text as they come.
+    """Turns tokens into text as they come: the characters of all their bytes. Bytes that are no character are
+    replacement characters."""
 
-    Decoders treat the beginning of a text in their own way (spaces), so the newest tokens are decoded behind
-    those before them, and what these give alone is taken off.
-    The work per token does not depend on how many there were.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
-        """`before`: tokens that the text goes on from; a few are enough."""
-        self._tokenizer = tokenizer
-        self._before = list(before)
-        self._newest: list[int] = []
+    def __init__(self, texts: TokenTexts, before: Sequence[int] = ()) -> None:
+        """`before`: tokens that the text goes on from."""
+        self._texts = texts
+        self._first = texts.begins_text(before)
+        self._characters = getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> str:
-        """The text that is certain now."""
-        self._newest.append(token)
-        text = self._text()
-        if text.endswith(_REPLACEMENT) and len(self._newest) < _LONGEST_WAIT:
+        """The text that is certain now. A special token is left out."""
+        content = self._texts.bytes_of(token, first=self._first)
+        if content is None:
             return ""
-        self._before, self._newest = self._newest, []
-        return text
+        self._first = False
+        return self._characters.decode(content)
 
     def flush(self) -> str:
         """What was held back, when no more tokens come."""
-        text = self._text() if self._newest else ""
-        self._before, self._newest = self._newest, []
-        return text
-
-    def _text(self) -> str:
-        before, both = (
-            self._tokenizer.decode(tokens, skip_special_tokens=True)
-            for tokens in (self._before, self._before + self._newest)
-        )
-        return both[len(before) :]
+        return self._characters.decode(b"", final=True)
 
 
 class StopTexts:
-    """Lets text through up to the first place where one of some texts is complete."""
+    """Lets text through up to the first place where one of some texts is complete.
+
+    The text of special tokens is not shown, but it may be part of a stop text. A stop text that has none of
+    it is looked for in what is shown, any other in the whole.
+    """
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._texts = tuple(texts)
+        self._longest = max(map(len, self._texts), default=1) - 1
         self._held = ""
+        self._shown: list[bool] = []  # for each character that is held
         self.stopped_by: str | None = None
         """The text that was found; nothing may be added after it."""
 
-    def add(self, text: str) -> str:
-        """The part of `text`, and of what was held back before, that cannot belong
-        to one of the texts, or is before it."""
-        held = self._held + text
-        ends = [(held.find(stop) + len(stop), -len(stop), stop) for stop in self._texts if stop in held]
+    def add(self, text: str, *, shown: bool = True) -> str:
+        """The part of what is shown of `text`, and of what was held back before, that cannot belong to one of
+        the texts, or is before it."""
+        self._held += text
+        self._shown += [shown] * len(text)
+        whole = range(len(self._held))
+        views = [whole] if all(self._shown) else [whole, [at for at in whole if self._shown[at]]]
+        ends = [end for places in views for end in self._complete(places)]
         if ends:
-            end, length, self.stopped_by = min(ends)
-            self._held = ""
-            return held[: end + length]
-        longest = max(map(len, self._texts), default=1) - 1
-        for start in range(max(0, len(held) - longest), len(held)):
-            if any(stop.startswith(held[start:]) for stop in self._texts):
-                self._held = held[start:]
-                return held[:start]
-        self._held = ""
-        return held
+            _, start, self.stopped_by = min(ends)
+            return self._release(start, forget=True)
+        return self._release(min(self._possible(places) for places in views))
 
     def flush(self) -> str:
         """What was held back, when no more text comes."""
-        held, self._held = self._held, ""
-        return held
+        return self._release(len(self._held))
+
+    def _complete(self, places: Sequence[int]) -> Iterator[tuple[int, int, str]]:
+        """Each stop text that the characters at `places` have: where it ends and begins. Where several end
+        together, the smallest tuple is the longest text."""
+        text = "".join(self._held[at] for at in places)
+        for stop in self._texts:
+            start = text.find(stop)
+            if start >= 0:
+                yield places[start + len(stop) - 1], places[start], stop
+
+    def _possible(self, places: Sequence[int]) -> int:
+        """Where the first text begins that may yet become a stop text."""
+        text = "".join(self._held[at] for at in places)
+        for start in range(max(0, len(text) - self._longest), len(text)):
+            if any(stop.startswith(text[start:]) for stop in self._texts):
+                return places[start]
+        return len(self._held)
+
+    def _release(self, end: int, *, forget: bool = False) -> str:
+        """What is shown of the first `end` characters. `forget`: the others too."""
+        released = "".join(self._held[at] for at in range(end) if self._shown[at])
+        left = len(self._held) if forget else end
+        self._held, self._shown = self._held[left:], self._shown[left:]
+        return released
 
 
 class AnswerText:
     """The text of one answer, from its tokens."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], before: Sequence[int]) -> None:
-        """`before`: the prompt's newest tokens."""
-        self._detokenizer, self._stop = Detokenizer(tokenizer, before), StopTexts(stop)
+    def __init__(self, texts: TokenTexts, stop: Sequence[str], before: Sequence[int]) -> None:
+        """`before`: the prompt."""
+        self._texts, self._detokenizer, self._stop = texts, Detokenizer(texts, before), StopTexts(stop)
 
     @property
     def stopped_by(self) -> str | None:
@@ -103,6 +116,8 @@ class AnswerText:
 
     def add(self, token: int) -> str:
         """The text that is certain now."""
+        if self._texts.bytes_of(token) is None:
+            return self._stop.add(self._texts.text_of(token), shown=False)
         return self._stop.add(self._detokenizer.add(token))
 
     def flush(self) -> str:

@@ -7,13 +7,18 @@ Shapes: b rows, V tokens of the vocabulary.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lckv.surrogates import lone_surrogate
+
+_SHOWN = 100
+"""Characters of a wrong value that a message repeats."""
 
 MAX_LOGPROBS = 20
 """Alternatives that a request may ask for with every token."""
@@ -62,8 +67,9 @@ class SamplingParams:
     """With every token its log-probability and those of so many most probable ones, natural logarithms of the
     model's distribution before any of the settings above; None: none."""
 
-    def problems(self) -> list[str]:
-        """Everything that is wrong with these settings: field, value, required relation."""
+    def problems(self, names: Mapping[str, str] | None = None) -> list[str]:
+        """Everything that is wrong with these settings: field, value, required relation. `names`: what the
+        user calls fields, where that differs."""
         rules: tuple[tuple[str, bool, str], ...] = (
             (
                 "temperature",
@@ -88,7 +94,12 @@ class SamplingParams:
                 _whole(self.max_new_tokens) and self.max_new_tokens >= 1,
                 "an integer of at least 1",
             ),
-            ("stop", _tuple_of(str, self.stop) and all(self.stop), "a tuple of texts that are not empty"),
+            (
+                "stop",
+                _tuple_of(str, self.stop)
+                and all(text and lone_surrogate(text) is None for text in self.stop),
+                "a tuple of Unicode texts that are not empty",
+            ),
             (
                 "stop_token_ids",
                 isinstance(self.stop_token_ids, tuple)
@@ -103,7 +114,7 @@ class SamplingParams:
             ),
         )
         return [
-            f"{name} is {getattr(self, name)!r}; it must be {relation}."
+            f"{(names or {}).get(name, name)} is {_shown(getattr(self, name))}; it must be {relation}."
             for name, right, relation in rules
             if not right
         ]
@@ -214,6 +225,11 @@ def _with_logprobs(
             yield Choice(token)
         else:
             yield Choice(token, logprob, tuple(zip(names, numbers, strict=True))[: row.logprobs])
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _finite(value: object) -> bool:

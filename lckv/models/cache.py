@@ -23,15 +23,22 @@ class LCKVCache(Cache):
         self.reset()
 
     def __repr__(self) -> str:
-        return f"LCKVCache({self._columns} columns, {self.slots.num_bytes} bytes)"
+        return f"LCKVCache({self.slots.columns} columns, {self.slots.num_bytes} bytes)"
 
-    def advance(self, columns: int) -> None:
-        """Count columns that were committed."""
-        self._columns += columns
+    def check_fits(self, config: LCKVLlamaConfig) -> None:
+        """Raises ValueError unless models of `config` can read what this cache holds."""
+        names = ("num_hidden_layers", "num_key_value_heads", "head_dim", "compression")
+        for name in names:
+            own, theirs = getattr(self._config, name), getattr(config, name)
+            if own != theirs:
+                raise ValueError(
+                    f"past_key_values is the cache of a model whose {name} is {own}; this model's is "
+                    f"{theirs}: pass an LCKVCache(model.config), or None."
+                )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of the batch so far."""
-        return self._columns
+        return self.slots.columns
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """There is no maximum."""
@@ -47,7 +54,7 @@ class LCKVCache(Cache):
         """Forget everything."""
         compression = self._config.compression_config()
         num_layers, policy = self._config.num_hidden_layers, compression.policy.build()
-        self._croppable, self._columns = policy.traits.keeps_every_token, 0
+        self._croppable = policy.traits.keeps_every_token
         self.slots = ContiguousCache(
             compression.map(num_layers).kv_layers, policy, compression.windows(num_layers)
         )
@@ -73,9 +80,8 @@ class LCKVCache(Cache):
             raise ValueError(
                 f"crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}."
             )
-        if tokens_to_remove < 0 and not self.slots.empty:
+        if tokens_to_remove < 0:
             self.slots.drop_newest(-tokens_to_remove)
-            self._columns = max(0, self._columns + tokens_to_remove)
 
     @property
     def batch_size(self) -> int:

@@ -4,22 +4,24 @@ them.
 Shapes: b rows, s new tokens, h query heads, g KV heads, d channels of a head.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lckv.attention.backends import Attend, choose
+from lckv.attention.past import NewTokens, attend_past, nothing_before
 from lckv.attention.visibility import Visibility
 from lckv.cache.base import KVCache
 from lckv.errors import UnsupportedError
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
+from lckv.models.interface import OWN, AttentionFunction
+from lckv.models.tokens import Layout
 from lckv.policies.base import Extension, Statistics, TokenContext
-
-_BACKENDS = {"eager": "reference", "sdpa": "sdpa", "flash_attention_2": "flash"}
-"""Hugging Face's names of attention implementations, and those of `lckv.attention`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,9 +30,11 @@ class Tokens:
 
     contexts: Mapping[int, TokenContext]
     """By layer; they differ in noise."""
-    counted: Tensor | None
+    layout: Layout
     cache: KVCache | None
     """Where keys and values go, if they are wanted, and those of earlier tokens."""
+    function: AttentionFunction | None = None
+    """Of others, for attention; None: attention is that of `lckv.attention`."""
 
     @property
     def past(self) -> KVCache | None:
@@ -51,6 +55,8 @@ class LCKVLlamaAttention(nn.Module):
         self.computes_kv = layer_idx in layer_types.kv_layers
         self.policy = compression.policy.build()
         self.visibility = Visibility(*compression.sight(layer))
+        self.scaling, self.is_causal = config.head_dim**-0.5, True
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.head_dim, self.kv_heads, hidden = config.head_dim, config.num_key_value_heads, config.hidden_size
         width, kv_width = (heads * self.head_dim for heads in (config.num_attention_heads, self.kv_heads))
         self.q_proj = nn.Linear(hidden, width, bias=config.qkv_bias)
@@ -77,8 +83,24 @@ class LCKVLlamaAttention(nn.Module):
                 "given to it."
             )
         query = self.policy.query(query, tokens.contexts[self.layer_idx]).permute(1, 2, 0, 3)
-        output = self._attend(query, reads, tokens).transpose(1, 2).flatten(2)
-        return self.o_proj(output), own, statistics
+        if tokens.function is None:
+            output = self._attend(query, reads, tokens).transpose(1, 2)
+        else:
+            # Spelt as transformers' models do: vLLM looks for this call in the source.
+            attention_interface = ALL_ATTENTION_FUNCTIONS[tokens.function.name]
+            key, value = (tensor.permute(1, 2, 0, 3) for tensor in (reads.key, reads.value))
+            output, _ = attention_interface(
+                self,
+                query,
+                key,
+                value,
+                tokens.function.mask,
+                dropout=self._dropout,
+                scaling=self.scaling,
+                **tokens.function.arguments,
+            )
+        # [b, s, h, d], of some functions [b * s, h * d], to [b, s, h * d].
+        return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), own, statistics
 
     def keys_values(
         self, hidden_states: Tensor, tokens: Tokens, query: Tensor | None = None
@@ -106,27 +128,30 @@ class LCKVLlamaAttention(nn.Module):
         norm = getattr(self, f"{name}_norm", None)
         return (heads if norm is None else norm(heads)).transpose(0, 1)
 
+    @property
+    def _dropout(self) -> float:
+        return self.config.attention_dropout if self.training else 0.0
+
     def _attend(self, query: Tensor, reads: Extension, tokens: Tokens) -> Tensor:
-        scale, key_bias = self.head_dim**-0.5, self.policy.traits.key_bias
+        scale, key_bias, layout = self.scaling, self.policy.traits.key_bias, tokens.layout
         if tokens.past is not None:
             return tokens.past.attend(
-                self.source, query, reads, tokens.counted, self.visibility, scale=scale, key_bias=key_bias
+                self.source, query, reads, layout.counted, self.visibility, scale=scale, key_bias=key_bias
             )
-        visibility = replace(self.visibility, documents=tokens.contexts[self.layer_idx].documents)
-        dropout = self.config.attention_dropout if self.training else 0.0
+        backend = self._backend(query)
         key, value = (tensor.permute(1, 2, 0, 3) for tensor in (reads.key, reads.value))
-        return self._backend(query)(
-            query, key, value, visibility, scale=scale, dropout=dropout, key_bias=key_bias
-        )
+        if layout.masked:
+            new = NewTokens(key, value, layout.counted, None, layout.document)
+            return attend_past(
+                query, new, nothing_before(new), self.visibility, scale=scale, dropout=self._dropout
+            )
+        visibility = replace(self.visibility, documents=layout.documents)
+        return backend(query, key, value, visibility, scale=scale, dropout=self._dropout, key_bias=key_bias)
 
     def _backend(self, query: Tensor) -> Attend:
         name = self.config._attn_implementation or "sdpa"
-        if name not in _BACKENDS:
-            raise ValueError(f"attn_implementation is {name!r}; this model has {', '.join(_BACKENDS)}.")
         try:
-            return choose(
-                _BACKENDS[name], device=query.device, dtype=query.dtype, head_dim=query.shape[-1]
-            ).attend
+            return choose(OWN[name], device=query.device, dtype=query.dtype, head_dim=query.shape[-1]).attend
         except UnsupportedError as error:
             raise ValueError(
                 f"attn_implementation is {name!r}, but {error.obstacle}. Set attn_implementation to sdpa."
@@ -155,11 +180,20 @@ what checkpointing can pass on."""
 _NO_EXTENSION = (None,) * len(Extension._fields)
 
 
-class LCKVLlamaDecoderLayer(nn.Module):
+class LCKVLlamaDecoderLayer(GradientCheckpointingLayer):
     """A layer, of which a pass of the plan may need only a part."""
 
-    _gradient_checkpointing_func: Callable[..., _Flat]
-    """transformers sets it, and `gradient_checkpointing`."""
+    _checkpoint: Callable[..., _Flat]
+
+    @property
+    def _gradient_checkpointing_func(self) -> Callable[..., _Flat]:
+        """How the base class runs `forward`. transformers sets it; passes without gradient keep nothing for
+        backward anyway."""
+        return self._checkpoint if torch.is_grad_enabled() else _call
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, checkpoint: Callable[..., _Flat]) -> None:
+        self._checkpoint = checkpoint
 
     def __init__(self, config: LCKVLlamaConfig, layer_idx: int) -> None:
         super().__init__()
@@ -167,7 +201,6 @@ class LCKVLlamaDecoderLayer(nn.Module):
         self.mlp = LCKVLlamaMLP(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.gradient_checkpointing = False
 
     def forward(self, hidden_states: Tensor, tokens: Tokens, part: str, *source: Tensor | None) -> _Flat:
         """`part` is "all", "keys_values" (nothing else is returned) or "without_source" (attention is left
@@ -191,14 +224,34 @@ class LCKVLlamaDecoderLayer(nn.Module):
         return hidden_states, *(own_or_none or _NO_EXTENSION), *statistics
 
 
+def _call(function: Callable[..., _Flat], *args: Any) -> _Flat:
+    return function(*args)
+
+
+class HiddenStates:
+    """Of the embedding and of every layer, where they are wanted."""
+
+    def __init__(self, wanted: Collection[int], embedded: Tensor) -> None:
+        self._wanted = wanted
+        self._states: list[Tensor | None] = []
+        self.add(embedded)
+
+    def add(self, hidden_states: Tensor) -> None:
+        """Those of the next layer."""
+        self._states.append(hidden_states if len(self._states) in self._wanted else None)
+
+    def all(self, last: Tensor) -> tuple[Tensor | None, ...]:
+        """All that were added, `last` in the place of the last ones; None where they are not wanted."""
+        return (*self._states[:-1], last if len(self._states) - 1 in self._wanted else None)
+
+
 class PlannedLayers:
     """The model's layers for one forward pass, as the plan calls them."""
 
     def __init__(
-        self, layers: Sequence[LCKVLlamaDecoderLayer], tokens: Tokens, hidden_states: list[Tensor] | None
+        self, layers: Sequence[LCKVLlamaDecoderLayer], tokens: Tokens, hidden_states: HiddenStates
     ) -> None:
-        """Each layer's result in the pass that counts is added to `hidden_states`,
-        if there is such a list."""
+        """Each layer's result in the pass that counts is added to `hidden_states`."""
         self._layers, self._tokens, self._hidden_states = layers, tokens, hidden_states
         self.kept: dict[int, Extension] = {}
         """Keys and values of the pass that counts, if there is a cache for them."""
@@ -208,13 +261,10 @@ class PlannedLayers:
         self, index: int, hidden_states: Tensor, source: Extension | None, *, kept: bool
     ) -> tuple[Tensor, Extension | None]:
         """The whole layer, recomputed in backward where gradient checkpointing is on."""
-        layer = self._layers[index]
-        call: Callable[..., _Flat] = layer
-        if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
-            call = partial(layer._gradient_checkpointing_func, layer)
-        hidden_states, own, statistics = _unflat(call(hidden_states, self._tokens, "all", *(source or ())))
-        if kept and self._hidden_states is not None:
-            self._hidden_states.append(hidden_states)
+        flat = self._layers[index](hidden_states, self._tokens, "all", *(source or ()))
+        hidden_states, own, statistics = _unflat(flat)
+        if kept:
+            self._hidden_states.add(hidden_states)
         if kept and own is not None and self._tokens.cache is not None:
             self.kept[index] = own
         if kept and statistics:
@@ -246,7 +296,9 @@ class PlannedLayers:
         )
 
 
-def _unflat(flat: _Flat) -> tuple[Tensor, Extension | None, Statistics]:
+def _unflat(flat: _Flat | Tensor) -> tuple[Tensor, Extension | None, Statistics]:
+    if isinstance(flat, Tensor):  # of a layer that lies on another stage of somebody's pipeline
+        return flat, None, ()
     hidden_states, key, value, hides, state, *statistics = flat
     assert hidden_states is not None
     own = None if key is None or value is None else Extension(key, value, hides, state)

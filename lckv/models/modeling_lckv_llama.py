@@ -7,7 +7,7 @@ Shapes: b rows, s new tokens, g KV heads.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,40 +15,27 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode
-from transformers.modeling_outputs import ModelOutput
 
 from lckv.cache.base import KVCache
+from lckv.models.arguments import (
+    OF_LOSS,
+    check_cache_position,
+    check_embedded,
+    check_tokens,
+    chosen_states,
+    read_arguments,
+)
 from lckv.models.cache import LCKVCache
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
-from lckv.models.layers import LCKVLlamaDecoderLayer, PlannedLayers, Tokens
-from lckv.models.tokens import counted_tokens, documents_of, positions
+from lckv.models.interface import AttentionFunction, attention_function, check_no_cache, mask_for
+from lckv.models.layers import HiddenStates, LCKVLlamaDecoderLayer, PlannedLayers, Tokens
+from lckv.models.logits import check_labels, check_targets, kept_states, share_of_batch
+from lckv.models.outputs import LCKVModelOutput, LCKVOutput
+from lckv.models.tokens import Given, Layout, documents_of, positions
 from lckv.policies.base import Extension, TokenContext, statistics_by_name
 from lckv.rope import inverse_frequencies, rotate, rotation
 from lckv.sharing.execution import State, run_steps
 from lckv.sharing.plan import Step, iteration_plan
-
-
-@dataclass
-class LCKVOutput(ModelOutput):
-    """What the model returns; fields that were not asked for are None."""
-
-    loss: Tensor | None = None
-    """float32 []: mean cross-entropy of the shifted labels in nats;
-    in training with a policy that has one, plus `auxiliary_loss`."""
-    logits: Tensor | None = None
-    """[b, s, vocabulary]."""
-    past_key_values: LCKVCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    """[b, s, hidden] of the embedding, of every layer in the pass that counts, the last one normalised."""
-    last_hidden_state: Tensor | None = None
-    """[b, s, hidden], normalised."""
-    auxiliary_loss: Tensor | None = None
-    """float32 []: the KV policy's, mean over rows."""
-    statistics: dict[str, Tensor] | None = None
-    """What the KV policy reports, by name: each float32 [layers that compute keys and values, b, g]. None
-    where it reports nothing, and with a cache."""
-    passes: int | None = None
-    """Passes that were run over the iterated groups of layers."""
 
 
 class Iteration(NamedTuple):
@@ -78,6 +65,7 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
 
     def __init__(self, config: LCKVLlamaConfig) -> None:
         super().__init__(config)
+        attention_function(config)  # says at once what it cannot serve
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(
             [LCKVLlamaDecoderLayer(config, index) for index in range(config.num_hidden_layers)]
@@ -99,30 +87,51 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         past_key_values: LCKVCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         **kwargs: Any,
-    ) -> LCKVOutput:
+    ) -> LCKVModelOutput | tuple[Any, ...]:
         """`input_ids` int64 [b, s] or `inputs_embeds` [b, s, hidden]; `attention_mask` [b, older + s], 0 for
-        padding on either side; `position_ids` int64 [b, s], where restarting from 0 begins another sequence
-        in the same row."""
+        padding, which a dense model may have anywhere, also where its cache holds tokens; `position_ids`
+        int64 [b, s], default the tokens' columns, where restarting from 0 begins another sequence in the
+        same row; `output_hidden_states`: all, or those at an index or list of them. Further arguments:
+        `lckv.models.arguments`.
+
+        Raises ValueError for what contradicts the cache, the sharing map or the KV policy, and TypeError for
+        an argument of another name."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds.")
-        embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        function = attention_function(self.config)
+        asked = read_arguments(kwargs, self.config, attention_function=function)
+        embedded = self.embed_tokens(check_tokens(input_ids)) if inputs_embeds is None else inputs_embeds
+        check_embedded(embedded, self.config.hidden_size)
+        if function is not None:
+            check_no_cache(function, use_cache, past_key_values)
+            use_cache = False
         past_key_values = self._cache(past_key_values, use_cache)
-        older, tokens = 0 if past_key_values is None else past_key_values.get_seq_length(), embedded.shape[1]
+        slots = None if past_key_values is None else past_key_values.slots
+        older, tokens = 0 if slots is None else slots.columns, embedded.shape[1]
+        check_cache_position(asked.cache_position, older, tokens)
+        given = Given(attention_mask, position_ids, asked.packing)
+        layout, mask = Layout(), None
+        if function is None:
+            layout = given.layout(embedded, slots, self.policy, training=self.training)
+        else:
+            given = given.for_function()
+        position_ids = given.positions(embedded, layout.counted, slots)
+        if function is not None:
+            mask = mask_for(self.config, embedded, attention_mask, position_ids)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         output = self.run(
             embedded,
-            None if past_key_values is None else past_key_values.slots,
-            counted=counted_tokens(attention_mask, tokens, older),
+            None if slots is None else slots.under(layout.shown),
+            layout=layout,
             position_ids=position_ids,
-            output_hidden_states=bool(
-                self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-            ),
+            output_hidden_states=output_hidden_states,
+            function=None if function is None else AttentionFunction(function, mask, asked.of_attention),
         )
-        if past_key_values is not None:
-            past_key_values.advance(tokens)
-            output.past_key_values = past_key_values
-        return output
+        output.passes, output.past_key_values = None, past_key_values
+        return output if asked.return_dict else output.to_tuple()
 
     def _cache(self, given: LCKVCache | None, use_cache: bool | None) -> LCKVCache | None:
         """The cache to read and to fill, if any."""
@@ -140,7 +149,10 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
                 "use_cache is set, or past_key_values given, in training; what is in a cache has no "
                 "gradient, and a KV policy decides without noise there: leave them out, or call model.eval()."
             )
-        return LCKVCache(self.config) if given is None else given
+        if given is None:
+            return LCKVCache(self.config)
+        given.check_fits(self.config)
+        return given
 
     def run(
         self,
@@ -149,30 +161,37 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         *,
         counted: Tensor | None = None,
         position_ids: Tensor | None = None,
+        layout: Layout | None = None,
         iteration: Iteration | None = None,
-        output_hidden_states: bool = False,
-    ) -> LCKVOutput:
+        output_hidden_states: bool | int | list[int] | None = None,
+        function: AttentionFunction | None = None,
+    ) -> LCKVModelOutput:
         """Run the layers on embedded tokens [b, s, hidden] with any cache, which takes them in. `counted`
-        bool [b, s]: not padding; `iteration`: for maps that iterate,
-        default the configuration's m + b passes."""
+        bool [b, s]: not padding, or `layout`: all that there is to say of it; `iteration`: for maps that
+        iterate, default the configuration's m + b passes; `function`: of others, for attention."""
         rows, tokens = hidden_states.shape[:2]
         if cache is not None and not cache.empty and len(cache.seen) != rows:
             raise ValueError(
                 f"the batch has {rows} rows, but its cache holds {len(cache.seen)}; a row of the cache goes "
                 "with each."
             )
-        context = Tokens(self._contexts(hidden_states, cache, counted, position_ids), counted, cache)
-        states = [hidden_states] if output_hidden_states else None
+        if layout is None:
+            begins = None if position_ids is None or (cache and not cache.empty) else position_ids == 0
+            layout = Layout(counted, None if cache and not cache.empty else documents_of(counted, begins))
+        contexts = self._contexts(hidden_states, cache, layout, position_ids)
+        wanted = chosen_states(output_hidden_states, len(self.layers) + 1)
+        states = HiddenStates(wanted, hidden_states)
+        context = Tokens(contexts, layout, cache, function)
         layers = PlannedLayers(self.layers, context, states)  # type: ignore[arg-type]  # a ModuleList is one
         steps = self._steps(tokens, iteration)
         converged = None if iteration is None else iteration.converged
         state = run_steps(steps, layers, State(hidden_states, {}), converged)
         last = self.norm(state.hidden_states)
         if cache is not None:
-            cache.commit(layers.kept, counted)
-        output = LCKVOutput(last_hidden_state=last, passes=state.passes)
-        if states is not None:
-            output.hidden_states = (*states[:-1], last)
+            cache.commit(layers.kept, layout.counted)
+        output = LCKVModelOutput(last_hidden_state=last, passes=state.passes)
+        if wanted:
+            output.hidden_states = states.all(last)
         if layers.statistics:
             of_layers = [layers.statistics[layer] for layer in self.layer_types.kv_layers]
             # Of each statistic [KV layers, b, g].
@@ -200,24 +219,20 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         self,
         hidden_states: Tensor,
         cache: KVCache | None,
-        counted: Tensor | None,
+        layout: Layout,
         position_ids: Tensor | None,
     ) -> dict[int, TokenContext]:
         rows, tokens = hidden_states.shape[:2]
         device = hidden_states.device
-        older = cache is not None and not cache.empty
-        if position_ids is not None:
-            position_ids = position_ids.expand(rows, tokens)
-        documents = None if older else documents_of(counted, position_ids)
         if position_ids is None:
-            position_ids = positions(
-                counted, cache.seen if cache is not None and older else None, rows, tokens, device
-            )
+            seen = None if cache is None or cache.empty else cache.seen
+            position_ids = positions(layout.counted, seen, rows, tokens, device)
+        position_ids = position_ids.expand(rows, tokens)
         angles = rotation(position_ids.transpose(0, 1)[:, :, None], self._frequencies(device))
         context = TokenContext(
             partial(rotate, angles=angles),
-            documents,
-            None if counted is None else counted.transpose(0, 1),
+            layout.documents,
+            None if layout.counted is None else layout.counted.transpose(0, 1),
             training=self.training,
             positions=position_ids.transpose(0, 1),
         )
@@ -263,21 +278,18 @@ class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> LCKVOutput | tuple[Any, ...]:
         """As `LCKVLlamaModel`; `labels` int64 [b, s] are shifted inside, -100 is ignored; `logits_to_keep`:
-        of the last so many tokens, or of the tokens at these indices (0: all). Remaining arguments go to
-        transformers' loss function."""
-        if output_attentions:
-            raise ValueError(
-                "output_attentions: attention weights are never in memory as a whole here; leave it out."
-            )
+        see `kept_states`. `num_items_in_batch`, `ignore_index` and `shift_labels` are those of transformers'
+        loss function."""
+        given_to_loss = {name: kwargs.pop(name, None) for name in OF_LOSS}
+        of_loss = {name: value for name, value in given_to_loss.items() if value is not None}
+        check_labels(labels, of_loss)
         if labels is not None and use_cache is None and past_key_values is None:
             use_cache = False
+        return_dict = kwargs.pop("return_dict", None)
         output = self.model(
             input_ids,
             attention_mask,
@@ -285,17 +297,18 @@ class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
             past_key_values,
             inputs_embeds,
             use_cache,
-            output_hidden_states,
+            return_dict=True,
+            **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(output.last_hidden_state[:, kept])
+        logits = self.lm_head(kept_states(output.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
+            check_targets(labels, of_loss, logits)
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss
             )
             if self.training and output.auxiliary_loss is not None:
-                loss = loss + output.auxiliary_loss * _share(labels, **kwargs)
+                loss = loss + output.auxiliary_loss * share_of_batch(labels, **of_loss)
         result = LCKVOutput(
             loss,
             logits,
@@ -334,12 +347,3 @@ class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
         given = model_kwargs.get("past_key_values")
         if given is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = LCKVCache(self.config)
-
-
-def _share(labels: Tensor, num_items_in_batch: Tensor | int | None = None, **kwargs: Any) -> Tensor | float:
-    """Share of this micro-batch in its batch: transformers' `Trainer` adds up the losses of micro-batches,
-    and `num_items_in_batch` is the number of targets in all of them. 1 where it is not given."""
-    if num_items_in_batch is None:
-        return 1.0
-    targets = kwargs.get("shift_labels")
-    return ((labels[:, 1:] if targets is None else targets) != -100).sum() / num_items_in_batch

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lckv.errors import ModelError
+from lckv.plain_files import is_plain_name
 from lckv.weights.json_file import read_json, read_json_object
 from lckv.weights.pickled_file import PickledTensor, open_pickle
 from lckv.weights.safetensors_file import StoredTensor, open_safetensors
@@ -106,7 +107,7 @@ def _shards(index: Path) -> dict[str, list[str]]:
         )
     shards: dict[str, list[str]] = {}
     for tensor, file in names.items():
-        if Path(file).name != file:
+        if not is_plain_name(file):
             raise ModelError(f"{index}: {tensor} is in {file!r}; only files of the same folder are read.")
         shards.setdefault(file, []).append(tensor)
     return shards

@@ -5,7 +5,6 @@ into memory. The format: eight bytes with the header's length, a JSON header wit
 data_offsets}}, and the tensors behind one another without gaps.
 """
 
-import json
 import os
 import struct
 from dataclasses import dataclass
@@ -16,6 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lckv.errors import ModelError
+from lckv.plain_files import open_plain
+from lckv.weights.elements import fill
+from lckv.weights.json_file import JsonError, parse_json
 from lckv.weights.tensors import TensorInfo
 
 DTYPES = {
@@ -59,17 +61,16 @@ class StoredTensor:
             offset += rows.start * (self.info.nbytes // max(shape[0], 1))
             shape = (rows.stop - rows.start, *shape[1:])
         result = torch.empty(shape, dtype=dtype)
-        target = result.reshape(-1).view(torch.uint8).numpy().data
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(offset)
-            while target:
-                count = file.readinto(target)
-                if not count:
-                    raise ModelError(
-                        f"{self.path} is truncated: it ends at byte {os.path.getsize(self.path)}. Fetch it "
-                        "again."
-                    )
-                target = target[count:]
+        try:
+            with open_plain(self.path, buffering=0) as file:
+                file.seek(offset)
+                fill(file, result)
+        except EOFError as error:
+            raise ModelError(
+                f"{self.path} is truncated: it ends at byte {os.path.getsize(self.path)}. Fetch it again."
+            ) from error
+        except OSError as error:
+            raise ModelError(f"{self.path} cannot be read: {error.strerror or error}.") from error
         return result
 
 
@@ -79,20 +80,21 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     Raises ModelError where it is truncated, is no safetensors file, or cannot be read.
     """
     try:
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             start = file.read(HEADER_LENGTH.size)
             with safe_open(path, framework="pt"):  # checks lengths, offsets and dtypes
                 length = HEADER_LENGTH.unpack(start)[0]
-                header = json.loads(file.read(length))
-    except SafetensorError as error:
+                header = parse_json(file.read(length))
+    except (SafetensorError, JsonError) as error:
         if start.startswith(_PICKLES):
             raise ModelError(
                 f"{path} is a pickle, whatever its name says. Pickles can run programs: take the model in "
                 "safetensors, or give the file its true name, such as pytorch_model.bin, and allow pickles."
             ) from error
         raise ModelError(f"{path} is truncated or no safetensors file ({error}). Fetch it again.") from error
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (OSError, MemoryError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ModelError(f"{path} cannot be read: {reason}.") from error
     header.pop("__metadata__", None)
     data = HEADER_LENGTH.size + length
     entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])

@@ -23,6 +23,7 @@ from dataclasses import replace
 from types import FrameType
 from typing import Any
 
+from lckv.serving.limits import ServingLimits
 from lckv_megatron.engine_options import (
     add_engine_options,
     add_model_options,
@@ -31,12 +32,24 @@ from lckv_megatron.engine_options import (
     engine_config,
     load,
 )
-from megatron_ext.arguments import ProgramParser, positive
+from megatron_ext.arguments import ProgramParser, memory_size, positive, seconds
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError
 from megatron_ext.signals import Repetition, end_at_once, handling
 
 logger = logging.getLogger(__name__)
+
+_SIZES = (
+    "max_body_bytes",
+    "max_prompt_characters",
+    "max_prompts",
+    "max_messages",
+    "max_stops",
+    "tokenizer_threads",
+    "max_preparing",
+    "max_connections",
+)
+_TIMES = ("prepare_seconds", "idle_seconds", "body_seconds", "send_seconds", "shutdown_seconds")
 
 API_KEY_VARIABLE = "LCKV_API_KEY"
 
@@ -66,14 +79,17 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--max-new-tokens", type=positive, metavar="N", help="longest answer (default: the context)"
     )
-    group.add_argument(
-        "--shutdown-seconds",
-        type=positive,
-        default=30,
-        metavar="N",
-        help="for running requests (default: 30)",
-    )
+    limits = made.add_argument_group("limits of requests and connections")
+    for name in _SIZES:
+        kind = {"type": memory_size, "metavar": "SIZE"} if name == "max_body_bytes" else {}
+        add_setting(limits, _option(name), name, config=ServingLimits, **kind)
+    for name in _TIMES:
+        add_setting(limits, _option(name), name, config=ServingLimits, type=seconds, metavar="SECONDS")
     return made
+
+
+def _option(name: str) -> str:
+    return "--" + name.removesuffix("_bytes").replace("_", "-")
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -81,7 +97,8 @@ def serve(options: argparse.Namespace) -> None:
     try:
         import uvicorn
 
-        from lckv.serving.app import ServingLimits, create_app
+        from lckv.serving.app import create_app
+        from lckv.serving.connections import server_config
     except ImportError as error:
         raise ConfigError(
             f"serving needs the extra 'serve': pip install 'lckv-megatron[serve]' ({error})"
@@ -93,7 +110,7 @@ def serve(options: argparse.Namespace) -> None:
         context=context,
         max_prompt_tokens=_limit("--max-prompt-tokens", options.max_prompt_tokens, context),
         max_new_tokens=_limit("--max-new-tokens", options.max_new_tokens, context),
-        shutdown_seconds=options.shutdown_seconds,
+        **{name: getattr(options, name) for name in _SIZES + _TIMES},
     )
     config = replace(
         engine_config(options), max_waiting=options.max_waiting, max_prompt_tokens=limits.max_prompt_tokens
@@ -103,8 +120,12 @@ def serve(options: argparse.Namespace) -> None:
     app = create_app(
         engine, tokenizer, model=name, limits=limits, api_key=os.environ.get(API_KEY_VARIABLE) or None
     )
+<<<<<<< HEAD
     serving = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=options.shutdown_seconds)
     _begin_to_listen(listening, options)
+=======
+    serving = server_config(app, limits)
+>>>>>>> main
     logger.info("serving %s at http://%s:%d/v1", name, *listening.getsockname()[:2])
     server = uvicorn.Server(serving)
     request = _EndRequest(server)

@@ -1,8 +1,9 @@
 """Draws the curves of one or several runs from their metrics files."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from lckv_megatron.pictures.end_labels import EndLabel, add_end_labels
 from lckv_megatron.pictures.heat_map import Cells, draw_heat_map, last_statistics
 from megatron_ext.errors import ConfigError
 from megatron_ext.training.metrics import read_metrics
@@ -23,9 +25,14 @@ LOOK: dict[Any, Any] = {
     "axes.spines.top": False,
     "grid.color": "0.9",
 }
+_SPEEDS = ("model_tflops_per_device", "tokens_per_second_per_device")
 FEW_POINTS = 20
 """Curves of fewer points show them; one point is no line."""
-X_LABELS = {"iteration": "iteration", "consumed_tokens": "tokens trained on"}
+X_LABELS = {
+    "iteration": "iteration",
+    "consumed_tokens": "tokens trained on",
+    "flops": "floating-point operations of the model",
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Run:
         """Abscissas from `start` and ordinates of the reports that have `value`;
         a value that was not finite is nan."""
         # A validation report need not repeat what the step's report says of the same iteration.
-        places = {report["iteration"]: report[x] for report in self.reports if report.get(x) is not None}
+        places = self._flops if x == "flops" else self._places(x)
         points = [
             (places[report["iteration"]], math.nan if report[value] is None else report[value])
             for report in self.reports
@@ -47,13 +54,35 @@ class Run:
         ]
         return [place for place, _ in points], [ordinate for _, ordinate in points]
 
+    def _places(self, x: str) -> dict[int, float]:
+        return {report["iteration"]: report[x] for report in self.reports if report.get(x) is not None}
+
+    @cached_property
+    def _flops(self) -> dict[int, float]:
+        """Operations until each iteration, from tokens and the operations per token that the speed tells: a
+        stage may need others than the one before. Computing again in backward is not counted."""
+        flops, tokens, places = 0.0, 0, {}
+        for report in self.reports:
+            speed, per_second = (report.get(name) for name in _SPEEDS)
+            if not speed or not per_second or report.get("consumed_tokens") is None:
+                continue
+            flops += (report["consumed_tokens"] - tokens) * speed * 1e12 / per_second
+            tokens = report["consumed_tokens"]
+            places[report["iteration"]] = flops
+        return places
+
+    def last(self, value: str, style: "Style") -> float | None:
+        """Where the curve of `value` ends, smoothed as the style says; None where there is none."""
+        ordinates = smooth(self.series(value, style.x, style.start)[1], style.smoothing)
+        return next((ordinate for ordinate in reversed(ordinates) if not math.isnan(ordinate)), None)
+
 
 @dataclass(frozen=True)
 class Style:
     """How curves are drawn."""
 
     x: str
-    """Name of the abscissa in the reports: iteration or consumed_tokens."""
+    """The abscissa: one of `X_LABELS`."""
 
     smoothing: float
     """Share of the past in each point of a smoothed curve, in [0, 1); 0: none."""
@@ -71,6 +100,9 @@ class Panel:
     draw: Callable[[Axes, Sequence[Run], Style], None]
     over_time: bool = True
     """Whether the abscissa is that of the style."""
+
+    labelled: tuple[str, ...] = ()
+    """Values of which the last is written at the end of the curve: the first of them that a run has."""
 
 
 def smooth(ordinates: Sequence[float], smoothing: float) -> list[float]:
@@ -169,11 +201,16 @@ def _heat_map(run: Run, name: str, cells: Cells) -> Panel:
 
 
 PANELS = (
-    Panel("Loss", ("lm_loss", "validation_loss"), draw_loss),
+    Panel("Loss", ("lm_loss", "validation_loss"), draw_loss, labelled=("validation_loss", "lm_loss")),
     Panel("Learning rate", ("learning_rate",), draw_learning_rate),
     Panel("Gradient norm", ("grad_norm",), draw_grad_norm),
-    Panel("Speed", ("tokens_per_second",), draw_tokens_per_second),
-    Panel("Compression", ("compression_ratio",), draw_compression_ratio),
+    Panel("Speed", ("tokens_per_second",), draw_tokens_per_second, labelled=("tokens_per_second",)),
+    Panel(
+        "Compression",
+        ("compression_ratio",),
+        draw_compression_ratio,
+        labelled=("validation_compression_ratio", "compression_ratio"),
+    ),
 )
 
 
@@ -223,19 +260,34 @@ def plot(runs: Sequence[Run], style: Style) -> Figure:
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(6.4 * columns, 4.0 * rows + 0.6), dpi=120, layout="constrained")
+    labels: list[EndLabel] = []
     for index, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
         panel.draw(axes, runs, style)
         axes.set_title(panel.title)
         if panel.over_time:
             _label_abscissa(axes, style)
+        labels += _end_labels(axes, panel, runs, style)
     handles = [
         figure.axes[0].plot([], [], color=f"C{index % 10}", linewidth=3)[0] for index in range(len(runs))
     ]
     figure.legend(
         handles, [run.name for run in runs], loc="outside upper left", ncols=min(4, len(runs)), frameon=False
     )
+    add_end_labels(figure, labels)
     return figure
+
+
+def _end_labels(axes: Axes, panel: Panel, runs: Sequence[Run], style: Style) -> Iterator[EndLabel]:
+    for index, run in enumerate(runs):
+        ends = [
+            run.last(value, replace(style, smoothing=0) if value.startswith("validation") else style)
+            for value in panel.labelled
+        ]
+        end = next((end for end in ends if end is not None and math.isfinite(end)), None)
+        if end is not None:
+            text = EngFormatter(places=0, sep="")(end) if end >= 1000 else f"{end:#.4g}"
+            yield EndLabel(axes, end, text, f"C{index % 10}")
 
 
 def _has(run: Run, panel: Panel, style: Style) -> bool:

@@ -14,6 +14,7 @@ from lckv.generation.answering import answers
 from lckv.generation.engine import Engine
 from lckv.generation.sampling import SamplingParams
 from lckv_megatron.cache_facts import CacheFacts
+from lckv_megatron.prompts import check_text
 from megatron_ext.errors import ConfigError
 
 DEFAULT_NEW_TOKENS = 256
@@ -83,6 +84,7 @@ class EngineRequests:
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Tokens of a text; by default with those that the tokenizer adds, unless it begins with them."""
+        check_text(string, "a text of a task")
         if add_special_tokens is None:
             begin = self.tokenizer.bos_token
             add_special_tokens = begin is None or not string.startswith(begin)
@@ -167,14 +169,19 @@ class EngineRequests:
 
 
 def sampling_params(settings: Mapping[str, Any], seed: int) -> SamplingParams:
-    """From a task's generation_kwargs, transformers' and some of lm-eval's own. Raises ConfigError for what
-    has no counterpart."""
-    left = dict(settings)
-    lengths = [left.pop(name) for name in _LENGTH_NAMES if name in left]
-    until = left.pop("until", None) or []
-    temperature = float(left.pop("temperature", 0.0) or 0.0)
-    if not left.pop("do_sample", temperature > 0):
-        temperature = 0.0
+    """From a task's generation_kwargs, transformers' and some of lm-eval's own. Null: as if not given.
+
+    As lm-eval's own models do, tasks sample where `do_sample` or a temperature above 0 says so; `do_sample`
+    alone is sampling at transformers' temperature, 1. Raises ConfigError for what has no counterpart.
+    """
+    left = {name: value for name, value in settings.items() if value is not None}
+    lengths = {name: left.pop(name) for name in _LENGTH_NAMES if name in left}
+    if len(set(map(str, lengths.values()))) > 1:
+        shown = " and ".join(f"{name} is {value!r}" for name, value in lengths.items())
+        raise ConfigError(f"generation_kwargs: {shown}; give one of them.")
+    length_name, length = next(iter(lengths.items()), ("max_gen_toks", DEFAULT_NEW_TOKENS))
+    until = left.pop("until", ())
+    temperature = _temperature(left.pop("do_sample", None), left.pop("temperature", None))
     named = {name: left.pop(name) for name in _SAMPLING_NAMES if name in left}
     if named.get("top_k") == 0:  # transformers: all
         del named["top_k"]
@@ -185,14 +192,31 @@ def sampling_params(settings: Mapping[str, Any], seed: int) -> SamplingParams:
         )
     params = SamplingParams(
         temperature=temperature,
-        max_new_tokens=int(lengths[0]) if lengths else DEFAULT_NEW_TOKENS,
-        stop=(until,) if isinstance(until, str) else tuple(until),
+        max_new_tokens=length,
+        stop=tuple(until) if isinstance(until, list | tuple) else (until,),
         seed=seed,
         **named,
     )
-    if params.problems():
-        raise ConfigError("\n".join(f"generation_kwargs: {problem}" for problem in params.problems()))
+    problems = params.problems({"max_new_tokens": length_name, "stop": "until"})
+    if problems:
+        raise ConfigError("\n".join(f"generation_kwargs: {problem}" for problem in problems))
     return params
+
+
+def _temperature(do_sample: Any, given: Any) -> Any:
+    """0 for tasks that do not sample."""
+    if do_sample not in (None, True, False):
+        raise ConfigError(f"generation_kwargs.do_sample is {do_sample!r}; it must be true or false.")
+    if do_sample and given == 0:
+        raise ConfigError(
+            f"generation_kwargs.do_sample is true and temperature is {given!r}; set do_sample to false, or "
+            "the temperature above 0."
+        )
+    if do_sample is False:
+        return 0.0
+    if given is None:
+        return 1.0 if do_sample else 0.0
+    return given
 
 
 def adapter(engine: Engine, tokenizer: Any, **options: Any) -> Any:

@@ -1,12 +1,29 @@
 """What can go wrong with a checkpoint. Every rank raises the same error with the same message."""
 
 import errno
+from pathlib import Path
 
 from megatron_ext.errors import ConfigError
 
 
 class CheckpointError(ConfigError):
     """A checkpoint could not be written or read; the message says which, why, and the way out."""
+
+
+class FolderInUseError(CheckpointError):
+    """Another run writes into the folder."""
+
+
+class UnwritableFolderError(CheckpointError):
+    """Checkpoints cannot be written into the folder."""
+
+    @classmethod
+    def of(cls, directory: Path, error: OSError) -> "UnwritableFolderError":
+        """What `error` says of the folder."""
+        return cls(
+            f"checkpoint.save: {directory} cannot be written: {error.strerror} "
+            f"({error.filename or directory}). Give a folder, new or not, into which this user may write"
+        )
 
 
 class DiskFullError(CheckpointError):

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,27 +11,32 @@ import safetensors.torch
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from safetensors import SafetensorError
 
+from lckv.errors import ModelError
+from lckv.plain_files import read_plain
+from lckv.weights.json_file import read_json_object
 from megatron_ext.checkpointing.agreement import Agreement, agreement
 from megatron_ext.checkpointing.errors import DamagedCheckpointError, MismatchError
 from megatron_ext.checkpointing.folders import choose_checkpoint, find_candidates
-from megatron_ext.checkpointing.manifest import (
-    Layout,
-    Manifest,
-    find_wrong_hashes,
-    find_wrong_sizes,
-    read_manifest,
-    share_of_rank,
-)
+from megatron_ext.checkpointing.manifest import Layout, Manifest, find_wrong_hashes, share_of_rank
 from megatron_ext.checkpointing.rng import reseed, restore_rng_states
-from megatron_ext.checkpointing.save import (
+from megatron_ext.checkpointing.save import current_layout, rng_file
+from megatron_ext.checkpointing.state import apply_state, check_fit, read_state, sharded_state
+from megatron_ext.checkpointing.verification import (
     CONFIG_NAME,
     PROGRESS_NAME,
     SCHEDULER_NAME,
-    current_layout,
-    rng_file,
+    find_problems,
+    large_files,
 )
-from megatron_ext.checkpointing.state import apply_state, check_fit, read_state, sharded_state
+
+_MAP = "compression.layer_types"
+_WAY_TO_ANOTHER_MAP = (
+    ". A plain model's weights get another map by conversion: lckv-megatron convert megatron-to-hf "
+    "--megatron-path {} --hf-path NEW, then lckv-megatron convert hf-to-megatron --hf-path NEW "
+    "--megatron-path NEW2 --compression.layer_types MAP"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +75,7 @@ def load_checkpoint(
     finetune: bool = False,
     verify_hashes: bool = True,
     expected_model: Mapping[str, Any],
+    setting_of: Callable[[str], str] = str,
     seed: int = 0,
     timeout_minutes: float = 30.0,
 ) -> LoadedCheckpoint:
@@ -78,7 +84,8 @@ def load_checkpoint(
     `path` is one checkpoint, or a directory of them: then the one that `latest` names, and when that is
     damaged the newest good one, with a warning. `expected_model` holds settings that must be equal in the
     checkpoint's config, under the same keys (nested mappings are compared key by key; keys that an older
-    checkpoint does not have are only reported).
+    checkpoint does not have are only reported). `setting_of` names the setting behind a key such as
+    section.field, for messages.
 
     With `finetune`, or without `optimizer`, only weights are loaded; an optimizer then takes its main weights
     from them. Random states are restored where optimizer and layout are those of the saved run; on another
@@ -91,7 +98,9 @@ def load_checkpoint(
     weights_only = finetune or optimizer is None
     with agreement(timeout_minutes) as ranks:
         checkpoint, manifest = _choose(ranks, Path(path), verify_hashes)
-        run = ranks.on_first("read the run's settings", lambda: _read_run(checkpoint, expected_model))
+        run = ranks.on_first(
+            "read the run's settings", lambda: _read_run(checkpoint, expected_model, setting_of)
+        )
         same_layout = manifest.layout == current_layout()
 
         state = ranks.everywhere(
@@ -133,32 +142,27 @@ def _choose(ranks: Agreement, path: Path, verify_hashes: bool) -> tuple[Path, Ma
 
 
 def _verify(ranks: Agreement, checkpoint: Path, verify_hashes: bool) -> tuple[Manifest | None, list[str]]:
-    """(manifest, what is wrong). Ranks share the reading."""
-
-    def read() -> tuple[Manifest | None, list[str]]:
-        try:
-            manifest = read_manifest(checkpoint)
-        except DamagedCheckpointError as error:
-            return None, [str(error)]
-        return manifest, find_wrong_sizes(checkpoint, manifest)
-
-    manifest, problems = ranks.on_first("read the manifest", read)
+    """(manifest, what is wrong). Ranks share the reading of large files."""
+    manifest, problems = ranks.on_first("read the manifest", lambda: find_problems(checkpoint))
     if manifest is not None and not problems and verify_hashes:
-        sizes = {name: entry.bytes for name, entry in manifest.files.items()}
-        share = share_of_rank(sizes, ranks.rank, ranks.world_size)
+        share = share_of_rank(large_files(manifest), ranks.rank, ranks.world_size)
         parts = ranks.gather("verify files", lambda: find_wrong_hashes(checkpoint, manifest, share))
         problems = [problem for part in parts for problem in part]
     return manifest, problems
 
 
-def _read_run(checkpoint: Path, expected_model: Mapping[str, Any]) -> _Run:
+def _read_run(checkpoint: Path, expected_model: Mapping[str, Any], setting_of: Callable[[str], str]) -> _Run:
     config = _read_json(checkpoint / CONFIG_NAME)
     expected = json.loads(json.dumps(expected_model))
-    differences = list(_differences(expected, config, ""))
+    differences = {setting_of(field): values for field, values in _differences(expected, config, "")}
     if differences:
-        lines = [f"checkpoint.load: {checkpoint} is of another model:", *differences]
+        lines = [
+            f"checkpoint.load: {checkpoint} is of another model:",
+            *(f"{setting}: {values}" for setting, values in differences.items()),
+        ]
+        way = _WAY_TO_ANOTHER_MAP.format(checkpoint) if _MAP in differences else ""
         raise MismatchError(
-            "\n  ".join(lines) + "\nSet these fields as in the checkpoint, or load another one"
+            "\n  ".join(lines) + f"\nSet these fields as in the checkpoint, or load another one{way}"
         )
     scheduler = checkpoint / SCHEDULER_NAME
     return _Run(
@@ -170,12 +174,13 @@ def _read_run(checkpoint: Path, expected_model: Mapping[str, Any]) -> _Run:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DamagedCheckpointError(f"checkpoint.load: {path} is damaged: {error}") from error
+        return read_json_object(path)
+    except ModelError as error:
+        raise DamagedCheckpointError(f"checkpoint.load: {error}") from error
 
 
-def _differences(expected: Any, stored: Any, field: str) -> Iterator[str]:
+def _differences(expected: Any, stored: Any, field: str) -> Iterator[tuple[str, str]]:
+    """(field, what it is on both sides)."""
     if isinstance(expected, dict) and isinstance(stored, dict):
         for key, value in expected.items():
             name = f"{field}.{key}" if field else key
@@ -186,7 +191,7 @@ def _differences(expected: Any, stored: Any, field: str) -> Iterator[str]:
                     "the checkpoint does not say what %s was; this run has %s", name, json.dumps(value)
                 )
     elif expected != stored:
-        yield f"{field}: {json.dumps(stored)} in the checkpoint, {json.dumps(expected)} in this run"
+        yield field, f"{json.dumps(stored)} in the checkpoint, {json.dumps(expected)} in this run"
 
 
 def _load_scheduler(scheduler: OptimizerParamScheduler, state: dict[str, Any]) -> None:
@@ -203,7 +208,17 @@ def _load_scheduler(scheduler: OptimizerParamScheduler, state: dict[str, Any]) -
 
 def _load_rng(checkpoint: Path, manifest: Manifest, same_layout: bool, rank: int, seed: int) -> None:
     if same_layout:
-        restore_rng_states(safetensors.torch.load_file(checkpoint / rng_file(rank)))
+        path = checkpoint / rng_file(rank)
+        if rng_file(rank) not in manifest.files:
+            raise DamagedCheckpointError(
+                f"checkpoint.load: the manifest of {checkpoint} does not list {path}"
+            )
+        try:
+            restore_rng_states(safetensors.torch.load(read_plain(path)))
+        except (SafetensorError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise DamagedCheckpointError(
+                f"checkpoint.load: {path} holds no random states: {error}"
+            ) from error
         return
     reseed(seed, manifest.iteration)
     if rank == 0:

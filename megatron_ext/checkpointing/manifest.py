@@ -14,9 +14,11 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
+from lckv.plain_files import is_plain_name, open_plain, plain_size, read_plain
+from lckv.weights.json_file import parse_json
 from megatron_ext.atomic import write_file
 from megatron_ext.checkpointing.errors import DamagedCheckpointError
 
@@ -83,7 +85,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """Reads manifest.json of one checkpoint. Raises DamagedCheckpointError with the reason."""
     path = checkpoint / MANIFEST_NAME
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(read_plain(path))
     except (FileNotFoundError, NotADirectoryError):
         raise DamagedCheckpointError(
             f"{MANIFEST_NAME} is missing: saving did not finish, or it was deleted"
@@ -102,10 +104,22 @@ def read_manifest(checkpoint: Path) -> Manifest:
         manifest = Manifest(layout=Layout(**content.pop("layout")), files=files, **content)
     except (AttributeError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(f"{MANIFEST_NAME} is damaged: {error!r}") from error
-    for name in files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise DamagedCheckpointError(f"{MANIFEST_NAME} names a file outside of the checkpoint: {name}")
+    _check_values(manifest)
     return manifest
+
+
+def _check_values(manifest: Manifest) -> None:
+    device, *sizes = dataclasses.astuple(manifest.layout)
+    numbers = [manifest.iteration, manifest.sequence, *sizes]
+    numbers += [entry.bytes for entry in manifest.files.values()]
+    texts = [device, *(entry.sha256 for entry in manifest.files.values())]
+    if not all(type(number) is int and 0 <= number < 2**62 for number in numbers):
+        raise DamagedCheckpointError(f"{MANIFEST_NAME} is damaged: a number in it is none, or out of range")
+    if not all(isinstance(text, str) for text in texts):
+        raise DamagedCheckpointError(f"{MANIFEST_NAME} is damaged: a text in it is none")
+    for name in manifest.files:
+        if not all(map(is_plain_name, name.split("/"))):
+            raise DamagedCheckpointError(f"{MANIFEST_NAME} names a file outside of the checkpoint: {name}")
 
 
 def list_files(checkpoint: Path) -> list[str]:
@@ -130,7 +144,7 @@ def find_wrong_sizes(checkpoint: Path, manifest: Manifest) -> list[str]:
     problems = []
     for name, entry in manifest.files.items():
         try:
-            size = (checkpoint / name).stat().st_size
+            size = plain_size(checkpoint / name)
         except OSError as error:
             problems.append(
                 f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {error}"
@@ -172,7 +186,7 @@ def share_of_rank(sizes: Mapping[str, int], rank: int, world_size: int) -> list[
 
 def _hash_file(path: Path, progress: Callable[[int], None] | None) -> FileEntry:
     digest, size = hashlib.sha256(), 0
-    with open(path, "rb", buffering=0) as file:
+    with open_plain(path, buffering=0) as file:
         while piece := file.read(_PIECE_BYTES):
             digest.update(piece)
             size += len(piece)

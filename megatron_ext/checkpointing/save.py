@@ -1,7 +1,7 @@
 """Writes a checkpoint so that at every moment, whatever dies, the directory holds the last good one.
 
-    temporary folder -> tensors, run state, random states -> hashes -> manifest -> rename -> `latest` -> old
-    ones deleted
+    lock -> temporary folder -> tensors, run state, random states -> hashes -> manifest -> rename -> `latest`
+    -> old ones deleted
 
 A checkpoint's folder:
     *.distcp, .metadata, metadata.json, common.pt   tensors of model and optimizer, as Megatron's torch_dist
@@ -14,7 +14,8 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from megatron_ext.atomic import sync_file, write_file
 from megatron_ext.checkpointing import folders
 from megatron_ext.checkpointing.agreement import Agreement, agreement
 from megatron_ext.checkpointing.errors import CheckpointError, DiskFullError
+from megatron_ext.checkpointing.lock import FolderLock
 from megatron_ext.checkpointing.manifest import (
     FileEntry,
     Layout,
@@ -38,11 +40,9 @@ from megatron_ext.checkpointing.manifest import (
 )
 from megatron_ext.checkpointing.rng import rng_states
 from megatron_ext.checkpointing.state import bytes_to_write, sharded_state, split_for_saving, write_state
+from megatron_ext.checkpointing.verification import CONFIG_NAME, PROGRESS_NAME, SCHEDULER_NAME
 from megatron_ext.errors import ConfigError
 
-CONFIG_NAME = "config.json"
-PROGRESS_NAME = "progress.json"
-SCHEDULER_NAME = "scheduler.json"
 _FILE_OF_RANK = re.compile(r"(?:__|rng/rank_)(\d+)[_.].*")
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def save_checkpoint(
     model: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer | None,
     scheduler: OptimizerParamScheduler | None,
-    progress: Mapping[str, int | float | str],
+    progress: Mapping[str, Any],
     config: Mapping[str, Any],
     keep_last: int | None = None,
     timeout_minutes: float = 30.0,
@@ -67,42 +67,58 @@ def save_checkpoint(
     is). A checkpoint of the same iteration is replaced. Needs model parallelism to be initialised.
 
     Raises the same error on all ranks and leaves earlier checkpoints as they were: DiskFullError (also before
-    anything is written, when it will not fit), CheckpointError for other failures of files, MissingRanksError
-    when a rank does not come to a step within `timeout_minutes`.
+    anything is written, when it will not fit), FolderInUseError where another run writes there,
+    CheckpointError for other failures of files, MissingRanksError when a rank does not come to a step within
+    `timeout_minutes`.
     """
     directory = Path(directory)
     if keep_last is not None and keep_last < 1:
         raise ConfigError(
             f"checkpoint.keep_last: {keep_last} given; at least 1 is needed, or null to keep all"
         )
+    lock = FolderLock(directory)  # held already by a run that has taken it for all of its saves
     with agreement(timeout_minutes) as ranks:
         sharded, common = ranks.everywhere(
             "collect state", lambda: split_for_saving(sharded_state(model, optimizer, is_loading=False))
         )
         needed_bytes = sum(ranks.gather("measure state", lambda: bytes_to_write(sharded)))
-        staging, sequence = ranks.on_first(
-            "make the temporary folder", lambda: folders.prepare_staging(directory, iteration, needed_bytes)
-        )
+        ranks.on_first("take the folder", lock.take)
         try:
-            ranks.everywhere("find the temporary folder", lambda: _check_visible(staging, ranks.rank))
-            write_state(ranks, staging, sharded, common)
-            _write_run(ranks, staging, progress, config, scheduler)
-            files = _hash_all(ranks, staging)
-            manifest = Manifest(iteration, sequence, current_layout(), files)
-            ranks.on_first("write the manifest", lambda: write_manifest(staging, manifest))
-            path = ranks.on_first("publish", lambda: folders.publish(staging, iteration))
-        except DiskFullError as error:
-            free_bytes = ranks.on_first("clean up", lambda: _measure_and_remove(staging))
-            message = folders.explain_full_disk(directory, iteration, needed_bytes, free_bytes)
-            raise DiskFullError(f"{message} ({error})") from error
-        except Exception:
-            if ranks.rank == 0:
-                shutil.rmtree(staging, ignore_errors=True)
-            raise
-        ranks.on_first("delete old checkpoints", lambda: folders.remove_old(directory, keep_last))
+            staging, sequence = ranks.on_first(
+                "make the temporary folder",
+                lambda: folders.prepare_staging(directory, iteration, needed_bytes),
+            )
+            with _whole_or_removed(ranks, staging, iteration, needed_bytes):
+                ranks.everywhere("find the temporary folder", lambda: _check_visible(staging, ranks.rank))
+                write_state(ranks, staging, sharded, common)
+                _write_run(ranks, staging, progress, config, scheduler)
+                files = _hash_all(ranks, staging)
+                manifest = Manifest(iteration, sequence, current_layout(), files)
+                ranks.on_first("write the manifest", lambda: write_manifest(staging, manifest))
+                ranks.on_first("take the folder", lock.take)
+                path = ranks.on_first("publish", lambda: folders.publish(staging, iteration))
+            ranks.on_first("delete old checkpoints", lambda: folders.remove_old(directory, keep_last))
+        finally:
+            lock.release()
     if ranks.rank == 0:
         logger.info("saved %s (%.1f MB)", path, manifest.bytes / 1e6)
     return path
+
+
+@contextmanager
+def _whole_or_removed(ranks: Agreement, staging: Path, iteration: int, needed_bytes: int) -> Iterator[None]:
+    """Deletes the temporary folder after an error. That of a full disk says how much is needed."""
+    try:
+        yield
+    except DiskFullError as error:
+        free_bytes = ranks.on_first("clean up", lambda: _measure_and_remove(staging))
+        name = folders.checkpoint_name(iteration)
+        message = folders.explain_full_disk(staging.parent, name, needed_bytes, free_bytes)
+        raise DiskFullError(f"{message} ({error})") from error
+    except BaseException:
+        if ranks.rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
 def current_layout() -> Layout:

@@ -24,14 +24,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_ext.atomic import write_file
 from megatron_ext.checkpointing.agreement import Agreement
+from megatron_ext.checkpointing.contents import read_contents
 from megatron_ext.checkpointing.errors import MismatchError
-from megatron_ext.checkpointing.strategies import (
-    State,
-    read_common,
-    read_contents,
-    read_shards,
-    write_shards,
-)
+from megatron_ext.checkpointing.strategies import State, read_common, read_shards, write_shards
 from megatron_ext.mcore import keep_settings, load_in_parallel, save_in_parallel
 
 _BYTES_PER_ENTRY = 4096

@@ -7,23 +7,22 @@ own strategies.
 gloo threads; a child that dies there (for example for want of psutil) leaves the parent waiting forever. Here
 every rank writes its file itself.
 
-**Nothing is unpickled that could run code.** Of a checkpoint's files
-  - *.distcp hold tensors, and objects of Transformer Engine: read with torch's weights_only unpickler;
+**Nothing is unpickled.** Of a checkpoint's files
+  - *.distcp hold tensors, and objects of Transformer Engine, each as torch.save writes it;
   - common.pt holds the optimizer's hyper-parameters: the same;
-  - .metadata, the table of contents, is a pickle of torch's dataclasses: read with an unpickler that knows
-    only these;
+  - .metadata, the table of contents, is a pickle of torch's dataclasses;
   - all the rest is JSON and safetensors.
-So a checkpoint from a stranger can be wrong, but it cannot take over the process. That its files are the ones
-that were written
-is said by the manifest, which is checked before any of them is read.
+The pickles are read as data (`lckv/weights/pickled_data.py`, `contents.py`): a checkpoint from a stranger can
+be wrong, but it cannot run anything or take up more memory than its files are large. That its files are the
+ones that were written is said by the manifest, which is checked before any of them is read.
 """
 
-import pickle
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
@@ -35,32 +34,16 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     mcore_to_pyt_state_dict,
 )
+from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
 
+from lckv.weights.pickled_file import READING_ERRORS, PickledTensor, load_tensors, read_torch_file
+from megatron_ext.checkpointing.contents import read_contents
 from megatron_ext.checkpointing.errors import DamagedCheckpointError, disk_full_in
 
 State = dict[str, Any]
-
-_UNPICKLING_ERRORS = (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, LookupError)
-
-_CLASSES_OF_CONTENTS = {
-    "torch": ("Size",),
-    "torch.distributed.checkpoint.metadata": (
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    ),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch.serialization": ("_get_layout",),
-    "collections": ("OrderedDict",),
-    "pathlib": ("PosixPath", "PurePosixPath"),
-    "pathlib._local": ("PosixPath", "PurePosixPath"),
-}
 
 
 def write_shards(state: State, checkpoint: Path, group: dist.ProcessGroup) -> None:
@@ -103,14 +86,15 @@ def read_shards(state: State, checkpoint: Path, group: dist.ProcessGroup) -> Sta
 
 def read_common(checkpoint: Path) -> State:
     """The part of a state that is no tensor and equal on all ranks.
-    Read without trust, whatever torch's default is."""
-    return torch.load(checkpoint / COMMON_STATE_FNAME, map_location="cpu", weights_only=True)
 
-
-def read_contents(checkpoint: Path) -> Metadata:
-    """The table of contents of a checkpoint: names, shapes and dtypes of its tensors.
-    Raises DamagedCheckpointError."""
-    return _SafeReader(checkpoint).read_metadata()
+    Raises DamagedCheckpointError.
+    """
+    path = checkpoint / COMMON_STATE_FNAME
+    with _damage_of(path):
+        content = load_tensors(read_torch_file(path))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not a dictionary")
+        return content
 
 
 def _by_key(entries: list[ShardedBase]) -> dict[str, list[ShardedBase]]:
@@ -133,31 +117,49 @@ class _Writer(dcp.FileSystemWriter):
 
 class _SafePlanner(MCoreLoadPlanner):
     def load_bytes(self, read_item: Any, value: Any) -> None:
-        self.state_dict[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
+        self.state_dict[read_item.dest_index.fqn] = value
 
 
 class _SafeReader(dcp.FileSystemReader):
-    def read_metadata(self) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            try:
-                metadata = _ContentsUnpickler(file).load()
-            except _UNPICKLING_ERRORS as error:
-                raise DamagedCheckpointError(f"{file.name} cannot be read: {error}") from error
-        if not isinstance(metadata, Metadata):
-            raise DamagedCheckpointError(
-                f"{file.name} holds a {type(metadata).__name__}, not a table of contents"
-            )
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        metadata = read_contents(Path(self.path))
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
 
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        for item in plan.items:
+            place = self.storage_data[item.storage_index]
+            path = Path(self.path) / place.relative_path
+            with _damage_of(path):
+                content = read_torch_file(path, offset=place.offset, length=place.length)
+                if item.type == LoadItemType.BYTE_IO:
+                    planner.load_bytes(item, load_tensors(content))
+                else:
+                    _copy_part(content, item, planner)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
 
-class _ContentsUnpickler(pickle.Unpickler):
-    """Knows the dataclasses of a table of contents, dtypes, shapes and paths;
-    all of them only hold values."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        if name in _CLASSES_OF_CONTENTS.get(module, ()):
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
-            return dtype
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not part of a table of contents")
+def _copy_part(stored: Any, item: ReadItem, planner: LoadPlanner) -> None:
+    """Copies what is wanted of a stored tensor to where it is wanted."""
+    name = item.storage_index.fqn
+    if not isinstance(stored, PickledTensor):
+        raise ValueError(f"{name} is no tensor there")
+    part = narrow_tensor_by_index(stored.read(), item.storage_offsets, item.lengths)
+    target = planner.resolve_tensor(item).detach()
+    if target.size() != part.size():
+        raise ValueError(f"{name} has the shape {list(part.shape)} there instead of {list(target.shape)}")
+    target.copy_(part)
+    planner.commit_tensor(item, target)
+
+
+@contextmanager
+def _damage_of(path: Path) -> Iterator[None]:
+    """What goes wrong with reading a file of torch.save is its damage."""
+    try:
+        yield
+    except READING_ERRORS as error:
+        raise DamagedCheckpointError(
+            f"checkpoint.load: {path} is damaged: {error}. Nothing of it was run"
+        ) from error

@@ -10,7 +10,9 @@ import numpy as np
 from megatron_ext.config import DataConfig
 from megatron_ext.data.blends import split_sources
 from megatron_ext.data.description import DatasetManifest, existing_manifest, manifest_path, read_manifest
-from megatron_ext.data.indexed import IndexInfo, read_index
+from megatron_ext.data.index_checks import check_index
+from megatron_ext.data.indexed import REMEDY, IndexInfo
+from megatron_ext.data.open_file import OpenFile
 from megatron_ext.data.tokenizers import load_tokenizer
 from megatron_ext.errors import ConfigError
 
@@ -134,7 +136,7 @@ def _first_vocabulary(prefixes: list[str]) -> Vocabulary | None:
 def _dataset_problems(
     prefix: str, data: DataConfig, vocab_size: int, expected: Vocabulary | None
 ) -> Iterator[str]:
-    info = read_index(prefix)
+    info = check_index(prefix)
     if not info.tokens:
         yield f"dataset {prefix} holds no token."
         return
@@ -184,10 +186,11 @@ def _token_problems(
     prefix: str, info: IndexInfo, vocab_size: int, needs_eod: list[str], expected: Vocabulary | None
 ) -> Iterator[str]:
     """Look at tokens spread evenly over a dataset."""
-    tokens = np.memmap(Path(f"{prefix}.bin"), info.dtype, "r")
+    tokens = OpenFile(Path(f"{prefix}.bin"), f"Copy it again, or make it with {REMEDY}.")
+    count, size = min(_PROBE_TOKENS, info.tokens), info.dtype.itemsize
     eod_seen = False
-    for start in np.linspace(0, max(0, len(tokens) - _PROBE_TOKENS), _PROBES, dtype=np.int64):
-        probe = tokens[start : start + _PROBE_TOKENS]
+    for start in np.linspace(0, info.tokens - count, _PROBES, dtype=np.int64).tolist():
+        probe = np.frombuffer(tokens.read(start * size, count * size), info.dtype)
         lowest, highest = int(probe.min()), int(probe.max())
         if lowest < 0 or highest >= vocab_size:
             yield _outside(prefix, lowest if lowest < 0 else highest, vocab_size)

@@ -1,11 +1,13 @@
 """Directories of arrays that are built once and then only read, by any number of processes and runs.
 
 A directory is named after all that its contents depend on, is built under another name and then renamed. So
-it is never seen half-built, and never used for a dataset that has changed since.
+it is never seen half-built, and never used for a dataset that has changed since. The hashes of its files are
+checked before it is used again.
 """
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -15,9 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from megatron_ext.data.open_file import OpenFile
 from megatron_ext.errors import ConfigError
 
 CACHE_NAME = "index_cache"
+_LABEL_NAME = "index.json"
+_HEADER_VERSION = (2, 0)
 
 
 def cache_parent(data_cache_path: str | None, prefix: str) -> Path:
@@ -31,17 +36,19 @@ def cached_directory(
 ) -> Path:
     """The directory in `parent` for `depends_on`; if it is not there yet, `build` fills it.
 
-    Raises ConfigError if the directory cannot be written.
+    Raises ConfigError if the directory cannot be written, or is there and damaged.
     """
-    description = json.dumps(depends_on, indent=1, sort_keys=True)
+    description = json.dumps(depends_on, sort_keys=True)
     directory = parent.absolute() / f"{name}-{hashlib.sha256(description.encode()).hexdigest()[:16]}"
     if directory.is_dir():
+        _check_contents(directory)
         return directory
     unfinished = directory.with_name(f"{directory.name}.tmp-{socket.gethostname()}-{os.getpid()}")
     try:
         unfinished.mkdir(parents=True)
         build(unfinished)
-        (unfinished / "depends_on.json").write_text(description, encoding="utf-8")
+        label = {"depends_on": depends_on, "contents": _hashes(unfinished)}
+        (unfinished / _LABEL_NAME).write_text(json.dumps(label, indent=1), encoding="utf-8")
         _rename(unfinished, directory)
     except OSError as error:
         raise ConfigError(
@@ -51,6 +58,31 @@ def cached_directory(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return directory
+
+
+def _hashes(directory: Path) -> dict[str, str]:
+    hashes = {}
+    for path in sorted(directory.glob("*.npy")):
+        with path.open("rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def _check_contents(directory: Path) -> None:
+    label = directory / _LABEL_NAME
+    try:
+        expected, present = json.loads(label.read_bytes())["contents"], _hashes(directory)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{label}: cannot be read ({error}). {_remedy(directory)}") from error
+    if expected != present:
+        names = [name for name in {**expected, **present} if expected.get(name) != present.get(name)]
+        raise ConfigError(
+            f"{directory / names[0]}: its content is not what was written. {_remedy(directory)}"
+        )
+
+
+def _remedy(directory: Path) -> str:
+    return f"Delete {directory} to have the sample indices built again."
 
 
 def _rename(unfinished: Path, directory: Path) -> None:
@@ -89,14 +121,35 @@ def save_array(path: Path, array: np.ndarray) -> None:
     file.close()
 
 
-def load_array(path: Path) -> np.ndarray:
-    """Map a .npy file into memory, read-only. Raises ConfigError if it is missing or damaged."""
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({error}). Delete {path.parent} to have the sample indices built again."
-        ) from error
+class StoredArray:
+    """A .npy file of whole numbers, read piece by piece."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ConfigError if the file is missing, or not as long as its header says."""
+        self._file = OpenFile(path, _remedy(path.parent))
+        try:
+            with path.open("rb") as file:
+                version = np.lib.format.read_magic(file)
+                if version != _HEADER_VERSION:
+                    raise ValueError(f"version {version} of the format")
+                self.shape, by_column, self._dtype = np.lib.format.read_array_header_2_0(file)
+                self._begin = file.tell()
+        except Exception as error:  # numpy reads the header as Python, and raises whatever that raises
+            raise self._file.damaged(f"cannot be read ({error})") from error
+        needed = self._begin + math.prod(self.shape) * self._dtype.itemsize
+        whole = self._dtype.kind in "iu" and not by_column and min(self.shape, default=0) >= 0
+        if not whole or needed != self._file.size:
+            raise self._file.damaged(f"{self._file.size} bytes, but its header calls for {needed}")
+
+    def read(self, first: int, count: int) -> np.ndarray:
+        """Elements `first` to `first + count` (exclusive), counted row by row; [count], of the file's type.
+        Raises ConfigError where there are fewer."""
+        data = self._file.read(self._begin + first * self._dtype.itemsize, count * self._dtype.itemsize)
+        return np.frombuffer(data, self._dtype)
+
+    def damaged(self, reason: str) -> ConfigError:
+        """The error for contents that cannot be."""
+        return self._file.damaged(reason)
 
 
 def file_states(paths: Iterable[str]) -> dict[str, list[int]]:

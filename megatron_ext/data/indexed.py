@@ -11,7 +11,7 @@ little-endian:
 
 Here every document is one sequence. megatron's own builder keeps all lengths in Python lists (tens of bytes
 for each); this one keeps them in a temporary file. `megatron.core.datasets.indexed_dataset.IndexedDataset`
-reads what is written here.
+reads what is written here. The inside of an index is checked by `index_checks`.
 """
 
 import os
@@ -28,9 +28,11 @@ import numpy as np
 from megatron_ext.data.outputs import MAGIC, OutputFiles
 from megatron_ext.errors import ConfigError
 
-_HEADER = struct.Struct("<9sQBQQ")
+HEADER = struct.Struct("<9sQBQQ")
 _DTYPE_CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
-_CHUNK = 1 << 16
+REMEDY = "lckv-megatron preprocess"
+"""What makes datasets, for messages."""
+CHUNK = 1 << 16
 """Entries of an index that are in memory at a time."""
 
 
@@ -102,17 +104,17 @@ class IndexedWriter:
 
     def _write_index(self, index: BinaryIO) -> None:
         code = next(code for code, name in _DTYPE_CODES.items() if self.dtype == np.dtype(name))
-        index.write(_HEADER.pack(MAGIC, 1, code, self.documents, self.documents + 1))
+        index.write(HEADER.pack(MAGIC, 1, code, self.documents, self.documents + 1))
         self._lengths.seek(0)
-        shutil.copyfileobj(self._lengths, index, 4 * _CHUNK)
+        shutil.copyfileobj(self._lengths, index, 4 * CHUNK)
         self._lengths.seek(0)
         start = 0
-        while len(chunk := np.frombuffer(self._lengths.read(4 * _CHUNK), "<i4")):
+        while len(chunk := np.frombuffer(self._lengths.read(4 * CHUNK), "<i4")):
             ends = start + np.cumsum(chunk, dtype=np.int64) * self.dtype.itemsize
             index.write(np.concatenate([[start], ends[:-1]]).astype("<i8").data)
             start = int(ends[-1])
-        for first in range(0, self.documents + 1, _CHUNK):
-            index.write(np.arange(first, min(first + _CHUNK, self.documents + 1), dtype="<i8").data)
+        for first in range(0, self.documents + 1, CHUNK):
+            index.write(np.arange(first, min(first + CHUNK, self.documents + 1), dtype="<i8").data)
 
     def __enter__(self) -> Self:
         return self
@@ -132,7 +134,7 @@ def _sync_and_close(file: BinaryIO) -> None:
 
 
 def read_index(prefix: str) -> IndexInfo:
-    """Header of PREFIX.idx, checked against the sizes of both files.
+    """Header of PREFIX.idx, checked against the sizes of both files; the rest is left to `check_index`.
 
     Raises ConfigError if a file is missing, is not of this format, or is not as long as it should be.
     """
@@ -141,22 +143,22 @@ def read_index(prefix: str) -> IndexInfo:
     if missing:
         hint = " A prefix has no .bin or .idx at its end." if prefix.endswith((".bin", ".idx")) else ""
         raise ConfigError(
-            f"dataset {prefix}: {' and '.join(missing)} not found.{hint} Make it with {_REMEDY}."
+            f"dataset {prefix}: {' and '.join(missing)} not found.{hint} Make it with {REMEDY}."
         )
     with index_path.open("rb") as index:
-        header = index.read(_HEADER.size)
-    if len(header) < _HEADER.size or not header.startswith(MAGIC):
-        raise ConfigError(f"{index_path}: not an index of a megatron dataset. Make it again with {_REMEDY}.")
-    _, version, code, sequences, boundaries = _HEADER.unpack(header)
+        header = index.read(HEADER.size)
+    if len(header) < HEADER.size or not header.startswith(MAGIC):
+        raise ConfigError(f"{index_path}: not an index of a megatron dataset. Make it again with {REMEDY}.")
+    _, version, code, sequences, boundaries = HEADER.unpack(header)
     if version != 1 or code not in _DTYPE_CODES or boundaries < 1:
         raise ConfigError(
-            f"{index_path}: unknown version {version} or dtype code {code}. Make it again with {_REMEDY}."
+            f"{index_path}: unknown version {version} or dtype code {code}. Make it again with {REMEDY}."
         )
-    needed = _HEADER.size + 12 * sequences + 8 * boundaries
+    needed = HEADER.size + 12 * sequences + 8 * boundaries
     size = index_path.stat().st_size
     if size not in (needed, needed + sequences):  # multimodal datasets have one more byte for each sequence
         raise ConfigError(
-            f"{index_path}: {size} bytes, but its header calls for {needed}. Make it again with {_REMEDY}."
+            f"{index_path}: {size} bytes, but its header calls for {needed}. Make it again with {REMEDY}."
         )
     dtype = np.dtype(_DTYPE_CODES[code])
     tokens = _tokens_of(index_path, sequences, dtype)
@@ -164,12 +166,9 @@ def read_index(prefix: str) -> IndexInfo:
         raise ConfigError(
             f"{bin_path}: {bin_path.stat().st_size} bytes, but {index_path.name} calls for "
             f"{tokens * dtype.itemsize}; it is "
-            f"truncated or belongs to another index. Copy both files again, or make them with {_REMEDY}."
+            f"truncated or belongs to another index. Copy both files again, or make them with {REMEDY}."
         )
     return IndexInfo(dtype, sequences, boundaries - 1, tokens)
-
-
-_REMEDY = "lckv-megatron preprocess"
 
 
 def _tokens_of(index_path: Path, sequences: int, dtype: np.dtype) -> int:
@@ -177,18 +176,24 @@ def _tokens_of(index_path: Path, sequences: int, dtype: np.dtype) -> int:
     if not sequences:
         return 0
     with index_path.open("rb") as index:
-        index.seek(_HEADER.size + 4 * (sequences - 1))
-        length = int.from_bytes(index.read(4), "little")
-        index.seek(_HEADER.size + 12 * sequences - 8)
-        return int.from_bytes(index.read(8), "little") // dtype.itemsize + length
+        index.seek(HEADER.size + 4 * (sequences - 1))
+        length = int.from_bytes(index.read(4), "little", signed=True)
+        index.seek(HEADER.size + 12 * sequences - 8)
+        return int.from_bytes(index.read(8), "little", signed=True) // dtype.itemsize + length
 
 
 def index_lengths(prefix: str) -> Iterator[np.ndarray]:
     """Lengths of the sequences of a dataset in tokens, int32, chunk by chunk."""
     with Path(f"{prefix}.idx").open("rb") as index:
-        sequences = _HEADER.unpack(index.read(_HEADER.size))[3]
-        for first in range(0, sequences, _CHUNK):
-            yield np.frombuffer(index.read(4 * min(_CHUNK, sequences - first)), "<i4")
+        sequences = HEADER.unpack(index.read(HEADER.size))[3]
+        for first in range(0, sequences, CHUNK):
+            data = index.read(4 * min(CHUNK, sequences - first))
+            if len(data) < 4 * min(CHUNK, sequences - first):
+                raise ConfigError(
+                    f"{prefix}.idx: ends within its {sequences} lengths; it was cut short since it was "
+                    f"checked. Copy it again, or make it with {REMEDY}."
+                )
+            yield np.frombuffer(data, "<i4")
 
 
 def token_chunks(prefix: str, info: IndexInfo, count: int = 1 << 22) -> Iterator[np.ndarray]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from megatron_ext.data.samples import SampleDataset
@@ -41,7 +41,8 @@ def build_data_iterator(
 
     It begins at sample `consumed_samples` of the dataset and leaves the random state of the process alone;
     `seed` is that of the workers, which draw nothing for the datasets of this package. Raises ConfigError
-    when the samples are exhausted: nothing is read twice unnoticed. Close it: the reading processes end then.
+    for a sample that cannot be read, and when the samples are exhausted: nothing is read twice unnoticed.
+    Close it: the reading processes end then.
     """
     batches = _RankBatches(
         samples=len(dataset),
@@ -56,6 +57,7 @@ def build_data_iterator(
         num_workers=num_workers,
         prefetch_factor=_PREFETCHED_BATCHES if num_workers else None,
         timeout=READ_TIMEOUT_SECONDS if num_workers else 0,
+        collate_fn=_collated,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),
         worker_init_fn=_leave_signals_to_the_run,
@@ -64,13 +66,22 @@ def build_data_iterator(
 
 
 class _Numbered(Dataset):
-    """Samples with their numbers."""
+    """Samples with their numbers; in place of one that cannot be read its error, which so reaches the run
+    without the traceback that DataLoader would put into its message."""
 
     def __init__(self, samples: SampleDataset) -> None:
         self._samples = samples
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {**self._samples[index], "sample_ids": torch.tensor(index)}
+    def __getitem__(self, index: int) -> dict[str, Tensor] | ConfigError:
+        try:
+            return {**self._samples[index], "sample_ids": torch.tensor(index)}
+        except ConfigError as error:
+            return error
+
+
+def _collated(samples: list[dict[str, Tensor] | ConfigError]) -> Any:
+    errors = [sample for sample in samples if isinstance(sample, ConfigError)]
+    return errors[0] if errors else default_collate(samples)
 
 
 class _RankBatches(Sampler[list[int]]):
@@ -94,7 +105,10 @@ class _RankBatches(Sampler[list[int]]):
 def _until_exhausted(loader: DataLoader, batches: _RankBatches) -> Generator[dict[str, Tensor]]:
     reading = iter(loader)
     try:
-        yield from reading
+        for samples in reading:
+            if isinstance(samples, ConfigError):
+                raise samples
+            yield samples
     except RuntimeError as error:
         error.add_note(
             f"while data.num_workers={loader.num_workers} processes read samples; with 0 this process does"

@@ -12,6 +12,7 @@ from megatron_ext.data.description import (
     manifest_path,
     read_manifest,
 )
+from megatron_ext.data.index_checks import check_index
 from megatron_ext.data.indexed import merge_datasets, read_index
 from megatron_ext.data.outputs import OutputFiles, existing_prefixes, refuse_inputs
 from megatron_ext.errors import ConfigError
@@ -42,7 +43,7 @@ def merge_shards(prefixes: Sequence[str], output_prefix: str, *, overwrite: bool
         read_index(output_prefix)
         return merged
     for prefix in prefixes:
-        read_index(prefix)
+        check_index(prefix)
     if before is not None:
         output.remove()
     merge_datasets(prefixes, output_prefix, manifest_bytes(merged))

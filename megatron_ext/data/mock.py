@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_ext.data.samples import Origin
+
 
 class MockSamples(torch.utils.data.Dataset):
     """`length` samples full of documents that count upwards from a random token, around the vocabulary.
@@ -24,13 +26,8 @@ class MockSamples(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self._length
 
-    def describe(self, index: int) -> str:
-        """A sample is its number."""
-        return f"mock sample {index}"
-
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if not 0 <= index < self._length:
-            raise IndexError(f"sample {index} of {self._length} mock samples")
+        self._check(index)
         size = self._seq_length + 1
         random = np.random.default_rng([*(number % 2**32 for number in self._seed), index])
         ends = random.random(size) < 4 / size
@@ -43,3 +40,12 @@ class MockSamples(torch.utils.data.Dataset):
             text[ends] = self._eod
         tokens = torch.from_numpy(text.astype(np.int64))
         return {"tokens": tokens[:-1], "labels": tokens[1:]}
+
+    def origin(self, index: int) -> Origin:
+        """`SampleDataset.origin`: each sample counts as a document of the dataset "data.mock"."""
+        self._check(index)
+        return Origin("data.mock", index, 0)
+
+    def _check(self, index: int) -> None:
+        if not 0 <= index < self._length:
+            raise IndexError(f"sample {index} of {self._length} mock samples")

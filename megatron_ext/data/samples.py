@@ -9,8 +9,9 @@ of samples asked for.) Random orders come from numpy's RandomState,
 whose streams are the same in all versions of numpy.
 """
 
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,30 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from megatron.core.datasets import helpers
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
-from megatron_ext.data.index_cache import ArrayFile, cached_directory, file_states, load_array
-from megatron_ext.data.indexed import index_lengths, read_index
+from megatron_ext.data.documents import DocumentReader
+from megatron_ext.data.index_cache import ArrayFile, StoredArray, cached_directory, file_states
+from megatron_ext.data.indexed import REMEDY, index_lengths, read_index
+from megatron_ext.data.open_file import OpenFile
 from megatron_ext.errors import ConfigError
+
+_PROBES = 64
+_PROBE_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a sample begins: at token `offset` (from 0) of document `document` (from 0, in all of PREFIX.idx)
+    of the dataset `prefix`. It may go on in other documents: each epoch lays them end to end in an order of
+    its own."""
+
+    prefix: str
+    document: int
+    offset: int
+
+    def __str__(self) -> str:
+        return f"dataset {self.prefix}, document {self.document}, token {self.offset}"
 
 
 class SampleDataset(Protocol):
@@ -34,9 +53,8 @@ class SampleDataset(Protocol):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]: ...
 
-    def describe(self, index: int) -> str:
-        """Where the tokens of a sample come from."""
-        ...
+    def origin(self, index: int) -> Origin:
+        """Where sample `index` begins. Raises IndexError as `[index]` does."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +65,9 @@ class DocumentRange:
     first: int
     last: int
     tokens: int
+    content: str
+    """Hash of their lengths and of some of their tokens, 32 hexadecimal digits. Lengths alone decide how
+    samples are cut; the tokens tell datasets apart that have documents of equal lengths."""
 
     def samples_per_epoch(self, seq_length: int) -> int:
         """Whole samples in one epoch."""
@@ -54,13 +75,26 @@ class DocumentRange:
 
 
 def document_range(prefix: str, first: int, last: int) -> DocumentRange:
-    """Count the tokens of some documents."""
-    tokens = position = 0
+    """Count and hash the tokens of some documents."""
+    tokens = position = begin = 0
+    digest = hashlib.blake2b(digest_size=16)
     for lengths in index_lengths(prefix):
-        inside = lengths[max(0, first - position) : max(0, last - position)]
-        tokens += int(inside.sum(dtype=np.int64))
+        start, stop = (min(max(0, end - position), len(lengths)) for end in (first, last))
+        begin += int(lengths[:start].sum(dtype=np.int64))
+        tokens += int(lengths[start:stop].sum(dtype=np.int64))
+        digest.update(lengths[start:stop].tobytes())
         position += len(lengths)
-    return DocumentRange(prefix, first, last, tokens)
+    for probe in _probes(prefix, begin, tokens):
+        digest.update(probe.astype("<i8").tobytes())
+    return DocumentRange(prefix, first, last, tokens, digest.hexdigest())
+
+
+def _probes(prefix: str, begin: int, tokens: int) -> Iterator[np.ndarray]:
+    """Some tokens spread evenly over the `tokens` of a dataset from token `begin` on."""
+    dtype, count = read_index(prefix).dtype, min(tokens, _PROBE_TOKENS)
+    file = OpenFile(Path(f"{prefix}.bin"), f"Copy it again, or make it with {REMEDY}.")
+    for start in np.unique(np.linspace(begin, begin + tokens - count, _PROBES, dtype=np.int64)).tolist():
+        yield np.frombuffer(file.read(start * dtype.itemsize, count * dtype.itemsize), dtype)
 
 
 def build_epochs(
@@ -75,7 +109,7 @@ def build_epochs(
     per_epoch = documents.samples_per_epoch(seq_length)
     epochs = max(1, math.ceil(samples / per_epoch))
     depends_on = {
-        "index_version": 1,
+        "index_version": 2,
         "files": file_states(str(Path(f"{documents.prefix}{end}").absolute()) for end in (".bin", ".idx")),
         "documents": [documents.first, documents.last],
         "seq_length": seq_length,
@@ -118,34 +152,37 @@ def _write_epochs(
 class EpochSamples(torch.utils.data.Dataset):
     """The samples of one dataset, by an index that `build_epochs` has built: the first `length` of them."""
 
-    def __init__(self, prefix: str, directory: str, *, length: int, vocab_size: int) -> None:
-        read_index(prefix)
+    def __init__(self, prefix: str, directory: str, *, length: int, seq_length: int, vocab_size: int) -> None:
         self._prefix = prefix
         self._directory = directory
         self._length = length
+        self._seq_length = seq_length
         self._vocab_size = vocab_size
         self._documents, self._starts, self._order = (
-            load_array(Path(directory) / f"{name}.npy") for name in ("documents", "starts", "order")
+            StoredArray(Path(directory) / f"{name}.npy") for name in ("documents", "starts", "order")
         )
-        self._dataset = IndexedDataset(prefix)
+        self._reader = DocumentReader(prefix)
 
     def __reduce__(self) -> Any:
-        """Workers open the files themselves: a pickled memory map would carry all of its contents."""
-        return partial(EpochSamples, length=self._length, vocab_size=self._vocab_size), (
-            self._prefix,
-            self._directory,
-        )
+        """Workers open the files themselves."""
+        settings = {name: getattr(self, f"_{name}") for name in ("length", "seq_length", "vocab_size")}
+        return partial(EpochSamples, **settings), (self._prefix, self._directory)
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        epoch, (first, begin), (last, end) = self._stretch(index)
-        parts = []
-        for at in range(first, last + 1):
+        epoch, (first, begin), (last, end) = self._bounds(index)
+        parts, total = [], 0
+        for at, document in enumerate(self._order_of(epoch, first, last + 1 - first), first):
             offset = begin if at == first else 0
             length = end + 1 - offset if at == last else None
-            parts.append(self._dataset.get(int(self._documents[epoch, at]), offset=offset, length=length))
+            parts.append(self._reader.read(document, offset, length))
+            total += len(parts[-1])
+            if total > self._seq_length + 1:
+                break
+        if total != self._seq_length + 1:
+            raise self._starts.damaged(f"sample {index} does not have {self._seq_length + 1} tokens")
         text = np.concatenate(parts).astype(np.int64)
         lowest, highest = int(text.min()), int(text.max())
         if lowest < 0 or highest >= self._vocab_size:
@@ -157,24 +194,30 @@ class EpochSamples(torch.utils.data.Dataset):
         tokens = torch.from_numpy(text)
         return {"tokens": tokens[:-1], "labels": tokens[1:]}
 
-    def _stretch(self, index: int) -> tuple[int, tuple[int, int], tuple[int, int]]:
-        """Epoch of a sample; place in the order of its first document, and offset of its first token there;
-        the same of its last label."""
+    def origin(self, index: int) -> Origin:
+        """`SampleDataset.origin`."""
+        epoch, (first, begin), _ = self._bounds(index)
+        return Origin(self._prefix, self._order_of(epoch, first, 1)[0], begin)
+
+    def _bounds(self, index: int) -> tuple[int, list[int], list[int]]:
+        """The epoch of a sample, and where in the epoch's order of documents it begins and ends: the place
+        in that order, and the token of the document there; at the end that of the last label."""
         if not 0 <= index < self._length:
             raise IndexError(f"sample {index} of {self._length} of {self._prefix}")
-        epoch, place = divmod(index, self._order.shape[1])
-        sample = int(self._order[epoch, place])
-        (first, begin), (last, end) = self._starts[epoch, sample : sample + 2].tolist()
-        return epoch, (first, begin), (last, end)
+        per_epoch = self._order.shape[1]
+        sample = int(self._order.read(index, 1)[0])
+        if not 0 <= sample < per_epoch:
+            raise self._order.damaged(f"sample {index} is number {sample} of {per_epoch} in its epoch")
+        epoch = index // per_epoch
+        bounds = self._starts.read(2 * (epoch * (per_epoch + 1) + sample), 4)
+        begin, end = bounds.reshape(2, 2).tolist()  # [4] -> [begin and end, place and token]
+        if not [0, 0] <= begin <= end < [self._documents.shape[1], 0]:
+            raise self._starts.damaged(f"sample {index} goes from {begin} to {end}")
+        return epoch, begin, end
 
-    def describe(self, index: int) -> str:
-        """Document and offset, in tokens, of a sample's first token and of its last label."""
-        epoch, (first, begin), (last, end) = self._stretch(index)
-        documents = self._documents[epoch]
-        return (
-            f"{self._prefix}, document {documents[first]} from token {begin} to document {documents[last]} "
-            f"token {end}"
-        )
+    def _order_of(self, epoch: int, first: int, count: int) -> list[int]:
+        """Documents of an epoch, `count` of them from place `first` on."""
+        return self._documents.read(epoch * self._documents.shape[1] + first, count).tolist()
 
 
 class BlendedSamples(torch.utils.data.Dataset):
@@ -183,20 +226,54 @@ class BlendedSamples(torch.utils.data.Dataset):
     def __init__(self, sources: tuple[EpochSamples, ...], directory: str) -> None:
         self._sources = sources
         self._directory = directory
-        self._source = load_array(Path(directory) / "source.npy")
-        self._number = load_array(Path(directory) / "number.npy")
+        self._source = StoredArray(Path(directory) / "source.npy")
+        self._number = StoredArray(Path(directory) / "number.npy")
 
     def __reduce__(self) -> Any:
         return BlendedSamples, (self._sources, self._directory)
 
     def __len__(self) -> int:
-        return len(self._source)
+        return self._source.shape[0]
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        source, number = self._dealt(index)
+        return source[number]
+
+    def origin(self, index: int) -> Origin:
+        """`SampleDataset.origin`."""
+        source, number = self._dealt(index)
+        return source.origin(number)
+
+    def _dealt(self, index: int) -> tuple[EpochSamples, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)} of a blend")
-        return self._sources[self._source[index]][int(self._number[index])]
+        source, number = int(self._source.read(index, 1)[0]), int(self._number.read(index, 1)[0])
+        if not 0 <= source < len(self._sources):
+            raise self._source.damaged(f"sample {index} is of source {source} of {len(self._sources)}")
+        if not 0 <= number < len(self._sources[source]):
+            raise self._number.damaged(f"sample {index} is number {number} of its source")
+        return self._sources[source], number
 
-    def describe(self, index: int) -> str:
-        """As the source that the sample is from says it."""
-        return self._sources[self._source[index]].describe(int(self._number[index]))
+
+class ShiftedSamples(torch.utils.data.Dataset):
+    """Samples of a run that begin with number `first`, which is number `inner` of `samples`."""
+
+    def __init__(self, samples: SampleDataset, *, first: int, inner: int) -> None:
+        self._samples = samples
+        self._first = first
+        self._inner = inner
+
+    def __len__(self) -> int:
+        return len(self._samples) - self._inner + self._first
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self._samples[self._shifted(index)]
+
+    def origin(self, index: int) -> Origin:
+        """`SampleDataset.origin`."""
+        return self._samples.origin(self._shifted(index))
+
+    def _shifted(self, index: int) -> int:
+        if index < self._first:
+            raise IndexError(f"sample {index}, but the present order begins with {self._first}")
+        return index - self._first + self._inner

@@ -1,12 +1,13 @@
 """A trained model for looking at: from a checkpoint, without optimizer, on any layout."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from lckv.errors import ModelError
+from lckv.weights.json_file import read_json_object
 from megatron_ext.checkpointing.folders import find_candidates
 from megatron_ext.checkpointing.load import load_checkpoint
 from megatron_ext.command_line import config_from_dict
@@ -35,8 +36,8 @@ def saved_settings(path: Path) -> dict[str, Any]:
     candidates = find_candidates(path).checkpoints
     for checkpoint in candidates:
         try:
-            return json.loads((checkpoint / _SETTINGS).read_bytes())
-        except (OSError, ValueError):
+            return read_json_object(checkpoint / _SETTINGS)
+        except ModelError:
             continue
     raise ConfigError(f"{path}: no {_SETTINGS} can be read in {', '.join(map(str, candidates))}.")
 
@@ -52,6 +53,10 @@ def restore(
     Raises ConfigError where the model does not fit the layout, and CheckpointError as `load_checkpoint` does.
     """
     saved = saved_settings(path)
+    if not isinstance(saved.get("architecture"), dict):
+        raise ConfigError(
+            f"{path}: {_SETTINGS} has no `architecture`; give a checkpoint that a run has saved."
+        )
     defining = {"architecture": saved.pop("architecture")}
     run = config_from_dict(saved)
     parallel = replace(parallel, sequence_parallel=False)

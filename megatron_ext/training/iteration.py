@@ -25,6 +25,7 @@ from megatron_ext.last_word import PASSED_ON, say_last
 from megatron_ext.parallel.heartbeats import heartbeats
 from megatron_ext.schedule.micro_batches import MakeBatch
 from megatron_ext.signals import Interrupted
+from megatron_ext.training.continuation import ORDER_KEY
 from megatron_ext.training.report import Report
 from megatron_ext.training.step import require_finite, train_step
 from megatron_ext.training.stopping import StopRequest, stop_requests
@@ -50,8 +51,8 @@ class Position:
         return Position(self.iteration + 1, self.consumed_samples + samples, tokens)
 
     def progress(self, train: TrainConfig) -> float:
-        """Share of the run that is done, in samples, 0 .. 1."""
-        return min(1.0, self.consumed_samples / (train.train_iters * train.global_batch_size))
+        """Share of the run's iterations that is done, 0 .. 1."""
+        return min(1.0, self.iteration / train.train_iters)
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _train(
                 progress=position.progress(run.train),
             )
             position = position.after_step(run.train.global_batch_size, run.train.seq_length)
-            require_finite(result, position.iteration, run.train, training.datasets.train.describe)
+            require_finite(result, position.iteration, run.train, training.datasets.train.origin)
             report.step(position.iteration, position.consumed_samples, position.consumed_tokens, result)
             if position.iteration == run.train.train_iters:
                 end_stage(training.model, training.optimizer, run.compression.policy.build())
@@ -212,14 +213,16 @@ def _validate(
 
 def _save(training: Training, position: Position) -> int:
     assert training.run.checkpoint.save is not None
+    assert training.datasets.order is not None
     save_checkpoint(
         Path(training.run.checkpoint.save),
         position.iteration,
         model=[training.model],
         optimizer=training.optimizer,
         scheduler=training.scheduler,
-        progress=asdict(position),
+        progress={**asdict(position), ORDER_KEY: training.datasets.order.to_dict()},
         config=training.stored_config,
         keep_last=training.run.checkpoint.keep_last,
+        timeout_minutes=training.run.checkpoint.save_timeout_minutes,
     )
     return position.iteration

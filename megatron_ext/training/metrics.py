@@ -180,7 +180,7 @@ def reports_lack_validation(path: Path, iteration: int) -> bool:
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         report = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return report if isinstance(report, dict) and isinstance(report.get("iteration"), int) else None
 

@@ -71,16 +71,16 @@ def train_step(
 
 
 def require_finite(
-    result: StepResult, iteration: int, train: TrainConfig, describe: Callable[[int], str]
+    result: StepResult, iteration: int, train: TrainConfig, origin: Callable[[int], object]
 ) -> None:
     """Raise NonFiniteLossError where the loss or the gradient norm of a step is not finite,
     NonFiniteStatisticError where a statistic of the KV policy is not, if train.check_for_nan_in_loss.
 
-    `describe` says from which document the sample of a number is.
+    `origin` says where the sample of a number begins.
     """
     if not train.check_for_nan_in_loss:
         return
-    samples = _describe_samples(result, train, describe)
+    samples = _describe_samples(result, train, origin)
     if result.policy is not None:
         result.policy.require_finite(iteration, samples)
     if not (math.isfinite(result.lm_loss) and math.isfinite(result.grad_norm)):
@@ -91,14 +91,14 @@ def require_finite(
         )
 
 
-def _describe_samples(result: StepResult, train: TrainConfig, describe: Callable[[int], str]) -> str:
+def _describe_samples(result: StepResult, train: TrainConfig, origin: Callable[[int], object]) -> str:
     if not result.odd_samples:
         return "ranks with such a loss: none, the loss of every sample is finite"
     ranks = ", ".join(map(str, sorted({rank for rank, _ in result.odd_samples})))
     numbers = sorted({number for _, number in result.odd_samples})
     return (
         f"ranks with such a loss: {ranks}; {len(numbers)} of {train.global_batch_size} samples, the first of "
-        f"them number {numbers[0]}: {describe(numbers[0])}"
+        f"them number {numbers[0]}, which begins in {origin(numbers[0])}"
     )
 
 

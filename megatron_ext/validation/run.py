@@ -160,7 +160,10 @@ def _vocabulary(model: ModelConfig, data: DataConfig) -> Iterator[str]:
 def _checkpoint(checkpoint: CheckpointConfig, train: TrainConfig) -> Iterator[str]:
     yield from at_least("checkpoint", checkpoint, 0, "save_interval")
     yield from at_least("checkpoint", checkpoint, 1, "keep_last")
+    yield from above_zero("checkpoint", checkpoint, "save_timeout_minutes", "load_timeout_minutes")
     way_out = "checkpoint.save is not set; give the directory to save into"
+    if checkpoint.save is None and checkpoint.resume == "must":
+        yield f"checkpoint.resume is must and {way_out}, or set checkpoint.resume to auto."
     if checkpoint.save is None and checkpoint.save_interval > 0:
         yield (
             f"checkpoint.save_interval is {checkpoint.save_interval} and {way_out}, or set the interval to 0."

@@ -30,6 +30,7 @@ from megatron_ext.errors import ConfigError
 from tests.checkpoints_conversion.formats.checkpoints import whole_weights
 from tests.checkpoints_conversion.formats.test_megatron_legacy import POLICY, PUBLISHED, publish
 from tests.checkpoints_conversion.tiny_models import saved_model
+from tests.megatron_ext.data.builders import write_tokenizer_json
 from tests.megatron_ext.model.stages import VOCAB
 from tests.megatron_ext.training.runs import tiny_run, train
 from tests.ranks import run_on_ranks
@@ -149,10 +150,9 @@ def test_a_model_too_large_for_a_proof(
     caplog.set_level("INFO")
     monkeypatch.setattr("checkpoints_conversion.verify.LARGEST_AUTOMATIC_PROOF", 1000)
     hf_to_megatron(str(llama), tmp_path / "megatron")
-    command = (
-        f"python -m checkpoints_conversion verify --hf-path {llama} --megatron-path {tmp_path / 'megatron'}"
-    )
+    command = f"verify --layers-at-once 2 --hf-path {llama} --megatron-path {tmp_path / 'megatron'}"
     assert command in caplog.text
+    assert "nothing of it is proven" in caplog.text
     assert "result" not in caplog.text
 
 
@@ -170,6 +170,30 @@ def _swap_gate(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 def _shift_vocabulary(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.roll(1, 0) if name == "output_layer.weight" else tensor
+
+
+def test_some_layers_of_a_large_model_are_proven(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In both directions, and a damaged one is noticed."""
+    caplog.set_level("INFO")
+    saved_model(tmp_path / "hf", "llama", num_hidden_layers=8)
+    monkeypatch.setattr("checkpoints_conversion.verify.LARGEST_AUTOMATIC_PROOF", 60_000)
+    hf_to_megatron(
+        str(tmp_path / "hf"), tmp_path / "megatron", changes={"compression.layer_types": "0_6_6_6_6_6_6_7"}
+    )
+    assert "5 of its 8 layers are proven" in caplog.text
+    assert "of the layers 0, 2, 5, 6, 7 alone" in caplog.text
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert caplog.text.count("of the layers 0, 2, 5, 6, 7 alone") == 2
+
+    def write_wrongly(folder: Path, description: Any, source: TensorSource, **options: Any) -> Path:
+        tensors = {name: _swap_gate(name, source.read(name)) for name in source.infos()}
+        return write_checkpoint(folder, description, MemorySource(tensors), **options)
+
+    monkeypatch.setattr(convert, "write_checkpoint", write_wrongly)
+    with pytest.raises(ProofError):
+        hf_to_megatron(str(tmp_path / "hf"), tmp_path / "damaged")
 
 
 @pytest.mark.parametrize(
@@ -411,6 +435,33 @@ def test_a_run_remembers_what_it_was_converted_from(tmp_path: Path) -> None:
     card = (tmp_path / "exported" / "README.md").read_text()
     assert "Trained for 2 iterations" in card
     assert "Validation loss" in card
+
+
+def test_an_origin_that_was_moved(
+    tmp_path: Path, llama: Path, copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its tokenizer is not silently left out, nor is the license; a copy, or doing without, is named."""
+    write_tokenizer_json(copy / "tokenizer.json")
+    (copy / "README.md").write_text("---\nlicense: mit\n---\n")
+    (copy / "generation_config.json").write_text('{"temperature": 0.5}')
+    hf_to_megatron(str(copy), tmp_path / "megatron", proof="never")
+
+    def export(name: str, tokenizer: Path | None = None) -> str:
+        megatron_to_hf(tmp_path / "megatron", tmp_path / name, tokenizer=tokenizer, proof="never")
+        card = (tmp_path / name / "README.md").read_text()
+        return f"{'license: mit' in card} {(tmp_path / name / 'tokenizer.json').exists()}"
+
+    assert export("as_it_was") == "True True"
+    assert export("named", copy / "tokenizer.json") == "True True"
+    assert json.loads((tmp_path / "named" / "generation_config.json").read_text()) == {"temperature": 0.5}
+    copy.rename(tmp_path / "moved")
+    with pytest.raises(
+        ConversionError, match=r"where there is none now\. Name a copy of it with --tokenizer"
+    ):
+        export("gone")
+    assert export("found", tmp_path / "moved" / "tokenizer.json") == "False True"
+    assert f"{copy}, from which the model comes, is not there any more" in caplog.text
+    assert export("without", convert.NO_TOKENIZER) == "False False"
 
 
 def test_a_legacy_checkpoint(tmp_path: Path, llama: Path) -> None:

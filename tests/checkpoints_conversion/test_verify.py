@@ -119,6 +119,29 @@ def test_numbers_and_exit_status(models: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.usefixtures("pool")
+def test_a_few_layers_at_a_time(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every layer is compared, with what it reads; only the layer that differs is said to."""
+    assert verify(models, "hf", "shared", "--layers-at-once", "1", "--rows", "1") == 0
+    lines = capsys.readouterr().out.splitlines()
+    of_layers = [line.split(maxsplit=1)[1] for line in lines if line.startswith("layers ")]
+    assert of_layers == ["0", "1, 2", "2"]
+    assert sum(line.endswith("equal") for line in lines) == 3
+
+    saved_model(tmp_path / "changed", "llama")
+    tensors = load_file(models / "hf" / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0] += 0.01
+    save_file(tensors, tmp_path / "changed" / "model.safetensors", {"format": "pt"})
+    arguments = ["verify", "--hf-path", str(tmp_path / "changed"), "--megatron-path", str(models / "plain")]
+    assert main([*arguments, "--layers", "0,2"]) == 0
+    assert main([*arguments, "--layers", "1"]) == 1
+    capsys.readouterr()
+    assert main([*arguments, "--layers-at-once", "2"]) == 1
+    results = [line for line in capsys.readouterr().out.splitlines() if line.startswith("result")]
+    assert [line.split()[-1] for line in results] == ["DIFFERENT", "equal"]
+    assert main([*arguments, "--layers", "3"]) == 2
+
+
+@pytest.mark.usefixtures("pool")
 def test_differences_are_measured(models: Path) -> None:
     """Against the plain computation of everything that is reported."""
     original, megatron = (open_huggingface(models / "hf"), open_megatron(models / "plain"))

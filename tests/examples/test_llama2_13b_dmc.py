@@ -73,16 +73,6 @@ def test_a_stage_is_launched(tmp_path):
     )
 
 
-def test_a_stage_that_was_interrupted_goes_on(tmp_path):
-    checkpoints = tmp_path / "runs" / "llama2_13b_dmc" / "zero_out" / "checkpoints"
-    checkpoints.mkdir(parents=True)
-    (checkpoints / "latest").touch()
-    assert launch(tmp_path, "zero_out").stdout.endswith(
-        "examples/llama2_13b_dmc --checkpoint.finetune false\n"
-    )
-    assert "--checkpoint.finetune" not in launch(tmp_path, "zero_out", CHECKPOINTS="elsewhere").stdout
-
-
 @pytest.mark.parametrize("arguments", [(), ("fade",), ("--train.seed", "1")])
 def test_a_stage_must_be_named(arguments, tmp_path):
     result = launch(tmp_path, *arguments)

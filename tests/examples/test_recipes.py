@@ -147,7 +147,8 @@ def test_every_node_starts_its_processes(recipe: Path, tmp_path: Path) -> None:
     assert problems(run, world_size(recipe)) == []
 
 
-def test_a_job_goes_on_where_the_one_before_it_stopped(tmp_path: Path) -> None:
+def test_a_job_that_starts_again_has_the_same_settings(tmp_path: Path) -> None:
+    """checkpoint.resume finds out whether there is something to go on from."""
     (tmp_path / "latest").touch()
     variables = {
         "CHECKPOINTS": str(tmp_path),
@@ -156,7 +157,7 @@ def test_a_job_goes_on_where_the_one_before_it_stopped(tmp_path: Path) -> None:
     }
     _, started = launch(RECIPES[0], tmp_path, **variables)
     run = parse_run_config(started[started.index("pretrain_lckv.py") + 1 :])
-    assert run.checkpoint.load == run.checkpoint.save == str(tmp_path)
+    assert (run.checkpoint.save, run.checkpoint.load, run.checkpoint.resume) == (str(tmp_path), None, "auto")
     assert run.train.exit_duration_minutes == 90
     assert run.model.num_layers == 8
 

@@ -1,6 +1,7 @@
 """Tokenizer files: the ids are those that the model was trained on."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,22 @@ def test_ids_and_text_stay(kind: str, text: str, pairs: dict[str, tuple[Tokenize
         kind != "tiktoken"
     ):  # its decoder, like ours, replaces halves of characters, each library in its own way
         assert written.decode(ids) == original.decode(ids)
+
+
+def test_chat_templates_are_copied(
+    pairs: dict[str, tuple[Tokenizer, Tokenizer, Path]], tmp_path: Path
+) -> None:
+    """Of every kind that transformers knows: in one file, in JSON, with names."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    shutil.copytree(pairs["huggingface"][2], source)
+    target.mkdir()
+    templates = ["chat_template.jinja", "chat_template.json", "additional_chat_templates/tool_use.jinja"]
+    (source / "additional_chat_templates").mkdir()
+    for name in templates:
+        (source / name).write_text("{{ messages }}" if name.endswith("jinja") else '{"chat_template": "x"}')
+    assert set(templates) < set(write_tokenizer("huggingface", source, target))
+    assert all((target / name).read_bytes() == (source / name).read_bytes() for name in templates)
+    assert "tool_use" in AutoTokenizer.from_pretrained(target).chat_template
 
 
 def test_a_folder_is_copied(pairs: dict[str, tuple[Tokenizer, Tokenizer, Path]], tmp_path: Path) -> None:

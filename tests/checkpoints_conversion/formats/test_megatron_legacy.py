@@ -17,7 +17,6 @@ from megatron.core.enums import ModelType
 from torch import Tensor
 
 from checkpoints_conversion.errors import ConversionError
-from checkpoints_conversion.formats import megatron_legacy_file
 from checkpoints_conversion.formats.megatron_legacy import LegacyCheckpoint
 from lckv.config import CompressionConfig
 from lckv.errors import ModelError
@@ -199,16 +198,6 @@ def test_every_layout_and_style(tmp_path, tensor, pipeline, style):
         assert torch.equal(checkpoint.read(name), weight), name
         for rows in (slice(3, 29), slice(0, 1), slice(-5, None)):
             assert torch.equal(checkpoint.read(name, rows), weight[rows]), (name, rows)
-
-
-def test_files_are_mapped_anew_while_they_are_read(tmp_path, monkeypatch):
-    publish(tmp_path)
-    checkpoint = load(tmp_path)
-    monkeypatch.setattr(megatron_legacy_file, "REMAP_BYTES", 1000)
-    before = checkpoint._ranks[0, 0].tensors["output_layer.weight"]
-    for name, weight in whole_weights(PUBLISHED).items():
-        assert torch.equal(checkpoint.read(name), weight)
-    assert checkpoint._ranks[0, 0].tensors["output_layer.weight"].data_ptr() != before.data_ptr()
 
 
 def test_bfloat16_and_its_epsilon(tmp_path):

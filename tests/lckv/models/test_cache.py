@@ -215,5 +215,5 @@ def test_a_step_waits_for_the_device_once(policy: DMCConfig | None, monkeypatch:
                 position_ids=mask[:, :step].sum(1, keepdim=True),
                 past_key_values=cache,
             )
-    assert waits.count("__bool__") == 5
-    assert [name for name in waits if name != "__bool__"] in ([], ["__int__"], ["__int__"] * 2)
+    assert waits.count("tolist") == 5
+    assert [name for name in waits if name != "tolist"] in ([], ["__int__"], ["__int__"] * 2)

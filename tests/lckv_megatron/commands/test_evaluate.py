@@ -174,6 +174,19 @@ def test_answers_are_the_engines(tmp_path: Path) -> None:
         lm.generate_until([SimpleNamespace(args=("hello", {"max_gen_toks": 12}))], disable_tqdm=True)
 
 
+def test_answers_end_before_a_stop_text_with_a_special_token(tmp_path: Path) -> None:
+    save_folder(tmp_path)
+    model, tokenizer = load_model(tmp_path)
+    model.lm_head.weight.data.zero_()  # all are as probable, and the first one comes: the end token
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    special = tokenizer.convert_ids_to_tokens(0)
+    assert tokenizer.decode([0, 0]) == special * 2 and tokenizer.decode([0], skip_special_tokens=True) == ""
+    lm = adapter(Engine(model, tokenizer=tokenizer), tokenizer, max_length=12, batch_size=2)
+    request = SimpleNamespace(args=("hello", {"until": [special * 2], "max_gen_toks": 6}))
+    assert lm.generate_until([request], disable_tqdm=True) == [""]
+    assert lm._engine.stats().generated_tokens == 2
+
+
 def test_chats_and_special_tokens(tmp_path: Path) -> None:
     save_folder(tmp_path, begins=True, chat=True)
     model, tokenizer = load_model(tmp_path)
@@ -189,6 +202,8 @@ def test_chats_and_special_tokens(tmp_path: Path) -> None:
     assert lm.apply_chat_template(history) == "[user] hello\n[assistant] "
     assert lm.chat_template(True) == tokenizer.chat_template
     assert (lm.eot_token_id, lm.prefix_token_id) == (tokenizer.eos_token_id, tokenizer.bos_token_id)
+    with pytest.raises(ConfigError, match=r"a text of a task: character 1 is U\+D800, half of a surrogate"):
+        lm.tok_encode("a\ud800")
     assert lm.tok_encode("hello") == lm.tok_encode("<|begin|>hello") == [1, *lm.tok_encode("hello", False)]
 
 
@@ -200,12 +215,41 @@ def test_settings_of_generation_tasks() -> None:
     assert sampling_params({"temperature": 0.7, "top_p": 0.9, "top_k": 0}, 0) == SamplingParams(
         0.7, top_p=0.9, max_new_tokens=256, seed=0
     )
+    assert sampling_params({"do_sample": True}, 0).temperature == 1
+    assert sampling_params({"do_sample": True, "temperature": None}, 0).temperature == 1
+    assert sampling_params({}, 0).temperature == 0
+    assert sampling_params({"until": None, "max_gen_toks": None}, 0) == SamplingParams(
+        0.0, max_new_tokens=256, seed=0
+    )
     with pytest.raises(
         ConfigError, match=r"generation_kwargs\.num_beams is 4; the engine has nothing of the kind"
     ):
         sampling_params({"num_beams": 4}, 0)
     with pytest.raises(ConfigError, match=r"generation_kwargs: top_p is 2\.0"):
         sampling_params({"top_p": 2.0}, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"do_sample": True, "temperature": 0.0},
+            r"do_sample is true and temperature is 0\.0; set do_sample",
+        ),
+        ({"do_sample": "yes"}, r"generation_kwargs\.do_sample is 'yes'; it must be true or false"),
+        ({"temperature": "hot"}, "generation_kwargs: temperature is 'hot'; it must be"),
+        ({"max_gen_toks": 5.5}, r"generation_kwargs: max_gen_toks is 5\.5; it must be an integer"),
+        (
+            {"max_gen_toks": 5, "max_new_tokens": 6},
+            "max_gen_toks is 5 and max_new_tokens is 6; give one of them",
+        ),
+        ({"until": ["a", 7]}, "generation_kwargs: until is"),
+        ({"length_penalty": 2.0}, "length_penalty is 2.0; the engine has nothing of the kind"),
+    ],
+)
+def test_settings_that_cannot_be_honoured_are_named(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        sampling_params(settings, 0)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -110,11 +111,37 @@ def test_openais_library_completes_streams_and_chats(server: Server) -> None:
     assert streamed[-1].usage == answer.usage
 
 
+def test_the_loop_of_a_chat_goes_on(server: Server) -> None:
+    messages: list[Any] = []
+    for turn in range(3):
+        messages.append({"role": "user", "content": f"{turn}"})
+        answer = server.client.chat.completions.create(model="tiny", messages=messages, max_tokens=3)
+        messages.append(answer.choices[0].message)
+
+
+def test_the_bytes_of_logprobs_are_the_text(server: Server) -> None:
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "é"}], "max_tokens": 30, "seed": 1}
+    chat |= {"logprobs": True, "top_logprobs": 2, "extra_body": {"ignore_eos": True}}
+    choice = server.client.chat.completions.create(**chat).choices[0]
+    assert len(choice.logprobs.content) == 30
+    joined = b"".join(bytes(entry.bytes or []) for entry in choice.logprobs.content)
+    assert joined.decode("utf-8", "replace") == choice.message.content
+    pieces = server.client.chat.completions.create(**chat, stream=True)
+    entries = [
+        entry for piece in pieces if piece.choices[0].logprobs for entry in piece.choices[0].logprobs.content
+    ]
+    assert [(entry.token, entry.bytes) for entry in entries] == [
+        (entry.token, entry.bytes) for entry in choice.logprobs.content
+    ]
+
+
 def test_openais_library_understands_the_errors(server: Server) -> None:
     with pytest.raises(openai.NotFoundError, match="'other' is not served here"):
         server.client.completions.create(model="other", prompt="x")
-    with pytest.raises(openai.BadRequestError, match="max_tokens is 999; at most 80"):
+    with pytest.raises(openai.BadRequestError, match="max_tokens is 999; at most 80") as caught:
         server.client.completions.create(model="tiny", prompt="x", max_tokens=999)
+    assert caught.value.param == "max_tokens"
+    assert caught.value.request_id == caught.value.body["request_id"]
     with pytest.raises(openai.AuthenticationError, match="missing or wrong"):
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong").models.list()
 

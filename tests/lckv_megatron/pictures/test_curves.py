@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.image
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from lckv_megatron.commands.plot import main
 from lckv_megatron.pictures.curves import Run, Style, plot, read_runs, smooth
+from lckv_megatron.pictures.end_labels import spread
 from lckv_megatron.pictures.heat_map import last_statistics
 from megatron_ext.errors import ConfigError
 from megatron_ext.training.metrics import json_line
@@ -95,6 +97,40 @@ def test_values_that_were_not_finite_leave_a_gap(tmp_path):
     ]
     (run,) = read_runs([make_run(tmp_path / "a", lines)])
     assert run.series("lm_loss", "iteration") == ([1, 2, 3], [3.0, pytest.approx(math.nan, nan_ok=True), 1.0])
+
+
+def test_operations_are_added_up_over_stages(tmp_path):
+    """Operations per token are those that the report's speed tells: 2 TFLOP/s at 1e6 tokens/s are 2e6."""
+    step = {"lm_loss": 1.0, "tokens_per_second_per_device": 1e6}
+    lines = [
+        json_line(1, {**step, "model_tflops_per_device": 2.0, "consumed_tokens": 100}),
+        json_line(1, {"validation_loss": 7.0, "consumed_tokens": 100}),
+        json_line(2, {**step, "model_tflops_per_device": 3.0, "consumed_tokens": 150}),
+    ]
+    (run,) = read_runs([make_run(tmp_path / "a", lines)])
+    assert run.series("lm_loss", "flops") == ([200e6, 350e6], [1.0, 1.0])
+    assert run.series("validation_loss", "flops") == ([200e6], [7.0])
+
+
+def test_the_last_values_are_written_beside_the_curves(tmp_path):
+    """Of the validation where there is one, else of the smoothed training."""
+    files = [make_run(tmp_path / "a"), make_run(tmp_path / "b", reports(validation=False))]
+    figure = plot(read_runs(files), Style("iteration", 0.5))
+    written = [text.get_text() for text in figure.axes[0].texts]
+    training = smooth([10 / iteration for iteration in range(1, 6)], 0.5)[-1]
+    assert sorted(written) == sorted(["2.750", f"{training:#.4g}"])
+    speed = next(axes for axes in figure.axes if axes.get_title() == "Speed")
+    assert [text.get_text() for text in speed.texts] == ["100k", "100k"]
+
+
+@given(st.lists(st.floats(-1e3, 1e3)).map(sorted), st.floats(0.1, 50))
+def test_labels_are_moved_apart_and_no_further(places, distance):
+    moved = spread(places, distance)
+    assert len(moved) == len(places)
+    assert all(second - first > distance * (1 - 1e-6) for first, second in pairwise(moved))
+    assert sum(moved) == pytest.approx(sum(places), abs=1e-6 * max(1, len(places)) * 1e3)
+    if all(second - first >= distance for first, second in pairwise(places)):
+        assert moved == pytest.approx(places)
 
 
 @given(st.lists(st.floats(-1e6, 1e6) | st.just(math.nan)), st.floats(0, 0.99))

@@ -3,7 +3,11 @@
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +24,7 @@ from megatron_ext.checkpointing.folders import (
     remove_old,
 )
 from megatron_ext.checkpointing.manifest import MANIFEST_NAME, Layout, Manifest, hash_files, write_manifest
+from megatron_ext.checkpointing.owner import this_process
 
 LAYOUT = Layout(device="cpu", world_size=1, tensor=1, pipeline=1, context=1, data=1)
 
@@ -163,7 +168,8 @@ def test_a_deletion_that_fails_is_only_logged(
 
     monkeypatch.setattr(atomic.shutil, "rmtree", fail)
     remove_old(tmp_path, 1)
-    assert "iter_0000001 could not be deleted: not yours" in caplog.text
+    assert ".trash could not be deleted: not yours" in caplog.text
+    assert [info.iteration for info in list_checkpoints(tmp_path)] == [2]
 
 
 def test_the_same_iteration_again_replaces(tmp_path: Path) -> None:
@@ -219,3 +225,132 @@ def test_a_checkpoint_that_will_not_fit_is_refused_with_the_numbers(
     with pytest.raises(DiskFullError, match=message):
         prepare_staging(tmp_path, 2, needed_bytes=3_000_000)
     assert names(tmp_path) == ["iter_0000001", "latest"]
+
+
+def _make_file(path: Path) -> None:
+    path.write_bytes(b"x")
+
+
+def _make_folder(path: Path) -> None:
+    (path / "below").mkdir(parents=True)
+    (path / "below" / "file").touch()
+
+
+def _make_link(path: Path) -> None:
+    path.symlink_to(path.parent.with_name("others"))
+
+
+def _make_dangling_link(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+def _make_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+OUR_NAMES = [
+    "iter_0000002",
+    "iter_0000002.replaced",
+    "iter_0000001.replaced",
+    ".iter_0000002.tmp",
+    ".iter_0000001.trash",
+    ".iter_0000009.node7-12-345.tmp",
+    ".iter_0000002.{token}.tmp",
+    ".iter_0000001.{token}.trash",
+    ".iter_0000001.{token}.1.trash",
+    ".latest.tmp",
+    "latest",
+]
+
+
+@pytest.mark.parametrize("name", OUR_NAMES)
+@pytest.mark.parametrize("make", [_make_file, _make_folder, _make_link, _make_dangling_link, _make_fifo])
+def test_whatever_has_one_of_our_names_a_save_succeeds(
+    tmp_path: Path, make: Callable[[Path], None], name: str
+) -> None:
+    others, directory = tmp_path / "others", tmp_path / "save"
+    others.mkdir()
+    (others / "file").touch()
+    save(directory, 1)
+    path = directory / name.format(token=this_process().token)
+    atomic.discard(path)
+    make(path)
+    for iteration in (2, 2, 3):
+        save(directory, iteration)
+        remove_old(directory, 1)
+    assert (others / "file").exists(), "links are not followed"
+    candidates = find_candidates(directory)
+    assert candidates.checkpoints[0] == directory / "iter_0000003"
+    assert candidates.pointer_problem is None or (name == "latest" and make is _make_folder)
+    hidden = [entry for entry in names(directory) if entry.startswith(".")]
+    assert hidden == [], "leftovers are removed"
+
+
+@pytest.mark.parametrize("name", [name for name in OUR_NAMES if name.startswith(".iter")])
+def test_a_leftover_that_cannot_be_deleted_is_only_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    save(tmp_path, 1)
+    path = tmp_path / name.format(token=this_process().token)
+    path.mkdir()
+    rmtree = atomic.shutil.rmtree
+
+    def fail_there(other: Path) -> None:
+        if other == path:
+            raise PermissionError("not yours")
+        rmtree(other)
+
+    monkeypatch.setattr(atomic.shutil, "rmtree", fail_there)
+    save(tmp_path, 2)
+    remove_old(tmp_path, 1)
+    assert names(tmp_path) == [path.name, "iter_0000002", "latest"]
+    assert f"{path} could not be deleted: not yours" in caplog.text
+
+
+@pytest.mark.parametrize("name", [".iter_notes.tmp", ".iter_2.tmp", ".iter_0000002.mine.tmp", "iter_2.tmp"])
+def test_what_only_looks_like_ours_stays(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    save(tmp_path, 1)
+    assert name in names(tmp_path)
+
+
+def test_the_temporary_folder_of_a_living_process_stays(tmp_path: Path) -> None:
+    sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        start = Path(f"/proc/{sleeper.pid}/stat").read_text().rpartition(")")[2].split()[19]
+        token = replace(this_process(), pid=sleeper.pid, started=int(start)).token
+        path = tmp_path / f".iter_0000002.{token}.tmp"
+        path.mkdir()
+        save(tmp_path, 1)
+        assert path.exists()
+    finally:
+        sleeper.communicate(b"\n")
+    save(tmp_path, 2)
+    assert not path.exists()
+
+
+def test_old_checkpoints_that_cannot_be_listed_are_only_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for iteration in (1, 2):
+        save(tmp_path, iteration)
+    (tmp_path / "latest").write_bytes(b"nonsense")
+    remove_old(tmp_path, 1)
+    remove_old(tmp_path / "absent", 1)
+    assert caplog.text.count("are not deleted") == 2
+    assert "iter_0000001" in names(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "command"),
+    [
+        ("config.json", "lckv-megatron convert hf-to-megatron --hf-path"),
+        ("mp_rank_00/model_optim_rng.pt", "lckv-megatron convert legacy-to-megatron --legacy-path"),
+    ],
+)
+def test_a_model_of_another_format_names_its_converter(tmp_path: Path, file: str, command: str) -> None:
+    path = tmp_path / "iter_0000100" / file
+    path.parent.mkdir(parents=True)
+    path.touch()
+    with pytest.raises(NoCheckpointError, match=rf"checkpoint\.load: .*: {command} {tmp_path}/iter_0000100 "):
+        find_candidates(tmp_path / "iter_0000100")

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from collections import namedtuple
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_ext import atomic
 from megatron_ext.checkpointing import folders, manifest, save
+from megatron_ext.checkpointing.lock import FolderLock
+from megatron_ext.checkpointing.owner import this_process
 from tests.megatron_ext.checkpointing.killed_saves import PLACES
 from tests.megatron_ext.checkpointing.tiny_gpt import Case, Run
 from tests.ranks import run_on_ranks
@@ -60,50 +63,38 @@ def test_a_killed_save_leaves_the_last_good_checkpoint(killed: Path, place: str)
     assert after == ["iter_0000002", "latest"], "the next save cleans up"
 
 
-Fault = Callable[[Path], None]
-TEMPORARY = ".iter_0000002.tmp"
-
-
-def _full(name: str) -> Fault:
-    """A real full disk: the file to be written is /dev/full."""
-
-    def prepare(directory: Path) -> None:
-        if dist.get_rank() == 0:
-            path = directory / TEMPORARY / name
-            path.parent.mkdir(exist_ok=True)
-            path.symlink_to("/dev/full")
-        dist.barrier()
-
-    return prepare
-
-
-def _full_for_the_pointer(directory: Path) -> None:
-    if dist.get_rank() == 0:
-        (directory / ".latest.tmp").symlink_to("/dev/full")
-    dist.barrier()
-
-
-FULL: dict[str, Fault] = {
-    "tensors of rank 1": _full("__1_0.distcp"),
-    "common part": _full(".common.pt.tmp"),
-    "random states of rank 1": _full("rng/.rank_00001.safetensors.tmp"),
-    "settings": _full(".config.json.tmp"),
-    "manifest": _full(".manifest.json.tmp"),
-    "pointer": _full_for_the_pointer,
+FULL = {
+    "tensors of rank 1": "__1_0.distcp",
+    "common part": ".common.pt.tmp",
+    "random states of rank 1": ".rank_00001.safetensors.tmp",
+    "settings": ".config.json.tmp",
+    "manifest": ".manifest.json.tmp",
+    "pointer": ".latest.tmp",
 }
+
+
+def _fill_disk(patch: pytest.MonkeyPatch, name: str) -> None:
+    """A real full disk: where a file of this name is to be written, /dev/full is."""
+
+    def open_or_full(path: Path, mode: str) -> Any:
+        return open("/dev/full" if Path(path).name == name else path, mode)
+
+    patch.setattr(atomic, "open", open_or_full, raising=False)
+    write_state = save.write_state
+
+    def link_and_write(ranks: Any, staging: Path, *states: Any) -> None:
+        if name.endswith(".distcp"):  # torch opens it
+            ranks.on_first("link", lambda: (staging / name).symlink_to("/dev/full"))
+        write_state(ranks, staging, *states)
+
+    patch.setattr(save, "write_state", link_and_write)
 
 
 def _save_with_fault(directory: Path, fault: str) -> tuple[str, str, list[str], bool]:
     run = Run(Case())
     run.save(directory, 1)
-    write_state = save.write_state
-
-    def prepare_and_write(*args: Any) -> None:
-        FULL[fault](directory)
-        write_state(*args)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(save, "write_state", prepare_and_write)
+        _fill_disk(patch, FULL[fault])
         failure = _failure_of_save(run, directory)
     return (*failure, run.load(directory).iteration == 1)
 
@@ -186,11 +177,46 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     first, second = run_on_ranks(2, _save_into, tmp_path / "file" / "checkpoints")
     assert first == second
-    assert first[0] == "CheckpointError"
-    assert (
-        f"make the temporary folder: NotADirectoryError: [Errno 20] Not a directory: '{tmp_path / 'file'}"
-        in first[1]
-    )
+    assert first[0] == "UnwritableFolderError"
+    assert f"checkpoint.save: {tmp_path / 'file'}/checkpoints cannot be written: Not a directory" in first[1]
+
+
+def test_a_folder_that_another_run_writes_into_is_left_alone(tmp_path: Path) -> None:
+    """This process, the parent of both ranks, holds it."""
+    lock = FolderLock(tmp_path)
+    lock.take()
+    (tmp_path / f".iter_0000001.{this_process().token}.tmp").mkdir()
+    first, second = run_on_ranks(2, _save_into, tmp_path)
+    lock.release()
+    assert first == second
+    assert first[0] == "FolderInUseError"
+    assert f"is in use by process {os.getpid()}" in first[1]
+    assert first[2] == [f".iter_0000001.{this_process().token}.tmp", "lock.json"]
+
+
+def _save_and_lose_the_folder(directory: Path) -> tuple[str, str, list[str]]:
+    write_manifest = save.write_manifest
+
+    def lose_it(*args: Any) -> None:
+        other = replace(this_process(), pid=os.getppid(), started=start_of(os.getppid()))
+        (directory / "lock.json").write_bytes(other.to_json())
+        write_manifest(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save, "write_manifest", lose_it)
+        return _failure_of_save(Run(Case()), directory)
+
+
+def test_a_folder_that_is_lost_in_a_save_gets_no_checkpoint(tmp_path: Path) -> None:
+    ((name, message, left),) = run_on_ranks(1, _save_and_lose_the_folder, tmp_path)
+    assert name == "FolderInUseError"
+    assert "choose another checkpoint.save" in message
+    assert left == ["lock.json"]
+
+
+def start_of(pid: int) -> int:
+    """Start of a process in clock ticks after the boot."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
 
 
 def _save_where_rank_1_does_not_look(directory: Path) -> tuple[str, str, list[str]]:

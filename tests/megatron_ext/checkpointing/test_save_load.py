@@ -139,7 +139,7 @@ def test_another_layout_gets_the_same_whole_state(
 
 def _log_of_load(case: Case, directory: Path) -> str:
     lines: list[str] = []
-    handler = logging.Handler()
+    handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("megatron_ext").addHandler(handler)
     try:
@@ -151,8 +151,7 @@ def _log_of_load(case: Case, directory: Path) -> str:
 
 def test_another_layout_says_that_random_states_are_new(tmp_path: Path) -> None:
     run_on_ranks(2, _save, Case(tp=2), tmp_path)
-    loaded = f"loaded all of {tmp_path / 'iter_0000002'} (iteration 2)"
-    assert _log_of_load_on(2, Case(tp=2), tmp_path) == [loaded, ""]
+    assert _log_of_load_on(2, Case(tp=2), tmp_path) == ["", ""]
     first, second = _log_of_load_on(2, Case(), tmp_path)
     assert (
         "saved by 2 cpu rank(s) (TP 2, PP 1, CP 1, DP 1), this run has 2 cpu rank(s) (TP 1, PP 1, CP 1, DP 2)"
@@ -364,15 +363,12 @@ def test_weights_without_an_optimizer_are_no_run_to_resume(tmp_path: Path) -> No
 def test_a_setting_that_an_older_checkpoint_does_not_have_is_only_reported(tmp_path: Path) -> None:
     run_on_ranks(1, _save, Case(), tmp_path)
     log = run_on_ranks(1, _log_of_newer_program, tmp_path)[0]
-    assert log.splitlines() == [
-        "the checkpoint does not say what model.new_setting was; this run has [1, 2]",
-        f"loaded all of {tmp_path / 'iter_0000002'} (iteration 2)",
-    ]
+    assert log == "the checkpoint does not say what model.new_setting was; this run has [1, 2]"
 
 
 def _log_of_newer_program(directory: Path) -> str:
     lines: list[str] = []
-    handler = logging.Handler()
+    handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("megatron_ext.checkpointing.load").addHandler(handler)
     run = Run(Case())

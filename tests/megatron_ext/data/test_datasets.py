@@ -1,4 +1,3 @@
-import re
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -15,7 +14,7 @@ from megatron_ext.data import datasets
 from megatron_ext.data.batch import make_batch
 from megatron_ext.data.datasets import Datasets, build_datasets
 from megatron_ext.data.loader import build_data_iterator
-from megatron_ext.data.samples import SampleDataset
+from megatron_ext.data.samples import Origin, SampleDataset
 from megatron_ext.errors import ConfigError
 from tests.megatron_ext.data.builders import numbered_documents, write_dataset
 from tests.ranks import run_on_ranks
@@ -275,22 +274,31 @@ def test_bad_data_is_an_error_on_every_rank(tmp_path: Path) -> None:
     assert "a.bin and" in rank_0
 
 
-@pytest.mark.parametrize("blended", [False, True], ids=["one source", "a blend"])
-def test_a_sample_says_from_which_document_and_token_it_is(tmp_path: Path, blended: bool) -> None:
-    """Its first token and its last label stand in the dataset where it says, over several epochs."""
-    contents = [numbered_documents([10, 25, 7, 30], first) for first in (1, SOURCE)]
-    contents = contents if blended else contents[:1]
-    paths = [write_dataset(tmp_path / f"d{number}", documents) for number, documents in enumerate(contents)]
-    samples = build(DataConfig(data_path=tuple(paths), split="1,0,0"), 30).train
-    assert samples is not None
-    seen = set()
-    for number in range(30):
-        said = samples.describe(number)
-        found = re.fullmatch(r"(.*), document (\d+) from token (\d+) to document (\d+) token (\d+)", said)
-        assert found is not None, said
-        documents = contents[paths.index(found[1])]
-        first, begin, last, end = map(int, found.groups()[1:])
-        assert samples[number]["tokens"][0] == documents[first][begin]
-        assert samples[number]["labels"][-1] == documents[last][end]
-        seen.add(found[1])
-    assert seen == set(paths)
+def test_samples_say_where_they_are_from(tmp_path: Path) -> None:
+    """Every token of these datasets occurs once, so it tells its place."""
+    lengths, places = [5, 30, 1, 12, 7] * 4, {}
+    prefixes, token = [], 1
+    for number in range(2):
+        contents = []
+        for length in lengths:
+            contents.append([*range(token, token + length)])
+            places |= {
+                token + at: Origin(str(tmp_path / f"d{number}"), len(contents) - 1, at)
+                for at in range(length)
+            }
+            token += length
+        prefixes.append(write_dataset(tmp_path / f"d{number}", contents))
+    blend = DataConfig(data_path=("1", prefixes[0], "3", prefixes[1]), split="1,0,0")
+    one = DataConfig(data_path=(prefixes[1],), split="50,50,0")
+    for samples in (build(blend, 90).train, build(one, 5, 5).valid):
+        assert samples is not None
+        for number in range(len(samples)):
+            assert samples.origin(number) == places[samples[number]["tokens"][0].item()]
+        with pytest.raises(IndexError):
+            samples.origin(len(samples))
+    assert str(Origin("d/x", 12, 40)) == "dataset d/x, document 12, token 40"
+    mock = build(DataConfig(mock=True), 5).train
+    assert mock is not None
+    assert str(mock.origin(3)) == "dataset data.mock, document 3, token 0"
+    with pytest.raises(IndexError):
+        mock.origin(5)

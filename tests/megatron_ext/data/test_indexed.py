@@ -42,7 +42,7 @@ def test_files_are_those_of_megatrons_builder(
 ) -> None:
     folder = tmp_path_factory.mktemp("indexed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(indexed, "_CHUNK", 7)
+        patch.setattr(indexed, "CHUNK", 7)
         ours = write_dataset(folder / "ours", documents, vocab_size=vocab_size)
         read = [length for lengths in index_lengths(ours) for length in lengths]
     assert files_of(ours) == files_of(stock_builder(folder / "stock", documents, token_dtype(vocab_size)))

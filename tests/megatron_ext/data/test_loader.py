@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_ext.data import loader
 from megatron_ext.data.loader import build_data_iterator
+from megatron_ext.data.samples import Origin
 from megatron_ext.errors import ConfigError
 
 
@@ -32,6 +33,9 @@ class Numbers(torch.utils.data.Dataset):
         if self.bad is not None and self.bad < 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return {"tokens": torch.full((4,), index), "labels": torch.full((4,), index + 1)}
+
+    def origin(self, index: int) -> Origin:
+        return Origin("numbers", index, 0)
 
 
 def iterate(samples: int = 1000, **changes: Any) -> Any:

@@ -1,4 +1,7 @@
+import os
 import pickle
+import re
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 
@@ -7,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_ext.data.loader import build_data_iterator
 from megatron_ext.data.samples import DocumentRange, EpochSamples, build_epochs, document_range
 from megatron_ext.errors import ConfigError
 from tests.megatron_ext.data.builders import EOD, numbered_documents, write_dataset
@@ -26,7 +30,9 @@ def open_samples(
     index = build_epochs(
         folder / "cache", documents, name="train", seq_length=seq_length, samples=samples, seed=(seed, 0)
     )
-    return EpochSamples(documents.prefix, str(index), length=samples, vocab_size=vocab_size)
+    return EpochSamples(
+        documents.prefix, str(index), length=samples, seq_length=seq_length, vocab_size=vocab_size
+    )
 
 
 def texts_of(samples: EpochSamples) -> list[list[int]]:
@@ -176,9 +182,53 @@ def test_a_damaged_index(tmp_path: Path) -> None:
     starts = next((tmp_path / "cache").glob("*/starts.npy"))
     starts.write_bytes(starts.read_bytes()[:-3])
     with pytest.raises(
-        ConfigError, match=r"starts\.npy: cannot be read .* Delete .* to have the sample indices built again"
+        ConfigError,
+        match=r"starts\.npy: its content is not what was written\. Delete .* to have the sample indices "
+        "built again",
     ):
         open_samples(tmp_path, documents, seq_length=8, samples=1)
+
+
+@pytest.mark.parametrize("name", ["documents", "starts", "order"])
+def test_whatever_is_in_an_index_a_sample_is_right_or_an_error(tmp_path: Path, name: str) -> None:
+    """Other ranks and reading processes do not hash again; the file may change under them."""
+    documents = document_range(write_dataset(tmp_path / "d", numbered_documents([7, 3, 12] * 4)), 0, 12)
+    samples = open_samples(tmp_path, documents, seq_length=8, samples=10)
+    path = next((tmp_path / "cache").glob(f"*/{name}.npy"))
+    content, refusals = path.read_bytes(), []
+    for value in (255, 127, 9):
+        for at in range(128, len(content)):
+            path.write_bytes(content[:at] + bytes([value]) + content[at + 1 :])
+            for number in range(10):
+                try:
+                    assert samples[number]["tokens"].shape == (8,)
+                except ConfigError as error:
+                    refusals.append(str(error))
+    assert len(refusals) > 20
+    assert all(re.search(r"\.(npy|idx): ", refusal) for refusal in refusals)
+
+
+@pytest.mark.parametrize("name", ["d.bin", "d.idx", "order.npy", "starts.npy", "documents.npy"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_is_cut_short_while_it_is_read(tmp_path: Path, name: str, workers: int) -> None:
+    """With memory maps this is a SIGBUS that kills the process."""
+    documents = document_range(write_dataset(tmp_path / "d", numbered_documents([50] * 40)), 0, 40)
+    samples = open_samples(tmp_path, documents, seq_length=8, samples=200, vocab_size=10_000)
+    reading = build_data_iterator(
+        samples,
+        consumed_samples=0,
+        micro_batch_size=1,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+        num_workers=workers,
+        seed=1,
+    )
+    with closing(reading):
+        next(reading)
+        path = next(tmp_path.rglob(name))
+        os.truncate(path, 150)
+        with pytest.raises(ConfigError, match=rf"^\S*{name}: ends after 150 bytes, but bytes \d+ to \d+ are"):
+            list(reading)
 
 
 @pytest.mark.parametrize("vocab_size", [19, 30])

@@ -113,6 +113,12 @@ def test_reading_leaves_out_an_unfinished_last_line_only(tmp_path):
         read_metrics(path)
 
 
+def test_a_line_too_deep_to_be_read_is_no_report(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"iteration": 1}\n' + "[" * 100_000 + '\n{"iteration": 2}\n')
+    with pytest.raises(ConfigError, match=r"m\.jsonl, line 2 is no report of a run"):
+        read_metrics(tmp_path / "m.jsonl")
+
+
 def test_a_file_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(

@@ -1,0 +1,49 @@
+"""What the models return.
+
+Shapes: b rows, s new tokens, g KV heads.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers.modeling_outputs import ModelOutput
+
+from lckv.models.cache import LCKVCache
+
+
+@dataclass
+class LCKVModelOutput(ModelOutput):
+    """What the decoder returns; fields that were not asked for are None."""
+
+    last_hidden_state: Tensor | None = None
+    """[b, s, hidden], normalised."""
+    past_key_values: LCKVCache | None = None
+    hidden_states: tuple[Tensor | None, ...] | None = None
+    """[b, s, hidden] of the embedding, of every layer in the pass that counts, the last one normalised. None
+    in the place of one that was not asked for."""
+    attentions: None = None
+    """Never: attention weights are not in memory as a whole."""
+    auxiliary_loss: Tensor | None = None
+    """float32 []: the KV policy's, mean over rows."""
+    statistics: dict[str, Tensor] | None = None
+    """What the KV policy reports, by name: each float32 [layers that compute keys and values, b, g]. None
+    where it reports nothing, and with a cache."""
+    passes: int | None = None
+    """Passes that were run over the iterated groups of layers; given by `run` only."""
+
+
+@dataclass
+class LCKVOutput(ModelOutput):
+    """What the language model returns; fields that were not asked for are None."""
+
+    loss: Tensor | None = None
+    """float32 []: mean cross-entropy of the shifted labels in nats;
+    in training with a policy that has one, plus `auxiliary_loss`."""
+    logits: Tensor | None = None
+    """[b, s, vocabulary]."""
+    past_key_values: LCKVCache | None = None
+    hidden_states: tuple[Tensor | None, ...] | None = None
+    """See `LCKVModelOutput`, as all that follow."""
+    attentions: None = None
+    auxiliary_loss: Tensor | None = None
+    statistics: dict[str, Tensor] | None = None
