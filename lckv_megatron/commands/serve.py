@@ -123,7 +123,12 @@ def serve(options: argparse.Namespace) -> None:
     app = create_app(
         engine, tokenizer, model=name, limits=limits, api_key=os.environ.get(API_KEY_VARIABLE) or None
     )
+<<<<<<< HEAD
+    serving = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=options.shutdown_seconds)
+    _begin_to_listen(listening, options)
+=======
     serving = server_config(app, limits)
+>>>>>>> main
     logger.info("serving %s at http://%s:%d/v1", name, *listening.getsockname()[:2])
     server = uvicorn.Server(serving)
     request = _EndRequest(server)
@@ -157,8 +162,20 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.bind((host, port))
     except (OSError, OverflowError) as error:
         listening.close()
-        raise ConfigError(f"--host {host} --port {port}: cannot listen there: {error}") from error
+        raise _cannot_listen(host, port, error) from error
     return listening
+
+
+def _begin_to_listen(listening: socket.socket, options: argparse.Namespace) -> None:
+    """Another server that was started at the same time may have been faster."""
+    try:
+        listening.listen()
+    except OSError as error:
+        raise _cannot_listen(options.host, options.port, error) from error
+
+
+def _cannot_listen(host: str, port: int, error: Exception) -> ConfigError:
+    return ConfigError(f"--host {host} --port {port}: cannot listen there: {error}; choose another --port.")
 
 
 def _limit(name: str, given: int | None, context: int) -> int:
