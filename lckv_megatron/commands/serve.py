@@ -128,7 +128,8 @@ def serve(options: argparse.Namespace) -> None:
     logger.info("serving %s at http://%s:%d/v1", name, *listening.getsockname()[:2])
     server = uvicorn.Server(serving)
     request = _EndRequest(server)
-    server.capture_signals = lambda: handling(request.note)  # uvicorn's own knows fewer, and sends them again
+    # uvicorn's own knows fewer signals, and sends them again
+    server.capture_signals = lambda: handling(request.note)  # type: ignore[method-assign]
     server.run(sockets=[listening])
     logger.info("stopped serving: %s", request.reason)
 
