@@ -109,8 +109,8 @@ def build_epochs(
     """
     if documents.last > np.iinfo(np.int32).max:
         raise ConfigError(
-            f"{documents.prefix} has at least {documents.last} documents, but at most 2147483647 can be put in "
-            "order. Make several datasets of it and blend them."
+            f"{documents.prefix} has at least {documents.last} documents, but at most 2147483647 can be put "
+            "in order. Make several datasets of it and blend them."
         )
     per_epoch = documents.samples_per_epoch(seq_length)
     epochs = max(1, math.ceil(samples / per_epoch))
