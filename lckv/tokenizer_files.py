@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lckv.errors import ModelError
-from lckv.plain_files import odd_entries, open_plain, plain_size
+from lckv.plain_files import MAX_BYTES, odd_entries, open_plain, plain_size
 from lckv.weights.json_file import read_json_object
 
 MODEL_NAME = "tokenizer.model"
@@ -23,8 +23,6 @@ _OTHER_NAMES = (
     "tekken.json",
     "chat_template.jinja",
 )
-_MAX_BYTES = 2**30
-"""Of a file of a tokenizer: libraries take all of it into memory, several times."""
 
 PROBES = (
     "The quick brown fox jumps over the lazy dog, 1234567890 times.",
@@ -55,7 +53,7 @@ def check_folder(folder: Path) -> None:
     if problems:
         raise ModelError("\n".join(problems))
     for path in (folder / name for name in (*JSON_NAMES, *_OTHER_NAMES)):
-        if path.is_file() and plain_size(path) > _MAX_BYTES:
+        if path.is_file() and plain_size(path) > MAX_BYTES:
             raise ModelError(f"{path} has {plain_size(path):,} bytes; a file of a tokenizer has fewer.")
     for name in JSON_NAMES:
         if (folder / name).exists():

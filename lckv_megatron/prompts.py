@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lckv.generation.sampling import SamplingParams
+from lckv.surrogates import lone_surrogate
 from megatron_ext.errors import ConfigError
 
 _SETTINGS = tuple(field.name for field in fields(SamplingParams))
@@ -50,6 +51,13 @@ class Chat:
         return list(encoded["input_ids"])
 
 
+def check_text(text: str, where: str) -> None:
+    """Raises ConfigError, which names `where`, for what is no Unicode text: no tokenizer takes it."""
+    problem = lone_surrogate(text)
+    if problem is not None:
+        raise ConfigError(f"{where}: {problem}. Is the text encoded in UTF-8?")
+
+
 def single(text: str, tokenizer: Any, params: SamplingParams, chat: Chat | None) -> Prompt:
     """A text, as a message of the user where there is a chat."""
     return Prompt("1", _tokens(text, tokenizer, chat, "--prompt"), params)
@@ -79,15 +87,17 @@ def _line(
 ) -> Prompt:
     try:
         content = json.loads(line)
-        json.dumps(content, ensure_ascii=False).encode()
-    except RecursionError:
-        raise ConfigError(f"{where}: lists or objects in one another, too deep to be read.") from None
-    except UnicodeEncodeError:
-        raise ConfigError(f"{where}: it holds half of a surrogate pair, which is no character.") from None
     except ValueError as error:
         raise ConfigError(f"{where}: not valid JSON ({error}).") from error
+    except RecursionError:
+        raise ConfigError(f"{where}: lists or objects in one another, too deep to be read.") from None
     if not isinstance(content, dict) or ("prompt" in content) == ("messages" in content):
         raise ConfigError(f'{where}: an object with either "prompt" or "messages" is needed.')
+    for name, value in content.items():
+        check_text(name, f"{where}: a field's name")
+        check_text(
+            value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), f"{where}: {name}"
+        )
     settings = {name: value for name, value in content.items() if name not in ("prompt", "messages", "id")}
     unknown = [name for name in settings if name not in _SETTINGS]
     if unknown:

@@ -53,16 +53,6 @@ def memory_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def unicode_text(text: str) -> str:
-    """A text without what is no character: bytes of an argument that are not UTF-8, which Python turns into
-    halves of surrogate pairs."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise argparse.ArgumentTypeError(f"not Unicode text at character {error.start + 1}") from None
-    return text
-
-
 def positive(text: str) -> int:
     """A whole number of at least 1."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:

@@ -22,7 +22,7 @@ from lckv_megatron.engine_options import (
     add_model_options,
     load,
 )
-from megatron_ext.arguments import ProgramParser, positive, unicode_text
+from megatron_ext.arguments import ProgramParser, positive
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError
 from megatron_ext.files import check_input, check_output
@@ -31,12 +31,12 @@ from megatron_ext.files import check_input, check_output
 def _parser() -> argparse.ArgumentParser:
     parser = ProgramParser("generate", __doc__)
     prompts = parser.add_argument_group("prompts").add_mutually_exclusive_group()
-    prompts.add_argument("--prompt", type=unicode_text, help="text to continue")
+    prompts.add_argument("--prompt", help="text to continue")
     prompts.add_argument("--batch", type=Path, metavar="FILE", help="JSON lines with a prompt each")
     parser.add_argument(
         "--chat", action="store_true", help="prompts are messages of a user, in the tokenizer's chat format"
     )
-    parser.add_argument("--system", type=unicode_text, metavar="TEXT", help="system message of a chat")
+    parser.add_argument("--system", metavar="TEXT", help="system message of a chat")
     parser.add_argument("--stream", action="store_true", help="print the answer while it is made")
     parser.add_argument(
         "--json",
@@ -98,7 +98,7 @@ def generate(options: argparse.Namespace) -> None:
     """Load the model and answer."""
     from lckv.generation.sampling import SamplingParams
     from lckv_megatron.answers import answer_batch, answer_one, answer_unbounded
-    from lckv_megatron.prompts import Chat, read_batch, single
+    from lckv_megatron.prompts import Chat, check_text, read_batch, single
 
     if options.stream and (options.batch is not None or options.json):
         raise ConfigError("--stream prints the answer to one prompt as text; leave out --batch and --json.")
@@ -128,17 +128,34 @@ def generate(options: argparse.Namespace) -> None:
                 for problem in params.problems()
             )
         )
+    text = None if options.batch is not None else _text(options)
+    if options.system is not None:
+        check_text(options.system, "--system")
     model, tokenizer = load(options)
     chat = Chat(tokenizer, options.system) if options.chat else None
-    if options.batch is not None:
+    if text is None:
         answer_batch(options, model, tokenizer, read_batch(options.batch, tokenizer, params, chat))
         return
-    text = sys.stdin.read() if options.prompt is None else options.prompt
     prompt = single(text, tokenizer, params, chat)
     if options.window is not None:
         answer_unbounded(options, model, tokenizer, prompt)
     else:
         answer_one(options, model, tokenizer, prompt)
+
+
+def _text(options: argparse.Namespace) -> str:
+    """The only prompt. Raises ConfigError where it is no text."""
+    from lckv_megatron.prompts import check_text
+
+    if options.prompt is not None:
+        check_text(options.prompt, "--prompt")
+        return str(options.prompt)
+    try:
+        text = sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the standard input is not UTF-8 text (byte {error.start}).") from error
+    check_text(text, "the standard input")
+    return text
 
 
 def main(argv: Sequence[str] | None = None) -> int:

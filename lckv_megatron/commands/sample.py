@@ -17,7 +17,8 @@ from lckv_megatron.checkpoint_options import (
     layout,
     tokenizer_of_run,
 )
-from megatron_ext.arguments import ProgramParser, unicode_text
+from lckv_megatron.prompts import check_text
+from megatron_ext.arguments import ProgramParser
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError
 
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns its exit status."""
     parser = ProgramParser("sample", __doc__)
     add_load_option(parser)
-    parser.add_argument("--prompt", required=True, type=unicode_text, help="text to continue")
+    parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument(
         "--new-tokens", type=int, default=64, help="most tokens to add (default: %(default)s)"
     )
@@ -51,6 +52,7 @@ def sample(options: argparse.Namespace) -> None:
             f"--temperature is {options.temperature}, --top-k {options.top_k}, --new-tokens "
             f"{options.new_tokens}; they must be at least 0, 0 and 1."
         )
+    check_text(options.prompt, "--prompt")
     # torch and Megatron are loaded here, when logging is set up
     import torch.distributed as dist
 

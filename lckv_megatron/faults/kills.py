@@ -26,9 +26,9 @@ _CHANGING = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "o
 _SECONDS = 180.0
 
 
-def kills(work: Path, moments: int, points: int | None, seed: int, step: Step) -> Iterator[Tally]:
-    """Kills trainings of one process at `points` of all file operations (None: at each), and of one and two
-    processes at `moments` each."""
+def kills(work: Path, moments: int, most: int | None, seed: int, step: Step) -> Iterator[Tally]:
+    """Kills trainings of one process in front of `most` of all file operations (None: of each), and of one
+    and two processes at `moments` each."""
     generator = random.Random(seed)
     for ranks in (1, 2):
         folder = work / f"straight-{ranks}"
@@ -42,10 +42,15 @@ def kills(work: Path, moments: int, points: int | None, seed: int, step: Step) -
             step(1)
         yield tally
         if ranks == 1:
-            yield _at_each_operation(work, straight, points, generator, step)
+            yield _at_each_operation(work, straight, most, generator, step)
 
 
-def count_operations(work: Path) -> int:
+def points(work: Path, most: int | None) -> int:
+    """In front of how many file operations `kills` will kill."""
+    return _operations(work) if most is None else most
+
+
+def _operations(work: Path) -> int:
     """How many file operations a training makes below its folder."""
     told = work / "operations"
     target = work / "counted"
@@ -65,12 +70,12 @@ def count_operations(work: Path) -> int:
 
 
 def _at_each_operation(
-    work: Path, straight: str, points: int | None, generator: random.Random, step: Step
+    work: Path, straight: str, most: int | None, generator: random.Random, step: Step
 ) -> Tally:
     tally = Tally("kills: 1 process, file operations")
-    operations = count_operations(work)
+    operations = _operations(work)
     chosen = range(operations)
-    for number in chosen if points is None else sorted(generator.sample(chosen, min(points, operations))):
+    for number in chosen if most is None else sorted(generator.sample(chosen, min(most, operations))):
         fault = f"in front of operation {number} of {operations}"
         _killed(work, 1, straight, fault, _at_operation(number), tally)
         step(1)

@@ -48,18 +48,19 @@ def malice(made: Materials, work: Path, share: float, seed: int, step: Step) -> 
         tally = Tally(f"malice: {kind}")
         chosen = random.Random(f"{seed} {kind}").sample(known, max(1, round(share * len(known))))
         for attack in chosen:
-            _try(attack, work, canary, tally)
+            attempt(attack, work, canary, tally)
             step(1)
         yield tally
 
 
-def count(made: Materials, work: Path, share: float) -> int:
+def count(made: Materials, share: float) -> int:
     """How many attacks `malice` will try."""
-    kinds = [attack.kind for attack in attacks(made, work / "canary")]
+    kinds = [attack.kind for attack in attacks(made, Path("canary"))]
     return sum(max(1, round(share * kinds.count(kind))) for kind in set(kinds))
 
 
-def _try(attack: Attack, work: Path, canary: Path, tally: Tally) -> None:
+def attempt(attack: Attack, work: Path, canary: Path, tally: Tally) -> None:
+    """Tries one attack in a copy below `work`; code that it runs makes the folder `canary`."""
     copy = work / "copy"
     shutil.copytree(attack.folder, copy, symlinks=True)
     attack.prepare(copy)

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from checkpoints_conversion.formats.huggingface import write_safetensors
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
+from lckv.weights.tensors import MemorySource
 from lckv_megatron.commands import preprocess
 from lckv_megatron.faults.children import in_child
 from lckv_megatron.faults.training import settings, train
@@ -48,7 +50,10 @@ def make(folder: Path) -> Materials:
         *(folder / name for name in ("hf", "checkpoints", "dataset", "pickled", "legacy", "texts"))
     )
     model = _model()
-    model.save_pretrained(made.huggingface, max_shard_size="60KB")
+    made.huggingface.mkdir(parents=True)
+    model.config.save_pretrained(made.huggingface)
+    model.generation_config.save_pretrained(made.huggingface)
+    write_safetensors(made.huggingface, MemorySource(model.state_dict()), max_shard_bytes=60_000)
     tokenizer_files(made.huggingface)
     made.texts.mkdir()
     texts = (f"Document {number}: " + "the quick brown fox. " * (number % 7) for number in range(200))

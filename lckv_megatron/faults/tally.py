@@ -46,7 +46,6 @@ class Tally:
 
 def lines(tallies: Iterable[Tally]) -> Iterator[str]:
     """A table with one row for each kind."""
-    rows = [("kind", "tried", *(verdict.value for verdict in Verdict))]
-    for tally in tallies:
-        rows.append((tally.kind, str(tally.tried), *(str(tally.counts[verdict]) for verdict in Verdict)))
-    yield from table(rows)
+    head = ("kind", "tried", *(verdict.value for verdict in Verdict))
+    rows = [(each.kind, *map(str, (each.tried, *each.counts.values()))) for each in tallies]
+    yield from table([head, *rows])

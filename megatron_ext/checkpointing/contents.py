@@ -56,7 +56,6 @@ _OF_NO_USE = {
 _NAMES = frozenset(
     {_METADATA, _INDEX, _TENSOR, _BYTES, _CHUNK, _PROPERTIES, _PLACE, _SIZE, *_DTYPES, *_OF_NO_USE}
 )
-_MAX_BYTES = 2**30
 
 
 def read_contents(checkpoint: Path) -> Metadata:
@@ -67,8 +66,6 @@ def read_contents(checkpoint: Path) -> Metadata:
     """
     path = checkpoint / CONTENTS_NAME
     try:
-        if plain_size(path) > _MAX_BYTES:
-            raise DamagedCheckpointError(f"{path} is larger than {_MAX_BYTES:,} bytes")
         metadata = _metadata(read_pickle(read_plain(path), _NAMES))
         _check_places(checkpoint, metadata)
     except ForbiddenNameError as error:

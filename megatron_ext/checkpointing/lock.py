@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_ext.atomic import discard
-from megatron_ext.checkpointing.errors import FolderInUseError, UnwritableFolderError, disk_full_in
+from megatron_ext.checkpointing.errors import FolderInUseError, unwritable
 from megatron_ext.checkpointing.owner import Owner, is_gone, read_owner, this_process
 
 LOCK_NAME = "lock.json"
@@ -75,7 +75,7 @@ class FolderLock:
         """Makes the folder if need be, and becomes its owner, or does nothing where this process owns it
         already. Waits for a sign of life of an owner that cannot be seen from here.
 
-        Raises FolderInUseError, UnwritableFolderError, or OSError when the disk is full.
+        Raises FolderInUseError, UnwritableFolderError and DiskFullError.
         """
         here = this_process()
         try:
@@ -94,9 +94,7 @@ class FolderLock:
                 _set_aside(self._path, content, here)
             raise FolderInUseError(self._explain(read_owner(_read(self._path))))
         except OSError as error:
-            if disk_full_in(error):
-                raise
-            raise UnwritableFolderError.of(self._directory, error) from error
+            raise unwritable(self._directory, error) from error
 
     def release(self) -> None:
         """Gives the folder back, if this has taken it. What fails is only logged."""

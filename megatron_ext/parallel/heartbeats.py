@@ -64,6 +64,8 @@ class Heartbeats:
         self._patience = _PATIENCE * 60 * timeout_minutes
         self.pause = min(_LONGEST_PAUSE_SECONDS, self._patience / 5)
         """Seconds between two signs."""
+        self.has_lost = False
+        """Whether this rank's collective has failed: it waited, and the others need not look here."""
         self._main_thread = threading.get_ident()
         self._at = (0, time.time())
         self._ended = threading.Event()
@@ -93,11 +95,12 @@ class Heartbeats:
     def _sign(self) -> Sign:
         frame = sys._current_frames().get(self._main_thread)
         place, waits = ("nowhere", False) if frame is None else _place(frame)
-        return Sign(self._rank, *self._at, written=time.time(), place=place, waits=waits)
+        return Sign(self._rank, *self._at, time.time(), place, waits or self.has_lost)
 
     def describe(self) -> str:
         """Who has not arrived, since when, and where it is, as this rank can know it."""
-        signs = [sign for rank in range(self._ranks) if (sign := self._read(rank)) is not None]
+        written = [sign for rank in range(self._ranks) if (sign := self._read(rank)) is not None]
+        signs = [self._sign() if sign.rank == self._rank else sign for sign in written]
         now, known = time.time(), {sign.rank for sign in signs}
         silent = [sign for sign in signs if now - sign.written > 3 * self.pause]
         latest = max(sign.iteration for sign in signs)
@@ -173,11 +176,17 @@ def heartbeats(timeout_minutes: float) -> Iterator[Callable[[int], None]]:
     except RuntimeError as error:
         if not _COLLECTIVE_FAILURE.search(str(error)):
             raise
+        beats.has_lost = True
         time.sleep(4 * beats.pause)  # until a rank that has just ended is silent
-        raise LostRankError(f"{_described(beats)} ({str(error).splitlines()[0]})") from error
+        raise LostRankError(f"{_described(beats)} ({_reason(error)})") from error
     finally:
         beats.end()
         thread.join(beats.pause)
+
+
+def _reason(error: RuntimeError) -> str:
+    """What torch says, without the place in its sources and advice of its own."""
+    return re.sub(r"^\[[^]]*\] |\. This is typically .*", "", str(error).splitlines()[0])
 
 
 def _described(beats: Heartbeats) -> str:

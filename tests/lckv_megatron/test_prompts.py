@@ -28,10 +28,10 @@ def test_a_prompt_in_each_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "\\ud800"}', "holds half of a surrogate pair, which is no character"),
-        ('{"prompt": "a", "id": "\\udfff"}', "holds half of a surrogate pair"),
-        ('{"prompt": "a", "stop": ["\\ud800"]}', "holds half of a surrogate pair"),
-        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "holds half of a surrogate pair"),
+        ('{"prompt": "\\ud800"}', "half of a surrogate pair"),
+        ('{"prompt": "a", "id": "\\udfff"}', "half of a surrogate pair"),
+        ('{"prompt": "a", "stop": ["\\ud800"]}', "half of a surrogate pair"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "half of a surrogate pair"),
         ("[" * 100_000, "too deep to be read"),
         ("{", "not valid JSON"),
         ("[]", 'an object with either "prompt" or "messages" is needed'),

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from megatron_ext.arguments import DashedParser, ProgramParser, memory_size, positive, unicode_text
+from megatron_ext.arguments import DashedParser, ProgramParser, memory_size, positive, seconds
 
 
 @pytest.mark.parametrize(
@@ -45,10 +45,7 @@ def test_texts_of_values() -> None:
     for text in ("0", "-1", "1.5", "x", "²"):
         with pytest.raises(argparse.ArgumentTypeError, match="is not a whole number of at least 1"):
             positive(text)
-
-
-def test_texts_are_unicode() -> None:
-    assert unicode_text("a\u00e9\U0001f600") == "a\u00e9\U0001f600"
-    for text in ("ab\udcff", "ab\ud83d"):
-        with pytest.raises(argparse.ArgumentTypeError, match="not Unicode text at character 3"):
-            unicode_text(text)
+    assert (seconds("30"), seconds("0.5")) == (30, 0.5)
+    for text in ("0", "-1", "x", "inf", "nan", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not a number of seconds above 0"):
+            seconds(text)

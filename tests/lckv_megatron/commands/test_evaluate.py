@@ -202,6 +202,8 @@ def test_chats_and_special_tokens(tmp_path: Path) -> None:
     assert lm.apply_chat_template(history) == "[user] hello\n[assistant] "
     assert lm.chat_template(True) == tokenizer.chat_template
     assert (lm.eot_token_id, lm.prefix_token_id) == (tokenizer.eos_token_id, tokenizer.bos_token_id)
+    with pytest.raises(ConfigError, match=r"a text of a task: character 1 is U\+D800, half of a surrogate"):
+        lm.tok_encode("a\ud800")
     assert lm.tok_encode("hello") == lm.tok_encode("<|begin|>hello") == [1, *lm.tok_encode("hello", False)]
 
 
