@@ -28,9 +28,9 @@ def say_last(line: str, environment: Mapping[str, str] = os.environ) -> None:
     if "TORCHELASTIC_RUN_ID" not in environment or attempts[0] != attempts[1]:
         return
     if "TORCHELASTIC_ERROR_FILE" in environment:
-        cause = {"message": line, "timestamp": int(time.time())}
+        details = {"py_callstack": line, "timestamp": str(int(time.time()))}
         with open(environment["TORCHELASTIC_ERROR_FILE"], "w", encoding="utf-8") as file:
-            json.dump(cause, file)
+            json.dump({"message": {"message": line, "extraInfo": details}}, file)
     subprocess.Popen(
         [sys.executable, "-I", __file__, str(os.getppid()), line],
         stdin=subprocess.DEVNULL,

@@ -239,7 +239,7 @@ def _checked_mask(attention_mask: Any, rows: int, tokens: int, older: int) -> Te
 
 
 def _check_positions(position_ids: Tensor | None, rows: int, tokens: int) -> None:
-    if position_ids is not None and tuple(position_ids.shape) not in {(rows, tokens), (1, tokens)}:
+    if position_ids is not None and tuple(position_ids.shape) not in ((rows, tokens), (1, tokens)):
         raise ValueError(
             f"position_ids has shape {list(position_ids.shape)}; it must be [{rows}, {tokens}], the position "
             "of each new token."

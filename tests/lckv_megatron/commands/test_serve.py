@@ -1,5 +1,6 @@
 """The server as a program: a real client library talks to it, clients leave, and it ends cleanly."""
 
+import argparse
 import json
 import os
 import re
@@ -16,6 +17,8 @@ from typing import Any
 import openai
 import pytest
 
+from lckv_megatron.commands import serve
+from megatron_ext.errors import ConfigError
 from tests.lckv.serving.served_model import write_folder
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -208,3 +211,41 @@ def test_bad_options_end_it_with_one_line(folder: Path, options: list[str], mess
 
     assert main(["--model", str(folder), "--port", "0", *options]) == 2
     assert message in capfd.readouterr().err
+
+
+def test_a_port_in_use_is_said_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    def load(options: object) -> None:
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr(serve, "load", load)
+    monkeypatch.setattr(serve, "set_up_logging", lambda: None)  # it would take caplog's handler away
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        assert serve.main(["--model", str(tmp_path), "--port", port]) == 2
+    (line,) = caplog.messages
+    assert f"--host 127.0.0.1 --port {port}: cannot listen there: " in line
+    assert line.endswith("choose another --port.")
+    assert len(line.splitlines()) == 1
+
+
+def test_of_two_servers_that_start_together_the_slower_one_says_why() -> None:
+    first = serve._listen("127.0.0.1", 0)
+    port = first.getsockname()[1]
+    second = serve._listen("127.0.0.1", port)  # nobody listens yet
+    options = argparse.Namespace(host="127.0.0.1", port=port)
+    with first, second:
+        serve._begin_to_listen(first, options)
+        with pytest.raises(ConfigError, match=f"--port {port}: cannot listen there: .*choose another --port"):
+            serve._begin_to_listen(second, options)
+
+
+def test_other_signals_stop_it_with_one_line_too(folder: Path) -> None:
+    """Others than those that uvicorn knows."""
+    server = Server(folder)
+    server.process.send_signal(signal.SIGUSR1)
+    assert server.process.wait(END_SECONDS) == 0, server.log
+    server._reader.join(10)
+    assert server.log[-1].endswith("stopped serving: signal SIGUSR1\n")
+    assert not [line for line in server.log if "Traceback" in line]
