@@ -23,7 +23,6 @@ from dataclasses import replace
 from types import FrameType
 from typing import Any
 
-from lckv.serving.limits import ServingLimits
 from lckv_megatron.engine_options import (
     add_engine_options,
     add_model_options,
@@ -45,6 +44,7 @@ _SIZES = (
     "max_prompts",
     "max_messages",
     "max_stops",
+    "max_stop_characters",
     "tokenizer_threads",
     "max_preparing",
     "max_connections",
@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
+    from lckv.serving.limits import ServingLimits
+
     made = ProgramParser("serve", __doc__)
     add_model_options(made)
     add_engine_options(made, batch_size=32)
@@ -99,6 +101,7 @@ def serve(options: argparse.Namespace) -> None:
 
         from lckv.serving.app import create_app
         from lckv.serving.connections import server_config
+        from lckv.serving.limits import ServingLimits
     except ImportError as error:
         raise ConfigError(
             f"serving needs the extra 'serve': pip install 'lckv-megatron[serve]' ({error})"
@@ -120,16 +123,13 @@ def serve(options: argparse.Namespace) -> None:
     app = create_app(
         engine, tokenizer, model=name, limits=limits, api_key=os.environ.get(API_KEY_VARIABLE) or None
     )
-<<<<<<< HEAD
-    serving = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=options.shutdown_seconds)
-    _begin_to_listen(listening, options)
-=======
     serving = server_config(app, limits)
->>>>>>> main
+    _begin_to_listen(listening, options)
     logger.info("serving %s at http://%s:%d/v1", name, *listening.getsockname()[:2])
     server = uvicorn.Server(serving)
     request = _EndRequest(server)
-    server.capture_signals = lambda: handling(request.note)  # uvicorn's own knows fewer, and sends them again
+    # uvicorn's own knows fewer signals, and sends them again
+    server.capture_signals = lambda: handling(request.note)  # type: ignore[method-assign]
     server.run(sockets=[listening])
     logger.info("stopped serving: %s", request.reason)
 
