@@ -70,12 +70,17 @@ class ContiguousCache:
         scale: float,
         key_bias: KeyBias | None,
     ) -> Tensor:
-        """See `KVCache`."""
-        return self.attend_shown(
-            layer, query, new, counted, visibility, scale=scale, key_bias=key_bias, shown=None
+        """See `KVCache`. A window counts tokens."""
+        return self._attend(layer, query, new, counted, visibility, scale, key_bias, None)
+
+    def under(self, shown: Tensor | None) -> KVCache:
+        """This cache as a batch of columns: new tokens see only those that are `shown` (bool [b, columns];
+        None: all), and a window counts columns, padding included."""
+        return (
+            self if self.columns == 0 or (shown is None and self.counted is None) else _Columns(self, shown)
         )
 
-    def attend_shown(
+    def attend_columns(
         self,
         layer: int,
         query: Tensor,
@@ -87,25 +92,33 @@ class ContiguousCache:
         key_bias: KeyBias | None,
         shown: Tensor | None,
     ) -> Tensor:
-        """As `attend`, where `shown` (bool [b, columns]; None: all) says which columns may be seen."""
+        """As `attend`, of columns; see `under`."""
+        columns = None
+        if shown is not None or visibility.window is not None:
+            columns = self._columns_of(self._layers[layer], shown)
+        return self._attend(layer, query, new, counted, visibility, scale, key_bias, columns)
+
+    def _attend(
+        self,
+        layer: int,
+        query: Tensor,
+        new: Extension,
+        counted: Tensor | None,
+        visibility: Visibility,
+        scale: float,
+        key_bias: KeyBias | None,
+        columns: past.Columns | None,
+    ) -> Tensor:
         tokens = past.NewTokens(
             new.key.permute(1, 2, 0, 3),
             new.value.permute(1, 2, 0, 3),
             counted,
             None if new.hides is None else new.hides.permute(1, 2, 0),
         )
-        slots, columns = self._layers[layer], None
-        if self.columns and (
-            shown is not None or (visibility.window is not None and self.counted is not None)
-        ):
-            columns = self._columns_of(slots, shown)
+        older = self._layers[layer].past
         return past.attend_past(
-            query, tokens, slots.past, visibility, scale=scale, key_bias=key_bias, columns=columns
+            query, tokens, older, visibility, scale=scale, key_bias=key_bias, columns=columns
         )
-
-    def under(self, shown: Tensor | None) -> KVCache:
-        """This cache, of which new tokens see only the columns `shown` (bool [b, columns]; None: all)."""
-        return self if shown is None else _Shown(self, shown)
 
     def _columns_of(self, layer: LayerSlots, shown: Tensor | None) -> past.Columns:
         column = layer.tokens
@@ -174,10 +187,10 @@ class ContiguousCache:
             self.counted = self.counted[:, :kept]
 
 
-class _Shown:
-    """A `ContiguousCache` some of whose columns are hidden. Implements `KVCache`."""
+class _Columns:
+    """A `ContiguousCache` seen as the columns of a batch. Implements `KVCache`."""
 
-    def __init__(self, cache: ContiguousCache, shown: Tensor) -> None:
+    def __init__(self, cache: ContiguousCache, shown: Tensor | None) -> None:
         self._cache, self._shown = cache, shown
         self.state, self.commit = cache.state, cache.commit
 
@@ -203,6 +216,6 @@ class _Shown:
         key_bias: KeyBias | None,
     ) -> Tensor:
         """See `KVCache`."""
-        return self._cache.attend_shown(
+        return self._cache.attend_columns(
             layer, query, new, counted, visibility, scale=scale, key_bias=key_bias, shown=self._shown
         )

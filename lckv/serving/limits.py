@@ -31,6 +31,9 @@ class ServingLimits:
     max_stops: int = 64
     """Stop texts in one request, and tokens that end its answers."""
 
+    max_stop_characters: int = 256
+    """Characters of the longest stop text."""
+
     tokenizer_threads: int = 2
     """Threads that check, template and tokenise requests."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from lckv.generation.sampling import SamplingParams
 from lckv.serving.body import parse_object
-from lckv.serving.errors import ApiError, shown
+from lckv.serving.errors import ApiError
 from lckv.serving.limits import ServingLimits
 from lckv.serving.protocol import (
     CompletionRequest,
@@ -14,7 +14,10 @@ from lckv.serving.protocol import (
     chat_request,
     completion_request,
 )
-from lckv.serving.sizes import check_characters, check_prompt_length
+from lckv.serving.sizes import check_characters, check_tokens
+
+_SAID = 500
+"""Characters of a template's message that are passed on."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,9 @@ def _templated(tokenizer: Any, conversation: Sequence[Mapping[str, str]]) -> str
     try:
         return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # templates are programs of their own: anything can go wrong in them
+        said = str(error)[:_SAID]
         raise ApiError(
-            400, f"messages: the model's chat template refuses them: {shown(str(error))}", param="messages"
+            400, f"messages: the model's chat template refuses them: {said}", param="messages"
         ) from error
 
 
@@ -88,7 +92,7 @@ def _text(prompt: list[int], tokenizer: Any) -> str:
 
 
 def _check_job(request: GenerationRequest, tokens: Sequence[int], path: str, limits: ServingLimits) -> None:
-    check_prompt_length(len(tokens), path, limits)
+    check_tokens(len(tokens), path, limits)
     most = request.params.max_new_tokens
     if len(tokens) + most > limits.context:
         name = request.length_name

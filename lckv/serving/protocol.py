@@ -13,7 +13,7 @@ from lckv.serving.errors import ApiError, shown
 from lckv.serving.fields import BOOLEAN, INTEGER, LIST, NUMBER, TEXT, Fields, Kind, check
 from lckv.serving.limits import ServingLimits
 from lckv.serving.messages import conversation
-from lckv.serving.sizes import check_count, check_prompt_length, short_enough
+from lckv.serving.sizes import check_characters, check_count, check_tokens
 
 _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -196,15 +196,14 @@ def _stops(fields: Fields, limits: ServingLimits) -> tuple[str, ...]:
 
 
 def _stop(text: Any, path: str, limits: ServingLimits) -> str:
-    if not check(text, TEXT, path):
-        raise ApiError(400, f"{path} is ''; it must be a text that is not empty.", param=path)
-    return short_enough(text, path, limits)
+    check_count(len(check(text, TEXT, path)), limits.max_stop_characters, path, "characters")
+    return str(text)
 
 
 def _prompts(given: Any, limits: ServingLimits) -> list[str | list[int]]:
     """Always several."""
     if isinstance(given, str):
-        return [short_enough(given, "prompt", limits)]
+        return [_text(given, "prompt", limits)]
     if given and INTEGER.fits(given[0]):
         return [_tokens(given, "prompt", limits)]
     check_count(len(given), limits.max_prompts, "prompt", "prompts")
@@ -213,9 +212,14 @@ def _prompts(given: Any, limits: ServingLimits) -> list[str | list[int]]:
 
 def _prompt(given: Any, path: str, limits: ServingLimits) -> str | list[int]:
     check(given, _MANY._replace(words="a text or a list of token ids"), path)
-    return short_enough(given, path, limits) if isinstance(given, str) else _tokens(given, path, limits)
+    return _text(given, path, limits) if isinstance(given, str) else _tokens(given, path, limits)
+
+
+def _text(given: str, path: str, limits: ServingLimits) -> str:
+    check_characters(len(given), path, limits)
+    return given
 
 
 def _tokens(given: list[Any], path: str, limits: ServingLimits) -> list[int]:
-    check_prompt_length(len(given), path, limits)
+    check_tokens(len(given), path, limits)
     return [check(token, INTEGER, f"{path}[{place}]") for place, token in enumerate(given)]

@@ -15,6 +15,9 @@ from lckv.serving.errors import ApiError
 
 Result = TypeVar("Result")
 
+_AGAIN_SECONDS = 0.1
+"""Until work that nobody waits for is told once more to end."""
+
 
 class _TookTooLongError(BaseException):
     """Raised in a thread whose work nobody waits for any more; `except Exception` lets it pass."""
@@ -54,6 +57,8 @@ class _Task(Generic[Result]):
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(
                     ctypes.c_ulong(self._thread), ctypes.py_object(_TookTooLongError)
                 )
+                # Some code swallows whatever is raised in it, such as what the collector of garbage calls.
+                self._loop.call_later(_AGAIN_SECONDS, self.abandon)
 
     def _settle(self, result: Any, error: Exception | None) -> None:
         if self.future.done():

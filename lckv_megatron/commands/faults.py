@@ -51,7 +51,7 @@ class Extent:
 
 
 FULL = Extent(moments=10, points=None, damages_per_file=16, share_of_attacks=1.0, requests=3000)
-SHORT = Extent(moments=1, points=2, damages_per_file=1, share_of_attacks=0.05, requests=120)
+SHORT = Extent(moments=1, points=2, damages_per_file=1, share_of_attacks=0.03, requests=90)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,12 +97,13 @@ def campaign(options: argparse.Namespace) -> list[str]:
 
         logger.info("making small models, checkpoints and datasets in %s", work)
         made = materials.make(work / "materials")
-        tallies = list(_tallies(options, extent, made, work))
+        tallies = []
+        for counted in _tallies(options, extent, made, work):
+            tallies.append(counted)
+            for line in counted.wrongs:
+                logger.error("wrong: %s", line)
         print("\n".join(tally.lines(tallies)))
-    wrong = [line for each in tallies for line in each.wrongs]
-    for line in wrong:
-        logger.error("wrong: %s", line)
-    return wrong
+    return [line for counted in tallies for line in counted.wrongs]
 
 
 def _work_folder(given: Path | None, stack: ExitStack) -> Path:

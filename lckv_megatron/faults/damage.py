@@ -14,7 +14,7 @@ from lckv_megatron.faults.readers import FELL_BACK, Reader
 from lckv_megatron.faults.tally import Tally, Verdict
 from megatron_ext.checkpointing.folders import read_pointer
 
-Step = Callable[[int], None]
+Step = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,22 @@ def _files(folder: Path) -> list[str]:
 def damage(made: Materials, work: Path, per_file: int, seed: int, step: Step) -> Iterator[Tally]:
     """Damages each file of each target `per_file` times. `step` is told of each fault."""
     for target in targets(made):
-        tally = Tally(f"damage: {target.name}")
+        yield damage_target(target, work, per_file, seed, step)
+
+
+def damage_target(target: Target, work: Path, per_file: int, seed: int, step: Step) -> Tally:
+    """Damages each file of one target `per_file` times, in a copy below `work`."""
+    tally = Tally(f"damage: {target.name}")
+    good = in_child(lambda: target.read(target.folder))
+    if good.how != "value":
+        raise RuntimeError(f"{target.name} cannot be read undamaged: {good.text}")
+    for name in target.files:
         # Each file by a generator of its own, so that a fault can be repeated alone.
-        good = in_child(lambda target=target: target.read(target.folder))  # type: ignore[misc]
-        if good.how != "value":
-            raise RuntimeError(f"{target.name} cannot be read undamaged: {good.text}")
-        for name in target.files:
-            generator = random.Random(f"{seed} {target.name} {name}")
-            for number in range(per_file):
-                _damage_one(target, name, generator, number, work, good, tally)
-                step(1)
-        yield tally
+        generator = random.Random(f"{seed} {target.name} {name}")
+        for number in range(per_file):
+            _damage_one(target, name, generator, number, work, good, tally)
+            step(1)
+    return tally
 
 
 def _damage_one(

@@ -48,7 +48,7 @@ def malice(made: Materials, work: Path, share: float, seed: int, step: Step) -> 
         tally = Tally(f"malice: {kind}")
         chosen = random.Random(f"{seed} {kind}").sample(known, max(1, round(share * len(known))))
         for attack in chosen:
-            _try(attack, work, canary, tally)
+            attempt(attack, work, canary, tally)
             step(1)
         yield tally
 
@@ -59,7 +59,8 @@ def count(made: Materials, share: float) -> int:
     return sum(max(1, round(share * kinds.count(kind))) for kind in set(kinds))
 
 
-def _try(attack: Attack, work: Path, canary: Path, tally: Tally) -> None:
+def attempt(attack: Attack, work: Path, canary: Path, tally: Tally) -> None:
+    """Tries one attack in a copy below `work`; code that it runs makes the folder `canary`."""
     copy = work / "copy"
     shutil.copytree(attack.folder, copy, symlinks=True)
     attack.prepare(copy)
@@ -116,8 +117,8 @@ def _pickles(made: Materials, canary: Path) -> Iterator[Attack]:
         name = "mp_rank_00/model_optim_rng.pt"
         yield Attack("pickles", f"{name}: {what}", made.legacy, _writing(name, archive), readers.legacy)
     for what, content in (("calls posix.mkdir", payloads.pickles(canary)["calls posix.mkdir"]),):
-        written = _signing(_writing("common.pt", payloads.torch_file(content)))
-        yield Attack("pickles", f"a training's common.pt: {what}", made.checkpoints, written, readers.resumed)
+        signed = _signing(_writing("common.pt", payloads.torch_file(content)))
+        yield Attack("pickles", f"a training's common.pt: {what}", made.checkpoints, signed, readers.resumed)
     bomb = payloads.zip_bomb()
     name = "mp_rank_00/model_optim_rng.pt"
     yield Attack("pickles", "a zip bomb", made.legacy, _writing(name, bomb), readers.legacy)

@@ -113,8 +113,8 @@ def _judge(server: Server, tally: Tally) -> None:
     deadline = time.monotonic() + 30
     pages = "?"
     while pages != "0" and time.monotonic() < deadline:
-        found = re.search(r"^lckv_pages_in_use (\d+)", _get(server, "/metrics")[1], re.MULTILINE)
-        pages = "no such metric" if found is None else found[1]
+        line = re.search(r"^lckv_pages_in_use (\d+)", _get(server, "/metrics")[1], re.MULTILINE)
+        pages = "no such metric" if line is None else line[1]
         time.sleep(0.2)
     tally.add(Verdict.HARMLESS if pages == "0" else Verdict.WRONG, "pages in use at the end", pages)
     status = _get(server, "/health")[0]

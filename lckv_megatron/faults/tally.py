@@ -47,5 +47,5 @@ class Tally:
 def lines(tallies: Iterable[Tally]) -> Iterator[str]:
     """A table with one row for each kind."""
     head = ("kind", "tried", *(verdict.value for verdict in Verdict))
-    rows = [(each.kind, *map(str, (each.tried, *each.counts.values()))) for each in tallies]
+    rows = [(tally.kind, *map(str, (tally.tried, *tally.counts.values()))) for tally in tallies]
     yield from table([head, *rows])

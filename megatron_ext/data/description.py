@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from lckv.plain_files import read_plain
+from lckv.weights.json_file import parse_json
 from megatron_ext.atomic import write_file
 from megatron_ext.data.sources import FileState, Position, Source
 from megatron_ext.errors import ConfigError
@@ -163,8 +165,8 @@ def _is_earlier_description(path: Path) -> bool:
     if not re.match(rb'\{\s*"format": 1,\s*"tokenizer_type"', start):
         return False
     try:
-        return _is_description(json.loads(path.read_bytes()))
-    except (ValueError, RecursionError):
+        return _is_description(parse_json(read_plain(path)))
+    except (OSError, ValueError):
         return False
 
 
@@ -175,8 +177,8 @@ def _is_description(values: object) -> bool:
 def is_description(path: Path) -> bool:
     """Whether a file's content is the description of a dataset."""
     try:
-        return _is_description(json.loads(path.read_bytes()))
-    except (OSError, ValueError, RecursionError):
+        return _is_description(parse_json(read_plain(path)))
+    except (OSError, ValueError):
         return False
 
 
@@ -197,7 +199,7 @@ def read_manifest(prefix: str) -> DatasetManifest | None:
     if path is None:
         return None
     try:
-        values = json.loads(path.read_bytes())
+        values = parse_json(read_plain(path))
         if (version := values.pop("format")) not in _READ_FORMATS:
             raise ValueError(f"its format is {version!r}, not 1 or 2")
         shard = values.pop("shard")
@@ -205,7 +207,7 @@ def read_manifest(prefix: str) -> DatasetManifest | None:
         keys = tuple(values.pop("json_keys", ()))
         place = None if shard is None else _shard(shard)
         return _checked(DatasetManifest(**values, sources=sources, shard=place, json_keys=keys))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{path}: not a dataset description ({error}). Make the dataset again under another prefix with "
             "lckv-megatron preprocess, or move this file away to use the dataset unchecked."

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.checkpointing.agreement import agreement
-from megatron_ext.checkpointing.errors import NoCheckpointError, UnwritableFolderError
+from megatron_ext.checkpointing.errors import NoCheckpointError, UnwritableFolderError, unwritable
 from megatron_ext.checkpointing.folders import (
     check_free_space,
     find_candidates,
@@ -144,5 +144,12 @@ def write_settings(run: RunConfig) -> None:
     if run.checkpoint.save is None:
         return
     path = Path(run.checkpoint.save) / _SETTINGS_NAME
+
+    def write() -> None:
+        try:
+            save_config(run, path)
+        except OSError as error:
+            raise unwritable(path, error) from error
+
     with agreement(run.checkpoint.save_timeout_minutes) as ranks:
-        ranks.on_first(f"checkpoint.save: write {path}", lambda: save_config(run, path))
+        ranks.on_first("write the run's settings", write)

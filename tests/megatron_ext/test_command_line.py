@@ -63,6 +63,14 @@ def test_later_files_win_and_options_win_over_files_wherever_they_stand(tmp_path
     assert run.optimizer.lr == 3e-4 and run.data.mock is True
 
 
+def test_an_alias_stands_for_another_value(tmp_path):
+    file = write(
+        tmp_path / "run.yaml", "model: {num_layers: &n 6, num_attention_heads: *n}\ntrain: {seed: *n}\n"
+    )
+    run = parse_run_config(["--config", file])
+    assert (run.model.num_layers, run.model.num_attention_heads, run.train.seed) == (6, 6, 6)
+
+
 def test_texts_stay_texts(tmp_path):
     file = write(
         tmp_path / "run.yaml",
@@ -276,8 +284,9 @@ def test_wrong_options(argv, message, capsys):
             "model.rope_scaling.fctor is unknown; did you mean model.rope_scaling.factor?",
         ),
         ("train: 5", "run.yaml: train is '5'; it must be a mapping of names to values."),
-        (BOMB, "run.yaml, line 2, column 10 is not valid YAML: an alias (*) refers to other text"),
-        ("a: &a [*a]", "is not valid YAML: an alias (*) refers to other text; write the value out"),
+        (BOMB, "is not valid YAML: it stands for more than 100,000 values by its aliases (*)."),
+        ("a: &a [*a]", "line 1, column 4 is not valid YAML: an alias (*) refers to what it is in."),
+        ("a: &a {b: {c: *a}}", "is not valid YAML: an alias (*) refers to what it is in."),
         ("a: " + "[" * 5000, "is not valid YAML: lists or mappings in one another, too deep to be read."),
         ("a: " + "{b: " * 5000, "is not valid YAML: lists or mappings in one another, too deep to be read."),
         ("[a, b]: c", "is not valid YAML: a list or mapping is no name of a setting"),

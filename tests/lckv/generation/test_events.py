@@ -1,5 +1,6 @@
 """What comes of a request token by token: text, log-probabilities, stop texts and tokens."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -79,6 +80,14 @@ def test_stop_tokens_and_the_end_of_the_sequence() -> None:
     answer = engine(built).generate([text(5)], replace(params, stop_token_ids=(), ignore_eos=False))[0]
     assert answer.token_ids == free.token_ids[: end + 1]
     assert (answer.finish_reason, answer.stopped_by, answer.text) == ("stop", 2, "")
+
+
+def test_a_stop_text_of_special_tokens_ends_an_answer() -> None:
+    built = deepcopy(model("plain"))
+    built.lm_head.weight.data.zero_()  # all tokens are as probable, and the first one comes
+    tried = engine(built, tokenizer=byte_level())
+    answer = tried.generate([text(5)], replace(GREEDY, stop=("<end><end>",)))[0]
+    assert (answer.token_ids, answer.text, answer.stopped_by) == ((0, 0), "", "<end><end>")
 
 
 def test_a_tokenizer_of_transformers() -> None:

@@ -1,6 +1,7 @@
 """Work in tokenizer threads: so many at once, so many that wait, so long each; the event loop goes on."""
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -68,6 +69,28 @@ def test_more_than_may_wait_are_told_to_come_back() -> None:
         assert await tried.run(len) == 1
 
     run(story)
+
+
+def test_work_that_swallows_an_end_is_told_again() -> None:
+    ended = threading.Event()
+
+    def stubborn(_: Any) -> None:
+        for _ in range(2):
+            with contextlib.suppress(BaseException):
+                while True:
+                    time.sleep(0.001)
+        try:
+            while True:
+                time.sleep(0.001)
+        finally:
+            ended.set()
+
+    async def story(tried: TokenizerThreads) -> None:
+        with pytest.raises(ApiError):
+            await tried.run(stubborn)
+        assert await asyncio.to_thread(ended.wait, 20)
+
+    run(story, seconds=0.1)
 
 
 def test_a_loop_without_end_is_ended_and_blocks_nobody() -> None:

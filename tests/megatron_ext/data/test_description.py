@@ -1,4 +1,5 @@
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from megatron_ext.data.description import (
     Shard,
     SourceFile,
     existing_manifest,
+    is_description,
     manifest_path,
     read_manifest,
     write_manifest,
@@ -109,3 +111,12 @@ def test_descriptions_of_earlier_versions_are_read(tmp_path: Path) -> None:
 def test_other_files_of_that_name_are_nobodys_description(tmp_path: Path, content: str) -> None:
     (tmp_path / "d.json").write_text(content)
     assert read_manifest(str(tmp_path / "d")) is None
+
+
+@pytest.mark.parametrize("content", [None, b"[" * 100_000])
+def test_descriptions_that_hang_or_are_too_deep(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "x.dataset.json"
+    os.mkfifo(path) if content is None else path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"x\.dataset\.json: not a dataset description .*(a FIFO|too deep)"):
+        read_manifest(str(tmp_path / "x"))
+    assert not is_description(path)
