@@ -123,16 +123,13 @@ def serve(options: argparse.Namespace) -> None:
     app = create_app(
         engine, tokenizer, model=name, limits=limits, api_key=os.environ.get(API_KEY_VARIABLE) or None
     )
-<<<<<<< HEAD
-    serving = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=options.shutdown_seconds)
-    _begin_to_listen(listening, options)
-=======
     serving = server_config(app, limits)
->>>>>>> main
+    _begin_to_listen(listening, options)
     logger.info("serving %s at http://%s:%d/v1", name, *listening.getsockname()[:2])
     server = uvicorn.Server(serving)
     request = _EndRequest(server)
-    server.capture_signals = lambda: handling(request.note)  # uvicorn's own knows fewer, and sends them again
+    # uvicorn's own knows fewer signals, and sends them again
+    server.capture_signals = lambda: handling(request.note)  # type: ignore[method-assign]
     server.run(sockets=[listening])
     logger.info("stopped serving: %s", request.reason)
 
