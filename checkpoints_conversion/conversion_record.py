@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.errors import ConversionError
@@ -159,5 +159,5 @@ def hash_weights(folder: Path, names: Iterable[str]) -> dict[str, str]:
     hashes = {}
     for name in names:
         with open_plain(folder / name) as file:
-            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            hashes[name] = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
     return hashes

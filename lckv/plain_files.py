@@ -35,7 +35,7 @@ def open_plain(path: Path, *, buffering: int = -1) -> BinaryIO:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         _check(path, os.fstat(descriptor).st_mode)
-        return os.fdopen(descriptor, "rb", buffering=buffering)  # type: ignore[return-value]
+        return os.fdopen(descriptor, "rb", buffering=buffering)
     except BaseException:
         os.close(descriptor)
         raise

@@ -73,7 +73,7 @@ def mask_for(
     config: LCKVLlamaConfig, embedded: Tensor, attention_mask: Tensor | None, position_ids: Tensor
 ) -> Any:
     """What the configured function wants as a mask: None where transformers has no kind of mask for it."""
-    offered = {
+    offered: dict[str, Any] = {
         "config": config,
         "inputs_embeds": embedded,
         "input_embeds": embedded,  # the name until transformers 5.2

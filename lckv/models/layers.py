@@ -185,7 +185,7 @@ class LCKVLlamaDecoderLayer(GradientCheckpointingLayer):
 
     _recomputed = False
 
-    @property  # type: ignore[override]  # an attribute of the base class
+    @property  # an attribute of the base class
     def gradient_checkpointing(self) -> bool:
         """Whether the base class recomputes `forward` in backward. transformers sets it; passes without
         gradient keep nothing for backward anyway."""

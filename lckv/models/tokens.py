@@ -76,7 +76,8 @@ class Given(NamedTuple):
         those in packed sequences, or else columns. `counted`: bool [b, s]; None: all."""
         if self.position_ids is not None:
             return self.position_ids
-        starts = self.packing.starts(*new_tokens.shape[:2], new_tokens.device)
+        rows, tokens = new_tokens.shape[:2]
+        starts = self.packing.starts(rows, tokens, new_tokens.device)
         if starts is None:
             return _column_positions(new_tokens, counted, cache)
         places = torch.arange(starts.shape[1], device=starts.device)

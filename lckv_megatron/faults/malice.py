@@ -117,8 +117,8 @@ def _pickles(made: Materials, canary: Path) -> Iterator[Attack]:
         name = "mp_rank_00/model_optim_rng.pt"
         yield Attack("pickles", f"{name}: {what}", made.legacy, _writing(name, archive), readers.legacy)
     for what, content in (("calls posix.mkdir", payloads.pickles(canary)["calls posix.mkdir"]),):
-        written = _signing(_writing("common.pt", payloads.torch_file(content)))
-        yield Attack("pickles", f"a training's common.pt: {what}", made.checkpoints, written, readers.resumed)
+        signed = _signing(_writing("common.pt", payloads.torch_file(content)))
+        yield Attack("pickles", f"a training's common.pt: {what}", made.checkpoints, signed, readers.resumed)
     bomb = payloads.zip_bomb()
     name = "mp_rank_00/model_optim_rng.pt"
     yield Attack("pickles", "a zip bomb", made.legacy, _writing(name, bomb), readers.legacy)

@@ -153,6 +153,11 @@ def safetensors_headers() -> dict[str, bytes]:
     }
 
 
+def _make_hole(path: Path) -> None:
+    path.touch()
+    os.truncate(path, HUGE_BYTES)
+
+
 def odd_files(canary: Path) -> dict[str, Callable[[Path], object]]:
     """What any file can be replaced by; each makes it at a path where nothing is."""
     return {
@@ -160,7 +165,7 @@ def odd_files(canary: Path) -> dict[str, Callable[[Path], object]]:
         "a device": lambda path: path.symlink_to("/dev/zero"),
         "a folder": lambda path: path.mkdir(),
         "a link to itself": lambda path: path.symlink_to(path.name),
-        "a hole of a terabyte": lambda path: (path.touch(), os.truncate(path, HUGE_BYTES)),
+        "a hole of a terabyte": _make_hole,
         "deep JSON": lambda path: path.write_bytes(DEEP),
         "deep objects": lambda path: path.write_bytes(b'{"a":' * 200_000),
         "JSON of another kind": lambda path: path.write_bytes(b"[3]"),

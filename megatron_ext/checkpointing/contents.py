@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -155,7 +155,7 @@ def _index(part: Any) -> MetadataIndex:
 
 def _place(part: Any) -> _StorageInfo:
     fields = _fields(part, _PLACE)
-    name, offset, length = (fields.get(field) for field in ("relative_path", "offset", "length"))
+    name, offset, length = (cast(Any, fields.get(field)) for field in ("relative_path", "offset", "length"))
     if not is_plain_name(name):
         raise UnpicklingError(f"it names the file {name!r}; only files of the same folder are read")
     if not all(type(n) is int and 0 <= n < 2**62 for n in (offset, length)):

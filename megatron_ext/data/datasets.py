@@ -98,8 +98,11 @@ def build_datasets(
         timeout_minutes=data.index_timeout_minutes,
         timeout_setting="data.index_timeout_minutes",
     )
+    train, valid, test = (None if split is None else _open(split, seq_length, vocab_size) for split in splits)
     return Datasets(
-        *(None if split is None else _open(split, seq_length, vocab_size) for split in splits),
+        train,
+        valid,
+        test,
         order=None if splits[0] is None else TrainingOrder.from_dict(splits[0]["order"]),
         uses={
             name: [
@@ -136,7 +139,8 @@ def _mock(
     if mocks[0] is not None and first != inner:
         mocks[0] = ShiftedSamples(mocks[0], first=first, inner=inner)
     uses = {name: [SourceUse("data.mock", n, 0)] for name, n in zip(SPLITS, samples, strict=True) if n}
-    return Datasets(*mocks, order=order if samples[0] else None, uses=uses)
+    train, valid, test = mocks
+    return Datasets(train, valid, test, order=order if samples[0] else None, uses=uses)
 
 
 def _open(split: dict[str, Any], seq_length: int, vocab_size: int) -> SampleDataset:

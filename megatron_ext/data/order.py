@@ -172,10 +172,15 @@ class _Succession:
             names = ", ".join(source.prefix for source in self._known)
             self._losses.append(f"none of the checkpoint's training data, {names}, is among that of this run")
         sources = tuple(
-            replace(source, before=self._begin(source, pairs.get(number)))
+            replace(
+                source, before=self._begin(source, self._known[pairs[number]] if number in pairs else None)
+            )
             for number, source in enumerate(self._present.sources)
         )
-        left_out = tuple(old for old in self._known if old.before and old not in pairs.values())
+        goes_on = {*pairs.values()}
+        left_out = tuple(
+            old for number, old in enumerate(self._known) if old.before and number not in goes_on
+        )
         self._notes += [f"{old.prefix} is left out after {old.before:,} samples." for old in left_out]
         if self._losses and not allowed:
             raise ConfigError(
@@ -188,17 +193,23 @@ class _Succession:
         self._notes += [f"{loss} (data.allow_changed_data is set)." for loss in self._losses]
         return TrainingOrder(self._consumed, sources, left_out), tuple(self._notes)
 
-    def _pairs(self) -> dict[int, Source]:
-        """What each of the present sources was before: the source with its documents, best under its path;
-        else the one at its path."""
-        pairs: dict[int, Source] = {}
-        for by_content, by_path in ((True, True), (True, False), (False, True)):
-            for number, source in enumerate(self._present.sources):
-                for old in self._known:
-                    alike = not by_content or old.content == source.content
-                    alike &= not by_path or os.path.realpath(old.prefix) == os.path.realpath(source.prefix)
-                    if alike and number not in pairs and old not in pairs.values():
-                        pairs[number] = old
+    def _pairs(self) -> dict[int, int]:
+        """Which of the known sources each of the present ones was: the one with its documents, best under its
+        path; else the one at its path."""
+        ours, known = (
+            [(source.content, os.path.realpath(source.prefix)) for source in sources]
+            for sources in (self._present.sources, self._known)
+        )
+        pairs: dict[int, int] = {}
+        for key in (lambda of: of, lambda of: of[0], lambda of: of[1]):
+            taken = {*pairs.values()}
+            free: dict[Any, list[int]] = {}
+            for number, source in enumerate(known):
+                if number not in taken:
+                    free.setdefault(key(source), []).append(number)
+            for number, source in enumerate(ours):
+                if number not in pairs and free.get(key(source)):
+                    pairs[number] = free[key(source)].pop(0)
         return pairs
 
     def _begin(self, source: Source, old: Source | None) -> int:

@@ -104,8 +104,14 @@ def build_epochs(
 
     It holds `documents.npy` int32 [epochs, documents], the order of the documents; `starts.npy` [epochs,
     samples + 1, 2], for each sample the place in that order and the token at which it begins; `order.npy`
-    [epochs, samples], the order of the samples.
+    [epochs, samples], the order of the samples. Raises ConfigError if it cannot be written, is damaged, or
+    there are too many documents.
     """
+    if documents.last > np.iinfo(np.int32).max:
+        raise ConfigError(
+            f"{documents.prefix} has at least {documents.last} documents, but at most 2147483647 can be put "
+            "in order. Make several datasets of it and blend them."
+        )
     per_epoch = documents.samples_per_epoch(seq_length)
     epochs = max(1, math.ceil(samples / per_epoch))
     depends_on = {

@@ -168,7 +168,8 @@ def heartbeats(timeout_minutes: float) -> Iterator[Callable[[int], None]]:
         yield _ignored
         return
     # a connection of its own: another may be waiting for something
-    beats = Heartbeats(dist.distributed_c10d._get_default_store().clone(), timeout_minutes)
+    store: Any = dist.distributed_c10d._get_default_store()
+    beats = Heartbeats(store.clone(), timeout_minutes)
     thread = threading.Thread(target=beats.run, name="heartbeats", daemon=True)
     thread.start()
     try:

@@ -59,7 +59,8 @@ def train_step(
     """
     model.zero_grad_buffer()
     optimizer.zero_grad()
-    meter, numbers = StatisticsMeter(model), []
+    meter = StatisticsMeter(model)
+    numbers: list[Tensor] = []
     read = _noting_numbers(samples, numbers)
     losses = run_schedule(model, read, make_batch, train, meter, progress=progress, forward_only=False)
     learning_rate = optimizer.param_groups[0]["lr"]

@@ -1,4 +1,5 @@
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_ext.config import DataConfig
 from megatron_ext.data.datasets import Datasets, build_datasets
-from megatron_ext.data.order import Continuation, Source, TrainingOrder
+from megatron_ext.data.order import Continuation, Source, TrainingOrder, continue_order
 from megatron_ext.errors import ConfigError
 from tests.megatron_ext.data.builders import numbered_documents, write_dataset
 
@@ -228,6 +229,17 @@ def test_none_of_the_data_goes_on(prefixes: list[str]) -> None:
             build(other, 30, first, 20)
         samples = read(build(other, 30, first, 20, allowed=True), 20, 30)
         assert samples == [(name, text) for name, text in read(build(other, 10), 0, 10)]
+
+
+def test_thousands_of_datasets_go_on_at_once() -> None:
+    names = [f"d{number}" for number in range(4000)]
+    sources = tuple(Source(name, name, 1, 8, 10, 1.0) for name in names)
+    present = TrainingOrder(0, tuple(replace(source, weight=2.0) for source in sources[::-1][1:]))
+    begin = time.monotonic()
+    order, _ = continue_order(present, Continuation(6000, TrainingOrder(0, sources), False))
+    assert time.monotonic() - begin < 20
+    assert {source.before for source in order.sources} == {1, 2}
+    assert sum(source.before for source in (*order.sources, *order.left_out)) == 6000
 
 
 def test_mock_data_change_their_seed(prefixes: list[str]) -> None:
