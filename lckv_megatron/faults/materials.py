@@ -15,7 +15,7 @@ from checkpoints_conversion.formats.huggingface import write_safetensors
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from lckv.weights.tensors import MemorySource
-from lckv_megatron.commands import preprocess
+from lckv_megatron.__main__ import main as run_program
 from lckv_megatron.faults.children import in_child
 from lckv_megatron.faults.training import settings, train
 
@@ -60,7 +60,7 @@ def make(folder: Path) -> Materials:
     (made.texts / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (made.texts / "run.yaml").write_text(json.dumps(settings()))
     made.dataset.mkdir()
-    _expect(lambda: f"status {preprocess.main(_preprocessing(made))}", "status 0")
+    _expect(lambda: f"status {run_program(_preprocessing(made))}", "status 0")
     run = settings(checkpoint={"save": str(made.checkpoints), "save_interval": 1}, train={"train_iters": 2})
     _expect(lambda: train(run), "2")
     made.pickled.mkdir()
@@ -115,6 +115,7 @@ def tokenizer_files(folder: Path) -> None:
 
 def _preprocessing(made: Materials) -> list[str]:
     return [
+        "preprocess",
         "--input", str(made.texts / "corpus.jsonl"), "--output-prefix", str(made.dataset / "corpus"),
         "--tokenizer-type", "huggingface", "--tokenizer-model", str(made.huggingface), "--workers", "1",
     ]  # fmt: skip

@@ -15,7 +15,7 @@ from lckv.tokenizer_files import PROBES
 from lckv.weights.huggingface import HuggingFaceFolder
 from lckv.weights.json_file import read_json_object
 from lckv.weights.tensors import TensorSource
-from lckv_megatron.commands import preprocess
+from lckv_megatron.__main__ import main as run_program
 from lckv_megatron.faults.materials import VOCABULARY
 from lckv_megatron.faults.training import settings, train
 from megatron_ext.checkpointing.strategies import read_common
@@ -106,7 +106,7 @@ def corpus(path: Path) -> str:
         "--workers",
         "1",
     ]
-    if preprocess.main(words) != 0:
+    if run_program(["preprocess", *words]) != 0:
         raise ConfigError("preprocess ended with status 2")
     prefix = str(made / "corpus")
     return _digest(

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lckv_megatron.commands import serve
+from lckv_megatron.__main__ import main as run_program
 from lckv_megatron.faults.clients import BADLY, WELL, Answer, Client, Server
 from lckv_megatron.faults.damage import Step
 from lckv_megatron.faults.materials import CONTEXT
@@ -81,7 +81,7 @@ def _serving(model: Path, port: int) -> int:
         with open(os.devnull, "w") as silence:
             os.dup2(silence.fileno(), 1)
             os.dup2(silence.fileno(), 2)
-        status = serve.main(words)
+        status = run_program(["serve", *words])
     except BaseException:  # noqa: BLE001 - told by the status
         status = 1
     os._exit(status)
