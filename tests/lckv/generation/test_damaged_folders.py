@@ -1,4 +1,4 @@
-"""Files beside the weights that are damaged, or no files: an error that names them, whatever a library says."""
+"""Files beside the weights that are damaged, or no files: an error by name, whatever a library says."""
 
 import json
 import os
@@ -54,10 +54,12 @@ def test_json_that_is_none(folder: Path, name: str, content: bytes) -> None:
 )
 def test_json_of_other_values(folder: Path, name: str, content: object) -> None:
     (folder / name).write_text(json.dumps(content))
+    said = ""
     try:
         load_model(folder, device="cpu")  # some values mean nothing to the library
     except ModelError as error:
-        assert str(folder) in str(error)
+        said = str(error)
+    assert not said or str(folder) in said
 
 
 @pytest.mark.parametrize("name", JSON_NAMES)
