@@ -15,6 +15,7 @@ from lckv.serving.protocol import (
     completion_request,
 )
 from lckv.serving.sizes import check_characters, check_tokens
+from lckv.serving.time_limit import TEMPLATES, TookTooLongError, time_limit
 
 _SAID = 500
 """Characters of a template's message that are passed on."""
@@ -50,7 +51,7 @@ def prepare_completion(body: bytes, model: str, limits: ServingLimits, tokenizer
 def prepare_chat(body: bytes, model: str, limits: ServingLimits, tokenizer: Any) -> Prepared:
     """Of POST /v1/chat/completions. Raises ApiError."""
     request = chat_request(parse_object(body), model, limits)
-    text = _templated(tokenizer, request.conversation)
+    text = _templated(tokenizer, request.conversation, limits.prepare_seconds)
     check_characters(len(text), "messages", limits)
     tokens = _encode(tokenizer, text, add_special_tokens=False)
     params = request.params
@@ -66,13 +67,19 @@ def _encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> li
     return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids)
 
 
-def _templated(tokenizer: Any, conversation: Sequence[Mapping[str, str]]) -> str:
+def _templated(tokenizer: Any, conversation: Sequence[Mapping[str, str]], seconds: float) -> str:
     if getattr(tokenizer, "chat_template", None) is None:
         raise ApiError(
             400, "this model's tokenizer has no chat template; use /v1/completions.", param="messages"
         )
     try:
-        return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+        with time_limit(seconds, TEMPLATES):
+            text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        return str(text)
+    except TookTooLongError:
+        raise ApiError(
+            503, f"messages: the model's chat template took more than {seconds:g} seconds.", param="messages"
+        ) from None
     except Exception as error:  # templates are programs of their own: anything can go wrong in them
         said = str(error)[:_SAID]
         raise ApiError(

@@ -1,11 +1,13 @@
 """Threads that prepare requests, away from the event loop: so many at once, so many that wait, so long each.
 
+A thread cannot be stopped. What it does must be bounded: by the size of what it works on, or by `time_limit`.
+
 Each thread has a tokenizer of its own: a Hugging Face tokenizer must not be used by two at once.
 """
 
 import asyncio
+import contextlib
 import copy
-import ctypes
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -15,13 +17,6 @@ from lckv.serving.errors import ApiError
 
 Result = TypeVar("Result")
 
-_AGAIN_SECONDS = 0.1
-"""Until work that nobody waits for is told once more to end."""
-
-
-class _TookTooLongError(BaseException):
-    """Raised in a thread whose work nobody waits for any more; `except Exception` lets it pass."""
-
 
 class _Task(Generic[Result]):
     """Work for a thread, and the future of its result in the event loop."""
@@ -30,35 +25,20 @@ class _Task(Generic[Result]):
         self._work = work
         self._loop = asyncio.get_running_loop()
         self.future: asyncio.Future[Result] = self._loop.create_future()
-        self._lock = threading.Lock()
-        self._abandoned = False
-        self._thread: int | None = None
+        self.abandoned = False
+        """Nobody waits for the result any more."""
 
     def run(self, tokenizer: Any) -> None:
         """In a thread."""
-        with self._lock:
-            if self._abandoned:
-                return
-            self._thread = threading.get_ident()
+        result: Result | None = None
+        error: Exception | None = None
         try:
-            result, error = self._work(tokenizer), None
+            if not self.abandoned:
+                result = self._work(tokenizer)
         except Exception as failure:  # noqa: BLE001  # raised again in the event loop
-            result, error = None, failure
-        with self._lock:
-            self._thread = None
-            if not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(self._settle, result, error)
-
-    def abandon(self) -> None:
-        """Do not start, or end as soon as Python code runs again in the thread."""
-        with self._lock:
-            self._abandoned = True
-            if self._thread is not None:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                    ctypes.c_ulong(self._thread), ctypes.py_object(_TookTooLongError)
-                )
-                # Some code swallows whatever is raised in it, such as what the collector of garbage calls.
-                self._loop.call_later(_AGAIN_SECONDS, self.abandon)
+            error = failure
+        with contextlib.suppress(RuntimeError):  # the event loop has ended meanwhile
+            self._loop.call_soon_threadsafe(self._settle, result, error)
 
     def _settle(self, result: Any, error: Exception | None) -> None:
         if self.future.done():
@@ -102,7 +82,7 @@ class TokenizerThreads:
             ) from None
         finally:
             self._pending -= 1
-            task.abandon()
+            task.abandoned = True
 
     def stop(self) -> None:
         """End the threads when they are done."""
@@ -117,7 +97,4 @@ class TokenizerThreads:
 
     def _serve(self, tokenizer: Any) -> None:
         while (task := self._queue.get()) is not None:
-            try:
-                task.run(tokenizer)
-            except _TookTooLongError:
-                continue
+            task.run(tokenizer)

@@ -1,9 +1,7 @@
 """Work in tokenizer threads: so many at once, so many that wait, so long each; the event loop goes on."""
 
 import asyncio
-import contextlib
 import threading
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -71,51 +69,30 @@ def test_more_than_may_wait_are_told_to_come_back() -> None:
     run(story)
 
 
-def test_work_that_swallows_an_end_is_told_again() -> None:
-    ended = threading.Event()
-
-    def stubborn(_: Any) -> None:
-        for _ in range(2):
-            with contextlib.suppress(BaseException):
-                while True:
-                    time.sleep(0.001)
-        try:
-            while True:
-                time.sleep(0.001)
-        finally:
-            ended.set()
+def test_work_that_takes_too_long_blocks_nobody() -> None:
+    gate = threading.Event()
 
     async def story(tried: TokenizerThreads) -> None:
-        with pytest.raises(ApiError):
-            await tried.run(stubborn)
-        assert await asyncio.to_thread(ended.wait, 20)
-
-    run(story, seconds=0.1)
-
-
-def test_a_loop_without_end_is_ended_and_blocks_nobody() -> None:
-    running: set[int] = set()
-
-    def forever(_: Any) -> None:
-        running.add(threading.get_ident())
-        try:
-            while True:
-                try:
-                    time.sleep(0.001)
-                except Exception:
-                    continue
-        finally:
-            running.discard(threading.get_ident())
-
-    async def story(tried: TokenizerThreads) -> None:
-        works = [asyncio.ensure_future(tried.run(forever)) for _ in range(2)]
-        for work in works:
-            with pytest.raises(ApiError, match=r"was not tokenised after 0\.3 seconds") as caught:
-                await work
-            assert caught.value.status == 503
+        slow = asyncio.ensure_future(tried.run(lambda _: gate.wait(20)))
         for _ in range(3):
             assert await tried.run(len) == 1
-        while running:
-            await asyncio.sleep(0.01)
+        with pytest.raises(ApiError, match=r"was not tokenised after 0\.5 seconds") as caught:
+            await slow
+        assert caught.value.status == 503
+        gate.set()
+        assert await asyncio.gather(*(tried.run(len) for _ in range(4))) == [1] * 4
 
-    run(story, seconds=0.3)
+    run(story, seconds=0.5)
+
+
+def test_work_that_nobody_waits_for_is_not_begun() -> None:
+    gate, done = threading.Event(), []
+
+    async def story(tried: TokenizerThreads) -> None:
+        works = [tried.run(lambda _: gate.wait(20)), tried.run(done.append)]
+        assert all(isinstance(e, ApiError) for e in await asyncio.gather(*works, return_exceptions=True))
+        gate.set()
+        assert await tried.run(len) == 1
+        assert not done
+
+    run(story, threads=1, seconds=0.5)
