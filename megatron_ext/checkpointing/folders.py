@@ -169,7 +169,7 @@ def prepare_staging(directory: Path, iteration: int, needed_bytes: int) -> tuple
     Raises DiskFullError when the checkpoint will not fit.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(directory)
+    remove_leftovers(directory)
     check_free_space(directory, checkpoint_name(iteration), needed_bytes)
     sequences = [info.manifest.sequence for info in _scan(directory) if info.manifest is not None]
     staging = _owned(directory / checkpoint_name(iteration), "tmp")
@@ -177,7 +177,8 @@ def prepare_staging(directory: Path, iteration: int, needed_bytes: int) -> tuple
     return staging, 1 + max(sequences, default=0)
 
 
-def _remove_leftovers(directory: Path) -> None:
+def remove_leftovers(directory: Path) -> None:
+    """Deletes what crashes have left, but not what a living process writes; logs what fails."""
     here = this_process()
     for path in directory.iterdir():
         match = _LEFTOVER.fullmatch(path.name)

@@ -10,13 +10,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lckv.plain_files import read_plain
 from lckv.weights.json_file import parse_json
 from megatron_ext.atomic import write_file
 from megatron_ext.data.sources import FileState, Position, Source
 from megatron_ext.errors import ConfigError
+
+_Part = TypeVar("_Part", "DatasetManifest", "SourceFile", "Shard", Position)
 
 FORMAT = 2
 _READ_FORMATS = (1, 2)
@@ -203,8 +205,8 @@ def read_manifest(prefix: str) -> DatasetManifest | None:
         if (version := values.pop("format")) not in _READ_FORMATS:
             raise ValueError(f"its format is {version!r}, not 1 or 2")
         shard = values.pop("shard")
-        sources = tuple(SourceFile(**source) for source in values.pop("sources"))
-        keys = tuple(values.pop("json_keys", ()))
+        sources = tuple(_checked(SourceFile(**source)) for source in values.pop("sources"))
+        keys = tuple(map(str, values.pop("json_keys", ())))
         place = None if shard is None else _shard(shard)
         return _checked(DatasetManifest(**values, sources=sources, shard=place, json_keys=keys))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -215,12 +217,15 @@ def read_manifest(prefix: str) -> DatasetManifest | None:
 
 
 def _shard(values: Mapping[str, Any]) -> Shard:
-    return Shard(**{**values, "end": Position(**values["end"])})
+    return _checked(Shard(**{**values, "end": _checked(Position(**values["end"]))}))
 
 
-def _checked(manifest: DatasetManifest) -> DatasetManifest:
-    for field in fields(manifest):
-        value = getattr(manifest, field.name)
+def _checked(part: _Part) -> _Part:
+    """`part` of a description, whose plain fields have the types that they should have, and counts are."""
+    for field in fields(part):
+        value = getattr(part, field.name)
         if field.type in (str, int, bool) and type(value) is not field.type:
             raise ValueError(f"{field.name}={value!r} is not of type {field.type.__name__}")
-    return manifest
+        if field.type is int and value < (-1 if field.name == "max_token_id" else 0):
+            raise ValueError(f"{field.name}={value} is negative")
+    return part

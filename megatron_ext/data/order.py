@@ -9,8 +9,9 @@ of an epoch it can.
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 from typing import Any, Self
 
 import numpy as np
@@ -201,7 +202,8 @@ class _Succession:
             for sources in (self._present.sources, self._known)
         )
         pairs: dict[int, int] = {}
-        for key in (lambda of: of, lambda of: of[0], lambda of: of[1]):
+        keys: tuple[Callable[[tuple[str, str]], Any], ...] = (tuple, itemgetter(0), itemgetter(1))
+        for key in keys:
             taken = {*pairs.values()}
             free: dict[Any, list[int]] = {}
             for number, source in enumerate(known):

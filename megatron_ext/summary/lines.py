@@ -85,5 +85,5 @@ def data_lines(uses: Mapping[str, Sequence[SourceUse]], seq_length: int) -> Iter
 
 def _epochs(source: SourceUse) -> str:
     if not source.per_epoch:
-        return f"without end, of {source.prefix}"
+        return f"new ones without end ({source.prefix})"
     return f"{source.samples / source.per_epoch:.2f} epochs of {source.prefix}"

@@ -20,6 +20,7 @@ from megatron_ext.checkpointing.folders import (
     find_candidates,
     is_checkpoint,
     list_checkpoints,
+    remove_leftovers,
 )
 from megatron_ext.checkpointing.lock import FolderLock
 from megatron_ext.command_line import save_config
@@ -107,6 +108,7 @@ def prepared(checkpoint: CheckpointConfig) -> Iterator[Start]:
             if lock is not None:
                 ranks.on_first("check checkpoint.save", lambda: _check_is_no_checkpoint(checkpoint.save))
                 ranks.on_first("take checkpoint.save", lock.take)
+                ranks.on_first("clean up", lambda: remove_leftovers(Path(checkpoint.save or "")))
             start = ranks.on_first("look for checkpoints", lambda: choose_start(checkpoint))
         if start.goes_on:
             instead = "" if checkpoint.load is None else "; checkpoint.load is for the first start"

@@ -129,7 +129,7 @@ def test_functions_with_a_mask_of_transformers(layer_types: str | None) -> None:
     """A function that has transformers' kind of mask gets it: padding, packed sequences."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    ALL_MASK_ATTENTION_FUNCTIONS["of_transformers"] = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_MASK_ATTENTION_FUNCTIONS.register("of_transformers", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     own, one = model(layer_types), of_others(layer_types, "of_transformers")
     mask = torch.ones(1, 9, dtype=torch.int64)
     mask[0, 2] = mask[0, 8] = 0
@@ -150,7 +150,7 @@ def test_functions_with_a_mask_of_transformers(layer_types: str | None) -> None:
         ):
             one(IDS, seq_idx=split, attention_mask=mask)
     finally:
-        del ALL_MASK_ATTENTION_FUNCTIONS["of_transformers"]
+        del ALL_MASK_ATTENTION_FUNCTIONS._global_mapping["of_transformers"]
 
 
 @pytest.mark.parametrize(

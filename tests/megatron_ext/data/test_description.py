@@ -18,6 +18,8 @@ from megatron_ext.data.sources import Position
 from megatron_ext.errors import ConfigError
 from tests.megatron_ext.data.builders import write_dataset
 
+SHARD = {"index": 0, "final": True, "text_bytes": 9, "end": {}}
+
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     prefix = write_dataset(tmp_path / "d", [[1, 2]])
@@ -44,6 +46,13 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         ({"append_eod": 1}, "append_eod=1 is not of type bool"),
         ({"more": 1}, "unexpected keyword argument 'more'"),
         ({"sources": None}, "not iterable"),
+        ({"tokens": -1}, "tokens=-1 is negative"),
+        ({"sources": [{"path": 1, "bytes": 5}]}, "path=1 is not of type str"),
+        ({"sources": [{"path": "a", "bytes": "5"}]}, "bytes='5' is not of type int"),
+        ({"sources": ["a"]}, "must be a mapping"),
+        ({"shard": {**SHARD, "index": "0"}}, "index='0' is not of type int"),
+        ({"shard": {**SHARD, "end": {"source": None}}}, "source=None is not of type int"),
+        ({"shard": {**SHARD, "end": 3}}, "must be a mapping"),
     ],
 )
 def test_a_file_that_cannot_be_understood(tmp_path: Path, change: dict[str, object], message: str) -> None:

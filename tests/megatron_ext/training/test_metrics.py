@@ -280,7 +280,8 @@ def test_a_damaged_note_of_the_run_of_wandb_is_as_none(tmp_path, monkeypatch, co
 
 
 def test_wandb_offline_goes_on_with_the_same_id(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # it keeps the folders of the test before
     monkeypatch.chdir(tmp_path)
     for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path))
@@ -289,8 +290,8 @@ def test_wandb_offline_goes_on_with_the_same_id(tmp_path, monkeypatch):
         with MetricsWriter(config, resumed_iteration=resumed, notes=[tmp_path]) as writer:
             writer.write(resumed + 1, {"lm_loss": 2.5})
     note = json.loads((tmp_path / WANDB_NOTE).read_text())
-    names = [path.name for path in tmp_path.rglob("*.wandb")]
-    assert {*names} == {f"run-{note['id']}.wandb"}
+    wait_until(lambda: any(tmp_path.rglob("*.wandb")), seconds=60)
+    assert {path.name for path in tmp_path.rglob("*.wandb")} == {f"run-{note['id']}.wandb"}
 
 
 def test_places_are_tried_before_anything_is_built(tmp_path):

@@ -120,6 +120,14 @@ def test_one_command_starts_and_continues_bit_for_bit(tmp_path: Path) -> None:
     assert [report["iteration"] for report in reports(tmp_path / "pieces.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
+def test_what_a_crash_has_left_goes_also_when_there_is_nothing_to_do(tmp_path: Path) -> None:
+    run = tiny_run(checkpoint={"save": str(tmp_path)}, train={"train_iters": 3})
+    run_on_ranks(1, train, run)
+    (tmp_path / ".iter_0000001.node7-12-345.trash").mkdir()
+    assert run_on_ranks(1, train, run) == [3]
+    assert sorted(os.listdir(tmp_path)) == ["iter_0000003", "latest", "run.yaml"]
+
+
 def test_another_model_in_the_folder_is_refused_with_the_reason(tmp_path: Path) -> None:
     saving = {"checkpoint": {"save": str(tmp_path)}, "train": {"train_iters": 3}}
     run_on_ranks(1, train, tiny_run(compression=YOCO, **saving))
