@@ -10,20 +10,18 @@ import os
 import struct
 import zipfile
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO, cast
 
 import torch
-from torch import Tensor
 
 from lckv.errors import ModelError
 from lckv.plain_files import open_plain
-from lckv.weights.elements import fill
 from lckv.weights.file_part import FilePart
 from lckv.weights.pickled_data import ForbiddenNameError, Made, Name, Persistent, read_pickle
-from lckv.weights.tensors import TensorInfo, row_chunks
+from lckv.weights.pickled_tensor import PickledTensor, contiguous_strides
+from lckv.weights.tensors import TensorInfo
 
 READING_ERRORS = (
     UnpicklingError,
@@ -62,58 +60,6 @@ _NAMES = frozenset({_TENSOR, _TENSOR_OF_DTYPE, _PARAMETER, *_STORAGES, *_DTYPES}
 _LOCAL_HEADER = struct.Struct("<26xHH")
 """Of an archive's entry: the lengths of its name and of its extra field, which come before the content."""
 _ENCRYPTED = 1
-
-
-@dataclass(frozen=True)
-class PickledTensor:
-    """A tensor that lies in a file."""
-
-    path: Path
-    info: TensorInfo
-    strides: tuple[int, ...]
-    first_byte: int
-    """Of its first number in the file."""
-
-    span: int
-    """Numbers from its first to its last, as they lie in the file."""
-
-    def read(self, rows: slice | None = None) -> Tensor:
-        """The tensor, or its rows start:stop. Raises ModelError where the file was changed meanwhile."""
-        start, stop, _ = (rows or slice(None)).indices(self.info.shape[0] if self.info.shape else 1)
-        shape = self.info.shape if rows is None else (max(stop - start, 0), *self.info.shape[1:])
-        result = torch.empty(shape, dtype=self.info.dtype)
-        try:
-            self.copy_rows(start, max(stop, start), result)
-        except (OSError, EOFError) as error:
-            raise ModelError(f"{self.path} has changed while it was read: {error}.") from error
-        return result
-
-    def copy_rows(self, start: int, stop: int, target: Tensor) -> None:
-        """Reads rows start:stop into `target`, which has their shape. Raises OSError and EOFError."""
-        with open_plain(self.path, buffering=0) as file:
-            if self._row_by_row:
-                self._copy_contiguous(file, start, stop, target)
-                return
-            numbers = torch.empty(self.span, dtype=self.info.dtype)
-            file.seek(self.first_byte)
-            fill(file, numbers)
-            whole = numbers.as_strided(self.info.shape, self.strides)
-            target.copy_(whole if not self.info.shape else whole[start:stop])
-
-    @property
-    def _row_by_row(self) -> bool:
-        return self.strides == _contiguous_strides(self.info.shape)
-
-    def _copy_contiguous(self, file: BinaryIO, start: int, stop: int, target: Tensor) -> None:
-        below = self.info.shape[1:]
-        file.seek(self.first_byte + start * math.prod(below) * self.info.dtype.itemsize)
-        if target.is_contiguous() and target.dtype == self.info.dtype:
-            fill(file, target)
-            return
-        for rows in row_chunks(TensorInfo((stop - start, *below), self.info.dtype)):
-            part = torch.empty((rows.stop - rows.start, *below), dtype=self.info.dtype)
-            fill(file, part)
-            target[rows] = part
 
 
 def read_torch_file(
@@ -190,7 +136,7 @@ class _Archive:
         if max(first + span, math.prod(shape)) * dtype.itemsize > bytes_there:
             raise UnpicklingError(f"a tensor of shape {list(shape)[:8]} has more numbers than the file holds")
         contiguous = span == math.prod(shape) and (span == 0 or _is_dense(shape, strides))
-        strides = _contiguous_strides(shape) if contiguous else strides
+        strides = contiguous_strides(shape) if contiguous else strides
         return PickledTensor(
             self._path, TensorInfo(shape, dtype), strides, begin + first * dtype.itemsize, span
         )
@@ -263,13 +209,9 @@ def _whole_numbers(part: Any) -> tuple[int, ...]:
     return part
 
 
-def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-
-
 def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether rows lie behind one another; the stride of an axis of one entry says nothing."""
-    wanted = _contiguous_strides(shape)
+    wanted = contiguous_strides(shape)
     return all(n == 1 or step == right for n, step, right in zip(shape, strides, wanted, strict=True))
 
 

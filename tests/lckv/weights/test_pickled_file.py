@@ -13,13 +13,8 @@ import torch
 from torch import Tensor
 
 from lckv.errors import ModelError
-from lckv.weights.pickled_file import (
-    READING_ERRORS,
-    PickledTensor,
-    load_tensors,
-    open_pickle,
-    read_torch_file,
-)
+from lckv.weights.pickled_file import READING_ERRORS, load_tensors, open_pickle, read_torch_file
+from lckv.weights.pickled_tensor import PickledTensor
 
 TENSORS: dict[str, Tensor] = {
     "plain": torch.arange(35.0).view(7, 5),
