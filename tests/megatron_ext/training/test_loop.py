@@ -145,8 +145,10 @@ def test_when_time_is_up_the_run_saves_and_ends(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_the_run() -> None:
     run = tiny_run(model={"init_method_std": 3e38})
+    first = r"4 of 4 samples, the first of them number 0, which begins in dataset data\.mock, document 0"
     with pytest.raises(
-        NonFiniteLossError, match=r"iteration 1: the loss is nan .*such a loss: 0, 1\).*Resume from"
+        NonFiniteLossError,
+        match=rf"iteration 1: the loss is nan .*such a loss: 0, 1; {first}, token 0\).*Resume from",
     ):
         run_on_ranks(2, train, run)
 
