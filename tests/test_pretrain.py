@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -188,7 +189,10 @@ def test_a_second_run_into_the_folder_is_told_of_the_first(tmp_path: Path) -> No
     done = start(*command(tmp_path, f"--checkpoint.save={save}", ranks=2))
     lock.release()
     assert done.returncode != 0
-    assert done.stderr.count(f"error: checkpoint.save: {save} is in use by process {os.getpid()}") == 1
+    said = f"error: checkpoint.save: {save} is in use by process {os.getpid()}"
+    by_ranks = [line for line in done.stderr.splitlines() if re.match(rf"[\d:]+ (rank \d: )?{said}", line)]
+    assert len(by_ranks) == 1, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(said), "after torchrun's own words"
 
 
 def test_terminated_runs_save_and_end_well(tmp_path: Path) -> None:
