@@ -26,6 +26,7 @@ from typing import NamedTuple
 from megatron_ext.atomic import discard
 from megatron_ext.checkpointing.errors import FolderInUseError, unwritable
 from megatron_ext.checkpointing.owner import Owner, is_gone, read_owner, this_process
+from megatron_ext.signals import blocked
 
 LOCK_NAME = "lock.json"
 BEAT_SECONDS = 10.0
@@ -81,8 +82,11 @@ class FolderLock:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             for _ in range(_ATTEMPTS):
-                if _create(self._path, here):
-                    self._start_beating(here)
+                with blocked():  # a signal comes before or after: what is made is also held
+                    made = _create(self._path, here)
+                    if made:
+                        self._start_beating(here)
+                if made:
                     return
                 content = _read(self._path)
                 owner = read_owner(content)

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_ext.checkpointing.errors import FolderInUseError, UnwritableFolderError
 from megatron_ext.checkpointing.lock import FolderLock, Purpose
 from megatron_ext.errors import ConfigError
+from megatron_ext.signals import blocked
 
 _ATTEMPTS = 5
 
@@ -35,13 +36,14 @@ def _locked(prefix: str) -> Iterator[None]:
             "choose another --output-prefix",
         ),
     )
-    _take(lock, prefix)
     try:
+        _take(lock, prefix)
         yield
     finally:
-        lock.release()
-        with contextlib.suppress(OSError):  # another job has it already
-            folder.rmdir()
+        with blocked():
+            lock.release()
+            with contextlib.suppress(OSError):  # another job has it
+                folder.rmdir()
 
 
 def _take(lock: FolderLock, prefix: str) -> None:
