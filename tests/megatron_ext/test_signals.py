@@ -116,6 +116,25 @@ def test_a_thread_sees_signals_while_no_handler_runs() -> None:
     assert signal.set_wakeup_fd(-1) == -1
 
 
+def test_other_signals_that_python_handles_are_not_watched() -> None:
+    """torch's data loader handles SIGCHLD: the end of a reading process is no request to stop."""
+    seen, heard = [], threading.Event()
+
+    def watch(number: int) -> None:
+        seen.append(number)
+        heard.set()
+
+    before = signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    try:
+        with handling(lambda number, frame: None), signals.watching(watch):
+            signal.raise_signal(signal.SIGCHLD)
+            signal.raise_signal(signal.SIGUSR1)
+            assert heard.wait(10)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert seen == [signal.SIGUSR1]
+
+
 def test_repetition(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([100.0, 100.5, 103.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(times))
