@@ -121,8 +121,8 @@ def blocked() -> Iterator[None]:
 
 @contextmanager
 def watching(watch: Callable[[int], object]) -> Iterator[None]:
-    """While the context is open, a thread calls `watch` with the number of each signal of `ENDING` that Python
-    handles, also while the main thread is deep in a long computation, where no handler runs."""
+    """While the context is open, a thread calls `watch` with the number of each signal of `ENDING` that is
+    handled, also while the main thread is deep in a long computation, where no handler runs."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
