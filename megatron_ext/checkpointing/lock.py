@@ -26,7 +26,7 @@ from typing import NamedTuple
 from megatron_ext.atomic import discard
 from megatron_ext.checkpointing.errors import FolderInUseError, unwritable
 from megatron_ext.checkpointing.owner import Owner, is_gone, read_owner, this_process
-from megatron_ext.signals import blocked
+from megatron_ext.signals import deferred
 
 LOCK_NAME = "lock.json"
 BEAT_SECONDS = 10.0
@@ -82,7 +82,7 @@ class FolderLock:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             for _ in range(_ATTEMPTS):
-                with blocked():  # a signal comes before or after: what is made is also held
+                with deferred():  # a signal comes before or after: what is made is also held
                     made = _create(self._path, here)
                     if made:
                         self._start_beating(here)

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_ext.checkpointing.errors import FolderInUseError, UnwritableFolderError
 from megatron_ext.checkpointing.lock import FolderLock, Purpose
 from megatron_ext.errors import ConfigError
-from megatron_ext.signals import blocked
+from megatron_ext.signals import deferred
 
 _ATTEMPTS = 5
 
@@ -40,7 +40,7 @@ def _locked(prefix: str) -> Iterator[None]:
         _take(lock, prefix)
         yield
     finally:
-        with blocked():
+        with deferred():
             lock.release()
             with contextlib.suppress(OSError):  # another job has it
                 folder.rmdir()

@@ -36,6 +36,7 @@ from megatron_ext.data.prefix_lock import locked
 from megatron_ext.data.sources import Position, RecordReader, Source, check_columns, text_bytes
 from megatron_ext.data.tokenizers import content_of, load_tokenizer
 from megatron_ext.errors import ConfigError
+from megatron_ext.signals import deferred
 
 logger = logging.getLogger(__name__)
 
@@ -238,9 +239,11 @@ class _Run:
             for prefix, key in zip(self._prefixes(), self._job.json_keys, strict=True)
         }
         with ExitStack() as stack:
-            writers = [
-                stack.enter_context(IndexedWriter(prefix, np.dtype(self._empty.dtype))) for prefix in shard
-            ]
+            with deferred():  # what is begun is also abandoned
+                writers = [
+                    stack.enter_context(IndexedWriter(prefix, np.dtype(self._empty.dtype)))
+                    for prefix in shard
+                ]
             for stretch, encoded in stream:
                 for prefix, writer, documents in zip(shard, writers, encoded.by_key, strict=True):
                     writer.add(documents.tokens, documents.lengths)
