@@ -69,46 +69,9 @@ class ContiguousCache:
         *,
         scale: float,
         key_bias: KeyBias | None,
+        columns: past.Columns | None = None,
     ) -> Tensor:
-        """See `KVCache`. A window counts tokens."""
-        return self._attend(layer, query, new, counted, visibility, scale, key_bias, None)
-
-    def under(self, shown: Tensor | None) -> KVCache:
-        """This cache as a batch of columns: new tokens see only those that are `shown` (bool [b, columns];
-        None: all), and a window counts columns, padding included."""
-        return (
-            self if self.columns == 0 or (shown is None and self.counted is None) else _Columns(self, shown)
-        )
-
-    def attend_columns(
-        self,
-        layer: int,
-        query: Tensor,
-        new: Extension,
-        counted: Tensor | None,
-        visibility: Visibility,
-        *,
-        scale: float,
-        key_bias: KeyBias | None,
-        shown: Tensor | None,
-    ) -> Tensor:
-        """As `attend`, of columns; see `under`."""
-        columns = None
-        if shown is not None or visibility.window is not None:
-            columns = self._columns_of(self._layers[layer], shown)
-        return self._attend(layer, query, new, counted, visibility, scale, key_bias, columns)
-
-    def _attend(
-        self,
-        layer: int,
-        query: Tensor,
-        new: Extension,
-        counted: Tensor | None,
-        visibility: Visibility,
-        scale: float,
-        key_bias: KeyBias | None,
-        columns: past.Columns | None,
-    ) -> Tensor:
+        """See `KVCache`. A window counts tokens, or with `columns` columns."""
         tokens = past.NewTokens(
             new.key.permute(1, 2, 0, 3),
             new.value.permute(1, 2, 0, 3),
@@ -120,8 +83,16 @@ class ContiguousCache:
             query, tokens, older, visibility, scale=scale, key_bias=key_bias, columns=columns
         )
 
-    def _columns_of(self, layer: LayerSlots, shown: Tensor | None) -> past.Columns:
-        column = layer.tokens
+    def under(self, shown: Tensor | None) -> KVCache:
+        """This cache as a batch of columns: new tokens see only those that are `shown` (bool [b, columns];
+        None: all), and a window counts columns, padding included."""
+        return (
+            self if self.columns == 0 or (shown is None and self.counted is None) else _Columns(self, shown)
+        )
+
+    def columns_of(self, layer: int, shown: Tensor | None) -> past.Columns:
+        """Where the slots of a layer stand among the columns of the batch; `shown` as in `under`."""
+        column = self._layers[layer].tokens
         if self.counted is not None:
             order = torch.argsort(~self.counted, dim=1, stable=True)[:, None].expand(-1, column.shape[1], -1)
             column = order.gather(2, column.clamp(max=self.columns - 1))
@@ -216,6 +187,9 @@ class _Columns:
         key_bias: KeyBias | None,
     ) -> Tensor:
         """See `KVCache`."""
-        return self._cache.attend_columns(
-            layer, query, new, counted, visibility, scale=scale, key_bias=key_bias, shown=self._shown
+        columns = None
+        if self._shown is not None or visibility.window is not None:
+            columns = self._cache.columns_of(layer, self._shown)
+        return self._cache.attend(
+            layer, query, new, counted, visibility, scale=scale, key_bias=key_bias, columns=columns
         )

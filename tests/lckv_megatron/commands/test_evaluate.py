@@ -18,8 +18,8 @@ from lckv.generation.sampling import SamplingParams
 from lckv_megatron.commands.evaluate import main
 from lckv_megatron.scoring.lm_eval_adapter import adapter, sampling_params
 from megatron_ext.errors import ConfigError
+from tests.lckv.models.folders import save_folder
 from tests.lckv.models.tiny import CYCLIC, MERGING
-from tests.lckv_megatron.model_folders import save_folder
 
 CHOICES: dict[str, Any] = {
     "task": "tiny_choices",

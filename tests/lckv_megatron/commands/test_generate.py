@@ -11,8 +11,8 @@ from lckv.generation.engine import Engine
 from lckv.generation.loading import load_model
 from lckv.generation.sampling import SamplingParams
 from lckv_megatron.commands.generate import main
+from tests.lckv.models.folders import save_folder
 from tests.lckv.models.tiny import CYCLIC, MERGING
-from tests.lckv_megatron.model_folders import save_folder
 
 
 @pytest.fixture(scope="module")
