@@ -19,6 +19,7 @@ from lckv.serving.guard import Guard
 from lckv.serving.limits import ServingLimits
 from lckv.serving.metrics import ServerMetrics
 from lckv.serving.preparing import Prepared, prepare_chat, prepare_completion
+from lckv.serving.protocol import unknown_model
 from lckv.serving.responding import Responder
 from lckv.serving.token_logprobs import Kind
 from lckv.serving.tokenizing import TokenizerThreads
@@ -90,8 +91,13 @@ def _add_routes(app: FastAPI, served: Served) -> None:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        entry = {"id": served.model, "object": "model", "created": 0, "owned_by": "lckv-megatron"}
-        return {"object": "list", "data": [{**entry, "max_model_len": served.limits.context}]}
+        return {"object": "list", "data": [_model(served)]}
+
+    @app.get("/v1/models/{asked:path}")  # names may have slashes
+    async def model(asked: str) -> dict[str, Any]:
+        if asked != served.model:
+            raise unknown_model(asked, served.model)
+        return _model(served)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -100,6 +106,11 @@ def _add_routes(app: FastAPI, served: Served) -> None:
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         return await _answer(served, request, "chat", prepare_chat)
+
+
+def _model(served: Served) -> dict[str, Any]:
+    entry = {"id": served.model, "object": "model", "created": 0, "owned_by": "lckv-megatron"}
+    return {**entry, "max_model_len": served.limits.context}
 
 
 async def _answer(

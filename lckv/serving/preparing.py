@@ -1,6 +1,6 @@
 """From the body of a request to the engine's jobs: parsed, checked, templated and tokenised, in a thread."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +9,7 @@ from lckv.serving.body import parse_object
 from lckv.serving.errors import ApiError
 from lckv.serving.limits import ServingLimits
 from lckv.serving.protocol import (
+    ChatRequest,
     CompletionRequest,
     GenerationRequest,
     chat_request,
@@ -42,7 +43,7 @@ def prepare_completion(body: bytes, model: str, limits: ServingLimits, tokenizer
     jobs = []
     for place, prompt in enumerate(request.prompts):
         path = "prompt" if len(request.prompts) == 1 else f"prompt[{place}]"
-        tokens = _encode(tokenizer, prompt) if isinstance(prompt, str) else prompt
+        tokens = _encode(request, tokenizer, prompt) if isinstance(prompt, str) else prompt
         _check_job(request, tokens, path, limits)
         jobs.append((tokens, request.params))
     return Prepared(request, jobs, _prefixes(request, tokenizer), "prompt")
@@ -51,9 +52,9 @@ def prepare_completion(body: bytes, model: str, limits: ServingLimits, tokenizer
 def prepare_chat(body: bytes, model: str, limits: ServingLimits, tokenizer: Any) -> Prepared:
     """Of POST /v1/chat/completions. Raises ApiError."""
     request = chat_request(parse_object(body), model, limits)
-    text = _templated(tokenizer, request.conversation, limits.prepare_seconds)
+    text = _templated(tokenizer, request, limits.prepare_seconds)
     check_characters(len(text), "messages", limits)
-    tokens = _encode(tokenizer, text, add_special_tokens=False)
+    tokens = _encode(request, tokenizer, text)
     params = request.params
     if request.fills_context:
         room = max(1, limits.context - len(tokens))
@@ -63,18 +64,20 @@ def prepare_chat(body: bytes, model: str, limits: ServingLimits, tokenizer: Any)
     return Prepared(request, [(tokens, params)], [""], "messages")
 
 
-def _encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids)
+def _encode(request: GenerationRequest, tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=request.add_special_tokens, verbose=False).input_ids)
 
 
-def _templated(tokenizer: Any, conversation: Sequence[Mapping[str, str]], seconds: float) -> str:
+def _templated(tokenizer: Any, request: ChatRequest, seconds: float) -> str:
     if getattr(tokenizer, "chat_template", None) is None:
         raise ApiError(
             400, "this model's tokenizer has no chat template; use /v1/completions.", param="messages"
         )
     try:
         with time_limit(seconds, TEMPLATES):
-            text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(
+                request.conversation, tokenize=False, **request.template_settings
+            )
         return str(text)
     except TookTooLongError:
         raise ApiError(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lckv.generation.sampling import SamplingParams
+from lckv.serving.accepted import ACCEPTED_OF_VLLM, ACCEPTED_OF_VLLM_CHATS
 from lckv.serving.errors import ApiError, shown
 from lckv.serving.fields import BOOLEAN, INTEGER, LIST, NUMBER, TEXT, Fields, Kind, check
 from lckv.serving.limits import ServingLimits
@@ -23,9 +24,11 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
 }
 """Fields that clients send, of which only these values (and null) are supported."""
 
-_ACCEPTED_OF_COMPLETIONS = _ACCEPTED | {"best_of": (1,), "suffix": ("",)}
+_ACCEPTED_OF_COMPLETIONS = _ACCEPTED | ACCEPTED_OF_VLLM | {"best_of": (1,), "suffix": ("",)}
 
-_ACCEPTED_OF_CHATS = _ACCEPTED | {
+_ACCEPTED_OF_CHATS = {
+    **_ACCEPTED,
+    **ACCEPTED_OF_VLLM_CHATS,
     "tools": ([],),
     "functions": ([],),
     "tool_choice": ("none", "auto"),
@@ -35,12 +38,13 @@ _ACCEPTED_OF_CHATS = _ACCEPTED | {
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
-    "reasoning_effort": ("none",),
+    "reasoning_effort": ("none", "medium"),
     "verbosity": ("medium",),
     "metadata": ({},),
     "store": (False,),
     "service_tier": ("auto", "default"),
     "web_search_options": (),
+    "prompt_cache_retention": ("in_memory", "in-memory", "24h"),
 }
 
 _COMPLETION_TOKENS = 16
@@ -50,6 +54,9 @@ _MANY = Kind(
     "a text, a list of texts, a list of token ids, or a list of such lists",
     lambda value: isinstance(value, str | list),
 )
+_NUMBER_OF_LOGPROBS = Kind("an integer", lambda value: value is False or INTEGER.fits(value))
+"""Clients of chats say false where they want none."""
+
 _STOPS = Kind("a text or a list of texts", lambda value: isinstance(value, str | list))
 
 
@@ -62,6 +69,9 @@ class GenerationRequest:
     params: SamplingParams
     length_name: str
     """The field that says how long an answer may be."""
+
+    add_special_tokens: bool
+    """Whether the tokenizer's own go around a prompt that is a text."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,9 @@ class ChatRequest(GenerationRequest):
     conversation: Sequence[Mapping[str, str]]
     """For the tokenizer's chat template."""
 
+    template_settings: Mapping[str, Any]
+    """What else the template is given."""
+
     fills_context: bool
     """Whether the answer may be as long as there is room."""
 
@@ -88,7 +101,8 @@ def completion_request(content: Mapping[str, Any], model: str, limits: ServingLi
     fields = Fields(content)
     _check_model(fields, model)
     prompts = _prompts(fields.need("prompt", _MANY), limits)
-    echo, logprobs = fields.take("echo", BOOLEAN, False), fields.take("logprobs", INTEGER)
+    echo, logprobs = fields.take("echo", BOOLEAN, False), fields.take("logprobs", _NUMBER_OF_LOGPROBS)
+    logprobs = None if logprobs is False else logprobs
     if echo and logprobs is not None:
         raise ApiError(
             400, "echo with logprobs is not supported: there are none for the prompt.", param="echo"
@@ -97,8 +111,9 @@ def completion_request(content: Mapping[str, Any], model: str, limits: ServingLi
     stream, include_usage = _stream(fields)
     params = _params(fields, limits, max_new_tokens=length, logprobs=logprobs)
     _check_params(params, limits, {"max_new_tokens": "max_tokens"})
+    special = fields.take("add_special_tokens", BOOLEAN, True)
     fields.refuse_others(_ACCEPTED_OF_COMPLETIONS)
-    return CompletionRequest(stream, include_usage, params, "max_tokens", prompts, echo)
+    return CompletionRequest(stream, include_usage, params, "max_tokens", special, prompts, echo)
 
 
 def chat_request(content: Mapping[str, Any], model: str, limits: ServingLimits) -> ChatRequest:
@@ -108,7 +123,7 @@ def chat_request(content: Mapping[str, Any], model: str, limits: ServingLimits) 
     turns = conversation(fields.need("messages", LIST), limits)
     length_name, length = _length(fields)
     logprobs, best = fields.take("logprobs", BOOLEAN, False), fields.take("top_logprobs", INTEGER)
-    if best is not None and not logprobs:
+    if best and not logprobs:
         raise ApiError(400, "top_logprobs is given, but logprobs is false.", param="top_logprobs")
     stream, include_usage = _stream(fields)
     params = _params(
@@ -118,16 +133,34 @@ def chat_request(content: Mapping[str, Any], model: str, limits: ServingLimits) 
         logprobs=(best or 0) if logprobs else None,
     )
     _check_params(params, limits, {"max_new_tokens": length_name, "logprobs": "top_logprobs"})
+    special, settings = fields.take("add_special_tokens", BOOLEAN, False), _template_settings(fields)
     for name in ("safety_identifier", "prompt_cache_key"):  # as `user`
         fields.take(name, TEXT)
     fields.refuse_others(_ACCEPTED_OF_CHATS)
-    return ChatRequest(stream, include_usage, params, length_name, turns, length is None)
+    fills = length is None
+    return ChatRequest(stream, include_usage, params, length_name, special, turns, settings, fills)
 
 
 def _check_model(fields: Fields, model: str) -> None:
-    asked = fields.need("model", TEXT)
+    asked = fields.take("model", TEXT, model)
     if asked != model:
-        raise ApiError(404, f"model {shown(asked)} is not served here; this is {model!r}.", param="model")
+        raise unknown_model(asked, model)
+
+
+def unknown_model(asked: str, model: str) -> ApiError:
+    """What is said to who asks for another model than the one that is served."""
+    message = f"model {shown(asked)} is not served here; this is {model!r}."
+    return ApiError(404, message, param="model", code="model_not_found")
+
+
+def _template_settings(fields: Fields) -> dict[str, Any]:
+    """Where the template ends: at the beginning of an answer, or within the last message."""
+    goes_on = fields.take("continue_final_message", BOOLEAN, False)
+    begins = fields.take("add_generation_prompt", BOOLEAN, not goes_on)
+    if begins and goes_on:
+        message = "continue_final_message is true, and add_generation_prompt too; give one of them."
+        raise ApiError(400, message, param="continue_final_message")
+    return {"add_generation_prompt": begins, "continue_final_message": goes_on}
 
 
 def _stream(fields: Fields) -> tuple[bool, bool]:

@@ -167,6 +167,23 @@ def test_the_key_is_asked_for() -> None:
         assert client.get("/health").status_code == 200
 
 
+def test_one_model_is_shown_by_its_name(client: TestClient) -> None:
+    assert client.get("/v1/models/tiny").json() == client.get("/v1/models").json()["data"][0]
+    unknown = client.get("/v1/models/some/other")
+    assert unknown.status_code == 404
+    error = unknown.json()["error"]
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+    assert "model 'some/other' is not served here; this is 'tiny'" in error["message"]
+
+
+def test_the_name_of_a_model_may_have_slashes() -> None:
+    app = create_app(make_engine(), byte_tokenizer(), model="a/b c", limits=LIMITS, api_key=None)
+    with TestClient(app) as client:
+        for path in ("a/b c", "a%2Fb%20c"):
+            assert client.get(f"/v1/models/{path}").json()["id"] == "a/b c"
+        assert client.get("/v1/models/a").status_code == 404
+
+
 def test_models_health_and_metrics(client: TestClient) -> None:
     model = client.get("/v1/models").json()["data"][0]
     assert (model["id"], model["max_model_len"]) == ("tiny", CONTEXT)
