@@ -34,6 +34,10 @@ class ServingLimits:
     max_stop_characters: int = 256
     """Characters of the longest stop text."""
 
+    allowed_origins: tuple[str, ...] = ()
+    """Origins such as https://chat.example.org whose pages may ask from a browser (CORS), or *: all. Default:
+    none."""
+
     tokenizer_threads: int = 2
     """Threads that check, template and tokenise requests."""
 

@@ -24,9 +24,9 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
 }
 """Fields that clients send, of which only these values (and null) are supported."""
 
-_ACCEPTED_OF_COMPLETIONS = _ACCEPTED | ACCEPTED_OF_VLLM | {"best_of": (1,), "suffix": ("",)}
+ACCEPTED_OF_COMPLETIONS = _ACCEPTED | ACCEPTED_OF_VLLM | {"best_of": (1,), "suffix": ("",)}
 
-_ACCEPTED_OF_CHATS = {
+ACCEPTED_OF_CHATS = {
     **_ACCEPTED,
     **ACCEPTED_OF_VLLM_CHATS,
     "tools": ([],),
@@ -47,7 +47,7 @@ _ACCEPTED_OF_CHATS = {
     "prompt_cache_retention": ("in_memory", "in-memory", "24h"),
 }
 
-_COMPLETION_TOKENS = 16
+COMPLETION_TOKENS = 16
 """Of a completion that does not say how many: OpenAI's default."""
 
 _MANY = Kind(
@@ -107,12 +107,12 @@ def completion_request(content: Mapping[str, Any], model: str, limits: ServingLi
         raise ApiError(
             400, "echo with logprobs is not supported: there are none for the prompt.", param="echo"
         )
-    length = fields.take("max_tokens", INTEGER, _COMPLETION_TOKENS)
+    length = fields.take("max_tokens", INTEGER, COMPLETION_TOKENS)
     stream, include_usage = _stream(fields)
     params = _params(fields, limits, max_new_tokens=length, logprobs=logprobs)
     _check_params(params, limits, {"max_new_tokens": "max_tokens"})
     special = fields.take("add_special_tokens", BOOLEAN, True)
-    fields.refuse_others(_ACCEPTED_OF_COMPLETIONS)
+    fields.refuse_others(ACCEPTED_OF_COMPLETIONS)
     return CompletionRequest(stream, include_usage, params, "max_tokens", special, prompts, echo)
 
 
@@ -136,7 +136,7 @@ def chat_request(content: Mapping[str, Any], model: str, limits: ServingLimits) 
     special, settings = fields.take("add_special_tokens", BOOLEAN, False), _template_settings(fields)
     for name in ("safety_identifier", "prompt_cache_key"):  # as `user`
         fields.take(name, TEXT)
-    fields.refuse_others(_ACCEPTED_OF_CHATS)
+    fields.refuse_others(ACCEPTED_OF_CHATS)
     fills = length is None
     return ChatRequest(stream, include_usage, params, length_name, special, turns, settings, fills)
 

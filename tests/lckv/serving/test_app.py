@@ -7,6 +7,7 @@ import threading
 from dataclasses import replace
 
 import httpx
+import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
@@ -141,13 +142,39 @@ def test_a_template_that_makes_much_of_little_is_refused() -> None:
 def test_malformed_bodies_and_unknown_paths(client: TestClient) -> None:
     response = client.post("/v1/completions", content=b'{"model": ', headers=JSON_TYPE)
     assert response.status_code == 400 and "The body is not valid JSON" in response.json()["error"]["message"]
-    assert client.post("/v1/completions", content=iter([b"{}"])).status_code == 411
+    assert client.post("/v1/completions", content=iter([b"{}"])).status_code == 415
     half = client.post(
         "/v1/completions", content=rb'{"model": "tiny", "prompt": "\ud800"}', headers=JSON_TYPE
     )
     assert half.status_code == 400 and half.json()["error"]["param"] == "prompt"
     assert client.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
-    assert client.get("/v1/completions").status_code == 405
+    refused = client.get("/v1/completions")
+    assert refused.status_code == 405 and "POST" in refused.headers["Allow"]
+
+
+def test_a_body_may_come_in_chunks(client: TestClient) -> None:
+    parts = [b'{"prompt": "Once', b' upon", "temperature": 0, "max_tokens"', b": 12}"]
+    answer = client.post("/v1/completions", content=iter(parts), headers=JSON_TYPE)
+    assert answer.json()["choices"][0]["text"] == greedy(PROMPT)
+    long = client.post("/v1/completions", content=iter([b" " * 1000] * 5), headers=JSON_TYPE)
+    assert long.status_code == 413
+    assert "The body may have at most 4096 bytes" in long.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/health", "/metrics", "/v1/models", "/v1/models/tiny", "/docs", "/openapi.json"]
+)
+def test_what_can_be_got_has_a_head_and_says_how(client: TestClient, path: str) -> None:
+    got, head, options = (client.request(method, path) for method in ("GET", "HEAD", "OPTIONS"))
+    assert got.status_code == head.status_code == 200
+    assert head.headers["content-type"] == got.headers["content-type"]
+    assert (options.status_code, options.headers["Allow"]) == (204, "GET, HEAD, OPTIONS")
+
+
+def test_what_is_posted_says_how(client: TestClient) -> None:
+    options = client.options("/v1/chat/completions")
+    assert (options.status_code, options.headers["Allow"]) == (204, "POST, OPTIONS")
+    assert client.options("/v1/nothing").status_code == 404
 
 
 def test_a_model_without_chat_template(engine: Engine) -> None:
