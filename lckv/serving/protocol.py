@@ -17,14 +17,13 @@ from lckv.serving.messages import conversation
 from lckv.serving.sizes import check_characters, check_count, check_tokens
 
 _ACCEPTED: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "logit_bias": ({},),
 }
 """Fields that clients send, of which only these values (and null) are supported."""
 
-ACCEPTED_OF_COMPLETIONS = _ACCEPTED | ACCEPTED_OF_VLLM | {"best_of": (1,), "suffix": ("",)}
+ACCEPTED_OF_COMPLETIONS = _ACCEPTED | ACCEPTED_OF_VLLM | {"suffix": ("",)}
 
 ACCEPTED_OF_CHATS = {
     **_ACCEPTED,
@@ -67,6 +66,9 @@ class GenerationRequest:
     stream: bool
     include_usage: bool
     params: SamplingParams
+    answers: int
+    """To each prompt."""
+
     length_name: str
     """The field that says how long an answer may be."""
 
@@ -107,13 +109,18 @@ def completion_request(content: Mapping[str, Any], model: str, limits: ServingLi
         raise ApiError(
             400, "echo with logprobs is not supported: there are none for the prompt.", param="echo"
         )
+    answers = _answers(fields, len(prompts), limits)
+    best_of = fields.take("best_of", INTEGER, answers)
+    if best_of != answers:
+        message = f"best_of is {best_of} and n is {answers}; this server only supports as many, and null."
+        raise ApiError(400, message, param="best_of")
     length = fields.take("max_tokens", INTEGER, COMPLETION_TOKENS)
     stream, include_usage = _stream(fields)
     params = _params(fields, limits, max_new_tokens=length, logprobs=logprobs)
     _check_params(params, limits, {"max_new_tokens": "max_tokens"})
     special = fields.take("add_special_tokens", BOOLEAN, True)
     fields.refuse_others(ACCEPTED_OF_COMPLETIONS)
-    return CompletionRequest(stream, include_usage, params, "max_tokens", special, prompts, echo)
+    return CompletionRequest(stream, include_usage, params, answers, "max_tokens", special, prompts, echo)
 
 
 def chat_request(content: Mapping[str, Any], model: str, limits: ServingLimits) -> ChatRequest:
@@ -121,7 +128,7 @@ def chat_request(content: Mapping[str, Any], model: str, limits: ServingLimits) 
     fields = Fields(content)
     _check_model(fields, model)
     turns = conversation(fields.need("messages", LIST), limits)
-    length_name, length = _length(fields)
+    answers, (length_name, length) = _answers(fields, 1, limits), _length(fields)
     logprobs, best = fields.take("logprobs", BOOLEAN, False), fields.take("top_logprobs", INTEGER)
     if best and not logprobs:
         raise ApiError(400, "top_logprobs is given, but logprobs is false.", param="top_logprobs")
@@ -138,7 +145,7 @@ def chat_request(content: Mapping[str, Any], model: str, limits: ServingLimits) 
         fields.take(name, TEXT)
     fields.refuse_others(ACCEPTED_OF_CHATS)
     fills = length is None
-    return ChatRequest(stream, include_usage, params, length_name, special, turns, settings, fills)
+    return ChatRequest(stream, include_usage, params, answers, length_name, special, turns, settings, fills)
 
 
 def _check_model(fields: Fields, model: str) -> None:
@@ -161,6 +168,13 @@ def _template_settings(fields: Fields) -> dict[str, Any]:
         message = "continue_final_message is true, and add_generation_prompt too; give one of them."
         raise ApiError(400, message, param="continue_final_message")
     return {"add_generation_prompt": begins, "continue_final_message": goes_on}
+
+
+def _answers(fields: Fields, prompts: int, limits: ServingLimits) -> int:
+    """To each of so many prompts."""
+    answers: int = fields.take("n", INTEGER, 1)
+    check_count(prompts * answers, limits.answers, "n", "answers to all prompts")
+    return answers
 
 
 def _stream(fields: Fields) -> tuple[bool, bool]:

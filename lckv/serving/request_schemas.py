@@ -27,6 +27,7 @@ def completion_schema(limits: ServingLimits) -> Schema:
                 {"type": "integer", "minimum": 0, "maximum": MAX_LOGPROBS},
                 "Log-probabilities of the answer's tokens and of so many likeliest ones.",
             ),
+            "best_of": _optional({"type": "integer"}, "As many as n."),
             "echo": _flag("The prompt comes before the answer.", False),
             "add_special_tokens": _flag("The tokenizer puts its own tokens around texts.", True),
         },
@@ -78,6 +79,10 @@ def _of_both(limits: ServingLimits) -> dict[str, Schema]:
                 accepted={"include_obfuscation": (False,)},
             ),
             "Only where stream is true.",
+        ),
+        "n": _optional(
+            {"type": "integer", "minimum": 1, "maximum": limits.answers, "default": 1},
+            f"Answers to each prompt; at most {limits.answers} to all.",
         ),
         "temperature": _optional(
             {**number, "minimum": 0, "default": 1}, "Logits are divided by it; 0: the likeliest token."

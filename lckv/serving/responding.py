@@ -57,7 +57,7 @@ class Responder:
             for index, of_answer in enumerate(events)
         ]
         generated = sum(event.token is not None for of_answer in events for event in of_answer)
-        numbers = usage(_prompt_tokens(prepared), generated)
+        numbers = usage(prepared.prompt_tokens, generated)
         return JSONResponse(header.body(choices, piece=False, usage=numbers))
 
     def _logprobs(self, prepared: Prepared, header: Header) -> list[TokenLogprobs]:
@@ -142,11 +142,7 @@ class Responder:
             elif event.text or event.finish_reason is not None or event.logprob is not None:
                 yield header.body([piece_choice(header.kind, index, event, logprobs[index])], piece=True)
         if prepared.request.include_usage:
-            yield header.body([], piece=True, usage=usage(_prompt_tokens(prepared), generated))
-
-
-def _prompt_tokens(prepared: Prepared) -> int:
-    return sum(len(prompt) for prompt, _ in prepared.jobs)
+            yield header.body([], piece=True, usage=usage(prepared.prompt_tokens, generated))
 
 
 async def _merged(sources: Sequence[AsyncIterator[TokenEvent]]) -> AsyncIterator[tuple[int, TokenEvent]]:

@@ -43,6 +43,7 @@ _SIZES = (
     "max_body_bytes",
     "max_prompt_characters",
     "max_prompts",
+    "max_answers",
     "max_messages",
     "max_stops",
     "max_stop_characters",

@@ -104,6 +104,46 @@ def test_a_seed_gives_the_same_answer_whatever_else_runs(client: TestClient) -> 
     assert alone == among != ask(client, temperature=1.0, seed=8).json()["choices"][0]["text"]
 
 
+def texts_of(answer: httpx.Response) -> list[str]:
+    choices = answer.json()["choices"]
+    assert [choice["index"] for choice in choices] == list(range(len(choices)))
+    return [choice["text"] for choice in choices]
+
+
+def test_several_answers_to_a_prompt_are_reproducible_and_differ(client: TestClient) -> None:
+    drawn = {"temperature": 1.5, "seed": 7, "max_tokens": 20, "ignore_eos": True}
+    three = texts_of(ask(client, n=3, **drawn))
+    assert len(set(three)) == 3
+    assert texts_of(ask(client, n=2, best_of=2, **drawn)) == three[:2]
+    assert texts_of(ask(client, **drawn)) == three[:1]
+    assert texts_of(ask(client, n=2, **{**drawn, "seed": 8}))[1] not in three
+    assert texts_of(ask(client, n=2, prompt=["x", PROMPT], **drawn))[2:] == three[:2]
+    unseeded = texts_of(ask(client, n=2, **{**drawn, "seed": None}))
+    assert unseeded[0] != unseeded[1]
+
+
+def test_a_prompt_with_several_answers_is_counted_once(client: TestClient) -> None:
+    usage = {"prompt_tokens": 10, "completion_tokens": 16, "total_tokens": 26}
+    fields = {"prompt": [PROMPT, "x"], "n": 2, "max_tokens": 4, "ignore_eos": True}
+    assert ask(client, **fields).json()["usage"] == usage
+    pieces = events(ask(client, **fields, stream=True, stream_options={"include_usage": True}))
+    assert pieces[-1]["usage"] == usage
+
+
+def test_several_answers_of_a_chat_in_one_stream(client: TestClient) -> None:
+    fields = {"n": 2, "temperature": 1.5, "seed": 3}
+    whole = ask(client, "chat/completions", **fields).json()["choices"]
+    streamed = {0: "", 1: ""}
+    roles, ends = [], []
+    for piece in events(ask(client, "chat/completions", **fields, stream=True)):
+        (choice,) = piece["choices"]
+        streamed[choice["index"]] += choice["delta"].get("content") or ""
+        roles += [choice["index"]] if "role" in choice["delta"] else []
+        ends += [choice["index"]] if choice["finish_reason"] else []
+    assert [streamed[0], streamed[1]] == [choice["message"]["content"] for choice in whole]
+    assert sorted(roles) == sorted(ends) == [0, 1]
+
+
 def test_a_template_that_loops_stops_nobody_else() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = (
