@@ -37,6 +37,9 @@ class ServingLimits:
     max_stop_characters: int = 256
     """Characters of the longest stop text."""
 
+    max_biases: int = 1024
+    """Tokens in the logit_bias of one request."""
+
     allowed_origins: tuple[str, ...] = ()
     """Origins such as https://chat.example.org whose pages may ask from a browser (CORS), or *: all. Default:
     none."""

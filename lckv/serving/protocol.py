@@ -8,25 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lckv.generation.penalties import MOST_BIAS, biases_by_token
 from lckv.generation.sampling import SamplingParams
 from lckv.serving.accepted import ACCEPTED_OF_VLLM, ACCEPTED_OF_VLLM_CHATS
 from lckv.serving.errors import ApiError, shown
-from lckv.serving.fields import BOOLEAN, INTEGER, LIST, NUMBER, TEXT, Fields, Kind, check
+from lckv.serving.fields import BOOLEAN, INTEGER, LIST, NUMBER, OBJECT, TEXT, Fields, Kind, check
 from lckv.serving.limits import ServingLimits
 from lckv.serving.messages import conversation
 from lckv.serving.sizes import check_characters, check_count, check_tokens
 
-_ACCEPTED: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-}
+ACCEPTED_OF_COMPLETIONS = {**ACCEPTED_OF_VLLM, "suffix": ("",)}
 """Fields that clients send, of which only these values (and null) are supported."""
 
-ACCEPTED_OF_COMPLETIONS = _ACCEPTED | ACCEPTED_OF_VLLM | {"suffix": ("",)}
-
 ACCEPTED_OF_CHATS = {
-    **_ACCEPTED,
     **ACCEPTED_OF_VLLM_CHATS,
     "tools": ([],),
     "functions": ([],),
@@ -56,6 +50,10 @@ _MANY = Kind(
 _NUMBER_OF_LOGPROBS = Kind("an integer", lambda value: value is False or INTEGER.fits(value))
 """Clients of chats say false where they want none."""
 
+_BIAS = Kind(
+    f"a number from -{MOST_BIAS:g} to {MOST_BIAS:g}",
+    lambda value: NUMBER.fits(value) and abs(value) <= MOST_BIAS,
+)
 _STOPS = Kind("a text or a list of texts", lambda value: isinstance(value, str | list))
 
 
@@ -213,6 +211,9 @@ def _params(
         top_p=fields.take("top_p", NUMBER, 1.0),
         min_p=fields.take("min_p", NUMBER, 0.0),
         repetition_penalty=fields.take("repetition_penalty", NUMBER, 1.0),
+        presence_penalty=fields.take("presence_penalty", NUMBER, 0.0),
+        frequency_penalty=fields.take("frequency_penalty", NUMBER, 0.0),
+        logit_bias=_biases(fields, limits),
         seed=fields.take("seed", INTEGER),
         max_new_tokens=max_new_tokens,
         stop=_stops(fields, limits),
@@ -232,6 +233,17 @@ def _check_params(params: SamplingParams, limits: ServingLimits, names: Mapping[
         name = names["max_new_tokens"]
         most = limits.max_new_tokens
         raise ApiError(400, f"{name} is {params.max_new_tokens}; at most {most} are allowed.", param=name)
+
+
+def _biases(fields: Fields, limits: ServingLimits) -> dict[int, float] | None:
+    given = fields.take("logit_bias", OBJECT, {})
+    check_count(len(given), limits.max_biases, "logit_bias", "tokens", least=0)
+    for name, value in given.items():
+        check(value, _BIAS, f"logit_bias.{name}")
+    try:
+        return biases_by_token(given) or None
+    except ValueError as error:
+        raise ApiError(400, str(error), param="logit_bias") from error
 
 
 def _stops(fields: Fields, limits: ServingLimits) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lckv.generation.penalties import MOST_BIAS, MOST_PENALTY
 from lckv.generation.sampling import MAX_LOGPROBS
 from lckv.serving.limits import ServingLimits
 from lckv.serving.messages import ROLES
@@ -69,6 +70,7 @@ def chat_schema(limits: ServingLimits) -> Schema:
 
 def _of_both(limits: ServingLimits) -> dict[str, Schema]:
     number = {"type": "number"}
+    penalty = {**number, "minimum": -MOST_PENALTY, "maximum": MOST_PENALTY, "default": 0}
     stop = {"type": "string", "minLength": 1, "maxLength": limits.max_stop_characters}
     return {
         "model": _optional({"type": "string"}, "The name of the model that is served."),
@@ -101,6 +103,19 @@ def _of_both(limits: ServingLimits) -> dict[str, Schema]:
         "repetition_penalty": _optional(
             {**number, "exclusiveMinimum": 0, "default": 1},
             "Above 1: tokens of prompt and answer become less probable.",
+        ),
+        "presence_penalty": _optional(penalty, "Above 0: less of tokens that the answer has."),
+        "frequency_penalty": _optional(
+            penalty, "Above 0: less of tokens, for each time that the answer has them."
+        ),
+        "logit_bias": _optional(
+            {
+                "type": "object",
+                "propertyNames": {"pattern": "^(0|[1-9][0-9]*)$"},
+                "additionalProperties": {**number, "minimum": -MOST_BIAS, "maximum": MOST_BIAS},
+                "maxProperties": limits.max_biases,
+            },
+            "Added to the logits of tokens, which are the names; -100: never, 100: always.",
         ),
         "seed": _optional({"type": "integer"}, "The same seed gives the same answer."),
         "stop": _optional(
@@ -145,8 +160,9 @@ def _object(
 
 def _optional(schema: Schema, description: str) -> Schema:
     """Null is as if the field were not there."""
-    default = {"default": schema.pop("default")} if "default" in schema else {}
-    return {"anyOf": [schema, {"type": "null"}], "description": description, **default}
+    default = {"default": schema["default"]} if "default" in schema else {}
+    values = {name: value for name, value in schema.items() if name != "default"}
+    return {"anyOf": [values, {"type": "null"}], "description": description, **default}
 
 
 def _flag(description: str, default: bool) -> Schema:

@@ -77,7 +77,8 @@ class Responder:
             if isinstance(error, EngineFailedError):
                 raise ApiError(503, str(error)) from error
             if isinstance(error, ValueError):
-                param = "stop_token_ids" if str(error).startswith("stop_token_ids") else prepared.param
+                field = str(error).partition(" ")[0]
+                param = field if field in ("stop_token_ids", "logit_bias") else prepared.param
                 raise ApiError(400, str(error), param=param) from error
             raise
         return answers

@@ -47,6 +47,7 @@ _SIZES = (
     "max_messages",
     "max_stops",
     "max_stop_characters",
+    "max_biases",
     "tokenizer_threads",
     "max_preparing",
     "max_connections",

@@ -130,6 +130,20 @@ def test_a_prompt_with_several_answers_is_counted_once(client: TestClient) -> No
     assert pieces[-1]["usage"] == usage
 
 
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_biases_and_penalties_reach_the_engine(client: TestClient, path: str) -> None:
+    def said(**fields: object) -> str:
+        choice = ask(client, path, ignore_eos=True, **fields).json()["choices"][0]
+        return choice["text"] if path == "completions" else choice["message"]["content"]
+
+    letter = byte_tokenizer()("q").input_ids[0]
+    always = {str(letter): 100}
+    assert said(logit_bias=always) == "q" * 12
+    assert "q" not in said(logit_bias={str(letter): -100})
+    bounded = {"logit_bias": {str(letter): 12}}
+    assert said(**bounded).count("q") > said(**bounded, frequency_penalty=2, presence_penalty=2).count("q")
+
+
 def test_several_answers_of_a_chat_in_one_stream(client: TestClient) -> None:
     fields = {"n": 2, "temperature": 1.5, "seed": 3}
     whole = ask(client, "chat/completions", **fields).json()["choices"]
