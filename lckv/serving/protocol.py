@@ -5,7 +5,7 @@ is ignored silently.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lckv.generation.penalties import MOST_BIAS, biases_by_token
@@ -103,10 +103,6 @@ def completion_request(content: Mapping[str, Any], model: str, limits: ServingLi
     prompts = _prompts(fields.need("prompt", _MANY), limits)
     echo, logprobs = fields.take("echo", BOOLEAN, False), fields.take("logprobs", _NUMBER_OF_LOGPROBS)
     logprobs = None if logprobs is False else logprobs
-    if echo and logprobs is not None:
-        raise ApiError(
-            400, "echo with logprobs is not supported: there are none for the prompt.", param="echo"
-        )
     answers = _answers(fields, len(prompts), limits)
     best_of = fields.take("best_of", INTEGER, answers)
     if best_of != answers:
@@ -115,6 +111,8 @@ def completion_request(content: Mapping[str, Any], model: str, limits: ServingLi
     length = fields.take("max_tokens", INTEGER, COMPLETION_TOKENS)
     stream, include_usage = _stream(fields)
     params = _params(fields, limits, max_new_tokens=length, logprobs=logprobs)
+    if echo and (length < 1 or logprobs is not None):
+        params = replace(params, prompt_logprobs=logprobs or 0)
     _check_params(params, limits, {"max_new_tokens": "max_tokens"})
     special = fields.take("add_special_tokens", BOOLEAN, True)
     fields.refuse_others(ACCEPTED_OF_COMPLETIONS)
@@ -226,7 +224,7 @@ def _params(
 
 
 def _check_params(params: SamplingParams, limits: ServingLimits, names: Mapping[str, str]) -> None:
-    problems = params.problems(names)
+    problems = list(dict.fromkeys(params.problems({"prompt_logprobs": "logprobs", **names})))
     if problems:
         raise ApiError(400, " ".join(problems), param=problems[0].partition(" ")[0])
     if params.max_new_tokens > limits.max_new_tokens:
