@@ -17,6 +17,7 @@ from lckv.serving.protocol import (
     completion_request,
 )
 from lckv.serving.sizes import check_characters, check_count, check_tokens
+from lckv.serving.template_settings import check_names
 from lckv.serving.time_limit import TEMPLATES, TookTooLongError, time_limit
 
 _SAID = 500
@@ -103,6 +104,7 @@ def _templated(tokenizer: Any, request: ChatRequest, seconds: float) -> str:
         raise ApiError(
             400, "this model's tokenizer has no chat template; use /v1/completions.", param="messages"
         )
+    check_names(request.template_settings, tokenizer)
     try:
         with time_limit(seconds, TEMPLATES):
             text = tokenizer.apply_chat_template(

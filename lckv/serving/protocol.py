@@ -16,6 +16,7 @@ from lckv.serving.fields import BOOLEAN, INTEGER, LIST, NUMBER, OBJECT, TEXT, Fi
 from lckv.serving.limits import ServingLimits
 from lckv.serving.messages import conversation
 from lckv.serving.sizes import check_characters, check_count, check_tokens
+from lckv.serving.template_settings import template_settings
 
 ACCEPTED_OF_COMPLETIONS = {**ACCEPTED_OF_VLLM, "suffix": ("",)}
 """Fields that clients send, of which only these values (and null) are supported."""
@@ -136,7 +137,7 @@ def chat_request(content: Mapping[str, Any], model: str, limits: ServingLimits) 
         logprobs=(best or 0) if logprobs else None,
     )
     _check_params(params, limits, {"max_new_tokens": length_name, "logprobs": "top_logprobs"})
-    special, settings = fields.take("add_special_tokens", BOOLEAN, False), _template_settings(fields)
+    special, settings = fields.take("add_special_tokens", BOOLEAN, False), template_settings(fields, limits)
     for name in ("safety_identifier", "prompt_cache_key"):  # as `user`
         fields.take(name, TEXT)
     fields.refuse_others(ACCEPTED_OF_CHATS)
@@ -154,16 +155,6 @@ def unknown_model(asked: str, model: str) -> ApiError:
     """What is said to who asks for another model than the one that is served."""
     message = f"model {shown(asked)} is not served here; this is {model!r}."
     return ApiError(404, message, param="model", code="model_not_found")
-
-
-def _template_settings(fields: Fields) -> dict[str, Any]:
-    """Where the template ends: at the beginning of an answer, or within the last message."""
-    goes_on = fields.take("continue_final_message", BOOLEAN, False)
-    begins = fields.take("add_generation_prompt", BOOLEAN, not goes_on)
-    if begins and goes_on:
-        message = "continue_final_message is true, and add_generation_prompt too; give one of them."
-        raise ApiError(400, message, param="continue_final_message")
-    return {"add_generation_prompt": begins, "continue_final_message": goes_on}
 
 
 def _answers(fields: Fields, prompts: int, limits: ServingLimits) -> int:

@@ -63,6 +63,11 @@ def chat_schema(limits: ServingLimits) -> Schema:
             ),
             "continue_final_message": _flag("The answer goes on from within the last message.", False),
             "add_special_tokens": _flag("The tokenizer puts its own tokens around the template's.", False),
+            "chat_template_kwargs": _optional(
+                {"type": "object"},
+                "For the template, such as enable_thinking; a template that does not read it ignores it. At "
+                f"most {limits.max_template_characters} characters as JSON.",
+            ),
             "safety_identifier": _optional({"type": "string"}, "Without effect."),
             "prompt_cache_key": _optional({"type": "string"}, "Without effect."),
         },

@@ -27,9 +27,11 @@ LIMITS = ServingLimits(
     max_prompts=4,
     max_biases=8,
     max_prompt_logprobs=2000,
+    max_template_characters=100,
 )
 PROMPT = "Once upon"
 CHAT_TEMPLATE = (
+    "{% if system %}<system>{{ system }}{% endif %}"
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
