@@ -10,7 +10,7 @@ from typing import Any
 
 from lckv.generation.penalties import MOST_BIAS, biases_by_token
 from lckv.generation.sampling import SamplingParams
-from lckv.serving.accepted import ACCEPTED_OF_VLLM, ACCEPTED_OF_VLLM_CHATS
+from lckv.serving.accepted import ACCEPTED_OF_STREAMS, ACCEPTED_OF_VLLM, ACCEPTED_OF_VLLM_CHATS
 from lckv.serving.errors import ApiError, shown
 from lckv.serving.fields import BOOLEAN, INTEGER, LIST, NUMBER, OBJECT, TEXT, Fields, Kind, check
 from lckv.serving.limits import ServingLimits
@@ -173,7 +173,7 @@ def _stream(fields: Fields) -> tuple[bool, bool]:
         raise ApiError(400, "stream_options is given, but stream is false.", param="stream_options")
     options = Fields(given, "stream_options")
     include_usage = options.take("include_usage", BOOLEAN, False)
-    options.refuse_others({"include_obfuscation": (False,)})
+    options.refuse_others(ACCEPTED_OF_STREAMS)
     return stream, include_usage
 
 

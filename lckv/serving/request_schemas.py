@@ -5,6 +5,7 @@ from typing import Any
 
 from lckv.generation.penalties import MOST_BIAS, MOST_PENALTY
 from lckv.generation.sampling import MAX_LOGPROBS
+from lckv.serving.accepted import ACCEPTED_OF_STREAMS
 from lckv.serving.limits import ServingLimits
 from lckv.serving.messages import ROLES
 from lckv.serving.protocol import ACCEPTED_OF_CHATS, ACCEPTED_OF_COMPLETIONS, COMPLETION_TOKENS
@@ -86,7 +87,7 @@ def _of_both(limits: ServingLimits) -> dict[str, Schema]:
         "stream_options": _optional(
             _object(
                 {"include_usage": _flag("A last event has the numbers of tokens.", False)},
-                accepted={"include_obfuscation": (False,)},
+                accepted=ACCEPTED_OF_STREAMS,
             ),
             "Only where stream is true.",
         ),

@@ -144,9 +144,10 @@ class Responder:
     async def _pieces(
         self, prepared: Prepared, header: Header, answers: list[Answer], started: float
     ) -> AsyncIterator[dict[str, Any]]:
+        no_usage = {"usage": None} if prepared.request.include_usage else {}
         if header.kind == "chat":
             for index in range(len(answers)):
-                yield header.body([opening_choice(index)], piece=True)
+                yield header.body([opening_choice(index)], piece=True, **no_usage)
         generated, logprobs, prefixes = 0, self._logprobs(prepared, header), list(prepared.prefixes)
         async for index, event in _merged([self._timed(answer, started) for answer in answers]):
             generated += event.token is not None
@@ -158,7 +159,7 @@ class Responder:
             if shown or event.logprob is not None or event.prompt_logprobs is not None:
                 make = functools.partial(piece_choice, header.kind, index, event, logprobs[index], prefix)
                 choice = make() if event.prompt_logprobs is None else await asyncio.to_thread(make)
-                yield header.body([choice], piece=True)
+                yield header.body([choice], piece=True, **no_usage)
         if prepared.request.include_usage:
             yield header.body([], piece=True, usage=usage(prepared.prompt_tokens, generated))
 

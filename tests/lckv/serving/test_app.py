@@ -55,6 +55,8 @@ def test_a_stream_has_the_same_text(client: TestClient) -> None:
     assert "".join(piece["choices"][0]["text"] for piece in pieces[:-1]) == greedy(PROMPT)
     assert [piece["choices"][0]["finish_reason"] for piece in pieces[:-1]][-1] == "length"
     assert pieces[-1]["usage"]["completion_tokens"] == 12 and pieces[-1]["choices"] == []
+    assert all(piece["usage"] is None for piece in pieces[:-1])
+    assert all("usage" not in piece for piece in events(ask(client, stream=True)))
 
 
 def test_several_answers_in_one_stream(client: TestClient) -> None:

@@ -51,6 +51,11 @@ BAD = [
     ({"prompt": None}, 400, "prompt is missing; it must be"),
     ({"model": 7}, 400, "model is 7; it must be a text"),
     ({"stream": True, "stream_options": {"x": 1}}, 400, "stream_options.x: there is no such field"),
+    (
+        {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+        400,
+        "stream_options.continuous_usage_stats is True; this server only supports False and null",
+    ),
     ({"stream_options": {"include_usage": True}}, 400, "stream_options is given, but stream is false"),
     ({"echo": True, "logprobs": 21}, 400, "logprobs is 21; it must be an integer from 0 to 20"),
     ({"echo": True, "max_tokens": -1}, 400, "max_tokens is -1; it must be an integer of at least 0"),
