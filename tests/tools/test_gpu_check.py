@@ -1,4 +1,4 @@
-"""The check for a GPU, at tiny size on a CPU: every part works, so that none is broken when there is a GPU."""
+"""The check for a GPU, at tiny size on a CPU: every part works, and is not broken when there is a GPU."""
 
 import json
 from pathlib import Path

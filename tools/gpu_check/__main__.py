@@ -9,7 +9,7 @@ result is one JSON file: hardware, date, versions, and of each part its time, fi
 """
 
 import argparse
-import datetime
+import datetime as dt
 import json
 import logging
 import shutil
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """Run the parts and write the result after each. Raises ArithmeticError where a part failed."""
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    today = dt.datetime.now(dt.UTC).date().isoformat()
     output = options.output or RESULTS / f"gpu_check_{today}.json"
     chosen = [part for part in PARTS if options.parts is None or part.__name__ in options.parts]
     commands, done = Commands(options.minutes * 60), []
