@@ -8,10 +8,11 @@ from typing import Any
 from checkpoints_conversion.conversion_record import ConversionRecord
 from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.errors import ConversionError
-from checkpoints_conversion.export.bundle import AUTO_MAP, MODEL_TYPE, write_modelling_files
 from checkpoints_conversion.export.model_card import Measured, license_of, model_card
 from checkpoints_conversion.export.tokenizer import has_tokenizer, kind_of, write_tokenizer
 from lckv.families.decoder import TokenIds
+from lckv.families.lckv_llama import LCKV_LLAMA
+from lckv.remote_code import modelling_files, write_modelling_files
 from lckv.weights.json_file import read_json_object
 from megatron_ext.atomic import write_file
 from megatron_ext.data.tokenizers import load_tokenizer
@@ -49,10 +50,12 @@ def export_extras(
         folder / "generation_config.json",
         json.dumps(_generation_config(ids, source_folder), indent=1).encode(),
     )
-    with_code = config["model_type"] == MODEL_TYPE
+    with_code = config["model_type"] == LCKV_LLAMA.name
     if with_code:
-        names += write_modelling_files(folder)
-        write_file(config_file, json.dumps({**config, "auto_map": AUTO_MAP}, indent=2).encode())
+        policy = description.compression.policy.name
+        auto_map = write_modelling_files(folder, policy)
+        write_file(config_file, json.dumps({**config, "auto_map": auto_map}, indent=2).encode())
+        names += modelling_files(policy)
     card = model_card(
         name or folder.name,
         description,

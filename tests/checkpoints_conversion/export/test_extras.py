@@ -13,11 +13,11 @@ from transformers import AutoTokenizer, GenerationConfig
 from checkpoints_conversion.conversion_record import ConversionRecord, ConversionSource
 from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.errors import ConversionError
-from checkpoints_conversion.export.bundle import AUTO_MAP, modelling_files
 from checkpoints_conversion.export.extras import export_extras
 from checkpoints_conversion.export.model_card import Measured, license_of, model_card
 from lckv.config import CompressionConfig
 from lckv.policies.dmc.config import DMCConfig
+from lckv.remote_code import AUTO_MAP, modelling_files
 from megatron_ext.config import ModelConfig
 from tests.megatron_ext.data.builders import train_sentencepiece
 
@@ -151,7 +151,7 @@ def test_a_trained_model_gets_everything(tmp_path: Path) -> None:
     names = export_extras(folder, describe(), manifest(describe(), vocabulary))
     assert sorted(names) == sorted(
         [
-            *modelling_files("dense"),
+            *modelling_files("dmc"),
             "tokenizer.json",
             "tokenizer_config.json",
             "generation_config.json",
