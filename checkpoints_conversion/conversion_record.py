@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.errors import ConversionError
@@ -144,7 +144,7 @@ def read_record(folder: Path) -> ConversionRecord | None:
         content = parse_json(read_plain(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConversionError(
             f"{path} cannot be read: {error}. Restore it, or remove it to go on without."
         ) from error
@@ -159,5 +159,5 @@ def hash_weights(folder: Path, names: Iterable[str]) -> dict[str, str]:
     hashes = {}
     for name in names:
         with open_plain(folder / name) as file:
-            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            hashes[name] = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
     return hashes

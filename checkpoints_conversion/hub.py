@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from checkpoints_conversion.errors import ConversionError
+from lckv.weights.folder_kind import explain_other_kind
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WANTED = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
@@ -19,7 +20,8 @@ def local_folder(path: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise ConversionError(f"{path} is a file; give the folder of the model.")
+        other = explain_other_kind(folder, "huggingface")
+        raise ConversionError(f"{other or f'{path} is a file; give the folder of the model'}.")
     if not _HUB_NAME.fullmatch(path):
         raise ConversionError(
             f"{path} is not a folder that exists; give one, or a name on the Hugging Face Hub such as "

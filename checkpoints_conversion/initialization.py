@@ -5,6 +5,7 @@ The rule is lckv/sharing/initialization.py's. A layer that only reads keeps its 
 keys and values goes into the layer that it reads (average), or is dropped (copy).
 """
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -16,11 +17,15 @@ from torch import Tensor
 from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.errors import ConversionError
 from lckv.config import CompressionConfig
+from lckv.sharing.doubts import doubts
 from lckv.sharing.initialization import Initialization, initial_kv_weight
 from lckv.sharing.layer_types import LayerTypes
+from lckv.sharing.picture import draw
 from lckv.weights.tensors import TensorInfo, TensorSource, row_chunks
 from megatron_ext.config import ModelConfig
 from megatron_ext.validation.layout import compression_problems
+
+logger = logging.getLogger(__name__)
 
 _ATTENTION = re.compile(
     r"decoder\.layers\.(\d+)\.self_attention\.(linear_qkv|linear_q|k_layernorm)\.(weight|bias)"
@@ -48,6 +53,8 @@ def initialize(
         return source, changed, None
     if new.kv_layers == old.kv_layers and all(layer.source == layer.index for layer in new):
         return source, changed, None
+    if sentences := [*doubts(new)]:
+        logger.warning("%s\n%s", draw(new, window=compression.sliding_window), "\n".join(sentences))
     return SharedMapSource(source, description.model, new, how), changed, how
 
 

@@ -9,6 +9,7 @@ from checkpoints_conversion.conversion_record import ConversionRecord
 from checkpoints_conversion.opening import OpenModel
 from lckv.cost import kv_bytes_per_token
 from lckv.families.registry import export_family
+from lckv.sharing.doubts import doubts
 from lckv.sharing.layer_types import LayerTypes
 from lckv.sharing.picture import draw
 from lckv.weights.tensors import dtype_name
@@ -113,6 +114,7 @@ def lines(opened: OpenModel) -> Iterator[str]:
         )
     yield ""
     yield draw(layer_types, window=compression.sliding_window)
+    yield from (f"warning: {doubt}" for doubt in doubts(layer_types))
     yield from _history(opened)
 
 

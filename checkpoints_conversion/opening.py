@@ -17,13 +17,13 @@ from checkpoints_conversion.formats.megatron_legacy import LegacyCheckpoint
 from checkpoints_conversion.fusion import canonical_from_hf
 from lckv.families.registry import describe, family_of
 from lckv.weights.checks import CheckedSource
+from lckv.weights.folder_kind import explain_other_kind, kind_of
 from lckv.weights.huggingface import CONFIG_NAME, HuggingFaceFolder, read_config_file
 from lckv.weights.json_file import read_json_object
 from lckv.weights.tensors import TensorSource
 from megatron_ext.checkpointing.contents import read_contents
 from megatron_ext.checkpointing.errors import CheckpointError
 from megatron_ext.checkpointing.folders import find_candidates
-from megatron_ext.checkpointing.manifest import MANIFEST_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +66,11 @@ class OpenModel:
 
 def format_of(path: Path) -> SourceFormat:
     """What kind of model lies in the folder `path`. Raises ConversionError where it is none."""
-    if any(path.glob("mp_rank_*")) or any(path.glob("*/mp_rank_*")):
-        return "megatron-legacy"
-    if any(path.glob("iter_*")) or (path / MANIFEST_NAME).exists():
-        return "megatron"
-    if (path / CONFIG_NAME).exists():
-        return "huggingface"
+    kind = kind_of(path)
+    if kind == "huggingface" or kind == "megatron" or kind == "megatron-legacy":
+        return kind
+    if other := explain_other_kind(path, "huggingface"):
+        raise ConversionError(f"{other}.")
     raise ConversionError(
         f"{path} holds no model: neither {CONFIG_NAME} (Hugging Face), nor iter_0000100 or the like (this "
         "project's checkpoints), nor mp_rank_00 or the like (Megatron's older layout)."
@@ -83,6 +82,8 @@ def open_huggingface(folder: Path, *, allow_pickle: bool = False) -> OpenModel:
 
     Raises ModelError that names the field, file or tensor that cannot be converted.
     """
+    if other := explain_other_kind(folder, "huggingface"):
+        raise ConversionError(f"{other}.")
     weights = HuggingFaceFolder(folder, allow_pickle=allow_pickle)
     decoder = describe(read_config_file(folder), weights.infos(), folder / CONFIG_NAME)
     description = ModelDescription.of_decoder(decoder)
@@ -172,6 +173,8 @@ def open_legacy(
 ) -> OpenModel:
     """A checkpoint in Megatron's older layout; `vocab_size`, the true one, and the arguments `given` by name
     go before what it says of itself. Raises ConversionError."""
+    if other := explain_other_kind(path, "megatron-legacy"):
+        raise ConversionError(f"{other}.")
     checkpoint = LegacyCheckpoint(path, vocab_size=vocab_size, given=given)
     return OpenModel(
         "megatron-legacy",

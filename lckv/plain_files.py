@@ -18,8 +18,12 @@ _KINDS = (
 )
 
 
+MAX_BYTES = 2**30
+"""Of a file that is read as a whole: what is made of it takes several times as much memory."""
+
+
 class NotPlainError(OSError):
-    """Something that is no file, where a file is needed."""
+    """Something that is no file, or too large, where a file is needed that is read as a whole."""
 
 
 def open_plain(path: Path, *, buffering: int = -1) -> BinaryIO:
@@ -31,19 +35,22 @@ def open_plain(path: Path, *, buffering: int = -1) -> BinaryIO:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         _check(path, os.fstat(descriptor).st_mode)
-        return os.fdopen(descriptor, "rb", buffering=buffering)  # type: ignore[return-value]
+        return os.fdopen(descriptor, "rb", buffering=buffering)
     except BaseException:
         os.close(descriptor)
         raise
 
 
-def read_plain(path: Path) -> bytes:
-    """The content of the file at `path`.
+def read_plain(path: Path, most: int = MAX_BYTES) -> bytes:
+    """The content of the file at `path`, which has at most so many bytes.
 
-    Raises OSError as `open_plain` does.
+    Raises OSError as `open_plain` does, and NotPlainError for a larger file.
     """
     with open_plain(path) as file:
-        return file.read()
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise NotPlainError(f"{path} has {size:,} bytes; at most {most:,} are read")
+        return file.read(size)
 
 
 def plain_size(path: Path) -> int:

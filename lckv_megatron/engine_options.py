@@ -55,10 +55,10 @@ def add_engine_options(parser: argparse.ArgumentParser, *, batch_size: int) -> N
     )
 
 
-def add_setting(group: Any, option: str, field: str, **settings: Any) -> None:
-    """The option that sets a field of `EngineConfig`. `group`: where it is listed; `settings`: of
-    add_argument, where they differ from those of a count."""
-    (setting,) = settings_of(EngineConfig)[field]
+def add_setting(group: Any, option: str, field: str, *, config: type = EngineConfig, **settings: Any) -> None:
+    """The option that sets a field of a dataclass. `group`: where it is listed; `settings`: of add_argument,
+    where they differ from those of a count."""
+    (setting,) = settings_of(config)[field]
     default = settings.pop("default", setting.default)
     text = setting.text if default is None else f"{setting.text} (default: {default})"
     chosen = {"type": positive, "metavar": "N", "default": default, "dest": field, "help": text, **settings}

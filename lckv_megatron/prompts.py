@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lckv.generation.sampling import SamplingParams
+from lckv.surrogates import lone_surrogate
 from megatron_ext.errors import ConfigError
 
 _SETTINGS = tuple(field.name for field in fields(SamplingParams))
@@ -50,6 +51,13 @@ class Chat:
         return list(encoded["input_ids"])
 
 
+def check_text(text: str, where: str) -> None:
+    """Raises ConfigError, which names `where`, for what is no Unicode text: no tokenizer takes it."""
+    problem = lone_surrogate(text)
+    if problem is not None:
+        raise ConfigError(f"{where}: {problem}. Is the text encoded in UTF-8?")
+
+
 def single(text: str, tokenizer: Any, params: SamplingParams, chat: Chat | None) -> Prompt:
     """A text, as a message of the user where there is a chat."""
     return Prompt("1", _tokens(text, tokenizer, chat, "--prompt"), params)
@@ -60,9 +68,10 @@ def read_batch(path: Path, tokenizer: Any, params: SamplingParams, chat: Chat | 
     perhaps `id`, and fields of `SamplingParams` that shall differ from `params`. Raises ConfigError naming
     file and line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--batch {path} cannot be read: {error}") from error
+    lines = text.split("\n")  # not at the other ends of lines that a text may hold, such as U+2028
     prompts = [
         _line(f"{path}:{number}", number, line, tokenizer, params, chat)
         for number, line in enumerate(lines, 1)
@@ -80,8 +89,15 @@ def _line(
         content = json.loads(line)
     except ValueError as error:
         raise ConfigError(f"{where}: not valid JSON ({error}).") from error
+    except RecursionError:
+        raise ConfigError(f"{where}: lists or objects in one another, too deep to be read.") from None
     if not isinstance(content, dict) or ("prompt" in content) == ("messages" in content):
         raise ConfigError(f'{where}: an object with either "prompt" or "messages" is needed.')
+    for name, value in content.items():
+        check_text(name, f"{where}: a field's name")
+        check_text(
+            value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), f"{where}: {name}"
+        )
     settings = {name: value for name, value in content.items() if name not in ("prompt", "messages", "id")}
     unknown = [name for name in settings if name not in _SETTINGS]
     if unknown:

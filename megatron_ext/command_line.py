@@ -21,7 +21,7 @@ from megatron_ext.config import RunConfig
 from megatron_ext.console import let_first_rank_speak
 from megatron_ext.errors import ConfigError
 from megatron_ext.last_word import say_last
-from megatron_ext.settings import describe_settings, read, settings_of, unknown_message
+from megatron_ext.settings import describe_settings, is_texts, read, settings_of, unknown_message
 from megatron_ext.text_yaml import load_text_yaml
 
 
@@ -38,8 +38,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", action="append", metavar="FILE", help="YAML file; may be repeated.")
     parser.add_argument("--print-config", action="store_true", help="Show the run as YAML and exit.")
-    for key in settings_of(RunConfig):
-        parser.add_argument(f"--{key}", help=argparse.SUPPRESS)
+    for key, settings in settings_of(RunConfig).items():
+        many = all(is_texts(setting.type) for setting in settings)
+        parser.add_argument(f"--{key}", nargs="+" if many else None, help=argparse.SUPPRESS)
     return parser
 
 
@@ -81,8 +82,17 @@ def _parse_options(argv: Sequence[str]) -> dict[str, object]:
             f"unrecognized arguments: {' '.join(rest)}; settings are given as --section.key VALUE."
         )
     return {
-        key: None if value == "null" and _may_be_null(key) else value for key, value in vars(given).items()
+        key: None if value == "null" and _may_be_null(key) else value
+        for key, value in ((key, _as_given(key, value)) for key, value in vars(given).items())
     }
+
+
+def _as_given(key: str, value: Any) -> object:
+    """The words behind an option as one text, or as a list where they are several and the shell has not
+    split a list in brackets."""
+    if not isinstance(value, list) or key == "config":
+        return value
+    return " ".join(value) if len(value) == 1 or value[0].startswith("[") else value
 
 
 def _may_be_null(key: str) -> bool:

@@ -285,6 +285,10 @@ class DataConfig:
     eod_mask_loss: bool = False
     """No loss on predicting what follows an end-of-document token."""
 
+    allow_changed_data: bool = False
+    """Resume although seed, seq_length, split or files changed so that some text is read twice within the
+    present epoch and some not at all."""
+
     num_workers: int = 2
     """Processes per rank that read samples ahead; 0: read in the training process."""
 

@@ -21,7 +21,11 @@ import yaml
 
 from lckv.reading import describe
 from megatron_ext.errors import ConfigError
+from megatron_ext.foreign_names import SETTING_OF
 from megatron_ext.text_yaml import load_text_yaml
+
+_ALIKE_KEYS, _ALIKE_NAMES = 0.6, 0.75
+"""How alike, from 0 to 1, what is unknown must be to what may be meant."""
 
 _Section = TypeVar("_Section")
 
@@ -112,7 +116,7 @@ def _describe_group(title: str, members: Iterable[Setting]) -> str:
     group = parser.add_argument_group(title or None)
     for setting in members:
         kind: dict[str, Any] = (
-            {"metavar": "TEXT|[TEXT,...]"} if _is_texts(setting.type) else {"type": setting.type}
+            {"metavar": "TEXT|[TEXT,...]"} if is_texts(setting.type) else {"type": setting.type}
         )
         group.add_argument(f"--{setting.key}", default=setting.default, help=setting.text, **kind)
     return parser.format_help()
@@ -184,10 +188,29 @@ def unknown_message(root: type, key: str) -> str:
     known = list(settings_of(root))
     if inside := _settings_in(known, key):
         return f"{key} is a section; its settings are {', '.join(inside)}."
+    near = _nearest(known, key.replace("-", "_"))
+    return f"{key} is unknown; " + (f"did you mean {near}?" if near else "--help shows every setting.")
+
+
+def _nearest(known: Sequence[str], key: str) -> str | None:
+    """The setting or section that may be meant: one of this name in another section, one of this foreign
+    name, or one whose key or name is spelt alike; None where nothing is."""
+    name = key.rpartition(".")[2].lower()
+    same_name = [setting for setting in known if setting.rpartition(".")[2] == name]
+    foreign = {alias: setting for alias, setting in SETTING_OF.items() if setting in known}
+    if same_name or name in foreign:
+        return same_name[0] if same_name else foreign[name]
     sections = {setting.rpartition(".")[0] for setting in known}
-    same_name = [setting for setting in known if setting.rpartition(".")[2] == key.rpartition(".")[2]]
-    near = same_name or difflib.get_close_matches(key, [*known, *sections], n=1)
-    return f"{key} is unknown; " + (f"did you mean {near[0]}?" if near else "--help shows every setting.")
+    spelt = {**{setting.rpartition(".")[2]: setting for setting in reversed(known)}, **foreign}
+    of_key = difflib.get_close_matches(key, [*known, *sections], n=1, cutoff=_ALIKE_KEYS)
+    of_name = difflib.get_close_matches(name, spelt, n=1, cutoff=_ALIKE_NAMES)
+    if of_key and of_name and _likeness(key, of_key[0]) < _likeness(name, of_name[0]):
+        return spelt[of_name[0]]
+    return of_key[0] if of_key else spelt[of_name[0]] if of_name else None
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def _in_force(
@@ -213,7 +236,8 @@ def _in_force(
     )
 
 
-def _is_texts(hint: Any) -> bool:
+def is_texts(hint: Any) -> bool:
+    """Whether a setting of this type is a list of texts."""
     return hint == tuple[str, ...]
 
 
@@ -221,7 +245,7 @@ def _cast(setting: Setting, value: object) -> object:
     """`value` as a value of the setting's type; raises ConfigError."""
     hint = setting.type
     try:
-        if _is_texts(hint):
+        if is_texts(hint):
             return _texts(value)
         if isinstance(value, str) and str in (hint, *typing.get_args(hint)):
             return value  # as it is: the parser would take the text "null" for nothing
@@ -260,7 +284,7 @@ def _suggestion(hint: Any, value: object) -> str:
 
 def _describe(hint: Any) -> str:
     """The values that a setting accepts, in words."""
-    return "a list of texts, such as [a, b]" if _is_texts(hint) else describe(hint)
+    return "a list of texts, such as [a, b]" if is_texts(hint) else describe(hint)
 
 
 def _build(section: type[_Section], values: Mapping[str, object], prefix: str = "") -> _Section:

@@ -109,9 +109,33 @@ def live_as_long_as_parent() -> None:
 
 
 @contextmanager
+def deferred() -> Iterator[None]:
+    """While the context is open, signals wait; the handler of the first one runs at its end. For short steps
+    that must be done whole. (A mask of the main thread would not do: any other thread may take the signal.)
+
+    Does nothing outside the main thread, in which alone handlers run.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    heeded = [number for number in ENDING if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    before = {number: signal.getsignal(number) for number in heeded}
+    try:
+        for number in heeded:
+            signal.signal(number, lambda number, frame: came.append(number))
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+        if came:
+            signal.raise_signal(came[0])
+
+
+@contextmanager
 def blocked() -> Iterator[None]:
-    """While the context is open, signals wait. A process that is started in it never hears of them, not even
-    before it has come to `live_as_long_as_parent`."""
+    """A process that is started while the context is open never hears of the signals, not even before it has
+    come to `live_as_long_as_parent`. This process may hear of them, by another thread."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield
@@ -121,8 +145,8 @@ def blocked() -> Iterator[None]:
 
 @contextmanager
 def watching(watch: Callable[[int], object]) -> Iterator[None]:
-    """While the context is open, a thread calls `watch` with the number of each signal that Python handles,
-    also while the main thread is deep in a long computation, where no handler runs."""
+    """While the context is open, a thread calls `watch` with the number of each signal of `ENDING` that is
+    handled, also while the main thread is deep in a long computation, where no handler runs."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -131,7 +155,8 @@ def watching(watch: Callable[[int], object]) -> Iterator[None]:
 
     def read() -> None:
         while number := os.read(reading, 1)[0]:
-            watch(number)
+            if number in ENDING:  # torch's data loader handles SIGCHLD, which comes whenever a process ends
+                watch(number)
         os.close(reading)
 
     threading.Thread(target=read, name="signals", daemon=True).start()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -64,6 +65,66 @@ def test_wrong_settings_on_several_processes_end_all_of_them(tmp_path: Path) -> 
     assert "compression.layer_types is 0_2_2_3" in done.stderr
     assert "parallel.pipeline_model_parallel_size" in done.stderr
     assert time.monotonic() - started < 120
+    error = done.stderr[: done.stderr.index("Sending process")].partition("error: ")[2].splitlines()[:-1]
+    last = done.stderr.splitlines()[-len(error) :]
+    assert last == [f"error: {error[0]}", *error[1:]]  # behind all that torchrun says
+    assert f"  traceback : error: {error[0]}\n" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE and MASTER_ADDR and MASTER_PORT must be set too"),
+        ({"WORLD_SIZE": ""}, "is ''"),
+    ],
+)
+def test_variables_that_cannot_be(variables: dict[str, str], said: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        command(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**ENVIRONMENT, **variables},
+        cwd=ROOT,
+    )
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_metrics_file_that_cannot_be_is_said_once(tmp_path: Path) -> None:
+    done = start(*command(tmp_path, "--logging.metrics_file=/proc/none/metrics.jsonl", ranks=2))
+    assert done.returncode != 0
+    before_torchrun = done.stderr[: done.stderr.index("torch/distributed/elastic")]
+    assert before_torchrun.count("error: ") == 1
+    assert "logging.metrics_file /proc/none/metrics.jsonl cannot be written" in done.stderr.splitlines()[-1]
+    assert "predicted cost" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_ctrl_c_under_torchrun_saves_and_has_the_last_word(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    options = [f"--checkpoint.save={tmp_path / 'save'}", f"--logging.metrics_file={metrics}"]
+    arguments = command(tmp_path, *options, ranks=2, train={"train_iters": 100000})
+    heeding = "import signal, sys, runpy\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    run_torchrun = f"{heeding}runpy.run_module('torch.distributed.run', run_name='__main__')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", run_torchrun, *arguments[3:]],
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 200
+    while not reported(metrics) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does; torchrun passes it on
+    _, errors = process.communicate(timeout=120)
+    assert errors.count("stopped after iteration") == 2, errors
+    assert errors.splitlines()[-1].startswith("stopped after iteration ")
+    assert errors.endswith(f": signal SIGINT; saved in {tmp_path / 'save'}\n")
+    assert (tmp_path / "save" / "latest").exists()
 
 
 LONGER = {"train_iters": 40}
@@ -128,7 +189,10 @@ def test_a_second_run_into_the_folder_is_told_of_the_first(tmp_path: Path) -> No
     done = start(*command(tmp_path, f"--checkpoint.save={save}", ranks=2))
     lock.release()
     assert done.returncode != 0
-    assert done.stderr.count(f"error: checkpoint.save: {save} is in use by process {os.getpid()}") == 1
+    said = f"error: checkpoint.save: {save} is in use by process {os.getpid()}"
+    by_ranks = [line for line in done.stderr.splitlines() if re.match(rf"[\d:]+ (rank \d: )?{said}", line)]
+    assert len(by_ranks) == 1, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(said), "after torchrun's own words"
 
 
 def test_terminated_runs_save_and_end_well(tmp_path: Path) -> None:

@@ -30,17 +30,18 @@ REGISTRY = "lckv.policies.registry"
 MODEL_TYPE = "lckv-llama"
 AUTO_MAP = {
     "AutoConfig": "modeling_lckv_llama.LCKVLlamaConfig",
+    "AutoModel": "modeling_lckv_llama.LCKVLlamaModel",
     "AutoModelForCausalLM": "modeling_lckv_llama.LCKVLlamaForCausalLM",
 }
 """What config.json of a model of that type says under `auto_map`: file and class, by the Auto class that
 needs them.
 
-Both name the same file: transformers imports everything that a file needs once for each file named here, and
+All name the same file: transformers imports everything that a file needs once for each file named here, and
 with two copies of a class an object from one copy is not an instance of the other.
 """
 _ONE_COPY = """
 
-# Saved again, the configuration names this file, not its own: see the two entries of auto_map in config.json.
+# Saved again, the configuration names this file, not its own: see the entries of auto_map in config.json.
 LCKVLlamaConfig.__module__ = __name__
 """
 

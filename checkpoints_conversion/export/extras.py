@@ -12,6 +12,7 @@ from checkpoints_conversion.export.bundle import AUTO_MAP, MODEL_TYPE, write_mod
 from checkpoints_conversion.export.model_card import Measured, license_of, model_card
 from checkpoints_conversion.export.tokenizer import has_tokenizer, kind_of, write_tokenizer
 from lckv.families.decoder import TokenIds
+from lckv.weights.json_file import read_json_object
 from megatron_ext.atomic import write_file
 from megatron_ext.data.tokenizers import load_tokenizer
 
@@ -93,5 +94,5 @@ def _generation_config(token_ids: TokenIds, source_folder: Path | None) -> dict[
     else the special tokens."""
     path = source_folder / "generation_config.json" if source_folder is not None else None
     if path is not None and path.is_file():
-        return json.loads(path.read_bytes())
+        return read_json_object(path)
     return {"_from_model_config": True, **{name: ids for name, ids in token_ids.items() if ids is not None}}

@@ -16,6 +16,7 @@ from lckv.cost import kv_bytes_per_token
 from lckv.sharing.layer_types import LayerTypes
 from lckv.sharing.picture import draw
 from megatron_ext.model.cost import model_shape
+from megatron_ext.text_yaml import load_text_yaml
 
 _REFERENCES = {
     "lckv": "LCKV: Wu, Tu. *Layer-Condensed KV Cache for Efficient Inference of Large Language Models.* "
@@ -77,7 +78,7 @@ def license_of(folder: Path | None) -> dict[str, str]:
         return {}
     parts = path.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
     try:
-        front = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
+        front = load_text_yaml(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
     except yaml.YAMLError:
         front = None
     return (

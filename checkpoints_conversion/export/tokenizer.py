@@ -17,6 +17,7 @@ from checkpoints_conversion.errors import ConversionError
 from lckv.generation.loading import load_tokenizer as load_folder
 from lckv.generation.sentencepiece_conversion import convert
 from lckv.tokenizer_files import PROBES, is_only_sentencepiece, is_tiktoken
+from lckv.weights.json_file import read_json_object
 from megatron_ext.atomic import write_file
 from megatron_ext.data.tiktoken_files import TIKTOKEN_PATTERN
 from megatron_ext.data.tokenizers import Tokenizer, load_tokenizer
@@ -95,7 +96,7 @@ def _add_tokenizer_json(source: Path, folder: Path) -> list[str]:
         raise ConversionError(str(error)) from error
     settings = folder / "tokenizer_config.json"
     is_new = not settings.exists()
-    config = {} if is_new else json.loads(settings.read_bytes())
+    config = {} if is_new else read_json_object(settings)
     named = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     config = {
         "clean_up_tokenization_spaces": False,

@@ -31,7 +31,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.formats.pieces import Piece, cover
 from lckv.weights.pickled_data import ForbiddenNameError
-from lckv.weights.pickled_file import READING_ERRORS, PickledTensor, read_torch_file
+from lckv.weights.pickled_file import READING_ERRORS, read_torch_file
+from lckv.weights.pickled_tensor import PickledTensor
 from lckv.weights.tensors import TensorInfo, row_chunks
 from megatron_ext.checkpointing.manifest import FileEntry
 

@@ -20,6 +20,7 @@ from checkpoints_conversion.formats.megatron import canonical_name, without_padd
 from checkpoints_conversion.formats.megatron_legacy_arguments import Arguments, describe
 from checkpoints_conversion.formats.megatron_legacy_file import FILE_NAME, RankFile
 from checkpoints_conversion.formats.pieces import Piece, join_rows
+from lckv.plain_files import read_plain
 from lckv.weights.checks import check_tensors
 from lckv.weights.tensors import TensorInfo
 
@@ -138,7 +139,7 @@ class LegacyCheckpoint:
 def _find_folder(path: Path) -> Path:
     tracker = path / _TRACKER_NAME
     if not any(_rank_folders(path)) and tracker.is_file():
-        name = tracker.read_bytes()[:40].decode(errors="replace").strip()
+        name = read_plain(tracker)[:40].decode(errors="replace").strip()
         path = path / (f"iter_{int(name):07d}" if name.isascii() and name.isdigit() else "release")
     if not any(_rank_folders(path)):
         raise ConversionError(

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from checkpoints_conversion.errors import ConversionError
 from lckv.weights.pickled_data import ForbiddenNameError, Made
-from lckv.weights.pickled_file import READING_ERRORS, PickledTensor, read_torch_file
+from lckv.weights.pickled_file import READING_ERRORS, read_torch_file
+from lckv.weights.pickled_tensor import PickledTensor
 
 FILE_NAME = "model_optim_rng.pt"
 

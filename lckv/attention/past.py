@@ -93,7 +93,6 @@ def attend_past(
     to its score as it is, and keys of the past have none. `columns`: for policies without bias; None: all
     slots are shown, and a window counts tokens. Scores are float32."""
     rows, kv_heads, older, _ = past.key.shape
-    size = min(_BLOCK, max(1, _MASK // max(1, rows * kv_heads * (older + new.key.shape[2]))))
     new_key = new.key
     if key_bias is not None:  # what a key's last channel says is said by the mask
         query, new_key = (without_bias(heads, key_bias.extra_channels) for heads in (query, new.key))
@@ -105,9 +104,14 @@ def attend_past(
         dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
         key, value = (tensor.to(dtype).flatten(0, 1)[:, None] for tensor in (key, value))
         heads = query.to(dtype).unflatten(1, (kv_heads, -1)).flatten(0, 1)
+        if torch.compiler.is_compiling():  # in one block: a traced length is no number to count with
+            parts = [(0, heads)]
+        else:
+            size = min(_BLOCK, max(1, _MASK // max(1, rows * kv_heads * (older + new.key.shape[2]))))
+            parts = [*zip(range(0, query.shape[2], size), heads.split(size, 2), strict=True)]
         blocks = [
             _attend_block(part, start, key, value, new, past, visibility, scale, key_bias, columns, dropout)
-            for start, part in zip(range(0, query.shape[2], size), heads.split(size, 2), strict=True)
+            for start, part in parts
         ]
     return torch.cat(blocks, 2).unflatten(0, (rows, kv_heads)).flatten(1, 2).to(past.value.dtype)
 
@@ -131,14 +135,14 @@ def _attend_block(
     width = start + query.shape[2] - int(visibility.exclude_self)
     if past.key.shape[2] + width == 0:
         return torch.zeros_like(query)
-    one = len(queries) == 1
+    one = queries.shape[0] == 1
     if one:  # the heads of a group see the same keys then: as queries of one head they cost less
         query = query.transpose(1, 2)
     key, value = (
         tensor[:, :, : past.key.shape[2] + width].expand(-1, query.shape[1], -1, -1)
         for tensor in (key, value)
     )
-    shape = (*past.lengths.shape, len(queries), -1)
+    shape = (*past.lengths.shape, queries.shape[0], -1)
     of_new = _visible_new(queries, width, new, visibility).expand(*shape[:3], width)
     first_biased = None if key_bias is None else key_bias.first_biased(exclude_self=visibility.exclude_self)
     of_past = _visible_past(queries, new, past, visibility, first_biased, columns).expand(shape)

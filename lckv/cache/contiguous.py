@@ -69,46 +69,30 @@ class ContiguousCache:
         *,
         scale: float,
         key_bias: KeyBias | None,
+        columns: past.Columns | None = None,
     ) -> Tensor:
-        """See `KVCache`."""
-        return self.attend_shown(
-            layer, query, new, counted, visibility, scale=scale, key_bias=key_bias, shown=None
-        )
-
-    def attend_shown(
-        self,
-        layer: int,
-        query: Tensor,
-        new: Extension,
-        counted: Tensor | None,
-        visibility: Visibility,
-        *,
-        scale: float,
-        key_bias: KeyBias | None,
-        shown: Tensor | None,
-    ) -> Tensor:
-        """As `attend`, where `shown` (bool [b, columns]; None: all) says which columns may be seen."""
+        """See `KVCache`. A window counts tokens, or with `columns` columns."""
         tokens = past.NewTokens(
             new.key.permute(1, 2, 0, 3),
             new.value.permute(1, 2, 0, 3),
             counted,
             None if new.hides is None else new.hides.permute(1, 2, 0),
         )
-        slots, columns = self._layers[layer], None
-        if self.columns and (
-            shown is not None or (visibility.window is not None and self.counted is not None)
-        ):
-            columns = self._columns_of(slots, shown)
+        older = self._layers[layer].past
         return past.attend_past(
-            query, tokens, slots.past, visibility, scale=scale, key_bias=key_bias, columns=columns
+            query, tokens, older, visibility, scale=scale, key_bias=key_bias, columns=columns
         )
 
     def under(self, shown: Tensor | None) -> KVCache:
-        """This cache, of which new tokens see only the columns `shown` (bool [b, columns]; None: all)."""
-        return self if shown is None else _Shown(self, shown)
+        """This cache as a batch of columns: new tokens see only those that are `shown` (bool [b, columns];
+        None: all), and a window counts columns, padding included."""
+        return (
+            self if self.columns == 0 or (shown is None and self.counted is None) else _Columns(self, shown)
+        )
 
-    def _columns_of(self, layer: LayerSlots, shown: Tensor | None) -> past.Columns:
-        column = layer.tokens
+    def columns_of(self, layer: int, shown: Tensor | None) -> past.Columns:
+        """Where the slots of a layer stand among the columns of the batch; `shown` as in `under`."""
+        column = self._layers[layer].tokens
         if self.counted is not None:
             order = torch.argsort(~self.counted, dim=1, stable=True)[:, None].expand(-1, column.shape[1], -1)
             column = order.gather(2, column.clamp(max=self.columns - 1))
@@ -174,10 +158,10 @@ class ContiguousCache:
             self.counted = self.counted[:, :kept]
 
 
-class _Shown:
-    """A `ContiguousCache` some of whose columns are hidden. Implements `KVCache`."""
+class _Columns:
+    """A `ContiguousCache` seen as the columns of a batch. Implements `KVCache`."""
 
-    def __init__(self, cache: ContiguousCache, shown: Tensor) -> None:
+    def __init__(self, cache: ContiguousCache, shown: Tensor | None) -> None:
         self._cache, self._shown = cache, shown
         self.state, self.commit = cache.state, cache.commit
 
@@ -203,6 +187,9 @@ class _Shown:
         key_bias: KeyBias | None,
     ) -> Tensor:
         """See `KVCache`."""
-        return self._cache.attend_shown(
-            layer, query, new, counted, visibility, scale=scale, key_bias=key_bias, shown=self._shown
+        columns = None
+        if self._shown is not None or visibility.window is not None:
+            columns = self._cache.columns_of(layer, self._shown)
+        return self._cache.attend(
+            layer, query, new, counted, visibility, scale=scale, key_bias=key_bias, columns=columns
         )

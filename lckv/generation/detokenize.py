@@ -1,80 +1,48 @@
 """Text from tokens that come one by one: whole characters only,
 and nothing of a text that ends the answer."""
 
+from codecs import getincrementaldecoder
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from typing import Protocol
 
-_REPLACEMENT = "\ufffd"
-"""What decoders write for bytes that are no character, perhaps because the rest of it is yet to come."""
 
-_LONGEST_WAIT = 8
-"""Tokens that may be held back for the rest of a character, which has 4 bytes at most; more of them are no
-character at all."""
+class TokenTexts(Protocol):
+    """What tokens are as text; see `TokenBytes`."""
 
+    def bytes_of(self, token: int, *, first: bool = False) -> bytes | None:
+        """What `token` adds to a text; None for special tokens."""
+        ...
 
-_TAIL = 8
-"""Tokens that the first text is decoded behind."""
+    def text_of(self, token: int, *, first: bool = False) -> str:
+        """The text of a token, special ones too."""
+        ...
 
-
-class Tokenizer(Protocol):
-    """What is asked of a tokenizer (those of transformers have it)."""
-
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
-        """The text of some tokens."""
+    def begins_text(self, prompt: Sequence[int]) -> bool:
+        """Whether an answer to `prompt` is the beginning of the text."""
         ...
 
 
 class Detokenizer:
-    """Turns tokens into text as they come.
+    """Turns tokens into text as they come: the characters of all their bytes. Bytes that are no character are
+    replacement characters."""
 
-    Decoders treat the beginning of a text in their own way (spaces), so the newest tokens are decoded behind
-    those before them, and what these give alone is taken off.
-    The work per token does not depend on how many there were.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
+    def __init__(self, texts: TokenTexts, before: Sequence[int] = ()) -> None:
         """`before`: tokens that the text goes on from."""
-        self._tokenizer, self._given = tokenizer, before
-        self._before: list[int] | None = None
-        self._newest: list[int] = []
+        self._texts = texts
+        self._first = texts.begins_text(before)
+        self._characters = getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> str:
-        """The text that is certain now. A special token ends what was held back, and is left out."""
-        newest = [*self._newest, token]
-        text = self._text(newest)
-        if not text or text.endswith(_REPLACEMENT):
-            if self.hidden(token):
-                return self.flush()
-            if text and len(newest) < _LONGEST_WAIT:
-                self._newest = newest
-                return ""
-        self._before, self._newest = newest, []
-        return text
-
-    def hidden(self, token: int) -> str:
-        """The text of a special token, which is no part of the text; empty for all others."""
-        if self._tokenizer.decode([token], skip_special_tokens=True):
+        """The text that is certain now. A special token is left out."""
+        content = self._texts.bytes_of(token, first=self._first)
+        if content is None:
             return ""
-        return self._tokenizer.decode([token], skip_special_tokens=False)
+        self._first = False
+        return self._characters.decode(content)
 
     def flush(self) -> str:
         """What was held back, when no more tokens come."""
-        if not self._newest:
-            return ""
-        text = self._text(self._newest)
-        self._before, self._newest = self._newest, []
-        return text
-
-    def _text(self, newest: list[int]) -> str:
-        if self._before is None:
-            shown = (token for token in reversed(self._given) if not self.hidden(token))
-            self._before = list(islice(shown, _TAIL))[::-1]
-        before, both = (
-            self._tokenizer.decode(tokens, skip_special_tokens=True)
-            for tokens in (self._before, self._before + newest)
-        )
-        return both[len(before) :]
+        return self._characters.decode(b"", final=True)
 
 
 class StopTexts:
@@ -137,10 +105,9 @@ class StopTexts:
 class AnswerText:
     """The text of one answer, from its tokens."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], before: Sequence[int]) -> None:
+    def __init__(self, texts: TokenTexts, stop: Sequence[str], before: Sequence[int]) -> None:
         """`before`: the prompt."""
-        self._detokenizer, self._stop = Detokenizer(tokenizer, before), StopTexts(stop)
-        self._stopping = bool(stop)
+        self._texts, self._detokenizer, self._stop = texts, Detokenizer(texts, before), StopTexts(stop)
 
     @property
     def stopped_by(self) -> str | None:
@@ -149,11 +116,9 @@ class AnswerText:
 
     def add(self, token: int) -> str:
         """The text that is certain now."""
-        hidden = self._detokenizer.hidden(token) if self._stopping else ""
-        if not hidden:
-            return self._stop.add(self._detokenizer.add(token))
-        text = self._stop.add(self._detokenizer.flush())
-        return text if self.stopped_by is not None else text + self._stop.add(hidden, shown=False)
+        if self._texts.bytes_of(token) is None:
+            return self._stop.add(self._texts.text_of(token), shown=False)
+        return self._stop.add(self._detokenizer.add(token))
 
     def flush(self) -> str:
         """The rest, when no more tokens come; a stop text may still turn up in it."""

@@ -5,12 +5,12 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from lckv.cache.paged import PagedCache
 from lckv.generation.config import EngineConfig
-from lckv.generation.detokenize import Tokenizer
 from lckv.generation.forward import Forward
 from lckv.generation.jobs import Job
 from lckv.generation.limits import Limits, end_tokens, token_ids
@@ -20,6 +20,7 @@ from lckv.generation.sampling import SamplingParams, sample
 from lckv.generation.scheduler import Scheduler
 from lckv.generation.scoring import Scores, score
 from lckv.generation.stats import Counters, EngineStats
+from lckv.generation.token_bytes import TokenBytes
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 
 logger = logging.getLogger(__name__)
@@ -38,18 +39,20 @@ class Engine:
         model: LCKVLlamaForCausalLM,
         config: EngineConfig | None = None,
         *,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: Any = None,
         cache: PagedCache | None = None,
     ) -> None:
-        """`tokenizer`: for the answers' text and for stop texts. `cache`: default one of the size that
-        `config` says.
+        """`tokenizer`: transformers', for the answers' text and for stop texts. `cache`: default one of
+        the size that `config` says.
 
         Raises ValueError for settings that make no sense, and where memory does not suffice.
         """
         config = config or EngineConfig()
         if config.problems():
             raise ValueError("\n".join(config.problems()))
-        self.model, self.tokenizer = model.eval(), tokenizer
+        self.model = model.eval()
+        self.texts = None if tokenizer is None else TokenBytes(tokenizer)
+        """What tokens are as text; None without a tokenizer."""
         context = min(
             model.config.max_position_embeddings, config.max_tokens or model.config.max_position_embeddings
         )
@@ -111,7 +114,7 @@ class Engine:
         request = Request(request_id or uuid.uuid4().hex, prompt, params, on_token)
         ends = frozenset((*params.stop_token_ids, *(() if params.ignore_eos else self._ends)))
         most = min(self.limits.context, len(prompt) + params.max_new_tokens)
-        job = Job(request, self.tokenizer, ends=ends, max_tokens=most)
+        job = Job(request, self.texts, ends=ends, max_tokens=most)
         with self._lock:
             if request.request_id in self._jobs:
                 raise ValueError(

@@ -3,7 +3,7 @@
 from random import Random
 from typing import Any
 
-from lckv.generation.detokenize import AnswerText, Tokenizer
+from lckv.generation.detokenize import AnswerText, TokenTexts
 from lckv.generation.requests import Completion, FinishReason, Request, TokenEvent
 from lckv.generation.sampling import Choice
 
@@ -12,9 +12,10 @@ class Job:
     """State of one request. Only the thread that runs the engine's step changes it."""
 
     def __init__(
-        self, request: Request, tokenizer: Tokenizer | None, *, ends: frozenset[int], max_tokens: int
+        self, request: Request, texts: TokenTexts | None, *, ends: frozenset[int], max_tokens: int
     ) -> None:
-        """`ends`: tokens that end the answer; `max_tokens`: of prompt and answer together."""
+        """`texts`: None for an answer without text. `ends`: tokens that end the answer; `max_tokens`: of
+        prompt and answer together."""
         self.request, self.params = request, request.params
         self.tokens = list(request.prompt_ids)
         """Of prompt and answer."""
@@ -31,9 +32,7 @@ class Job:
         # As a text, because integers lose their sign.
         self.generator = Random() if seed is None else Random(str(seed))
         self._ends, self._max_tokens = ends, max_tokens
-        self._text = (
-            None if tokenizer is None else AnswerText(tokenizer, request.params.stop, request.prompt_ids)
-        )
+        self._text = None if texts is None else AnswerText(texts, request.params.stop, request.prompt_ids)
         self._texts: list[str] = []
         self._characters = 0
         self._choices: list[Choice] = []

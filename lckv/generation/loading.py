@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from lckv.errors import ModelError
 from lckv.families.registry import describe, family_of
 from lckv.generation.sentencepiece_conversion import use_own_splitting
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
-from lckv.tokenizer_files import MODEL_NAME, is_only_sentencepiece
+from lckv.tokenizer_files import MODEL_NAME, check_folder, is_only_sentencepiece
 from lckv.weights.checks import CheckedSource
+from lckv.weights.folder_kind import explain_other_kind
 from lckv.weights.huggingface import CONFIG_NAME, HuggingFaceFolder, read_config_file
 from lckv.weights.tensors import TensorSource, row_chunks
 
@@ -41,9 +44,12 @@ def load_model(
 
     Raises FileNotFoundError for a folder without config.json, and ModelError for models that would not be
     computed right: of another kind, with fields that have no meaning here, with weights that are missing,
-    superfluous, pickled or not finite.
+    superfluous, pickled or not finite; and for what another program made, with the converter.
     """
     folder = Path(path)
+    _require_huggingface(folder)
+    if folder.is_dir():
+        check_folder(folder)
     if not (folder / CONFIG_NAME).is_file():
         raise FileNotFoundError(
             f"{folder}/config.json does not exist; give the folder of a model in Hugging Face's format."
@@ -59,8 +65,26 @@ def load_model(
     model.tie_weights()
     _fill(model, CheckedSource(weights, folder))
     if (folder / _GENERATION_NAME).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        model.generation_config = _generation_config(folder)
     return model.eval(), load_tokenizer(folder)
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of any kind: fields are checked where they are used
+        raise ModelError(
+            f"{folder / _GENERATION_NAME} cannot be understood: {_first_line(error)}."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+
+
+def _require_huggingface(folder: Path) -> None:
+    if other := explain_other_kind(folder, "huggingface"):
+        raise ModelError(f"{other}.")
 
 
 @torch.no_grad()
@@ -75,11 +99,18 @@ def _fill(model: LCKVLlamaForCausalLM, source: TensorSource) -> None:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a folder, None where it has none. A SentencePiece model splits text as its file says.
 
-    Raises ModelError where that splitting cannot be had.
+    Raises ModelError where a file cannot be read, or that splitting cannot be had.
     """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    check_folder(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of any kind: what reads the files differs from one class to the next
+        raise ModelError(
+            f"{folder}: its tokenizer cannot be read: {_first_line(error)}. It is broken, or newer than "
+            f"transformers {transformers.__version__} here."
+        ) from error
     if is_only_sentencepiece(folder):
         use_own_splitting(tokenizer, folder / MODEL_NAME)
     return tokenizer
@@ -88,6 +119,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 def model_config(folder: Path) -> LCKVLlamaConfig:
     """What the config.json of a folder means here; weights are not looked at.
 
-    Raises ModelError with every field that means nothing here.
+    Raises ModelError with every field that means nothing here, and for folders of another format.
     """
+    _require_huggingface(folder)
     return LCKVLlamaConfig.from_decoder(describe(read_config_file(folder), {}, folder / CONFIG_NAME))

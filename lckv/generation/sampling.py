@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lckv.surrogates import lone_surrogate
+
 _SHOWN = 100
 """Characters of a wrong value that a message repeats."""
 
@@ -66,8 +68,8 @@ class SamplingParams:
     model's distribution before any of the settings above; None: none."""
 
     def problems(self, names: Mapping[str, str] | None = None) -> list[str]:
-        """Everything that is wrong with these settings: field, value, required relation. `names`: what the user
-        calls fields, where that differs."""
+        """Everything that is wrong with these settings: field, value, required relation. `names`: what the
+        user calls fields, where that differs."""
         rules: tuple[tuple[str, bool, str], ...] = (
             (
                 "temperature",
@@ -92,7 +94,12 @@ class SamplingParams:
                 _whole(self.max_new_tokens) and self.max_new_tokens >= 1,
                 "an integer of at least 1",
             ),
-            ("stop", _tuple_of(str, self.stop) and all(self.stop), "a tuple of texts that are not empty"),
+            (
+                "stop",
+                _tuple_of(str, self.stop)
+                and all(text and lone_surrogate(text) is None for text in self.stop),
+                "a tuple of Unicode texts that are not empty",
+            ),
             (
                 "stop_token_ids",
                 isinstance(self.stop_token_ids, tuple)

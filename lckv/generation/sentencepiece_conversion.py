@@ -12,6 +12,7 @@ from typing import Any
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lckv.errors import ModelError
+from lckv.plain_files import read_plain
 from lckv.tokenizer_files import PROBES
 
 
@@ -47,12 +48,16 @@ def convert(path: Path) -> tuple[Any, dict[str, str]]:
 
     Raises ModelError for models that cannot be converted exactly: other than BPE, or changing the text first.
     """
+    from google.protobuf.message import DecodeError
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # needs protobuf, which tensorboard brings
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
     proto = ModelProto()
-    proto.ParseFromString(path.read_bytes())
+    try:
+        proto.ParseFromString(read_plain(path))
+    except (OSError, DecodeError) as error:
+        raise ModelError(f"{path} is no SentencePiece model: {error}.") from error
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     scored = [(piece.piece, piece.score) for piece in proto.pieces]
     from_text = [(piece.piece, piece.score) for piece in proto.pieces if piece.type == piece.NORMAL]

@@ -12,6 +12,7 @@ from lckv.cache.streaming import StreamingCache
 from lckv.generation.detokenize import AnswerText
 from lckv.generation.limits import end_tokens
 from lckv.generation.sampling import SamplingParams, sample
+from lckv.generation.token_bytes import TokenBytes
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from lckv.rope import inverse_frequencies
 
@@ -64,7 +65,7 @@ class Continuation:
         is asked for."""
         self._model, self._cache, self._params = model, cache, params
         self._prompt, self._prefill_chunk = prompt, prefill_chunk
-        self._text = AnswerText(tokenizer, params.stop, prompt)
+        self._text = AnswerText(TokenBytes(tokenizer), params.stop, prompt)
         self._ends = frozenset((*params.stop_token_ids, *(() if params.ignore_eos else end_tokens(model))))
         self._seen = dict.fromkeys(prompt)  # for the penalty: no more than the vocabulary
         self.tokens = 0

@@ -96,6 +96,36 @@ class LCKVLlamaConfig(PreTrainedConfig):
         """The scaling in `rope_parameters`, for `lckv.rope`."""
         return read_rope({"rope_parameters": self.rope_parameters})[1]
 
+    @property
+    def base_model_tp_plan(self) -> dict[str, str] | None:  # type: ignore[override]
+        """How others (transformers, vLLM) split the decoder over tensor-parallel ranks; None where they
+        cannot: layers that are iterated and merged slots count all KV heads."""
+        compression = self.compression_config()
+        if (
+            compression.map(self.num_hidden_layers).any_cyclic
+            or not compression.policy.traits.keeps_every_token
+        ):
+            return None
+        plan = {f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"}
+        if self.qk_norm:
+            plan |= {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
+        plan["layers.*.self_attn.o_proj"] = plan["layers.*.mlp.down_proj"] = "rowwise"
+        return plan | {f"layers.*.mlp.{name}_proj": "colwise" for name in ("gate", "up")}
+
+    @property
+    def base_model_pp_plan(self) -> dict[str, tuple[list[str], list[str]]] | None:  # type: ignore[override]
+        """What goes through each part of the decoder, for others that cut it into stages; None where layers
+        read keys and values of other layers, which they do not carry along."""
+        layer_types = self.compression_config().map(self.num_hidden_layers)
+        if len(layer_types.kv_layers) < self.num_hidden_layers:
+            return None
+        states = ["hidden_states"]
+        return {
+            "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+            "layers": (states, states),
+            "norm": (states, states),
+        }
+
     def as_decoder(self) -> Decoder:
         """The model that this describes; float32 where it names no dtype."""
         base, scaling = read_rope({"rope_parameters": self.rope_parameters})

@@ -18,6 +18,8 @@ from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 OWN = {"eager": "reference", "sdpa": "sdpa", "flash_attention_2": "flash"}
 """Hugging Face's names of attention implementations, and those of `lckv.attention`."""
 
+_OF_MASK = frozenset(inspect.signature(create_causal_mask).parameters)
+
 
 class AttentionFunction(NamedTuple):
     """A function of others, and what it is called with beside a layer's queries, keys and values."""
@@ -32,15 +34,14 @@ class AttentionFunction(NamedTuple):
     """Arguments of the forward pass that the model itself does not know."""
 
 
-def attention_function(config: LCKVLlamaConfig) -> str | None:
+def attention_function(config: LCKVLlamaConfig, obstacle: str | None) -> str | None:
     """The name of the attention function of others that the configuration asks for; None: it asks for one of
-    `OWN`.
+    `OWN`. `obstacle`: what `obstacle_to_functions` returned.
 
     Raises ValueError for a name that is not registered, and where no such function can serve the model."""
     name = config._attn_implementation or "sdpa"
     if name in OWN:
         return None
-    obstacle = next(_obstacles(config, name), None)
     if name not in ALL_ATTENTION_FUNCTIONS or name.startswith("paged|"):
         obstacle = (
             "transformers' attention interface has no such function for a model with a cache of its own"
@@ -51,6 +52,11 @@ def attention_function(config: LCKVLlamaConfig) -> str | None:
             "engine of lckv.generation (`lckv-megatron serve`) serves every map."
         )
     return name
+
+
+def obstacle_to_functions(config: LCKVLlamaConfig) -> str | None:
+    """What keeps attention functions of others from serving the model; None if nothing does."""
+    return next(_obstacles(config), None)
 
 
 def check_no_cache(name: str, use_cache: bool | None, past_key_values: object) -> None:
@@ -67,8 +73,7 @@ def mask_for(
     config: LCKVLlamaConfig, embedded: Tensor, attention_mask: Tensor | None, position_ids: Tensor
 ) -> Any:
     """What the configured function wants as a mask: None where transformers has no kind of mask for it."""
-    parameters = inspect.signature(create_causal_mask).parameters
-    offered = {
+    offered: dict[str, Any] = {
         "config": config,
         "inputs_embeds": embedded,
         "input_embeds": embedded,  # the name until transformers 5.2
@@ -77,10 +82,10 @@ def mask_for(
         "past_key_values": None,
         "position_ids": position_ids,
     }
-    return create_causal_mask(**{name: value for name, value in offered.items() if name in parameters})
+    return create_causal_mask(**{name: value for name, value in offered.items() if name in _OF_MASK})
 
 
-def _obstacles(config: LCKVLlamaConfig, name: str) -> Iterator[str]:
+def _obstacles(config: LCKVLlamaConfig) -> Iterator[str]:
     compression = config.compression_config()
     layer_types = compression.map(config.num_hidden_layers)
     traits = compression.policy.traits

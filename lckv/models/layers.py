@@ -4,9 +4,8 @@ them.
 Shapes: b rows, s new tokens, h query heads, g KV heads, d channels of a head.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -149,9 +148,10 @@ class LCKVLlamaAttention(nn.Module):
         return backend(query, key, value, visibility, scale=scale, dropout=self._dropout, key_bias=key_bias)
 
     def _backend(self, query: Tensor) -> Attend:
-        name = self.config._attn_implementation or "sdpa"
+        name, key_bias = self.config._attn_implementation or "sdpa", self.policy.traits.key_bias
+        width = self.head_dim + (0 if key_bias is None else key_bias.extra_channels)
         try:
-            return choose(OWN[name], device=query.device, dtype=query.dtype, head_dim=query.shape[-1]).attend
+            return choose(OWN[name], device=query.device, dtype=query.dtype, head_dim=width).attend
         except UnsupportedError as error:
             raise ValueError(
                 f"attn_implementation is {name!r}, but {error.obstacle}. Set attn_implementation to sdpa."
@@ -183,17 +183,17 @@ _NO_EXTENSION = (None,) * len(Extension._fields)
 class LCKVLlamaDecoderLayer(GradientCheckpointingLayer):
     """A layer, of which a pass of the plan may need only a part."""
 
-    _checkpoint: Callable[..., _Flat]
+    _recomputed = False
 
-    @property
-    def _gradient_checkpointing_func(self) -> Callable[..., _Flat]:
-        """How the base class runs `forward`. transformers sets it; passes without gradient keep nothing for
-        backward anyway."""
-        return self._checkpoint if torch.is_grad_enabled() else _call
+    @property  # an attribute of the base class
+    def gradient_checkpointing(self) -> bool:
+        """Whether the base class recomputes `forward` in backward. transformers sets it; passes without
+        gradient keep nothing for backward anyway."""
+        return self._recomputed and torch.is_grad_enabled()
 
-    @_gradient_checkpointing_func.setter
-    def _gradient_checkpointing_func(self, checkpoint: Callable[..., _Flat]) -> None:
-        self._checkpoint = checkpoint
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self._recomputed = value
 
     def __init__(self, config: LCKVLlamaConfig, layer_idx: int) -> None:
         super().__init__()
@@ -222,10 +222,6 @@ class LCKVLlamaDecoderLayer(GradientCheckpointingLayer):
             own_or_none, statistics = self.self_attn.keys_values(self.input_layernorm(hidden_states), tokens)
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states, *(own_or_none or _NO_EXTENSION), *statistics
-
-
-def _call(function: Callable[..., _Flat], *args: Any) -> _Flat:
-    return function(*args)
 
 
 class HiddenStates:

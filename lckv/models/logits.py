@@ -31,10 +31,10 @@ def kept_states(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     if logits_to_keep.dtype != torch.bool and len(shape) == 2 and shape[0] == hidden_states.shape[0]:
         rows = torch.arange(shape[0], device=hidden_states.device)[:, None]
         return hidden_states[rows, logits_to_keep]
-    rows, tokens = hidden_states.shape[:2]
+    count, width = hidden_states.shape[:2]
     raise ValueError(
-        f"logits_to_keep is a tensor {list(shape)} of {logits_to_keep.dtype}; for {rows} rows of {tokens} "
-        f"tokens it must be indices [n] or [{rows}, n], or bool [{rows}, {tokens}]."
+        f"logits_to_keep is a tensor {list(shape)} of {logits_to_keep.dtype}; for {count} rows of {width} "
+        f"tokens it must be indices [n] or [{count}, n], or bool [{count}, {width}]."
     )
 
 

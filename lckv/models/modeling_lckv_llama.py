@@ -27,7 +27,13 @@ from lckv.models.arguments import (
 )
 from lckv.models.cache import LCKVCache
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
-from lckv.models.interface import AttentionFunction, attention_function, check_no_cache, mask_for
+from lckv.models.interface import (
+    AttentionFunction,
+    attention_function,
+    check_no_cache,
+    mask_for,
+    obstacle_to_functions,
+)
 from lckv.models.layers import HiddenStates, LCKVLlamaDecoderLayer, PlannedLayers, Tokens
 from lckv.models.logits import check_labels, check_targets, kept_states, share_of_batch
 from lckv.models.outputs import LCKVModelOutput, LCKVOutput
@@ -58,6 +64,8 @@ class LCKVLlamaPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 - transformers reads it
     _supports_flash_attn = True
     _supports_sdpa = True
+    _supports_attention_backend = True
+    """There are such models; those that no function of others can serve say so when they are made."""
 
 
 class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
@@ -65,7 +73,8 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
 
     def __init__(self, config: LCKVLlamaConfig) -> None:
         super().__init__(config)
-        attention_function(config)  # says at once what it cannot serve
+        self.function_obstacle = obstacle_to_functions(config)
+        attention_function(config, self.function_obstacle)  # says at once what it cannot serve
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(
             [LCKVLlamaDecoderLayer(config, index) for index in range(config.num_hidden_layers)]
@@ -100,7 +109,7 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         an argument of another name."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds.")
-        function = attention_function(self.config)
+        function = attention_function(self.config, self.function_obstacle)
         asked = read_arguments(kwargs, self.config, attention_function=function)
         embedded = self.embed_tokens(check_tokens(input_ids)) if inputs_embeds is None else inputs_embeds
         check_embedded(embedded, self.config.hidden_size)
@@ -130,7 +139,8 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
             output_hidden_states=output_hidden_states,
             function=None if function is None else AttentionFunction(function, mask, asked.of_attention),
         )
-        output.passes, output.past_key_values = None, past_key_values
+        fields = {name: value for name, value in output.items() if name != "passes"}
+        output = LCKVModelOutput(**fields, past_key_values=past_key_values)
         return output if asked.return_dict else output.to_tuple()
 
     def _cache(self, given: LCKVCache | None, use_cache: bool | None) -> LCKVCache | None:
@@ -257,11 +267,16 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
 class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
     """The decoder with its language-model head.
 
+    Maps with cyclic layers (layers that read others above them) give slightly other logits with a cache than
+    without: see docs/huggingface.md of the project.
+
     There are no schedules here: in training, a KV policy that has stages is at the end of its stage (a fading
     channel is gone, the whole compression ratio is asked for). Its randomness follows torch's CPU generator.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - transformers reads it
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # noqa: RUF012
 
     def __init__(self, config: LCKVLlamaConfig) -> None:
         super().__init__(config)
@@ -320,6 +335,16 @@ class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
         return (
             result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
         )
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' continuous batching (`generate_batch`) keeps a cache of its own: refused."""
+        raise ValueError(
+            "transformers' continuous batching (generate_batch) does not read this model's cache; the engine "
+            "of this project has continuous batching with paged slots: lckv.generation.engine.Engine, or "
+            "`lckv-megatron serve`."
+        )
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
 
     def _prepare_cache_for_generation(  # type: ignore[override]  # what it is given besides differs between versions
         self,

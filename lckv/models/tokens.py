@@ -76,7 +76,8 @@ class Given(NamedTuple):
         those in packed sequences, or else columns. `counted`: bool [b, s]; None: all."""
         if self.position_ids is not None:
             return self.position_ids
-        starts = self.packing.starts(*new_tokens.shape[:2], new_tokens.device)
+        rows, tokens = new_tokens.shape[:2]
+        starts = self.packing.starts(rows, tokens, new_tokens.device)
         if starts is None:
             return _column_positions(new_tokens, counted, cache)
         places = torch.arange(starts.shape[1], device=starts.device)
@@ -239,7 +240,7 @@ def _checked_mask(attention_mask: Any, rows: int, tokens: int, older: int) -> Te
 
 
 def _check_positions(position_ids: Tensor | None, rows: int, tokens: int) -> None:
-    if position_ids is not None and tuple(position_ids.shape) not in {(rows, tokens), (1, tokens)}:
+    if position_ids is not None and tuple(position_ids.shape) not in ((rows, tokens), (1, tokens)):
         raise ValueError(
             f"position_ids has shape {list(position_ids.shape)}; it must be [{rows}, {tokens}], the position "
             "of each new token."

@@ -2,13 +2,12 @@
 for both kinds of requests."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from lckv.generation.requests import TokenEvent
-
-Kind = Literal["completion", "chat"]
+from lckv.serving.token_logprobs import Kind, TokenLogprobs
 
 _OBJECTS = {
     ("completion", False): "text_completion",
@@ -25,6 +24,7 @@ class Header:
 
     kind: Kind
     answer_id: str
+    request_id: str
     model: str
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -40,39 +40,8 @@ class Header:
         }
 
 
-TokenText = Callable[[int], str]
-"""The text of a single token, as log-probabilities are reported."""
-
-
-def logprobs_of(kind: Kind, events: list[TokenEvent], text_of: TokenText) -> dict[str, Any] | None:
-    """The log-probabilities of some tokens; None where the request asked for none."""
-    told = [event for event in events if event.token is not None and event.logprob is not None]
-    if not told:
-        return None
-    if kind == "completion":
-        return {
-            "tokens": [text_of(event.token) for event in told if event.token is not None],
-            "token_logprobs": [event.logprob for event in told],
-            "top_logprobs": [
-                {text_of(token): value for token, value in event.top_logprobs} for event in told
-            ],
-            "text_offset": [event.text_offset for event in told],
-        }
-    return {"content": [_chat_logprob(event, text_of) for event in told]}
-
-
-def _chat_logprob(event: TokenEvent, text_of: TokenText) -> dict[str, Any]:
-    def entry(token: int, value: float | None) -> dict[str, Any]:
-        text = text_of(token)
-        return {"token": text, "logprob": value, "bytes": list(text.encode())}
-
-    assert event.token is not None
-    best = [entry(token, value) for token, value in event.top_logprobs]
-    return {**entry(event.token, event.logprob), "top_logprobs": best}
-
-
 def whole_choice(
-    kind: Kind, index: int, events: list[TokenEvent], text_of: TokenText, prefix: str = ""
+    kind: Kind, index: int, events: Sequence[TokenEvent], logprobs: TokenLogprobs, prefix: str
 ) -> dict[str, Any]:
     """One complete answer; `prefix` is the echoed prompt."""
     text = prefix + "".join(event.text for event in events)
@@ -81,27 +50,29 @@ def whole_choice(
         if kind == "completion"
         else {"message": {"role": "assistant", "content": text, "refusal": None}}
     )
-    reason = _FINISH_REASONS[events[-1].finish_reason or "stop"]
-    return {
-        "index": index,
-        **content,
-        "logprobs": logprobs_of(kind, events, text_of),
-        "finish_reason": reason,
-    }
+    return _choice(index, content, logprobs.of(events), events[-1].finish_reason or "stop")
 
 
-def piece_choice(kind: Kind, index: int, event: TokenEvent, text_of: TokenText) -> dict[str, Any]:
+def piece_choice(kind: Kind, index: int, event: TokenEvent, logprobs: TokenLogprobs) -> dict[str, Any]:
     """One event of a streamed answer."""
     content: dict[str, Any] = (
         {"text": event.text} if kind == "completion" else {"delta": {"content": event.text}}
     )
-    reason = None if event.finish_reason is None else _FINISH_REASONS[event.finish_reason]
-    return {
-        "index": index,
-        **content,
-        "logprobs": logprobs_of(kind, [event], text_of),
-        "finish_reason": reason,
-    }
+    return _choice(index, content, logprobs.of([event]), event.finish_reason)
+
+
+def opening_choice(kind: Kind, index: int, prefix: str) -> dict[str, Any] | None:
+    """What a streamed answer begins with; None where there is nothing to say."""
+    if kind == "chat":
+        return _choice(index, {"delta": {"role": "assistant", "content": ""}}, None, None)
+    return _choice(index, {"text": prefix}, None, None) if prefix else None
+
+
+def _choice(
+    index: int, content: dict[str, Any], logprobs: dict[str, Any] | None, reason: str | None
+) -> dict[str, Any]:
+    finish_reason = None if reason is None else _FINISH_REASONS[reason]
+    return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

@@ -5,144 +5,221 @@ is ignored silently.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field
+from dataclasses import dataclass
+from typing import Any
 
 from lckv.generation.sampling import SamplingParams
+from lckv.serving.errors import ApiError, shown
+from lckv.serving.fields import BOOLEAN, INTEGER, LIST, NUMBER, TEXT, Fields, Kind, check
+from lckv.serving.limits import ServingLimits
+from lckv.serving.messages import conversation
+from lckv.serving.sizes import check_characters, check_count, check_tokens
 
-_ONLY_VALUE: dict[str, Any] = {
-    "best_of": 1,
-    "n": 1,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "logit_bias": {},
-    "suffix": "",
-    "tools": [],
-    "response_format": {"type": "text"},
+_ACCEPTED: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
 }
-"""Fields that clients send, of which only this value (or none) is supported."""
+"""Fields that clients send, of which only these values (and null) are supported."""
+
+_ACCEPTED_OF_COMPLETIONS = _ACCEPTED | {"best_of": (1,), "suffix": ("",)}
+
+_ACCEPTED_OF_CHATS = _ACCEPTED | {
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "metadata": ({},),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "web_search_options": (),
+}
+
+_COMPLETION_TOKENS = 16
+"""Of a completion that does not say how many: OpenAI's default."""
+
+_MANY = Kind(
+    "a text, a list of texts, a list of token ids, or a list of such lists",
+    lambda value: isinstance(value, str | list),
+)
+_STOPS = Kind("a text or a list of texts", lambda value: isinstance(value, str | list))
 
 
-class StreamOptions(BaseModel):
-    """Options of a streamed answer."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    include_usage: bool = False
-    """Send one more event at the end, with the numbers of tokens."""
-
-
-class GenerationRequest(BaseModel):
+@dataclass(frozen=True)
+class GenerationRequest:
     """What both kinds of requests have in common."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    model: str
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int | None = None
-    """None, 0 and -1: all tokens."""
-
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] = Field(default_factory=list)
-    ignore_eos: bool = False
-    user: str | None = None
-    """Accepted, and of no effect: nothing is stored."""
-
-    n: int | None = None
-    best_of: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-
-    def unsupported(self) -> str | None:
-        """What of the request cannot be honoured, as a sentence; None if nothing."""
-        for name, only in _ONLY_VALUE.items():
-            value = getattr(self, name, None)
-            if value is not None and value != only:
-                return f"{name} is {value!r}; this server only supports {only!r}."
-        if self.stream_options is not None and not self.stream:
-            return "stream_options is given, but stream is false."
-        return None
-
-    def stops(self) -> tuple[str, ...]:
-        """Texts that end the answer."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-
-    def sampling(self, *, max_new_tokens: int, logprobs: int | None) -> SamplingParams:
-        """For the engine."""
-        return SamplingParams(
-            temperature=self.temperature,
-            top_k=None if self.top_k in (0, -1) else self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            seed=self.seed,
-            max_new_tokens=max_new_tokens,
-            stop=self.stops(),
-            stop_token_ids=tuple(self.stop_token_ids),
-            ignore_eos=self.ignore_eos,
-            logprobs=logprobs,
-        )
+    stream: bool
+    include_usage: bool
+    params: SamplingParams
+    length_name: str
+    """The field that says how long an answer may be."""
 
 
+@dataclass(frozen=True)
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
-    """One text or list of token ids, or several of either."""
-
-    max_tokens: int = 16
-    logprobs: int | None = None
-    echo: bool = False
-    suffix: str | None = None
-
-    def prompts(self) -> list[str] | list[list[int]]:
-        """Always several."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return self.prompt  # type: ignore[return-value]
+    prompts: Sequence[str | list[int]]
+    echo: bool
 
 
-class ChatMessage(BaseModel):
-    """One turn of a conversation."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[dict[str, Any]]
-    """Text, or parts of it: [{"type": "text", "text": ...}, ...]."""
-    name: str | None = None
-
-    def text(self) -> str:
-        """The content as one text. Raises ValueError for parts that are no text."""
-        if isinstance(self.content, str):
-            return self.content
-        for part in self.content:
-            if part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise ValueError(f"messages: a part of type {part.get('type')!r}; only text is supported.")
-        return "".join(part["text"] for part in self.content)
-
-
+@dataclass(frozen=True)
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    logprobs: bool = False
-    top_logprobs: int | None = None
-    tools: list[Any] | None = None
-    response_format: dict[str, Any] | None = None
+    conversation: Sequence[Mapping[str, str]]
+    """For the tokenizer's chat template."""
 
-    def conversation(self) -> Sequence[Mapping[str, str]]:
-        """For the tokenizer's chat template."""
-        return [{"role": message.role, "content": message.text()} for message in self.messages]
+    fills_context: bool
+    """Whether the answer may be as long as there is room."""
+
+
+def completion_request(content: Mapping[str, Any], model: str, limits: ServingLimits) -> CompletionRequest:
+    """From the body of a request. Raises ApiError."""
+    fields = Fields(content)
+    _check_model(fields, model)
+    prompts = _prompts(fields.need("prompt", _MANY), limits)
+    echo, logprobs = fields.take("echo", BOOLEAN, False), fields.take("logprobs", INTEGER)
+    if echo and logprobs is not None:
+        raise ApiError(
+            400, "echo with logprobs is not supported: there are none for the prompt.", param="echo"
+        )
+    length = fields.take("max_tokens", INTEGER, _COMPLETION_TOKENS)
+    stream, include_usage = _stream(fields)
+    params = _params(fields, limits, max_new_tokens=length, logprobs=logprobs)
+    _check_params(params, limits, {"max_new_tokens": "max_tokens"})
+    fields.refuse_others(_ACCEPTED_OF_COMPLETIONS)
+    return CompletionRequest(stream, include_usage, params, "max_tokens", prompts, echo)
+
+
+def chat_request(content: Mapping[str, Any], model: str, limits: ServingLimits) -> ChatRequest:
+    """From the body of a request. Raises ApiError."""
+    fields = Fields(content)
+    _check_model(fields, model)
+    turns = conversation(fields.need("messages", LIST), limits)
+    length_name, length = _length(fields)
+    logprobs, best = fields.take("logprobs", BOOLEAN, False), fields.take("top_logprobs", INTEGER)
+    if best is not None and not logprobs:
+        raise ApiError(400, "top_logprobs is given, but logprobs is false.", param="top_logprobs")
+    stream, include_usage = _stream(fields)
+    params = _params(
+        fields,
+        limits,
+        max_new_tokens=1 if length is None else length,
+        logprobs=(best or 0) if logprobs else None,
+    )
+    _check_params(params, limits, {"max_new_tokens": length_name, "logprobs": "top_logprobs"})
+    for name in ("safety_identifier", "prompt_cache_key"):  # as `user`
+        fields.take(name, TEXT)
+    fields.refuse_others(_ACCEPTED_OF_CHATS)
+    return ChatRequest(stream, include_usage, params, length_name, turns, length is None)
+
+
+def _check_model(fields: Fields, model: str) -> None:
+    asked = fields.need("model", TEXT)
+    if asked != model:
+        raise ApiError(404, f"model {shown(asked)} is not served here; this is {model!r}.", param="model")
+
+
+def _stream(fields: Fields) -> tuple[bool, bool]:
+    """Whether to stream, and whether to send the numbers of tokens at the end."""
+    stream, given = fields.take("stream", BOOLEAN, False), fields.take("stream_options")
+    if given is None:
+        return stream, False
+    if not stream:
+        raise ApiError(400, "stream_options is given, but stream is false.", param="stream_options")
+    options = Fields(given, "stream_options")
+    include_usage = options.take("include_usage", BOOLEAN, False)
+    options.refuse_others({"include_obfuscation": (False,)})
+    return stream, include_usage
+
+
+def _length(fields: Fields) -> tuple[str, int | None]:
+    """The field for the length of a chat's answer that is given, and its value."""
+    names = ("max_completion_tokens", "max_tokens")
+    given = {name: value for name in names if (value := fields.take(name, INTEGER)) is not None}
+    if len(set(given.values())) > 1:
+        both = " and ".join(f"{name} is {value}" for name, value in given.items())
+        raise ApiError(400, f"{both}; give one of them.", param="max_tokens")
+    return next(iter(given.items()), ("max_completion_tokens", None))
+
+
+def _params(
+    fields: Fields, limits: ServingLimits, *, max_new_tokens: int, logprobs: int | None
+) -> SamplingParams:
+    fields.take("user", TEXT)  # of no effect: nothing is stored
+    top_k = fields.take("top_k", INTEGER)
+    tokens = fields.take("stop_token_ids", LIST, [])
+    check_count(len(tokens), limits.max_stops, "stop_token_ids", "tokens", least=0)
+    return SamplingParams(
+        temperature=fields.take("temperature", NUMBER, 1.0),
+        top_k=None if top_k in (0, -1) else top_k,
+        top_p=fields.take("top_p", NUMBER, 1.0),
+        min_p=fields.take("min_p", NUMBER, 0.0),
+        repetition_penalty=fields.take("repetition_penalty", NUMBER, 1.0),
+        seed=fields.take("seed", INTEGER),
+        max_new_tokens=max_new_tokens,
+        stop=_stops(fields, limits),
+        stop_token_ids=tuple(
+            check(token, INTEGER, f"stop_token_ids[{place}]") for place, token in enumerate(tokens)
+        ),
+        ignore_eos=fields.take("ignore_eos", BOOLEAN, False),
+        logprobs=logprobs,
+    )
+
+
+def _check_params(params: SamplingParams, limits: ServingLimits, names: Mapping[str, str]) -> None:
+    problems = params.problems(names)
+    if problems:
+        raise ApiError(400, " ".join(problems), param=problems[0].partition(" ")[0])
+    if params.max_new_tokens > limits.max_new_tokens:
+        name = names["max_new_tokens"]
+        most = limits.max_new_tokens
+        raise ApiError(400, f"{name} is {params.max_new_tokens}; at most {most} are allowed.", param=name)
+
+
+def _stops(fields: Fields, limits: ServingLimits) -> tuple[str, ...]:
+    given = fields.take("stop", _STOPS, [])
+    if isinstance(given, str):
+        return (_stop(given, "stop", limits),)
+    check_count(len(given), limits.max_stops, "stop", "texts", least=0)
+    return tuple(_stop(text, f"stop[{place}]", limits) for place, text in enumerate(given))
+
+
+def _stop(text: Any, path: str, limits: ServingLimits) -> str:
+    check_count(len(check(text, TEXT, path)), limits.max_stop_characters, path, "characters")
+    return str(text)
+
+
+def _prompts(given: Any, limits: ServingLimits) -> list[str | list[int]]:
+    """Always several."""
+    if isinstance(given, str):
+        return [_text(given, "prompt", limits)]
+    if given and INTEGER.fits(given[0]):
+        return [_tokens(given, "prompt", limits)]
+    check_count(len(given), limits.max_prompts, "prompt", "prompts")
+    return [_prompt(member, f"prompt[{place}]", limits) for place, member in enumerate(given)]
+
+
+def _prompt(given: Any, path: str, limits: ServingLimits) -> str | list[int]:
+    check(given, _MANY._replace(words="a text or a list of token ids"), path)
+    return _text(given, path, limits) if isinstance(given, str) else _tokens(given, path, limits)
+
+
+def _text(given: str, path: str, limits: ServingLimits) -> str:
+    check_characters(len(given), path, limits)
+    return given
+
+
+def _tokens(given: list[Any], path: str, limits: ServingLimits) -> list[int]:
+    check_tokens(len(given), path, limits)
+    return [check(token, INTEGER, f"{path}[{place}]") for place, token in enumerate(given)]

@@ -147,7 +147,7 @@ def _run_layers(step: Step, layers: Layers[KV], state: State[KV]) -> State[KV]:
             if run.hands:
                 handed[run.index] = own
         for source_index in run.drops:
-            del available[source_index]
+            available.pop(source_index, None)  # not there if its layer lies on a stage of somebody else's
     return state._replace(hidden_states=hidden_states, available=available, handed=handed)
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from lckv.errors import ModelError
 from lckv.plain_files import is_plain_name
 from lckv.weights.json_file import read_json, read_json_object
-from lckv.weights.pickled_file import PickledTensor, open_pickle
+from lckv.weights.pickled_file import open_pickle
+from lckv.weights.pickled_tensor import PickledTensor
 from lckv.weights.safetensors_file import StoredTensor, open_safetensors
 from lckv.weights.tensors import TensorInfo
 

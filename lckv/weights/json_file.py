@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lckv.errors import ModelError
-from lckv.plain_files import plain_size, read_plain
+from lckv.plain_files import read_plain
 
 MAX_BYTES = 512 * 2**20
 """A JSON file that is larger is refused: its objects would take many times that much memory."""
@@ -17,9 +17,7 @@ def read_json(path: Path) -> Any:
     Raises ModelError that names the file where it cannot be read or is not valid JSON.
     """
     try:
-        if plain_size(path) > MAX_BYTES:
-            raise ModelError(f"{path} has {plain_size(path):,} bytes; at most {MAX_BYTES:,} are read.")
-        return parse_json(read_plain(path))
+        return parse_json(read_plain(path, MAX_BYTES))
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}.") from error
     except JsonError as error:

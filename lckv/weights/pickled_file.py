@@ -10,20 +10,18 @@ import os
 import struct
 import zipfile
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO, cast
 
 import torch
-from torch import Tensor
 
 from lckv.errors import ModelError
 from lckv.plain_files import open_plain
-from lckv.weights.elements import fill
 from lckv.weights.file_part import FilePart
 from lckv.weights.pickled_data import ForbiddenNameError, Made, Name, Persistent, read_pickle
-from lckv.weights.tensors import TensorInfo, row_chunks
+from lckv.weights.pickled_tensor import PickledTensor, contiguous_strides
+from lckv.weights.tensors import TensorInfo
 
 READING_ERRORS = (
     UnpicklingError,
@@ -64,58 +62,6 @@ _LOCAL_HEADER = struct.Struct("<26xHH")
 _ENCRYPTED = 1
 
 
-@dataclass(frozen=True)
-class PickledTensor:
-    """A tensor that lies in a file."""
-
-    path: Path
-    info: TensorInfo
-    strides: tuple[int, ...]
-    first_byte: int
-    """Of its first number in the file."""
-
-    span: int
-    """Numbers from its first to its last, as they lie in the file."""
-
-    def read(self, rows: slice | None = None) -> Tensor:
-        """The tensor, or its rows start:stop. Raises ModelError where the file was changed meanwhile."""
-        start, stop, _ = (rows or slice(None)).indices(self.info.shape[0] if self.info.shape else 1)
-        shape = self.info.shape if rows is None else (max(stop - start, 0), *self.info.shape[1:])
-        result = torch.empty(shape, dtype=self.info.dtype)
-        try:
-            self.copy_rows(start, max(stop, start), result)
-        except (OSError, EOFError) as error:
-            raise ModelError(f"{self.path} has changed while it was read: {error}.") from error
-        return result
-
-    def copy_rows(self, start: int, stop: int, target: Tensor) -> None:
-        """Reads rows start:stop into `target`, which has their shape. Raises OSError and EOFError."""
-        with open_plain(self.path, buffering=0) as file:
-            if self._row_by_row:
-                self._copy_contiguous(file, start, stop, target)
-                return
-            numbers = torch.empty(self.span, dtype=self.info.dtype)
-            file.seek(self.first_byte)
-            fill(file, numbers)
-            whole = numbers.as_strided(self.info.shape, self.strides)
-            target.copy_(whole if not self.info.shape else whole[start:stop])
-
-    @property
-    def _row_by_row(self) -> bool:
-        return self.strides == _contiguous_strides(self.info.shape)
-
-    def _copy_contiguous(self, file: BinaryIO, start: int, stop: int, target: Tensor) -> None:
-        below = self.info.shape[1:]
-        file.seek(self.first_byte + start * math.prod(below) * self.info.dtype.itemsize)
-        if target.is_contiguous() and target.dtype == self.info.dtype:
-            fill(file, target)
-            return
-        for rows in row_chunks(TensorInfo((stop - start, *below), self.info.dtype)):
-            part = torch.empty((rows.stop - rows.start, *below), dtype=self.info.dtype)
-            fill(file, part)
-            target[rows] = part
-
-
 def read_torch_file(
     path: Path, names: Collection[str] = (), *, offset: int = 0, length: int | None = None
 ) -> Any:
@@ -133,7 +79,7 @@ def read_torch_file(
             raise EOFError(f"it ends at byte {size}, before byte {offset + length}")
         archive = _Archive(path, file, offset, length)
         content = read_pickle(archive.pickle(), _NAMES | frozenset(names))
-        return _with_tensors(content, archive.tensor)
+        return _mapped(content, lambda part: _value(part, archive))
 
 
 class _Archive:
@@ -190,7 +136,7 @@ class _Archive:
         if max(first + span, math.prod(shape)) * dtype.itemsize > bytes_there:
             raise UnpicklingError(f"a tensor of shape {list(shape)[:8]} has more numbers than the file holds")
         contiguous = span == math.prod(shape) and (span == 0 or _is_dense(shape, strides))
-        strides = _contiguous_strides(shape) if contiguous else strides
+        strides = contiguous_strides(shape) if contiguous else strides
         return PickledTensor(
             self._path, TensorInfo(shape, dtype), strides, begin + first * dtype.itemsize, span
         )
@@ -206,20 +152,35 @@ class _Archive:
         return self._offset + begin, entry.file_size
 
 
-def _with_tensors(part: Any, tensor: Callable[[Made], PickledTensor]) -> Any:
-    """The same data with tensors in their places. What it is nested, `read_pickle` has bounded."""
-    if isinstance(part, dict):
-        return {key: _with_tensors(value, tensor) for key, value in part.items()}
-    if isinstance(part, list | tuple):
-        return type(part)(_with_tensors(value, tensor) for value in part)
+def _mapped(part: Any, change: Callable[[Any], Any]) -> Any:
+    """The same data with other leaves. What was one object stays one: a state that is saved again is then
+    equal to the last bit. How deep it is nested, `read_pickle` has bounded."""
+    known: dict[int, Any] = {}
+
+    def of(part: Any) -> Any:
+        if id(part) not in known:
+            known[id(part)] = mapped(part)
+        return known[id(part)]
+
+    def mapped(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: of(value) for key, value in part.items()}
+        if isinstance(part, list | tuple):
+            return type(part)(map(of, part))
+        if isinstance(part, Made) and part.name not in _NAMES:
+            return Made(part.name, part.arguments, of(part.state))
+        return change(part)
+
+    return of(part)
+
+
+def _value(part: Any, archive: _Archive) -> Any:
     if isinstance(part, Name) and part.name in _DTYPES:
         return _DTYPES[part.name]
     if isinstance(part, Made):
-        if part.name in (_TENSOR, _TENSOR_OF_DTYPE, _PARAMETER):
-            return tensor(part)
-        if part.name in _NAMES:
+        if part.name not in (_TENSOR, _TENSOR_OF_DTYPE, _PARAMETER):
             raise UnpicklingError(f"it calls {part.name}")
-        return Made(part.name, part.arguments, _with_tensors(part.state, tensor))
+        return archive.tensor(part)
     if isinstance(part, Name | Persistent):
         raise UnpicklingError("it holds a name, or numbers that are no tensor")
     return part
@@ -248,13 +209,9 @@ def _whole_numbers(part: Any) -> tuple[int, ...]:
     return part
 
 
-def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-
-
 def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether rows lie behind one another; the stride of an axis of one entry says nothing."""
-    wanted = _contiguous_strides(shape)
+    wanted = contiguous_strides(shape)
     return all(n == 1 or step == right for n, step, right in zip(shape, strides, wanted, strict=True))
 
 
@@ -287,7 +244,7 @@ def load_tensors(part: Any) -> Any:
     tensors = list(_tensors_in(part))
     if tensors and sum(tensor.info.nbytes for tensor in tensors) > os.path.getsize(tensors[0].path):
         raise EOFError("its tensors are larger than the file")
-    return _loaded(part)
+    return _mapped(part, lambda leaf: leaf.read() if isinstance(leaf, PickledTensor) else leaf)
 
 
 def _tensors_in(part: Any) -> Iterator[PickledTensor]:
@@ -296,11 +253,3 @@ def _tensors_in(part: Any) -> Iterator[PickledTensor]:
     elif isinstance(part, dict | list | tuple):
         for value in part.values() if isinstance(part, dict) else part:
             yield from _tensors_in(value)
-
-
-def _loaded(part: Any) -> Any:
-    if isinstance(part, PickledTensor):
-        return part.read()
-    if isinstance(part, dict):
-        return {key: _loaded(value) for key, value in part.items()}
-    return type(part)(map(_loaded, part)) if isinstance(part, list | tuple) else part

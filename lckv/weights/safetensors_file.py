@@ -92,8 +92,9 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
                 "safetensors, or give the file its true name, such as pytorch_model.bin, and allow pickles."
             ) from error
         raise ModelError(f"{path} is truncated or no safetensors file ({error}). Fetch it again.") from error
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (OSError, MemoryError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ModelError(f"{path} cannot be read: {reason}.") from error
     header.pop("__metadata__", None)
     data = HEADER_LENGTH.size + length
     entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])

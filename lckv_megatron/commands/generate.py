@@ -98,7 +98,7 @@ def generate(options: argparse.Namespace) -> None:
     """Load the model and answer."""
     from lckv.generation.sampling import SamplingParams
     from lckv_megatron.answers import answer_batch, answer_one, answer_unbounded
-    from lckv_megatron.prompts import Chat, read_batch, single
+    from lckv_megatron.prompts import Chat, check_text, read_batch, single
 
     if options.stream and (options.batch is not None or options.json):
         raise ConfigError("--stream prints the answer to one prompt as text; leave out --batch and --json.")
@@ -128,17 +128,34 @@ def generate(options: argparse.Namespace) -> None:
                 for problem in params.problems()
             )
         )
+    text = None if options.batch is not None else _text(options)
+    if options.system is not None:
+        check_text(options.system, "--system")
     model, tokenizer = load(options)
     chat = Chat(tokenizer, options.system) if options.chat else None
-    if options.batch is not None:
+    if text is None:
         answer_batch(options, model, tokenizer, read_batch(options.batch, tokenizer, params, chat))
         return
-    text = sys.stdin.read() if options.prompt is None else options.prompt
     prompt = single(text, tokenizer, params, chat)
     if options.window is not None:
         answer_unbounded(options, model, tokenizer, prompt)
     else:
         answer_one(options, model, tokenizer, prompt)
+
+
+def _text(options: argparse.Namespace) -> str:
+    """The only prompt. Raises ConfigError where it is no text."""
+    from lckv_megatron.prompts import check_text
+
+    if options.prompt is not None:
+        check_text(options.prompt, "--prompt")
+        return str(options.prompt)
+    try:
+        text = sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the standard input is not UTF-8 text (byte {error.start}).") from error
+    check_text(text, "the standard input")
+    return text
 
 
 def main(argv: Sequence[str] | None = None) -> int:

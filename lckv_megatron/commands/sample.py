@@ -17,6 +17,7 @@ from lckv_megatron.checkpoint_options import (
     layout,
     tokenizer_of_run,
 )
+from lckv_megatron.prompts import check_text
 from megatron_ext.arguments import ProgramParser
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError
@@ -51,6 +52,7 @@ def sample(options: argparse.Namespace) -> None:
             f"--temperature is {options.temperature}, --top-k {options.top_k}, --new-tokens "
             f"{options.new_tokens}; they must be at least 0, 0 and 1."
         )
+    check_text(options.prompt, "--prompt")
     # torch and Megatron are loaded here, when logging is set up
     import torch.distributed as dist
 

@@ -31,12 +31,25 @@ from lckv_megatron.engine_options import (
     engine_config,
     load,
 )
-from megatron_ext.arguments import ProgramParser, positive
+from megatron_ext.arguments import ProgramParser, memory_size, positive, seconds
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError
 from megatron_ext.signals import Repetition, end_at_once, handling
 
 logger = logging.getLogger(__name__)
+
+_SIZES = (
+    "max_body_bytes",
+    "max_prompt_characters",
+    "max_prompts",
+    "max_messages",
+    "max_stops",
+    "max_stop_characters",
+    "tokenizer_threads",
+    "max_preparing",
+    "max_connections",
+)
+_TIMES = ("prepare_seconds", "idle_seconds", "body_seconds", "send_seconds", "shutdown_seconds")
 
 API_KEY_VARIABLE = "LCKV_API_KEY"
 
@@ -50,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
+    from lckv.serving.limits import ServingLimits
+
     made = ProgramParser("serve", __doc__)
     add_model_options(made)
     add_engine_options(made, batch_size=32)
@@ -66,14 +81,17 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--max-new-tokens", type=positive, metavar="N", help="longest answer (default: the context)"
     )
-    group.add_argument(
-        "--shutdown-seconds",
-        type=positive,
-        default=30,
-        metavar="N",
-        help="for running requests (default: 30)",
-    )
+    limits = made.add_argument_group("limits of requests and connections")
+    for name in _SIZES:
+        kind = {"type": memory_size, "metavar": "SIZE"} if name == "max_body_bytes" else {}
+        add_setting(limits, _option(name), name, config=ServingLimits, **kind)
+    for name in _TIMES:
+        add_setting(limits, _option(name), name, config=ServingLimits, type=seconds, metavar="SECONDS")
     return made
+
+
+def _option(name: str) -> str:
+    return "--" + name.removesuffix("_bytes").replace("_", "-")
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -81,7 +99,9 @@ def serve(options: argparse.Namespace) -> None:
     try:
         import uvicorn
 
-        from lckv.serving.app import ServingLimits, create_app
+        from lckv.serving.app import create_app
+        from lckv.serving.connections import server_config
+        from lckv.serving.limits import ServingLimits
     except ImportError as error:
         raise ConfigError(
             f"serving needs the extra 'serve': pip install 'lckv-megatron[serve]' ({error})"
@@ -93,7 +113,7 @@ def serve(options: argparse.Namespace) -> None:
         context=context,
         max_prompt_tokens=_limit("--max-prompt-tokens", options.max_prompt_tokens, context),
         max_new_tokens=_limit("--max-new-tokens", options.max_new_tokens, context),
-        shutdown_seconds=options.shutdown_seconds,
+        **{name: getattr(options, name) for name in _SIZES + _TIMES},
     )
     config = replace(
         engine_config(options), max_waiting=options.max_waiting, max_prompt_tokens=limits.max_prompt_tokens
@@ -103,11 +123,13 @@ def serve(options: argparse.Namespace) -> None:
     app = create_app(
         engine, tokenizer, model=name, limits=limits, api_key=os.environ.get(API_KEY_VARIABLE) or None
     )
-    serving = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=options.shutdown_seconds)
+    serving = server_config(app, limits)
+    _begin_to_listen(listening, options)
     logger.info("serving %s at http://%s:%d/v1", name, *listening.getsockname()[:2])
     server = uvicorn.Server(serving)
     request = _EndRequest(server)
-    server.capture_signals = lambda: handling(request.note)  # uvicorn's own knows fewer, and sends them again
+    # uvicorn's own knows fewer signals, and sends them again
+    server.capture_signals = lambda: handling(request.note)  # type: ignore[method-assign]
     server.run(sockets=[listening])
     logger.info("stopped serving: %s", request.reason)
 
@@ -137,8 +159,20 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.bind((host, port))
     except (OSError, OverflowError) as error:
         listening.close()
-        raise ConfigError(f"--host {host} --port {port}: cannot listen there: {error}") from error
+        raise _cannot_listen(host, port, error) from error
     return listening
+
+
+def _begin_to_listen(listening: socket.socket, options: argparse.Namespace) -> None:
+    """Another server that was started at the same time may have been faster."""
+    try:
+        listening.listen()
+    except OSError as error:
+        raise _cannot_listen(options.host, options.port, error) from error
+
+
+def _cannot_listen(host: str, port: int, error: Exception) -> ConfigError:
+    return ConfigError(f"--host {host} --port {port}: cannot listen there: {error}; choose another --port.")
 
 
 def _limit(name: str, given: int | None, context: int) -> int:

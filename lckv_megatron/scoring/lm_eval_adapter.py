@@ -14,6 +14,7 @@ from lckv.generation.answering import answers
 from lckv.generation.engine import Engine
 from lckv.generation.sampling import SamplingParams
 from lckv_megatron.cache_facts import CacheFacts
+from lckv_megatron.prompts import check_text
 from megatron_ext.errors import ConfigError
 
 DEFAULT_NEW_TOKENS = 256
@@ -83,6 +84,7 @@ class EngineRequests:
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Tokens of a text; by default with those that the tokenizer adds, unless it begins with them."""
+        check_text(string, "a text of a task")
         if add_special_tokens is None:
             begin = self.tokenizer.bos_token
             add_special_tokens = begin is None or not string.startswith(begin)
@@ -167,7 +169,7 @@ class EngineRequests:
 
 
 def sampling_params(settings: Mapping[str, Any], seed: int) -> SamplingParams:
-    """From a task's generation_kwargs, transformers' and some of lm-eval's own. Null: as if it were not given.
+    """From a task's generation_kwargs, transformers' and some of lm-eval's own. Null: as if not given.
 
     As lm-eval's own models do, tasks sample where `do_sample` or a temperature above 0 says so; `do_sample`
     alone is sampling at transformers' temperature, 1. Raises ConfigError for what has no counterpart.

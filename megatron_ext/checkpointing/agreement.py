@@ -147,6 +147,8 @@ def _describe(error: BaseException) -> _Failure:
         [inner for inner, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
     )
     for inner in errors:
+        if isinstance(inner, DiskFullError):
+            return _Failure(DiskFullError, str(inner))
         if full := disk_full_in(inner):
             return _Failure(DiskFullError, str(full))
     for inner in errors:

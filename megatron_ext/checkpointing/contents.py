@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -56,7 +56,6 @@ _OF_NO_USE = {
 _NAMES = frozenset(
     {_METADATA, _INDEX, _TENSOR, _BYTES, _CHUNK, _PROPERTIES, _PLACE, _SIZE, *_DTYPES, *_OF_NO_USE}
 )
-_MAX_BYTES = 2**30
 
 
 def read_contents(checkpoint: Path) -> Metadata:
@@ -67,8 +66,6 @@ def read_contents(checkpoint: Path) -> Metadata:
     """
     path = checkpoint / CONTENTS_NAME
     try:
-        if plain_size(path) > _MAX_BYTES:
-            raise DamagedCheckpointError(f"{path} is larger than {_MAX_BYTES:,} bytes")
         metadata = _metadata(read_pickle(read_plain(path), _NAMES))
         _check_places(checkpoint, metadata)
     except ForbiddenNameError as error:
@@ -158,7 +155,7 @@ def _index(part: Any) -> MetadataIndex:
 
 def _place(part: Any) -> _StorageInfo:
     fields = _fields(part, _PLACE)
-    name, offset, length = (fields.get(field) for field in ("relative_path", "offset", "length"))
+    name, offset, length = (cast(Any, fields.get(field)) for field in ("relative_path", "offset", "length"))
     if not is_plain_name(name):
         raise UnpicklingError(f"it names the file {name!r}; only files of the same folder are read")
     if not all(type(n) is int and 0 <= n < 2**62 for n in (offset, length)):

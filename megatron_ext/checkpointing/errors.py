@@ -17,14 +17,6 @@ class FolderInUseError(CheckpointError):
 class UnwritableFolderError(CheckpointError):
     """Checkpoints cannot be written into the folder."""
 
-    @classmethod
-    def of(cls, directory: Path, error: OSError) -> "UnwritableFolderError":
-        """What `error` says of the folder."""
-        return cls(
-            f"checkpoint.save: {directory} cannot be written: {error.strerror} "
-            f"({error.filename or directory}). Give a folder, new or not, into which this user may write"
-        )
-
 
 class DiskFullError(CheckpointError):
     """There is not enough space for a checkpoint."""
@@ -57,3 +49,13 @@ def disk_full_in(error: BaseException | None) -> OSError | None:
             return error
         error = error.__cause__ or error.__context__
     return None
+
+
+def unwritable(path: Path, error: OSError) -> CheckpointError:
+    """The error that says why `path`, checkpoint.save or a file in it, cannot be written."""
+    reason = "it is not a folder" if isinstance(error, FileExistsError) else error.strerror or str(error)
+    place = "" if error.filename in (None, str(path)) else f" ({error.filename})"
+    said = f"checkpoint.save: {path} cannot be written: {reason}{place}"
+    if disk_full_in(error):
+        return DiskFullError(f"{said}. Free some space, or set checkpoint.save to another file system")
+    return UnwritableFolderError(f"{said}. Give a folder, new or not, into which this user may write")

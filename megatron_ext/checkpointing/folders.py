@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lckv.plain_files import read_plain
+from lckv.weights.folder_kind import explain_other_kind
 from megatron_ext import atomic
 from megatron_ext.checkpointing.errors import DamagedCheckpointError, DiskFullError, NoCheckpointError
 from megatron_ext.checkpointing.manifest import MANIFEST_NAME, Manifest, find_wrong_sizes, read_manifest
@@ -103,6 +104,8 @@ def find_candidates(path: Path) -> Candidates:
 
     Raises NoCheckpointError.
     """
+    if other := explain_other_kind(path, "megatron"):
+        raise NoCheckpointError(f"checkpoint.load: {other}")
     if not path.is_dir():
         raise NoCheckpointError(
             f"checkpoint.load: {path} is not a directory that exists; give a directory of checkpoints or one "
@@ -166,7 +169,7 @@ def prepare_staging(directory: Path, iteration: int, needed_bytes: int) -> tuple
     Raises DiskFullError when the checkpoint will not fit.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(directory)
+    remove_leftovers(directory)
     check_free_space(directory, checkpoint_name(iteration), needed_bytes)
     sequences = [info.manifest.sequence for info in _scan(directory) if info.manifest is not None]
     staging = _owned(directory / checkpoint_name(iteration), "tmp")
@@ -174,7 +177,8 @@ def prepare_staging(directory: Path, iteration: int, needed_bytes: int) -> tuple
     return staging, 1 + max(sequences, default=0)
 
 
-def _remove_leftovers(directory: Path) -> None:
+def remove_leftovers(directory: Path) -> None:
+    """Deletes what crashes have left, but not what a living process writes; logs what fails."""
     here = this_process()
     for path in directory.iterdir():
         match = _LEFTOVER.fullmatch(path.name)

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,13 @@ from megatron_ext.checkpointing.verification import (
     SCHEDULER_NAME,
     find_problems,
     large_files,
+)
+
+_MAP = "compression.layer_types"
+_WAY_TO_ANOTHER_MAP = (
+    ". A plain model's weights get another map by conversion: lckv-megatron convert megatron-to-hf "
+    "--megatron-path {} --hf-path NEW, then lckv-megatron convert hf-to-megatron --hf-path NEW "
+    "--megatron-path NEW2 --compression.layer_types MAP"
 )
 
 logger = logging.getLogger(__name__)
@@ -68,6 +75,7 @@ def load_checkpoint(
     finetune: bool = False,
     verify_hashes: bool = True,
     expected_model: Mapping[str, Any],
+    setting_of: Callable[[str], str] = str,
     seed: int = 0,
     timeout_minutes: float = 30.0,
 ) -> LoadedCheckpoint:
@@ -76,7 +84,8 @@ def load_checkpoint(
     `path` is one checkpoint, or a directory of them: then the one that `latest` names, and when that is
     damaged the newest good one, with a warning. `expected_model` holds settings that must be equal in the
     checkpoint's config, under the same keys (nested mappings are compared key by key; keys that an older
-    checkpoint does not have are only reported).
+    checkpoint does not have are only reported). `setting_of` names the setting behind a key such as
+    section.field, for messages.
 
     With `finetune`, or without `optimizer`, only weights are loaded; an optimizer then takes its main weights
     from them. Random states are restored where optimizer and layout are those of the saved run; on another
@@ -89,7 +98,9 @@ def load_checkpoint(
     weights_only = finetune or optimizer is None
     with agreement(timeout_minutes) as ranks:
         checkpoint, manifest = _choose(ranks, Path(path), verify_hashes)
-        run = ranks.on_first("read the run's settings", lambda: _read_run(checkpoint, expected_model))
+        run = ranks.on_first(
+            "read the run's settings", lambda: _read_run(checkpoint, expected_model, setting_of)
+        )
         same_layout = manifest.layout == current_layout()
 
         state = ranks.everywhere(
@@ -140,14 +151,18 @@ def _verify(ranks: Agreement, checkpoint: Path, verify_hashes: bool) -> tuple[Ma
     return manifest, problems
 
 
-def _read_run(checkpoint: Path, expected_model: Mapping[str, Any]) -> _Run:
+def _read_run(checkpoint: Path, expected_model: Mapping[str, Any], setting_of: Callable[[str], str]) -> _Run:
     config = _read_json(checkpoint / CONFIG_NAME)
     expected = json.loads(json.dumps(expected_model))
-    differences = list(_differences(expected, config, ""))
+    differences = {setting_of(field): values for field, values in _differences(expected, config, "")}
     if differences:
-        lines = [f"checkpoint.load: {checkpoint} is of another model:", *differences]
+        lines = [
+            f"checkpoint.load: {checkpoint} is of another model:",
+            *(f"{setting}: {values}" for setting, values in differences.items()),
+        ]
+        way = _WAY_TO_ANOTHER_MAP.format(checkpoint) if _MAP in differences else ""
         raise MismatchError(
-            "\n  ".join(lines) + "\nSet these fields as in the checkpoint, or load another one"
+            "\n  ".join(lines) + f"\nSet these fields as in the checkpoint, or load another one{way}"
         )
     scheduler = checkpoint / SCHEDULER_NAME
     return _Run(
@@ -164,7 +179,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise DamagedCheckpointError(f"checkpoint.load: {error}") from error
 
 
-def _differences(expected: Any, stored: Any, field: str) -> Iterator[str]:
+def _differences(expected: Any, stored: Any, field: str) -> Iterator[tuple[str, str]]:
+    """(field, what it is on both sides)."""
     if isinstance(expected, dict) and isinstance(stored, dict):
         for key, value in expected.items():
             name = f"{field}.{key}" if field else key
@@ -175,7 +191,7 @@ def _differences(expected: Any, stored: Any, field: str) -> Iterator[str]:
                     "the checkpoint does not say what %s was; this run has %s", name, json.dumps(value)
                 )
     elif expected != stored:
-        yield f"{field}: {json.dumps(stored)} in the checkpoint, {json.dumps(expected)} in this run"
+        yield field, f"{json.dumps(stored)} in the checkpoint, {json.dumps(expected)} in this run"
 
 
 def _load_scheduler(scheduler: OptimizerParamScheduler, state: dict[str, Any]) -> None:

@@ -21,10 +21,12 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_ext.atomic import discard
-from megatron_ext.checkpointing.errors import FolderInUseError, UnwritableFolderError, disk_full_in
+from megatron_ext.checkpointing.errors import FolderInUseError, unwritable
 from megatron_ext.checkpointing.owner import Owner, is_gone, read_owner, this_process
+from megatron_ext.signals import deferred
 
 LOCK_NAME = "lock.json"
 BEAT_SECONDS = 10.0
@@ -37,13 +39,34 @@ _MOST_BYTES = 65536
 logger = logging.getLogger(__name__)
 
 
+class Purpose(NamedTuple):
+    """What a folder is locked for, for messages."""
+
+    place: str
+    """The setting that names it, and what it names."""
+
+    advice: str
+    """What two processes would do there, and the way out."""
+
+
 class FolderLock:
     """The right of this process to write into `directory`."""
 
     def __init__(
-        self, directory: Path, *, beat_seconds: float = BEAT_SECONDS, stale_seconds: float = STALE_SECONDS
+        self,
+        directory: Path,
+        *,
+        purpose: Purpose | None = None,
+        beat_seconds: float = BEAT_SECONDS,
+        stale_seconds: float = STALE_SECONDS,
     ) -> None:
+        """`purpose`: by default that of checkpoint.save."""
         self._directory = Path(directory)
+        self._purpose = purpose or Purpose(
+            f"checkpoint.save: {directory}",
+            "Two runs in one folder would destroy each other's checkpoints: wait for that run or end it, or "
+            "choose another checkpoint.save",
+        )
         self._path = self._directory / LOCK_NAME
         self._beat_seconds, self._stale_seconds = beat_seconds, stale_seconds
         self._released = threading.Event()
@@ -53,14 +76,17 @@ class FolderLock:
         """Makes the folder if need be, and becomes its owner, or does nothing where this process owns it
         already. Waits for a sign of life of an owner that cannot be seen from here.
 
-        Raises FolderInUseError, UnwritableFolderError, or OSError when the disk is full.
+        Raises FolderInUseError, UnwritableFolderError and DiskFullError.
         """
         here = this_process()
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             for _ in range(_ATTEMPTS):
-                if _create(self._path, here):
-                    self._start_beating(here)
+                with deferred():  # a signal comes before or after: what is made is also held
+                    made = _create(self._path, here)
+                    if made:
+                        self._start_beating(here)
+                if made:
                     return
                 content = _read(self._path)
                 owner = read_owner(content)
@@ -72,9 +98,7 @@ class FolderLock:
                 _set_aside(self._path, content, here)
             raise FolderInUseError(self._explain(read_owner(_read(self._path))))
         except OSError as error:
-            if disk_full_in(error):
-                raise
-            raise UnwritableFolderError.of(self._directory, error) from error
+            raise unwritable(self._directory, error) from error
 
     def release(self) -> None:
         """Gives the folder back, if this has taken it. What fails is only logged."""
@@ -136,9 +160,8 @@ class FolderLock:
         changed = _changed(self._path)
         ago = "" if changed is None else f", last seen {max(0.0, self._time_of_files() - changed):.0f} s ago"
         return (
-            f"checkpoint.save: {self._directory} is in use by {owner or 'an unknown process'}{ago}. Two runs "
-            "in one folder would destroy each other's checkpoints: wait for that run or end it, or choose "
-            f"another checkpoint.save. If it does not exist any more, delete {self._path}"
+            f"{self._purpose.place} is in use by {owner or 'an unknown process'}{ago}. "
+            f"{self._purpose.advice}. If it does not exist any more, delete {self._path}"
         )
 
 

@@ -55,7 +55,7 @@ def save_checkpoint(
     model: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer | None,
     scheduler: OptimizerParamScheduler | None,
-    progress: Mapping[str, int | float | str],
+    progress: Mapping[str, Any],
     config: Mapping[str, Any],
     keep_last: int | None = None,
     timeout_minutes: float = 30.0,

@@ -39,7 +39,8 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from lckv.weights.pickled_file import READING_ERRORS, PickledTensor, load_tensors, read_torch_file
+from lckv.weights.pickled_file import READING_ERRORS, load_tensors, read_torch_file
+from lckv.weights.pickled_tensor import PickledTensor
 from megatron_ext.checkpointing.contents import read_contents
 from megatron_ext.checkpointing.errors import DamagedCheckpointError, disk_full_in
 

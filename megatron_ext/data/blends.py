@@ -8,6 +8,7 @@ few samples off its share.
 
 import math
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -44,13 +45,14 @@ class SplitSources:
 
 
 def parse_blend(field: str, entries: Sequence[str]) -> Blend | None:
-    """Read PREFIX ..., or WEIGHT PREFIX WEIGHT PREFIX ...; None if there is nothing.
+    """Read PREFIX ..., or WEIGHT PREFIX WEIGHT PREFIX ...; None if there is nothing. An entry may hold
+    several of these words.
 
     `field` is the setting's name, for the message of the ConfigError that is raised for anything else.
     """
     if not entries:
         return None
-    entries = [str(entry).strip() for entry in entries]
+    entries = [word for entry in entries for word in _words(str(entry).strip())]
     numbers = [_number(entry) for entry in entries]
     weights: tuple[float, ...] | None = None
     prefixes = tuple(entries)
@@ -74,6 +76,22 @@ def parse_blend(field: str, entries: Sequence[str]) -> Blend | None:
                 )
     _check_prefixes(field, prefixes)
     return Blend(prefixes, weights)
+
+
+def _words(entry: str) -> list[str]:
+    """The words of an entry: one, unless it begins with a weight or names datasets that are there. A path may
+    hold spaces: a dataset of the whole name comes first."""
+    try:
+        words = shlex.split(entry)
+    except ValueError:  # a quotation mark in a path
+        words = entry.split()
+    if len(words) < 2 or _is_dataset(entry):
+        return [entry]
+    return words if _number(words[0]) is not None or all(map(_is_dataset, words)) else [entry]
+
+
+def _is_dataset(prefix: str) -> bool:
+    return os.path.isfile(f"{prefix}.bin")
 
 
 def _number(entry: str) -> float | None:

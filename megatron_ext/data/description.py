@@ -10,11 +10,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from lckv.plain_files import read_plain
+from lckv.weights.json_file import parse_json
 from megatron_ext.atomic import write_file
 from megatron_ext.data.sources import FileState, Position, Source
 from megatron_ext.errors import ConfigError
+
+_Part = TypeVar("_Part", "DatasetManifest", "SourceFile", "Shard", Position)
 
 FORMAT = 2
 _READ_FORMATS = (1, 2)
@@ -163,8 +167,8 @@ def _is_earlier_description(path: Path) -> bool:
     if not re.match(rb'\{\s*"format": 1,\s*"tokenizer_type"', start):
         return False
     try:
-        return _is_description(json.loads(path.read_bytes()))
-    except (ValueError, RecursionError):
+        return _is_description(parse_json(read_plain(path)))
+    except (OSError, ValueError):
         return False
 
 
@@ -175,8 +179,8 @@ def _is_description(values: object) -> bool:
 def is_description(path: Path) -> bool:
     """Whether a file's content is the description of a dataset."""
     try:
-        return _is_description(json.loads(path.read_bytes()))
-    except (OSError, ValueError, RecursionError):
+        return _is_description(parse_json(read_plain(path)))
+    except (OSError, ValueError):
         return False
 
 
@@ -197,15 +201,15 @@ def read_manifest(prefix: str) -> DatasetManifest | None:
     if path is None:
         return None
     try:
-        values = json.loads(path.read_bytes())
+        values = parse_json(read_plain(path))
         if (version := values.pop("format")) not in _READ_FORMATS:
             raise ValueError(f"its format is {version!r}, not 1 or 2")
         shard = values.pop("shard")
-        sources = tuple(SourceFile(**source) for source in values.pop("sources"))
-        keys = tuple(values.pop("json_keys", ()))
+        sources = tuple(_checked(SourceFile(**source)) for source in values.pop("sources"))
+        keys = tuple(map(str, values.pop("json_keys", ())))
         place = None if shard is None else _shard(shard)
         return _checked(DatasetManifest(**values, sources=sources, shard=place, json_keys=keys))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{path}: not a dataset description ({error}). Make the dataset again under another prefix with "
             "lckv-megatron preprocess, or move this file away to use the dataset unchecked."
@@ -213,12 +217,15 @@ def read_manifest(prefix: str) -> DatasetManifest | None:
 
 
 def _shard(values: Mapping[str, Any]) -> Shard:
-    return Shard(**{**values, "end": Position(**values["end"])})
+    return _checked(Shard(**{**values, "end": _checked(Position(**values["end"]))}))
 
 
-def _checked(manifest: DatasetManifest) -> DatasetManifest:
-    for field in fields(manifest):
-        value = getattr(manifest, field.name)
+def _checked(part: _Part) -> _Part:
+    """`part` of a description, whose plain fields have the types that they should have, and counts are."""
+    for field in fields(part):
+        value = getattr(part, field.name)
         if field.type in (str, int, bool) and type(value) is not field.type:
             raise ValueError(f"{field.name}={value!r} is not of type {field.type.__name__}")
-    return manifest
+        if field.type is int and value < (-1 if field.name == "max_token_id" else 0):
+            raise ValueError(f"{field.name}={value} is negative")
+    return part

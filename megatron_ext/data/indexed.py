@@ -18,6 +18,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,7 @@ import numpy as np
 
 from megatron_ext.data.outputs import MAGIC, OutputFiles
 from megatron_ext.errors import ConfigError
+from megatron_ext.signals import deferred
 
 HEADER = struct.Struct("<9sQBQQ")
 _DTYPE_CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
@@ -100,7 +102,8 @@ class IndexedWriter:
             index.flush()
             os.fsync(index.fileno())
         self._lengths.close()
-        self._output.finish(description)
+        with deferred():  # files are moved one after the other
+            self._output.finish(description)
 
     def _write_index(self, index: BinaryIO) -> None:
         code = next(code for code, name in _DTYPE_CODES.items() if self.dtype == np.dtype(name))
@@ -206,7 +209,9 @@ def token_chunks(prefix: str, info: IndexInfo, count: int = 1 << 22) -> Iterator
 def merge_datasets(prefixes: Sequence[str], output: str, description: bytes = b"") -> None:
     """Append indexed datasets to one another into `output`, without loading them; `description` as in
     `IndexedWriter.close`."""
-    with IndexedWriter(output, read_index(prefixes[0]).dtype) as writer:
+    with ExitStack() as stack:
+        with deferred():  # what is begun is also abandoned
+            writer = stack.enter_context(IndexedWriter(output, read_index(prefixes[0]).dtype))
         for prefix in prefixes:
             writer.add_dataset(prefix)
         writer.close(description)

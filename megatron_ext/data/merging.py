@@ -13,8 +13,9 @@ from megatron_ext.data.description import (
     read_manifest,
 )
 from megatron_ext.data.index_checks import check_index
-from megatron_ext.data.indexed import merge_datasets, read_index
+from megatron_ext.data.indexed import merge_datasets
 from megatron_ext.data.outputs import OutputFiles, existing_prefixes, refuse_inputs
+from megatron_ext.data.prefix_lock import locked
 from megatron_ext.errors import ConfigError
 
 
@@ -27,6 +28,13 @@ def merge_shards(prefixes: Sequence[str], output_prefix: str, *, overwrite: bool
     `overwrite`, another dataset.
     """
     merged = _merged(prefixes, _manifests(prefixes))
+    with locked([output_prefix]):
+        return _write(prefixes, output_prefix, merged, overwrite=overwrite)
+
+
+def _write(
+    prefixes: Sequence[str], output_prefix: str, merged: DatasetManifest, *, overwrite: bool
+) -> DatasetManifest:
     existing = existing_prefixes(output_prefix, [""], sharded=False)
     refuse_inputs(existing, [f"{prefix}.{name}" for prefix in prefixes for name in ("bin", "idx")])
     output = OutputFiles(output_prefix)
@@ -40,7 +48,7 @@ def merge_shards(prefixes: Sequence[str], output_prefix: str, *, overwrite: bool
             "--overwrite to replace it."
         )
     if done and not overwrite:
-        read_index(output_prefix)
+        check_index(output_prefix)
         return merged
     for prefix in prefixes:
         check_index(prefix)

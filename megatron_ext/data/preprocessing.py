@@ -29,11 +29,14 @@ from megatron_ext.data.encoding import (
     content_hash,
     encode_records,
 )
-from megatron_ext.data.indexed import IndexedWriter, read_index, token_dtype
+from megatron_ext.data.index_checks import check_index
+from megatron_ext.data.indexed import IndexedWriter, token_dtype
 from megatron_ext.data.outputs import OutputFiles, existing_prefixes, refuse_inputs
+from megatron_ext.data.prefix_lock import locked
 from megatron_ext.data.sources import Position, RecordReader, Source, check_columns, text_bytes
 from megatron_ext.data.tokenizers import content_of, load_tokenizer
 from megatron_ext.errors import ConfigError
+from megatron_ext.signals import deferred
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +84,8 @@ def preprocess(
 
     At the start and after each batch `report` gets the stretch of the input that is done, and the number of
     new tokens. Raises ConfigError for bad input (with file and line), for output in the same place that is
-    an input, another job's, or nobody's dataset, and if there is no document at all.
+    an input, another job's, also of one that is running, or nobody's dataset, and if there is no document at
+    all.
     """
     if len(job.json_keys) > 1 and (text := next((s for s in job.sources if s.format == "text"), None)):
         raise ConfigError(
@@ -89,10 +93,13 @@ def preprocess(
         )
     check_columns(job.sources, job.json_keys)
     run = _Run(job, report)
-    run.take_place(overwrite=overwrite)
-    run.find_complete_shards()
-    if not run.complete:
-        run.write_shards()
+    with locked(
+        [job.output_prefix, *(f"{job.output_prefix}{_key_suffix(job, key)}" for key in job.json_keys)]
+    ):
+        run.take_place(overwrite=overwrite)
+        run.find_complete_shards()
+        if not run.complete:
+            run.write_shards()
     return run.manifests
 
 
@@ -169,7 +176,7 @@ class _Run:
             if len(shard) < len(self._job.json_keys):
                 return
             for prefix, manifest in shard.items():
-                read_index(prefix)
+                check_index(prefix)
                 self._check_same_content(prefix, manifest)
             logger.info("found complete: %s", ", ".join(shard))
             self._take_over(shard)
@@ -232,9 +239,11 @@ class _Run:
             for prefix, key in zip(self._prefixes(), self._job.json_keys, strict=True)
         }
         with ExitStack() as stack:
-            writers = [
-                stack.enter_context(IndexedWriter(prefix, np.dtype(self._empty.dtype))) for prefix in shard
-            ]
+            with deferred():  # what is begun is also abandoned
+                writers = [
+                    stack.enter_context(IndexedWriter(prefix, np.dtype(self._empty.dtype)))
+                    for prefix in shard
+                ]
             for stretch, encoded in stream:
                 for prefix, writer, documents in zip(shard, writers, encoded.by_key, strict=True):
                     writer.add(documents.tokens, documents.lengths)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from lckv.surrogates import lone_surrogate
 from megatron_ext.errors import ConfigError
 
 
@@ -68,13 +69,8 @@ def _text_of_key(record: Record, value: Mapping[str, object], key: str) -> str:
     text = value[key]
     if not isinstance(text, str):
         raise BadRecordError(f"{record.place}: {key!r} is not a text but {type(text).__name__}.")
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise BadRecordError(
-                f"{record.place}: {key!r} holds half of a surrogate pair, not a character."
-            ) from error
+    if not text.isascii() and (problem := lone_surrogate(text)) is not None:
+        raise BadRecordError(f"{record.place}: {key!r}: {problem}.")
     return text
 
 

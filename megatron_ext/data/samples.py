@@ -9,8 +9,9 @@ of samples asked for.) Random orders come from numpy's RandomState,
 whose streams are the same in all versions of numpy.
 """
 
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,8 +24,12 @@ from torch import Tensor
 
 from megatron_ext.data.documents import DocumentReader
 from megatron_ext.data.index_cache import ArrayFile, StoredArray, cached_directory, file_states
-from megatron_ext.data.indexed import index_lengths
+from megatron_ext.data.indexed import REMEDY, index_lengths, read_index
+from megatron_ext.data.open_file import OpenFile
 from megatron_ext.errors import ConfigError
+
+_PROBES = 64
+_PROBE_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,9 @@ class DocumentRange:
     first: int
     last: int
     tokens: int
+    content: str
+    """Hash of their lengths and of some of their tokens, 32 hexadecimal digits. Lengths alone decide how
+    samples are cut; the tokens tell datasets apart that have documents of equal lengths."""
 
     def samples_per_epoch(self, seq_length: int) -> int:
         """Whole samples in one epoch."""
@@ -67,13 +75,26 @@ class DocumentRange:
 
 
 def document_range(prefix: str, first: int, last: int) -> DocumentRange:
-    """Count the tokens of some documents."""
-    tokens = position = 0
+    """Count and hash the tokens of some documents."""
+    tokens = position = begin = 0
+    digest = hashlib.blake2b(digest_size=16)
     for lengths in index_lengths(prefix):
-        inside = lengths[max(0, first - position) : max(0, last - position)]
-        tokens += int(inside.sum(dtype=np.int64))
+        start, stop = (min(max(0, end - position), len(lengths)) for end in (first, last))
+        begin += int(lengths[:start].sum(dtype=np.int64))
+        tokens += int(lengths[start:stop].sum(dtype=np.int64))
+        digest.update(lengths[start:stop].tobytes())
         position += len(lengths)
-    return DocumentRange(prefix, first, last, tokens)
+    for probe in _probes(prefix, begin, tokens):
+        digest.update(probe.astype("<i8").tobytes())
+    return DocumentRange(prefix, first, last, tokens, digest.hexdigest())
+
+
+def _probes(prefix: str, begin: int, tokens: int) -> Iterator[np.ndarray]:
+    """Some tokens spread evenly over the `tokens` of a dataset from token `begin` on."""
+    dtype, count = read_index(prefix).dtype, min(tokens, _PROBE_TOKENS)
+    file = OpenFile(Path(f"{prefix}.bin"), f"Copy it again, or make it with {REMEDY}.")
+    for start in np.unique(np.linspace(begin, begin + tokens - count, _PROBES, dtype=np.int64)).tolist():
+        yield np.frombuffer(file.read(start * dtype.itemsize, count * dtype.itemsize), dtype)
 
 
 def build_epochs(
@@ -83,8 +104,14 @@ def build_epochs(
 
     It holds `documents.npy` int32 [epochs, documents], the order of the documents; `starts.npy` [epochs,
     samples + 1, 2], for each sample the place in that order and the token at which it begins; `order.npy`
-    [epochs, samples], the order of the samples.
+    [epochs, samples], the order of the samples. Raises ConfigError if it cannot be written, is damaged, or
+    there are too many documents.
     """
+    if documents.last > np.iinfo(np.int32).max:
+        raise ConfigError(
+            f"{documents.prefix} has at least {documents.last} documents, but at most 2147483647 can be put "
+            "in order. Make several datasets of it and blend them."
+        )
     per_epoch = documents.samples_per_epoch(seq_length)
     epochs = max(1, math.ceil(samples / per_epoch))
     depends_on = {
@@ -232,3 +259,27 @@ class BlendedSamples(torch.utils.data.Dataset):
         if not 0 <= number < len(self._sources[source]):
             raise self._number.damaged(f"sample {index} is number {number} of its source")
         return self._sources[source], number
+
+
+class ShiftedSamples(torch.utils.data.Dataset):
+    """Samples of a run that begin with number `first`, which is number `inner` of `samples`."""
+
+    def __init__(self, samples: SampleDataset, *, first: int, inner: int) -> None:
+        self._samples = samples
+        self._first = first
+        self._inner = inner
+
+    def __len__(self) -> int:
+        return len(self._samples) - self._inner + self._first
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self._samples[self._shifted(index)]
+
+    def origin(self, index: int) -> Origin:
+        """`SampleDataset.origin`."""
+        return self._samples.origin(self._shifted(index))
+
+    def _shifted(self, index: int) -> int:
+        if index < self._first:
+            raise IndexError(f"sample {index}, but the present order begins with {self._first}")
+        return index - self._first + self._inner

@@ -4,12 +4,13 @@ The model file splits text its own way. transformers converts such a file when i
 conversion splits some texts, such as those that begin with spaces, otherwise.
 """
 
-import json
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from lckv.plain_files import read_plain
 from lckv.tokenizer_files import MODEL_NAME
+from lckv.weights.json_file import parse_json
 from megatron_ext.data.vocabulary import LoadedTokenizer, named_eod, wrong_kind
 
 
@@ -55,7 +56,7 @@ def _processor(path: Path, kind: str) -> Any:
 
     processor = sentencepiece.SentencePieceProcessor()
     try:
-        processor.LoadFromSerializedProto(path.read_bytes())
+        processor.LoadFromSerializedProto(read_plain(path))
     except (RuntimeError, OSError) as error:
         raise wrong_kind(path, kind, "not a SentencePiece model") from error
     if not processor.GetPieceSize():
@@ -70,8 +71,8 @@ def _pieces(processor: Any) -> dict[int, str]:
 def json_object(path: Path) -> dict[str, Any]:
     """The object in a file; empty if there is no file."""
     try:
-        values = json.loads(path.read_bytes()) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
+        values = parse_json(read_plain(path)) if path.is_file() else {}
+    except (OSError, ValueError) as error:
         raise wrong_kind(path, "huggingface", error) from error
     if not isinstance(values, dict):
         raise wrong_kind(path, "huggingface", "not a JSON object")

@@ -41,8 +41,8 @@ def dump_logits(
     """Compute and write; every process that torchrun started calls it."""
     if rows_at_once < 1:
         raise ConfigError(f"--rows_at_once is {rows_at_once}; it must be at least 1.")
-    check_input("--tokens", tokens_path)
     check_output("--output", output)
+    check_input("--tokens", tokens_path)
     initialize(parallel, seed=1)
     restored = restore(load, parallel)
     tokens = read_tokens(tokens_path, restored.stage.vocab_size)

@@ -1,10 +1,13 @@
 """The settings that define a model: a checkpoint of one set of them is not one of another."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from lckv.config import CompressionConfig
 from megatron_ext.config import ModelConfig
+
+ARCHITECTURE = "architecture"
+"""The key of what `architecture` returns, where checkpoints keep it."""
 
 
 def architecture(model: ModelConfig, compression: CompressionConfig, *, vocab_size: int) -> dict[str, Any]:
@@ -28,3 +31,10 @@ def architecture(model: ModelConfig, compression: CompressionConfig, *, vocab_si
         "sliding_window": compression.sliding_window,
         "force_nodiag": compression.force_nodiag,
     }
+
+
+def setting_of(field: str) -> str:
+    """The setting that decides on `field`, such as architecture.layer_types, of what checkpoints keep."""
+    name = field.removeprefix(f"{ARCHITECTURE}.")
+    of_model = name.partition(".")[0] in {entry.name for entry in fields(ModelConfig)}
+    return f"{'model' if of_model else 'compression'}.{name}"

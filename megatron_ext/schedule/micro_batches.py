@@ -51,8 +51,8 @@ def run_schedule(
     progress: float,
     forward_only: bool,
 ) -> list[Tensor]:
-    """Losses of this rank's micro-batches, float64 [2] each: sum and number of tokens.
-    Empty before the last stage."""
+    """Losses of this rank's micro-batches, float64 [2 + b] each: sum, number of tokens, and the sum of each
+    row. Empty before the last stage."""
 
     def forward_step(iterator: Samples, stage: MegatronModule) -> tuple[Tensor, Callable[..., object]]:
         batch = make_batch(next(iterator))
@@ -80,11 +80,12 @@ def run_schedule(
 
 def token_loss(loss_mask: Tensor, auxiliary: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What is differentiated: the sum of the losses [b, s] of tokens with `loss_mask` [b, s], each with its
-    row's auxiliary loss [b] added; the number of tokens; and for reporting, float64 [2], the sum without
-    auxiliary loss and the number."""
+    row's auxiliary loss [b] added; the number of tokens; and for reporting, float64 [2 + b], the sum without
+    auxiliary loss, the number, and the sums of the rows."""
     count = loss_mask.sum()
-    total = (losses.float() * loss_mask).sum()
-    reported = torch.stack((total.detach().double(), count.double()))
+    counted = losses.float() * loss_mask
+    total = counted.sum()
+    reported = torch.cat((torch.stack((total.detach(), count)), counted.detach().sum(1))).double()
     if auxiliary is not None:
         total = total + (auxiliary * loss_mask.sum(1)).sum()
     return total, count.to(torch.int), reported
@@ -93,7 +94,9 @@ def token_loss(loss_mask: Tensor, auxiliary: Tensor | None, losses: Tensor) -> t
 def mean_loss(losses: list[Tensor]) -> tuple[float, int]:
     """Mean over all ranks' tokens and their number, on every rank."""
     total = (
-        torch.stack(losses).sum(0) if losses else torch.zeros(2, dtype=torch.float64, device=device_of_rank())
+        torch.stack(losses)[:, :2].sum(0)
+        if losses
+        else torch.zeros(2, dtype=torch.float64, device=device_of_rank())
     )
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:

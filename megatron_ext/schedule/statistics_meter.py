@@ -48,9 +48,9 @@ class PolicyMeans:
             for head, mean in enumerate(heads)
         }
 
-    def require_finite(self, iteration: int) -> None:
-        """Raises NonFiniteStatisticError with iteration, statistic,
-        layer and head where a mean is not finite."""
+    def require_finite(self, iteration: int, samples: str) -> None:
+        """Raises NonFiniteStatisticError with iteration, statistic, layer and head where a mean is not
+        finite, and with what is known of the `samples`."""
         for name, means in self.means.items():
             wrong = (~means.isfinite()).nonzero().tolist()
             if wrong:
@@ -59,8 +59,8 @@ class PolicyMeans:
                 )
                 more = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
                 raise NonFiniteStatisticError(
-                    f"iteration {iteration}: {name} of {places}{more} is not finite; lower optimizer.lr, or "
-                    "resume from an earlier checkpoint."
+                    f"iteration {iteration}: {name} of {places}{more} is not finite ({samples}); lower "
+                    "optimizer.lr, or resume from an earlier checkpoint."
                 )
 
 

@@ -1,18 +1,22 @@
 """What is said of a run before it starts, in lines of text: by the run itself and by the program that plans
 one. Neither torch nor Megatron is loaded."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
+from lckv.sharing.doubts import doubts
 from lckv.sharing.picture import draw, list_steps
+from megatron_ext.data.order import SourceUse
 from megatron_ext.model.cost import policy_line
 from megatron_ext.summary.sizes import RunSizes
 
 _INDENT = " " * 22
+_SHOWN_SOURCES = 10
 
 
 def picture(sizes: RunSizes) -> str:
-    """The sharing map, a line per layer."""
-    return draw(sizes.layer_types, window=sizes.run.compression.sliding_window)
+    """The sharing map, a line per layer, and what in it is doubtful."""
+    lines = [draw(sizes.layer_types, window=sizes.run.compression.sliding_window)]
+    return "\n".join([*lines, *(f"warning: {doubt}" for doubt in doubts(sizes.layer_types))])
 
 
 def model_lines(sizes: RunSizes) -> Iterator[str]:
@@ -61,3 +65,25 @@ def layout_lines(sizes: RunSizes) -> Iterator[str]:
         f"x {sizes.micro_batches} micro-batches x {train.micro_batch_size}; "
         f"{train.global_batch_size * train.seq_length:,} tokens per step"
     )
+
+
+def data_lines(uses: Mapping[str, Sequence[SourceUse]], seq_length: int) -> Iterator[str]:
+    """What each split reads until the run ends (validation: each time), with the epochs of its datasets."""
+    for split, sources in uses.items():
+        name, samples = f"{split} data".ljust(22), sum(source.samples for source in sources)
+        tokens = f"{samples * seq_length:,} tokens"
+        if len(sources) == 1:
+            yield f"{name}{tokens}, {_epochs(sources[0])}"
+            continue
+        yield f"{name}{tokens} of {len(sources)} datasets"
+        for source in sources[:_SHOWN_SOURCES]:
+            yield f"{_INDENT}{source.samples / max(1, samples):6.1%}, {_epochs(source)}"
+        if rest := sources[_SHOWN_SOURCES:]:
+            most = max(rest, key=lambda source: source.samples / source.per_epoch)
+            yield f"{_INDENT}and {len(rest)} more, at most {_epochs(most)}"
+
+
+def _epochs(source: SourceUse) -> str:
+    if not source.per_epoch:
+        return f"new ones without end ({source.prefix})"
+    return f"{source.samples / source.per_epoch:.2f} epochs of {source.prefix}"

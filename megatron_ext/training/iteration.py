@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -20,14 +21,20 @@ from megatron_ext.data.loader import build_data_iterator
 from megatron_ext.data.samples import SampleDataset
 from megatron_ext.errors import ConfigError
 from megatron_ext.evaluation.loss import evaluate
+from megatron_ext.last_word import PASSED_ON, say_last
+from megatron_ext.parallel.heartbeats import heartbeats
 from megatron_ext.schedule.micro_batches import MakeBatch
 from megatron_ext.signals import Interrupted
+from megatron_ext.training.continuation import ORDER_KEY
 from megatron_ext.training.report import Report
 from megatron_ext.training.step import require_finite, train_step
 from megatron_ext.training.stopping import StopRequest, stop_requests
 from megatron_ext.training.succession import end_stage
 
 logger = logging.getLogger(__name__)
+
+Beat = Callable[[int], None]
+"""Told the iteration that this rank has come to."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,8 @@ class Position:
         return Position(self.iteration + 1, self.consumed_samples + samples, tokens)
 
     def progress(self, train: TrainConfig) -> float:
-        """Share of the run that is done, in samples, 0 .. 1."""
-        return min(1.0, self.consumed_samples / (train.train_iters * train.global_batch_size))
+        """Share of the run's iterations that is done, 0 .. 1."""
+        return min(1.0, self.iteration / train.train_iters)
 
 
 @dataclass(frozen=True)
@@ -72,17 +79,21 @@ def iterate(training: Training, position: Position, report: Report, *, owes_eval
     Raises Interrupted where a signal stops a run that saves nothing, ConfigError without data to train on,
     NonFiniteLossError and NonFiniteStatisticError.
     """
-    with stop_requests(training.run.train.exit_duration_minutes) as stop:
-        reason = _validate(training, position, report, stop) if owes_evaluation else None
-        if reason is None and position.iteration < training.run.train.train_iters:
-            position, reason = _train(training, position, report, stop)
+    run = training.run
+    with (
+        stop_requests(run.train.exit_duration_minutes) as stop,
+        heartbeats(run.parallel.distributed_timeout_minutes) as beat,
+    ):
+        reason = _validate(training, position, report, stop, beat) if owes_evaluation else None
+        if reason is None and position.iteration < run.train.train_iters:
+            position, reason = _train(training, position, report, stop, beat)
     if reason is not None:
-        _say_why(reason, stop.number, position, training.run)
+        _say_why(reason, stop.number, position, run)
     return position
 
 
 def _train(
-    training: Training, position: Position, report: Report, stop: StopRequest
+    training: Training, position: Position, report: Report, stop: StopRequest, beat: Beat
 ) -> tuple[Position, str | None]:
     """Where training ended, saved if anything is, and why, if it was before the last iteration."""
     run, saved, reason = training.run, position.iteration, None
@@ -94,6 +105,7 @@ def _train(
     # them at its exit.
     with closing(_iterator(training, training.datasets.train, position.consumed_samples)) as samples:
         while position.iteration < run.train.train_iters and reason is None:
+            beat(position.iteration + 1)
             result = train_step(
                 training.model,
                 training.optimizer,
@@ -104,17 +116,18 @@ def _train(
                 progress=position.progress(run.train),
             )
             position = position.after_step(run.train.global_batch_size, run.train.seq_length)
-            require_finite(result, position.iteration, run.train)
+            require_finite(result, position.iteration, run.train, training.datasets.train.origin)
             report.step(position.iteration, position.consumed_samples, position.consumed_tokens, result)
             if position.iteration == run.train.train_iters:
                 end_stage(training.model, training.optimizer, run.compression.policy.build())
             reason = stop.agreed()
             if _is_saved(run, position, stops=reason is not None):
+                beat(position.iteration)
                 with stop.saving():
                     saved = _save(training, position)
                 report.restart_clock()
             if reason is None and is_evaluated(run.train, position):
-                reason = _validate(training, position, report, stop)
+                reason = _validate(training, position, report, stop, beat)
     if run.checkpoint.save and saved != position.iteration:  # it stopped while it evaluated
         _save(training, position)
     return position, reason
@@ -139,7 +152,10 @@ def _say_why(reason: str, number: int, position: Position, run: RunConfig) -> No
     line = f"stopped after iteration {position.iteration}: {reason}"
     if run.checkpoint.save is None and number:
         raise Interrupted(number, f"{line}; nothing is saved, checkpoint.save is not set")
-    logger.info("%s; saved in %s", line, run.checkpoint.save)
+    line += f"; saved in {run.checkpoint.save}"
+    logger.info("%s", line)
+    if number in PASSED_ON and dist.get_rank() == 0:
+        say_last(line)
 
 
 def _iterator(
@@ -157,7 +173,9 @@ def _iterator(
     )
 
 
-def _validate(training: Training, position: Position, report: Report, stop: StopRequest) -> str | None:
+def _validate(
+    training: Training, position: Position, report: Report, stop: StopRequest, beat: Beat
+) -> str | None:
     """Over the same validation samples each time. Returns why the run must stop, if it must: what was left of
     the evaluation then is not done."""
     dataset = training.datasets.valid
@@ -169,7 +187,14 @@ def _validate(training: Training, position: Position, report: Report, stop: Stop
     gathers_late = training.run.parallel.overlap_param_gather
     if gathers_late:
         training.model.disable_forward_pre_hook()
-    train, reasons = training.run.train, _Reasons(stop.agreed)
+    train, reason = training.run.train, None
+
+    def stops() -> bool:
+        nonlocal reason
+        beat(position.iteration)
+        reason = stop.agreed()
+        return reason is not None
+
     with closing(_iterator(training, dataset, 0)) as samples:
         evaluation = evaluate(
             training.model,
@@ -177,37 +202,25 @@ def _validate(training: Training, position: Position, report: Report, stop: Stop
             training.make_batch,
             train,
             progress=position.progress(train),
-            stops=reasons.stops,
+            stops=stops,
         )
     if gathers_late:
         training.model.enable_forward_pre_hook()
     if evaluation is not None:
         report.validation(position.iteration, position.consumed_tokens, evaluation)
-    return reasons.reason
-
-
-class _Reasons:
-    """Remembers why an evaluation was told to stop."""
-
-    def __init__(self, ask: Callable[[], str | None]) -> None:
-        self._ask = ask
-        self.reason: str | None = None
-
-    def stops(self) -> bool:
-        """Ask again."""
-        self.reason = self._ask()
-        return self.reason is not None
+    return reason
 
 
 def _save(training: Training, position: Position) -> int:
     assert training.run.checkpoint.save is not None
+    assert training.datasets.order is not None
     save_checkpoint(
         Path(training.run.checkpoint.save),
         position.iteration,
         model=[training.model],
         optimizer=training.optimizer,
         scheduler=training.scheduler,
-        progress=asdict(position),
+        progress={**asdict(position), ORDER_KEY: training.datasets.order.to_dict()},
         config=training.stored_config,
         keep_last=training.run.checkpoint.keep_last,
         timeout_minutes=training.run.checkpoint.save_timeout_minutes,

@@ -21,12 +21,14 @@ from megatron_ext.data.batch import make_batch
 from megatron_ext.data.checks import find_vocabulary
 from megatron_ext.data.datasets import Datasets, build_datasets
 from megatron_ext.data.first_rank import on_first_rank
+from megatron_ext.data.order import Continuation
 from megatron_ext.errors import ConfigError
-from megatron_ext.model.architecture import architecture
+from megatron_ext.model.architecture import ARCHITECTURE, architecture, setting_of
 from megatron_ext.model.build import build_stage, wrap
 from megatron_ext.model.cost import model_shape
 from megatron_ext.model.parameters import padded_vocab_size
 from megatron_ext.parallel.process_groups import device_of_rank
+from megatron_ext.training.continuation import continuation_of
 from megatron_ext.training.iteration import Position, Training, is_evaluated, iterate
 from megatron_ext.training.metrics import check_places
 from megatron_ext.training.optimizer import build_optimizer
@@ -53,8 +55,8 @@ def _fit(run: RunConfig, start: Start) -> Position:
     check_space(run, parameters)
     model = wrap(stage, run.parallel, run.train)
     optimizer, scheduler = build_optimizer(run.optimizer, run.parallel, run.train, model)
-    defining = {"architecture": architecture(run.model, run.compression, vocab_size=vocab_size)}
-    position = _resume(run, start, model, optimizer, scheduler, defining)
+    defining = {ARCHITECTURE: architecture(run.model, run.compression, vocab_size=vocab_size)}
+    position, continuation = _resume(run, start, model, optimizer, scheduler, defining)
     owes_evaluation = is_evaluated(run.train, position) and lacks_validation(run.logging, position.iteration)
     if position.iteration >= run.train.train_iters and not owes_evaluation:
         logger.info(
@@ -69,14 +71,17 @@ def _fit(run: RunConfig, start: Start) -> Position:
         model,
         optimizer,
         scheduler,
-        _datasets(run, position, vocab_size, eod),
+        _datasets(run, position, continuation, vocab_size, eod),
         partial(make_batch, data=run.data, eod=eod, device=device_of_rank()),
         {**config_to_dict(run), **defining},
     )
     write_settings(run)
     padded = padded_vocab_size(vocab_size, run.model, run.parallel)
     shape = model_shape(run.model, vocab_size=padded, seq_length=run.train.seq_length)
-    with open_report(run, shape, parameters=parameters, start_iteration=position.iteration) as report:
+    uses = training.datasets.uses
+    with open_report(
+        run, shape, parameters=parameters, start_iteration=position.iteration, uses=uses
+    ) as report:
         return iterate(training, position, report, owes_evaluation=owes_evaluation)
 
 
@@ -131,9 +136,10 @@ def _resume(
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     defining: Mapping[str, Any],
-) -> Position:
+) -> tuple[Position, Continuation | None]:
+    """Where the run stands after loading; and from where it goes on in its data, None at its beginning."""
     if start.load is None:
-        return Position()
+        return Position(), None
     with start.explained():
         loaded = load_checkpoint(
             Path(start.load),
@@ -143,26 +149,32 @@ def _resume(
             finetune=start.finetune,
             verify_hashes=run.checkpoint.verify_hashes,
             expected_model=defining,
+            setting_of=setting_of,
             seed=run.train.seed,
             timeout_minutes=run.checkpoint.load_timeout_minutes,
         )
         before, policy = policy_of(loaded.config), run.compression.policy
         check_succession(before, policy, finetune=start.finetune)
         check_weights(model, policy.build(), before)
-    if start.finetune:
-        return Position()
-    return Position(**{name: int(loaded.progress[name]) for name in asdict(Position())})
+        if start.finetune:
+            return Position(), None
+        position = Position(**{name: int(loaded.progress[name]) for name in asdict(Position())})
+        return position, continuation_of(run, loaded.config, loaded.progress)
 
 
-def _datasets(run: RunConfig, position: Position, vocab_size: int, eod: int | None) -> Datasets:
+def _datasets(
+    run: RunConfig, position: Position, continuation: Continuation | None, vocab_size: int, eod: int | None
+) -> Datasets:
+    """Those that the run reads: of a split that it does not read there may be none."""
     train = run.train
-    samples = position.consumed_samples + (train.train_iters - position.iteration) * train.global_batch_size
-    evaluated = train.eval_iters * train.global_batch_size if train.eval_interval else None
+    left = max(0, train.train_iters - position.iteration)
+    evaluated = train.eval_iters * train.global_batch_size if train.eval_interval else 0
     return build_datasets(
         run.data,
         seq_length=train.seq_length,
-        num_samples=(max(0, samples), evaluated, None),
+        num_samples=(position.consumed_samples + left * train.global_batch_size, evaluated, 0),
         seed=train.seed,
         vocab_size=vocab_size,
         eod=eod,
+        resumed=continuation,
     )

@@ -114,7 +114,7 @@ def check_places(config: LoggingConfig) -> None:
             Path(config.tensorboard_dir).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=config.tensorboard_dir):
                 pass
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a name that cannot be, with a null byte
             raise _unusable_board(config.tensorboard_dir, error) from error
 
 
@@ -122,14 +122,16 @@ def check_metrics_file(path: Path) -> None:
     """Make its folder and, empty, the file; raises ConfigError by name where that cannot be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not (path.is_file() or path.is_char_device()):
-            raise ConfigError(f"logging.metrics_file {path} is no file that can be written; choose another.")
-        path.open("ab").close()
+        is_odd = path.exists() and not (path.is_file() or path.is_char_device())
+        if not is_odd:
+            path.open("ab").close()
     except (OSError, ValueError) as error:  # ValueError: a name that cannot be, with a null byte
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
             f"logging.metrics_file {path} cannot be written: {reason}; choose another."
         ) from error
+    if is_odd:
+        raise ConfigError(f"logging.metrics_file {path} is no file that can be written; choose another.")
 
 
 def _unusable_board(directory: str, error: Exception) -> ConfigError:
@@ -180,7 +182,7 @@ def reports_lack_validation(path: Path, iteration: int) -> bool:
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         report = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return report if isinstance(report, dict) and isinstance(report.get("iteration"), int) else None
 

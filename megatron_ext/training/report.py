@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,9 +13,11 @@ import torch.distributed as dist
 from lckv.cost import ModelShape
 from megatron_ext.command_line import config_to_dict
 from megatron_ext.config import LoggingConfig, RunConfig
+from megatron_ext.data.order import SourceUse
 from megatron_ext.evaluation.loss import Evaluation
 from megatron_ext.parallel.process_groups import device_of_rank
 from megatron_ext.schedule.statistics_meter import PolicyMeans
+from megatron_ext.summary.lines import data_lines
 from megatron_ext.summary.sizes import RunSizes
 from megatron_ext.training.metrics import MetricsWriter, Value, reports_lack_validation
 from megatron_ext.training.progress import Progress
@@ -53,7 +55,7 @@ class Report:
             "iteration_seconds": seconds / self._iterations,
             "memory_bytes": memory_in_use(),
             **self._throughput.metrics(tokens, seconds),
-            **self._of_policy(result.policy, consumed_samples),
+            **self._of_policy(result.policy, iteration),
         }
         self._write(iteration, values)
         self.restart_clock()
@@ -72,12 +74,11 @@ class Report:
         self._write(iteration, values)
         self.restart_clock()
 
-    def _of_policy(self, means: PolicyMeans | None, consumed_samples: int) -> dict[str, Value]:
+    def _of_policy(self, means: PolicyMeans | None, iteration: int) -> dict[str, Value]:
         """What the KV policy reports, and its statistics of every layer and KV head."""
         if means is None:
             return {}
-        train = self._run.train
-        before = (consumed_samples - train.global_batch_size) / (train.train_iters * train.global_batch_size)
+        before = (iteration - 1) / self._run.train.train_iters
         return {**means.report(self._policy, before), **means.by_head()}
 
     def restart_clock(self) -> None:
@@ -101,9 +102,15 @@ def lacks_validation(logging_config: LoggingConfig, iteration: int) -> bool:
 
 @contextmanager
 def open_report(
-    run: RunConfig, shape: ModelShape, *, parameters: int, start_iteration: int
+    run: RunConfig,
+    shape: ModelShape,
+    *,
+    parameters: int,
+    start_iteration: int,
+    uses: Mapping[str, Sequence[SourceUse]],
 ) -> Iterator[Report]:
-    """The reports of a run that goes on from `start_iteration`, beginning with its summary."""
+    """The reports of a run that goes on from `start_iteration`, beginning with its summary; `uses`: what its
+    data are drawn from."""
     device, world_size = device_of_rank(), dist.get_world_size()
     sizes = RunSizes(run, shape, world_size, parameters)
     cost = sizes.cost
@@ -114,7 +121,8 @@ def open_report(
     if dist.get_rank() != 0:
         yield Report(run, throughput, None, None)
         return
-    logger.info("\n%s", "\n".join(describe(sizes, device)))
+    lines = [*describe(sizes, device), *data_lines(uses, run.train.seq_length)]
+    logger.info("\n%s", "\n".join(lines))
     with MetricsWriter(
         run.logging,
         resumed_iteration=start_iteration,

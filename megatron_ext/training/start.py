@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.checkpointing.agreement import agreement
-from megatron_ext.checkpointing.errors import NoCheckpointError, UnwritableFolderError
+from megatron_ext.checkpointing.errors import NoCheckpointError, UnwritableFolderError, unwritable
 from megatron_ext.checkpointing.folders import (
     check_free_space,
     find_candidates,
     is_checkpoint,
     list_checkpoints,
+    remove_leftovers,
 )
 from megatron_ext.checkpointing.lock import FolderLock
 from megatron_ext.command_line import save_config
@@ -107,6 +108,7 @@ def prepared(checkpoint: CheckpointConfig) -> Iterator[Start]:
             if lock is not None:
                 ranks.on_first("check checkpoint.save", lambda: _check_is_no_checkpoint(checkpoint.save))
                 ranks.on_first("take checkpoint.save", lock.take)
+                ranks.on_first("clean up", lambda: remove_leftovers(Path(checkpoint.save or "")))
             start = ranks.on_first("look for checkpoints", lambda: choose_start(checkpoint))
         if start.goes_on:
             instead = "" if checkpoint.load is None else "; checkpoint.load is for the first start"
@@ -144,5 +146,12 @@ def write_settings(run: RunConfig) -> None:
     if run.checkpoint.save is None:
         return
     path = Path(run.checkpoint.save) / _SETTINGS_NAME
+
+    def write() -> None:
+        try:
+            save_config(run, path)
+        except OSError as error:
+            raise unwritable(path, error) from error
+
     with agreement(run.checkpoint.save_timeout_minutes) as ranks:
-        ranks.on_first(f"checkpoint.save: write {path}", lambda: save_config(run, path))
+        ranks.on_first("write the run's settings", write)

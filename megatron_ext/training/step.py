@@ -1,6 +1,7 @@
 """One optimizer step."""
 
 import math
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -30,8 +31,8 @@ class StepResult:
     learning_rate: float
     """That the step used."""
 
-    odd_ranks: tuple[int, ...]
-    """Ranks whose own loss was not finite."""
+    odd_samples: tuple[tuple[int, int], ...]
+    """Rank, and number in the dataset, of the samples whose own loss was not finite, by number."""
 
     policy: PolicyMeans | None
     """What the KV policy did; None for one without statistics."""
@@ -59,37 +60,67 @@ def train_step(
     model.zero_grad_buffer()
     optimizer.zero_grad()
     meter = StatisticsMeter(model)
-    losses = run_schedule(model, samples, make_batch, train, meter, progress=progress, forward_only=False)
+    numbers: list[Tensor] = []
+    read = _noting_numbers(samples, numbers)
+    losses = run_schedule(model, read, make_batch, train, meter, progress=progress, forward_only=False)
     learning_rate = optimizer.param_groups[0]["lr"]
     _, grad_norm, _ = optimizer.step()
     scheduler.step(increment=1)
     loss, num_tokens = mean_loss(losses)
-    odd_ranks = () if math.isfinite(loss) else _ranks_of_odd_losses(losses)
-    return StepResult(
-        loss, num_tokens, float(grad_norm or 0.0), float(learning_rate), odd_ranks, meter.total()
-    )
+    odd = () if math.isfinite(loss) else _odd_samples(losses, numbers)
+    return StepResult(loss, num_tokens, float(grad_norm or 0.0), float(learning_rate), odd, meter.total())
 
 
-def require_finite(result: StepResult, iteration: int, train: TrainConfig) -> None:
+def require_finite(
+    result: StepResult, iteration: int, train: TrainConfig, origin: Callable[[int], object]
+) -> None:
     """Raise NonFiniteLossError where the loss or the gradient norm of a step is not finite,
-    NonFiniteStatisticError where a statistic of the KV policy is not, if train.check_for_nan_in_loss."""
-    if train.check_for_nan_in_loss and result.policy is not None:
-        result.policy.require_finite(iteration)
-    if train.check_for_nan_in_loss and not (
-        math.isfinite(result.lm_loss) and math.isfinite(result.grad_norm)
-    ):
-        ranks = ", ".join(map(str, result.odd_ranks)) or "none"
+    NonFiniteStatisticError where a statistic of the KV policy is not, if train.check_for_nan_in_loss.
+
+    `origin` says where the sample of a number begins.
+    """
+    if not train.check_for_nan_in_loss:
+        return
+    samples = _describe_samples(result, train, origin)
+    if result.policy is not None:
+        result.policy.require_finite(iteration, samples)
+    if not (math.isfinite(result.lm_loss) and math.isfinite(result.grad_norm)):
         raise NonFiniteLossError(
             f"iteration {iteration}: the loss is {result.lm_loss} and the gradient norm {result.grad_norm} "
-            f"(ranks with such a loss: {ranks}). Nothing was saved after the last checkpoint. Resume from it "
-            "with a lower optimizer.lr or other data, or set train.check_for_nan_in_loss to false to go on "
-            "regardless."
+            f"({samples}). Nothing was saved after the last checkpoint. Resume from it with a lower "
+            "optimizer.lr or other data, or set train.check_for_nan_in_loss to false to go on regardless."
         )
 
 
-def _ranks_of_odd_losses(losses: list[Tensor]) -> tuple[int, ...]:
-    """Ranks whose micro-batches have losses that are not finite. Collective over all ranks."""
-    odd = not all(bool(loss.isfinite().all()) for loss in losses)
-    of_ranks: list[bool] = [False] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, odd)
-    return tuple(rank for rank, is_odd in enumerate(of_ranks) if is_odd)
+def _describe_samples(result: StepResult, train: TrainConfig, origin: Callable[[int], object]) -> str:
+    if not result.odd_samples:
+        return "ranks with such a loss: none, the loss of every sample is finite"
+    ranks = ", ".join(map(str, sorted({rank for rank, _ in result.odd_samples})))
+    numbers = sorted({number for _, number in result.odd_samples})
+    return (
+        f"ranks with such a loss: {ranks}; {len(numbers)} of {train.global_batch_size} samples, the first of "
+        f"them number {numbers[0]}, which begins in {origin(numbers[0])}"
+    )
+
+
+def _noting_numbers(samples: Samples, numbers: list[Tensor]) -> Generator[Mapping[str, Tensor]]:
+    """The same micro-batches; the numbers of the samples of each are appended to `numbers`."""
+    for micro_batch in samples:
+        numbers.append(micro_batch["sample_ids"])
+        yield micro_batch
+
+
+def _odd_samples(losses: list[Tensor], numbers: list[Tensor]) -> tuple[tuple[int, int], ...]:
+    """Rank and number of the samples that have losses that are not finite. Collective over all ranks.
+
+    losses: [2 + b] of each micro-batch, the rows from place 2 on; numbers: [b] of each.
+    """
+    mine = [
+        (dist.get_rank(), number)
+        for loss, of_rows in zip(losses, numbers, strict=False)  # before the last stage there is no loss
+        for number, is_finite in zip(of_rows.tolist(), loss[2:].isfinite().tolist(), strict=True)
+        if not is_finite
+    ]
+    of_ranks: list[list[tuple[int, int]]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, mine)
+    return tuple(sorted((odd for of_rank in of_ranks for odd in of_rank), key=lambda odd: odd[1]))

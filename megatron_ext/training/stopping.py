@@ -32,12 +32,13 @@ class StopRequest:
         self._lock = threading.Lock()
         self._saving = False
         self._second = 0
+        self._noted = 0
         self.number = 0
-        """The signal that asked for it, on this rank or, once agreed, on any; 0: none."""
+        """The signal that asked for it, on any rank, once agreed; 0: none."""
 
     def note(self, number: int, _frame: FrameType | None = None) -> None:
         """Signal handler."""
-        self.number = self.number or number
+        self._noted = self._noted or number
 
     def watch(self, number: int) -> None:
         """Called for every signal by a thread of its own: a second request ends the process, or waits for the
@@ -55,9 +56,9 @@ class StopRequest:
         With a reason the last save counts as under way.
         """
         overdue = self._deadline is not None and time.time() >= self._deadline
-        request = torch.tensor([self.number, int(overdue)], device=device_of_rank())
+        request = torch.tensor([self._noted, int(overdue)], device=device_of_rank())
         dist.all_reduce(request, op=dist.ReduceOp.MAX)
-        self.number, overdue = request.tolist()
+        self.number, overdue = request.tolist()  # what is noted meanwhile is kept for the next time
         if not self.number and not overdue:
             return None
         with self._lock:

@@ -161,6 +161,9 @@ def _checkpoint(checkpoint: CheckpointConfig, train: TrainConfig) -> Iterator[st
     yield from at_least("checkpoint", checkpoint, 0, "save_interval")
     yield from at_least("checkpoint", checkpoint, 1, "keep_last")
     yield from above_zero("checkpoint", checkpoint, "save_timeout_minutes", "load_timeout_minutes")
+    for name in ("save", "load"):
+        if getattr(checkpoint, name) == "":
+            yield f"checkpoint.{name} is empty; give a directory, or null."
     way_out = "checkpoint.save is not set; give the directory to save into"
     if checkpoint.save is None and checkpoint.resume == "must":
         yield f"checkpoint.resume is must and {way_out}, or set checkpoint.resume to auto."

@@ -11,7 +11,7 @@ from checkpoints_conversion import __main__ as program
 from checkpoints_conversion.convert import hf_to_megatron, megatron_to_hf
 from checkpoints_conversion.megatron_logits import write_logits
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
-from tests.checkpoints_conversion.tiny_models import saved_model
+from tests.lckv.families.tiny_models import saved_model
 from tests.ranks import run_on_ranks
 
 CHANGES = {

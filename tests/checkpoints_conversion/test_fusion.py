@@ -26,8 +26,8 @@ from lckv.families.registry import FAMILIES, describe
 from lckv.weights.checks import check_tensors
 from lckv.weights.huggingface import HuggingFaceFolder, read_config_file
 from lckv.weights.tensors import MemorySource, TensorInfo, TensorSource
-from tests.checkpoints_conversion.tiny_models import CLASSES, logits, saved_model, tiny_model
 from tests.golden.lckv_models import NAMES, Golden
+from tests.lckv.families.tiny_models import CLASSES, logits, saved_model, tiny_model
 
 
 def _whole(source: TensorSource) -> dict[str, Tensor]:

@@ -246,3 +246,13 @@ def test_a_shared_model_keeps_its_map() -> None:
 def test_what_cannot_be_made(before: CompressionConfig, after: CompressionConfig, said: str) -> None:
     with pytest.raises(ConversionError, match=said):
         initialize(MemorySource({}), description_of(MODEL, before), after, "copy")
+
+
+def test_a_doubtful_map_is_warned_about_with_its_picture(caplog: pytest.LogCaptureFixture) -> None:
+    description = description_of(MODEL)
+    source = MemorySource(random_weights(description))
+    initialize(source, description, LCKV, "copy")
+    assert not caplog.records
+    initialize(source, description, CompressionConfig(layer_types="0_2_3_3"), "copy")
+    assert "layer 3  KV  <- own   ┐ iterated" in caplog.text
+    assert "layer 1 reads layer 2, which itself reads layer 3" in caplog.text

@@ -10,7 +10,7 @@ from checkpoints_conversion.convert import hf_to_megatron
 from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.opening import format_of
 from tests.checkpoints_conversion.formats.test_megatron_legacy import publish
-from tests.checkpoints_conversion.tiny_models import saved_model
+from tests.lckv.families.tiny_models import saved_model
 from tests.megatron_ext.model.stages import VOCAB
 
 

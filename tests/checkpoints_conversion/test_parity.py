@@ -27,7 +27,7 @@ from megatron_ext.checkpointing.save import save_checkpoint
 from megatron_ext.config import ParallelConfig
 from megatron_ext.parallel.process_groups import initialize
 from megatron_ext.restoring.model import restore, saved_settings
-from tests.checkpoints_conversion.tiny_models import SIZES, saved_model
+from tests.lckv.families.tiny_models import SIZES, saved_model
 from tests.ranks import run_on_ranks
 
 MHA, GQA, MQA = 4, 2, 1

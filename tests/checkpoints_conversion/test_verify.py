@@ -21,7 +21,7 @@ from checkpoints_conversion.reference import common_dtype, differences
 from checkpoints_conversion.verify import Comparison, Tolerance, compare, random_tokens
 from megatron_ext.config import ParallelConfig
 from tests.checkpoints_conversion.formats.test_megatron_legacy import publish
-from tests.checkpoints_conversion.tiny_models import saved_model
+from tests.lckv.families.tiny_models import saved_model
 from tests.megatron_ext.model.stages import VOCAB
 from tests.ranks import run_on_ranks
 

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from megatron_ext.arguments import DashedParser, ProgramParser, memory_size, positive
+from megatron_ext.arguments import DashedParser, ProgramParser, memory_size, positive, seconds
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,7 @@ def test_texts_of_values() -> None:
     for text in ("0", "-1", "1.5", "x", "²"):
         with pytest.raises(argparse.ArgumentTypeError, match="is not a whole number of at least 1"):
             positive(text)
+    assert (seconds("30"), seconds("0.5")) == (30, 0.5)
+    for text in ("0", "-1", "x", "inf", "nan", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not a number of seconds above 0"):
+            seconds(text)

@@ -23,8 +23,13 @@ from megatron_ext.command_line import (
     save_config,
 )
 from megatron_ext.config import RunConfig
+from megatron_ext.data.blends import Blend, parse_blend
 from megatron_ext.errors import ConfigError
-from megatron_ext.settings import variants_of
+from megatron_ext.foreign_names import SETTING_OF
+from megatron_ext.settings import settings_of, variants_of
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
+"""Forty lines of YAML that stand for 2 ** 40 texts."""
 
 
 def refusal(argv, capsys) -> str:
@@ -56,6 +61,14 @@ def test_later_files_win_and_options_win_over_files_wherever_they_stand(tmp_path
     )
     assert (run.train.train_iters, run.train.seed, run.train.seq_length) == (5, 2, 128)
     assert run.optimizer.lr == 3e-4 and run.data.mock is True
+
+
+def test_an_alias_stands_for_another_value(tmp_path):
+    file = write(
+        tmp_path / "run.yaml", "model: {num_layers: &n 6, num_attention_heads: *n}\ntrain: {seed: *n}\n"
+    )
+    run = parse_run_config(["--config", file])
+    assert (run.model.num_layers, run.model.num_attention_heads, run.train.seed) == (6, 6, 6)
 
 
 def test_texts_stay_texts(tmp_path):
@@ -136,6 +149,72 @@ def test_nested_sections(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "argv",
+    [
+        ["--data.data_path", "0.5", "a", "0.5", "b"],
+        ["--data.data_path", "0.5 a 0.5 b"],
+        ["--data.data_path=0.5 a  0.5 b"],
+        ["--data.data_path", "[0.5, a, 0.5, b]"],
+        ["--data.data_path", "[0.5,", "a,", "0.5,", "b]"],
+        ["--data.data_path", "0.5 a", "0.5 b"],
+        ["--config", "run.yaml"],
+    ],
+)
+@pytest.mark.parametrize("name", ["data_path", "train_data_path", "valid_data_path"])
+@pytest.mark.parametrize("text", ["0.5 a 0.5 b", "[0.5, a, 0.5, b]", '["0.5 a", 0.5 b]', '0.5 "a" .5 b'])
+def test_blends_however_they_are_given(argv, name, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "run.yaml", f"data: {{{name}: {json.dumps(text) if text[0] != '[' else text}}}")
+    run = parse_run_config([word.replace("data_path", name) for word in argv] + ["--train.seed", "3"])
+    assert parse_blend(name, getattr(run.data, name)) == Blend(("a", "b"), (0.5, 0.5))
+    assert run.train.seed == 3
+
+
+def test_other_lists_of_texts_are_given_in_words_too():
+    run = parse_run_config(["--train.recompute_modules", "core_attn", "mlp", "--train.seed", "3"])
+    assert run.train.recompute_modules == ("core_attn", "mlp")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("train.learning_rate", "optimizer.lr"),
+        ("learning_rate", "optimizer.lr"),
+        ("lr", "optimizer.lr"),
+        ("optimizer.LR", "optimizer.lr"),
+        ("train.lerning_rate", "optimizer.lr"),
+        ("train.weight_decy", "optimizer.weight_decay"),
+        ("micro-batch-size", "train.micro_batch_size"),
+        ("parallel.micro-batch-size", "train.micro_batch_size"),
+        ("global-batch-sise", "train.global_batch_size"),
+        ("tensor-model-parallel-size", "parallel.tensor_model_parallel_size"),
+        ("max_steps", "train.train_iters"),
+        ("model.num_hidden_layrs", "model.num_layers"),
+        ("num_key_value_heads", "model.num_query_groups"),
+        ("data-path", "data.data_path"),
+        ("valid-data-path", "data.valid_data_path"),
+        ("data-args-path", "data.data_path"),
+        ("checkpoint.laod", "checkpoint.load"),
+        ("optimiser.min_lr", "optimizer.min_lr"),
+        ("train.save_interval", "checkpoint.save_interval"),
+        ("train.save_intervall", "checkpoint.save_interval"),
+    ],
+)
+def test_what_is_meant_by_names_of_elsewhere_and_misspelt_ones(name, meant, tmp_path, capsys):
+    assert f"{name} is unknown; did you mean {meant}?" in refusal([f"--{name}", "1"], capsys)
+    section, _, key = name.rpartition(".")
+    file = write(tmp_path / "run.yaml", f"{section}: {{{key}: 1}}" if section else f"{key}: 1")
+    text = refusal(["--config", file], capsys)
+    assert f"is unknown; did you mean {meant}?" in text or section not in {f.name for f in fields(RunConfig)}
+
+
+def test_foreign_names_mean_settings_that_exist():
+    settings = settings_of(RunConfig)
+    assert set(SETTING_OF.values()) <= set(settings)
+    assert not set(SETTING_OF) & {key.rpartition(".")[2] for key in settings}
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--train.train_iter", "5"], "train.train_iter is unknown; did you mean train.train_iters?"),
@@ -205,6 +284,14 @@ def test_wrong_options(argv, message, capsys):
             "model.rope_scaling.fctor is unknown; did you mean model.rope_scaling.factor?",
         ),
         ("train: 5", "run.yaml: train is '5'; it must be a mapping of names to values."),
+        (BOMB, "is not valid YAML: it stands for more than 100,000 values by its aliases (*)."),
+        ("a: &a [*a]", "line 1, column 4 is not valid YAML: an alias (*) refers to what it is in."),
+        ("a: &a {b: {c: *a}}", "is not valid YAML: an alias (*) refers to what it is in."),
+        ("a: " + "[" * 5000, "is not valid YAML: lists or mappings in one another, too deep to be read."),
+        ("a: " + "{b: " * 5000, "is not valid YAML: lists or mappings in one another, too deep to be read."),
+        ("[a, b]: c", "is not valid YAML: a list or mapping is no name of a setting"),
+        ("{a: b}: c", "is not valid YAML: a list or mapping is no name of a setting"),
+        ("<<: {a: 1}", "run.yaml: << is unknown"),
         (
             "compression: {policy: dmc}",
             "run.yaml: compression.policy is 'dmc'; it must be a mapping of names to values.",

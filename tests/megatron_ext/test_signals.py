@@ -116,6 +116,51 @@ def test_a_thread_sees_signals_while_no_handler_runs() -> None:
     assert signal.set_wakeup_fd(-1) == -1
 
 
+def test_other_signals_that_python_handles_are_not_watched() -> None:
+    """torch's data loader handles SIGCHLD: the end of a reading process is no request to stop."""
+    seen, heard = [], threading.Event()
+
+    def watch(number: int) -> None:
+        seen.append(number)
+        heard.set()
+
+    before = signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    try:
+        with handling(lambda number, frame: None), signals.watching(watch):
+            signal.raise_signal(signal.SIGCHLD)
+            signal.raise_signal(signal.SIGUSR1)
+            assert heard.wait(10)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert seen == [signal.SIGUSR1]
+
+
+def test_deferred_signals_come_at_the_end() -> None:
+    """Also those that another thread of the process takes."""
+    done, ready = [], threading.Event()
+    sleeper = threading.Thread(target=ready.wait, daemon=True)
+    sleeper.start()
+
+    def work() -> None:
+        with signals.deferred():
+            signal.pthread_kill(sleeper.ident or 0, signal.SIGTERM)
+            time.sleep(0.05)
+            done.append("whole")
+        done.append("never")
+
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"), interruptible():
+        work()
+    ready.set()
+    assert done == ["whole"]
+
+
+def test_deferral_changes_nothing_without_a_signal() -> None:
+    before = [signal.getsignal(number) for number in signals.ENDING]
+    with signals.deferred():
+        pass
+    assert [signal.getsignal(number) for number in signals.ENDING] == before
+
+
 def test_repetition(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([100.0, 100.5, 103.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(times))

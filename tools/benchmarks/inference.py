@@ -208,7 +208,14 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    models = parser.add_argument_group("models")
+    _add_models(parser.add_argument_group("models"))
+    _add_measured(parser.add_argument_group("what is measured"))
+    parser.add_argument("--output", type=Path, metavar="FILE", help="CSV file to write")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="PNG to draw")
+    return parser
+
+
+def _add_models(models: argparse._ArgumentGroup) -> None:
     models.add_argument(
         "--models", nargs="+", default=[], metavar="[NAME=]FOLDER", help="Hugging Face folders"
     )
@@ -216,7 +223,8 @@ def _parser() -> argparse.ArgumentParser:
         "--text",
         nargs="+",
         help=(
-            "files with the text of prompts for --models (default: random tokens); see tools.text_perplexity"
+            "files with the text of prompts for --models (default: random tokens); see lckv-megatron "
+            "perplexity"
         ),
     )
     models.add_argument(
@@ -244,7 +252,9 @@ def _parser() -> argparse.ArgumentParser:
         help="default: the folder's; random: float32, on GPUs bfloat16",
     )
     models.add_argument("--device", help="such as cuda:1 or cpu (default: a GPU if there is one)")
-    measured = parser.add_argument_group("what is measured")
+
+
+def _add_measured(measured: argparse._ArgumentGroup) -> None:
     measured.add_argument(
         "--lengths",
         type=positive,
@@ -275,16 +285,13 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=EngineConfig.prefill_tolerance,
         metavar="X",
-        help="see tools.generate (default: %(default)s)",
+        help="see lckv-megatron generate (default: %(default)s)",
     )
     measured.add_argument("--repeats", type=positive, default=5, help="rounds (default: %(default)s)")
     measured.add_argument(
         "--clock", choices=[*CLOCKS], default="wall", help="cpu: on a busy machine, with one thread"
     )
     measured.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="CSV file to write")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="PNG to draw")
-    return parser
 
 
 def _random(text: str) -> RandomModel:

@@ -121,10 +121,16 @@ def test_parameters_in_the_card_are_those_of_the_model() -> None:
     assert f"{count:,} parameters in bfloat16" in model_card("x", description, manifest(description))
 
 
+YAML_BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
+"""Forty lines that stand for 2 ** 40 texts."""
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("---\nlicense: apache-2.0\ntags: [a]\n---\n# x", {"license": "apache-2.0"}),
+        (f"---\n{YAML_BOMB}license: *a39\n---\n", {}),
+        ("---\nlicense: " + "[" * 5000 + "\n---\n", {}),
         ("---\nlicense: other\nlicense_name: llama2\n---\n", {"license": "other", "license_name": "llama2"}),
         ("# only text", {}),
         ("---\n: [broken\n---\n", {}),

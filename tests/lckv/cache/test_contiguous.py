@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lckv.attention.visibility import Visibility
-from lckv.cache import contiguous
+from lckv.cache import layer_slots
 from lckv.cache.contiguous import ContiguousCache
 from lckv.policies.base import Extension, KVPolicy, TokenContext
 from lckv.policies.dense.config import DenseConfig
@@ -169,8 +169,10 @@ def test_windows_keep_what_they_may_give_back() -> None:
 
 def test_tokens_of_a_window_are_moved_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[int] = []
-    without_oldest = contiguous._without_oldest
-    monkeypatch.setattr(contiguous, "_without_oldest", lambda *args: moved.append(1) or without_oldest(*args))
+    without_oldest = layer_slots._without_oldest
+    monkeypatch.setattr(
+        layer_slots, "_without_oldest", lambda *args: moved.append(1) or without_oldest(*args)
+    )
     for window, prompt in ((8, 100), (8, 1), (200, 300), (200, 231)):
         cache = ContiguousCache([0], DenseConfig().build(), {0: window})
         cache.commit({0: dense(prompt)}, None)

@@ -22,7 +22,6 @@ from lckv.families.registry import FAMILIES, PLAIN_FAMILIES, family_of
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.policies.dmc.config import DMCConfig
 from lckv.rope import Llama3Scaling
-from tests.checkpoints_conversion.tiny_models import CLASSES, EXTRAS, SIZES
 from tests.lckv.families.published_configs import (
     LLAMA_2_13B,
     LLAMA_3_1_8B,
@@ -34,6 +33,7 @@ from tests.lckv.families.published_configs import (
     SMOLLM2_135M,
     TINYLLAMA_LCKV,
 )
+from tests.lckv.families.tiny_models import CLASSES, EXTRAS, SIZES
 
 LLAMA3_SCALING = Llama3Scaling(32.0, 1.0, 4.0, 8192)
 

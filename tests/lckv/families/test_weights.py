@@ -4,7 +4,7 @@ import pytest
 
 from lckv.families.registry import FAMILIES
 from lckv.weights.tensors import TensorInfo
-from tests.checkpoints_conversion.tiny_models import CLASSES, SIZES, tiny_model
+from tests.lckv.families.tiny_models import CLASSES, SIZES, tiny_model
 
 
 @pytest.mark.parametrize("tied", [False, True])

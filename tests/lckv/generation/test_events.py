@@ -1,5 +1,6 @@
 """What comes of a request token by token: text, log-probabilities, stop texts and tokens."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -13,8 +14,13 @@ from tests.lckv.generation.tokenizers import byte_level
 class _Words:
     """A tokenizer of 50 words w0 w1 ..."""
 
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
-        return "".join(f"w{token} " for token in token_ids)
+    all_special_ids = ()
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return f"w{token} "
+
+    def decode(self, token_ids: list[int]) -> str:
+        return "".join(map(self.convert_ids_to_tokens, token_ids))
 
 
 def _words(answer: Completion) -> str:
@@ -76,6 +82,14 @@ def test_stop_tokens_and_the_end_of_the_sequence() -> None:
     assert (answer.finish_reason, answer.stopped_by, answer.text) == ("stop", 2, "")
 
 
+def test_a_stop_text_of_special_tokens_ends_an_answer() -> None:
+    built = deepcopy(model("plain"))
+    built.lm_head.weight.data.zero_()  # all tokens are as probable, and the first one comes
+    tried = engine(built, tokenizer=byte_level())
+    answer = tried.generate([text(5)], replace(GREEDY, stop=("<end><end>",)))[0]
+    assert (answer.token_ids, answer.text, answer.stopped_by) == ((0, 0), "", "<end><end>")
+
+
 def test_a_tokenizer_of_transformers() -> None:
     tokenizer = byte_level(merges=())
     built = model("plain")
@@ -84,20 +98,21 @@ def test_a_tokenizer_of_transformers() -> None:
 
 
 class _Halves:
-    """A tokenizer of tokens that are never a whole character."""
+    """A tokenizer of tokens that are the first byte of a character."""
 
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
-        return "\ufffd" * len(token_ids)
+    all_special_ids = ()
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return "<0xE2>"
 
 
-@pytest.mark.parametrize(("steps", "reason"), [(4, "cancelled"), (5, "stop")])
+@pytest.mark.parametrize(("longest", "reason"), [(5, "cancelled"), (1, "stop")])
 def test_a_stop_text_in_what_was_held_back_counts_unless_the_request_was_cancelled(
-    steps: int, reason: str
+    longest: int, reason: str
 ) -> None:
     tried = engine(model("plain"), tokenizer=_Halves())
-    request = tried.submit(text(5), replace(GREEDY, stop=("\ufffd\ufffd",), max_new_tokens=5))
-    for _ in range(steps):
-        tried.step()
+    request = tried.submit(text(5), replace(GREEDY, stop=("\ufffd",), max_new_tokens=longest))
+    tried.step()
     tried.cancel(request.request_id)
     answer = request.result(0)
-    assert (answer.finish_reason, answer.text, len(answer.token_ids)) == (reason, "", steps)
+    assert (answer.finish_reason, answer.text, len(answer.token_ids)) == (reason, "", 1)

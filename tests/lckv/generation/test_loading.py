@@ -1,6 +1,7 @@
 """Loading models: the logits of transformers, and what is refused."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 from lckv.errors import ModelError
-from lckv.generation.loading import load_model
+from lckv.generation.loading import load_model, model_config
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from tests.lckv.cache.models import model, text
 from tests.lckv.generation.engines import GREEDY, engine
@@ -164,6 +165,27 @@ def test_weights_that_do_not_fit_are_refused(what: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as raised:
         load_model(folder)
     assert what in str(raised.value) and name in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "command"),
+    [
+        ("iter_0000100/manifest.json", "convert megatron-to-hf --megatron-path PATH --hf-path NEW"),
+        (
+            "mp_rank_00/model_optim_rng.pt",
+            "convert legacy-to-megatron --legacy-path PATH --megatron-path NEW",
+        ),
+    ],
+)
+@pytest.mark.parametrize("load", [load_model, model_config])
+def test_a_model_of_another_format_names_its_converter(
+    load: Callable[[Path], object], file: str, command: str, tmp_path: Path
+) -> None:
+    (tmp_path / file).parent.mkdir()
+    (tmp_path / file).touch()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=f"lckv-megatron {command.replace('PATH', str(tmp_path))}"):
+        load(tmp_path)
 
 
 def test_folders_that_are_none_are_refused(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from lckv.generation.engine import Engine
 from lckv.generation.loading import load_model
 from lckv.generation.sampling import SamplingParams
 from lckv.generation.unbounded import Continuation, streaming_cache
+from tests.lckv.models.folders import save_folder
 from tests.lckv.models.tiny import CYCLIC, MERGING, PLAIN, WINDOWS
-from tests.lckv_megatron.model_folders import save_folder
 
 
 @pytest.mark.parametrize("layer_types", [PLAIN, CYCLIC, WINDOWS])

@@ -4,70 +4,26 @@ leaks."""
 import asyncio
 import json
 import threading
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 
 import httpx
-import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from lckv.generation.config import EngineConfig
 from lckv.generation.engine import Engine
-from lckv.generation.sampling import SamplingParams
-from lckv.serving.app import ServingLimits, create_app
-from tests.lckv.serving.served_model import CONTEXT, byte_tokenizer, tiny_model
-
-LIMITS = ServingLimits(
-    context=CONTEXT, max_prompt_tokens=64, max_new_tokens=40, max_body_bytes=4096, max_prompts=4
+from lckv.serving.app import create_app
+from tests.lckv.serving.served_model import (
+    CONTEXT,
+    LIMITS,
+    PROMPT,
+    ask,
+    byte_tokenizer,
+    greedy,
+    make_app,
+    make_engine,
 )
-PROMPT = "Once upon"
 
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    return make_engine()
-
-
-def make_engine(**options: int) -> Engine:
-    config = EngineConfig(memory_bytes=2**20, **{"max_batch_size": 4, **options})
-    return Engine(tiny_model(), config, tokenizer=byte_tokenizer())
-
-
-def make_app(engine: Engine, limits: ServingLimits = LIMITS, **options: str | None) -> FastAPI:
-    options = {"api_key": None, **options}
-    return create_app(engine, byte_tokenizer(), model="tiny", limits=limits, **options)
-
-
-@pytest.fixture(scope="module")
-def client(engine: Engine) -> Iterator[TestClient]:
-    with TestClient(make_app(engine)) as client:
-        yield client
-        assert wait_for(lambda: engine.stats().pages_in_use == 0)
-
-
-def wait_for(condition, seconds: float = 20.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-def greedy(prompt: str, tokens: int = 12) -> str:
-    """The answer of an engine of its own."""
-    ids = byte_tokenizer()(prompt).input_ids
-    completion = make_engine().generate([ids], SamplingParams(temperature=0, max_new_tokens=tokens))[0]
-    return completion.text
-
-
-def ask(client: TestClient, path: str = "completions", **fields) -> httpx.Response:
-    body = {"model": "tiny", "temperature": 0, "max_tokens": 12}
-    body |= {"prompt": PROMPT} if path == "completions" else {"messages": [{"role": "user", "content": "Hi"}]}
-    body |= fields
-    return client.post(f"/v1/{path}", json={name: value for name, value in body.items() if value is not ...})
+JSON_TYPE = {"Content-Type": "application/json"}
 
 
 def events(response: httpx.Response) -> list[dict]:
@@ -147,63 +103,49 @@ def test_a_seed_gives_the_same_answer_whatever_else_runs(client: TestClient) -> 
     assert alone == among != ask(client, temperature=1.0, seed=8).json()["choices"][0]["text"]
 
 
-BAD = [
-    ({"prompt": ""}, 400, "the prompt is empty"),
-    ({"prompt": []}, 400, "0 prompts; 1 to 4 are allowed"),
-    ({"prompt": ["a"] * 5}, 400, "5 prompts; 1 to 4 are allowed"),
-    ({"prompt": [300]}, 400, "the model's tokens are 0 to 256"),
-    ({"prompt": "x" * 65}, 400, "prompt: 65 tokens; at most 64 are allowed"),
-    ({"max_tokens": 41}, 400, "max_tokens is 41; at most 40 are allowed"),
-    ({"prompt": "x" * 60, "max_tokens": 40}, 400, "together they may be at most 96"),
-    ({"max_tokens": 0}, 400, "max_new_tokens is 0"),
-    ({"temperature": -1}, 400, "temperature is -1.0; it must be"),
-    ({"top_p": 0}, 400, "top_p is 0.0; it must be above 0"),
-    ({"n": 2}, 400, "n is 2; this server only supports 1"),
-    ({"presence_penalty": 0.5}, 400, "presence_penalty is 0.5; this server only supports 0.0"),
-    ({"stream_options": {"include_usage": True}}, 400, "stream_options is given, but stream is false"),
-    ({"echo": True, "logprobs": 1}, 400, "echo with logprobs is not supported"),
-    ({"prompts": "x"}, 400, "prompts: there is no such field"),
-    ({"prompt": ...}, 400, "prompt: Field required"),
-    ({"temperature": "hot"}, 400, "temperature: Input should be a valid number"),
-    ({"model": "other"}, 404, "model 'other' is not served here; this is 'tiny'"),
-    ({"prompt": "x" * 5000}, 413, "The body may have at most 4096 bytes"),
-]
+def test_a_template_that_loops_stops_nobody_else() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0].content == 'loop' %}{% for a in range(99999) %}{% for b in range(99999) %}"
+        "{% endfor %}{% endfor %}{% endif %}{{ messages[0].content }}"
+    )
+    limits = replace(LIMITS, prepare_seconds=2.0, tokenizer_threads=2)
+
+    async def story(client: httpx.AsyncClient) -> None:
+        def chat(content: str):
+            messages = [{"role": "user", "content": content}]
+            body = {"model": "tiny", "messages": messages, "max_tokens": 2}
+            return asyncio.ensure_future(client.post("/v1/chat/completions", json=body))
+
+        looping, fine = chat("loop"), chat("x")
+        assert (await fine).status_code == 200
+        assert not looping.done()
+        response = await looping
+        assert response.status_code == 503
+        assert " 2 seconds" in response.json()["error"]["message"]
+        assert (await asyncio.gather(chat("x"), chat("y"), chat("z")))[2].status_code == 200
+
+    run_app(create_app(make_engine(), tokenizer, model="tiny", limits=limits, api_key=None), story)
 
 
-@pytest.mark.parametrize(("fields", "status", "message"), BAD, ids=[case[2] for case in BAD])
-def test_what_cannot_be_done_is_said(client: TestClient, fields: dict, status: int, message: str) -> None:
-    response = ask(client, **fields)
-    assert response.status_code == status
-    error = response.json()["error"]
-    assert message in error["message"]
-    assert set(error) == {"message", "type", "param", "code"}
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"messages": []}, "messages: List should have at least 1 item"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            "a part of type 'image_url'; only text",
-        ),
-        ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role: Input should be"),
-        ({"top_logprobs": 2}, "top_logprobs is given, but logprobs is false"),
-        ({"tools": [{"type": "function"}]}, "tools is [{'type': 'function'}]; this server only supports []"),
-    ],
-)
-def test_bad_conversations(client: TestClient, fields: dict, message: str) -> None:
-    response = ask(client, "chat/completions", **fields)
-    assert response.status_code == 400
-    assert message in response.json()["error"]["message"]
+def test_a_template_that_makes_much_of_little_is_refused() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content * 200 }}"
+    with TestClient(
+        create_app(make_engine(), tokenizer, model="tiny", limits=LIMITS, api_key=None)
+    ) as client:
+        response = ask(client, "chat/completions", messages=[{"role": "user", "content": "x" * 100}])
+    assert "messages: 20000 characters; 0 to 1024 are allowed" in response.json()["error"]["message"]
 
 
 def test_malformed_bodies_and_unknown_paths(client: TestClient) -> None:
-    response = client.post(
-        "/v1/completions", content=b'{"model": ', headers={"Content-Type": "application/json"}
-    )
+    response = client.post("/v1/completions", content=b'{"model": ', headers=JSON_TYPE)
     assert response.status_code == 400 and "The body is not valid JSON" in response.json()["error"]["message"]
     assert client.post("/v1/completions", content=iter([b"{}"])).status_code == 411
+    half = client.post(
+        "/v1/completions", content=rb'{"model": "tiny", "prompt": "\ud800"}', headers=JSON_TYPE
+    )
+    assert half.status_code == 400 and half.json()["error"]["param"] == "prompt"
     assert client.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
     assert client.get("/v1/completions").status_code == 405
 

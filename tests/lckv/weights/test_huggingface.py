@@ -13,7 +13,7 @@ from checkpoints_conversion.formats.huggingface import write_safetensors
 from lckv.errors import ModelError
 from lckv.weights.huggingface import HuggingFaceFolder, read_config_file
 from lckv.weights.tensors import MemorySource
-from tests.checkpoints_conversion.tiny_models import saved_model
+from tests.lckv.families.tiny_models import saved_model
 
 SOURCE = MemorySource({f"w{index}": torch.full((8, 4), float(index)) for index in range(5)})  # 128 bytes each
 

@@ -13,13 +13,8 @@ import torch
 from torch import Tensor
 
 from lckv.errors import ModelError
-from lckv.weights.pickled_file import (
-    READING_ERRORS,
-    PickledTensor,
-    load_tensors,
-    open_pickle,
-    read_torch_file,
-)
+from lckv.weights.pickled_file import READING_ERRORS, load_tensors, open_pickle, read_torch_file
+from lckv.weights.pickled_tensor import PickledTensor
 
 TENSORS: dict[str, Tensor] = {
     "plain": torch.arange(35.0).view(7, 5),
@@ -227,3 +222,15 @@ def test_tensors_that_are_repeated_are_not_loaded_many_times(tmp_path: Path) -> 
     assert all(isinstance(tensor, PickledTensor) for tensor in content)
     with pytest.raises(EOFError, match="its tensors are larger than the file"):
         load_tensors(content)
+
+
+def test_what_was_one_object_stays_one(tmp_path: Path) -> None:
+    """Else a checkpoint that is loaded and saved again would have other bytes."""
+    betas, tensor = (0.9, 0.95), torch.zeros(3)
+    content = {"groups": [{"betas": betas}, {"betas": betas}], "one": tensor, "other": tensor}
+    torch.save(content, tmp_path / "x.pt")
+    loaded = load_tensors(read_torch_file(tmp_path / "x.pt"))
+    assert loaded["groups"][0]["betas"] is loaded["groups"][1]["betas"]
+    torch.save(loaded, tmp_path / "y.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as first, zipfile.ZipFile(tmp_path / "y.pt") as second:
+        assert first.read("x/data.pkl") == second.read("y/data.pkl")

@@ -18,8 +18,8 @@ from lckv.generation.sampling import SamplingParams
 from lckv_megatron.commands.evaluate import main
 from lckv_megatron.scoring.lm_eval_adapter import adapter, sampling_params
 from megatron_ext.errors import ConfigError
+from tests.lckv.models.folders import save_folder
 from tests.lckv.models.tiny import CYCLIC, MERGING
-from tests.lckv_megatron.model_folders import save_folder
 
 CHOICES: dict[str, Any] = {
     "task": "tiny_choices",
@@ -177,7 +177,7 @@ def test_answers_are_the_engines(tmp_path: Path) -> None:
 def test_answers_end_before_a_stop_text_with_a_special_token(tmp_path: Path) -> None:
     save_folder(tmp_path)
     model, tokenizer = load_model(tmp_path)
-    model.lm_head.weight.data.zero_()  # all tokens are as probable, so that the first one comes: the end token
+    model.lm_head.weight.data.zero_()  # all are as probable, and the first one comes: the end token
     model.config.eos_token_id = model.generation_config.eos_token_id = None
     special = tokenizer.convert_ids_to_tokens(0)
     assert tokenizer.decode([0, 0]) == special * 2 and tokenizer.decode([0], skip_special_tokens=True) == ""
@@ -202,6 +202,8 @@ def test_chats_and_special_tokens(tmp_path: Path) -> None:
     assert lm.apply_chat_template(history) == "[user] hello\n[assistant] "
     assert lm.chat_template(True) == tokenizer.chat_template
     assert (lm.eot_token_id, lm.prefix_token_id) == (tokenizer.eos_token_id, tokenizer.bos_token_id)
+    with pytest.raises(ConfigError, match=r"a text of a task: character 1 is U\+D800, half of a surrogate"):
+        lm.tok_encode("a\ud800")
     assert lm.tok_encode("hello") == lm.tok_encode("<|begin|>hello") == [1, *lm.tok_encode("hello", False)]
 
 

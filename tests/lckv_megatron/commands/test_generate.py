@@ -11,8 +11,8 @@ from lckv.generation.engine import Engine
 from lckv.generation.loading import load_model
 from lckv.generation.sampling import SamplingParams
 from lckv_megatron.commands.generate import main
+from tests.lckv.models.folders import save_folder
 from tests.lckv.models.tiny import CYCLIC, MERGING
-from tests.lckv_megatron.model_folders import save_folder
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +136,17 @@ def test_failed_prompts_are_counted(folder: Path, tmp_path: Path, capfd: pytest.
         ('{"messages": "hello"}', "messages must be a list of objects with role and content"),
         ('{"messages": [{"role": "tool", "content": "x"}]}', "chat template refuses the messages: no tools"),
         ("", "prompts.jsonl has no prompts"),
+        (
+            '{"prompt": ' + "[" * 100_000,
+            "prompts.jsonl:1: lists or objects in one another, too deep to be read",
+        ),
+        (
+            '{"prompt": "a\\ud800"}',
+            "prompts.jsonl:1: prompt: character 1 is U+D800, half of a surrogate pair",
+        ),
+        ('{"prompt": "a", "id": "\\udfff"}', "prompts.jsonl:1: id: character 0 is U+DFFF"),
+        ('{"prompt": "a", "stop": ["\\ud800"]}', "prompts.jsonl:1: stop: character 2 is U+D800"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "is U+D800, half of a surrogate pair"),
     ],
 )
 def test_bad_batches(
@@ -169,12 +180,26 @@ def test_bad_batches(
         (["--prompt", "a", "--system", "x"], "--system is a message of a chat: add --chat"),
         (["--batch", "x", "--window", "8"], "--window generates from one prompt; leave out --batch"),
         (["--prompt", "a", "--memory", "1KiB"], "the cache cannot be made: memory_bytes is 1024"),
+        (["--prompt", "a\udcff"], "--prompt: character 1 is U+DCFF, half of a surrogate pair"),
+        (["--prompt", "a", "--chat", "--system", "\udcff"], "--system: character 0 is U+DCFF"),
+        (
+            ["--prompt", "a", "--stop", "\udcff"],
+            "--stop is ('\\udcff',); it must be a tuple of Unicode texts",
+        ),
         (["--prompt", "a", "--model", "nowhere"], "nowhere/config.json does not exist"),
     ],
 )
 def test_bad_input(options: list[str], said: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(folder, *options) == 2
     assert said in capfd.readouterr().err
+
+
+def test_a_standard_input_that_is_no_text(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff"), encoding="utf-8"))
+    assert run(folder) == 2
+    assert "the standard input is not UTF-8 text (byte 2)" in capfd.readouterr().err
 
 
 def test_a_chat_needs_a_template(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from lckv_megatron.commands.generate import main
+from tests.lckv.models.folders import save_folder
 from tests.lckv.models.tiny import MERGING, PLAIN
-from tests.lckv_megatron.model_folders import save_folder
 
 
 def test_memory_does_not_grow_beyond_the_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

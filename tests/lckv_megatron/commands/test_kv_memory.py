@@ -15,8 +15,8 @@ from lckv.generation.memory import cache_model, paged_cache
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from lckv.policies.dense.config import DenseConfig
 from lckv_megatron.commands.kv_memory import main
+from tests.lckv.models.folders import save_folder
 from tests.lckv.models.tiny import CYCLIC, MERGING, PLAIN, SHARED, WINDOWS, model
-from tests.lckv_megatron.model_folders import save_folder
 
 RUN = ["--memory", "1GiB", "--model.num_layers", "4"]
 

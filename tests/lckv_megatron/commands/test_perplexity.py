@@ -13,8 +13,8 @@ from lckv.generation.loading import load_model, load_tokenizer
 from lckv_megatron.commands.perplexity import main
 from lckv_megatron.scoring import window_losses
 from lckv_megatron.scoring.text_windows import Text
+from tests.lckv.models.folders import save_folder
 from tests.lckv.models.tiny import CYCLIC, CYCLIC_WINDOWS, MERGING, PLAIN, SHARED, TWO_GROUPS, WINDOWS
-from tests.lckv_megatron.model_folders import save_folder
 from tests.megatron_ext.data.builders import TEXTS, train_sentencepiece
 from tests.megatron_ext.training.runs import tiny_run, train
 from tests.ranks import run_on_ranks

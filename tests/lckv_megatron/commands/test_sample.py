@@ -72,3 +72,8 @@ def test_a_run_without_tokenizer_needs_one() -> None:
         tokenizer_settings(DataConfig(), options)
     options = argparse.Namespace(tokenizer_type="tiktoken", tokenizer_model="ranks")
     assert tokenizer_settings(DataConfig(), options).tokenizer_model == "ranks"
+
+
+def test_a_prompt_that_is_no_text(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--load", "nowhere", "--prompt", "a\udcff"]) == 2
+    assert "--prompt: character 1 is U+DCFF, half of a surrogate pair" in capfd.readouterr().err

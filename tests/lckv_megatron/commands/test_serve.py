@@ -1,5 +1,6 @@
 """The server as a program: a real client library talks to it, clients leave, and it ends cleanly."""
 
+import argparse
 import json
 import os
 import re
@@ -11,10 +12,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 
+from lckv_megatron.commands import serve
+from megatron_ext.errors import ConfigError
 from tests.lckv.serving.served_model import write_folder
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -107,11 +111,37 @@ def test_openais_library_completes_streams_and_chats(server: Server) -> None:
     assert streamed[-1].usage == answer.usage
 
 
+def test_the_loop_of_a_chat_goes_on(server: Server) -> None:
+    messages: list[Any] = []
+    for turn in range(3):
+        messages.append({"role": "user", "content": f"{turn}"})
+        answer = server.client.chat.completions.create(model="tiny", messages=messages, max_tokens=3)
+        messages.append(answer.choices[0].message)
+
+
+def test_the_bytes_of_logprobs_are_the_text(server: Server) -> None:
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "é"}], "max_tokens": 30, "seed": 1}
+    chat |= {"logprobs": True, "top_logprobs": 2, "extra_body": {"ignore_eos": True}}
+    choice = server.client.chat.completions.create(**chat).choices[0]
+    assert len(choice.logprobs.content) == 30
+    joined = b"".join(bytes(entry.bytes or []) for entry in choice.logprobs.content)
+    assert joined.decode("utf-8", "replace") == choice.message.content
+    pieces = server.client.chat.completions.create(**chat, stream=True)
+    entries = [
+        entry for piece in pieces if piece.choices[0].logprobs for entry in piece.choices[0].logprobs.content
+    ]
+    assert [(entry.token, entry.bytes) for entry in entries] == [
+        (entry.token, entry.bytes) for entry in choice.logprobs.content
+    ]
+
+
 def test_openais_library_understands_the_errors(server: Server) -> None:
     with pytest.raises(openai.NotFoundError, match="'other' is not served here"):
         server.client.completions.create(model="other", prompt="x")
-    with pytest.raises(openai.BadRequestError, match="max_tokens is 999; at most 80"):
+    with pytest.raises(openai.BadRequestError, match="max_tokens is 999; at most 80") as caught:
         server.client.completions.create(model="tiny", prompt="x", max_tokens=999)
+    assert caught.value.param == "max_tokens"
+    assert caught.value.request_id == caught.value.body["request_id"]
     with pytest.raises(openai.AuthenticationError, match="missing or wrong"):
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong").models.list()
 
@@ -181,3 +211,41 @@ def test_bad_options_end_it_with_one_line(folder: Path, options: list[str], mess
 
     assert main(["--model", str(folder), "--port", "0", *options]) == 2
     assert message in capfd.readouterr().err
+
+
+def test_a_port_in_use_is_said_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    def load(options: object) -> None:
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr(serve, "load", load)
+    monkeypatch.setattr(serve, "set_up_logging", lambda: None)  # it would take caplog's handler away
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        assert serve.main(["--model", str(tmp_path), "--port", port]) == 2
+    (line,) = caplog.messages
+    assert f"--host 127.0.0.1 --port {port}: cannot listen there: " in line
+    assert line.endswith("choose another --port.")
+    assert len(line.splitlines()) == 1
+
+
+def test_of_two_servers_that_start_together_the_slower_one_says_why() -> None:
+    first = serve._listen("127.0.0.1", 0)
+    port = first.getsockname()[1]
+    second = serve._listen("127.0.0.1", port)  # nobody listens yet
+    options = argparse.Namespace(host="127.0.0.1", port=port)
+    with first, second:
+        serve._begin_to_listen(first, options)
+        with pytest.raises(ConfigError, match=f"--port {port}: cannot listen there: .*choose another --port"):
+            serve._begin_to_listen(second, options)
+
+
+def test_other_signals_stop_it_with_one_line_too(folder: Path) -> None:
+    """Others than those that uvicorn knows."""
+    server = Server(folder)
+    server.process.send_signal(signal.SIGUSR1)
+    assert server.process.wait(END_SECONDS) == 0, server.log
+    server._reader.join(10)
+    assert server.log[-1].endswith("stopped serving: signal SIGUSR1\n")
+    assert not [line for line in server.log if "Traceback" in line]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lckv.generation.loading import load_tokenizer
 from lckv_megatron.scoring.text_windows import Coder, Text, read_texts, rows_of_texts, whole_texts
 from megatron_ext.errors import ConfigError
-from tests.lckv_megatron.model_folders import save_folder
+from tests.lckv.models.folders import save_folder
 
 
 @given(st.integers(2, 60), st.integers(1, 12), st.data())

@@ -339,3 +339,18 @@ def test_old_checkpoints_that_cannot_be_listed_are_only_logged(
     remove_old(tmp_path / "absent", 1)
     assert caplog.text.count("are not deleted") == 2
     assert "iter_0000001" in names(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "command"),
+    [
+        ("config.json", "lckv-megatron convert hf-to-megatron --hf-path"),
+        ("mp_rank_00/model_optim_rng.pt", "lckv-megatron convert legacy-to-megatron --legacy-path"),
+    ],
+)
+def test_a_model_of_another_format_names_its_converter(tmp_path: Path, file: str, command: str) -> None:
+    path = tmp_path / "iter_0000100" / file
+    path.parent.mkdir(parents=True)
+    path.touch()
+    with pytest.raises(NoCheckpointError, match=rf"checkpoint\.load: .*: {command} {tmp_path}/iter_0000100 "):
+        find_candidates(tmp_path / "iter_0000100")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.checkpointing import lock as lock_module
-from megatron_ext.checkpointing.errors import FolderInUseError, UnwritableFolderError
+from megatron_ext.checkpointing.errors import DiskFullError, FolderInUseError, UnwritableFolderError
 from megatron_ext.checkpointing.lock import LOCK_NAME, FolderLock
 from megatron_ext.checkpointing.owner import Owner, is_gone, is_living_token, read_owner, this_process
 
@@ -276,6 +276,15 @@ def test_a_folder_that_cannot_be_is_named(name: str, tmp_path: Path) -> None:
         UnwritableFolderError, match=r"checkpoint\.save: .* cannot be written: .*Give a folder"
     ):
         FolderLock(tmp_path / name).take()
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Owner, "to_json", lambda self: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(
+        DiskFullError, match=f"checkpoint.save: {tmp_path} cannot be written: No space.*Free some"
+    ):
+        FolderLock(tmp_path).take()
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,9 +85,28 @@ def test_reading_blends() -> None:
     assert parse_blend("data.data_path", ("0.3", "a", "7e-1", "b")) == Blend(("a", "b"), (0.3, 0.7))
 
 
+def test_words_in_one_entry(tmp_path: Path) -> None:
+    read = [parse_blend("data.data_path", entries) for entries in (("0.3 a 7e-1 b",), ("0.3 a", "7e-1 b"))]
+    assert read == [Blend(("a", "b"), (0.3, 0.7))] * 2
+    for name in ("a", "b", "2024 my corpus"):
+        (tmp_path / f"{name}.bin").touch()
+    a, b, spaced = (f"{tmp_path}/{name}" for name in ("a", "b", "2024 my corpus"))
+    assert parse_blend("data.data_path", (f"{a} {b}",)) == Blend((a, b), None)
+    assert parse_blend("data.data_path", (spaced,)) == Blend((spaced,), None)
+    assert parse_blend("data.data_path", ("0.3", spaced, "1", a)) == Blend((spaced, a), (0.3, 1))
+    assert parse_blend("data.data_path", (f"0.3 '{spaced}' 1 {a}",)) == Blend((spaced, a), (0.3, 1))
+    missing = f"{tmp_path}/my corpus"
+    assert parse_blend("data.data_path", (missing,)) == Blend((missing,), None)
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
+        (("0.3 a b",), "entry 3 is 'b', but a weight belongs there"),
+        (("0.3 a 0.7",), "no prefix follows the last weight, 0.7"),
+        (("0.5",), "no prefix follows the last weight, 0.5"),
+        (("nan a 1 b",), "the weight of a is nan, but must be > 0"),
+        (("-1 a 2 b",), "the weight of a is -1, but must be > 0"),
         (("0.3", "a", "b"), "entry 3 is 'b', but a weight belongs there"),
         (("a", "0.3"), "entry 1 is 'a', but a weight belongs there"),
         (("0.3", "0.7"), "entry 2 is '0.7', but a prefix belongs there"),

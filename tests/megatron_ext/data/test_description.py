@@ -1,4 +1,5 @@
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from megatron_ext.data.description import (
     Shard,
     SourceFile,
     existing_manifest,
+    is_description,
     manifest_path,
     read_manifest,
     write_manifest,
@@ -15,6 +17,8 @@ from megatron_ext.data.description import (
 from megatron_ext.data.sources import Position
 from megatron_ext.errors import ConfigError
 from tests.megatron_ext.data.builders import write_dataset
+
+SHARD = {"index": 0, "final": True, "text_bytes": 9, "end": {}}
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -42,6 +46,13 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         ({"append_eod": 1}, "append_eod=1 is not of type bool"),
         ({"more": 1}, "unexpected keyword argument 'more'"),
         ({"sources": None}, "not iterable"),
+        ({"tokens": -1}, "tokens=-1 is negative"),
+        ({"sources": [{"path": 1, "bytes": 5}]}, "path=1 is not of type str"),
+        ({"sources": [{"path": "a", "bytes": "5"}]}, "bytes='5' is not of type int"),
+        ({"sources": ["a"]}, "must be a mapping"),
+        ({"shard": {**SHARD, "index": "0"}}, "index='0' is not of type int"),
+        ({"shard": {**SHARD, "end": {"source": None}}}, "source=None is not of type int"),
+        ({"shard": {**SHARD, "end": 3}}, "must be a mapping"),
     ],
 )
 def test_a_file_that_cannot_be_understood(tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -109,3 +120,12 @@ def test_descriptions_of_earlier_versions_are_read(tmp_path: Path) -> None:
 def test_other_files_of_that_name_are_nobodys_description(tmp_path: Path, content: str) -> None:
     (tmp_path / "d.json").write_text(content)
     assert read_manifest(str(tmp_path / "d")) is None
+
+
+@pytest.mark.parametrize("content", [None, b"[" * 100_000])
+def test_descriptions_that_hang_or_are_too_deep(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "x.dataset.json"
+    os.mkfifo(path) if content is None else path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"x\.dataset\.json: not a dataset description .*(a FIFO|too deep)"):
+        read_manifest(str(tmp_path / "x"))
+    assert not is_description(path)

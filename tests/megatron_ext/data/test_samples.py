@@ -254,3 +254,9 @@ def test_samples_can_be_sent_to_another_process(tmp_path: Path) -> None:
         samples[100]
     with pytest.raises(IndexError):
         samples[-1]
+
+
+def test_more_documents_than_can_be_counted(tmp_path: Path) -> None:
+    documents = DocumentRange(str(tmp_path / "d"), 0, 2**31, 2**40, "")
+    with pytest.raises(ConfigError, match=r"d has at least 2147483648 documents, .*and blend them"):
+        open_samples(tmp_path, documents, seq_length=8, samples=1)

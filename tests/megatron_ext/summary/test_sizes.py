@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from lckv.config import CompressionConfig
 from megatron_ext.config import ParallelConfig
+from megatron_ext.data.order import SourceUse
 from megatron_ext.model.cost import model_shape
-from megatron_ext.summary.lines import cost_lines
+from megatron_ext.summary.lines import cost_lines, data_lines
 from megatron_ext.summary.sizes import RunSizes, recomputed_layers
 from tests.megatron_ext.training.runs import tiny_run
 
@@ -27,6 +28,19 @@ def test_steps_are_listed_where_layers_are_iterated() -> None:
         "                      layer 3, once",
     ]
     assert len(list(cost_lines(RunSizes(tiny_run(), shape, 1, 0)))) == 2
+
+
+def test_epochs_of_datasets() -> None:
+    one, mock = [SourceUse("d/a", 35, 10)], [SourceUse("data.mock", 7, 0)]
+    assert list(data_lines({"train": one, "valid": mock}, 8)) == [
+        "train data            280 tokens, 3.50 epochs of d/a",
+        "valid data            56 tokens, new ones without end (data.mock)",
+    ]
+    many = [SourceUse(f"d/{number}", 10, 20 - number) for number in range(14)]
+    lines = list(data_lines({"train": many}, 8))
+    assert lines[0] == "train data            1,120 tokens of 14 datasets"
+    assert lines[1] == "                        7.1%, 0.50 epochs of d/0"
+    assert lines[11:] == ["                      and 4 more, at most 1.43 epochs of d/13"]
 
 
 def test_lines_need_neither_torch_nor_megatron() -> None:

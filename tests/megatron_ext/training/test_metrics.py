@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import math
+import os
 import sys
 import time
 import types
@@ -15,7 +16,16 @@ from hypothesis import strategies as st
 
 from megatron_ext.config import LoggingConfig
 from megatron_ext.errors import ConfigError
-from megatron_ext.training.metrics import NOT_FINITE, JsonLines, MetricsWriter, json_line, read_metrics
+from megatron_ext.training.metrics import (
+    NOT_FINITE,
+    WANDB_NOTE,
+    JsonLines,
+    MetricsWriter,
+    check_places,
+    json_line,
+    read_metrics,
+    reports_lack_validation,
+)
 
 REPORTS = {
     iteration: {"lm_loss": 10.0 / iteration, "consumed_tokens": 64 * iteration} for iteration in range(1, 8)
@@ -101,6 +111,12 @@ def test_reading_leaves_out_an_unfinished_last_line_only(tmp_path):
     path.write_text(path.read_text() + "\n" + json_line(4, {}))
     with pytest.raises(ConfigError, match=r"metrics.jsonl, line 3 is no report of a run"):
         read_metrics(path)
+
+
+def test_a_line_too_deep_to_be_read_is_no_report(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"iteration": 1}\n' + "[" * 100_000 + '\n{"iteration": 2}\n')
+    with pytest.raises(ConfigError, match=r"m\.jsonl, line 2 is no report of a run"):
+        read_metrics(tmp_path / "m.jsonl")
 
 
 def test_a_file_that_cannot_be_made(tmp_path):
@@ -219,3 +235,104 @@ def test_wandb_that_refuses(monkeypatch):
         match=r"logging.wandb_project p cannot .* is online\): no API key. Set logging.wandb_mode",
     ):
         MetricsWriter(LoggingConfig(wandb_project="p"))
+
+
+def test_a_resumed_run_goes_on_with_the_same_run_of_wandb(tmp_path, monkeypatch):
+    asked, ids = [], iter(["first", "second", "third"])
+
+    def init(**options):
+        asked.append((options["id"], options["resume"]))
+        run = FakeRun()
+        run.id = options["id"] or next(ids)
+        return run
+
+    fake_wandb(monkeypatch, init)
+    config = LoggingConfig(wandb_project="project")
+    save, elsewhere = tmp_path / "save", tmp_path / "elsewhere"
+    for folder in (save, elsewhere):
+        folder.mkdir()
+    MetricsWriter(config, notes=[save]).close()
+    MetricsWriter(config, notes=[save], resumed_iteration=3).close()
+    MetricsWriter(config, notes=[elsewhere, save], resumed_iteration=3).close()
+    MetricsWriter(config, notes=[elsewhere], resumed_iteration=5).close()
+    assert asked == [(None, None), *[("first", "allow")] * 3]
+    MetricsWriter(LoggingConfig(wandb_project="other"), notes=[save], resumed_iteration=3).close()
+    MetricsWriter(config, notes=[elsewhere]).close()  # a fresh run into the same folder
+    assert asked[4:] == [(None, None)] * 2
+    assert json.loads((elsewhere / WANDB_NOTE).read_text()) == {"project": "project", "id": "third"}
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"project": "project", "id": 3}', b"[" * 100_000])
+def test_a_damaged_note_of_the_run_of_wandb_is_as_none(tmp_path, monkeypatch, content):
+    asked = []
+
+    def init(**options):
+        asked.append(options["id"])
+        run = FakeRun()
+        run.id = "new"
+        return run
+
+    fake_wandb(monkeypatch, init)
+    (tmp_path / WANDB_NOTE).write_bytes(content)
+    MetricsWriter(LoggingConfig(wandb_project="project"), notes=[tmp_path], resumed_iteration=3).close()
+    assert asked == [None]
+    assert json.loads((tmp_path / WANDB_NOTE).read_text())["id"] == "new"
+
+
+def test_wandb_offline_goes_on_with_the_same_id(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # it keeps the folders of the test before
+    monkeypatch.chdir(tmp_path)
+    for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    config = LoggingConfig(wandb_project="project", wandb_mode="offline")
+    for resumed in (0, 2):
+        with MetricsWriter(config, resumed_iteration=resumed, notes=[tmp_path]) as writer:
+            writer.write(resumed + 1, {"lm_loss": 2.5})
+    note = json.loads((tmp_path / WANDB_NOTE).read_text())
+    wait_until(lambda: any(tmp_path.rglob("*.wandb")), seconds=60)
+    assert {path.name for path in tmp_path.rglob("*.wandb")} == {f"run-{note['id']}.wandb"}
+
+
+def test_places_are_tried_before_anything_is_built(tmp_path):
+    (tmp_path / "file").write_text("not mine")
+    (tmp_path / "folder").mkdir()
+    good = LoggingConfig(
+        metrics_file=str(tmp_path / "new" / "metrics.jsonl"), tensorboard_dir=str(tmp_path / "board" / "1")
+    )
+    check_places(good)
+    check_places(good)
+    check_places(LoggingConfig(tensorboard_dir="s3://bucket/board"))
+    for path in ("file/metrics.jsonl", "folder", "nul\0l"):
+        with pytest.raises(ConfigError, match=r"logging\.metrics_file .* choose another"):
+            check_places(LoggingConfig(metrics_file=str(tmp_path / path)))
+    for path in ("file", "file/board", "/proc/none/board", "nul\0l"):
+        with pytest.raises(
+            ConfigError, match=r"logging\.tensorboard_dir .* cannot be written: .*choose another"
+        ):
+            check_places(LoggingConfig(tensorboard_dir=str(tmp_path / path)))
+    assert (tmp_path / "file").read_text() == "not mine"
+
+
+def test_a_pipe_is_no_metrics_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match=r"pipe is no file that can be written; choose another"):
+        check_places(LoggingConfig(metrics_file=str(tmp_path / "pipe")))
+
+
+def test_a_resumed_run_drops_no_lines_of_a_file_of_something_else(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("my notes\nand more of them\n")
+    with pytest.raises(ConfigError, match=r"notes.txt, line 1 is no report of a run"):
+        write_reports(path, (4,), resumed_iteration=3)
+    assert path.read_text() == "my notes\nand more of them\n"
+
+
+def test_whether_an_evaluation_is_missing(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert not reports_lack_validation(path, 3)
+    path.write_text(json_line(2, {"lm_loss": 1.0}) + json_line(3, {"lm_loss": 1.0}))
+    assert reports_lack_validation(path, 3)
+    assert not reports_lack_validation(path, 1)
+    path.write_text(path.read_text() + json_line(3, {"validation_loss": 1.0}))
+    assert not reports_lack_validation(path, 3)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megatron_ext import atomic
 from megatron_ext.checkpointing.errors import (
     MismatchError,
     NoCheckpointError,
@@ -15,6 +16,7 @@ from megatron_ext.checkpointing.lock import FolderLock
 from megatron_ext.checkpointing.manifest import Layout, Manifest, read_manifest, write_manifest
 from megatron_ext.config import CheckpointConfig, RunConfig
 from megatron_ext.errors import ConfigError
+from megatron_ext.training import iteration, loop
 from megatron_ext.training.start import Start, choose_start
 from tests.megatron_ext.training.runs import logged_to, reports, series, tiny_run, train
 from tests.ranks import run_on_ranks
@@ -118,6 +120,14 @@ def test_one_command_starts_and_continues_bit_for_bit(tmp_path: Path) -> None:
     assert [report["iteration"] for report in reports(tmp_path / "pieces.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
+def test_what_a_crash_has_left_goes_also_when_there_is_nothing_to_do(tmp_path: Path) -> None:
+    run = tiny_run(checkpoint={"save": str(tmp_path)}, train={"train_iters": 3})
+    run_on_ranks(1, train, run)
+    (tmp_path / ".iter_0000001.node7-12-345.trash").mkdir()
+    assert run_on_ranks(1, train, run) == [3]
+    assert sorted(os.listdir(tmp_path)) == ["iter_0000003", "latest", "run.yaml"]
+
+
 def test_another_model_in_the_folder_is_refused_with_the_reason(tmp_path: Path) -> None:
     saving = {"checkpoint": {"save": str(tmp_path)}, "train": {"train_iters": 3}}
     run_on_ranks(1, train, tiny_run(compression=YOCO, **saving))
@@ -174,8 +184,54 @@ def test_one_checkpoint_is_no_folder_to_save_into(tmp_path: Path) -> None:
 def test_settings_that_cannot_be_written_are_one_error(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").mkdir()
     name, message = errors(tiny_run(checkpoint={"save": str(tmp_path)}))
-    assert name == "CheckpointError"
-    assert message.startswith(f"checkpoint.save: write {tmp_path / 'run.yaml'}: IsADirectoryError")
+    assert name == "UnwritableFolderError"
+    assert message.startswith(f"checkpoint.save: {tmp_path / 'run.yaml'} cannot be written: Is a directory")
+
+
+def _on_full_disk(run: RunConfig) -> tuple[str, str]:
+    def open_or_full(path: Path, mode: str) -> Any:
+        return open("/dev/full" if Path(path).name == ".run.yaml.tmp" else path, mode)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(atomic, "open", open_or_full, raising=False)
+        return error_of(run)
+
+
+def test_a_full_disk_when_the_settings_are_written_is_one_error(tmp_path: Path) -> None:
+    first, second = run_on_ranks(2, _on_full_disk, tiny_run(checkpoint={"save": str(tmp_path)}))
+    assert first == second
+    name, message = first
+    assert name == "DiskFullError"
+    assert message.startswith(f"checkpoint.save: {tmp_path / 'run.yaml'} cannot be written: No space left")
+    assert "Free some space" in message
+    assert os.listdir(tmp_path) == []
+
+
+def _timeouts(run: RunConfig) -> list[float]:
+    given: list[float] = []
+
+    def spy(module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def note(*args: Any, **options: Any) -> Any:
+            given.append(options["timeout_minutes"])
+            return original(*args, **options)
+
+        patch.setattr(module, name, note)
+
+    with pytest.MonkeyPatch.context() as patch:
+        spy(iteration, "save_checkpoint")
+        spy(loop, "load_checkpoint")
+        train(run)
+    return given
+
+
+def test_the_time_outs_of_settings_are_those_of_saves_and_loads(tmp_path: Path) -> None:
+    settings = {"save": str(tmp_path), "save_timeout_minutes": 3.5, "load_timeout_minutes": 2.5}
+    run = tiny_run(checkpoint=settings, train={"train_iters": 3})
+    assert run_on_ranks(1, _timeouts, run) == [[3.5]]
+    longer = tiny_run(checkpoint=settings, train={"train_iters": 4})
+    assert run_on_ranks(1, _timeouts, longer) == [[2.5, 3.5]]
 
 
 def _without_space(run: RunConfig, free_bytes: int) -> tuple[str, str]:
@@ -193,7 +249,7 @@ def test_space_for_the_first_checkpoint_is_looked_for_before_training(tmp_path: 
     name, message = run_on_ranks(1, _without_space, small, 100_000)[0]
     assert name == "DiskFullError"
     assert "no space for the first checkpoint" in message and "0.1 MB are free" in message
-    assert not (tmp_path / "small.jsonl").exists(), "no step was done"
+    assert reports(tmp_path / "small.jsonl") == [], "no step was done"
     assert run_on_ranks(1, train, run) == [3]
     size = read_manifest(tmp_path / "iter_0000003").bytes
     told = float(message.partition("it takes about ")[2].partition(" MB")[0]) * 1e6

@@ -42,6 +42,28 @@ def reasons_to_stop(number: int) -> tuple[str | None, str | None]:
         signal.signal(number, before_all)
 
 
+def test_a_signal_that_comes_while_the_ranks_agree_is_not_lost() -> None:
+    assert run_on_ranks(2, reasons_when_signalled_late) == [(None, "signal SIGTERM")] * 2
+
+
+def reasons_when_signalled_late() -> tuple[str | None, str | None]:
+    """The signal comes when this rank has said that it knows of none."""
+    import torch.distributed as dist
+
+    all_reduce = dist.all_reduce
+    with stop_requests(exit_duration_minutes=None) as stop, pytest.MonkeyPatch.context() as patch:
+
+        def slow(*arguments, **options):
+            if dist.get_rank() == 1:
+                stop.note(signal.SIGTERM)
+            return all_reduce(*arguments, **options)
+
+        patch.setattr(dist, "all_reduce", slow)
+        before = stop.agreed()
+        patch.undo()
+        return before, stop.agreed()
+
+
 def test_an_iteration_is_saved_before_it_is_evaluated(tmp_path: Path) -> None:
     run = tiny_run(train=EVALUATION, checkpoint={"save": str(tmp_path), "save_interval": 3})
     [events] = run_on_ranks(1, events_of, run)

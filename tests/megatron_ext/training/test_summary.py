@@ -53,3 +53,13 @@ def test_layout() -> None:
     text = summary(replace(tiny_run(), parallel=parallel), world_size=8)
     assert "8 processes: TP 2 + SP, PP 2, DP 2" in text
     assert "4 sequences = 2 replicas x 2 micro-batches x 1; 96 tokens per step" in text
+
+
+def test_a_doubtful_map_is_warned_about_below_its_picture() -> None:
+    text = summary(replace(tiny_run(), compression=replace(LCKV, layer_types="0_2_3_3")))
+    picture, _, warning = text.partition(
+        "\nwarning: layers 1 to 3 of 0_2_3_3 run again in every pass, and read "
+    )
+    assert "┐ iterated" in picture
+    assert "layer 1 reads layer 2, which itself reads layer 3" in warning
+    assert "warning" not in summary(replace(tiny_run(), compression=LCKV))

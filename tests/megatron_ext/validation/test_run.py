@@ -363,6 +363,11 @@ CASES = [
     ),
     ({"checkpoint.save_interval": -5}, 1, "checkpoint.save_interval is -5; it must be at least 0."),
     ({"checkpoint.keep_last": 0}, 1, "checkpoint.keep_last is 0; it must be at least 1."),
+    ({"checkpoint.resume": "must"}, 1, "checkpoint.resume is must and checkpoint.save is not set; give the"),
+    ({"checkpoint.save": ""}, 1, "checkpoint.save is empty; give a directory, or null."),
+    ({"checkpoint.load": ""}, 1, "checkpoint.load is empty; give a directory, or null."),
+    ({"checkpoint.save_timeout_minutes": 0}, 1, "checkpoint.save_timeout_minutes is 0"),
+    ({"checkpoint.load_timeout_minutes": -1}, 1, "checkpoint.load_timeout_minutes is -1"),
     (
         {"train.exit_duration_minutes": 5},
         1,

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from tests.lckv_megatron.model_folders import save_folder, save_merging_folder
+from tests.lckv.models.folders import save_folder, save_merging_folder
 from tools.benchmarks import inference
 from tools.benchmarks.generation.comparison import OF_LARGEST_BATCH, rows
 

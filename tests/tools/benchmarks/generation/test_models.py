@@ -8,7 +8,7 @@ import torch
 from lckv.policies.dense.config import DenseConfig
 from lckv.policies.dmc.config import DMCConfig
 from megatron_ext.errors import ConfigError
-from tests.lckv_megatron.model_folders import save_folder
+from tests.lckv.models.folders import save_folder
 from tools.benchmarks.generation.measures import Prefill
 from tools.benchmarks.generation.models import (
     RandomModel,
