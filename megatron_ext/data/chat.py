@@ -5,21 +5,19 @@ known from the template, where that marks it ({% generation %}), and else from t
 the prompt for an answer, up to the end of the turn.
 """
 
+import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lckv.errors import ModelError
-from lckv.generation.loading import load_tokenizer
+from megatron_ext.data.conversations import Messages, texts_within
 from megatron_ext.errors import ConfigError
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-Messages = Sequence[Mapping[str, Any]]
-"""Turns, each with "role" and "content", and whatever else the template reads."""
 
 
 class Conversation(NamedTuple):
@@ -43,6 +41,8 @@ class ChatTokenizer:
     def __init__(self, folder: Path) -> None:
         """Raises ConfigError where the folder has no tokenizer, no chat template, or one that does not know
         where in a text its tokens are."""
+        from lckv.generation.loading import load_tokenizer  # brings torch, which programs without chats spare
+
         try:
             tokenizer: Any = load_tokenizer(folder)
         except (ModelError, OSError, ValueError) as error:
@@ -53,8 +53,8 @@ class ChatTokenizer:
             )
         if not tokenizer.is_fast:
             raise ConfigError(
-                f"data.tokenizer_model: {folder} has no tokenizer.json, without which it is not known where in "
-                "a text its tokens are; save the tokenizer with transformers' save_pretrained."
+                f"data.tokenizer_model: {folder} has no tokenizer.json, without which it is not known where "
+                "in a text its tokens are; save the tokenizer with transformers' save_pretrained."
             )
         try:
             self._template = tokenizer.get_chat_template()
@@ -66,6 +66,11 @@ class ChatTokenizer:
         self._tokenizer = tokenizer
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special = re.compile("|".join(map(re.escape, special))) if special else None
+
+    @property
+    def template(self) -> str:
+        """16 hexadecimal digits that identify the chat template."""
+        return hashlib.sha256(self._template.encode()).hexdigest()[:16]
 
     def encode(self, messages: Messages, tools: Sequence[Any] | None = None) -> Conversation:
         """The tokens of a conversation; `tools` as the template takes them.
@@ -83,19 +88,20 @@ class ChatTokenizer:
         learned = np.zeros(len(places), dtype=bool)
         for first, last in self._answers(text, messages, tools):
             learned |= (places[:, 0] >= first) & (places[:, 1] <= last)
-        if not learned.any():
+        if not learned[1:].any():  # nothing comes before the first token, from which it could be told
             raise BadConversationError("the assistant's messages are empty, so there is nothing to learn.")
         return Conversation(np.array(encoded["input_ids"], dtype=np.int64), learned)
 
     def _check_contents(self, messages: Messages) -> None:
         """A special token inside of a message would end a turn, or begin another one."""
-        fields = ((index, *field) for index, message in enumerate(messages) for field in message.items())
-        for index, name, value in fields:
-            match = self._special and isinstance(value, str) and self._special.search(value)
-            if match:
+        if self._special is None:
+            return
+        texts = ((index, *text) for index, message in enumerate(messages) for text in texts_within(message))
+        for index, name, text in texts:
+            if match := self._special.search(text):
                 raise BadConversationError(
-                    f"{name} of message {index} holds the special token {match[0]!r}, which would be taken for "
-                    "the end or the beginning of a turn."
+                    f"{name} of message {index} holds the special token {match[0]!r}, which would be taken "
+                    "for the end or the beginning of a turn."
                 )
 
     def _answers(

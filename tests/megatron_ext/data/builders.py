@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,10 @@ from megatron_ext.data.indexed import IndexedWriter, token_dtype
 TEXTS = [f"hello world, document {number} of the corpus: {'word ' * (number % 7)}\n" for number in range(60)]
 FINGERPRINT = "0123456789abcdef"
 EOD = 0
+CHATML = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
 
 
 def train_sentencepiece(path: Path, vocab_size: int = 320) -> Path:
@@ -50,6 +55,24 @@ def write_tokenizer_json(path: Path, special: Sequence[str] = ("<|endoftext|>",)
     tokenizer.train_from_iterator(TEXTS, trainer)
     tokenizer.save(str(path))
     return path
+
+
+def save_tokenizer(folder: Path, template: str | None) -> Path:
+    """A Hugging Face folder: every byte is a token, <|end|> ends a turn, and the chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast: Any = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", additional_special_tokens=["<|start|>"]
+    )
+    if template is not None:
+        fast.chat_template = template
+    fast.save_pretrained(folder)
+    return folder
 
 
 def write_ranks(path: Path) -> Path:

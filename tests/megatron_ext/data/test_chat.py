@@ -4,16 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from megatron_ext.data.chat import BadConversationError, ChatTokenizer
 from megatron_ext.errors import ConfigError
+from tests.megatron_ext.data.builders import CHATML, save_tokenizer
 
-CHATML = (
-    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
-)
 MARKED = (
     "{% for m in messages %}{% if m.role == 'assistant' %}A: {% generation %}{{ m.content }}<|end|>"
     "{% endgeneration %}\n{% else %}U: {{ m.content }}\n{% endif %}{% endfor %}"
@@ -29,21 +24,6 @@ CHAT = [
     {"role": "user", "content": "a number"},
     {"role": "assistant", "content": "7"},
 ]
-
-
-def save_tokenizer(folder: Path, template: str | None) -> Path:
-    """Every byte is a token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast: Any = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|end|>", additional_special_tokens=["<|start|>"]
-    )
-    if template is not None:
-        fast.chat_template = template
-    fast.save_pretrained(folder)
-    return folder
 
 
 def learned_texts(folder: Path, messages: Any) -> list[str]:
