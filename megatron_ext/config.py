@@ -285,10 +285,11 @@ class DataConfig:
     """Directory or file of the tokenizer."""
 
     reset_position_ids: bool = False
-    """Positions start at 0 in every document of a sequence."""
+    """Positions start at 0 in every document of a sequence; in conversations they always do."""
 
     reset_attention_mask: bool = False
-    """Keys of another document of the sequence are invisible, in every kind of layer."""
+    """Keys of another document of the sequence are invisible, in every kind of layer. Those of another
+    conversation always are."""
 
     eod_mask_loss: bool = False
     """No loss on predicting what follows an end-of-document token."""
