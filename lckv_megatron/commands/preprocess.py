@@ -11,14 +11,17 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 from tqdm import tqdm
 
 from megatron_ext.arguments import ProgramParser, positive
+from megatron_ext.config import DataFormat
 from megatron_ext.data.description import DatasetManifest
 from megatron_ext.data.encoding import Stretch
+from megatron_ext.data.job import PreprocessingJob
 from megatron_ext.data.merging import merge_shards
-from megatron_ext.data.preprocessing import PreprocessingJob, preprocess
+from megatron_ext.data.preprocessing import preprocess
 from megatron_ext.data.sources import find_sources
 from megatron_ext.data.tokenizers import KINDS
 from megatron_ext.errors import ConfigError
@@ -30,6 +33,11 @@ input
   per row with its text in the columns --json-keys. The content of a file says what it is; what could be two
   things is refused. A directory stands for all its files, a quoted glob for those that match. Documents come
   out in the order of the input.
+
+conversations
+  With --data-format chat a record has a list of messages under --json-keys (default messages), each with role
+  and content, or from and value, and perhaps tools. The chat template of the tokenizer's folder writes them;
+  what the assistant says is learned, the rest is read only (data.format: chat).
 
 output
   PREFIX.bin (tokens), PREFIX.idx (where documents begin) and PREFIX.dataset.json (tokenizer, numbers,
@@ -45,6 +53,10 @@ examples
 
   # a directory of sources with a Hugging Face tokenizer
   lckv-megatron preprocess --input src/ --suffix .py .md --output-prefix data/code \\
+      --tokenizer-type huggingface --tokenizer-model path/to/model
+
+  # conversations for supervised fine-tuning
+  lckv-megatron preprocess --data-format chat --input chats.jsonl --output-prefix data/chats \\
       --tokenizer-type huggingface --tokenizer-model path/to/model
 
   # 64 shards that can be interrupted, then one dataset of them
@@ -92,9 +104,14 @@ def _parser() -> argparse.ArgumentParser:
     files.add_argument(
         "--json-keys",
         nargs="+",
-        default=["text"],
         metavar="KEY",
-        help="default text; of several each gets PREFIX_KEY; columns of Parquet files",
+        help="default text (chat: messages); of several each gets PREFIX_KEY; columns of Parquet files",
+    )
+    files.add_argument(
+        "--data-format",
+        choices=get_args(DataFormat),
+        default="pretraining",
+        help="what records are: texts, or conversations (default pretraining)",
     )
     files.add_argument(
         "--skip-bad-lines", action="store_true", help="count bad records instead of stopping at the first"
@@ -112,8 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     tokens.add_argument(
         "--append-eod",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="end each document with the end-of-document token (default: yes)",
+        help="end each document with the end-of-document token (default: yes; chat: no)",
     )
     tokens.add_argument("--workers", type=positive, default=1, help="processes that tokenize (default 1)")
     shards = parser.add_argument_group("shards")
@@ -134,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
 def _job(arguments: argparse.Namespace) -> PreprocessingJob:
     if arguments.tokenizer_type is None or arguments.tokenizer_model is None:
         raise ConfigError("--tokenizer-type and --tokenizer-model are needed to tokenize (not with --merge).")
+    is_chat = arguments.data_format == "chat"
     return PreprocessingJob(
         sources=tuple(
             find_sources(arguments.input, suffixes=arguments.suffix, text_format=arguments.text_format)
@@ -141,8 +158,9 @@ def _job(arguments: argparse.Namespace) -> PreprocessingJob:
         output_prefix=arguments.output_prefix,
         tokenizer_type=arguments.tokenizer_type,
         tokenizer_model=arguments.tokenizer_model,
-        json_keys=tuple(arguments.json_keys),
-        append_eod=arguments.append_eod,
+        json_keys=tuple(arguments.json_keys or (["messages"] if is_chat else ["text"])),
+        append_eod=not is_chat if arguments.append_eod is None else arguments.append_eod,
+        data_format=arguments.data_format,
         workers=arguments.workers,
         shards=arguments.shards,
         shard_text_bytes=arguments.shard_mib and arguments.shard_mib << 20,

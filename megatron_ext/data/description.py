@@ -130,11 +130,20 @@ class DatasetManifest:
     max_document_bytes: int = 0
     """Longest document that was taken; 0 if not known."""
 
+    data_format: str = "pretraining"
+    """What the documents are, as in `data.format`. Those of chat have marks (`marks`)."""
+
+    chat_template: str = ""
+    """`ChatTokenizer.template` of the template that conversations were written with; "" for texts."""
+
     content: str = ""
     """`ContentHash` of the records that were read; "" if not known (merged, or of an earlier version)."""
 
 
-MEANING = ("tokenizer_fingerprint", "tokenizer_splitting", "vocab_size", "eod", "dtype", "append_eod")
+MEANING = (
+    "data_format", "chat_template", "tokenizer_fingerprint", "tokenizer_splitting", "vocab_size", "eod",
+    "dtype", "append_eod",
+)  # fmt: skip
 """Fields in which two manifests must agree for their tokens to mean the same."""
 
 
