@@ -32,6 +32,7 @@ from megatron_ext.data.encoding import (
 from megatron_ext.data.index_checks import check_index
 from megatron_ext.data.indexed import IndexedWriter, token_dtype
 from megatron_ext.data.outputs import OutputFiles, existing_prefixes, refuse_inputs
+from megatron_ext.data.parts import Part
 from megatron_ext.data.prefix_lock import locked
 from megatron_ext.data.sources import Position, RecordReader, Source, check_columns, text_bytes
 from megatron_ext.data.tokenizers import content_of, load_tokenizer
@@ -72,6 +73,9 @@ class PreprocessingJob:
     max_document_bytes: int = 1 << 26
     """Longest document, which bounds memory."""
 
+    part: Part | None = None
+    """Which part of a job of several machines this is; `sources` are those of the part."""
+
 
 def preprocess(
     job: PreprocessingJob,
@@ -85,7 +89,7 @@ def preprocess(
     At the start and after each batch `report` gets the stretch of the input that is done, and the number of
     new tokens. Raises ConfigError for bad input (with file and line), for output in the same place that is
     an input, another job's, also of one that is running, or nobody's dataset, and if there is no document at
-    all.
+    all (a part may be without).
     """
     if len(job.json_keys) > 1 and (text := next((s for s in job.sources if s.format == "text"), None)):
         raise ConfigError(
@@ -141,6 +145,7 @@ class _Run:
             json_keys=job.json_keys,
             skip_bad_records=job.skip_bad_records,
             max_document_bytes=job.max_document_bytes,
+            part=job.part,
         )
 
     def take_place(self, *, overwrite: bool) -> None:
@@ -252,7 +257,8 @@ class _Run:
                 self._report(stretch, sum(len(documents.tokens) for documents in encoded.by_key))
                 if stretch.closes_shard:
                     break
-            if stretch.final and not any(m.documents for m in (*self.manifests.values(), *shard.values())):
+            nothing = not any(m.documents for m in (*self.manifests.values(), *shard.values()))
+            if stretch.final and nothing and self._job.part is None:
                 raise ConfigError(
                     f"no document in {', '.join(s.path for s in self._job.sources[:3])}: all are empty or "
                     "bad."
@@ -290,7 +296,7 @@ def _of_another_job(prefix: str, reason: str) -> ConfigError:
 def _differences(theirs: DatasetManifest, ours: DatasetManifest) -> Iterator[str]:
     """In what a dataset is not what this job would make, as far as the manifests tell."""
     yield from differences_of_meaning(theirs, ours)
-    for name in ("tokenizer_type", "tokenizer_content", "json_key", "json_keys"):
+    for name in ("tokenizer_type", "tokenizer_content", "json_key", "json_keys", "part"):
         if getattr(theirs, name) != getattr(ours, name):
             yield name
     if [source.identity for source in theirs.sources] != [source.identity for source in ours.sources]:
