@@ -232,9 +232,9 @@ def test_a_recipe_s_own_processes(capsys, tmp_path: Path) -> None:
 
 def test_time_at_an_mfu(capsys) -> None:
     """Recomputation does not count as work, so it changes nothing."""
-    argv = ["--mfu", "0.5", "--logging.peak_tflops", "1e-6"]
+    argv = ["--mfu", "0.5", "--logging.peak_tflops", "1e-9"]
     one = line(planned(capsys, *argv), "time")
-    assert "if the MFU is 50 % of 1e-06 TFLOP/s" in one
+    assert "if the MFU is 50 % of 1e-09 TFLOP/s" in one
     assert one == line(planned(capsys, *argv, "--train.recompute_granularity", "full"), "time")
     hours = float(one.split()[1].replace(",", "")) * (24 if " days" in one else 1)
     four = line(planned(capsys, *argv, "--world-size", "4"), "time")
