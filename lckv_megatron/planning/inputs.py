@@ -20,9 +20,9 @@ def launched_processes(configs: Sequence[str]) -> int | None:
         if not script.is_file():
             continue
         text = script.read_text(encoding="utf-8", errors="replace")
-        found = [re.search(rf"^#SBATCH --{name}=(\d+)", text, re.M) for name in ("nodes", "gpus-per-node")]
-        if all(found):
-            nodes, gpus = (int(match[1]) for match in found if match)
+        matches = [re.search(rf"^#SBATCH --{name}=(\d+)", text, re.M) for name in ("nodes", "gpus-per-node")]
+        if all(matches):
+            nodes, gpus = (int(match[1]) for match in matches if match)
             return nodes * gpus or None
     return None
 

@@ -53,15 +53,15 @@ def verdict_lines(plan: Plan) -> Iterator[str]:
 def checkpoint_line(plan: Plan) -> str:
     """What checkpoints take on the disk."""
     run = plan.run
-    each = checkpoint_bytes(plan.sizes.parameters, precision(run.train.precision))
+    one = checkpoint_bytes(plan.sizes.parameters, precision(run.train.precision))
     if run.checkpoint.save is None:
         return "checkpoints           none, checkpoint.save is not set"
     saves = math.ceil(run.train.train_iters / (run.checkpoint.save_interval or run.train.train_iters))
     kept = min(saves, run.checkpoint.keep_last or saves)
     most = min(saves, kept + 1)  # the oldest goes once the newest is there
     return (
-        f"checkpoints           {gib(each)} each, {saves:,} of them; {kept:,} are kept: at most "
-        f"{gib(most * each)} on the disk"
+        f"checkpoints           {gib(one)} each, {saves:,} of them; {kept:,} are kept: at most "
+        f"{gib(most * one)} on the disk"
     )
 
 
