@@ -4,6 +4,7 @@
 (`replaced`): what a cluster has -> what the test has. Everything else is run as it stands there.
 """
 
+import shlex
 import subprocess
 import time
 import urllib.error
@@ -16,10 +17,19 @@ import pytest
 import yaml
 
 from tests.pages.blocks import blocks_of, substituted
-from tests.pages.bring import FREE_PORT, TINY, bring_dmc
+from tests.pages.bring import (
+    FREE_PORT,
+    TINY,
+    bring_cluster_data,
+    bring_dmc,
+    bring_published_dmc,
+    bring_shared_map,
+)
 from tests.pages.stand_ins import CLUSTER, REPLACED, ROOT, stand_ins
 
 BLOCK_SECONDS = 120
+Environments = dict[bool, dict[str, str]]
+"""Of warm (False) and of cold (True) programs."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,8 @@ class Page:
 
 TINY_MODEL = "--config tiny.yaml"
 """Behind the recipe's own configuration; `TINY` is its content."""
+TINY_RUN = "--config tiny_run.yaml"
+"""The same without sizes, for a run whose model is that of a checkpoint."""
 
 PAGES = [
     Page(
@@ -54,14 +66,55 @@ PAGES = [
             "8000": str(FREE_PORT),
         },
     ),
+    Page(
+        "examples/published_dmc/README.md",
+        bring_published_dmc,
+        {
+            "meta-llama/Llama-2-13b-hf": "nvidia/tokenizer",
+            "--legacy-path models/dmc4x": "--legacy-path models/dmc4x --vocab-size 61",
+            "--hf-path models/dmc4x": "--hf-path models/dmc4x --vocab-size 61",
+            "--memory 40GiB --context 4096": "--memory 1MiB --context 32",
+            '"max_tokens": 64': '"max_tokens": 8',
+            "The key-value cache of a language model": "THE CACHE",
+            "8000": str(FREE_PORT),
+        },
+    ),
+    Page(
+        "examples/shared_map/README.md",
+        bring_shared_map,
+        {
+            "map=0_0_2_2_4_4_6_6_8_8_10_10_12_12_14_14_16_16_18_18_20_20": "map=0_0_2_2",
+            "--workers 32": "--workers 1",
+            "uptrain.yaml": f"uptrain.yaml {TINY_RUN}",
+            "--world-size 8": "--world-size 1",
+            "--nproc-per-node 8": "--nproc-per-node 1",
+            "from_pretrained(\"me/tinyllama-cla2\"": "from_pretrained(\"out/tinyllama-cla2\"",
+        },
+    ),
+    Page(
+        "examples/cluster_data/README.md",
+        bring_cluster_data,
+        {
+            "--array=0-15": "--array=0-1",
+            "preprocess.sh 16": "preprocess.sh 2",
+            "parts/corpus --part 3/16 --workers 32": "other --part 3/16 --workers 2",
+            "pretrain.yaml": f"pretrain.yaml {TINY_MODEL} --compression.layer_types 0_2_2_3",
+            "--world-size 16": "--world-size 1",
+        },
+        cold=True,
+    ),
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    folder = tmp_path_factory.mktemp("warm")
-    with stand_ins(folder, hub=folder / "hub") as environment:
-        yield environment | {"HUB": str(folder / "hub")}
+def environments(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environments]:
+    folder = tmp_path_factory.mktemp("programs")
+    hub = folder / "hub"
+    with (
+        stand_ins(folder / "warm", hub=hub) as warm,
+        stand_ins(folder / "cold", hub=hub, cold=True) as cold,
+    ):
+        yield {False: warm | {"HUB": str(hub)}, True: cold | {"HUB": str(hub)}}
 
 
 class Shell:
@@ -109,7 +162,8 @@ def test_what_is_not_run_itself_is_named_with_its_reason() -> None:
     assert set(REPLACED) == {"hf", *(path.name for path in CLUSTER.iterdir())}
 
 
-def test_a_command_that_fails_fails_the_page(warm: dict[str, str], tmp_path: Path) -> None:
+def test_a_command_that_fails_fails_the_page(environments: Environments, tmp_path: Path) -> None:
+    warm = environments[False]
     with pytest.raises(AssertionError, match="unrecognized arguments: --append-eos"):
         Shell(tmp_path, warm).run("lckv-megatron preprocess --input x --output-prefix y --append-eos\ntrue\n")
     with pytest.raises(AssertionError, match="sbatch: unknown option --gpus=8"):
@@ -117,21 +171,24 @@ def test_a_command_that_fails_fails_the_page(warm: dict[str, str], tmp_path: Pat
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.path)
-def test_every_command_of_a_page(page: Page, warm: dict[str, str], tmp_path: Path) -> None:
-    hub = Path(warm["HUB"])
+def test_every_command_of_a_page(page: Page, environments: Environments, tmp_path: Path) -> None:
+    environment = environments[page.cold]
+    hub = Path(environment["HUB"])
     for name in ("examples", "pretrain_lckv.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY), encoding="utf-8")
+    of_run = {name: section for name, section in TINY.items() if name != "model"}
+    (tmp_path / "tiny_run.yaml").write_text(yaml.safe_dump(of_run), encoding="utf-8")
     page.bring(tmp_path, hub)
-    blocks = [block for block in blocks_of(ROOT / page.path) if block.language == "bash"]
+    blocks = [block for block in blocks_of(ROOT / page.path) if block.language in ("bash", "python")]
     assert blocks
     used: set[str] = set()
-    shell = Shell(tmp_path, warm)
+    shell = Shell(tmp_path, environment)
     try:
         for block in blocks:
             text, here = substituted(block.text, page.replaced)
             used |= here
-            shell.run(text)
+            shell.run(text if block.language == "bash" else f"python -c {shlex.quote(text)}")
     finally:
         shell.end()
     assert used == set(page.replaced), "replacements that the page has no use for"
