@@ -1,4 +1,4 @@
-"""The recipe that gives a sharing map to a model of others: its run can work, and costs what its page says."""
+"""The recipe that gives a sharing map to a model of others: its run can work and costs what its page says."""
 
 import re
 from pathlib import Path

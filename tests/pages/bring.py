@@ -99,6 +99,13 @@ def bring_dmc(folder: Path, hub: Path) -> None:
     (folder / "held_out.txt").write_text("a cache that many layers share\n", encoding="utf-8")
 
 
+def bring_readme(folder: Path, hub: Path) -> None:
+    """A model of Hugging Face's, a checkpoint in Megatron's older layout, a text."""
+    model_on_hub(folder / "models/llama")
+    publish(folder / "models/dmc")
+    (folder / "held_out.txt").write_text("a cache that many layers share\n", encoding="utf-8")
+
+
 def bring_shared_map(folder: Path, hub: Path) -> None:
     """TinyLlama on the Hub, a corpus, a text."""
     model_on_hub(hub / "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", num_key_value_heads=2)
