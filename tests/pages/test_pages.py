@@ -56,7 +56,11 @@ TINY_MODEL = "--config tiny.yaml"
 TINY_RUN = "--config tiny_run.yaml"
 """The same without sizes, for a run whose model is that of a checkpoint."""
 
-MOCK = "--data.mock true --data.data_path [] --data.tokenizer_type none --data.tokenizer_model null"
+MOCK = (
+    "--data.mock true --data.data_path [] --data.tokenizer_type none --data.tokenizer_model null "
+    "--data.reset_attention_mask false --data.reset_position_ids false"
+)
+"""Random tokens instead of a dataset."""
 PAGES = [
     Page(
         "README.md",
@@ -67,8 +71,10 @@ PAGES = [
             "--max-bytes 2000000": "--max-bytes 200000",
             "--vocab-size 1024": "--vocab-size 400",
             "--workers 2": "--workers 1",
-            "--optimizer.lr_warmup_iters 5": "--optimizer.lr_warmup_iters 0",
-            "--train.eval_interval 10": "--train.eval_interval 2 --train.global_batch_size 2",
+            "--train.eval_interval 10": "--train.eval_interval 2 --data.split 50,50,0",
+            "--train.eval_iters 1": "--train.eval_iters 1 --train.global_batch_size 2",
+            "--optimizer.lr_warmup_iters 5": "--optimizer.lr_warmup_iters 0 --train.micro_batch_size 1",
+            "--logging.log_interval 5": "--logging.log_interval 1",
             "--train.train_iters 20": "--train.train_iters 2",
             "--train.train_iters 30": "--train.train_iters 3",
             "--text README.md": "--text held_out.txt",
@@ -77,7 +83,6 @@ PAGES = [
             "ckpt/llama2-13b": "ckpt/run",
             "0_1_2_..._39": "0_0_2_2",
             "DMC_FOLDER": "models/dmc --vocab-size 61",
-            "--parallel.tensor_model_parallel_size 2\n": "--parallel.tensor_model_parallel_size 2 --rows 1\n",
             "wiki.txt": "held_out.txt",
             "8000": str(FREE_PORT),
         },
