@@ -37,9 +37,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def byte_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
-    """One token per byte, and </s>."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+def byte_tokenizer(*, chat: bool = True, size: int = 257) -> PreTrainedTokenizerFast:
+    """One token per byte, and </s>; of a smaller `size` the first bytes only."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: size - 1]
     vocabulary = {token: index for index, token in enumerate([*alphabet, "</s>"])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
