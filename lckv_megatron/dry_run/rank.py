@@ -67,14 +67,15 @@ def simulate(
         stack.enter_context(
             pretended_world(run.parallel, rank=rank, world_size=world_size, seed=run.train.seed)
         )
-        recorder = Recorder(machine, pretends=True, granularity=512 if target == "gpu" else 1)
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        recorder = Recorder(machine, fake, granularity=512 if target == "gpu" else 1)
         replacements = [
             Replacement(schedules, "forward_step", spanning(recorder, "forward", schedules.forward_step)),
             Replacement(schedules, "backward_step", spanning(recorder, "backward", schedules.backward_step)),
             *(gpu_kernels(recorder) if target == "gpu" else ()),
         ]
         stack.enter_context(replaced(replacements))
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(fake)
         stack.enter_context(recorder)
         return _steps(run, rank, vocab_size, recorder)
 

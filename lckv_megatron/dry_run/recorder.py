@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from lckv_megatron.dry_run.collectives import Collective, Groups, read, results
 from lckv_megatron.dry_run.hardware import Machine
 from lckv_megatron.dry_run.memory import Allocation, Phase
+from lckv_megatron.dry_run.shapes import Shapes
 
 _ATEN = torch.ops.aten
 _MOVE_NOTHING = {"_unsafe_view", "empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
@@ -38,17 +40,22 @@ class Work:
 class Recorder(TorchDispatchMode):
     """Notes what happens while the mode is active."""
 
-    def __init__(self, machine: Machine, *, pretends: bool, granularity: int = 512) -> None:
-        """`pretends`: tensors have no numbers. Storages are rounded up to `granularity` bytes."""
+    def __init__(self, machine: Machine, fake: FakeTensorMode | None, *, granularity: int = 512) -> None:
+        """`fake`: that of tensors without numbers. Storages are rounded up to `granularity` bytes."""
         super().__init__()
-        self._machine, self._pretends, self._granularity = machine, pretends, granularity
-        self._groups = Groups() if pretends else None
+        self._machine, self._granularity = machine, granularity
+        self._shapes = None if fake is None else Shapes(fake)
+        self._groups = None if fake is None else Groups()
         self._live: dict[int, tuple[weakref.ref, Allocation]] = {}
         self._clock = 0
         self.allocations: list[Allocation] = []
         self.phases: list[Phase] = [Phase("build", 0)]
         self.seconds = 0.0
         self.work: dict[str, Work] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled: do not pay for it at each operation
 
     @contextmanager
     def phase(self, kind: str) -> Iterator[None]:
@@ -91,14 +98,16 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if self._pretends:
+        if self._shapes is not None:
             if function is torch.ops.prim.device.default:
                 return args[0].fake_device if hasattr(args[0], "fake_device") else args[0].device
             if function is _ATEN._local_scalar_dense.default:
                 return _one(args[0].dtype)
             if function.namespace == "c10d":
                 return self._pretend_collective(function, args)
-        output = function(*args, **(kwargs or {}))
+            output = self._shapes(function, args, kwargs or {})
+        else:
+            output = function(*args, **(kwargs or {}))
         if isinstance(output, Tensor):
             self._see(output)
         elif isinstance(output, tuple | list):
