@@ -21,6 +21,7 @@ from megatron_ext.data.description import DatasetManifest
 from megatron_ext.data.encoding import Stretch
 from megatron_ext.data.job import PreprocessingJob
 from megatron_ext.data.merging import merge_shards
+from megatron_ext.data.parts import take_part
 from megatron_ext.data.preprocessing import preprocess
 from megatron_ext.data.sources import find_sources
 from megatron_ext.data.tokenizers import KINDS
@@ -43,8 +44,9 @@ output
   PREFIX.bin (tokens), PREFIX.idx (where documents begin) and PREFIX.dataset.json (tokenizer, numbers,
   options and sources; training checks it). Files that are an input, or no dataset of this program, are never
   replaced. With --shards or --shard-mib: PREFIX-00000.*, PREFIX-00001.*, ... A job that is started again goes
-  on behind its last complete shard, and stops if options or input have changed. Shards can be trained on as
-  they are, or be merged.
+  on behind its last complete shard, and stops if options or input have changed. With --part I/N: a dataset of
+  the I-th of N parts of the files, PREFIX-0000I-of-0000N. Shards and parts can be trained on as they are, or
+  be merged; merged parts are the dataset that one machine would have made.
 
 examples
   # a compressed corpus with a SentencePiece tokenizer, on 8 processes
@@ -63,6 +65,10 @@ examples
   lckv-megatron preprocess --input big.jsonl --output-prefix shards/big --shards 64 \\
       --tokenizer-type tiktoken --tokenizer-model tokenizer.model --workers 32
   lckv-megatron preprocess --merge --input 'shards/big-*.idx' --output-prefix data/big
+
+  # the second of eight machines, which work at the same time, each on its files (examples/cluster_data)
+  lckv-megatron preprocess --input 'corpus/*.jsonl.zst' --output-prefix parts/big --part 1/8 \\
+      --tokenizer-type huggingface --tokenizer-model path/to/model --workers 32
 """
 
 
@@ -72,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         if arguments.merge:
+            if arguments.part is not None:
+                raise ConfigError("--part is for tokenizing; --merge takes all parts. Leave --part out.")
             prefixes = _prefixes_to_merge(arguments.input)
             merged = merge_shards(prefixes, arguments.output_prefix, overwrite=arguments.overwrite)
             _print_summary({arguments.output_prefix: merged})
@@ -140,6 +148,12 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument(
         "--shard-mib", type=positive, metavar="MIB", help="split the output after so much input text"
     )
+    shards.add_argument(
+        "--part",
+        type=_part,
+        metavar="I/N",
+        help="take the files of part I of N only, counted from 0: each machine of a cluster makes one",
+    )
     shards.add_argument("--overwrite", action="store_true", help="replace the dataset of an earlier job")
     shards.add_argument(
         "--merge", action="store_true", help="inputs are datasets (prefixes or .idx files): append them"
@@ -151,11 +165,14 @@ def _job(arguments: argparse.Namespace) -> PreprocessingJob:
     if arguments.tokenizer_type is None or arguments.tokenizer_model is None:
         raise ConfigError("--tokenizer-type and --tokenizer-model are needed to tokenize (not with --merge).")
     is_chat = arguments.data_format == "chat"
+    sources = find_sources(arguments.input, suffixes=arguments.suffix, text_format=arguments.text_format)
+    part, prefix = None, arguments.output_prefix
+    if arguments.part is not None:
+        part, sources = take_part(sources, *arguments.part)
+        prefix = part.prefix(prefix)
     return PreprocessingJob(
-        sources=tuple(
-            find_sources(arguments.input, suffixes=arguments.suffix, text_format=arguments.text_format)
-        ),
-        output_prefix=arguments.output_prefix,
+        sources=tuple(sources),
+        output_prefix=prefix,
         tokenizer_type=arguments.tokenizer_type,
         tokenizer_model=arguments.tokenizer_model,
         json_keys=tuple(arguments.json_keys or (["messages"] if is_chat else ["text"])),
@@ -166,7 +183,18 @@ def _job(arguments: argparse.Namespace) -> PreprocessingJob:
         shard_text_bytes=arguments.shard_mib and arguments.shard_mib << 20,
         skip_bad_records=arguments.skip_bad_lines,
         max_document_bytes=arguments.max_document_mib << 20,
+        part=part,
     )
+
+
+def _part(text: str) -> tuple[int, int]:
+    """I and N of --part I/N."""
+    match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no part; I/N is wanted, such as 0/8, 1/8 and so on up to 7/8"
+        )
+    return int(match[1]), int(match[2])
 
 
 def _preprocess(job: PreprocessingJob, *, overwrite: bool) -> dict[str, DatasetManifest]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from megatron_ext.config import DataFormat
 from megatron_ext.data.conversations import columns_of
 from megatron_ext.data.parquet import Column
+from megatron_ext.data.parts import Part
 from megatron_ext.data.sources import Source
 from megatron_ext.errors import ConfigError
 
@@ -41,6 +42,9 @@ class PreprocessingJob:
 
     max_document_bytes: int = 1 << 26
     """Longest document, which bounds memory."""
+
+    part: Part | None = None
+    """Which part of a job of several machines this is; `sources` are those of the part."""
 
     @property
     def columns(self) -> tuple[Column, ...]:

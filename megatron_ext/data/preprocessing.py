@@ -59,7 +59,7 @@ def preprocess(
     At the start and after each batch `report` gets the stretch of the input that is done, and the number of
     new tokens. Raises ConfigError for bad input (with file and line), for output in the same place that is
     an input, another job's, also of one that is running, or nobody's dataset, and if there is no document at
-    all.
+    all (a part may be without).
     """
     job.check()
     check_columns(job.sources, job.columns)
@@ -116,6 +116,7 @@ class _Run:
             ),
             skip_bad_records=job.skip_bad_records,
             max_document_bytes=job.max_document_bytes,
+            part=job.part,
         )
 
     def take_place(self, *, overwrite: bool) -> None:
@@ -232,7 +233,8 @@ class _Run:
                 self._report(stretch, sum(len(documents.tokens) for documents in encoded.by_key))
                 if stretch.closes_shard:
                     break
-            if stretch.final and not any(m.documents for m in (*self.manifests.values(), *shard.values())):
+            nothing = not any(m.documents for m in (*self.manifests.values(), *shard.values()))
+            if stretch.final and nothing and self._job.part is None:
                 raise ConfigError(
                     f"no document in {', '.join(s.path for s in self._job.sources[:3])}: all are empty or "
                     "bad."
@@ -274,7 +276,7 @@ def _of_another_job(prefix: str, reason: str) -> ConfigError:
 def _differences(theirs: DatasetManifest, ours: DatasetManifest) -> Iterator[str]:
     """In what a dataset is not what this job would make, as far as the manifests tell."""
     yield from differences_of_meaning(theirs, ours)
-    for name in ("tokenizer_type", "tokenizer_content", "json_key", "json_keys"):
+    for name in ("tokenizer_type", "tokenizer_content", "json_key", "json_keys", "part"):
         if getattr(theirs, name) != getattr(ours, name):
             yield name
     if [source.identity for source in theirs.sources] != [source.identity for source in ours.sources]:

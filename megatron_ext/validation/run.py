@@ -216,7 +216,7 @@ def _optional_packages(run: RunConfig) -> Iterator[str]:
             "pip install 'lckv-megatron[wandb]', or set logging.wandb_mode to disabled."
         )
     if model.transformer_impl == "transformer_engine":
-        yield from _refusal_of_transformer_engine()
+        yield from _refusal_of_transformer_engine(run.train.precision)
     if model.attention_backend == "flash" and (model.kv_channels or model.num_attention_heads > 0):
         yield from _refusal_of_flash(run)
 
@@ -224,11 +224,11 @@ def _optional_packages(run: RunConfig) -> Iterator[str]:
 # Torch and Megatron are imported below only: whoever asks for none of this gets the answer in milliseconds.
 
 
-def _refusal_of_transformer_engine() -> Iterator[str]:
-    from megatron_ext.model.specs import choose_implementation
+def _refusal_of_transformer_engine(precision: str) -> Iterator[str]:
+    from megatron_ext.model.implementation import choose_implementation
 
     try:
-        choose_implementation("transformer_engine")
+        choose_implementation("transformer_engine", precision)
     except ConfigError as error:
         yield str(error)
 
