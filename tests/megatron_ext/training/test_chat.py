@@ -38,8 +38,11 @@ REPORTED = ("lm_", "dmc_", "validation", "grad_norm", "merge_rate")
 
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Conversations of very different lengths, and a random half of their tokens learned."""
-    return write_chats(tmp_path_factory.mktemp("data") / "chats", random_chats(80), vocab_size=97)
+    """Conversations of very different lengths; a random half of their tokens, of which there are few, is
+    learned."""
+    return write_chats(
+        tmp_path_factory.mktemp("data") / "chats", random_chats(80, vocab_size=20), vocab_size=97
+    )
 
 
 def chat_run(prefix: str, name: str = "plain", **sections: dict[str, Any]) -> RunConfig:
@@ -128,12 +131,16 @@ def test_each_learned_token_weighs_the_same(prefix: str) -> None:
     chats = [([*range(1, 25)], [False, *[True] * 23]), ([*range(30, 54)], [False] * 23 + [True])]
     uneven = write_chats(Path(prefix).with_name("uneven"), chats * 4, vocab_size=97)
     results = []
-    for ranks, size in ((1, 1), (1, 2), (1, 8), (2, 1), (2, 4)):
+    for ranks, size in ((1, 1), (1, 8), (2, 2)):
         training = {
             "train_iters": 1, "micro_batch_size": size, "global_batch_size": 8, "eval_interval": 0,
         }  # fmt: skip
         run = chat_run(
-            uneven, train=training, data={"split": "1,0,0"}, parallel={"use_distributed_optimizer": False}
+            uneven,
+            train=training,
+            data={"split": "1,0,0"},
+            optimizer={"lr_warmup_iters": 0},
+            parallel={"use_distributed_optimizer": False},
         )
         results.append(run_on_ranks(ranks, first_gradients, run)[0])
     loss, tokens, gradients = results[0]
