@@ -38,11 +38,11 @@ class PagedMemory:
         chunk = pages_of_a_chunk(self.page_size, device.type)
         self.tables = PageTables(
             [windows.get(layer) for layer in self.number],
+            pool,
             sequences=max_sequences,
             heads=kv_heads,
-            page_size=self.page_size,
             columns=-(-max_tokens // (chunk * self.page_size)) * chunk,
-            device=device,
+            rewritten=0 if policy.traits.key_bias is None else policy.traits.key_bias.age,
         )
         self.lengths = torch.zeros(self.tables.lengths.shape, dtype=torch.int64, device=device)
         """int64 [l, b, g]: slots so far."""
@@ -70,7 +70,7 @@ class PagedMemory:
     def forget(self, sequence: int) -> None:
         """Make a sequence empty; its pages are free."""
         self.version += 1
-        self.tables.release(sequence, self.pool)
+        self.tables.release(sequence)
         self.lengths[:, sequence] = 0
         self.seen[sequence] = 0
         self.tokens[sequence] = 0
