@@ -93,6 +93,11 @@ class PagedCache:
         return self._pool.pages - self._pool.free - self._pool.in_use
 
     @property
+    def snapshots_shorten(self) -> bool:
+        """Whether every snapshot serves for any number of its first tokens."""
+        return self._memory.keeps_every_token and not self._memory.windowed
+
+    @property
     def bytes_per_page(self) -> int:
         """Keys and values."""
         return self._pool.num_bytes // (self._pool.pages + 1)

@@ -35,6 +35,7 @@ class PagedMemory:
         self.number = {layer: number for number, layer in enumerate(layers)}
         """Of each layer, its place among those that compute keys and values."""
         self.windowed = bool(windows)
+        """Whether some layers keep only the newest tokens."""
         chunk = pages_of_a_chunk(self.page_size, device.type)
         self.tables = PageTables(
             [windows.get(layer) for layer in self.number],
@@ -53,6 +54,8 @@ class PagedMemory:
         self.state = self._make_state(max_sequences)
         """float32 [l, tokens of a state, b, g, channels of a state], zeros where there is no token; None: the
         policy keeps nothing."""
+        self.keeps_every_token = policy.traits.keeps_every_token and self.state is None
+        """Whether nothing but the newest slots has to be forgotten to forget the newest tokens."""
         self.version = 0
         """Changes whenever something is taken in or forgotten."""
 

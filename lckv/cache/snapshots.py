@@ -60,12 +60,12 @@ class Snapshot:
 
 def take_snapshot(memory: PagedMemory, sequence: int) -> Snapshot:
     """What `sequence` holds now; `drop_snapshot` gives the pages back."""
+    # What may find no memory comes first.
+    state = None if memory.state is None else memory.state[:, :, sequence].clone()
     tokens, lengths = int(memory.tokens[sequence]), memory.tables.lengths[:, [sequence]]
     pages = memory.tables.lend(sequence)
     memory.pool.share(pages, snapshot=True)
-    state = None if memory.state is None else memory.state[:, :, sequence].clone()
-    shortens = memory.policy.traits.keeps_every_token and state is None
-    fewest = memory.tables.fewest_tokens(lengths) if shortens else tokens
+    fewest = memory.tables.fewest_tokens(lengths) if memory.keeps_every_token else tokens
     return Snapshot(tokens, fewest, lengths, pages, state)
 
 

@@ -25,6 +25,16 @@ class Job:
         """Tokens that the cache has taken in."""
         self.one_by_one = False
         """Whether its tokens are to be computed one at a time, because a chunk of them found no room."""
+        self.cached_tokens: int | None = None
+        """Tokens of the prompt that were found computed when it ran first; None before."""
+        self.kept = 0
+        """Tokens that were computed when its beginning was kept last."""
+        self.stops: set[int] = set()
+        """After so many tokens its beginning is to be kept, for others that wait for it."""
+        self.follows: tuple[Job, int] | None = None
+        """While it waits: the request that computes what this one begins with, and so many tokens."""
+        self.may_follow = True
+        """Whether it may wait for such a request; it waits for one at most."""
         self.preemptions = 0
         self.prefill_passes: int | None = None
         self.finish_reason: FinishReason | None = None
@@ -43,9 +53,22 @@ class Job:
         """Tokens of the prompt."""
         return len(self.request.prompt_ids)
 
+    @property
+    def sequence_number(self) -> int:
+        """`sequence` of one that runs."""
+        assert self.sequence is not None
+        return self.sequence
+
+    def begin(self, sequence: int, tokens: int) -> None:
+        """Run as a sequence of the cache, which holds the first `tokens` already."""
+        self.sequence, self.computed, self.kept = sequence, tokens, tokens
+        self.follows, self.may_follow = None, False
+        if self.cached_tokens is None:
+            self.cached_tokens = tokens
+
     def preempt(self) -> None:
         """Forget what was computed; tokens and generator stay."""
-        self.sequence, self.computed, self.one_by_one = None, 0, False
+        self.sequence, self.computed, self.kept, self.one_by_one = None, 0, 0, False
         self.preemptions += 1
 
     def accept(self, choice: Choice) -> TokenEvent:
@@ -82,6 +105,7 @@ class Job:
             error,
             self.preemptions,
             self.prefill_passes,
+            self.cached_tokens or 0,
         )
 
     def _event(self, choice: Choice | None, text: str) -> TokenEvent:
@@ -102,5 +126,6 @@ class Job:
             text,
             offset,
             self.finish_reason,
+            cached_tokens=self.cached_tokens or 0,
             **details,
         )

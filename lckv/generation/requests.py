@@ -42,6 +42,9 @@ class TokenEvent:
     top_logprobs: tuple[tuple[int, float], ...] = ()
     """The most probable tokens at this place, the best first, and their log-probabilities."""
 
+    cached_tokens: int = 0
+    """As `Completion.cached_tokens`, in every event."""
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -73,7 +76,10 @@ class Completion:
 
     prefill_passes: int | None = None
     """Passes over the iterated layers that the prompt took (the most of any part of it);
-    None where no layer is iterated."""
+    None where no layer is iterated, or nothing but its last token had to be computed."""
+
+    cached_tokens: int = 0
+    """Tokens of the prompt that were found computed."""
 
 
 class Request:
