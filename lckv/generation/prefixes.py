@@ -89,13 +89,13 @@ class Prefixes:
             self._drop(next(iter(self._snapshots)))
 
     def make_room(self, pages: int) -> bool:
-        """Whether so many pages are free, after dropping as many snapshots as it takes; if that does not
-        suffice, none are dropped."""
+        """Whether so many pages are free, after dropping as many snapshots as it takes; if it is certain that
+        that does not suffice, none are dropped."""
         if pages > self._cache.pages_free + self._cache.pages_kept:
             return False
-        while pages > self._cache.pages_free:
+        while pages > self._cache.pages_free and self._snapshots:
             self._drop(next(iter(self._snapshots)))
-        return True
+        return pages <= self._cache.pages_free
 
     def clear(self) -> None:
         """Forget all beginnings."""
