@@ -70,14 +70,17 @@ def answer_unbounded(options: argparse.Namespace, model: Any, tokenizer: Any, pr
         cache = streaming_cache(model, sinks=options.sinks, window=options.window)
     except ValueError as error:
         raise ConfigError(f"--window: {error}") from error
-    answer = Continuation(
-        model,
-        tokenizer,
-        cache,
-        prompt.tokens,
-        prompt.params,
-        prefill_chunk=1 if options.prefill == "exact" else options.prefill_chunk,
-    )
+    try:
+        answer = Continuation(
+            model,
+            tokenizer,
+            cache,
+            prompt.tokens,
+            prompt.params,
+            prefill_chunk=1 if options.prefill == "exact" else options.prefill_chunk,
+        )
+    except ValueError as error:
+        raise ConfigError(f"the prompt cannot be answered: {error}") from error
     started = time.monotonic()
     pieces = []
     try:

@@ -274,6 +274,7 @@ class Engine:
                 [job.params for job in rows],
                 [job.generator for job in rows],
                 [job.tokens for job in rows],
+                [job.answered for job in rows],
             )
         except Exception as error:  # whatever it is, the other requests go on
             logger.exception("the model failed on %d requests", len(present))

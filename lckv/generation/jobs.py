@@ -1,5 +1,6 @@
 """A request on its way through the engine: what it has, what is computed, and what it hands out."""
 
+from collections import Counter
 from random import Random
 from typing import Any
 
@@ -19,6 +20,8 @@ class Job:
         self.request, self.params = request, request.params
         self.tokens = list(request.prompt_ids)
         """Of prompt and answer."""
+        self.answered: Counter[int] = Counter()
+        """How often the answer has each of its tokens."""
         self.sequence: int | None = None
         """Its number in the cache while it runs."""
         self.computed = 0
@@ -74,6 +77,7 @@ class Job:
     def accept(self, choice: Choice) -> TokenEvent:
         """Take the next token, which may be the last."""
         self.tokens.append(choice.token)
+        self.answered[choice.token] += 1
         self._choices.append(choice)
         text = ""
         if choice.token in self._ends:

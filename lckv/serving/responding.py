@@ -57,7 +57,7 @@ class Responder:
             for index, of_answer in enumerate(events)
         ]
         generated = sum(event.token is not None for of_answer in events for event in of_answer)
-        numbers = usage(_prompt_tokens(prepared), generated)
+        numbers = usage(prepared.prompt_tokens, generated)
         return JSONResponse(header.body(choices, piece=False, usage=numbers))
 
     def _logprobs(self, prepared: Prepared, header: Header) -> list[TokenLogprobs]:
@@ -77,7 +77,8 @@ class Responder:
             if isinstance(error, EngineFailedError):
                 raise ApiError(503, str(error)) from error
             if isinstance(error, ValueError):
-                param = "stop_token_ids" if str(error).startswith("stop_token_ids") else prepared.param
+                field = str(error).partition(" ")[0]
+                param = field if field in ("stop_token_ids", "logit_bias") else prepared.param
                 raise ApiError(400, str(error), param=param) from error
             raise
         return answers
@@ -142,11 +143,7 @@ class Responder:
             elif event.text or event.finish_reason is not None or event.logprob is not None:
                 yield header.body([piece_choice(header.kind, index, event, logprobs[index])], piece=True)
         if prepared.request.include_usage:
-            yield header.body([], piece=True, usage=usage(_prompt_tokens(prepared), generated))
-
-
-def _prompt_tokens(prepared: Prepared) -> int:
-    return sum(len(prompt) for prompt, _ in prepared.jobs)
+            yield header.body([], piece=True, usage=usage(prepared.prompt_tokens, generated))
 
 
 async def _merged(sources: Sequence[AsyncIterator[TokenEvent]]) -> AsyncIterator[tuple[int, TokenEvent]]:

@@ -7,6 +7,7 @@ import threading
 from dataclasses import replace
 
 import httpx
+import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
@@ -103,6 +104,60 @@ def test_a_seed_gives_the_same_answer_whatever_else_runs(client: TestClient) -> 
     assert alone == among != ask(client, temperature=1.0, seed=8).json()["choices"][0]["text"]
 
 
+def texts_of(answer: httpx.Response) -> list[str]:
+    choices = answer.json()["choices"]
+    assert [choice["index"] for choice in choices] == list(range(len(choices)))
+    return [choice["text"] for choice in choices]
+
+
+def test_several_answers_to_a_prompt_are_reproducible_and_differ(client: TestClient) -> None:
+    drawn = {"temperature": 1.5, "seed": 7, "max_tokens": 20, "ignore_eos": True}
+    three = texts_of(ask(client, n=3, **drawn))
+    assert len(set(three)) == 3
+    assert texts_of(ask(client, n=2, best_of=2, **drawn)) == three[:2]
+    assert texts_of(ask(client, **drawn)) == three[:1]
+    assert texts_of(ask(client, n=2, **{**drawn, "seed": 8}))[1] not in three
+    assert texts_of(ask(client, n=2, prompt=["x", PROMPT], **drawn))[2:] == three[:2]
+    unseeded = texts_of(ask(client, n=2, **{**drawn, "seed": None}))
+    assert unseeded[0] != unseeded[1]
+
+
+def test_a_prompt_with_several_answers_is_counted_once(client: TestClient) -> None:
+    usage = {"prompt_tokens": 10, "completion_tokens": 16, "total_tokens": 26}
+    fields = {"prompt": [PROMPT, "x"], "n": 2, "max_tokens": 4, "ignore_eos": True}
+    assert ask(client, **fields).json()["usage"] == usage
+    pieces = events(ask(client, **fields, stream=True, stream_options={"include_usage": True}))
+    assert pieces[-1]["usage"] == usage
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_biases_and_penalties_reach_the_engine(client: TestClient, path: str) -> None:
+    def said(**fields: object) -> str:
+        choice = ask(client, path, ignore_eos=True, **fields).json()["choices"][0]
+        return choice["text"] if path == "completions" else choice["message"]["content"]
+
+    letter = byte_tokenizer()("q").input_ids[0]
+    always = {str(letter): 100}
+    assert said(logit_bias=always) == "q" * 12
+    assert "q" not in said(logit_bias={str(letter): -100})
+    bounded = {"logit_bias": {str(letter): 12}}
+    assert said(**bounded).count("q") > said(**bounded, frequency_penalty=2, presence_penalty=2).count("q")
+
+
+def test_several_answers_of_a_chat_in_one_stream(client: TestClient) -> None:
+    fields = {"n": 2, "temperature": 1.5, "seed": 3}
+    whole = ask(client, "chat/completions", **fields).json()["choices"]
+    streamed = {0: "", 1: ""}
+    roles, ends = [], []
+    for piece in events(ask(client, "chat/completions", **fields, stream=True)):
+        (choice,) = piece["choices"]
+        streamed[choice["index"]] += choice["delta"].get("content") or ""
+        roles += [choice["index"]] if "role" in choice["delta"] else []
+        ends += [choice["index"]] if choice["finish_reason"] else []
+    assert [streamed[0], streamed[1]] == [choice["message"]["content"] for choice in whole]
+    assert sorted(roles) == sorted(ends) == [0, 1]
+
+
 def test_a_template_that_loops_stops_nobody_else() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = (
@@ -141,13 +196,39 @@ def test_a_template_that_makes_much_of_little_is_refused() -> None:
 def test_malformed_bodies_and_unknown_paths(client: TestClient) -> None:
     response = client.post("/v1/completions", content=b'{"model": ', headers=JSON_TYPE)
     assert response.status_code == 400 and "The body is not valid JSON" in response.json()["error"]["message"]
-    assert client.post("/v1/completions", content=iter([b"{}"])).status_code == 411
+    assert client.post("/v1/completions", content=iter([b"{}"])).status_code == 415
     half = client.post(
         "/v1/completions", content=rb'{"model": "tiny", "prompt": "\ud800"}', headers=JSON_TYPE
     )
     assert half.status_code == 400 and half.json()["error"]["param"] == "prompt"
     assert client.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
-    assert client.get("/v1/completions").status_code == 405
+    refused = client.get("/v1/completions")
+    assert refused.status_code == 405 and "POST" in refused.headers["Allow"]
+
+
+def test_a_body_may_come_in_chunks(client: TestClient) -> None:
+    parts = [b'{"prompt": "Once', b' upon", "temperature": 0, "max_tokens"', b": 12}"]
+    answer = client.post("/v1/completions", content=iter(parts), headers=JSON_TYPE)
+    assert answer.json()["choices"][0]["text"] == greedy(PROMPT)
+    long = client.post("/v1/completions", content=iter([b" " * 1000] * 5), headers=JSON_TYPE)
+    assert long.status_code == 413
+    assert "The body may have at most 4096 bytes" in long.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/health", "/metrics", "/v1/models", "/v1/models/tiny", "/docs", "/openapi.json"]
+)
+def test_what_can_be_got_has_a_head_and_says_how(client: TestClient, path: str) -> None:
+    got, head, options = (client.request(method, path) for method in ("GET", "HEAD", "OPTIONS"))
+    assert got.status_code == head.status_code == 200
+    assert head.headers["content-type"] == got.headers["content-type"]
+    assert (options.status_code, options.headers["Allow"]) == (204, "GET, HEAD, OPTIONS")
+
+
+def test_what_is_posted_says_how(client: TestClient) -> None:
+    options = client.options("/v1/chat/completions")
+    assert (options.status_code, options.headers["Allow"]) == (204, "POST, OPTIONS")
+    assert client.options("/v1/nothing").status_code == 404
 
 
 def test_a_model_without_chat_template(engine: Engine) -> None:
@@ -165,6 +246,23 @@ def test_the_key_is_asked_for() -> None:
         assert client.get("/v1/models", headers={"Authorization": "Bearer wrong"}).status_code == 401
         assert client.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
         assert client.get("/health").status_code == 200
+
+
+def test_one_model_is_shown_by_its_name(client: TestClient) -> None:
+    assert client.get("/v1/models/tiny").json() == client.get("/v1/models").json()["data"][0]
+    unknown = client.get("/v1/models/some/other")
+    assert unknown.status_code == 404
+    error = unknown.json()["error"]
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+    assert "model 'some/other' is not served here; this is 'tiny'" in error["message"]
+
+
+def test_the_name_of_a_model_may_have_slashes() -> None:
+    app = create_app(make_engine(), byte_tokenizer(), model="a/b c", limits=LIMITS, api_key=None)
+    with TestClient(app) as client:
+        for path in ("a/b c", "a%2Fb%20c"):
+            assert client.get(f"/v1/models/{path}").json()["id"] == "a/b c"
+        assert client.get("/v1/models/a").status_code == 404
 
 
 def test_models_health_and_metrics(client: TestClient) -> None:

@@ -213,6 +213,20 @@ def test_bad_options_end_it_with_one_line(folder: Path, options: list[str], mess
     assert message in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("origin", ["chat.example.org", "https://a.example/", "https://A.example", "**", ""])
+def test_what_is_no_origin_is_refused(origin: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        serve.parser().parse_args(["--model", "x", "--allowed-origins", origin])
+    assert f"{origin!r} is no origin such as https://chat.example.org" in capsys.readouterr().err
+
+
+def test_origins_are_those_that_browsers_send() -> None:
+    origins = ["https://a.example", "http://localhost:3000", "http://[::1]:80", "null", "*"]
+    assert (
+        serve.parser().parse_args(["--model", "x", "--allowed-origins", *origins]).allowed_origins == origins
+    )
+
+
 def test_a_port_in_use_is_said_before_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
