@@ -57,7 +57,8 @@ class Responder:
             for index, of_answer in enumerate(events)
         ]
         generated = sum(event.token is not None for of_answer in events for event in of_answer)
-        numbers = usage(prepared.prompt_tokens, generated)
+        cached = [of_answer[-1].cached_tokens for of_answer in events]
+        numbers = usage(prepared.prompt_tokens, generated, prepared.cached_tokens(cached))
         return JSONResponse(header.body(choices, piece=False, usage=numbers))
 
     def _logprobs(self, prepared: Prepared, header: Header) -> list[TokenLogprobs]:
@@ -136,14 +137,17 @@ class Responder:
             if opening is not None:
                 yield header.body([opening], piece=True)
         generated, logprobs = 0, self._logprobs(prepared, header)
+        cached = [0] * len(answers)
         async for index, event in _merged([self._timed(answer, started) for answer in answers]):
             generated += event.token is not None
+            cached[index] = event.cached_tokens
             if event.finish_reason == "error":
                 yield errors.error_content(500, errors.FAILED, header.request_id)
             elif event.text or event.finish_reason is not None or event.logprob is not None:
                 yield header.body([piece_choice(header.kind, index, event, logprobs[index])], piece=True)
         if prepared.request.include_usage:
-            yield header.body([], piece=True, usage=usage(prepared.prompt_tokens, generated))
+            numbers = usage(prepared.prompt_tokens, generated, prepared.cached_tokens(cached))
+            yield header.body([], piece=True, usage=numbers)
 
 
 async def _merged(sources: Sequence[AsyncIterator[TokenEvent]]) -> AsyncIterator[tuple[int, TokenEvent]]:
