@@ -12,10 +12,10 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 ARG PIP_EXTRA_INDEX_URL=""
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ git make && rm -rf /var/lib/apt/lists/*
-WORKDIR /opt/lckv-megatron
+WORKDIR /workspace/lckv-megatron
 COPY . .
 RUN make setup
-ENV PATH="/opt/lckv-megatron/.venv/bin:${PATH}"
+ENV PATH="/workspace/lckv-megatron/.venv/bin:${PATH}"
 RUN lckv-megatron doctor
 
 FROM nvcr.io/nvidia/pytorch:${NGC_PYTORCH} AS gpu
@@ -24,7 +24,7 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 ENV TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0 PIP_CONSTRAINT="" PIP_ROOT_USER_ACTION=ignore
 # Megatron overlaps communication and matrix products in the order in which they are launched.
 ENV CUDA_DEVICE_MAX_CONNECTIONS=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-WORKDIR /opt/lckv-megatron
+WORKDIR /workspace/lckv-megatron
 COPY . .
 # The image's own torch, Transformer Engine, flash-attn and apex stay: they are built for its CUDA.
 RUN pip list --format=freeze | grep -iE '^(torch|triton|pytorch[-_]triton|transformer[-_]engine|flash[-_]attn|apex|numpy)==' \

@@ -35,11 +35,10 @@ class Following(NamedTuple):
     """bool [s]: whether the logits are numbers."""
 
 
-def following(head: Head, hidden_states: Tensor, tokens: Sequence[int], best: int = 0) -> Following:
-    """Of `tokens`: each comes after the token that the hidden state [s, hidden] at its place belongs to.
-    `best`: k, as far as the vocabulary goes."""
-    logits = head(hidden_states).float()
-    wanted = torch.tensor(tokens, device=logits.device)
+def following(logits: Tensor, tokens: Sequence[int], best: int = 0) -> Following:
+    """Of `tokens`: each comes after the token that the float32 logits [s, V] at its place belong to. `best`:
+    k, as far as the vocabulary goes."""
+    wanted = torch.tensor(tokens, dtype=torch.int64, device=logits.device)
     total = logits.logsumexp(-1)
     own = logits.gather(-1, wanted[:, None]).squeeze(1)
     values, likeliest = logits.topk(min(best, logits.shape[-1]), -1)
@@ -56,7 +55,7 @@ def score_prompt(job: Job, head: Head, hidden_states: Tensor) -> None:
         return
     of_chunk = slice(places.start - job.computed, places.stop - job.computed)
     tokens = job.tokens[places.start + 1 : places.stop + 1]
-    scored = following(head, hidden_states[of_chunk], tokens, wanted)
+    scored = following(head(hidden_states[of_chunk]).float(), tokens, wanted)
     job.add_prompt(list(_choices(tokens, scored)), finite=bool(scored.finite.all()))
 
 

@@ -29,6 +29,16 @@ class Job:
         """Tokens that the cache has taken in."""
         self.one_by_one = False
         """Whether its tokens are to be computed one at a time, because a chunk of them found no room."""
+        self.cached_tokens: int | None = None
+        """Tokens of the prompt that were found computed when it ran first; None before."""
+        self.kept = 0
+        """Tokens that were computed when its beginning was kept last."""
+        self.stops: set[int] = set()
+        """After so many tokens its beginning is to be kept, for others that wait for it."""
+        self.follows: tuple[Job, int] | None = None
+        """While it waits: the request that computes what this one begins with, and so many tokens."""
+        self.may_follow = True
+        """Whether it may wait for such a request; it waits for one at most."""
         self.preemptions = 0
         self.prefill_passes: int | None = None
         self.finish_reason: FinishReason | None = None
@@ -50,9 +60,31 @@ class Job:
         """Tokens of the prompt."""
         return len(self.request.prompt_ids)
 
+    @property
+    def reusable(self) -> int:
+        """Most of its tokens that need not be computed, if the cache has them: the logits of the last one are
+        wanted, and those of a prompt whose log-probabilities are."""
+        most = len(self.tokens) - 1
+        if self.params.prompt_logprobs is None or len(self._prompt) == self.prompt_tokens - 1:
+            return most
+        return min(most, len(self._prompt))
+
+    @property
+    def sequence_number(self) -> int:
+        """`sequence` of one that runs."""
+        assert self.sequence is not None
+        return self.sequence
+
+    def begin(self, sequence: int, tokens: int) -> None:
+        """Run as a sequence of the cache, which holds the first `tokens` already."""
+        self.sequence, self.computed, self.kept = sequence, tokens, tokens
+        self.follows, self.may_follow = None, False
+        if self.cached_tokens is None:
+            self.cached_tokens = tokens
+
     def preempt(self) -> None:
         """Forget what was computed; tokens and generator stay."""
-        self.sequence, self.computed, self.one_by_one = None, 0, False
+        self.sequence, self.computed, self.kept, self.one_by_one = None, 0, 0, False
         self.preemptions += 1
 
     def unscored(self, count: int) -> range:
@@ -104,6 +136,7 @@ class Job:
             error,
             self.preemptions,
             self.prefill_passes,
+            self.cached_tokens or 0,
             self._prompt_logprobs(),
         )
 
@@ -131,5 +164,6 @@ class Job:
             offset,
             self.finish_reason,
             prompt_logprobs=self._prompt_logprobs() if first else None,
+            cached_tokens=self.cached_tokens or 0,
             **details,
         )

@@ -45,6 +45,9 @@ class TokenEvent:
     prompt_logprobs: tuple[Choice, ...] | None = None
     """In a request's first event: as `Completion.prompt_logprobs`."""
 
+    cached_tokens: int = 0
+    """As `Completion.cached_tokens`, in every event."""
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -76,7 +79,10 @@ class Completion:
 
     prefill_passes: int | None = None
     """Passes over the iterated layers that the prompt took (the most of any part of it);
-    None where no layer is iterated."""
+    None where no layer is iterated, or nothing but its last token had to be computed."""
+
+    cached_tokens: int = 0
+    """Tokens of the prompt that were found computed."""
 
     prompt_logprobs: tuple[Choice, ...] | None = None
     """The prompt's tokens but the first, each with its log-probability after those before it and with the

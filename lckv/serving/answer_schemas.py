@@ -28,7 +28,12 @@ def _or_null(schema: Schema) -> Schema:
     return {"anyOf": [schema, _NULL]}
 
 
-USAGE = _object(prompt_tokens=_INTEGER, completion_tokens=_INTEGER, total_tokens=_INTEGER)
+USAGE = _object(
+    prompt_tokens=_INTEGER,
+    completion_tokens=_INTEGER,
+    total_tokens=_INTEGER,
+    prompt_tokens_details=_object(cached_tokens=_INTEGER),
+)
 
 _FINISH_REASON = _or_null({"enum": ["stop", "length", "error"]})
 

@@ -41,6 +41,11 @@ class Prepared:
     param: str
     """The field with the prompts."""
 
+    def cached_tokens(self, of_answers: Sequence[int]) -> int:
+        """Tokens of all prompts that were found computed, once for each prompt: of its first answer. The
+        others find what that one computes."""
+        return sum(of_answers[:: self.request.answers])
+
 
 def prepare_completion(body: bytes, model: str, limits: ServingLimits, tokenizer: Any) -> Prepared:
     """Of POST /v1/completions. Raises ApiError."""

@@ -62,7 +62,8 @@ class Responder:
 
         choices = await asyncio.to_thread(choices_of)  # of long prompts there is much to say
         generated = sum(event.token is not None for of_answer in events for event in of_answer)
-        numbers = usage(prepared.prompt_tokens, generated)
+        cached = [of_answer[-1].cached_tokens for of_answer in events]
+        numbers = usage(prepared.prompt_tokens, generated, prepared.cached_tokens(cached))
         return JSONResponse(header.body(choices, piece=False, usage=numbers))
 
     def _logprobs(self, prepared: Prepared, header: Header) -> list[TokenLogprobs]:
@@ -149,8 +150,10 @@ class Responder:
             for index in range(len(answers)):
                 yield header.body([opening_choice(index)], piece=True, **no_usage)
         generated, logprobs, prefixes = 0, self._logprobs(prepared, header), list(prepared.prefixes)
+        cached = [0] * len(answers)
         async for index, event in _merged([self._timed(answer, started) for answer in answers]):
             generated += event.token is not None
+            cached[index] = event.cached_tokens
             if event.finish_reason == "error":
                 yield errors.error_content(500, errors.FAILED, header.request_id)
                 continue
@@ -161,7 +164,8 @@ class Responder:
                 choice = make() if event.prompt_logprobs is None else await asyncio.to_thread(make)
                 yield header.body([choice], piece=True, **no_usage)
         if prepared.request.include_usage:
-            yield header.body([], piece=True, usage=usage(prepared.prompt_tokens, generated))
+            numbers = usage(prepared.prompt_tokens, generated, prepared.cached_tokens(cached))
+            yield header.body([], piece=True, usage=numbers)
 
 
 async def _merged(sources: Sequence[AsyncIterator[TokenEvent]]) -> AsyncIterator[tuple[int, TokenEvent]]:

@@ -138,9 +138,7 @@ class Total:
     seconds: float = 0.0
 
     def __add__(self, other: "Total") -> "Total":
-        return Total(
-            self.count + other.count, self.bytes + other.bytes, self.seconds + other.seconds
-        )
+        return Total(self.count + other.count, self.bytes + other.bytes, self.seconds + other.seconds)
 
     def times(self, number: int) -> "Total":
         """So many of them."""

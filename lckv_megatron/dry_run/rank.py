@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lckv_megatron.dry_run.collectives import Key, Total, add_up
 from lckv_megatron.dry_run.hardware import Machine
-from lckv_megatron.dry_run.kernels import gpu_kernels
+from lckv_megatron.dry_run.stand_ins import gpu_kernels
 from lckv_megatron.dry_run.memory import Curve, Kind, curve
 from lckv_megatron.dry_run.recorder import Recorder, Work, spanning
 from lckv_megatron.dry_run.replacements import Replacement, replaced
@@ -179,7 +179,9 @@ def _extrapolated(name: str, first: Work | None, second: Work, further: int) -> 
 
 
 def _collectives(first: dict[str, Work], second: dict[str, Work], further: int) -> dict[Key, Total]:
-    before, after = ({name: add_up(work.collectives) for name, work in step.items()} for step in (first, second))
+    before, after = (
+        {name: add_up(work.collectives) for name, work in step.items()} for step in (first, second)
+    )
     totals: Counter[Any] = Counter()
     result: dict[Key, Total] = {}
     for name, of_phase in after.items():

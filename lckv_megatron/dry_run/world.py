@@ -72,11 +72,11 @@ def _replacements(rank: int) -> Iterator[Replacement]:
     yield Replacement(torch, "set_rng_state", lambda state: None)
     yield Replacement(torch.cuda, "get_rng_state", lambda *args: torch.get_rng_state())
     yield Replacement(torch.cuda, "set_rng_state", lambda *args: None)
-    yield Replacement(tensor_parallel_random, "_get_cuda_rng_state", lambda *args, **kw: torch.get_rng_state())
-    yield Replacement(tensor_parallel_random, "_set_cuda_rng_state", lambda *args, **kwargs: None)
     yield Replacement(
-        tensor_parallel_random.CudaRNGStatesTracker, "fork", lambda self, *names: nullcontext()
+        tensor_parallel_random, "_get_cuda_rng_state", lambda *args, **kw: torch.get_rng_state()
     )
+    yield Replacement(tensor_parallel_random, "_set_cuda_rng_state", lambda *args, **kwargs: None)
+    yield Replacement(tensor_parallel_random.CudaRNGStatesTracker, "fork", lambda self, *names: nullcontext())
     yield Replacement(torch.nn.Module, "bfloat16", _to_bfloat16)
     yield Replacement(megatron_optimizer, "Adam", torch.optim.AdamW)
     yield Replacement(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", True)
@@ -86,7 +86,9 @@ def _replacements(rank: int) -> Iterator[Replacement]:
         "l2_norm_impl": _l2_norm,
     }
     for module in (clip_grads, mixed_precision):
-        yield from (Replacement(module, name, value) for name, value in local.items() if hasattr(module, name))
+        yield from (
+            Replacement(module, name, value) for name, value in local.items() if hasattr(module, name)
+        )
 
 
 def _only_own_groups(new_group: Callable[..., Any], rank: int) -> Callable[..., Any]:

@@ -39,7 +39,12 @@ def test_a_completion_is_the_engines(client: TestClient) -> None:
     assert answer["object"] == "text_completion" and answer["model"] == "tiny"
     assert answer["choices"][0]["text"] == greedy(PROMPT)
     assert answer["choices"][0]["finish_reason"] == "length"
-    assert answer["usage"] == {"prompt_tokens": 9, "completion_tokens": 12, "total_tokens": 21}
+    assert answer["usage"] == {
+        "prompt_tokens": 9,
+        "completion_tokens": 12,
+        "total_tokens": 21,
+        "prompt_tokens_details": {"cached_tokens": 0},  # shorter than a page
+    }
 
 
 def test_prompts_as_texts_and_as_tokens(client: TestClient) -> None:
@@ -126,6 +131,7 @@ def test_several_answers_to_a_prompt_are_reproducible_and_differ(client: TestCli
 
 def test_a_prompt_with_several_answers_is_counted_once(client: TestClient) -> None:
     usage = {"prompt_tokens": 10, "completion_tokens": 16, "total_tokens": 26}
+    usage["prompt_tokens_details"] = {"cached_tokens": 0}
     fields = {"prompt": [PROMPT, "x"], "n": 2, "max_tokens": 4, "ignore_eos": True}
     assert ask(client, **fields).json()["usage"] == usage
     pieces = events(ask(client, **fields, stream=True, stream_options={"include_usage": True}))
@@ -302,17 +308,58 @@ def test_the_name_of_a_model_may_have_slashes() -> None:
         assert client.get("/v1/models/a").status_code == 404
 
 
+def metrics(client: TestClient) -> dict[str, float]:
+    lines = client.get("/metrics").text.splitlines()
+    named = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, value in named}
+
+
+def test_the_second_turn_of_a_chat_costs_its_new_tokens() -> None:
+    """Counted by the engine, in the answer's numbers and in the metrics; streamed too."""
+    engine = make_engine()
+    messages = [{"role": "user", "content": "Tell me more."}]
+    fields = {"max_tokens": 6, "logit_bias": {"64": 100}, "ignore_eos": True}
+    with TestClient(make_app(engine)) as client:
+        first = ask(client, "chat/completions", messages=messages, **fields).json()
+        assert first["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+        answer = first["choices"][0]["message"]["content"]
+        assert len(answer) == 6 and len(set(answer)) == 1
+        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": "On."}]
+        # The newest token of an answer has not been computed.
+        known = first["usage"]["prompt_tokens"] + 5
+        pieces = events(
+            ask(
+                client,
+                "chat/completions",
+                messages=messages,
+                **fields,
+                stream=True,
+                stream_options={"include_usage": True},
+            )
+        )
+        usage = pieces[-1]["usage"]
+        assert usage["prompt_tokens_details"] == {"cached_tokens": known}
+        assert usage["prompt_tokens"] - known == 1 + len("<user>On.<assistant>")
+        values = metrics(client)
+        assert values["lckv_prompt_tokens_total"] == known - 5 + usage["prompt_tokens"]
+        assert values["lckv_cached_prompt_tokens_total"] == known
+        assert values["lckv_pages_in_use"] == 0 < values["lckv_pages_kept"] and values["lckv_prefixes"] == 1
+        several = ask(client, "chat/completions", messages=messages, n=3, **fields).json()["usage"]
+        assert several["prompt_tokens_details"]["cached_tokens"] == several["prompt_tokens"] - 1
+    engine.clear_prefixes()
+    assert engine.cache.pages_free == engine.cache.pages
+
+
 def test_models_health_and_metrics(client: TestClient) -> None:
     model = client.get("/v1/models").json()["data"][0]
     assert (model["id"], model["max_model_len"]) == ("tiny", CONTEXT)
     assert client.get("/health").json() == {"status": "ok"}
     ask(client)
-    text = client.get("/metrics").text
-    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-    assert float(values["lckv_generated_tokens_total"]) >= 12
-    assert float(values["lckv_pages_free"]) > 0
+    values = metrics(client)
+    assert values["lckv_generated_tokens_total"] >= 12
+    assert values["lckv_pages_free"] > 0
     assert {"lckv_pages_in_use", "lckv_compression_ratio", "lckv_tokens_per_second"} < set(values)
-    assert float(values['lckv_http_responses_total{path="/v1/completions",status="200"}']) >= 1
+    assert values['lckv_http_responses_total{path="/v1/completions",status="200"}'] >= 1
 
 
 class Gate:

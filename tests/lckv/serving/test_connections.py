@@ -139,7 +139,7 @@ def test_chunks_have_the_limits_of_other_bodies(address: tuple[str, int]) -> Non
 
 def test_chunks_that_are_none_are_said_once(address: tuple[str, int]) -> None:
     with connected(address) as connection:
-        connection.sendall(CHUNKED + b"2\r\n{\"\r\nzz\r\n")
+        connection.sendall(CHUNKED + b'2\r\n{"\r\nzz\r\n')
         answer = rest(connection)
     assert error_of(answer)[0] == 400 and answer.count(b"HTTP/1.1") == 1
 
