@@ -65,14 +65,16 @@ class Continuation:
         """`prompt` of any length goes through the cache `prefill_chunk` tokens at a time when the first text
         is asked for.
 
-        Raises ValueError for settings that name tokens which the model does not have.
+        Raises ValueError for settings that name tokens which the model does not have, and for a grammar.
         """
         problems = list(unknown_tokens(params, model.config.vocab_size))
+        if params.grammar is not None:
+            problems.append("grammar is for answers of the engine; a text without end has none.")
         if problems:
             raise ValueError("\n".join(problems))
         self._model, self._cache, self._params = model, cache, params
         self._prompt, self._prefill_chunk = prompt, prefill_chunk
-        self._text = AnswerText(TokenBytes(tokenizer), params.stop, prompt)
+        self._text = AnswerText(TokenBytes(tokenizer), params.stop, prompt, params.visible_tokens)
         self._ends = frozenset((*params.stop_token_ids, *(() if params.ignore_eos else end_tokens(model))))
         self._seen = dict.fromkeys(prompt)  # for the penalties: no more than the vocabulary
         self._answered: Counter[int] = Counter()
