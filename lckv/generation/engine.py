@@ -12,6 +12,7 @@ import torch
 from lckv.cache.paged import PagedCache
 from lckv.generation.config import EngineConfig
 from lckv.generation.constraints import allowed_tokens
+from lckv.generation.following import score_prompt
 from lckv.generation.forward import Forward
 from lckv.generation.grammars import Grammars
 from lckv.generation.jobs import Job
@@ -250,6 +251,7 @@ class Engine:
         try:
             forwarded = self._forward([job.sequence for job in present if job.sequence is not None], chunks)
             for row, job in enumerate(present):
+                score_prompt(job, self.model.lm_head, forwarded.hidden_states[row, : counts[row]])
                 job.computed += counts[row]
                 if forwarded.passes is not None:
                     job.prefill_passes = max(job.prefill_passes or 0, forwarded.passes[row])
@@ -279,13 +281,10 @@ class Engine:
             self._scheduler.preempt_all()
             raise
         for row, (job, choice, right) in enumerate(zip(rows, choices, finite, strict=True)):
+            if not (right and job.prompt_is_finite):
+                problems[row] = "the model's logits are not finite; are its weights and dtype right?"
             if row in problems:
                 events.append(self._fail(job, problems[row]))
-                continue
-            if not right:
-                events.append(
-                    self._fail(job, "the model's logits are not finite; are its weights and dtype right?")
-                )
                 continue
             if len(job.tokens) == job.prompt_tokens:
                 self._counters.prompt(job.prompt_tokens, job.prefill_passes)
@@ -303,6 +302,7 @@ class Engine:
         )
 
     def _fail(self, job: Job, error: str) -> TokenEvent:
+        logger.error("request %s: %s", job.request.request_id, error)
         return self._deliver(job, job.end("error"), error)
 
     def _end_cancelled(self) -> list[TokenEvent]:

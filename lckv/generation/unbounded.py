@@ -65,11 +65,15 @@ class Continuation:
         """`prompt` of any length goes through the cache `prefill_chunk` tokens at a time when the first text
         is asked for.
 
-        Raises ValueError for settings that name tokens which the model does not have, and for a grammar.
+        Raises ValueError for settings that name tokens which the model does not have, and for those that only
+        the engine follows.
         """
         problems = list(unknown_tokens(params, model.config.vocab_size))
-        if params.grammar is not None:
-            problems.append("grammar is for answers of the engine; a text without end has none.")
+        problems += [
+            f"{name} must be None here; the engine (`Engine`) follows it."
+            for name in ("prompt_logprobs", "grammar")
+            if getattr(params, name) is not None
+        ]
         if problems:
             raise ValueError("\n".join(problems))
         self._model, self._cache, self._params = model, cache, params

@@ -23,10 +23,13 @@ def completion_schema(limits: ServingLimits) -> Schema:
                 "anyOf": [_characters(limits), texts, _tokens(limits), token_lists],
             },
             **_of_both(limits),
-            "max_tokens": _length("Tokens of the longest answer.", limits, COMPLETION_TOKENS),
+            "max_tokens": _length(
+                "Tokens of the longest answer; 0: none, with echo only.", limits, COMPLETION_TOKENS, least=0
+            ),
             "logprobs": _optional(
                 {"type": "integer", "minimum": 0, "maximum": MAX_LOGPROBS},
-                "Log-probabilities of the answer's tokens and of so many likeliest ones.",
+                "Log-probabilities of the answer's tokens, with echo also of the prompt's, and of so many "
+                "likeliest ones.",
             ),
             "best_of": _optional({"type": "integer"}, "As many as n."),
             "echo": _flag("The prompt comes before the answer.", False),
@@ -60,6 +63,11 @@ def chat_schema(limits: ServingLimits) -> Schema:
             ),
             "continue_final_message": _flag("The answer goes on from within the last message.", False),
             "add_special_tokens": _flag("The tokenizer puts its own tokens around the template's.", False),
+            "chat_template_kwargs": _optional(
+                {"type": "object"},
+                "For the template, such as enable_thinking; a template that does not read it ignores it. At "
+                f"most {limits.max_template_characters} characters as JSON.",
+            ),
             "safety_identifier": _optional({"type": "string"}, "Without effect."),
             "prompt_cache_key": _optional({"type": "string"}, "Without effect."),
         },
@@ -169,8 +177,8 @@ def _flag(description: str, default: bool) -> Schema:
     return _optional({"type": "boolean", "default": default}, description)
 
 
-def _length(description: str, limits: ServingLimits, default: int | None) -> Schema:
-    schema: Schema = {"type": "integer", "minimum": 1, "maximum": limits.max_new_tokens}
+def _length(description: str, limits: ServingLimits, default: int | None, *, least: int = 1) -> Schema:
+    schema: Schema = {"type": "integer", "minimum": least, "maximum": limits.max_new_tokens}
     return _optional(schema if default is None else {**schema, "default": default}, description)
 
 

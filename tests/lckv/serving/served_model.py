@@ -20,10 +20,18 @@ from lckv.serving.limits import ServingLimits
 
 CONTEXT = 96
 LIMITS = ServingLimits(
-    context=CONTEXT, max_prompt_tokens=64, max_new_tokens=40, max_body_bytes=4096, max_prompts=4, max_biases=8
+    context=CONTEXT,
+    max_prompt_tokens=64,
+    max_new_tokens=40,
+    max_body_bytes=4096,
+    max_prompts=4,
+    max_biases=8,
+    max_prompt_logprobs=2000,
+    max_template_characters=100,
 )
 PROMPT = "Once upon"
 CHAT_TEMPLATE = (
+    "{% if system %}<system>{{ system }}{% endif %}"
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
