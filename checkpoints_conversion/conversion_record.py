@@ -61,6 +61,10 @@ class ConversionRecord:
     """Of the run that made the source, where it was one:
     its progress, and its settings `train`, `optimizer` and `data`."""
 
+    card: Mapping[str, str] | None = None
+    """What the page of the source says of its license and of the model that it was made from, where it has a
+    page: see `source_card.py`."""
+
     previous: "ConversionRecord | None" = None
     """Where the source itself is the result of a conversion: that one's record."""
 
@@ -79,6 +83,7 @@ class ConversionRecord:
             "initialization": self.initialization,
             "tokenizer": self.tokenizer,
             "training": self.training,
+            "card": None if self.card is None else dict(self.card),
             "previous": None if self.previous is None else self.previous.to_json(),
             "created": self.created,
             "versions": dict(self.versions),

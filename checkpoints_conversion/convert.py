@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -13,13 +13,14 @@ from checkpoints_conversion.conversion_record import ConversionRecord, Conversio
 from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.export.extras import existing_tokenizer, export_extras
-from checkpoints_conversion.export.model_card import Measured
+from checkpoints_conversion.export.measured import measured_in
 from checkpoints_conversion.export.tokenizer import has_tokenizer
 from checkpoints_conversion.formats.huggingface import MAX_SHARD_BYTES
 from checkpoints_conversion.formats.megatron import write_checkpoint
 from checkpoints_conversion.hub import local_folder
 from checkpoints_conversion.initialization import initialize
 from checkpoints_conversion.opening import OpenModel, open_huggingface, open_legacy, open_megatron
+from checkpoints_conversion.source_card import card_facts
 from checkpoints_conversion.staging import check_free, staged
 from checkpoints_conversion.streams import CastSource, model_bytes, shown_progress
 from checkpoints_conversion.verify import layers_to_prove, prove
@@ -27,7 +28,6 @@ from checkpoints_conversion.writing import write_huggingface
 from lckv.sharing.initialization import Initialization
 from lckv.weights.huggingface import CONFIG_NAME
 from lckv.weights.tensors import TensorSource
-from megatron_ext.training.metrics import read_metrics
 
 ProofMode = Literal["auto", "always", "never"]
 """auto: conversions of models that fit into the memory and are not very large end with a proof."""
@@ -95,6 +95,7 @@ def to_megatron(
         ConversionSource(model.format, name, model.hashes()),
         initialization=done,
         tokenizer=tokenizer,
+        card=card_facts(model.path) or None,
         previous=model.record,
     )
     with staged(target, model_bytes(source)) as staging:
@@ -173,9 +174,8 @@ def megatron_to_hf(
         training=model.training,
         previous=model.record,
     )
-    measured = _measured(
-        metrics_file or (Path(model.metrics_file) if model.metrics_file else None), model.training
-    )
+    metrics_file = metrics_file or (Path(model.metrics_file) if model.metrics_file else None)
+    measured = measured_in(model.training, model.record, metrics_file)
     with staged(target, model_bytes(source)) as staging:
         with shown_progress(source, "converting") as counted:
             write_huggingface(staging, description, counted, family=family, max_shard_bytes=max_shard_bytes)
@@ -246,20 +246,8 @@ def _huggingface_origin(model: OpenModel) -> Path | None:
             return place
     if first.source.format == "huggingface" and places:
         logger.warning(
-            "%s, from which the model comes, is not there any more: its generation_config.json and its "
-            "license are left out; copy them by hand.",
+            "%s, from which the model comes, is not there any more: its generation_config.json and the files "
+            "of its license are left out; copy them by hand.",
             places[0],
         )
-    return None
-
-
-def _measured(path: Path | None, training: Mapping[str, Any] | None) -> Measured | None:
-    """What the last evaluation of a run tells, from its metrics file,
-    if that was at the checkpoint's iteration."""
-    if path is None or training is None or not path.is_file():
-        return None
-    iteration = training["progress"].get("iteration")
-    for report in reversed(read_metrics(path)):
-        if report["iteration"] == iteration and report.get("validation_loss") is not None:
-            return Measured(report.get("validation_compression_ratio"), report["validation_loss"])
     return None

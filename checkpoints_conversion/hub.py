@@ -4,11 +4,15 @@ import re
 from pathlib import Path
 
 from checkpoints_conversion.errors import ConversionError
+from checkpoints_conversion.source_card import CARD_NAME, LICENSE_FILES
 from lckv.weights.folder_kind import explain_other_kind
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_WANTED = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
-"""Weights in safetensors, configurations, tokenizers; no code and nothing pickled."""
+_WANTED = [
+    "*.json", "*.safetensors", "tokenizer*", "*.model", "*.tiktoken", "merges.txt", "vocab.txt",
+    "chat_template*", "additional_chat_templates/*", CARD_NAME, *LICENSE_FILES,
+]  # fmt: skip
+"""Weights in safetensors, configurations, tokenizers, the page and the license; no code, nothing pickled."""
 
 
 def local_folder(path: str) -> Path:

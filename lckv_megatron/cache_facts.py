@@ -1,6 +1,7 @@
 """What an engine's KV cache cost and saved while a program used it."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -52,18 +53,16 @@ class CacheFacts:
 
     def line(self) -> str:
         """The same as a sentence."""
-        facts = self.as_dict()
-        mine, plain, page = (
-            facts["kv_bytes_per_token"],
-            facts["plain_kv_bytes_per_token"],
-            facts["page_bytes"],
-        )
-        used = facts["most_pages_in_use"]
-        most = (
-            "" if used is None else f"; at most {used:,} pages of {size(page)} in use ({size(used * page)})"
-        )
-        return (
-            f"KV cache: {mine:,.0f} bytes per token (a plain model: {plain:,.0f}), "
-            f"{facts['compression_ratio']:.2f} tokens per slot measured{most}; {size(facts['cache_bytes'])} "
-            "allocated"
-        )
+        return cache_line(self.as_dict())
+
+
+def cache_line(facts: Mapping[str, Any]) -> str:
+    """What `CacheFacts.as_dict` says, as a sentence."""
+    mine, plain, page = facts["kv_bytes_per_token"], facts["plain_kv_bytes_per_token"], facts["page_bytes"]
+    used = facts["most_pages_in_use"]
+    most = "" if used is None else f"; at most {used:,} pages of {size(page)} in use ({size(used * page)})"
+    return (
+        f"KV cache: {mine:,.0f} bytes per token (a plain model: {plain:,.0f}), "
+        f"{facts['compression_ratio']:.2f} tokens per slot measured{most}; {size(facts['cache_bytes'])} "
+        "allocated"
+    )

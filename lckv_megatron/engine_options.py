@@ -1,6 +1,7 @@
 """Options of programs that run a model through the generation engine, and what they make."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +16,20 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def add_model_options(parser: argparse.ArgumentParser, *, or_checkpoint: bool = False) -> None:
-    """Which model, where and in which precision. `or_checkpoint`: or --load, a checkpoint of this project."""
+def add_model_options(
+    parser: argparse.ArgumentParser, *, or_checkpoint: bool = False, several: bool = False
+) -> None:
+    """Which model, where and in which precision. `or_checkpoint`: or --load, a checkpoint of this project;
+    `several`: a list of models."""
     group = parser.add_argument_group("model")
     which = group.add_mutually_exclusive_group(required=True) if or_checkpoint else group
     which.add_argument(
         "--model",
         type=Path,
+        nargs="+" if several else None,
         required=not or_checkpoint,
         metavar="FOLDER",
-        help="Hugging Face folder of a model",
+        help="Hugging Face folder of a model" + (", or several folders" if several else ""),
     )
     if or_checkpoint:
         which.add_argument(
@@ -90,20 +95,33 @@ def placement(options: argparse.Namespace) -> "tuple[torch.device, torch.dtype |
     return device, None if options.dtype is None else getattr(torch, options.dtype)
 
 
-def load(options: argparse.Namespace) -> tuple[Any, Any]:
-    """The model, ready for inference, and its tokenizer. Raises ConfigError."""
+def load(options: argparse.Namespace, folder: Path | None = None) -> tuple[Any, Any]:
+    """The model in `folder` (default: that of --model), ready for inference, and its tokenizer. Raises
+    ConfigError."""
     from lckv.generation.loading import load_model
 
+    folder = folder or options.model
     device, dtype = placement(options)
     try:
-        model, tokenizer = load_model(options.model, dtype=dtype, device=device)
+        model, tokenizer = load_model(folder, dtype=dtype, device=device)
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
     except RuntimeError as error:  # memory of the device
-        raise ConfigError(f"--model {options.model} cannot be loaded: {error}") from error
+        raise ConfigError(f"--model {folder} cannot be loaded: {error}") from error
     if tokenizer is None:
-        raise ConfigError(f"--model {options.model} has no tokenizer; put its files into the folder.")
+        raise ConfigError(f"--model {folder} has no tokenizer; put its files into the folder.")
     return model, tokenizer
+
+
+def check_models(folders: Sequence[Path]) -> None:
+    """Looks at the configs of models before the first one is loaded. Raises ConfigError."""
+    from lckv.generation.loading import model_config
+
+    for folder in folders:
+        try:
+            model_config(folder)
+        except (OSError, ValueError) as error:
+            raise ConfigError(str(error)) from error
 
 
 def build_engine(config: EngineConfig, model: Any, tokenizer: Any) -> Any:

@@ -11,6 +11,17 @@ def table(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
         yield "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
+def markdown_table(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
+    """A Markdown table, a line per row, the first one its head; columns are as wide as their longest cell."""
+    rows = [tuple(cell.replace("|", r"\|") for cell in row) for row in rows]
+    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
+    for number, row in enumerate(rows):
+        cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+        yield f"| {' | '.join(cells)} |"
+        if number == 0:
+            yield f"|{'|'.join('-' * (width + 2) for width in widths)}|"
+
+
 def size(number: int) -> str:
     """Bytes in the largest unit of which there is at least one."""
     for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):

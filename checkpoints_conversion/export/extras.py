@@ -2,16 +2,21 @@
 
 import json
 import logging
+import shutil
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from checkpoints_conversion.conversion_record import ConversionRecord
 from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.errors import ConversionError
-from checkpoints_conversion.export.bundle import AUTO_MAP, MODEL_TYPE, write_modelling_files
-from checkpoints_conversion.export.model_card import Measured, license_of, model_card
+from checkpoints_conversion.export.measured import Measured
+from checkpoints_conversion.export.model_card import model_card
 from checkpoints_conversion.export.tokenizer import has_tokenizer, kind_of, write_tokenizer
+from checkpoints_conversion.source_card import CARD_NAME, LICENSE_FILES, card_facts
 from lckv.families.decoder import TokenIds
+from lckv.families.lckv_llama import LCKV_LLAMA
+from lckv.remote_code import modelling_files, write_modelling_files
 from lckv.weights.json_file import read_json_object
 from megatron_ext.atomic import write_file
 from megatron_ext.data.tokenizers import load_tokenizer
@@ -32,9 +37,9 @@ def export_extras(
     files into `folder`.
 
     The tokenizer is `record.tokenizer`, else that of `source_folder` where it has one; without either there
-    is none, and a warning. `source_folder` is also where generation_config.json and the license come from.
-    `name` is what the card calls the model (default: the folder's name). Returns the
-    names of the files written.
+    is none, and a warning. `source_folder` is also where generation_config.json and the files of the license
+    come from; without it the card says of the license what the record does. `name` is what the card calls
+    the model (default: the folder's name). Returns the names of the files written.
 
     Raises ConversionError where the tokenizer that the record names is missing or cannot be exported.
     """
@@ -49,20 +54,45 @@ def export_extras(
         folder / "generation_config.json",
         json.dumps(_generation_config(ids, source_folder), indent=1).encode(),
     )
-    with_code = config["model_type"] == MODEL_TYPE
+    with_code = config["model_type"] == LCKV_LLAMA.name
     if with_code:
-        names += write_modelling_files(folder)
-        write_file(config_file, json.dumps({**config, "auto_map": AUTO_MAP}, indent=2).encode())
+        policy = description.compression.policy.name
+        auto_map = write_modelling_files(folder, policy)
+        write_file(config_file, json.dumps({**config, "auto_map": auto_map}, indent=2).encode())
+        names += modelling_files(policy)
+    names += _copy_license(source_folder, folder)
     card = model_card(
         name or folder.name,
         description,
         record,
         measured=measured,
-        license_fields=license_of(source_folder),
+        origin_card=_origin_card(source_folder, record, names),
         with_code=with_code,
     )
-    write_file(folder / "README.md", card.encode())
-    return [*names, "generation_config.json", "README.md"]
+    write_file(folder / CARD_NAME, card.encode())
+    return [*names, "generation_config.json", CARD_NAME]
+
+
+def _copy_license(source_folder: Path | None, folder: Path) -> list[str]:
+    """Returns the names of the files."""
+    names = [name for name in LICENSE_FILES if source_folder and (source_folder / name).is_file()]
+    for name in names:
+        shutil.copyfile(cast(Path, source_folder) / name, folder / name)
+    return names
+
+
+def _origin_card(
+    source_folder: Path | None, record: ConversionRecord, names: Collection[str]
+) -> dict[str, str]:
+    """What is known of the first model's page; without a link to a file that is not among `names`."""
+    card, before = card_facts(source_folder), record
+    while not card and before.previous is not None:
+        before = before.previous
+        card = dict(before.card or {})
+    link = card.get("license_link")
+    if link is not None and "://" not in link and link not in names:
+        del card["license_link"]
+    return card
 
 
 def _tokenizer(record: ConversionRecord, source_folder: Path | None) -> tuple[str, Path] | None:

@@ -4,7 +4,6 @@ to load it."""
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,14 @@ import yaml
 
 from checkpoints_conversion.conversion_record import ConversionRecord
 from checkpoints_conversion.description import ModelDescription
+from checkpoints_conversion.export.measured import Measured
+from checkpoints_conversion.source_card import hub_name
 from lckv.cost import kv_bytes_per_token
 from lckv.sharing.layer_types import LayerTypes
 from lckv.sharing.picture import draw
+from megatron_ext.data.order import TrainingOrder
+from megatron_ext.errors import ConfigError
 from megatron_ext.model.cost import model_shape
-from megatron_ext.text_yaml import load_text_yaml
 
 _REFERENCES = {
     "lckv": "LCKV: Wu, Tu. *Layer-Condensed KV Cache for Efficient Inference of Large Language Models.* "
@@ -26,18 +28,7 @@ _REFERENCES = {
     "average": "Averaged keys and values: Zuhri, Adilazuarda, Purwarianti, Aji. *MLKV: Multi-Layer Key-Value "
     "Heads for Memory Efficient Transformer Decoding.* 2024, arXiv:2406.09297",
 }
-_LICENSE_FIELDS = ("license", "license_name", "license_link")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What was measured on the model."""
-
-    compression_ratio: float | None = None
-    """Tokens per slot that its policy reaches on validation text; at least 1."""
-
-    validation_loss: float | None = None
-    """Cross-entropy per token, in nats."""
+_SHOWN_DATASETS = 10
 
 
 def model_card(
@@ -46,46 +37,29 @@ def model_card(
     record: ConversionRecord,
     *,
     measured: Measured | None = None,
-    license_fields: Mapping[str, str] | None = None,
+    origin_card: Mapping[str, str] | None = None,
     with_code: bool = False,
 ) -> str:
     """The text of README.md for the model `name`.
 
-    `license_fields` are those of the source's own card (`license_of`); `with_code` says that modelling files
-    lie beside the weights.
+    `origin_card` is what the page of the model that it began with says (`card_facts`); `with_code` says that
+    modelling files lie beside the weights.
     """
-    measured = measured or Measured()
-    front = {"library_name": "transformers", "pipeline_tag": "text-generation", **(license_fields or {})}
-    if base := _hub_name(record):
+    measured, origin = measured or Measured(), dict(origin_card or {})
+    base = _hub_name(record) or origin.pop("base_model", None)
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation", **origin}
+    if base is not None:
         front["base_model"] = base
     sections = [
         _introduction(name, description),
         _sharing(description),
         _cache(description, measured),
-        _history(record, measured),
+        _history(record, measured, base),
         _loading(with_code),
         _references(description, record),
     ]
     body = "\n\n".join("\n".join(section) for section in map(list, sections) if section)
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{body}\n"
-
-
-def license_of(folder: Path | None) -> dict[str, str]:
-    """The fields of the license in a model folder's own card;
-    none where there is no card, or it says nothing."""
-    path = folder / "README.md" if folder is not None else None
-    if path is None or not path.is_file():
-        return {}
-    parts = path.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
-    try:
-        front = load_text_yaml(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
-    except yaml.YAMLError:
-        front = None
-    return (
-        {name: str(front[name]) for name in _LICENSE_FIELDS if name in front}
-        if isinstance(front, Mapping)
-        else {}
-    )
 
 
 def _introduction(name: str, description: ModelDescription) -> Iterator[str]:
@@ -138,7 +112,7 @@ def _cache(description: ModelDescription, measured: Measured) -> Iterator[str]:
     yield ""
     yield f"Policy: {policy.card()}"
     if measured.compression_ratio is not None and not policy.traits.keeps_every_token:
-        yield f"Measured: {measured.compression_ratio:.2f} tokens per slot."
+        yield f"Measured{measured.where}: {measured.compression_ratio:.2f} tokens per slot."
         rows.append((f"and the policy {policy.name}, as measured", mine / measured.compression_ratio))
     yield ""
     yield "| | bytes per token | less by |"
@@ -149,10 +123,10 @@ def _cache(description: ModelDescription, measured: Measured) -> Iterator[str]:
         yield "\nLayers with a window stop growing when it is full."
 
 
-def _history(record: ConversionRecord, measured: Measured) -> Iterator[str]:
+def _history(record: ConversionRecord, measured: Measured, base: str | None) -> Iterator[str]:
     yield "## How it was made"
     yield ""
-    if base := _hub_name(record):
+    if base is not None:
         yield f"- From `{base}`."
     for conversion in _chain(record):
         if conversion.initialization is not None:
@@ -165,7 +139,8 @@ def _history(record: ConversionRecord, measured: Measured) -> Iterator[str]:
             yield from _training(conversion.training)
     if measured.validation_loss is not None:
         loss = measured.validation_loss
-        yield f"- Validation loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}."
+        at = "" if measured.at_end else f" after {measured.iteration:,} iterations"
+        yield f"- Validation loss{at} {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}."
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     day = record.created[:10]
     yield (
@@ -179,6 +154,7 @@ def _training(training: Mapping[str, Any]) -> Iterator[str]:
     if "iteration" in progress:
         tokens = f", {progress['consumed_tokens']:,} tokens" if "consumed_tokens" in progress else ""
         yield f"- Trained for {progress['iteration']:,} iterations{tokens}."
+    yield from data_lines(training)
     if "global_batch_size" in train:
         yield (
             f"- {train['global_batch_size']:,} sequences of {train['seq_length']:,} tokens per step, "
@@ -190,6 +166,34 @@ def _training(training: Mapping[str, Any]) -> Iterator[str]:
             f"{optimizer['min_lr']:g} with {optimizer['lr_warmup_iters']:,} iterations of warm-up, weight "
             f"decay {optimizer['weight_decay']:g}."
         )
+
+
+def data_lines(training: Mapping[str, Any]) -> Iterator[str]:
+    """The datasets of a run by the last parts of their paths, with the tokens that were read of each."""
+    tokens = _tokens_of_datasets(training)
+    whole = sum(tokens.values())
+    for name, number in sorted(tokens.items(), key=lambda item: -item[1])[:_SHOWN_DATASETS]:
+        yield f"- Data: `{name}`, {number:,} tokens ({number / max(1, whole):.0%})."
+    if len(tokens) > _SHOWN_DATASETS:
+        yield f"- And {len(tokens) - _SHOWN_DATASETS} more datasets."
+
+
+def _tokens_of_datasets(training: Mapping[str, Any]) -> dict[str, int]:
+    """None where the run, of an earlier version, has not noted it."""
+    progress = training.get("progress") or {}
+    try:
+        order = TrainingOrder.from_dict(progress["training_order"])
+        counts = order.read_until(int(progress["consumed_samples"]))
+    except (KeyError, TypeError, ValueError, ConfigError):
+        return {}
+    tokens: dict[str, int] = {}
+    for source, samples in zip(order.sources, counts, strict=True):
+        name = Path(source.prefix).name
+        tokens[name] = tokens.get(name, 0) + samples * source.seq_length
+    for source in order.left_out:
+        name = Path(source.prefix).name
+        tokens[name] = tokens.get(name, 0) + source.before * source.seq_length
+    return {name: number for name, number in tokens.items() if number}
 
 
 def _loading(with_code: bool) -> Iterator[str]:
@@ -238,5 +242,8 @@ def _hub_name(record: ConversionRecord) -> str | None:
     """The name on the Hugging Face Hub of the model that it all began with; a folder of this machine is
     nobody else's business."""
     source = next(_chain(record)).source
-    on_hub = source.format == "huggingface" and re.fullmatch(r"[\w.-]+/[\w.-]+", source.path) is not None
-    return source.path if on_hub and not Path(source.path).exists() else None
+    if source.format != "huggingface":
+        return None
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source.path) and not Path(source.path).exists():
+        return source.path
+    return hub_name(Path(source.path))

@@ -50,10 +50,7 @@ def load_model(
     _require_huggingface(folder)
     if folder.is_dir():
         check_folder(folder)
-    if not (folder / CONFIG_NAME).is_file():
-        raise FileNotFoundError(
-            f"{folder}/config.json does not exist; give the folder of a model in Hugging Face's format."
-        )
+    _require_config(folder)
     weights = HuggingFaceFolder(folder)
     decoder = describe(read_config_file(folder), weights.infos(), folder / CONFIG_NAME)
     family_of(decoder.family).check_weights(weights, decoder, folder)
@@ -85,6 +82,13 @@ def _first_line(error: Exception) -> str:
 def _require_huggingface(folder: Path) -> None:
     if other := explain_other_kind(folder, "huggingface"):
         raise ModelError(f"{other}.")
+
+
+def _require_config(folder: Path) -> None:
+    if not (folder / CONFIG_NAME).exists():
+        raise FileNotFoundError(
+            f"{folder}/config.json does not exist; give the folder of a model in Hugging Face's format."
+        )
 
 
 @torch.no_grad()
@@ -119,7 +123,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 def model_config(folder: Path) -> LCKVLlamaConfig:
     """What the config.json of a folder means here; weights are not looked at.
 
-    Raises ModelError with every field that means nothing here, and for folders of another format.
+    Raises FileNotFoundError for a folder without config.json, and ModelError with every field that means
+    nothing here, and for folders of another format.
     """
     _require_huggingface(folder)
+    _require_config(folder)
     return LCKVLlamaConfig.from_decoder(describe(read_config_file(folder), {}, folder / CONFIG_NAME))

@@ -1,6 +1,10 @@
 """The Hugging Face configuration of a Llama-family decoder with shared or merged keys and values."""
 
+import logging
+import os
+from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +16,7 @@ from lckv.families.decoder import TOKEN_IDS, Decoder, default_head_dim
 from lckv.families.fields import LLAMA_FIXED
 from lckv.families.published_lckv import PUBLISHED_FIELDS, compression_of
 from lckv.families.rope import read_rope, rope_problems, write_rope
+from lckv.remote_code import write_modelling_files
 from lckv.rope import LinearScaling, Llama3Scaling
 from lckv.weights.tensors import dtype_name
 
@@ -23,6 +28,8 @@ _SAME = (
 """Fields that `Decoder` has under the same name."""
 _OF_NO_ACCOUNT = ("use_sequential", "pretraining_tp")
 """Fields of published configs: how the code that wrote them is run."""
+
+logger = logging.getLogger(__name__)
 
 
 class LCKVLlamaConfig(PreTrainedConfig):
@@ -77,9 +84,7 @@ class LCKVLlamaConfig(PreTrainedConfig):
         for name in _OF_NO_ACCOUNT:
             kwargs.pop(name, None)
         if __name__.startswith("lckv."):
-            kwargs.pop(
-                "auto_map", None
-            )  # names modelling files, which this class does not write when it is saved
+            kwargs.pop("auto_map", None)  # names the modelling files of the folder, which are not in use
         published = {name: kwargs.pop(name) for name in PUBLISHED_FIELDS if name in kwargs}
         self.compression = asdict(compression_of({**published, "compression": self.compression}))
         super().__post_init__(**kwargs)
@@ -87,6 +92,36 @@ class LCKVLlamaConfig(PreTrainedConfig):
         problems += wrong_rope or self.as_decoder().problems()
         if problems:
             raise ModelError("\n".join(problems))
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """As PreTrainedConfig, and with it the modelling files, with which the folder loads where this
+        package is not installed (`trust_remote_code`). Models are saved through this, too."""
+        auto_map = self._write_modelling_files(Path(save_directory))
+        # No second copy by transformers, of files that need the package.
+        of_saving = {"auto_map": dict(auto_map), "_auto_class": None} if auto_map else {}
+        vars(self).update(of_saving)
+        try:
+            super().save_pretrained(save_directory, push_to_hub, **kwargs)
+        finally:
+            for name in of_saving:
+                vars(self).pop(name, None)
+
+    def _write_modelling_files(self, folder: Path) -> Mapping[str, str]:
+        """What config.json shall say of them; nothing where there are none."""
+        if type(self) is not LCKVLlamaConfig or folder.is_file():
+            return {}
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            return write_modelling_files(folder, self.compression_config().policy.name)
+        except ValueError as error:
+            logger.warning(
+                "%s is saved without modelling files, so that it loads only where lckv is installed: %s",
+                folder,
+                error,
+            )
+            return {}
 
     def compression_config(self) -> CompressionConfig:
         """The field `compression` as the dataclass."""

@@ -1,32 +1,37 @@
-"""Runs common benchmarks (lm-eval) on a model, with its compressed cache in use.
+"""Runs common benchmarks (lm-eval) on models, with their compressed caches in use.
 
     lckv-megatron evaluate --model out/model --tasks hellaswag,arc_easy
+    lckv-megatron evaluate --model out/plain out/lckv out/dmc --tasks hellaswag
     lckv-megatron evaluate --model out/model --tasks my_task --include-path my_tasks/ --limit 100 \\
         --output scores.json
 
 Scores and answers come from the generation engine: what is merged or left out of the cache is missing for the
 model here too. Needs lm-eval, EleutherAI's evaluation harness (pip install 'lckv-megatron[eval]'). Its tasks
-download their data sets when they are used first.
+download their data sets when they are used first. Several models are run one after the other, one of
+them in memory, and shown in one table.
 """
 
 import argparse
 import difflib
+import gc
 import json
 import logging
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lckv_megatron.cache_facts import CacheFacts
 from lckv_megatron.engine_options import (
     add_engine_options,
     add_model_options,
     build_engine,
+    check_models,
     engine_config,
     load,
 )
 from lckv_megatron.scoring.lm_eval_adapter import adapter
+from lckv_megatron.scoring.score_table import column_names, describe
 from megatron_ext.arguments import ProgramParser, positive
 from megatron_ext.atomic import write_file
 from megatron_ext.console import exit_status, set_up_logging
@@ -39,7 +44,7 @@ _LEFT_OUT = ("samples", "pretty_env_info", "git_hash", "upper_git_hash")
 
 def _share_or_number(text: str) -> float:
     value = float(text)
-    if value <= 0 or (value >= 1 and value != int(value)):
+    if not 0 < value < math.inf or (value >= 1 and value != int(value)):
         raise argparse.ArgumentTypeError(
             f"{text} is neither a whole number of at least 1 nor a share between 0 and 1"
         )
@@ -75,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of tasks that sample (default: 0)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    add_model_options(parser)
+    add_model_options(parser, several=True)
     add_engine_options(parser, batch_size=16)
     return parser
 
@@ -101,16 +106,32 @@ def task_manager(names: Sequence[str], include_path: Path | None) -> Any:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Run the tasks and show the results."""
+    """Run the tasks on each model and show the results, also where a later model fails."""
     try:
-        from lm_eval import simple_evaluate
+        import lm_eval  # noqa: F401 - whether it is there
     except ImportError as error:
         raise ConfigError(f"lm-eval is not installed ({error}): pip install 'lm-eval>=0.4.9'.") from error
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     check_output("--output", options.output)
     names = [name.strip() for name in options.tasks.split(",") if name.strip()]
     manager = task_manager(names, options.include_path)
-    model, tokenizer = load(options)
+    check_models(options.model)
+    scores: dict[str, dict[str, Any]] = {}
+    try:
+        for name, folder in zip(column_names(options.model), options.model, strict=True):
+            scores[name] = _run(folder, names, manager, options)
+            if options.output is not None:
+                write_file(options.output, f"{_as_json(scores, options)}\n".encode())
+    finally:
+        if scores:
+            print(_as_json(scores, options) if options.json else "\n".join(describe(scores)))
+
+
+def _run(folder: Path, tasks: list[str], manager: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """lm-eval's results of one model, and `cache`, what its cache cost. The model's memory is free again."""
+    from lm_eval import simple_evaluate
+
+    model, tokenizer = load(options, folder)
     longest = (
         model.config.max_position_embeddings - 1
     )  # the engine's texts have one token more, which is only predicted
@@ -122,10 +143,11 @@ def evaluate(options: argparse.Namespace) -> None:
         token_by_token=options.token_by_token,
         seed=options.seed,
     )
+    del model
     try:
         results = simple_evaluate(
             lm,
-            tasks=names,
+            tasks=tasks,
             num_fewshot=options.num_fewshot,
             limit=options.limit,
             apply_chat_template=options.apply_chat_template,
@@ -136,31 +158,30 @@ def evaluate(options: argparse.Namespace) -> None:
         raise
     except (OSError, ValueError) as error:
         raise ConfigError(f"lm-eval: {error}") from error
-    show(dict(results), lm.cache_facts, options)
+    kept = {name: value for name, value in dict(results).items() if name not in _LEFT_OUT}
+    of_run = {"model": str(folder), "dtype": options.dtype, "token_by_token": options.token_by_token}
+    kept["config"] = {**kept["config"], **of_run}
+    kept["cache"] = lm.cache_facts.as_dict()
+    del lm, results
+    free_memory()
+    return kept
 
 
-def show(results: dict[str, Any], facts: CacheFacts, options: argparse.Namespace) -> None:
-    """Print the results and write them where that was asked for."""
-    from lm_eval.utils import handle_non_serializable, make_table
+def free_memory() -> None:
+    """Gives the memory of models that nobody names any more back, before the next one is loaded."""
+    import torch
 
-    kept = {key: value for key, value in results.items() if key not in _LEFT_OUT}
-    kept["config"] = {
-        **kept["config"],
-        "model": str(options.model),
-        "dtype": options.dtype,
-        "token_by_token": options.token_by_token,
-    }
-    kept["cache"] = facts.as_dict()
-    text = json.dumps(kept, indent=2, default=handle_non_serializable)
-    if options.output is not None:
-        write_file(options.output, f"{text}\n".encode())
-    if options.json:
-        print(text)
-        return
-    print(make_table(results))
-    if results.get("groups"):
-        print(make_table(results, "groups"))
-    print(facts.line())
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _as_json(scores: Mapping[str, dict[str, Any]], options: argparse.Namespace) -> str:
+    """Of one model its results, of several those of each under its name."""
+    from lm_eval.utils import handle_non_serializable
+
+    (first, *_), alone = scores.values(), len(options.model) == 1
+    return json.dumps(first if alone else {"models": scores}, indent=2, default=handle_non_serializable)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

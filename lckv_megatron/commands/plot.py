@@ -36,8 +36,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--smoothing",
         type=_smoothing,
-        default=0.0,
-        help="share of the past in each point, in [0, 1) (default: none)",
+        metavar="SHARE",
+        help=(
+            "share of the past in each point, in [0, 1), 0 for none (default: the trend around each point of "
+            "long curves); the points themselves stay visible behind"
+        ),
     )
     parser.add_argument(
         "--start", type=float, default=0, help="abscissa at which curves begin (default: %(default)s)"

@@ -13,6 +13,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from lckv_megatron.pictures.end_labels import EndLabel, add_end_labels
 from lckv_megatron.pictures.heat_map import Cells, draw_heat_map, last_statistics
+from lckv_megatron.pictures.smoothing import FEWEST_POINTS, exponential, trend
 from megatron_ext.errors import ConfigError
 from megatron_ext.training.metrics import read_metrics
 
@@ -73,7 +74,7 @@ class Run:
 
     def last(self, value: str, style: "Style") -> float | None:
         """Where the curve of `value` ends, smoothed as the style says; None where there is none."""
-        ordinates = smooth(self.series(value, style.x, style.start)[1], style.smoothing)
+        ordinates = style.smooth(self.series(value, style.x, style.start)[1])
         return next((ordinate for ordinate in reversed(ordinates) if not math.isnan(ordinate)), None)
 
 
@@ -84,11 +85,22 @@ class Style:
     x: str
     """The abscissa: one of `X_LABELS`."""
 
-    smoothing: float
-    """Share of the past in each point of a smoothed curve, in [0, 1); 0: none."""
+    smoothing: float | None = None
+    """Share of the past in each point of a smoothed curve, in [0, 1); 0: none. None: the trend of curves that
+    have many points."""
 
     start: float = 0
     """Abscissa at which curves begin."""
+
+    def smooths(self, points: int) -> bool:
+        """Whether a curve of so many points is drawn smoothed."""
+        return points >= FEWEST_POINTS if self.smoothing is None else self.smoothing > 0
+
+    def smooth(self, ordinates: Sequence[float]) -> list[float]:
+        """A curve as it is drawn."""
+        if not self.smooths(len(ordinates)):
+            return list(ordinates)
+        return trend(ordinates) if self.smoothing is None else exponential(ordinates, self.smoothing)
 
 
 @dataclass(frozen=True)
@@ -105,30 +117,17 @@ class Panel:
     """Values of which the last is written at the end of the curve: the first of them that a run has."""
 
 
-def smooth(ordinates: Sequence[float], smoothing: float) -> list[float]:
-    """Exponential moving average, without the pull towards 0 at its start;
-    nan stays nan and is not averaged in."""
-    average = weight = 0.0
-    smoothed = []
-    for ordinate in ordinates:
-        if not math.isnan(ordinate):
-            average = smoothing * average + (1 - smoothing) * ordinate
-            weight = smoothing * weight + (1 - smoothing)
-        smoothed.append(math.nan if math.isnan(ordinate) else average / weight)
-    return smoothed
-
-
 def draw_curves(axes: Axes, runs: Sequence[Run], style: Style, value: str, **line: Any) -> None:
     """One curve per run, in the run's colour; where curves are smoothed,
     the points themselves stay visible behind."""
     for index, run in enumerate(runs):
         abscissas, ordinates = run.series(value, style.x, style.start)
         colour = f"C{index % 10}"
-        if style.smoothing:
+        if style.smooths(len(ordinates)):
             axes.plot(abscissas, ordinates, color=colour, alpha=0.2, linewidth=1)
         marker = "." if len(abscissas) < FEW_POINTS else ""
         look = {"color": colour, "linewidth": 1.5, "marker": marker, **line}
-        axes.plot(abscissas, smooth(ordinates, style.smoothing), **look)
+        axes.plot(abscissas, style.smooth(ordinates), **look)
 
 
 def draw_loss(axes: Axes, runs: Sequence[Run], style: Style) -> None:

@@ -26,6 +26,7 @@ from megatron_ext.parallel.heartbeats import heartbeats
 from megatron_ext.schedule.micro_batches import MakeBatch
 from megatron_ext.signals import Interrupted
 from megatron_ext.training.continuation import ORDER_KEY
+from megatron_ext.training.measured import MEASURED_KEY, Measurements
 from megatron_ext.training.report import Report
 from megatron_ext.training.step import require_finite, train_step
 from megatron_ext.training.stopping import StopRequest, stop_requests
@@ -67,6 +68,7 @@ class Training:
     make_batch: MakeBatch
     stored_config: dict[str, Any]
     """The run's settings as checkpoints keep them."""
+    measurements: Measurements
 
 
 def iterate(training: Training, position: Position, report: Report, *, owes_evaluation: bool) -> Position:
@@ -117,6 +119,7 @@ def _train(
             )
             position = position.after_step(run.train.global_batch_size, run.train.seq_length)
             require_finite(result, position.iteration, run.train, training.datasets.train.origin)
+            training.measurements.step(position.iteration, result)
             report.step(position.iteration, position.consumed_samples, position.consumed_tokens, result)
             if position.iteration == run.train.train_iters:
                 end_stage(training.model, training.optimizer, run.compression.policy.build())
@@ -207,6 +210,7 @@ def _validate(
     if gathers_late:
         training.model.enable_forward_pre_hook()
     if evaluation is not None:
+        training.measurements.validation(position.iteration, evaluation)
         report.validation(position.iteration, position.consumed_tokens, evaluation)
     return reason
 
@@ -220,7 +224,11 @@ def _save(training: Training, position: Position) -> int:
         model=[training.model],
         optimizer=training.optimizer,
         scheduler=training.scheduler,
-        progress={**asdict(position), ORDER_KEY: training.datasets.order.to_dict()},
+        progress={
+            **asdict(position),
+            ORDER_KEY: training.datasets.order.to_dict(),
+            MEASURED_KEY: training.measurements.to_json(),
+        },
         config=training.stored_config,
         keep_last=training.run.checkpoint.keep_last,
         timeout_minutes=training.run.checkpoint.save_timeout_minutes,

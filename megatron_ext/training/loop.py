@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
+from lckv.precision import exact_products
 from megatron_ext.checkpointing.load import load_checkpoint
 from megatron_ext.command_line import config_to_dict
 from megatron_ext.config import DataConfig, ModelConfig, RunConfig
@@ -30,6 +32,7 @@ from megatron_ext.model.parameters import padded_vocab_size
 from megatron_ext.parallel.process_groups import device_of_rank
 from megatron_ext.training.continuation import continuation_of
 from megatron_ext.training.iteration import Position, Training, is_evaluated, iterate
+from megatron_ext.training.measured import Measurements
 from megatron_ext.training.metrics import check_places
 from megatron_ext.training.optimizer import build_optimizer
 from megatron_ext.training.report import lacks_validation, open_report
@@ -44,7 +47,8 @@ def fit(run: RunConfig) -> Position:
     Needs process groups. Returns how far it came."""
     torch.use_deterministic_algorithms(run.train.deterministic)
     _check_places(run)
-    with prepared(run.checkpoint) as start:
+    products = exact_products() if run.train.precision == "fp32" else nullcontext()
+    with products, prepared(run.checkpoint) as start:
         return _fit(run, start)
 
 
@@ -56,7 +60,7 @@ def _fit(run: RunConfig, start: Start) -> Position:
     model = wrap(stage, run.parallel, run.train)
     optimizer, scheduler = build_optimizer(run.optimizer, run.parallel, run.train, model)
     defining = {ARCHITECTURE: architecture(run.model, run.compression, vocab_size=vocab_size)}
-    position, continuation = _resume(run, start, model, optimizer, scheduler, defining)
+    position, continuation, progress = _resume(run, start, model, optimizer, scheduler, defining)
     owes_evaluation = is_evaluated(run.train, position) and lacks_validation(run.logging, position.iteration)
     if position.iteration >= run.train.train_iters and not owes_evaluation:
         logger.info(
@@ -74,6 +78,7 @@ def _fit(run: RunConfig, start: Start) -> Position:
         _datasets(run, position, continuation, vocab_size, eod),
         partial(make_batch, data=run.data, eod=eod, device=device_of_rank()),
         {**config_to_dict(run), **defining},
+        Measurements(run.compression.policy.build(), progress),
     )
     write_settings(run)
     padded = padded_vocab_size(vocab_size, run.model, run.parallel)
@@ -136,10 +141,11 @@ def _resume(
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     defining: Mapping[str, Any],
-) -> tuple[Position, Continuation | None]:
-    """Where the run stands after loading; and from where it goes on in its data, None at its beginning."""
+) -> tuple[Position, Continuation | None, Mapping[str, Any] | None]:
+    """Where the run stands after loading; from where it goes on in its data, and the progress that the
+    checkpoint has noted: None at its beginning."""
     if start.load is None:
-        return Position(), None
+        return Position(), None, None
     with start.explained():
         loaded = load_checkpoint(
             Path(start.load),
@@ -157,9 +163,9 @@ def _resume(
         check_succession(before, policy, finetune=start.finetune)
         check_weights(model, policy.build(), before)
         if start.finetune:
-            return Position(), None
+            return Position(), None, None
         position = Position(**{name: int(loaded.progress[name]) for name in asdict(Position())})
-        return position, continuation_of(run, loaded.config, loaded.progress)
+        return position, continuation_of(run, loaded.config, loaded.progress), loaded.progress
 
 
 def _datasets(

@@ -440,7 +440,8 @@ def test_a_run_remembers_what_it_was_converted_from(tmp_path: Path) -> None:
 def test_an_origin_that_was_moved(
     tmp_path: Path, llama: Path, copy: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its tokenizer is not silently left out, nor is the license; a copy, or doing without, is named."""
+    """Its tokenizer is not silently left out; a copy, or doing without, is named. What its page said of the
+    license is known."""
     write_tokenizer_json(copy / "tokenizer.json")
     (copy / "README.md").write_text("---\nlicense: mit\n---\n")
     (copy / "generation_config.json").write_text('{"temperature": 0.5}')
@@ -459,9 +460,9 @@ def test_an_origin_that_was_moved(
         ConversionError, match=r"where there is none now\. Name a copy of it with --tokenizer"
     ):
         export("gone")
-    assert export("found", tmp_path / "moved" / "tokenizer.json") == "False True"
+    assert export("found", tmp_path / "moved" / "tokenizer.json") == "True True"
     assert f"{copy}, from which the model comes, is not there any more" in caplog.text
-    assert export("without", convert.NO_TOKENIZER) == "False False"
+    assert export("without", convert.NO_TOKENIZER) == "True False"
 
 
 def test_a_legacy_checkpoint(tmp_path: Path, llama: Path) -> None:

@@ -34,7 +34,7 @@ def test_a_name_without_a_network() -> None:
         local_folder("nobody/no-such-model")
 
 
-def test_only_weights_configurations_and_tokenizers_are_fetched(
+def test_no_code_and_nothing_pickled_is_fetched(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import huggingface_hub
@@ -54,12 +54,16 @@ def test_only_weights_configurations_and_tokenizers_are_fetched(
         "model-00001-of-00002.safetensors",
         "model.safetensors.index.json",
         "tokenizer.model",
+        "chat_template.jinja",
+        "additional_chat_templates/tools.jinja",
+        "README.md",
+        "LICENSE.txt",
     ]
     unwanted = [
         "pytorch_model.bin",
         "modeling.py",
         "original/consolidated.00.pth",
         "original/params.json",
-        "README.md",
+        "images/plot.png",
     ]
     assert list(filter_repo_objects(wanted + unwanted, **asked)) == wanted

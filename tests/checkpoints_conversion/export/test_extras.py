@@ -4,21 +4,26 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, GenerationConfig
 
 from checkpoints_conversion.conversion_record import ConversionRecord, ConversionSource
 from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.errors import ConversionError
-from checkpoints_conversion.export.bundle import AUTO_MAP, modelling_files
 from checkpoints_conversion.export.extras import export_extras
-from checkpoints_conversion.export.model_card import Measured, license_of, model_card
+from checkpoints_conversion.export.measured import Measured, measured_in
+from checkpoints_conversion.export.model_card import model_card
+from checkpoints_conversion.source_card import card_facts
 from lckv.config import CompressionConfig
 from lckv.policies.dmc.config import DMCConfig
+from lckv.remote_code import AUTO_MAP, modelling_files
 from megatron_ext.config import ModelConfig
+from megatron_ext.data.order import Source, TrainingOrder
 from tests.megatron_ext.data.builders import train_sentencepiece
 
 MODEL = ModelConfig(
@@ -32,7 +37,7 @@ MODEL = ModelConfig(
 MERGING = CompressionConfig(
     layer_types="0_2_2_3", policy=DMCConfig(stage="finetune", target_compression_ratio=4.0)
 )
-TRAINING = {
+TRAINING: dict[str, Any] = {
     "progress": {"iteration": 1000, "consumed_samples": 8000, "consumed_tokens": 8192000},
     "train": {"global_batch_size": 8, "seq_length": 1024, "precision": "bf16"},
     "optimizer": {
@@ -86,7 +91,7 @@ def test_card_says_what_the_model_is() -> None:
         "| a plain model of these sizes | 512 | 1.00x |",
         "| this sharing map | 384 | 1.33x |",
         "| and the policy dmc, as measured | 110 | 4.67x |",
-        "Measured: 3.50 tokens per slot.",
+        "Measured on validation text: 3.50 tokens per slot.",
         "Trained for 1,000 iterations, 8,192,000 tokens.",
         "8 sequences of 1,024 tokens per step, bf16.",
         "peak learning rate 0.0003, cosine schedule to 3e-05 with 100 iterations of warm-up",
@@ -133,14 +138,97 @@ YAML_BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n"
         ("---\nlicense: " + "[" * 5000 + "\n---\n", {}),
         ("---\nlicense: other\nlicense_name: llama2\n---\n", {"license": "other", "license_name": "llama2"}),
         ("# only text", {}),
+        ("---\nbase_model:\n- a/b\nlicense: [mit, gpl]\n---\n", {"base_model": "a/b"}),
         ("---\n: [broken\n---\n", {}),
         ("---\n- list\n---\n", {}),
     ],
 )
-def test_license_of_the_source(text: str, expected: dict[str, str], tmp_path: Path) -> None:
+def test_what_the_page_of_the_source_says(text: str, expected: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(text)
-    assert license_of(tmp_path) == expected
-    assert license_of(tmp_path / "elsewhere") == license_of(None) == {}
+    assert card_facts(tmp_path) == expected
+    assert card_facts(tmp_path / "elsewhere") == card_facts(None) == {}
+
+
+def test_the_hub_reads_the_head_of_the_card(tmp_path: Path) -> None:
+    origin = tmp_path / "hub" / "models--meta-llama--Llama-2-7b-hf" / "snapshots" / "0a1b"
+    origin.mkdir(parents=True)
+    (origin / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: llama2\nlicense_link: LICENSE.txt\nlanguage: [en]\n---\n# x\n"
+    )
+    (origin / "LICENSE.txt").write_text("terms")
+    description = describe()
+    first = ConversionRecord(
+        description, ConversionSource("huggingface", str(origin), {}), card=card_facts(origin)
+    )
+    made = replace(manifest(description), previous=first)
+
+    def written(name: str, source: Path | None) -> Any:
+        folder = folder_with_config(tmp_path / name, "llama")
+        export_extras(folder, description, made, source_folder=source)
+        return ModelCard.load(folder / "README.md").data, folder
+
+    card, folder = written("with", origin)
+    assert (card.license, card.license_name, card.license_link) == ("other", "llama2", "LICENSE.txt")
+    assert card.base_model == "meta-llama/Llama-2-7b-hf"
+    assert card.library_name == "transformers" and card.pipeline_tag == "text-generation"
+    assert (folder / "LICENSE.txt").read_text() == "terms"
+    card, _ = written("without", None)  # the origin is gone: the record knows
+    assert (card.license, card.license_name, card.license_link) == ("other", "llama2", None)
+    assert card.base_model == "meta-llama/Llama-2-7b-hf"
+
+
+def test_the_base_of_a_local_origin_is_what_its_own_page_says() -> None:
+    description = describe()
+    first = ConversionRecord(description, ConversionSource("huggingface", "/home/me/model", {}))
+    made = replace(manifest(description), previous=first)
+    text = model_card("x", description, made, origin_card={"base_model": "someone/model"})
+    assert ModelCard(text).data.base_model == "someone/model" and "From `someone/model`." in text
+    assert "base_model" not in model_card("x", description, made)
+
+
+def trained_on(**progress: Any) -> ConversionRecord:
+    training = {**TRAINING, "progress": {**TRAINING["progress"], **progress}}
+    return replace(manifest(describe()), training=training)
+
+
+def test_data_are_named_without_their_places() -> None:
+    sources = tuple(
+        Source(f"/secret/{name}", name, 1, 1024, 5000, weight)
+        for name, weight in (("en_text", 3.0), ("code_text", 1.0))
+    )
+    left = (Source("/secret/old_text", "old", 1, 1024, 50, 1.0, before=500),)
+    order = TrainingOrder(500, sources, left).to_dict()
+    card = model_card("x", describe(), trained_on(training_order=order))
+    assert "- Data: `en_text`, 5,760,000 tokens (70%)." in card
+    assert "- Data: `code_text`, 1,920,000 tokens (23%)." in card
+    assert "- Data: `old_text`, 512,000 tokens (6%)." in card
+    assert "secret" not in card
+    assert "Data:" not in model_card("x", describe(), manifest(describe()))  # of an earlier version
+
+
+def test_measurements_of_a_checkpoint(tmp_path: Path) -> None:
+    """The evaluation of its iteration goes before an older one, and that before training."""
+    step = {"iteration": 1000, "loss": 2.1, "compression_ratio": 3.0}
+    older = {"iteration": 900, "loss": 2.2, "compression_ratio": 3.5}
+    report = {"iteration": 1000, "validation_loss": 2.0, "validation_compression_ratio": 4.0}
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(json.dumps(report) + "\n")
+
+    def said(metrics: Path | None, **measured: Any) -> str:
+        record = trained_on(measured=measured) if measured else manifest(describe())
+        facts = measured_in(record.training, record.previous, metrics)
+        assert facts == measured_in(None, record, metrics)  # a model that was converted back and forth
+        return model_card("x", describe(), record, measured=facts)
+
+    assert "Measured on validation text: 4.00 tokens per slot." in said(file, training=step, validation=older)
+    card = said(None, training=step, validation=older)
+    assert "Measured on validation text after 900 iterations: 3.50 tokens per slot." in card
+    assert "Validation loss after 900 iterations 2.2000 nats" in card
+    assert "and the policy dmc, as measured | 110 |" in card
+    assert "Measured in training: 3.00 tokens per slot." in said(None, training=step)
+    assert "Measured" not in said(None) and "Measured" not in said(tmp_path / "absent.jsonl")
+    averaged = replace(trained_on(measured={"validation": older}), initialization="average")
+    assert measured_in(None, averaged, None) is None  # the weights are others since
 
 
 def test_a_trained_model_gets_everything(tmp_path: Path) -> None:
@@ -151,7 +239,7 @@ def test_a_trained_model_gets_everything(tmp_path: Path) -> None:
     names = export_extras(folder, describe(), manifest(describe(), vocabulary))
     assert sorted(names) == sorted(
         [
-            *modelling_files("dense"),
+            *modelling_files("dmc"),
             "tokenizer.json",
             "tokenizer_config.json",
             "generation_config.json",

@@ -8,7 +8,10 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from lckv.models import configuration_lckv_llama
+from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM, LCKVLlamaModel
+from lckv.remote_code import AUTO_MAP, modelling_files
 from tests.lckv.models.tiny import CYCLIC, CYCLIC_WINDOWS, MERGING, SHARED, close, config, model, tokens
 
 
@@ -49,13 +52,41 @@ def test_configuration_file(tmp_path: Path, layer_types: str | None) -> None:
     assert read.compression_config() == written.compression_config()
 
 
-def test_modelling_files_are_not_promised_where_none_are_written(tmp_path: Path) -> None:
-    config(SHARED).save_pretrained(tmp_path)
-    content = json.loads((tmp_path / "config.json").read_text())
-    content["auto_map"] = {"AutoConfig": "modeling_lckv_llama.LCKVLlamaConfig"}
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
-    assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
+def test_configurations_are_saved_with_their_code(tmp_path: Path) -> None:
+    written = config(SHARED, MERGING)
+    before = written.to_dict()
+    written.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
+    for name, text in modelling_files("dmc").items():
+        assert (tmp_path / name).read_text() == text
+    assert written.to_dict() == before  # nothing of it stays in memory
+    read = AutoConfig.from_pretrained(tmp_path)
+    assert read.to_dict() == {**before, "_name_or_path": str(tmp_path)}
+
+
+def test_code_is_saved_in_its_own_form_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`register_for_auto_class`, which Hugging Face's guides call, makes transformers copy files that need
+    the package."""
+    monkeypatch.setattr(LCKVLlamaConfig, "_auto_class", "AutoConfig")
+    monkeypatch.setattr(LCKVLlamaForCausalLM, "_auto_class", "AutoModelForCausalLM")
+    model(SHARED).save_pretrained(tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.glob("*.py")} == modelling_files("dense")
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
+
+
+def test_weights_are_saved_where_code_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(folder: Path, policy: str) -> dict[str, str]:
+        raise ValueError("a relative import")
+
+    monkeypatch.setattr(configuration_lckv_llama, "write_modelling_files", fail)
+    one = model(SHARED)
+    one.save_pretrained(tmp_path)
+    assert "is saved without modelling files, so that it loads only where lckv is installed" in caplog.text
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    ids = tokens(1, 6)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, one(ids).logits)
 
 
 def test_other_dtypes(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ named."""
 
 import json
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,10 @@ from lckv.generation.config import EngineConfig
 from lckv.generation.engine import Engine
 from lckv.generation.loading import load_model
 from lckv.generation.sampling import SamplingParams
+from lckv_megatron.commands import evaluate as evaluate_program
 from lckv_megatron.commands.evaluate import main
 from lckv_megatron.scoring.lm_eval_adapter import adapter, sampling_params
+from lckv_megatron.scoring.score_table import column_names
 from megatron_ext.errors import ConfigError
 from tests.lckv.models.folders import save_folder
 from tests.lckv.models.tiny import CYCLIC, MERGING
@@ -106,6 +109,7 @@ def test_tasks_run_with_the_compressed_cache(
     assert main([*options, "--output", str(tmp_path / "scores.json")]) == 0
     shown = capsys.readouterr().out
     assert all(f"|{name}" in shown.replace(" ", "") for name in names.split(","))
+    assert shown.startswith("| task ") and " \u00b1 0." in shown
     assert "tokens per slot measured" in shown
     found = json.loads((tmp_path / "scores.json").read_text())
     assert 0 <= found["results"]["tiny_choices"]["acc,none"] <= 1
@@ -114,6 +118,76 @@ def test_tasks_run_with_the_compressed_cache(
     assert found["cache"]["compression_ratio"] > 1.1
     assert found["config"]["model"] == str(tmp_path / "model")
     assert "pretty_env_info" not in found
+
+
+def test_models_are_compared_in_one_table(
+    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, merged = tmp_path / "one" / "hf", tmp_path / "two" / "hf"
+    save_folder(plain)
+    save_folder(merged, CYCLIC, MERGING)
+    alive: list[weakref.ref[Any]] = []
+    loaded = evaluate_program.load
+
+    def counted(options: Any, folder: Path) -> Any:
+        assert not any(reference() for reference in alive), "the model before is still in memory"
+        model, tokenizer = loaded(options, folder)
+        alive.append(weakref.ref(model))
+        return model, tokenizer
+
+    monkeypatch.setattr(evaluate_program, "load", counted)
+    output = tmp_path / "scores.json"
+    given = ["--model", str(plain), str(merged), "--tasks", "tiny_choices", "--include-path", str(tasks)]
+    assert main([*given, "--limit", "0.5", "--output", str(output)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    head, accuracy, bytes_per_token, compression = (
+        next([cell.strip() for cell in line.split("|")[1:-1]] for line in lines if word in line)
+        for word in ("| task", "| acc ", "| bytes per token", "| compression")
+    )
+    assert head[-2:] == ["one/hf", "two/hf"]
+    models = json.loads(output.read_text())["models"]
+    assert list(models) == ["one/hf", "two/hf"] and len(alive) == 2
+    for cell, size, ratio, results in zip(
+        accuracy[-2:], bytes_per_token[-2:], compression[-2:], models.values(), strict=True
+    ):
+        entry, cache = results["results"]["tiny_choices"], results["cache"]
+        assert cell == f"{entry['acc,none']:.4f} \u00b1 {entry['acc_stderr,none']:.4f}"
+        assert size == f"{cache['kv_bytes_per_token']:,.0f}"
+        assert ratio == f"{cache['plain_kv_bytes_per_token'] / cache['kv_bytes_per_token']:.2f}x"
+        assert results["n-samples"]["tiny_choices"]["effective"] == 3
+    assert compression[-2] == "1.00x" != compression[-1]
+    assert sum("tokens per slot measured" in line for line in lines) == 2
+
+
+def test_what_is_measured_stays_where_a_later_model_fails(
+    tasks: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save_folder(tmp_path / "good")
+    save_folder(tmp_path / "bad")
+    (tmp_path / "bad" / "model.safetensors").unlink()
+    output = tmp_path / "scores.json"
+    folders = [str(tmp_path / name) for name in ("good", "bad")]
+    given = ["--tasks", "tiny_choices", "--include-path", str(tasks), "--limit", "2", "--output", str(output)]
+    assert main(["--model", *folders, *given]) == 2
+    captured = capfd.readouterr()
+    assert "| good" in captured.out and "bad" in captured.err
+    assert list(json.loads(output.read_text())["models"]) == ["good"]
+    output.unlink()
+    (tmp_path / "bad" / "config.json").unlink()
+    assert main(["--model", *folders, *given]) == 2
+    assert not output.exists() and "| good" not in capfd.readouterr().out  # seen before the first is loaded
+
+
+def test_columns_have_names_of_their_own() -> None:
+    folders = [Path("/runs/a/hf"), Path("/runs/b/hf"), Path("/runs/c"), Path("/runs/c")]
+    assert column_names(folders) == ["a/hf", "b/hf", "c", "c (2)"]
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "1.5", "nan", "inf"])
+def test_limits_are_counts_or_shares(limit: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--model", "x", "--tasks", "y", f"--limit={limit}"])
+    assert f"{limit} is neither a whole number of at least 1 nor a share" in capfd.readouterr().err
 
 
 def test_scores_are_those_of_the_logits(tmp_path: Path) -> None:

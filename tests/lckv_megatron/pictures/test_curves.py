@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lckv_megatron.commands.plot import main
-from lckv_megatron.pictures.curves import Run, Style, plot, read_runs, smooth
+from lckv_megatron.pictures.curves import Run, Style, plot, read_runs
 from lckv_megatron.pictures.end_labels import spread
 from lckv_megatron.pictures.heat_map import last_statistics
+from lckv_megatron.pictures.smoothing import exponential
 from megatron_ext.errors import ConfigError
 from megatron_ext.training.metrics import json_line
 
@@ -117,7 +118,7 @@ def test_the_last_values_are_written_beside_the_curves(tmp_path):
     files = [make_run(tmp_path / "a"), make_run(tmp_path / "b", reports(validation=False))]
     figure = plot(read_runs(files), Style("iteration", 0.5))
     written = [text.get_text() for text in figure.axes[0].texts]
-    training = smooth([10 / iteration for iteration in range(1, 6)], 0.5)[-1]
+    training = exponential([10 / iteration for iteration in range(1, 6)], 0.5)[-1]
     assert sorted(written) == sorted(["2.750", f"{training:#.4g}"])
     speed = next(axes for axes in figure.axes if axes.get_title() == "Speed")
     assert [text.get_text() for text in speed.texts] == ["100k", "100k"]
@@ -133,21 +134,22 @@ def test_labels_are_moved_apart_and_no_further(places, distance):
         assert moved == pytest.approx(places)
 
 
-@given(st.lists(st.floats(-1e6, 1e6) | st.just(math.nan)), st.floats(0, 0.99))
-def test_smoothing_stays_between_the_values_and_starts_at_the_first(ordinates, smoothing):
-    smoothed = smooth(ordinates, smoothing)
-    assert [math.isnan(value) for value in smoothed] == [math.isnan(value) for value in ordinates]
-    finite = [value for value in ordinates if not math.isnan(value)]
-    seen = [value for value in smoothed if not math.isnan(value)]
-    if finite:
-        assert seen[0] == pytest.approx(finite[0])
-        assert min(finite) - 1e-3 <= min(seen)
-        assert max(seen) <= max(finite) + 1e-3
+def test_long_curves_are_smoothed_unless_the_style_says_otherwise(tmp_path):
+    lines = [json.dumps({"iteration": i, "lm_loss": 3 - i / 200 + (-1) ** i / 10}) + "\n" for i in range(200)]
+    (run,) = read_runs([make_run(tmp_path / "a", lines)])
 
+    def drawn(style: Style) -> list[list[float]]:
+        lines = plot([run], style).axes[0].lines
+        return [list(line.get_ydata()) for line in lines if len(line.get_ydata()) > 1]
 
-def test_smoothing_is_a_weighted_mean_of_the_past():
-    assert smooth([1.0, 4.0], 0.5) == [1.0, pytest.approx((0.5 * 1 + 1 * 4) / 1.5)]
-    assert smooth([1.0, 4.0], 0.0) == [1.0, 4.0]
+    points = run.series("lm_loss", "iteration")[1]
+    behind, smoothed = drawn(Style("iteration"))
+    assert behind == points and run.last("lm_loss", Style("iteration")) == smoothed[-1]
+    assert max(abs(value - (3 - i / 200)) for i, value in enumerate(smoothed)) < 0.06  # of 0.1
+    assert drawn(Style("iteration", 0.0)) == [points]
+    assert len(drawn(Style("iteration", 0.5))) == 2
+    (run,) = read_runs([make_run(tmp_path / "b", lines[:99])])
+    assert len(drawn(Style("iteration"))) == 1
 
 
 @pytest.mark.parametrize(

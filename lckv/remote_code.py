@@ -1,48 +1,59 @@
-"""The modelling files that travel with exported weights: with them a folder loads where the package `lckv` is
-not installed.
+"""The modelling files that travel with saved weights: with them a folder loads where the package `lckv` is
+not installed. Exports and `save_pretrained` both write them here.
 
 transformers takes code from a model's folder (`trust_remote_code`) under rules of its own: all files lie flat
 in one folder, they import each other as `from .name import x`, which transformers finds with a regular
 expression, and a package that is imported outside of `try` must be installed. So every module of `lckv` that
 the model needs, at its top or inside a function, becomes one file with rewritten imports; apart from these
-lines the code is the package's. One module has no counterpart: the registry of KV policies looks for folders;
-in its place comes a list of the policies that the model can have, which may lie outside of `lckv`.
+lines the code is the package's. Two modules have no counterpart. The registry of KV policies looks for
+folders; in its place comes a list of the policies that the model can have, which may lie outside of `lckv`.
+And this one: a model that was loaded from such files is saved with a copy of them, by transformers.
 """
 
 import ast
+import importlib.metadata
 import importlib.util
-import json
 import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
-from checkpoints_conversion.conversion_record import package_versions
 from lckv.policies.config import PolicyConfig
 from lckv.policies.dense.config import DenseConfig
 from lckv.policies.registry import config_class
-from megatron_ext.atomic import write_file
 
 PACKAGE = "lckv"
 CONFIGURATION, MODEL = "lckv.models.configuration_lckv_llama", "lckv.models.modeling_lckv_llama"
-REGISTRY = "lckv.policies.registry"
-MODEL_TYPE = "lckv-llama"
+HEADS = "lckv.models.classification"
+_HEAD_NAMES = tuple(
+    f"LCKVLlamaFor{task}" for task in ("SequenceClassification", "TokenClassification", "QuestionAnswering")
+)
+REGISTRY, MYSELF = "lckv.policies.registry", "lckv.remote_code"
 AUTO_MAP = {
     "AutoConfig": "modeling_lckv_llama.LCKVLlamaConfig",
     "AutoModel": "modeling_lckv_llama.LCKVLlamaModel",
     "AutoModelForCausalLM": "modeling_lckv_llama.LCKVLlamaForCausalLM",
+    **{name.replace("LCKVLlama", "AutoModel"): f"modeling_lckv_llama.{name}" for name in _HEAD_NAMES},
 }
-"""What config.json of a model of that type says under `auto_map`: file and class, by the Auto class that
-needs them.
+"""What config.json of a model of type lckv-llama says under `auto_map`: file and class, by the Auto class
+that needs them.
 
 All name the same file: transformers imports everything that a file needs once for each file named here, and
 with two copies of a class an object from one copy is not an instance of the other.
 """
-_ONE_COPY = """
+_ONE_COPY = f"""
 
-# Saved again, the configuration names this file, not its own: see the entries of auto_map in config.json.
-LCKVLlamaConfig.__module__ = __name__
+from transformers import AutoModel
+
+from .{HEADS.replace(".", "_")} import {", ".join(_HEAD_NAMES)}
+
+AutoModel.register(LCKVLlamaConfig, LCKVLlamaModel, exist_ok=True)  # from which the heads have their decoder
+
+# Saved again, they name this file, not their own: see the entries of auto_map in config.json.
+for _named in (LCKVLlamaConfig, {", ".join(_HEAD_NAMES)}):
+    _named.__module__ = __name__
 """
 
 _ALWAYS_THERE = frozenset({"torch", "transformers", *sys.stdlib_module_names})
@@ -63,6 +74,9 @@ class Bundler:
     entries: tuple[str, ...]
     """Modules whose files keep their own last name; all others are called after their whole path."""
 
+    more: tuple[str, ...] = ()
+    """Modules that are wanted beside the entries."""
+
     others: Mapping[str, Path] = field(default_factory=dict)
     """More packages whose modules become files, by dotted name,
     with the folders in which their top packages lie."""
@@ -71,12 +85,12 @@ class Bundler:
     """Modules in whose place comes another text, whose imports are rewritten like all."""
 
     def files(self) -> dict[str, str]:
-        """File name -> source text, of the entries and of every module of the package that they need.
+        """File name -> source text, of the modules wanted and of every module of the package that they need.
 
         Raises ValueError for code that cannot work in such a file.
         """
         texts: dict[str, str] = {}
-        waiting = list(self.entries)
+        waiting = [*self.entries, *self.more]
         while waiting:
             module = waiting.pop()
             name = f"{self._flat(module)}.py"
@@ -120,9 +134,8 @@ class Bundler:
                 lines[node.lineno - 1 : node.end_lineno] = [indent + line for line in replacement]
             needed += modules
         source = "/".join([*module.split(".")[:-1], path.name])
-        version = package_versions().get(_DISTRIBUTION, "(checkout)")
         header = [
-            f"# Written by {_DISTRIBUTION} {version} from its {source}, for transformers' trust_remote_code.",
+            f"# Written by {_DISTRIBUTION} {_version()} from its {source}, for transformers.",
             "# License: Apache-2.0. Where the package is installed, `import lckv.models` takes its place.",
         ]
         return "\n".join([*header, *lines, ""]), needed
@@ -198,28 +211,52 @@ def config_class(name: object) -> type[PolicyConfig]:
 '''
 
 
-def modelling_files(policy: str) -> dict[str, str]:
+_MYSELF_TEXT = '''"""Saving: transformers copies the files that a model was loaded from."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def write_modelling_files(folder: Any, policy: str) -> Mapping[str, str]:
+    """Nothing is written here, and config.json goes on saying what it said."""
+    return {}
+'''
+
+
+@cache
+def modelling_files(policy: str) -> Mapping[str, str]:
     """File name -> text of everything that an `lckv-llama` model with the KV policy `policy` needs beside
-    torch and transformers."""
+    torch and transformers.
+
+    Raises ValueError for a policy whose code cannot work in such files.
+    """
     kinds: dict[str, type[PolicyConfig]] = {DenseConfig.name: DenseConfig, policy: config_class(policy)}
     packages = {kind.__module__.rpartition(".")[0] for kind in kinds.values()}
     others = {name: _folder_of(name) for name in sorted(packages) if not _within(name, PACKAGE)}
-    replaced = {REGISTRY: _registry([*kinds.values()])}
+    replaced = {REGISTRY: _registry([*kinds.values()]), MYSELF: _MYSELF_TEXT}
     entries = (CONFIGURATION, MODEL)
-    texts = Bundler(_folder_of(PACKAGE), PACKAGE, entries, others, replaced).files()
+    texts = Bundler(_folder_of(PACKAGE), PACKAGE, entries, (HEADS,), others, replaced).files()
     texts["modeling_lckv_llama.py"] += _ONE_COPY
     return texts
 
 
-def write_modelling_files(folder: Path) -> list[str]:
-    """Write the modelling files into a model's folder, whose config.json says which KV policy it has, and
-    must have `AUTO_MAP`. Returns their names."""
-    config = json.loads((folder / "config.json").read_bytes())
-    policy = ((config.get("compression") or {}).get("policy") or {}).get("name", DenseConfig.name)
+def write_modelling_files(folder: Path, policy: str) -> Mapping[str, str]:
+    """Write the modelling files of a model with the KV policy `policy` into its folder. Returns what
+    config.json must say under `auto_map`.
+
+    Raises ValueError as `modelling_files`.
+    """
     texts = modelling_files(policy)
     for name, text in texts.items():
-        write_file(folder / name, text.encode())
-    return list(texts)
+        (folder / name).write_text(text, encoding="utf-8")
+    return AUTO_MAP
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version(_DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return "(checkout)"
 
 
 def _registry(kinds: list[type[PolicyConfig]]) -> str:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import lckv.models  # noqa: F401
-from checkpoints_conversion.export.bundle import AUTO_MAP, Bundler, modelling_files, write_modelling_files
+from lckv.models.classification import LCKVLlamaForSequenceClassification
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from lckv.policies.registry import config_class
+from lckv.remote_code import Bundler, modelling_files
 
 MODULES = {
     "pkg/__init__.py": "",
@@ -108,6 +109,7 @@ def test_code_that_cannot_be_bundled(text: str, said: str, tmp_path: Path) -> No
         bundler(tmp_path, pkg__models__configuration=text).files()
 
 
+TOKENS = torch.arange(24).view(2, 12) % 19
 MODELS = {
     "sandwich": {"layer_types": "0_2_2_3", "forward_passes": 3, "backward_passes": 1},
     "windows": {"layer_types": "0s_1_1_1s", "sliding_window": 4},
@@ -122,21 +124,25 @@ LOAD_WITHOUT_THE_PACKAGE = """
 import sys
 sys.modules["lckv"] = sys.modules["triton"] = sys.modules["tests"] = None  # importing either is an error
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 for folder in sys.argv[1:]:
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    auto = AutoModelForSequenceClassification if folder.endswith("classifier") else AutoModelForCausalLM
+    model = auto.from_pretrained(folder, trust_remote_code=True)
     tokens = torch.arange(24).view(2, 12) % 19
     with torch.no_grad():
-        logits = model(tokens).logits
-    model.train()
-    loss = model(tokens, labels=tokens).loss
-    loss.backward()
-    model.eval()
-    generated = model.generate(tokens[:, :5], max_new_tokens=6, do_sample=False)
-    torch.save({"logits": logits, "generated": generated, "loss": loss.detach()}, folder + "/seen.pt")
+        seen = {"logits": model(tokens).logits}
+    if auto is AutoModelForCausalLM:
+        model.train()
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        model.eval()
+        seen["loss"] = loss.detach()
+        seen["generated"] = model.generate(tokens[:, :5], max_new_tokens=6, do_sample=False)
+    torch.save(seen, folder + "/seen.pt")
     model.save_pretrained(folder + "/again")
-    again = AutoModelForCausalLM.from_pretrained(folder + "/again", trust_remote_code=True)
-    assert torch.equal(again(tokens).logits, logits)
+    again = auto.from_pretrained(folder + "/again", trust_remote_code=True)
+    assert torch.equal(again(tokens).logits, seen["logits"])
+    assert again.config.auto_map == model.config.auto_map
     assert type(again.config).__module__ == type(again).__module__
 assert not any(name.partition(".")[0] == "lckv" for name in sys.modules if sys.modules[name])
 """
@@ -155,10 +161,8 @@ def policy_class(policy: str) -> str:
     return config_class(policy).__name__
 
 
-def save_tiny(folder: Path, compression: dict[str, Any]) -> LCKVLlamaForCausalLM:
-    """A model with its modelling files in `folder`."""
-    torch.manual_seed(1)
-    config = LCKVLlamaConfig(
+def tiny_config(compression: dict[str, Any]) -> LCKVLlamaConfig:
+    return LCKVLlamaConfig(
         vocab_size=19,
         hidden_size=16,
         intermediate_size=24,
@@ -176,29 +180,57 @@ def save_tiny(folder: Path, compression: dict[str, Any]) -> LCKVLlamaForCausalLM
             "original_max_position_embeddings": 16,
         },
     )
-    config.auto_map = AUTO_MAP
-    model = LCKVLlamaForCausalLM(config).eval()
+
+
+def save_tiny(folder: Path, compression: dict[str, Any]) -> LCKVLlamaForCausalLM:
+    """A model with its modelling files in `folder`."""
+    torch.manual_seed(1)
+    model = LCKVLlamaForCausalLM(tiny_config(compression)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
-    write_modelling_files(folder)
+    return model
+
+
+def save_trained(folder: Path) -> LCKVLlamaForCausalLM:
+    """What `Trainer` saves of a model that it has trained for two steps."""
+    model = LCKVLlamaForCausalLM(tiny_config(MODELS["merging"]))
+    options: dict[str, Any] = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    rows: Any = [{"input_ids": row, "labels": row} for row in TOKENS]
+    trainer = Trainer(
+        model, TrainingArguments(str(folder / "run"), max_steps=2, **options), train_dataset=rows
+    )
+    trainer.train()
+    trainer.save_model(str(folder))
+    return model.eval()
+
+
+def save_classifier(folder: Path) -> LCKVLlamaForSequenceClassification:
+    model = LCKVLlamaForSequenceClassification(tiny_config(MODELS["sandwich"])).eval()
+    model.config.pad_token_id = 0
+    model.save_pretrained(folder)
     return model
 
 
 def test_a_folder_loads_where_the_package_is_missing(tmp_path: Path) -> None:
-    models = {name: save_tiny(tmp_path / name, compression) for name, compression in MODELS.items()}
+    models: dict[str, Any] = {
+        **{name: save_tiny(tmp_path / name, compression) for name, compression in MODELS.items()},
+        "trained": save_trained(tmp_path / "trained"),
+        "classifier": save_classifier(tmp_path / "classifier"),
+    }
     command = [sys.executable, "-c", LOAD_WITHOUT_THE_PACKAGE, *(str(tmp_path / name) for name in models)]
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
     )
     assert result.returncode == 0, result.stderr
-    tokens = torch.arange(24).view(2, 12) % 19
     for name, model in models.items():
         seen = torch.load(tmp_path / name / "seen.pt", weights_only=True)
         with torch.no_grad():
-            assert torch.equal(seen["logits"], model(tokens).logits), name
-        generated = model.generate(tokens[:, :5], max_new_tokens=6, do_sample=False)
+            assert torch.equal(seen["logits"], model(TOKENS).logits), name
+        if name == "classifier":
+            continue
+        generated = model.generate(TOKENS[:, :5], max_new_tokens=6, do_sample=False)
         assert torch.equal(seen["generated"], generated), name
         assert seen["loss"].isfinite(), name
 

@@ -1,0 +1,47 @@
+"""What a run has measured on its model. A checkpoint keeps it, so that the page of an exported model can say
+it, also where the run's metrics file is gone."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lckv.policies.base import KVPolicy
+from megatron_ext.evaluation.loss import Evaluation
+from megatron_ext.schedule.statistics_meter import PolicyMeans
+from megatron_ext.training.step import StepResult
+
+MEASURED_KEY = "measured"
+"""Where a checkpoint's progress keeps it: `training` and `validation`, each with the `iteration` that it is
+of, the `loss` in nats per token, and what the KV policy reports, such as `compression_ratio` (tokens per
+slot)."""
+
+
+class Measurements:
+    """The newest numbers of training and of validation."""
+
+    def __init__(self, policy: KVPolicy, before: Mapping[str, Any] | None = None) -> None:
+        """`before`: progress of the checkpoint that the run goes on from."""
+        self._policy = policy
+        self._evaluation: dict[str, Any] | None = (before or {}).get(MEASURED_KEY, {}).get("validation")
+        self._step: tuple[int, StepResult] | None = None
+
+    def step(self, iteration: int, result: StepResult) -> None:
+        """After an optimizer step."""
+        self._step = iteration, result
+
+    def validation(self, iteration: int, evaluation: Evaluation) -> None:
+        """After an evaluation."""
+        self._evaluation = self._facts(iteration, evaluation.loss, evaluation.policy)
+
+    def to_json(self) -> dict[str, Any]:
+        """Fit for `json.dumps`; what was not measured is left out."""
+        facts = {"validation": self._evaluation}
+        if self._step is not None:
+            iteration, result = self._step
+            facts["training"] = self._facts(iteration, result.lm_loss, result.policy)
+        return {name: values for name, values in facts.items() if values is not None}
+
+    def _facts(self, iteration: int, loss: float, means: PolicyMeans | None) -> dict[str, Any]:
+        reported = {} if means is None else means.report(self._policy, None)
+        finite = {name: value for name, value in {"loss": loss, **reported}.items() if math.isfinite(value)}
+        return {"iteration": iteration, **finite}
