@@ -17,6 +17,10 @@ class TokenTexts(Protocol):
         """The text of a token, special ones too."""
         ...
 
+    def special_token(self, name: str) -> int | None:
+        """The number of the special token of that name."""
+        ...
+
     def begins_text(self, prompt: Sequence[int]) -> bool:
         """Whether an answer to `prompt` is the beginning of the text."""
         ...

@@ -2,7 +2,8 @@
 memory, or for more stack than there is.
 
 A program for `grammars.py`: it reads a Lark grammar from standard input and prints what is wrong with it. Its
-argument is the folder that holds the package llguidance. It runs without `site`, so that it starts fast.
+arguments are the folder that holds the package llguidance, and how many tokens the grammar may name by their
+numbers. It runs without `site`, so that it starts fast.
 """
 
 import contextlib
@@ -68,8 +69,9 @@ class _Callable:
 def _try() -> None:
     import llguidance
 
-    of_bytes = [bytes([byte]) for byte in range(256)]
-    tokenizer = vocabulary(llguidance, [*of_bytes, None], [256])
+    contents: list[bytes | None] = [bytes([byte]) for byte in range(256)]
+    contents += [b""] * (int(sys.argv[2]) - len(contents))
+    tokenizer = vocabulary(llguidance, [*contents, None], [len(contents)])
     matcher = llguidance.LLMatcher(tokenizer, sys.stdin.read(), log_level=0, limits=limits(llguidance))
     if not matcher.is_error():
         matcher.compute_bitmask()

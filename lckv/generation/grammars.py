@@ -48,7 +48,7 @@ class Grammars:
     def __init__(self, texts: TokenTexts, *, vocabulary: int, ends: frozenset[int]) -> None:
         """`vocabulary`: tokens of the model, of which the tokenizer may have fewer; `ends`: those that end an
         answer."""
-        self._texts, self._vocabulary, self._ends = texts, vocabulary, ends
+        self.texts, self._vocabulary, self._ends = texts, vocabulary, ends
         self._tokenizer: Any = None
         self._compiling = threading.Lock()  # also of the tokenizer
         self._lock = threading.Lock()  # of what follows; nobody holds it for long
@@ -65,7 +65,7 @@ class Grammars:
             return compiled
         library = _library()
         lark = _lark(library, grammar)
-        _try(library, lark)
+        _try(library, lark, self._vocabulary if grammar.kind == "lark" else 0)
         with self._compiling:
             return self._keep(grammar, self._compile(library, lark))
 
@@ -92,7 +92,7 @@ class Grammars:
         return CompiledGrammar(matcher)
 
     def _make_tokenizer(self, library: ModuleType) -> Any:
-        contents = [self._texts.bytes_of(token) for token in range(self._vocabulary)]
+        contents = [self.texts.bytes_of(token) for token in range(self._vocabulary)]
         for token in self._ends:
             contents[token] = None
         ends = sorted(self._ends)
@@ -130,10 +130,10 @@ def _lark(library: ModuleType, grammar: Grammar) -> str:
     return f"{head}start: {json_rule(schema)}"
 
 
-def _try(library: ModuleType, lark: str) -> None:
-    """Compile it where it can do no harm. Raises GrammarError."""
+def _try(library: ModuleType, lark: str, tokens: int) -> None:
+    """Compile it where it can do no harm; it may name `tokens` tokens. Raises GrammarError."""
     folder = Path(str(library.__file__)).parent.parent
-    command = [sys.executable, "-I", "-S", grammar_trial.__file__, str(folder)]
+    command = [sys.executable, "-I", "-S", grammar_trial.__file__, str(folder), str(tokens)]
     try:
         ran = subprocess.run(command, input=lark.encode(), capture_output=True, timeout=TRIAL_SECONDS)
     except subprocess.TimeoutExpired:

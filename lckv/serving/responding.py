@@ -20,6 +20,7 @@ from lckv.serving.errors import ApiError
 from lckv.serving.metrics import ServerMetrics
 from lckv.serving.preparing import Prepared
 from lckv.serving.token_logprobs import TokenLogprobs
+from lckv.serving.tool_calls import CallReader
 from lckv.serving.worker import Answer, EngineFailedError, EngineWorker
 
 logger = logging.getLogger(__name__)
@@ -56,8 +57,10 @@ class Responder:
 
         def choices_of() -> list[dict[str, Any]]:
             return [
-                whole_choice(header.kind, index, of_answer, logprobs[index], prepared.prefixes[index])
-                for index, of_answer in enumerate(events)
+                whole_choice(header.kind, index, of_answer, logprobs[index], prefix, calls)
+                for index, (of_answer, prefix, calls) in enumerate(
+                    zip(events, prepared.prefixes, _readers(prepared), strict=True)
+                )
             ]
 
         choices = await asyncio.to_thread(choices_of)  # of long prompts there is much to say
@@ -148,6 +151,7 @@ class Responder:
             for index in range(len(answers)):
                 yield header.body([opening_choice(index)], piece=True)
         generated, logprobs, prefixes = 0, self._logprobs(prepared, header), list(prepared.prefixes)
+        readers = _readers(prepared)
         async for index, event in _merged([self._timed(answer, started) for answer in answers]):
             generated += event.token is not None
             if event.finish_reason == "error":
@@ -156,11 +160,18 @@ class Responder:
             prefix, prefixes[index] = prefixes[index], ""
             shown = prefix or event.text or event.finish_reason is not None
             if shown or event.logprob is not None or event.prompt_logprobs is not None:
-                make = functools.partial(piece_choice, header.kind, index, event, logprobs[index], prefix)
+                make = functools.partial(
+                    piece_choice, header.kind, index, event, logprobs[index], prefix, readers[index]
+                )
                 choice = make() if event.prompt_logprobs is None else await asyncio.to_thread(make)
                 yield header.body([choice], piece=True)
         if prepared.request.include_usage:
             yield header.body([], piece=True, usage=usage(prepared.prompt_tokens, generated))
+
+
+def _readers(prepared: Prepared) -> list[CallReader | None]:
+    """For each answer, what finds calls of functions in it."""
+    return [None if prepared.calls is None else prepared.calls.reader() for _ in prepared.jobs]
 
 
 async def _merged(sources: Sequence[AsyncIterator[TokenEvent]]) -> AsyncIterator[tuple[int, TokenEvent]]:
