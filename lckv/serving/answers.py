@@ -69,28 +69,31 @@ def whole_choice(
     return _choice(index, {"message": message}, logprobs.of(events), _reason(reason, calls))
 
 
-def piece_choice(
+def piece_choices(
     kind: Kind,
     index: int,
     event: TokenEvent,
     logprobs: TokenLogprobs,
     prefix: str,
     calls: CallReader | None = None,
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     """One event of a streamed answer; `prefix` comes before its text: the echoed prompt, or nothing. `calls`:
-    finds calls of functions, which come whole."""
-    text, reason = prefix + event.text, event.finish_reason
+    finds calls of functions, which come whole, and before the end: clients look there what is complete."""
+    text, reason, details = prefix + event.text, event.finish_reason, logprobs.of([event])
     if kind == "completion":
-        return _choice(index, {"text": text}, logprobs.of([event]), reason)
-    delta: dict[str, Any] = {"content": text}
-    if calls is not None:
-        before = calls.count
-        read = calls.add(text, last=reason is not None)
-        delta = {"content": read.text} if read.text or not read.calls else {}
-        if read.calls:
-            numbered = enumerate(read.calls, before)
-            delta["tool_calls"] = [{"index": number, **call.as_json()} for number, call in numbered]
-    return _choice(index, {"delta": delta}, logprobs.of([event]), _reason(reason, calls))
+        return [_choice(index, {"text": text}, details, reason)]
+    if calls is None:
+        return [_choice(index, {"delta": {"content": text}}, details, reason)]
+    before = calls.count
+    read = calls.add(text, last=reason is not None)
+    reason = _reason(reason, calls)
+    if not read.calls:
+        return [_choice(index, {"delta": {"content": read.text}}, details, reason)]
+    numbered = enumerate(read.calls, before)
+    delta: dict[str, Any] = {"content": read.text} if read.text else {}
+    delta["tool_calls"] = [{"index": number, **call.as_json()} for number, call in numbered]
+    end = [] if reason is None else [_choice(index, {"delta": {}}, None, reason)]
+    return [_choice(index, {"delta": delta}, details, None), *end]
 
 
 def _reason(reason: str | None, calls: CallReader | None) -> str | None:

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from lckv.generation.detokenize import TokenTexts
 from lckv.generation.requests import QueueFullError, TokenEvent
 from lckv.serving import errors
-from lckv.serving.answers import Header, opening_choice, piece_choice, usage, whole_choice
+from lckv.serving.answers import Header, opening_choice, piece_choices, usage, whole_choice
 from lckv.serving.errors import ApiError
 from lckv.serving.metrics import ServerMetrics
 from lckv.serving.preparing import Prepared
@@ -161,10 +161,11 @@ class Responder:
             shown = prefix or event.text or event.finish_reason is not None
             if shown or event.logprob is not None or event.prompt_logprobs is not None:
                 make = functools.partial(
-                    piece_choice, header.kind, index, event, logprobs[index], prefix, readers[index]
+                    piece_choices, header.kind, index, event, logprobs[index], prefix, readers[index]
                 )
-                choice = make() if event.prompt_logprobs is None else await asyncio.to_thread(make)
-                yield header.body([choice], piece=True)
+                choices = make() if event.prompt_logprobs is None else await asyncio.to_thread(make)
+                for choice in choices:
+                    yield header.body([choice], piece=True)
         if prepared.request.include_usage:
             yield header.body([], piece=True, usage=usage(prepared.prompt_tokens, generated))
 

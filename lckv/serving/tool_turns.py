@@ -9,6 +9,7 @@ from lckv.serving.fields import INTEGER, LIST, OBJECT, TEXT, Fields
 
 def called(message: Fields) -> dict[str, Any]:
     """The calls of an assistant's message, as templates take them: arguments are objects. Raises ApiError."""
+    message.take("parsed", OBJECT)  # OpenAI's library adds it to the messages that it has read
     calls = message.take("tool_calls", LIST, [])
     path = message.path("tool_calls")
     made = [_call(Fields(call, f"{path}[{place}]")) for place, call in enumerate(calls)]
@@ -34,6 +35,7 @@ def _call(call: Fields) -> dict[str, Any]:
         raise ApiError(400, f"{where} is {shown(kind)}; only 'function' is supported.", param=where)
     function = Fields(call.need("function", OBJECT), call.path("function"))
     call.refuse_others({})
+    function.take("parsed_arguments", OBJECT)  # OpenAI's library adds them to the calls that it has read
     made = {"name": function.need("name", TEXT), "arguments": _arguments(function)}
     function.refuse_others({})
     return {"id": call_id, "type": "function", "function": made}

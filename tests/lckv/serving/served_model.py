@@ -35,6 +35,13 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+TOOL_TEMPLATE = (
+    "{% if tools %}<tools>{{ tools | tojson }} Answer with <tool_call>{}</tool_call>{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+"""In the manner of Hermes."""
 
 
 def byte_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
