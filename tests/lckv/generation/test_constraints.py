@@ -228,7 +228,7 @@ def test_engines_that_cannot_hold_to_a_grammar_say_so() -> None:
         engine().submit([5], replace(RANDOM, grammar=Grammar("json_schema", '{"type": "nothing"}')))
     with pytest.raises(ValueError, match="grammar is 'any'; it must be a Grammar, or None"):
         engine().submit([5], replace(RANDOM, grammar="any"))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="grammar is for answers of the engine; a text without end has none"):
+    with pytest.raises(ValueError, match="grammar must be None here; the engine"):
         Continuation(model(), TOKENIZER, None, [5], params)  # type: ignore[arg-type]
 
 

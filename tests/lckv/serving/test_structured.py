@@ -15,6 +15,7 @@ from lckv.generation.engine import Engine
 from lckv.serving.app import create_app
 from lckv.serving.limits import ServingLimits
 from tests.lckv.serving.served_model import LIMITS, TOOL_TEMPLATE, ask, byte_tokenizer, tiny_model
+from tests.lckv.serving.test_openapi import wrong
 
 LARGE = ServingLimits(context=1024, max_prompt_tokens=800, max_new_tokens=200, max_schema_characters=2000)
 CITY = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}
@@ -161,6 +162,16 @@ def test_an_answer_that_must_be_a_call_is_one(client: TestClient, choice: Any) -
     assert delta[0]["index"] == 0 and delta[0]["function"] == call["function"]
     assert "".join(piece["delta"].get("content", "") for piece in streamed) == ""
     assert streamed[-1]["finish_reason"] == "tool_calls"
+
+
+def test_calls_are_as_described(client: TestClient) -> None:
+    schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    fields = {**LONG, "tools": [STOP], "tool_choice": "required", "parallel_tool_calls": False}
+    assert wrong(ask(client, "chat/completions", **fields).json(), schemas["Chat"]) == []
+    lines = ask(client, "chat/completions", **fields, stream=True).text.split("\n\n")[:-2]
+    assert any("tool_calls" in line for line in lines)
+    for line in lines:
+        assert wrong(json.loads(line.removeprefix("data: ")), schemas["ChatPiece"]) == []
 
 
 def test_several_calls_in_one_answer(client: TestClient) -> None:
