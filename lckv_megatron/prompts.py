@@ -12,7 +12,8 @@ from lckv.generation.sampling import SamplingParams
 from lckv.surrogates import lone_surrogate
 from megatron_ext.errors import ConfigError
 
-_SETTINGS = tuple(field.name for field in fields(SamplingParams))
+_SETTINGS = tuple(field.name for field in fields(SamplingParams) if field.name != "grammar")
+"""Those that a line may have; a grammar is one for all lines."""
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ NEVER_IMPORTED = ("tools", "examples", "tests", "pretrain_lckv")
 OPTIONAL_PACKAGES = (
     "transformer_engine", "flash_attn", "triton", "liger_kernel", "cut_cross_entropy", "apex", "wandb",
     "lm_eval", "fastapi", "uvicorn", "prometheus_client", "openai", "gguf", "pyarrow",
+    "llguidance",
 )  # fmt: skip
 OPTIONAL_FOLDERS = {"kernels", "serving"}
 """Modules in folders of these names may import optional packages at their top; others import them when

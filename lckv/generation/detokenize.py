@@ -2,7 +2,7 @@
 and nothing of a text that ends the answer."""
 
 from codecs import getincrementaldecoder
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol
 
 
@@ -15,6 +15,10 @@ class TokenTexts(Protocol):
 
     def text_of(self, token: int, *, first: bool = False) -> str:
         """The text of a token, special ones too."""
+        ...
+
+    def special_token(self, name: str) -> int | None:
+        """The number of the special token of that name."""
         ...
 
     def begins_text(self, prompt: Sequence[int]) -> bool:
@@ -105,9 +109,16 @@ class StopTexts:
 class AnswerText:
     """The text of one answer, from its tokens."""
 
-    def __init__(self, texts: TokenTexts, stop: Sequence[str], before: Sequence[int]) -> None:
-        """`before`: the prompt."""
+    def __init__(
+        self,
+        texts: TokenTexts,
+        stop: Sequence[str],
+        before: Sequence[int],
+        visible: Collection[int] = (),
+    ) -> None:
+        """`before`: the prompt; `visible`: special tokens whose names are part of the text."""
         self._texts, self._detokenizer, self._stop = texts, Detokenizer(texts, before), StopTexts(stop)
+        self._visible = visible
 
     @property
     def stopped_by(self) -> str | None:
@@ -117,7 +128,7 @@ class AnswerText:
     def add(self, token: int) -> str:
         """The text that is certain now."""
         if self._texts.bytes_of(token) is None:
-            return self._stop.add(self._texts.text_of(token), shown=False)
+            return self._stop.add(self._texts.text_of(token), shown=token in self._visible)
         return self._stop.add(self._detokenizer.add(token))
 
     def flush(self) -> str:

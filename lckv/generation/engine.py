@@ -11,8 +11,10 @@ import torch
 
 from lckv.cache.paged import PagedCache
 from lckv.generation.config import EngineConfig
+from lckv.generation.constraints import allowed_tokens
 from lckv.generation.following import score_prompt
 from lckv.generation.forward import Forward
+from lckv.generation.grammars import Grammars
 from lckv.generation.jobs import Job
 from lckv.generation.limits import Limits, end_tokens, token_ids
 from lckv.generation.memory import longest_sequence, paged_cache
@@ -82,6 +84,12 @@ class Engine:
             has_tokenizer=tokenizer is not None,
         )
         self._ends = end_tokens(model)
+        self.grammars = (
+            None
+            if self.texts is None
+            else Grammars(self.texts, vocabulary=model.config.vocab_size, ends=self._ends)
+        )
+        """What answers can be held to; None without a tokenizer."""
         self._prefill_chunk = config.prefill_chunk
         self._forward = Forward(model, self.cache, tolerance=config.prefill_tolerance)
         self._prefixes = Prefixes(self.cache, enabled=config.prefix_cache)
@@ -122,6 +130,8 @@ class Engine:
         ends = frozenset((*params.stop_token_ids, *(() if params.ignore_eos else self._ends)))
         most = min(self.limits.context, len(prompt) + params.max_new_tokens)
         job = Job(request, self.texts, ends=ends, max_tokens=most)
+        if params.grammar is not None and self.grammars is not None:
+            job.constraint = self.grammars.compile(params.grammar).begin()
         with self._lock:
             if request.request_id in self._jobs:
                 raise ValueError(
@@ -271,12 +281,15 @@ class Engine:
             logits = self._forward.newest_logits(forwarded, ready, counts)
             finite = logits.amax(-1).isfinite().tolist()
             rows = [present[row] for row in ready]
+            constraints = [job.constraint for job in rows]
+            allowed, problems = allowed_tokens(constraints, logits.shape[1], logits.device)
             choices = sample(
                 logits if all(finite) else logits.nan_to_num(),
                 [job.params for job in rows],
                 [job.generator for job in rows],
                 [job.tokens for job in rows],
                 [job.answered for job in rows],
+                allowed,
             )
         except Exception as error:  # whatever it is, the other requests go on
             logger.exception("the model failed on %d requests", len(present))
@@ -287,11 +300,12 @@ class Engine:
         except BaseException:  # an interrupt; what the cache has taken in is not known for sure
             self._scheduler.preempt_all(keep=False)
             raise
-        for row, job, choice, right in zip(ready, rows, choices, finite, strict=True):
+        for place, (row, choice, right) in enumerate(zip(ready, choices, finite, strict=True)):
+            job = present[row]
             if not (right and job.prompt_is_finite):
-                events.append(
-                    self._fail(job, "the model's logits are not finite; are its weights and dtype right?")
-                )
+                problems[place] = "the model's logits are not finite; are its weights and dtype right?"
+            if place in problems:
+                events.append(self._fail(job, problems[place]))
                 continue
             self._scheduler.advance(job, counts[row])
             if len(job.tokens) == job.prompt_tokens:
@@ -310,6 +324,7 @@ class Engine:
         )
 
     def _fail(self, job: Job, error: str) -> TokenEvent:
+        logger.error("request %s: %s", job.request.request_id, error)
         return self._deliver(job, job.end("error"), error)
 
     def _end_cancelled(self) -> list[TokenEvent]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any
 
+from lckv.generation.constraints import Constraint
 from lckv.generation.detokenize import AnswerText, TokenTexts
 from lckv.generation.requests import Completion, FinishReason, Request, TokenEvent
 from lckv.generation.sampling import Choice
@@ -23,6 +24,8 @@ class Job:
         """Of prompt and answer."""
         self.answered: Counter[int] = Counter()
         """How often the answer has each of its tokens."""
+        self.constraint: Constraint | None = None
+        """What its answer must be, and how far it is; a preemption leaves it as it is."""
         self.sequence: int | None = None
         """Its number in the cache while it runs."""
         self.computed = 0
@@ -46,7 +49,7 @@ class Job:
         # As a text, because integers lose their sign.
         self.generator = Random() if seed is None else Random(str(seed))
         self._ends, self._max_tokens = ends, max_tokens
-        self._text = None if texts is None else AnswerText(texts, request.params.stop, request.prompt_ids)
+        self._text = None if texts is None else self._answer_text(texts)
         self._texts: list[str] = []
         self._characters = 0
         self._choices: list[Choice] = []
@@ -111,6 +114,8 @@ class Job:
             self.finish_reason, self._stopped_by = "stop", choice.token
         elif self._text is not None:
             text = self._text.add(choice.token)
+        if self.constraint is not None and self.constraint.advance(choice.token):
+            self.finish_reason = "stop"
         if self.finish_reason is None and len(self.tokens) >= self._max_tokens:
             self.finish_reason = "length"
         return self._event(choice, text)
@@ -139,6 +144,10 @@ class Job:
             self.cached_tokens or 0,
             self._prompt_logprobs(),
         )
+
+    def _answer_text(self, texts: TokenTexts) -> AnswerText:
+        params = self.request.params
+        return AnswerText(texts, params.stop, self.request.prompt_ids, params.visible_tokens)
 
     def _prompt_logprobs(self) -> tuple[Choice, ...] | None:
         """None where they are not wanted, or not all are there."""

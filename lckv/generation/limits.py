@@ -36,6 +36,8 @@ class Limits:
             wrong.append(
                 "stop needs the texts of tokens; give the engine a tokenizer, or use stop_token_ids."
             )
+        if params.grammar is not None and not self.has_tokenizer:
+            wrong.append("grammar needs the texts of tokens; give the engine a tokenizer.")
         return [*wrong, *self.text_problems(prompt, "the prompt", self.prompt_tokens)]
 
     def text_problems(self, tokens: Sequence[int], name: str, most: int) -> Iterator[str]:
@@ -65,7 +67,7 @@ class Limits:
 
 def unknown_tokens(params: SamplingParams, vocabulary: int) -> Iterator[str]:
     """What is wrong with settings that name tokens which the model does not have."""
-    for name in ("stop_token_ids", "logit_bias"):
+    for name in ("stop_token_ids", "visible_tokens", "logit_bias"):
         unknown = [token for token in getattr(params, name) or () if not 0 <= token < vocabulary]
         if unknown:
             yield f"{name} has {unknown[0]}; the model's tokens are 0 to {vocabulary - 1}."

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lckv.generation.constraints import AllowedTokens
+from lckv.generation.grammar import Grammar
 from lckv.generation.penalties import (
     MOST_BIAS,
     MOST_PENALTY,
@@ -35,8 +37,8 @@ MAX_LOGPROBS = 20
 class SamplingParams:
     """How the tokens of one request are chosen and when it ends.
 
-    logit_bias comes first, then the penalties, temperature, top_k, top_p and min_p, each on what the one
-    before has left (as in transformers and vLLM).
+    The grammar comes first, then logit_bias, the penalties, temperature, top_k, top_p and min_p, each on what
+    the one before has left (as in transformers and vLLM).
     """
 
     temperature: float = 1.0
@@ -78,6 +80,13 @@ class SamplingParams:
 
     ignore_eos: bool = False
     """Whether the model's end-of-sequence tokens are tokens like others."""
+
+    grammar: Grammar | None = None
+    """What the answer's text must be; tokens that do not fit are never chosen. The answer ends when it is
+    complete and cannot go on. None: any text."""
+
+    visible_tokens: tuple[int, ...] = ()
+    """Special tokens whose names are part of the answer's text."""
 
     logprobs: int | None = None
     """With every token its log-probability and those of so many most probable ones, natural logarithms of the
@@ -133,13 +142,12 @@ class SamplingParams:
                 and all(text and lone_surrogate(text) is None for text in self.stop),
                 "a tuple of Unicode texts that are not empty",
             ),
-            (
-                "stop_token_ids",
-                isinstance(self.stop_token_ids, tuple)
-                and all(_whole(token) for token in self.stop_token_ids),
-                "a tuple of integers",
+            *(
+                (name, _tuple_of(int, getattr(self, name)), "a tuple of integers")
+                for name in ("stop_token_ids", "visible_tokens")
             ),
             ("ignore_eos", isinstance(self.ignore_eos, bool), "true or false"),
+            ("grammar", self.grammar is None or isinstance(self.grammar, Grammar), "a Grammar, or None"),
             *(
                 (
                     name,
@@ -174,15 +182,17 @@ def sample(
     generators: Sequence[Random],
     previous: Sequence[Sequence[int]],
     answered: Sequence[Mapping[int, int]] | None = None,
+    allowed: AllowedTokens | None = None,
 ) -> list[Choice]:
     """One token for each row of `logits` [b, V].
 
     `previous` are the tokens of prompt and answer so far. `answered`: how often the answer has each of its
-    tokens; None: there is no answer yet.
+    tokens; None: there is no answer yet. `allowed`: what rows with a grammar may choose from.
     A row's generator gives one number, unless the row is greedy.
     """
     scores = logits.float()
-    chosen = filtered(scores, params, previous, answered)
+    possible = scores if allowed is None else allowed.apply(scores)
+    chosen = filtered(possible, params, previous, answered)
     best = chosen.argmax(-1)
     drawn = [row for row, row_params in enumerate(params) if row_params.temperature > 0]
     if drawn:
@@ -303,4 +313,6 @@ def _whole(value: object) -> bool:
 
 
 def _tuple_of(kind: type, value: object) -> bool:
-    return isinstance(value, tuple) and all(isinstance(entry, kind) for entry in value)
+    return isinstance(value, tuple) and all(
+        isinstance(entry, kind) and not isinstance(entry, bool) for entry in value
+    )

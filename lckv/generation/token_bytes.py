@@ -23,9 +23,14 @@ class TokenBytes:
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self._hidden = {token for token, entry in added.items() if entry.special}
         self._hidden |= set(tokenizer.all_special_ids)
+        self._special = {str(tokenizer.convert_ids_to_tokens(token)): token for token in self._hidden}
         decoder = _decoder(tokenizer)
         self._of_piece = _rule(decoder)
         self._drops_first_space = _drops_first_space(decoder)
+
+    def special_token(self, name: str) -> int | None:
+        """The number of the special token of that name; None if there is none, or texts show it."""
+        return self._special.get(name)
 
     def bytes_of(self, token: int, *, first: bool = False) -> bytes | None:
         """What `token` adds to a text, in UTF-8; None for special tokens, which texts leave out. `first`:

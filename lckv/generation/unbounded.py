@@ -65,17 +65,20 @@ class Continuation:
         """`prompt` of any length goes through the cache `prefill_chunk` tokens at a time when the first text
         is asked for.
 
-        Raises ValueError for settings that name tokens which the model does not have, and for
-        prompt_logprobs.
+        Raises ValueError for settings that name tokens which the model does not have, and for those that only
+        the engine follows.
         """
         problems = list(unknown_tokens(params, model.config.vocab_size))
-        if params.prompt_logprobs is not None:
-            problems.append("prompt_logprobs must be None here; the engine (`Engine`) has them.")
+        problems += [
+            f"{name} must be None here; the engine (`Engine`) follows it."
+            for name in ("prompt_logprobs", "grammar")
+            if getattr(params, name) is not None
+        ]
         if problems:
             raise ValueError("\n".join(problems))
         self._model, self._cache, self._params = model, cache, params
         self._prompt, self._prefill_chunk = prompt, prefill_chunk
-        self._text = AnswerText(TokenBytes(tokenizer), params.stop, prompt)
+        self._text = AnswerText(TokenBytes(tokenizer), params.stop, prompt, params.visible_tokens)
         self._ends = frozenset((*params.stop_token_ids, *(() if params.ignore_eos else end_tokens(model))))
         self._seen = dict.fromkeys(prompt)  # for the penalties: no more than the vocabulary
         self._answered: Counter[int] = Counter()

@@ -35,7 +35,7 @@ USAGE = _object(
     prompt_tokens_details=_object(cached_tokens=_INTEGER),
 )
 
-_FINISH_REASON = _or_null({"enum": ["stop", "length", "error"]})
+_FINISH_REASON = _or_null({"enum": ["stop", "length", "tool_calls", "error"]})
 
 _TOKEN = {"token": _TEXT, "logprob": _NUMBER, "bytes": _or_null(_list(_INTEGER))}
 
@@ -50,11 +50,23 @@ _COMPLETION_LOGPROBS = _or_null(
     )
 )
 
-_MESSAGE = _object(role={"enum": ["assistant"]}, content=_TEXT, refusal=_NULL)
+_CALL = {
+    "id": _TEXT,
+    "type": {"enum": ["function"]},
+    "function": _object(name=_TEXT, arguments={**_TEXT, "description": "A JSON object."}),
+}
+
+_ANSWERED = _object(role={"enum": ["assistant"]}, content=_or_null(_TEXT), refusal=_NULL)
+
+_MESSAGE = {**_ANSWERED, "properties": {**_ANSWERED["properties"], "tool_calls": _list(_object(**_CALL))}}
 
 _DELTA: Schema = {
     "type": "object",
-    "properties": {"role": {"enum": ["assistant"]}, "content": _TEXT},
+    "properties": {
+        "role": {"enum": ["assistant"]},
+        "content": _TEXT,
+        "tool_calls": _list(_object(index=_INTEGER, **_CALL)),
+    },
     "additionalProperties": False,
 }
 

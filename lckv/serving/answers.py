@@ -8,6 +8,7 @@ from typing import Any
 
 from lckv.generation.requests import TokenEvent
 from lckv.serving.token_logprobs import Kind, TokenLogprobs
+from lckv.serving.tool_calls import CallReader
 
 _OBJECTS = {
     ("completion", False): "text_completion",
@@ -15,7 +16,13 @@ _OBJECTS = {
     ("chat", False): "chat.completion",
     ("chat", True): "chat.completion.chunk",
 }
-_FINISH_REASONS = {"stop": "stop", "length": "length", "cancelled": "stop", "error": "error"}
+_FINISH_REASONS = {
+    "tool_calls": "tool_calls",
+    "stop": "stop",
+    "length": "length",
+    "cancelled": "stop",
+    "error": "error",
+}
 
 
 @dataclass(frozen=True)
@@ -41,25 +48,57 @@ class Header:
 
 
 def whole_choice(
-    kind: Kind, index: int, events: Sequence[TokenEvent], logprobs: TokenLogprobs, prefix: str
+    kind: Kind,
+    index: int,
+    events: Sequence[TokenEvent],
+    logprobs: TokenLogprobs,
+    prefix: str,
+    calls: CallReader | None = None,
 ) -> dict[str, Any]:
-    """One complete answer; `prefix` is the echoed prompt."""
+    """One complete answer; `prefix` is the echoed prompt. `calls`: finds calls of functions in it."""
     text = prefix + "".join(event.text for event in events)
-    content = (
-        {"text": text}
-        if kind == "completion"
-        else {"message": {"role": "assistant", "content": text, "refusal": None}}
-    )
-    return _choice(index, content, logprobs.of(events), events[-1].finish_reason or "stop")
+    reason = events[-1].finish_reason or "stop"
+    if kind == "completion":
+        return _choice(index, {"text": text}, logprobs.of(events), reason)
+    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    if calls is not None:
+        read = calls.add(text, last=True)
+        message["content"] = read.text
+        if read.calls:
+            message |= {"content": read.text or None, "tool_calls": [call.as_json() for call in read.calls]}
+    return _choice(index, {"message": message}, logprobs.of(events), _reason(reason, calls))
 
 
-def piece_choice(
-    kind: Kind, index: int, event: TokenEvent, logprobs: TokenLogprobs, prefix: str
-) -> dict[str, Any]:
-    """One event of a streamed answer; `prefix` comes before its text: the echoed prompt, or nothing."""
-    text = prefix + event.text
-    content: dict[str, Any] = {"text": text} if kind == "completion" else {"delta": {"content": text}}
-    return _choice(index, content, logprobs.of([event]), event.finish_reason)
+def piece_choices(
+    kind: Kind,
+    index: int,
+    event: TokenEvent,
+    logprobs: TokenLogprobs,
+    prefix: str,
+    calls: CallReader | None = None,
+) -> list[dict[str, Any]]:
+    """One event of a streamed answer; `prefix` comes before its text: the echoed prompt, or nothing. `calls`:
+    finds calls of functions, which come whole, and before the end: clients look there what is complete."""
+    text, reason, details = prefix + event.text, event.finish_reason, logprobs.of([event])
+    if kind == "completion":
+        return [_choice(index, {"text": text}, details, reason)]
+    if calls is None:
+        return [_choice(index, {"delta": {"content": text}}, details, reason)]
+    before = calls.count
+    read = calls.add(text, last=reason is not None)
+    reason = _reason(reason, calls)
+    if not read.calls:
+        return [_choice(index, {"delta": {"content": read.text}}, details, reason)]
+    numbered = enumerate(read.calls, before)
+    delta: dict[str, Any] = {"content": read.text} if read.text else {}
+    delta["tool_calls"] = [{"index": number, **call.as_json()} for number, call in numbered]
+    end = [] if reason is None else [_choice(index, {"delta": {}}, None, reason)]
+    return [_choice(index, {"delta": delta}, details, None), *end]
+
+
+def _reason(reason: str | None, calls: CallReader | None) -> str | None:
+    """An answer that came to its end and has calls ends for them."""
+    return "tool_calls" if reason == "stop" and calls is not None and calls.count else reason
 
 
 def opening_choice(index: int) -> dict[str, Any]:

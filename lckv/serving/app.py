@@ -12,10 +12,13 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.middleware.cors import CORSMiddleware
 
+from lckv.generation.detokenize import TokenTexts
 from lckv.generation.engine import Engine
+from lckv.generation.grammars import GrammarError
 from lckv.serving import errors, openapi
 from lckv.serving.answers import Header
 from lckv.serving.body import read_body
+from lckv.serving.errors import ApiError
 from lckv.serving.guard import Guard
 from lckv.serving.limits import ServingLimits
 from lckv.serving.metrics import ServerMetrics
@@ -35,6 +38,7 @@ class Served:
 
     worker: EngineWorker
     threads: TokenizerThreads
+    compiling: TokenizerThreads
     responder: Responder
     model: str
     limits: ServingLimits
@@ -57,13 +61,18 @@ def create_app(
         waiting=limits.max_preparing,
         seconds=limits.prepare_seconds,
     )
-    served = Served(worker, threads, Responder(worker, engine.texts, metrics), model, limits, metrics)
+    compiling = TokenizerThreads(  # of their own: a grammar may take seconds
+        None, threads=1, waiting=limits.max_preparing, seconds=limits.prepare_seconds, done="compiled"
+    )
+    responder = Responder(worker, engine.texts, metrics)
+    served = Served(worker, threads, compiling, responder, model, limits, metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         worker.start()
         yield
         threads.stop()
+        compiling.stop()
         await asyncio.to_thread(worker.stop, limits.shutdown_seconds)
 
     app = FastAPI(
@@ -149,12 +158,26 @@ async def _answer(
     served: Served,
     request: Request,
     kind: Kind,
-    prepare: Callable[[bytes, str, ServingLimits, Any], Prepared],
+    prepare: Callable[[bytes, str, ServingLimits, Any, TokenTexts], Prepared],
 ) -> Response:
     body = await read_body(request, served.limits)
     prepared = await served.threads.run(
-        lambda tokenizer: prepare(body, served.model, served.limits, tokenizer)
+        lambda tokenizer: prepare(body, served.model, served.limits, tokenizer, served.responder.texts)
     )
+    grammar = prepared.request.params.grammar
+    if grammar is None or (grammars := served.worker.engine.grammars) is None:
+        return await _respond(served, request, kind, prepared)
+    try:
+        compiled = await served.compiling.run(lambda _: grammars.compile(grammar))
+    except GrammarError as error:
+        field = "response_format" if prepared.calls is None else "tools"
+        raise ApiError(400, f"{field}: {error}.", param=field) from error
+    response = await _respond(served, request, kind, prepared)
+    del compiled  # until now it is kept, so that the engine need not compile it again
+    return response
+
+
+async def _respond(served: Served, request: Request, kind: Kind, prepared: Prepared) -> Response:
     answer_id = f"{_ID_PREFIXES[kind]}-{uuid.uuid4().hex}"
     header = Header(kind, answer_id, request.state.request_id, served.model)
     return await served.responder.respond(request, prepared, header)

@@ -40,6 +40,12 @@ class ServingLimits:
     max_biases: int = 1024
     """Tokens in the logit_bias of one request."""
 
+    max_schema_characters: int = 2**16
+    """Characters of the JSON schema of answers, and of all tools of a request, as JSON."""
+
+    max_tools: int = 128
+    """Tools in one request."""
+
     max_template_characters: int = 4096
     """Characters of chat_template_kwargs as JSON."""
 

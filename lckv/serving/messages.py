@@ -6,8 +6,9 @@ from lckv.serving.errors import ApiError, shown
 from lckv.serving.fields import LIST, TEXT, Fields, check
 from lckv.serving.limits import ServingLimits
 from lckv.serving.sizes import check_characters, check_count
+from lckv.serving.tool_turns import called, result_of
 
-ROLES = ("system", "developer", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "name": ("",),
@@ -23,15 +24,15 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
 """Fields of which only these values (and null) are supported."""
 
 
-def conversation(messages: list[Any], limits: ServingLimits) -> list[dict[str, str]]:
-    """The messages of a chat as roles and texts. Raises ApiError."""
+def conversation(messages: list[Any], limits: ServingLimits) -> list[dict[str, Any]]:
+    """The messages of a chat as templates take them. Raises ApiError."""
     check_count(len(messages), limits.max_messages, "messages", "messages")
     turns = [_message(message, f"messages[{place}]") for place, message in enumerate(messages)]
     check_characters(sum(len(turn["content"]) for turn in turns), "messages", limits)
     return turns
 
 
-def _message(given: Any, path: str) -> dict[str, str]:
+def _message(given: Any, path: str) -> dict[str, Any]:
     fields = Fields(given, path)
     role = fields.need("role", TEXT)
     if role not in ROLES:
@@ -41,8 +42,13 @@ def _message(given: Any, path: str) -> dict[str, str]:
     if content is None and role != "assistant":  # those of assistants may be empty beside other fields
         where = fields.path("content")
         raise ApiError(400, f"{where} is missing; it must be a text, or a list of parts.", param=where)
+    turn = {"role": role, "content": _content(content, fields.path("content"))}
+    if role == "assistant":
+        turn |= called(fields)
+    elif role == "tool":
+        turn |= result_of(fields)
     fields.refuse_others(_ACCEPTED)
-    return {"role": role, "content": _content(content, fields.path("content"))}
+    return turn
 
 
 def _content(content: Any, path: str) -> str:

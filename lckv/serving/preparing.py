@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lckv.generation.detokenize import TokenTexts
 from lckv.generation.sampling import SamplingParams
 from lckv.serving.body import parse_object
+from lckv.serving.calling import CallFormat, call_format
 from lckv.serving.errors import ApiError
 from lckv.serving.limits import ServingLimits
 from lckv.serving.protocol import (
@@ -41,13 +43,18 @@ class Prepared:
     param: str
     """The field with the prompts."""
 
+    calls: CallFormat | None = None
+    """How answers may call functions."""
+
     def cached_tokens(self, of_answers: Sequence[int]) -> int:
         """Tokens of all prompts that were found computed, once for each prompt: of its first answer. The
         others find what that one computes."""
         return sum(of_answers[:: self.request.answers])
 
 
-def prepare_completion(body: bytes, model: str, limits: ServingLimits, tokenizer: Any) -> Prepared:
+def prepare_completion(
+    body: bytes, model: str, limits: ServingLimits, tokenizer: Any, texts: TokenTexts
+) -> Prepared:
     """Of POST /v1/completions. Raises ApiError."""
     request = completion_request(parse_object(body), model, limits)
     prompts = []
@@ -62,9 +69,12 @@ def prepare_completion(body: bytes, model: str, limits: ServingLimits, tokenizer
     return _prepared(request, prompts, _prefixes(request, tokenizer), "prompt")
 
 
-def prepare_chat(body: bytes, model: str, limits: ServingLimits, tokenizer: Any) -> Prepared:
+def prepare_chat(
+    body: bytes, model: str, limits: ServingLimits, tokenizer: Any, texts: TokenTexts
+) -> Prepared:
     """Of POST /v1/chat/completions. Raises ApiError."""
     request = chat_request(parse_object(body), model, limits)
+    calls = call_format(request, tokenizer)
     text = _templated(tokenizer, request, limits.prepare_seconds)
     check_characters(len(text), "messages", limits)
     tokens = _encode(request, tokenizer, text)
@@ -72,9 +82,11 @@ def prepare_chat(body: bytes, model: str, limits: ServingLimits, tokenizer: Any)
     if request.fills_context:
         room = max(1, limits.context - len(tokens))
         params = replace(params, max_new_tokens=min(limits.max_new_tokens, room))
+    if calls is not None:
+        params = calls.held(params, texts)
     request = replace(request, params=params)
     _check_job(request, tokens, "messages", limits)
-    return _prepared(request, [tokens], [""], "messages")
+    return replace(_prepared(request, [tokens], [""], "messages"), calls=calls)
 
 
 def _prepared(
@@ -110,10 +122,11 @@ def _templated(tokenizer: Any, request: ChatRequest, seconds: float) -> str:
             400, "this model's tokenizer has no chat template; use /v1/completions.", param="messages"
         )
     check_names(request.template_settings, tokenizer)
+    offered = None if request.tools is None else request.tools.described
     try:
         with time_limit(seconds, TEMPLATES):
             text = tokenizer.apply_chat_template(
-                request.conversation, tokenize=False, **request.template_settings
+                request.conversation, tools=offered, tokenize=False, **request.template_settings
             )
         return str(text)
     except TookTooLongError:

@@ -15,20 +15,18 @@ from lckv.serving.errors import ApiError, shown
 from lckv.serving.fields import BOOLEAN, INTEGER, LIST, NUMBER, OBJECT, TEXT, Fields, Kind, check
 from lckv.serving.limits import ServingLimits
 from lckv.serving.messages import conversation
+from lckv.serving.response_format import response_grammar
 from lckv.serving.sizes import check_characters, check_count, check_tokens
 from lckv.serving.template_settings import template_settings
+from lckv.serving.tools import Tools, tools
 
 ACCEPTED_OF_COMPLETIONS = {**ACCEPTED_OF_VLLM, "suffix": ("",)}
 """Fields that clients send, of which only these values (and null) are supported."""
 
 ACCEPTED_OF_CHATS = {
     **ACCEPTED_OF_VLLM_CHATS,
-    "tools": ([],),
     "functions": ([],),
-    "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -87,11 +85,14 @@ class CompletionRequest(GenerationRequest):
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
-    conversation: Sequence[Mapping[str, str]]
+    conversation: Sequence[Mapping[str, Any]]
     """For the tokenizer's chat template."""
 
     template_settings: Mapping[str, Any]
     """What else the template is given."""
+
+    tools: Tools | None
+    """What the model may call."""
 
     fills_context: bool
     """Whether the answer may be as long as there is room."""
@@ -115,6 +116,7 @@ def completion_request(content: Mapping[str, Any], model: str, limits: ServingLi
     if echo and (length < 1 or logprobs is not None):
         params = replace(params, prompt_logprobs=logprobs or 0)
     _check_params(params, limits, {"max_new_tokens": "max_tokens"})
+    params = replace(params, grammar=response_grammar(fields, limits))
     special = fields.take("add_special_tokens", BOOLEAN, True)
     fields.refuse_others(ACCEPTED_OF_COMPLETIONS)
     return CompletionRequest(stream, include_usage, params, answers, "max_tokens", special, prompts, echo)
@@ -137,12 +139,26 @@ def chat_request(content: Mapping[str, Any], model: str, limits: ServingLimits) 
         logprobs=(best or 0) if logprobs else None,
     )
     _check_params(params, limits, {"max_new_tokens": length_name, "logprobs": "top_logprobs"})
+    params, offered = replace(params, grammar=response_grammar(fields, limits)), tools(fields, limits)
+    if offered is not None and params.grammar is not None:
+        message = "response_format beside tools: this server only supports {'type': 'text'} and null."
+        raise ApiError(400, message, param="response_format")
     special, settings = fields.take("add_special_tokens", BOOLEAN, False), template_settings(fields, limits)
     for name in ("safety_identifier", "prompt_cache_key"):  # as `user`
         fields.take(name, TEXT)
     fields.refuse_others(ACCEPTED_OF_CHATS)
-    fills = length is None
-    return ChatRequest(stream, include_usage, params, answers, length_name, special, turns, settings, fills)
+    return ChatRequest(
+        stream,
+        include_usage,
+        params,
+        answers,
+        length_name,
+        special,
+        turns,
+        settings,
+        offered,
+        fills_context=length is None,
+    )
 
 
 def _check_model(fields: Fields, model: str) -> None:

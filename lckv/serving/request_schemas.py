@@ -9,6 +9,8 @@ from lckv.serving.accepted import ACCEPTED_OF_STREAMS
 from lckv.serving.limits import ServingLimits
 from lckv.serving.messages import ROLES
 from lckv.serving.protocol import ACCEPTED_OF_CHATS, ACCEPTED_OF_COMPLETIONS, COMPLETION_TOKENS
+from lckv.serving.response_format import KINDS
+from lckv.serving.tools import CHOICES
 
 Schema = dict[str, Any]
 
@@ -58,6 +60,7 @@ def chat_schema(limits: ServingLimits) -> Schema:
                 {"type": "integer", "minimum": 0, "maximum": MAX_LOGPROBS},
                 "And those of so many likeliest tokens.",
             ),
+            **_tools(limits),
             "add_generation_prompt": _flag(
                 "The template ends with the beginning of an answer; not if continue_final_message is true.",
                 True,
@@ -136,7 +139,41 @@ def _of_both(limits: ServingLimits) -> dict[str, Schema]:
             "The answer ends with any of these tokens.",
         ),
         "ignore_eos": _flag("Go on behind the end of a text.", False),
+        "response_format": _optional(_response_format(), "What the answer's text must be."),
         "user": _optional({"type": "string"}, "Without effect."),
+    }
+
+
+def _response_format() -> Schema:
+    described = {"name": {"type": "string"}, "description": {"type": "string"}, "schema": {"type": "object"}}
+    schema = _object({**described, "strict": {"type": "boolean"}}, accepted={}, required=["schema"])
+    return _object({"type": {"enum": list(KINDS)}, "json_schema": schema}, accepted={}, required=["type"])
+
+
+def _tools(limits: ServingLimits) -> dict[str, Schema]:
+    text = {"type": "string"}
+    function = _object(
+        {"name": text, "description": text, "parameters": {"type": "object"}, "strict": {"type": "boolean"}},
+        accepted={},
+        required=["name"],
+    )
+    tool = _object(
+        {"type": {"enum": ["function"]}, "function": function}, accepted={}, required=["type", "function"]
+    )
+    chosen = _object({"name": text}, accepted={}, required=["name"])
+    choice = _object(
+        {"type": {"enum": ["function"]}, "function": chosen}, accepted={}, required=["type", "function"]
+    )
+    return {
+        "tools": _optional(
+            _list(tool, limits.max_tools, least=0),
+            "Functions that the model may call, where its chat template has tools.",
+        ),
+        "tool_choice": _optional(
+            {"anyOf": [{"enum": list(CHOICES)}, choice], "default": "auto"},
+            "Whether the answer may, must not or must be a call; a function: a call of that one.",
+        ),
+        "parallel_tool_calls": _flag("Whether an answer may be several calls.", True),
     }
 
 
@@ -144,10 +181,16 @@ def _message() -> Schema:
     part = _object(
         {"type": {"enum": ["text"]}, "text": {"type": "string"}}, accepted={}, required=["type", "text"]
     )
+    call = {"id": {"type": "string"}, "type": {"enum": ["function"]}, "function": {"type": "object"}}
     content = {"anyOf": [{"type": "string"}, {"type": "array", "items": part}, {"type": "null"}]}
     return {
         "type": "object",
-        "properties": {"role": {"enum": list(ROLES)}, "content": content},
+        "properties": {
+            "role": {"enum": list(ROLES)},
+            "content": content,
+            "tool_calls": {"type": "array", "items": {"type": "object", "properties": call}},
+            "tool_call_id": {"type": "string"},
+        },
         "required": ["role"],
     }
 

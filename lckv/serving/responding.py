@@ -15,11 +15,12 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from lckv.generation.detokenize import TokenTexts
 from lckv.generation.requests import QueueFullError, TokenEvent
 from lckv.serving import errors
-from lckv.serving.answers import Header, opening_choice, piece_choice, usage, whole_choice
+from lckv.serving.answers import Header, opening_choice, piece_choices, usage, whole_choice
 from lckv.serving.errors import ApiError
 from lckv.serving.metrics import ServerMetrics
 from lckv.serving.preparing import Prepared
 from lckv.serving.token_logprobs import TokenLogprobs
+from lckv.serving.tool_calls import CallReader
 from lckv.serving.worker import Answer, EngineFailedError, EngineWorker
 
 logger = logging.getLogger(__name__)
@@ -56,8 +57,10 @@ class Responder:
 
         def choices_of() -> list[dict[str, Any]]:
             return [
-                whole_choice(header.kind, index, of_answer, logprobs[index], prepared.prefixes[index])
-                for index, of_answer in enumerate(events)
+                whole_choice(header.kind, index, of_answer, logprobs[index], prefix, calls)
+                for index, (of_answer, prefix, calls) in enumerate(
+                    zip(events, prepared.prefixes, _readers(prepared), strict=True)
+                )
             ]
 
         choices = await asyncio.to_thread(choices_of)  # of long prompts there is much to say
@@ -151,6 +154,7 @@ class Responder:
                 yield header.body([opening_choice(index)], piece=True, **no_usage)
         generated, logprobs, prefixes = 0, self._logprobs(prepared, header), list(prepared.prefixes)
         cached = [0] * len(answers)
+        readers = _readers(prepared)
         async for index, event in _merged([self._timed(answer, started) for answer in answers]):
             generated += event.token is not None
             cached[index] = event.cached_tokens
@@ -160,12 +164,20 @@ class Responder:
             prefix, prefixes[index] = prefixes[index], ""
             shown = prefix or event.text or event.finish_reason is not None
             if shown or event.logprob is not None or event.prompt_logprobs is not None:
-                make = functools.partial(piece_choice, header.kind, index, event, logprobs[index], prefix)
-                choice = make() if event.prompt_logprobs is None else await asyncio.to_thread(make)
-                yield header.body([choice], piece=True, **no_usage)
+                make = functools.partial(
+                    piece_choices, header.kind, index, event, logprobs[index], prefix, readers[index]
+                )
+                choices = make() if event.prompt_logprobs is None else await asyncio.to_thread(make)
+                for choice in choices:
+                    yield header.body([choice], piece=True, **no_usage)
         if prepared.request.include_usage:
             numbers = usage(prepared.prompt_tokens, generated, prepared.cached_tokens(cached))
             yield header.body([], piece=True, usage=numbers)
+
+
+def _readers(prepared: Prepared) -> list[CallReader | None]:
+    """For each answer, what finds calls of functions in it."""
+    return [None if prepared.calls is None else prepared.calls.reader() for _ in prepared.jobs]
 
 
 async def _merged(sources: Sequence[AsyncIterator[TokenEvent]]) -> AsyncIterator[tuple[int, TokenEvent]]:

@@ -52,8 +52,12 @@ class _Task(Generic[Result]):
 class TokenizerThreads:
     """Threads with a tokenizer each; they start with the first work and end with `stop`."""
 
-    def __init__(self, tokenizer: Any, *, threads: int, waiting: int, seconds: float) -> None:
-        """`waiting`: most works that wait; `seconds`: that one may take, waiting included."""
+    def __init__(
+        self, tokenizer: Any, *, threads: int, waiting: int, seconds: float, done: str = "tokenised"
+    ) -> None:
+        """`waiting`: most works that wait; `seconds`: that one may take, waiting included; `done`: what is
+        done with a request."""
+        self._done = done
         self._tokenizers = [copy.deepcopy(tokenizer) for _ in range(threads)]
         self._most, self._seconds = threads + waiting, seconds
         self._pending = 0
@@ -77,7 +81,7 @@ class TokenizerThreads:
         except TimeoutError:
             raise ApiError(
                 503,
-                f"The request was not tokenised after {self._seconds:g} seconds; send less, or try again.",
+                f"The request was not {self._done} after {self._seconds:g} seconds; send less, or try again.",
                 retry_after=1,
             ) from None
         finally:

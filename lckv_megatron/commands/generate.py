@@ -16,6 +16,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lckv_megatron.engine_options import (
     add_engine_options,
@@ -26,6 +27,9 @@ from megatron_ext.arguments import ProgramParser, positive
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError
 from megatron_ext.files import check_input, check_output
+
+if TYPE_CHECKING:
+    from lckv.generation.grammar import Grammar
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,6 +104,12 @@ def _parser() -> argparse.ArgumentParser:
     sampling.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; can be repeated"
     )
+    sampling.add_argument(
+        "--json-schema",
+        type=Path,
+        metavar="FILE",
+        help="answers are JSON that the schema in this file allows",
+    )
     sampling.add_argument("--ignore-eos", action="store_true", help="go on behind the end of a document")
     add_engine_options(parser, batch_size=32)
     streaming = parser.add_argument_group("unbounded generation (StreamingLLM): memory that does not grow")
@@ -114,6 +124,15 @@ def _parser() -> argparse.ArgumentParser:
         help="first tokens to keep with --window (default: 4)",
     )
     return parser
+
+
+def _grammar(path: Path) -> "Grammar":
+    from lckv.generation.grammar import Grammar
+
+    try:
+        return Grammar("json_schema", path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--json-schema {path} cannot be read: {error}") from error
 
 
 def _bias(text: str) -> tuple[str, float]:
@@ -135,11 +154,14 @@ def generate(options: argparse.Namespace) -> None:
         raise ConfigError("--stream prints the answer to one prompt as text; leave out --batch and --json.")
     if options.window is not None and options.batch is not None:
         raise ConfigError("--window generates from one prompt; leave out --batch.")
+    if options.window is not None and options.json_schema is not None:
+        raise ConfigError("--json-schema is for answers that end; leave out --window.")
     if options.output is not None and options.batch is None:
         raise ConfigError("--output is for the answers of a --batch.")
     if options.system is not None and not options.chat:
         raise ConfigError("--system is a message of a chat: add --chat.")
     check_input("--batch", options.batch)
+    check_input("--json-schema", options.json_schema)
     check_output("--output", options.output)
     names = (
         "max_new_tokens",
@@ -161,6 +183,7 @@ def generate(options: argparse.Namespace) -> None:
         **{name: getattr(options, name) for name in names},
         stop=tuple(options.stop),
         logit_bias=biases or None,
+        grammar=None if options.json_schema is None else _grammar(options.json_schema),
     )
     if params.problems():
         raise ConfigError(

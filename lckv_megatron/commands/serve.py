@@ -48,6 +48,8 @@ _SIZES = (
     "max_stops",
     "max_stop_characters",
     "max_biases",
+    "max_schema_characters",
+    "max_tools",
     "max_template_characters",
     "max_prompt_logprobs",
     "tokenizer_threads",

@@ -35,6 +35,13 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+TOOL_TEMPLATE = (
+    "{% if tools %}<tools>{{ tools | tojson }} Answer with <tool_call>{}</tool_call>{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+"""In the manner of Hermes."""
 
 
 def byte_tokenizer(*, chat: bool = True, size: int = 257) -> PreTrainedTokenizerFast:
@@ -52,7 +59,9 @@ def byte_tokenizer(*, chat: bool = True, size: int = 257) -> PreTrainedTokenizer
     return fast
 
 
-def tiny_model(layer_types: str = "0_2_2_3", policy: str = "dense") -> LCKVLlamaForCausalLM:
+def tiny_model(
+    layer_types: str = "0_2_2_3", policy: str = "dense", context: int = CONTEXT
+) -> LCKVLlamaForCausalLM:
     """Random weights, float32."""
     torch.manual_seed(1)
     stage = {"stage": "finetune"} if policy == "dmc" else {}
@@ -63,7 +72,7 @@ def tiny_model(layer_types: str = "0_2_2_3", policy: str = "dense") -> LCKVLlama
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
         initializer_range=0.2,
         compression={"layer_types": layer_types, "policy": {"name": policy, **stage}},
         bos_token_id=None,
@@ -73,10 +82,12 @@ def tiny_model(layer_types: str = "0_2_2_3", policy: str = "dense") -> LCKVLlama
     return LCKVLlamaForCausalLM(config).eval()
 
 
-def write_folder(folder: Path) -> Path:
+def write_folder(folder: Path, *, context: int = CONTEXT, chat_template: str = CHAT_TEMPLATE) -> Path:
     """A model folder as users have it."""
-    tiny_model().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    tiny_model(context=context).save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)
     return folder
 
 

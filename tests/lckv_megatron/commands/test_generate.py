@@ -84,6 +84,23 @@ def test_penalties_and_biases(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert "'7' is not TOKEN=X, such as 42=-100" in capsys.readouterr().err
 
 
+def test_answers_of_a_schema(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    schema, broken = tmp_path / "schema.json", tmp_path / "broken.json"
+    schema.write_text('{"enum": ["yes", "no"]}')
+    broken.write_text('{"type": "nothing"}')
+    asked = ["--prompt", "hello", "--max-new-tokens", "20", "--json-schema"]
+    assert run(folder, *asked, str(schema)) == 0
+    assert json.loads(capsys.readouterr().out) in ("yes", "no")
+    for option, said in (
+        (str(broken), "the prompt cannot be answered: failed to compile JSON schema: Invalid type: nothing"),
+        (str(tmp_path / "absent"), "--json-schema"),
+    ):
+        assert run(folder, *asked, option) == 2
+        assert said in capsys.readouterr().err
+    assert run(folder, *asked, str(schema), "--window", "9") == 2
+    assert "--json-schema is for answers that end; leave out --window" in capsys.readouterr().err
+
+
 def test_the_standard_input_and_chats(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
