@@ -34,9 +34,7 @@ def test_a_name_without_a_network() -> None:
         local_folder("nobody/no-such-model")
 
 
-def test_no_code_and_nothing_pickled_is_fetched(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_no_code_and_nothing_pickled_is_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 
