@@ -21,6 +21,7 @@ import torch
 
 from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.errors import ConversionError
+from lckv.precision import exact_products
 from lckv.weights.tensors import dtype_of
 from megatron_ext.config import ParallelConfig, RunConfig, TrainConfig
 from megatron_ext.console import exit_status, set_up_logging
@@ -72,7 +73,8 @@ def write_logits(
     initialize(parallel, seed=1)
     stage = restore(checkpoint, parallel, verify_hashes=False, in_float32=True).stage
     round_weights(stage, weights_dtype)
-    logits_file.write_logits(stage, tokens, output)
+    with exact_products():
+        logits_file.write_logits(stage, tokens, output)
 
 
 @torch.no_grad()

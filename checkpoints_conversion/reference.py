@@ -20,6 +20,7 @@ from checkpoints_conversion.megatron_logits import round_weights
 from checkpoints_conversion.opening import OpenModel
 from checkpoints_conversion.writing import write_huggingface
 from lckv.config import CompressionConfig
+from lckv.precision import exact_products
 from megatron_ext.model.architecture import architecture
 
 _COMPRESSION = frozenset(field.name for field in fields(CompressionConfig))
@@ -107,7 +108,8 @@ class Reference:
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
         """float32 [T, vocabulary] of one row of tokens, int64 [T]."""
-        return self._model(tokens[None], use_cache=False).logits[0].float()
+        with exact_products():
+            return self._model(tokens[None], use_cache=False).logits[0].float()
 
 
 def common_dtype(first: torch.dtype, second: torch.dtype) -> torch.dtype:

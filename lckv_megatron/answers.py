@@ -70,14 +70,17 @@ def answer_unbounded(options: argparse.Namespace, model: Any, tokenizer: Any, pr
         cache = streaming_cache(model, sinks=options.sinks, window=options.window)
     except ValueError as error:
         raise ConfigError(f"--window: {error}") from error
-    answer = Continuation(
-        model,
-        tokenizer,
-        cache,
-        prompt.tokens,
-        prompt.params,
-        prefill_chunk=1 if options.prefill == "exact" else options.prefill_chunk,
-    )
+    try:
+        answer = Continuation(
+            model,
+            tokenizer,
+            cache,
+            prompt.tokens,
+            prompt.params,
+            prefill_chunk=1 if options.prefill == "exact" else options.prefill_chunk,
+        )
+    except ValueError as error:
+        raise ConfigError(f"the prompt cannot be answered: {error}") from error
     started = time.monotonic()
     pieces = []
     try:
@@ -108,6 +111,7 @@ def answer_line(prompt: Prompt, completion: Completion | ValueError) -> str:
     """An answer as JSON."""
     if isinstance(completion, ValueError):
         return json.dumps({"id": prompt.name, "error": str(completion)}, ensure_ascii=False)
+    prompt_choices = completion.prompt_logprobs
     content = {
         "id": prompt.name,
         "text": completion.text,
@@ -117,6 +121,10 @@ def answer_line(prompt: Prompt, completion: Completion | ValueError) -> str:
         "prefill_passes": completion.prefill_passes,
         "logprobs": completion.logprobs,
         "top_logprobs": completion.top_logprobs,
+        "prompt_logprobs": None if prompt_choices is None else [choice.logprob for choice in prompt_choices],
+        "prompt_top_logprobs": None
+        if prompt_choices is None
+        else [choice.top_logprobs for choice in prompt_choices],
         "error": completion.error,
     }
     return json.dumps(

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from lckv.install import INSTALL_GPU
+
 DISTRIBUTION = "lckv-megatron"
 OPTIONAL = {
     "transformer-engine": ("transformer_engine.pytorch", "fused layers and fp32 main weights on GPU", "gpu"),
@@ -157,7 +159,9 @@ def _optional_packages(report: Report) -> None:
     for distribution, (module, purpose, extra) in OPTIONAL.items():
         version = _version(distribution)
         report.facts[distribution] = version or "not installed"
-        remedy = f"pip install '{DISTRIBUTION}[{extra}]', or in a checkout: pip install -e '.[{extra}]'"
+        remedy = INSTALL_GPU
+        if extra != "gpu":
+            remedy = f"pip install '{DISTRIBUTION}[{extra}]', or in a checkout: pip install -e '.[{extra}]'"
         if version is None:
             if extra != "gpu" or report.facts.get("GPUs", "none") != "none":
                 report.lacks(f"{distribution} (optional: {purpose})", remedy)
@@ -249,9 +253,9 @@ def attention_backend() -> OperationPath:
 
 def layer_implementation() -> OperationPath:
     """What `model.transformer_impl: auto` becomes here."""
-    from megatron_ext.model.specs import choose_implementation
+    from megatron_ext.model.implementation import choose_implementation
 
-    choice = choose_implementation("auto")
+    choice = choose_implementation("auto", "bf16")
     return OperationPath(choice.name, choice.reason)
 
 

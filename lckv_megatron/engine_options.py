@@ -48,6 +48,12 @@ def add_engine_options(parser: argparse.ArgumentParser, *, batch_size: int) -> N
     add_setting(group, "--page-size", "page_size")
     add_setting(group, "--batch-size", "max_batch_size", default=batch_size)
     add_setting(group, "--prefill-chunk", "prefill_chunk")
+    group.add_argument(
+        "--no-prefix-cache",
+        dest="prefix_cache",
+        action="store_false",
+        help="compute every prompt from its first token on, also where an earlier request began alike",
+    )
     prefill = group.add_mutually_exclusive_group()
     add_setting(prefill, "--prefill-tolerance", "prefill_tolerance", type=float, metavar="X")
     prefill.add_argument(
@@ -76,6 +82,7 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         memory_bytes=options.memory_bytes,
         page_size=options.page_size,
         max_batch_size=options.max_batch_size,
+        prefix_cache=options.prefix_cache,
         prefill_chunk=options.prefill_chunk,
         prefill=options.prefill,
         prefill_tolerance=options.prefill_tolerance,

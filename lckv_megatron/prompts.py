@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from lckv.generation.penalties import biases_by_token
 from lckv.generation.sampling import SamplingParams
 from lckv.surrogates import lone_surrogate
 from megatron_ext.errors import ConfigError
@@ -107,6 +108,11 @@ def _line(
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
     }
+    if isinstance(values.get("logit_bias"), dict):
+        try:
+            values["logit_bias"] = biases_by_token(values["logit_bias"])
+        except ValueError as error:
+            raise ConfigError(f"{where}: {error}") from error
     own = replace(params, **values)
     if own.problems():
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in own.problems()))

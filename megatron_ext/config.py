@@ -241,9 +241,17 @@ class OptimizerConfig:
     """Largest global gradient norm; 0: no clipping."""
 
 
+DataFormat = Literal["pretraining", "chat"]
+"""What the documents of a dataset are: texts, or conversations of which the assistant's part is learned."""
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Indexed datasets, their blend, and the tokenizer that made them."""
+
+    format: DataFormat = "pretraining"
+    """pretraining: documents end to end; chat: conversations
+    (preprocess --data-format chat) packed whole into sequences, loss on what the assistant says."""
 
     data_path: tuple[str, ...] = ()
     """Prefixes of .bin/.idx files: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...
@@ -277,13 +285,18 @@ class DataConfig:
     """Directory or file of the tokenizer."""
 
     reset_position_ids: bool = False
-    """Positions start at 0 in every document of a sequence."""
+    """Positions start at 0 in every document of a sequence; in conversations they always do."""
 
     reset_attention_mask: bool = False
-    """Keys of another document of the sequence are invisible, in every kind of layer."""
+    """Keys of another document of the sequence are invisible, in every kind of layer. Those of another
+    conversation always are."""
 
     eod_mask_loss: bool = False
     """No loss on predicting what follows an end-of-document token."""
+
+    chat_overlong: Literal["truncate", "drop", "error"] = "truncate"
+    """chat: what becomes of a conversation of more than train.seq_length + 1 tokens: its end is cut off, it
+    is left out, or the run does not begin. A line of the log has their number."""
 
     allow_changed_data: bool = False
     """Resume although seed, seq_length, split or files changed so that some text is read twice within the

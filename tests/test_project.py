@@ -13,7 +13,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES = sorted(path for ending in ("yaml", "yml") for path in (ROOT / "examples").rglob(f"*.{ending}"))
+EXAMPLES = sorted(
+    path
+    for ending in ("yaml", "yml")
+    for path in (ROOT / "examples").rglob(f"*.{ending}")
+    if path.name != "kubernetes.yaml"  # tests/examples/test_launchers.py reads it
+)
 
 ENGINES = {"3.11": "0.16.1", "3.12": "0.19.2", "3.13": "0.19.2"}
 """The version of megatron-core that each version of Python gets (docs/engines.md)."""

@@ -8,6 +8,8 @@
 #SBATCH --exclusive
 #SBATCH --time=24:00:00
 #SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 export MINUTES=${MINUTES:-1410} # half an hour before --time: a checkpoint has to be written

@@ -11,9 +11,16 @@ from torch import Tensor
 
 from lckv.attention import flash, reference, sdpa
 from lckv.errors import UnsupportedError
+from lckv.install import INSTALL_GPU
 
 Attend = Callable[..., Tensor]
 """attend(query, key, value, visibility, *, scale, dropout, key_bias) as in `reference.attend`."""
+
+_FLASH_FUNCTIONS = {
+    "flash_attn": ("flash_attn_func", "flash_attn_varlen_func"),
+    "flash_attn.flash_attn_interface": ("_flash_attn_forward", "_flash_attn_backward"),
+}
+"""What is used of flash-attn."""
 
 NAMES = ("sdpa", "flash", "reference")
 
@@ -31,12 +38,35 @@ def why_not_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> st
     """What keeps flash-attn from serving these tensors; None if nothing does."""
     if device.type != "cuda":
         return f"flash-attn needs CUDA tensors, the model is on {device.type}"
-    if importlib.util.find_spec("flash_attn") is None:
-        return "the package flash-attn is not installed (pip install 'lckv-megatron[gpu]')"
+    obstacle = why_no_flash_package()
+    if obstacle is not None:
+        return obstacle
     if dtype not in (torch.float16, torch.bfloat16):
         return f"flash-attn takes float16 and bfloat16, not {dtype}"
     if head_dim > 256:
         return f"flash-attn takes heads of at most 256 channels, not {head_dim}"
+    return None
+
+
+@cache
+def why_no_flash_package() -> str | None:
+    """What is wrong with the installed flash-attn; None if nothing is.
+
+    Functions are looked for, not names of packages: FlashAttention 4 shares the name flash_attn and has none
+    of them, and a build for another torch cannot be imported.
+    """
+    if importlib.util.find_spec("flash_attn") is None:
+        return f"the package flash-attn is not installed ({INSTALL_GPU})"
+    for module, functions in _FLASH_FUNCTIONS.items():
+        try:
+            loaded = importlib.import_module(module)
+        except (ImportError, OSError, RuntimeError) as error:
+            return f"flash-attn cannot be imported: {error}"
+        for function in functions:
+            if not hasattr(loaded, function):
+                return (
+                    f"the package flash_attn has no {module}.{function}, which flash-attn 2.7 and newer has"
+                )
     return None
 
 

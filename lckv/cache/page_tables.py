@@ -4,6 +4,14 @@ pool.
 The host decides, on its own copies: lengths and pages owned are known exactly there, without asking the
 device.
 
+A sequence may hold pages together with others: those of the snapshot that it began from, and those that a
+snapshot was taken of. Before it writes to such a page it gets a copy of its own:
+
+    page size 4       slots   0 1 2 3  4 5 6 7  8 9
+    snapshot          pages   [  1  ]  [  2  ]  [3  ]
+    a sequence of it  pages   [  1  ]  [  2  ]  [3  ]
+    one token more    pages   [  1  ]  [  2  ]  [4    ]      4: a copy of 3, and the new slot
+
 Shapes: l layers, b sequences in question, g KV heads,
 c columns of the tables (pages of the longest sequence).
 """
@@ -15,11 +23,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lckv.cache.pool import PagePool
+from lckv.cache.pool import PagePool, Pages
 
 Integers = NDArray[np.int64]
 
 _EVERYTHING = 2**62
+_NOWHERE = np.empty(0, np.int64)
 
 
 class Columns(NamedTuple):
@@ -36,23 +45,22 @@ class Columns(NamedTuple):
 class Growth(NamedTuple):
     """What becomes of some sequences."""
 
+    pages: int
+    """By how many fewer pages are free afterwards, at most; negative where more are."""
+
     sequences: Integers
     """[b]."""
 
     lengths: Integers
     """[l, b, g]: slots afterwards, those that a window has dropped counted too."""
 
-    taken: Columns
-    outrun: Columns
-    """Given back, because a window has left them behind."""
-    cut: Columns
-    """Given back, because there are fewer slots than before."""
+    copied: Integers
+    """[n]: where in the flattened table pages stand that are written and that others hold too."""
 
-    @property
-    def pages(self) -> int:
-        """Pages that it takes from the pool; negative where it gives back more."""
-        given_back = self.outrun.counts.sum() + self.cut.counts.sum()
-        return int(self.taken.counts.sum() - given_back)
+    taken: Columns
+    given_back: Integers
+    """[n]: where in the flattened table pages stand that a window has left behind, or that are not needed
+    because there are fewer slots than before."""
 
 
 class PageTables:
@@ -61,26 +69,29 @@ class PageTables:
     def __init__(
         self,
         windows: Sequence[int | None],
+        pool: PagePool,
         *,
         sequences: int,
         heads: int,
-        page_size: int,
         columns: int,
-        device: torch.device,
+        rewritten: int = 0,
     ) -> None:
-        """`windows`: of each layer, the window in tokens beyond which nobody looks;
-        None: everything is kept."""
+        """`windows`: of each layer, the window in tokens beyond which nobody looks; None: everything is kept.
+        `rewritten`: so many of a head's newest slots may be written again when tokens come."""
+        self._pool, self._rewritten = pool, rewritten
         self.lengths = np.zeros((len(windows), sequences, heads), np.int64)
         """[l, all sequences, g]: slots so far."""
         kept = [_EVERYTHING if window is None else max(1, window - 1) for window in windows]
         self._kept = np.array(kept, np.int64)[:, None, None]
-        self._page_size = page_size
+        self._page_size = pool.key.shape[1]
+        self._shared: set[int] = set()
+        # Sequences that may hold pages together with others and write to them.
         self._host = np.zeros((len(windows), sequences, heads, columns), np.int32)
         self._begin = np.arange(0, self._host.size, columns).reshape(self.lengths.shape)
         self.table = torch.from_numpy(self._host)
         """int32 [l, all sequences, g, c]: numbers of pages, 0 where there is none."""
-        if device.type != "cpu":
-            self.table = self.table.to(device)
+        if pool.key.device.type != "cpu":
+            self.table = self.table.to(pool.key.device)
 
     @property
     def num_bytes(self) -> int:
@@ -95,14 +106,23 @@ class PageTables:
         """Columns [l, b, g] that hold pages."""
         return self._columns(self.lengths[:, sequences])
 
-    def growth(self, sequences: Integers, lengths: Integers) -> Growth:
+    def growth(self, sequences: Integers, lengths: Integers, *, written: bool = True) -> Growth:
         """What it means that `sequences` have `lengths` [l, b, g], longer or shorter than before. What a
-        window has dropped does not come back: see `loses`."""
+        window has dropped does not come back: see `loses`. `written`: new tokens are written."""
         old, new = self.owned(sequences), self._columns(lengths)
         taken = Columns(np.maximum(old.stop, new.first), new.stop)
         outrun = Columns(old.first, np.minimum(old.stop, new.first))
         cut = Columns(np.maximum(old.first, new.stop), old.stop)
-        return Growth(sequences, lengths, taken, outrun, cut)
+        given_back = np.concatenate([self._positions(sequences, columns) for columns in (outrun, cut)])
+        freed = len(given_back) - int(self._is_shared(given_back).sum())
+        copied = _NOWHERE
+        if written and not self._shared.isdisjoint(sequences.tolist()):
+            first = (self.lengths[:, sequences] - self._rewritten) // self._page_size
+            first = np.maximum(np.maximum(old.first, new.first), first)
+            copied = self._positions(sequences, Columns(first, np.minimum(old.stop, new.stop)))
+            copied = copied[self._is_shared(copied)]
+        pages = int(taken.counts.sum()) + len(copied) - freed
+        return Growth(pages, sequences, lengths, copied, taken, given_back)
 
     def loses(self, sequences: Integers, lengths: Integers) -> NDArray[np.bool_]:
         """bool [l]: layers of which `sequences` with `lengths` [l, b, g] would have to show what a window has
@@ -110,27 +130,69 @@ class PageTables:
         lost = self._columns(lengths).first < self.owned(sequences).first
         return np.asarray(lost.any((1, 2)))
 
-    def apply(self, growth: Growth, pool: PagePool) -> None:
+    def apply(self, growth: Growth) -> None:
         """Take the pages from the pool, which has enough, and give back what is not needed any more."""
-        outrun, cut, taken = (
-            self._positions(growth.sequences, columns)
-            for columns in (growth.outrun, growth.cut, growth.taken)
-        )
-        for freed in filter(len, (outrun, cut)):
-            pool.give_back(self._host.reshape(-1)[freed])
-            self._write(freed, np.zeros(len(freed), np.int32))
+        if len(growth.given_back):
+            self._pool.give_back(self._pages[growth.given_back])
+            self._write(growth.given_back, np.zeros(len(growth.given_back), np.int32))
+        if len(growth.copied):
+            others = self._pages[growth.copied]
+            self._write(growth.copied, self._pool.copy(others))
+            self._pool.give_back(others)
+        taken = self._positions(growth.sequences, growth.taken)
         if len(taken):
-            self._write(taken, pool.take(len(taken)))
+            self._write(taken, self._pool.take(len(taken)))
+        # Where a head has fewer slots now, the next tokens may be written to older pages than these were.
+        grown = (growth.lengths >= self.lengths[:, growth.sequences]).all((0, 2))
+        self._shared.difference_update(growth.sequences[grown].tolist())
         self.lengths[:, growth.sequences] = growth.lengths
 
-    def release(self, sequence: int, pool: PagePool) -> None:
+    def cut(self, sequences: Integers, lengths: Integers) -> None:
+        """`sequences` have `lengths` [l, b, g], which are shorter than before."""
+        self.apply(self.growth(sequences, lengths, written=False))
+        self._shared.update(sequences.tolist())
+
+    def release(self, sequence: int) -> None:
         """Give all pages of a sequence back."""
         owned = self._host[:, sequence]
-        pool.give_back(owned[owned > 0])
+        self._pool.give_back(owned[owned > 0])
         owned[:] = 0
         if self.table.device.type != "cpu":
             self.table[:, sequence] = 0
         self.lengths[:, sequence] = 0
+        self._shared.discard(sequence)
+
+    def lend(self, sequence: int) -> Pages:
+        """The pages of a sequence, head by head, the oldest first.
+        From now on it need not be the only one that holds them."""
+        self._shared.add(sequence)
+        index = np.array([sequence])
+        return self._pages[self._positions(index, self.owned(index))]
+
+    def fill(self, sequence: int, lengths: Integers, pages: Pages, held: Integers) -> None:
+        """Let an empty sequence hold, of the `pages` of a snapshot with `lengths` [l, 1, g], those that the
+        first slots, `held` [l, 1, g] of them, lie in."""
+        index, there, wanted = np.array([sequence]), self._columns(lengths), self._columns(held)
+        # Where each head's pages begin in `pages`, as if its column 0 were there.
+        begin = (np.cumsum(there.counts) - there.counts.ravel()).reshape(lengths.shape) - there.first
+        shared = pages[_ranges(begin + wanted.first, wanted.counts)]
+        self._pool.share(shared)
+        self._write(self._positions(index, wanted), shared)
+        self.lengths[:, index] = held
+        self._shared.add(sequence)
+
+    def pages_to_begin(self, tokens: int, held: Integers) -> int:
+        """Pages that a sequence takes, at most, which begins from a snapshot's first slots, `held` [l, 1, g],
+        and takes in so many tokens."""
+        old, new = self._columns(held), self._columns(held + tokens)
+        written = np.maximum(np.maximum(held - self._rewritten, 0) // self._page_size, new.first)
+        return int(np.maximum(new.stop - np.maximum(written, old.first), 0).sum())
+
+    def fewest_tokens(self, lengths: Integers) -> int:
+        """Fewest tokens that can be had of a sequence with `lengths` [l, 1, g] that keeps every token: what a
+        window has dropped cannot be seen."""
+        first = self._columns(lengths).first
+        return int(np.where(first > 0, first * self._page_size + self._kept, 0).max())
 
     def _columns(self, lengths: Integers) -> Columns:
         """The pages that hold what `lengths` slots leave to be seen."""
@@ -138,15 +200,27 @@ class PageTables:
 
     def _positions(self, sequences: Integers, columns: Columns) -> Integers:
         """[n]: where these columns stand in the flattened table."""
-        counts = columns.counts.ravel()
-        total = int(counts.sum())
-        if total == 0:
-            return np.empty(0, np.int64)
-        first = (self.begin(sequences) + columns.first).ravel()
-        return np.arange(total) + (first - np.cumsum(counts) + counts).repeat(counts)
+        return _ranges(self.begin(sequences) + columns.first, columns.counts)
+
+    @property
+    def _pages(self) -> Pages:
+        """The table, flattened."""
+        return self._host.reshape(-1)
+
+    def _is_shared(self, positions: Integers) -> NDArray[np.bool_]:
+        """bool [n]: whether others hold the pages too that stand there."""
+        return self._pool.shared(self._pages[positions])
 
     def _write(self, positions: Integers, pages: NDArray[np.int32]) -> None:
-        self._host.reshape(-1)[positions] = pages
+        self._pages[positions] = pages
         if self.table.device.type != "cpu":
             index, new = (torch.from_numpy(array).to(self.table.device) for array in (positions, pages))
             self.table.view(-1)[index] = new
+
+
+def _ranges(first: Integers, counts: Integers) -> Integers:
+    """[n]: `counts` numbers from each of `first` on, one range behind the other."""
+    counts, total = counts.ravel(), int(counts.sum())
+    if total == 0:
+        return _NOWHERE
+    return np.arange(total) + (first.ravel() - np.cumsum(counts) + counts).repeat(counts)

@@ -1,9 +1,12 @@
 """A cache for sequences that come and go, and heads of very different lengths: pages from one pool, returned
 when a sequence ends.
 
-Every KV head of every sequence and layer owns as many pages as its slots fill. All memory is allocated at
-construction: keys and values in pages, tables of who owns which, lengths,
+Every KV head of every sequence and layer holds as many pages as its slots fill. All memory is allocated at
+construction: keys and values in pages, tables of who holds which, lengths,
 and what the KV policy keeps of each sequence.
+
+What a sequence holds can be kept as a snapshot, from which others begin (`snapshots.py`). The page numbers,
+lengths and the policy's state of a snapshot are allocated with it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,9 +18,10 @@ from torch import Tensor
 from lckv.cache.paged_memory import PagedMemory
 from lckv.cache.paged_rows import PagedRows
 from lckv.cache.pool import OutOfPagesError, PagePool
+from lckv.cache.snapshots import Snapshot, drop_snapshot, fill_from, take_snapshot
 from lckv.policies.base import KVPolicy
 
-__all__ = ["OutOfPagesError", "PagedCache"]
+__all__ = ["OutOfPagesError", "PagedCache", "Snapshot"]
 
 
 class PagedCache:
@@ -75,13 +79,23 @@ class PagedCache:
 
     @property
     def pages_free(self) -> int:
-        """Pages that nobody owns."""
+        """Pages that nobody holds."""
         return self._pool.free
 
     @property
     def pages_in_use(self) -> int:
-        """Pages that somebody owns."""
-        return self._pool.pages - self._pool.free
+        """Pages that open sequences hold."""
+        return self._pool.in_use
+
+    @property
+    def pages_kept(self) -> int:
+        """Pages that snapshots hold, and no open sequence: what dropping all snapshots would set free."""
+        return self._pool.pages - self._pool.free - self._pool.in_use
+
+    @property
+    def snapshots_shorten(self) -> bool:
+        """Whether every snapshot serves for any number of its first tokens."""
+        return self._memory.keeps_every_token and not self._memory.windowed
 
     @property
     def bytes_per_page(self) -> int:
@@ -112,15 +126,30 @@ class PagedCache:
         window has dropped."""
         return torch.from_numpy(self._memory.tables.lengths[self._memory.number[layer], sequence].copy())
 
-    def open(self) -> int:
-        """The number of a new, empty sequence. Raises ValueError if there are `max_sequences`."""
+    def open(self, snapshot: Snapshot | None = None, tokens: int | None = None) -> int:
+        """The number of a new sequence: an empty one, or one that begins with what `snapshot` holds, or with
+        the first `tokens` of it. Raises ValueError if there are `max_sequences`, and where the snapshot does
+        not serve for so many tokens. No page is taken before tokens come."""
         if not self._closed:
             raise ValueError(f"max_sequences is {self.max_sequences}, and so many are open; close one first.")
-        self._open.add(self._closed[-1])
+        sequence = self._closed[-1]
+        if snapshot is not None:
+            fill_from(self._memory, sequence, snapshot, snapshot.tokens if tokens is None else tokens)
+        self._open.add(sequence)
         return self._closed.pop()
 
+    def keep(self, sequence: int) -> Snapshot:
+        """What a sequence holds now, for `open`. Its pages are not free before `drop`, even when the sequence
+        is closed. No page is taken. Raises ValueError if the sequence is not open."""
+        self._check_open([sequence])
+        return take_snapshot(self._memory, sequence)
+
+    def drop(self, snapshot: Snapshot) -> None:
+        """Forget a snapshot, once; sequences that began from it go on."""
+        drop_snapshot(self._memory, snapshot)
+
     def close(self, sequence: int) -> None:
-        """Forget a sequence; its pages are free. Raises ValueError if it is not open."""
+        """Forget a sequence; the pages that it alone holds are free. Raises ValueError if it is not open."""
         self._check_open([sequence])
         self._memory.forget(sequence)
         self._open.remove(sequence)
@@ -136,10 +165,22 @@ class PagedCache:
 
     def pages_needed(self, sequences: Sequence[int], new_tokens: int | Sequence[int]) -> int:
         """By how many `pages_free` shrinks when each of `sequences` takes in so many tokens; at most, since a
-        policy may merge them. Negative where windows give more back."""
+        policy may merge them. Copies of pages that they share are counted.
+        Negative where windows give more back."""
         tables, index = self._memory.tables, np.array(sequences, np.int64)
         added = np.broadcast_to(np.array(new_tokens, np.int64), index.shape)
         return tables.growth(index, tables.lengths[:, index] + added[:, None]).pages
+
+    def pages_to_begin(
+        self, new_tokens: int, snapshot: Snapshot | None = None, tokens: int | None = None
+    ) -> int:
+        """By how much `pages_free` shrinks, at most, when a sequence that `open` would make of the other
+        arguments takes in `new_tokens`."""
+        if snapshot is None:
+            held = np.zeros_like(self._memory.tables.lengths[:, :1])
+        else:
+            held = snapshot.lengths_of(snapshot.tokens if tokens is None else tokens)
+        return self._memory.tables.pages_to_begin(new_tokens, held)
 
     def _check_open(self, sequences: Iterable[int]) -> None:
         for sequence in sequences:

@@ -35,14 +35,15 @@ class PagedMemory:
         self.number = {layer: number for number, layer in enumerate(layers)}
         """Of each layer, its place among those that compute keys and values."""
         self.windowed = bool(windows)
+        """Whether some layers keep only the newest tokens."""
         chunk = pages_of_a_chunk(self.page_size, device.type)
         self.tables = PageTables(
             [windows.get(layer) for layer in self.number],
+            pool,
             sequences=max_sequences,
             heads=kv_heads,
-            page_size=self.page_size,
             columns=-(-max_tokens // (chunk * self.page_size)) * chunk,
-            device=device,
+            rewritten=0 if policy.traits.key_bias is None else policy.traits.key_bias.age,
         )
         self.lengths = torch.zeros(self.tables.lengths.shape, dtype=torch.int64, device=device)
         """int64 [l, b, g]: slots so far."""
@@ -53,6 +54,8 @@ class PagedMemory:
         self.state = self._make_state(max_sequences)
         """float32 [l, tokens of a state, b, g, channels of a state], zeros where there is no token; None: the
         policy keeps nothing."""
+        self.keeps_every_token = policy.traits.keeps_every_token and self.state is None
+        """Whether nothing but the newest slots has to be forgotten to forget the newest tokens."""
         self.version = 0
         """Changes whenever something is taken in or forgotten."""
 
@@ -70,7 +73,7 @@ class PagedMemory:
     def forget(self, sequence: int) -> None:
         """Make a sequence empty; its pages are free."""
         self.version += 1
-        self.tables.release(sequence, self.pool)
+        self.tables.release(sequence)
         self.lengths[:, sequence] = 0
         self.seen[sequence] = 0
         self.tokens[sequence] = 0

@@ -133,7 +133,7 @@ class PagedRows:
                 "with more pages."
             )
         memory.version += 1
-        memory.tables.apply(growth, memory.pool)
+        memory.tables.apply(growth)
         memory.tokens[self._sequences] += added
         tokens = len(placed[0].extension.key)
         memory.seen[self._rows] += tokens if counted is None else counted.sum(1)
@@ -159,7 +159,7 @@ class PagedRows:
             obstacle = f"layer {number} has a window and keeps no older ones, which would come back"
         else:
             memory.version += 1
-            memory.tables.apply(memory.tables.growth(self._sequences, lengths), memory.pool)
+            memory.tables.cut(self._sequences, lengths)
             memory.tokens[self._sequences] -= fewer
             taken = torch.from_numpy(fewer).to(memory.seen.device)
             memory.seen[self._rows] -= taken

@@ -27,6 +27,9 @@ class EngineConfig:
     max_prompt_tokens: int | None = None
     """Most tokens of a prompt. Default: what max_tokens leaves."""
 
+    prefix_cache: bool = True
+    """Keep what was computed for later requests that begin alike, in pages that no request needs."""
+
     prefill_chunk: int = 512
     """Tokens of prompts that one step computes, beside one token of every answer."""
 

@@ -11,10 +11,12 @@ import torch
 
 from lckv.cache.paged import PagedCache
 from lckv.generation.config import EngineConfig
+from lckv.generation.following import score_prompt
 from lckv.generation.forward import Forward
 from lckv.generation.jobs import Job
 from lckv.generation.limits import Limits, end_tokens, token_ids
 from lckv.generation.memory import longest_sequence, paged_cache
+from lckv.generation.prefixes import Prefixes
 from lckv.generation.requests import Completion, QueueFullError, Request, TokenEvent
 from lckv.generation.sampling import SamplingParams, sample
 from lckv.generation.scheduler import Scheduler
@@ -31,7 +33,10 @@ class Engine:
 
     One thread at a time runs `step`, again and again; any thread may call the other methods meanwhile. What a
     request gets depends on nothing but its prompt and parameters: in float32 its answer is the same alone,
-    among others, and after a preemption.
+    among others, after a preemption, and where it begins like a request before. (For maps that iterate: the
+    same within `EngineConfig.prefill_tolerance`, since the request before may have computed the beginning in
+    other chunks; with `prefill` "exact" it is the same.) Who changes the model's weights calls
+    `clear_prefixes`.
     """
 
     def __init__(
@@ -79,8 +84,10 @@ class Engine:
         self._ends = end_tokens(model)
         self._prefill_chunk = config.prefill_chunk
         self._forward = Forward(model, self.cache, tolerance=config.prefill_tolerance)
+        self._prefixes = Prefixes(self.cache, enabled=config.prefix_cache)
         self._scheduler = Scheduler(
             self.cache,
+            self._prefixes,
             max_batch_size=min(config.max_batch_size, self.cache.max_sequences),
             max_waiting=config.max_waiting,
             prefill_chunk=config.prefill_chunk,
@@ -127,8 +134,8 @@ class Engine:
         return request
 
     def cancel(self, request_id: str) -> bool:
-        """End a request; its pages are free after the step that is running, if one is. False if there is none
-        of that name (any more)."""
+        """End a request; its pages are for others after the step that is running, if one is. False if there
+        is none of that name (any more)."""
         with self._lock:
             job = self._jobs.get(request_id)
             if job is None or job in self._cancelled:
@@ -201,8 +208,9 @@ class Engine:
         return completions
 
     def score(self, token_lists: Sequence[Sequence[int]], *, token_by_token: bool = False) -> list[Scores]:
-        """How probable each text of tokens is, computed through the cache; see `Scores`. Requests that run
-        are set aside meanwhile.
+        """How probable each text of tokens is, computed through the cache; see `Scores`. What several texts
+        begin with is computed once; nothing is taken from earlier requests. Requests that run are set aside
+        meanwhile.
 
         Raises ValueError for texts that `submit` would refuse as prompts,
         but a text may be as long as the context.
@@ -217,9 +225,20 @@ class Engine:
         if problems:
             raise ValueError("\n".join(problems))
         with self._stepping:
-            self._scheduler.preempt_all()
-            chunk = 1 if token_by_token else self._prefill_chunk
-            return score(self._forward, self.cache, texts, chunk=chunk, tokens_at_once=self._prefill_chunk)
+            self._scheduler.preempt_all(keep=True)
+            return score(
+                self._forward,
+                self.cache,
+                self._prefixes,
+                texts,
+                chunk=1 if token_by_token else self._prefill_chunk,
+                tokens_at_once=self._prefill_chunk,
+            )
+
+    def clear_prefixes(self) -> None:
+        """Forget what is kept for requests that begin like earlier ones; the pages are free."""
+        with self._stepping:
+            self._prefixes.clear()
 
     def stats(self) -> EngineStats:
         """What was done so far, and what is being done."""
@@ -240,10 +259,13 @@ class Engine:
         try:
             forwarded = self._forward([job.sequence for job in present if job.sequence is not None], chunks)
             for row, job in enumerate(present):
+                score_prompt(job, self.model.lm_head, forwarded.hidden_states[row, : counts[row]])
                 job.computed += counts[row]
                 if forwarded.passes is not None:
                     job.prefill_passes = max(job.prefill_passes or 0, forwarded.passes[row])
             ready = [row for row, job in enumerate(present) if job.computed == len(job.tokens)]
+            for row in set(range(len(present))).difference(ready):
+                self._scheduler.advance(present[row], counts[row])
             if not ready:
                 return events
             logits = self._forward.newest_logits(forwarded, ready, counts)
@@ -254,6 +276,7 @@ class Engine:
                 [job.params for job in rows],
                 [job.generator for job in rows],
                 [job.tokens for job in rows],
+                [job.answered for job in rows],
             )
         except Exception as error:  # whatever it is, the other requests go on
             logger.exception("the model failed on %d requests", len(present))
@@ -262,16 +285,17 @@ class Engine:
                 *(self._fail(job, f"the model failed: {type(error).__name__}: {error}") for job in present),
             ]
         except BaseException:  # an interrupt; what the cache has taken in is not known for sure
-            self._scheduler.preempt_all()
+            self._scheduler.preempt_all(keep=False)
             raise
-        for job, choice, right in zip(rows, choices, finite, strict=True):
-            if not right:
+        for row, job, choice, right in zip(ready, rows, choices, finite, strict=True):
+            if not (right and job.prompt_is_finite):
                 events.append(
                     self._fail(job, "the model's logits are not finite; are its weights and dtype right?")
                 )
                 continue
+            self._scheduler.advance(job, counts[row])
             if len(job.tokens) == job.prompt_tokens:
-                self._counters.prompt(job.prompt_tokens, job.prefill_passes)
+                self._counters.prompt(job.prompt_tokens, job.cached_tokens or 0, job.prefill_passes)
             events.append(self._deliver(job, job.accept(choice)))
         return events
 

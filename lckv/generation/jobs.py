@@ -1,5 +1,7 @@
 """A request on its way through the engine: what it has, what is computed, and what it hands out."""
 
+from collections import Counter
+from collections.abc import Sequence
 from random import Random
 from typing import Any
 
@@ -19,12 +21,24 @@ class Job:
         self.request, self.params = request, request.params
         self.tokens = list(request.prompt_ids)
         """Of prompt and answer."""
+        self.answered: Counter[int] = Counter()
+        """How often the answer has each of its tokens."""
         self.sequence: int | None = None
         """Its number in the cache while it runs."""
         self.computed = 0
         """Tokens that the cache has taken in."""
         self.one_by_one = False
         """Whether its tokens are to be computed one at a time, because a chunk of them found no room."""
+        self.cached_tokens: int | None = None
+        """Tokens of the prompt that were found computed when it ran first; None before."""
+        self.kept = 0
+        """Tokens that were computed when its beginning was kept last."""
+        self.stops: set[int] = set()
+        """After so many tokens its beginning is to be kept, for others that wait for it."""
+        self.follows: tuple[Job, int] | None = None
+        """While it waits: the request that computes what this one begins with, and so many tokens."""
+        self.may_follow = True
+        """Whether it may wait for such a request; it waits for one at most."""
         self.preemptions = 0
         self.prefill_passes: int | None = None
         self.finish_reason: FinishReason | None = None
@@ -37,20 +51,60 @@ class Job:
         self._characters = 0
         self._choices: list[Choice] = []
         self._stopped_by: str | int | None = None
+        self._prompt: list[Choice] = []
+        self.prompt_is_finite = True
+        """Whether all log-probabilities of the prompt's tokens are numbers."""
 
     @property
     def prompt_tokens(self) -> int:
         """Tokens of the prompt."""
         return len(self.request.prompt_ids)
 
+    @property
+    def reusable(self) -> int:
+        """Most of its tokens that need not be computed, if the cache has them: the logits of the last one are
+        wanted, and those of a prompt whose log-probabilities are."""
+        most = len(self.tokens) - 1
+        if self.params.prompt_logprobs is None or len(self._prompt) == self.prompt_tokens - 1:
+            return most
+        return min(most, len(self._prompt))
+
+    @property
+    def sequence_number(self) -> int:
+        """`sequence` of one that runs."""
+        assert self.sequence is not None
+        return self.sequence
+
+    def begin(self, sequence: int, tokens: int) -> None:
+        """Run as a sequence of the cache, which holds the first `tokens` already."""
+        self.sequence, self.computed, self.kept = sequence, tokens, tokens
+        self.follows, self.may_follow = None, False
+        if self.cached_tokens is None:
+            self.cached_tokens = tokens
+
     def preempt(self) -> None:
         """Forget what was computed; tokens and generator stay."""
-        self.sequence, self.computed, self.one_by_one = None, 0, False
+        self.sequence, self.computed, self.kept, self.one_by_one = None, 0, 0, False
         self.preemptions += 1
 
+    def unscored(self, count: int) -> range:
+        """Places, among the next `count` tokens to compute, that a token of the prompt follows whose
+        log-probability is not known yet."""
+        return range(
+            max(self.computed, len(self._prompt)), min(self.computed + count, self.prompt_tokens - 1)
+        )
+
+    def add_prompt(self, choices: Sequence[Choice], *, finite: bool) -> None:
+        """The prompt's next tokens with their log-probabilities, after those of earlier calls."""
+        self._prompt += choices
+        self.prompt_is_finite &= finite
+
     def accept(self, choice: Choice) -> TokenEvent:
-        """Take the next token, which may be the last."""
+        """Take the next token, which may be the last. A request that wants none ends without it."""
+        if self.params.max_new_tokens == 0:
+            return self.end("length")
         self.tokens.append(choice.token)
+        self.answered[choice.token] += 1
         self._choices.append(choice)
         text = ""
         if choice.token in self._ends:
@@ -82,7 +136,14 @@ class Job:
             error,
             self.preemptions,
             self.prefill_passes,
+            self.cached_tokens or 0,
+            self._prompt_logprobs(),
         )
+
+    def _prompt_logprobs(self) -> tuple[Choice, ...] | None:
+        """None where they are not wanted, or not all are there."""
+        complete = len(self._prompt) == self.prompt_tokens - 1
+        return tuple(self._prompt) if complete and self.params.prompt_logprobs is not None else None
 
     def _event(self, choice: Choice | None, text: str) -> TokenEvent:
         if self._text is not None:
@@ -90,7 +151,7 @@ class Job:
                 text += self._text.flush()
             if self._text.stopped_by is not None and self.finish_reason not in ("cancelled", "error"):
                 self.finish_reason, self._stopped_by = "stop", self._text.stopped_by
-        offset = self._characters
+        offset, first = self._characters, not self._texts
         self._texts.append(text)
         self._characters += len(text)
         details: dict[str, Any] = (
@@ -102,5 +163,7 @@ class Job:
             text,
             offset,
             self.finish_reason,
+            prompt_logprobs=self._prompt_logprobs() if first else None,
+            cached_tokens=self.cached_tokens or 0,
             **details,
         )

@@ -31,12 +31,7 @@ class Limits:
 
     def request_problems(self, prompt: Sequence[int], params: SamplingParams) -> list[str]:
         """Everything that is wrong with a request."""
-        wrong = params.problems()
-        unknown = [] if wrong else [token for token in params.stop_token_ids if not self._known(token)]
-        if unknown:
-            wrong.append(
-                f"stop_token_ids has {unknown[0]}; the model's tokens are 0 to {self.vocabulary - 1}."
-            )
+        wrong = params.problems() or list(unknown_tokens(params, self.vocabulary))
         if params.stop and not self.has_tokenizer:
             wrong.append(
                 "stop needs the texts of tokens; give the engine a tokenizer, or use stop_token_ids."
@@ -66,6 +61,14 @@ class Limits:
 
     def _known(self, token: int) -> bool:
         return 0 <= token < self.vocabulary
+
+
+def unknown_tokens(params: SamplingParams, vocabulary: int) -> Iterator[str]:
+    """What is wrong with settings that name tokens which the model does not have."""
+    for name in ("stop_token_ids", "logit_bias"):
+        unknown = [token for token in getattr(params, name) or () if not 0 <= token < vocabulary]
+        if unknown:
+            yield f"{name} has {unknown[0]}; the model's tokens are 0 to {vocabulary - 1}."
 
 
 def token_ids(tokens: Sequence[int]) -> tuple[int, ...]:

@@ -15,6 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lckv.generation.penalties import (
+    MOST_BIAS,
+    MOST_PENALTY,
+    add_biases,
+    penalise_answered,
+    penalise_repetition,
+)
 from lckv.surrogates import lone_surrogate
 
 _SHOWN = 100
@@ -28,8 +35,8 @@ MAX_LOGPROBS = 20
 class SamplingParams:
     """How the tokens of one request are chosen and when it ends.
 
-    The penalty comes first, then temperature, top_k, top_p and min_p, each on what the one before has left
-    (as in transformers).
+    logit_bias comes first, then the penalties, temperature, top_k, top_p and min_p, each on what the one
+    before has left (as in transformers and vLLM).
     """
 
     temperature: float = 1.0
@@ -47,6 +54,15 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     """Positive logits of tokens of the prompt and the answer are divided by it, negative ones multiplied
     (Keskar et al. 2019)."""
+
+    presence_penalty: float = 0.0
+    """Taken from the logits of tokens that the answer has."""
+
+    frequency_penalty: float = 0.0
+    """Taken from the logits of tokens as often as the answer has them."""
+
+    logit_bias: Mapping[int, float] | None = None
+    """Added to the logits of some tokens: a number from -100 (never) to 100 (always) for each."""
 
     seed: int | None = None
     """The same seed gives the same answer, whatever else is running; None: another answer each time."""
@@ -67,9 +83,13 @@ class SamplingParams:
     """With every token its log-probability and those of so many most probable ones, natural logarithms of the
     model's distribution before any of the settings above; None: none."""
 
+    prompt_logprobs: int | None = None
+    """The same with every token of the prompt but the first; None: none. Then max_new_tokens may be 0."""
+
     def problems(self, names: Mapping[str, str] | None = None) -> list[str]:
         """Everything that is wrong with these settings: field, value, required relation. `names`: what the
         user calls fields, where that differs."""
+        least_tokens = 1 if self.prompt_logprobs is None else 0
         rules: tuple[tuple[str, bool, str], ...] = (
             (
                 "temperature",
@@ -88,11 +108,24 @@ class SamplingParams:
                 _finite(self.repetition_penalty) and self.repetition_penalty > 0,
                 "a finite number above 0 (1: no penalty)",
             ),
+            *(
+                (
+                    name,
+                    _finite(value := getattr(self, name)) and abs(value) <= MOST_PENALTY,
+                    f"a number from -{MOST_PENALTY:g} to {MOST_PENALTY:g} (0: no penalty)",
+                )
+                for name in ("presence_penalty", "frequency_penalty")
+            ),
+            (
+                "logit_bias",
+                self.logit_bias is None or _biases(self.logit_bias),
+                f"a map of tokens to numbers from -{MOST_BIAS:g} to {MOST_BIAS:g}, or None",
+            ),
             ("seed", self.seed is None or _whole(self.seed), "an integer, or None"),
             (
                 "max_new_tokens",
-                _whole(self.max_new_tokens) and self.max_new_tokens >= 1,
-                "an integer of at least 1",
+                _whole(self.max_new_tokens) and self.max_new_tokens >= least_tokens,
+                f"an integer of at least {least_tokens}",
             ),
             (
                 "stop",
@@ -107,10 +140,13 @@ class SamplingParams:
                 "a tuple of integers",
             ),
             ("ignore_eos", isinstance(self.ignore_eos, bool), "true or false"),
-            (
-                "logprobs",
-                self.logprobs is None or (_whole(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
-                f"an integer from 0 to {MAX_LOGPROBS}, or None",
+            *(
+                (
+                    name,
+                    (value := getattr(self, name)) is None or (_whole(value) and 0 <= value <= MAX_LOGPROBS),
+                    f"an integer from 0 to {MAX_LOGPROBS}, or None",
+                )
+                for name in ("logprobs", "prompt_logprobs")
             ),
         )
         return [
@@ -137,14 +173,16 @@ def sample(
     params: Sequence[SamplingParams],
     generators: Sequence[Random],
     previous: Sequence[Sequence[int]],
+    answered: Sequence[Mapping[int, int]] | None = None,
 ) -> list[Choice]:
     """One token for each row of `logits` [b, V].
 
-    `previous` are the tokens of prompt and answer so far.
+    `previous` are the tokens of prompt and answer so far. `answered`: how often the answer has each of its
+    tokens; None: there is no answer yet.
     A row's generator gives one number, unless the row is greedy.
     """
     scores = logits.float()
-    chosen = filtered(scores, params, previous)
+    chosen = filtered(scores, params, previous, answered)
     best = chosen.argmax(-1)
     drawn = [row for row, row_params in enumerate(params) if row_params.temperature > 0]
     if drawn:
@@ -159,10 +197,15 @@ def sample(
     return list(_with_logprobs(scores, best, tokens, params))
 
 
-def filtered(scores: Tensor, params: Sequence[SamplingParams], previous: Sequence[Sequence[int]]) -> Tensor:
-    """What is left of float32 logits [b, V] after the penalty, temperature (0: as 1)
-    and the filters; -inf: never chosen."""
-    scores = _penalised(scores, params, previous)
+def filtered(
+    scores: Tensor,
+    params: Sequence[SamplingParams],
+    previous: Sequence[Sequence[int]],
+    answered: Sequence[Mapping[int, int]] | None = None,
+) -> Tensor:
+    """What is left of float32 logits [b, V] after bias and penalties, temperature (0: as 1)
+    and the filters; -inf: never chosen. `answered`: as in `sample`."""
+    scores = _penalised(scores, params, previous, answered or [{}] * len(params))
 
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=scores.device)[:, None]
@@ -189,16 +232,29 @@ def filtered(scores: Tensor, params: Sequence[SamplingParams], previous: Sequenc
     return scores
 
 
-def _penalised(scores: Tensor, params: Sequence[SamplingParams], previous: Sequence[Sequence[int]]) -> Tensor:
-    """Row by row, since each has another number of tokens; few requests ask for it."""
-    rows = [index for index, row in enumerate(params) if row.repetition_penalty != 1]
-    if not rows:
+def _penalised(
+    scores: Tensor,
+    params: Sequence[SamplingParams],
+    previous: Sequence[Sequence[int]],
+    answered: Sequence[Mapping[int, int]],
+) -> Tensor:
+    asking = [
+        index
+        for index, row in enumerate(params)
+        if row.logit_bias
+        or row.repetition_penalty != 1
+        or ((row.presence_penalty or row.frequency_penalty) and answered[index])
+    ]
+    if not asking:
         return scores
     scores = scores.clone()
-    for index in rows:
-        seen = torch.tensor(sorted(set(previous[index])), dtype=torch.int64, device=scores.device)
-        score, penalty = scores[index, seen], params[index].repetition_penalty
-        scores[index, seen] = torch.where(score > 0, score / penalty, score * penalty)
+    for index in asking:
+        row = params[index]
+        if row.logit_bias:
+            add_biases(scores[index], row.logit_bias)
+        if row.repetition_penalty != 1:
+            penalise_repetition(scores[index], row.repetition_penalty, previous[index])
+        penalise_answered(scores[index], row.presence_penalty, row.frequency_penalty, answered[index])
     return scores
 
 
@@ -234,6 +290,12 @@ def _shown(value: object) -> str:
 
 def _finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _biases(value: object) -> bool:
+    return isinstance(value, Mapping) and all(
+        _whole(token) and _finite(bias) and abs(bias) <= MOST_BIAS for token, bias in value.items()
+    )
 
 
 def _whole(value: object) -> bool:

@@ -20,6 +20,9 @@ class EngineStats:
     prompt_tokens: int
     """Of requests whose prompt was taken in; once for each, however often it was computed."""
 
+    cached_prompt_tokens: int
+    """Of these, tokens that were found computed, for requests before that began alike."""
+
     tokens_per_second: float
     """Generated, over the newest steps."""
 
@@ -34,7 +37,15 @@ class EngineStats:
     """How often a request gave its pages back to be computed again later."""
 
     pages_in_use: int
+    """Pages that requests hold."""
+
+    pages_kept: int
+    """Pages that only beginnings for later requests hold; requests get them when they need pages."""
+
     pages_free: int
+    prefixes: int
+    """Beginnings that are kept for later requests."""
+
     compression_ratio: float
     """Tokens per slot of the cache over layers, KV heads and all sequences that ran in the newest step (or
     were scored last); 1 before there was any."""
@@ -47,7 +58,8 @@ class Counters:
     """Adds up what `EngineStats` tells, in memory that does not grow."""
 
     def __init__(self) -> None:
-        self.generated_tokens = self.prompt_tokens = self.finished = self.cancelled = self.failed = 0
+        self.generated_tokens = self.prompt_tokens = self.cached_prompt_tokens = 0
+        self.finished = self.cancelled = self.failed = 0
         self._passes = self._prompts = 0
         self._steps: deque[tuple[float, int]] = deque(maxlen=_STEPS)
 
@@ -62,9 +74,10 @@ class Counters:
         self.cancelled += reason == "cancelled"
         self.failed += reason == "error"
 
-    def prompt(self, tokens: int, passes: int | None) -> None:
-        """A prompt was taken in."""
+    def prompt(self, tokens: int, cached: int, passes: int | None) -> None:
+        """A prompt was taken in, of which `cached` tokens were found computed."""
         self.prompt_tokens += tokens
+        self.cached_prompt_tokens += cached
         if passes is not None:
             self._passes += passes
             self._prompts += 1
@@ -76,6 +89,7 @@ class Counters:
         return EngineStats(
             generated_tokens=self.generated_tokens,
             prompt_tokens=self.prompt_tokens,
+            cached_prompt_tokens=self.cached_prompt_tokens,
             tokens_per_second=tokens / (time.monotonic() - steps[0][0]) if tokens else 0.0,
             running=len(scheduler.running),
             waiting=scheduler.waiting,
@@ -84,7 +98,9 @@ class Counters:
             failed=self.failed,
             preemptions=scheduler.preemptions,
             pages_in_use=cache.pages_in_use,
+            pages_kept=cache.pages_kept,
             pages_free=cache.pages_free,
+            prefixes=scheduler.prefixes,
             compression_ratio=compression_ratio,
             prefill_passes=self._passes / self._prompts if self._prompts else 0.0,
         )

@@ -1,6 +1,7 @@
 """Generation without end, in memory that does not grow:
 attention sinks and a window (`lckv/cache/streaming.py`)."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from random import Random
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from lckv.cache.streaming import StreamingCache
 from lckv.generation.detokenize import AnswerText
-from lckv.generation.limits import end_tokens
+from lckv.generation.limits import end_tokens, unknown_tokens
 from lckv.generation.sampling import SamplingParams, sample
 from lckv.generation.token_bytes import TokenBytes
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
@@ -62,12 +63,22 @@ class Continuation:
         prefill_chunk: int = 512,
     ) -> None:
         """`prompt` of any length goes through the cache `prefill_chunk` tokens at a time when the first text
-        is asked for."""
+        is asked for.
+
+        Raises ValueError for settings that name tokens which the model does not have, and for
+        prompt_logprobs.
+        """
+        problems = list(unknown_tokens(params, model.config.vocab_size))
+        if params.prompt_logprobs is not None:
+            problems.append("prompt_logprobs must be None here; the engine (`Engine`) has them.")
+        if problems:
+            raise ValueError("\n".join(problems))
         self._model, self._cache, self._params = model, cache, params
         self._prompt, self._prefill_chunk = prompt, prefill_chunk
         self._text = AnswerText(TokenBytes(tokenizer), params.stop, prompt)
         self._ends = frozenset((*params.stop_token_ids, *(() if params.ignore_eos else end_tokens(model))))
-        self._seen = dict.fromkeys(prompt)  # for the penalty: no more than the vocabulary
+        self._seen = dict.fromkeys(prompt)  # for the penalties: no more than the vocabulary
+        self._answered: Counter[int] = Counter()
         self.tokens = 0
         """New ones so far."""
         self.finish_reason: str | None = None
@@ -81,8 +92,9 @@ class Continuation:
         logits = self._prefill()
         while self.finish_reason is None:
             previous = list(self._seen) if params.repetition_penalty != 1 else []
-            (choice,) = sample(logits, [params], [generator], [previous])
+            (choice,) = sample(logits, [params], [generator], [previous], [self._answered])
             self._seen[choice.token] = None
+            self._answered[choice.token] += 1
             self.tokens += 1
             if choice.token in self._ends:
                 self.finish_reason = "stop"

@@ -3,22 +3,24 @@ with limits, health and metrics."""
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.middleware.cors import CORSMiddleware
 
 from lckv.generation.engine import Engine
-from lckv.serving import errors
+from lckv.serving import errors, openapi
 from lckv.serving.answers import Header
 from lckv.serving.body import read_body
 from lckv.serving.guard import Guard
 from lckv.serving.limits import ServingLimits
 from lckv.serving.metrics import ServerMetrics
 from lckv.serving.preparing import Prepared, prepare_chat, prepare_completion
+from lckv.serving.protocol import unknown_model
 from lckv.serving.responding import Responder
 from lckv.serving.token_logprobs import Kind
 from lckv.serving.tokenizing import TokenizerThreads
@@ -69,37 +71,78 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
-        openapi_url=None,
+        openapi_url=None,  # requests are read by hand; see openapi.py
         redirect_slashes=False,  # to what the client says this host is
     )
     errors.install(app)
     app.add_middleware(Guard, limits=limits, metrics=metrics, api_key=api_key)
+    if limits.allowed_origins:  # around the guard, whose refusals shall be read too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=limits.allowed_origins,
+            allow_methods=("GET", "HEAD", "POST", "OPTIONS"),
+            allow_headers=("*",),
+            expose_headers=("X-Request-Id", "Retry-After"),
+        )
     _add_routes(app, served)
     return app
 
 
 def _add_routes(app: FastAPI, served: Served) -> None:
-    @app.get("/health")
-    async def health() -> JSONResponse:
+    described = openapi.document(served.limits)
+    card = {"id": served.model, "object": "model", "created": 0, "owned_by": "lckv-megatron"}
+    card |= {"max_model_len": served.limits.context}
+
+    async def health(_: Request) -> Response:
         healthy = served.worker.healthy
         return JSONResponse({"status": "ok" if healthy else "failed"}, 200 if healthy else 503)
 
-    @app.get("/metrics")
-    async def metrics() -> Response:
+    async def metrics(_: Request) -> Response:
         return Response(served.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        entry = {"id": served.model, "object": "model", "created": 0, "owned_by": "lckv-megatron"}
-        return {"object": "list", "data": [{**entry, "max_model_len": served.limits.context}]}
+    async def models(_: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [card]})
 
-    @app.post("/v1/completions")
+    async def model(request: Request) -> Response:
+        asked = request.path_params["model"]
+        if asked != served.model:
+            raise unknown_model(asked, served.model)
+        return JSONResponse(card)
+
     async def completions(request: Request) -> Response:
         return await _answer(served, request, "completion", prepare_completion)
 
-    @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         return await _answer(served, request, "chat", prepare_chat)
+
+    async def schema(_: Request) -> Response:
+        return JSONResponse(described)
+
+    async def docs(_: Request) -> Response:
+        return HTMLResponse(openapi.page(described))
+
+    _add_route(app, "/health", health)
+    _add_route(app, "/metrics", metrics)
+    _add_route(app, "/openapi.json", schema)
+    _add_route(app, "/docs", docs)
+    _add_route(app, "/v1/models", models)
+    _add_route(app, "/v1/models/{model:path}", model)  # names may have slashes
+    _add_route(app, "/v1/completions", completions, "POST")
+    _add_route(app, "/v1/chat/completions", chat, "POST")
+
+
+def _add_route(
+    app: FastAPI, path: str, endpoint: Callable[[Request], Awaitable[Response]], *methods: str
+) -> None:
+    """`methods`: default GET and HEAD; OPTIONS tells them."""
+    methods = (*(methods or ("GET", "HEAD")), "OPTIONS")
+
+    async def answer(request: Request) -> Response:
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers={"Allow": ", ".join(methods)})
+        return await endpoint(request)
+
+    app.add_api_route(path, answer, methods=list(methods), response_model=None)
 
 
 async def _answer(

@@ -28,12 +28,13 @@ class ApiError(Exception):
         message: str,
         *,
         param: str | None = None,
+        code: str | None = None,
         retry_after: int | None = None,
         close: bool = False,
     ) -> None:
-        """`close`: the connection is of no use any more."""
+        """`code`: OpenAI's name for it. `close`: the connection is of no use any more."""
         super().__init__(message)
-        self.status, self.message, self.param = status, message, param
+        self.status, self.message, self.param, self.code = status, message, param, code
         self.headers: dict[str, str] = {}
         if retry_after is not None:
             self.headers["Retry-After"] = str(retry_after)
@@ -48,16 +49,18 @@ def shown(value: Any) -> str:
     return _shortened.repr(value)
 
 
-def error_content(status: int, message: str, request_id: str, param: str | None = None) -> dict[str, Any]:
+def error_content(
+    status: int, message: str, request_id: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
     """The body of an error."""
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    content = {"message": message, "type": kind, "param": param, "code": None, "request_id": request_id}
+    content = {"message": message, "type": kind, "param": param, "code": code, "request_id": request_id}
     return {"error": content}
 
 
 def error_response(error: ApiError, request_id: str) -> JSONResponse:
     """The answer to a request."""
-    content = error_content(error.status, error.message, request_id, error.param)
+    content = error_content(error.status, error.message, request_id, error.param, error.code)
     return JSONResponse(content, error.status, error.headers)
 
 

@@ -18,7 +18,7 @@ from lckv.serving.metrics import ServerMetrics
 
 logger = logging.getLogger(__name__)
 
-_OPEN_PATHS = (b"/health", b"/metrics")
+_OPEN_PATHS = (b"/health", b"/metrics", b"/docs", b"/openapi.json")
 """Asked for without a key."""
 
 _JSON = re.compile(rb"application/json\s*(;.*)?", re.IGNORECASE)
@@ -71,15 +71,26 @@ class Guard:
             )
         if scope["method"] != "POST":
             return
-        lengths = _values(headers, b"content-length")
-        if len(lengths) != 1 or re.fullmatch(rb"[0-9]{1,18}", lengths[0]) is None:
-            raise ApiError(411, "The header Content-Length is needed.", close=True)
-        most = self._limits.max_body_bytes
-        if int(lengths[0]) > most:
-            raise ApiError(413, f"The body may have at most {most} bytes.")
+        _check_length(headers, self._limits.max_body_bytes)
         types = _values(headers, b"content-type")
         if len(types) != 1 or _JSON.fullmatch(types[0]) is None:
             raise ApiError(415, "The header 'Content-Type: application/json' is needed.")
+
+
+def _check_length(headers: list[tuple[bytes, bytes]], most: int) -> None:
+    """Raises ApiError for a body that is too long by what is said of it, or of which nothing is said; those
+    in chunks are counted when they are read."""
+    lengths, codings = _values(headers, b"content-length"), _values(headers, b"transfer-encoding")
+    if codings:
+        if lengths or len(codings) > 1 or codings[0].lower() != b"chunked":
+            raise ApiError(
+                400, "Transfer-Encoding must be chunked, and without Content-Length beside it.", close=True
+            )
+        return
+    if len(lengths) != 1 or re.fullmatch(rb"[0-9]{1,18}", lengths[0]) is None:
+        raise ApiError(411, "One header Content-Length is needed, or Transfer-Encoding: chunked.", close=True)
+    if int(lengths[0]) > most:
+        raise ApiError(413, f"The body may have at most {most} bytes.")
 
 
 def _values(headers: list[tuple[bytes, bytes]], name: bytes) -> list[bytes]:

@@ -25,6 +25,9 @@ class ServingLimits:
     max_prompts: int = 64
     """Prompts in one request."""
 
+    max_answers: int | None = None
+    """Answers in one request, n for each of its prompts. Default: as many as prompts."""
+
     max_messages: int = 1024
     """Messages in one request."""
 
@@ -33,6 +36,20 @@ class ServingLimits:
 
     max_stop_characters: int = 256
     """Characters of the longest stop text."""
+
+    max_biases: int = 1024
+    """Tokens in the logit_bias of one request."""
+
+    max_template_characters: int = 4096
+    """Characters of chat_template_kwargs as JSON."""
+
+    max_prompt_logprobs: int = 2**18
+    """Log-probabilities of prompts (echo with logprobs) in one request: of each token, and of each of the
+    likeliest ones that are asked for with it."""
+
+    allowed_origins: tuple[str, ...] = ()
+    """Origins such as https://chat.example.org whose pages may ask from a browser (CORS), or *: all. Default:
+    none."""
 
     tokenizer_threads: int = 2
     """Threads that check, template and tokenise requests."""
@@ -62,3 +79,8 @@ class ServingLimits:
     def prompt_characters(self) -> int:
         """Characters of the longest prompt."""
         return self.max_prompt_characters or 16 * self.max_prompt_tokens
+
+    @property
+    def answers(self) -> int:
+        """Answers in one request."""
+        return self.max_answers or self.max_prompts

@@ -7,7 +7,7 @@ from lckv.serving.fields import LIST, TEXT, Fields, check
 from lckv.serving.limits import ServingLimits
 from lckv.serving.sizes import check_characters, check_count
 
-_ROLES = ("system", "developer", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant")
 
 _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "name": ("",),
@@ -34,9 +34,9 @@ def conversation(messages: list[Any], limits: ServingLimits) -> list[dict[str, s
 def _message(given: Any, path: str) -> dict[str, str]:
     fields = Fields(given, path)
     role = fields.need("role", TEXT)
-    if role not in _ROLES:
+    if role not in ROLES:
         where = fields.path("role")
-        raise ApiError(400, f"{where} is {shown(role)}; it must be one of {', '.join(_ROLES)}.", param=where)
+        raise ApiError(400, f"{where} is {shown(role)}; it must be one of {', '.join(ROLES)}.", param=where)
     content = fields.take("content")
     if content is None and role != "assistant":  # those of assistants may be empty beside other fields
         where = fields.path("content")

@@ -12,6 +12,7 @@ from lckv.generation.engine import Engine
 _COUNTERS = {
     "generated_tokens": "Tokens generated",
     "prompt_tokens": "Tokens of prompts",
+    "cached_prompt_tokens": "Tokens of prompts that earlier requests had computed",
     "finished": "Requests that were answered",
     "cancelled": "Requests that were cancelled",
     "preemptions": "Times that a request gave its pages to others",
@@ -20,7 +21,9 @@ _GAUGES = {
     "tokens_per_second": "Tokens generated per second, recently",
     "running": "Requests being answered",
     "waiting": "Requests that wait",
-    "pages_in_use": "Pages of the KV cache in use",
+    "pages_in_use": "Pages of the KV cache that requests hold",
+    "pages_kept": "Pages of the KV cache that only beginnings kept for later requests hold",
+    "prefixes": "Beginnings that are kept for later requests",
     "pages_free": "Pages of the KV cache that are free",
     "compression_ratio": "Tokens per slot of the KV cache, measured over what is in it",
 }

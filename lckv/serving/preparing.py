@@ -1,6 +1,7 @@
 """From the body of a request to the engine's jobs: parsed, checked, templated and tokenised, in a thread."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,12 +10,14 @@ from lckv.serving.body import parse_object
 from lckv.serving.errors import ApiError
 from lckv.serving.limits import ServingLimits
 from lckv.serving.protocol import (
+    ChatRequest,
     CompletionRequest,
     GenerationRequest,
     chat_request,
     completion_request,
 )
-from lckv.serving.sizes import check_characters, check_tokens
+from lckv.serving.sizes import check_characters, check_count, check_tokens
+from lckv.serving.template_settings import check_names
 from lckv.serving.time_limit import TEMPLATES, TookTooLongError, time_limit
 
 _SAID = 500
@@ -27,54 +30,91 @@ class Prepared:
 
     request: GenerationRequest
     jobs: Sequence[tuple[Sequence[int], SamplingParams]]
-    """Prompts, and how to continue them."""
+    """For each answer its prompt, and how to continue it."""
 
     prefixes: Sequence[str]
     """For each answer, what stands before it: the prompt where it is echoed."""
 
+    prompt_tokens: int
+    """Of all prompts, once each."""
+
     param: str
     """The field with the prompts."""
+
+    def cached_tokens(self, of_answers: Sequence[int]) -> int:
+        """Tokens of all prompts that were found computed, once for each prompt: of its first answer. The
+        others find what that one computes."""
+        return sum(of_answers[:: self.request.answers])
 
 
 def prepare_completion(body: bytes, model: str, limits: ServingLimits, tokenizer: Any) -> Prepared:
     """Of POST /v1/completions. Raises ApiError."""
     request = completion_request(parse_object(body), model, limits)
-    jobs = []
+    prompts = []
     for place, prompt in enumerate(request.prompts):
         path = "prompt" if len(request.prompts) == 1 else f"prompt[{place}]"
-        tokens = _encode(tokenizer, prompt) if isinstance(prompt, str) else prompt
+        tokens = _encode(request, tokenizer, prompt) if isinstance(prompt, str) else prompt
         _check_job(request, tokens, path, limits)
-        jobs.append((tokens, request.params))
-    return Prepared(request, jobs, _prefixes(request, tokenizer), "prompt")
+        prompts.append(tokens)
+    if request.params.prompt_logprobs is not None:
+        count = sum(map(len, prompts)) * request.answers * (1 + request.params.prompt_logprobs)
+        check_count(count, limits.max_prompt_logprobs, "logprobs", "log-probabilities of prompts")
+    return _prepared(request, prompts, _prefixes(request, tokenizer), "prompt")
 
 
 def prepare_chat(body: bytes, model: str, limits: ServingLimits, tokenizer: Any) -> Prepared:
     """Of POST /v1/chat/completions. Raises ApiError."""
     request = chat_request(parse_object(body), model, limits)
-    text = _templated(tokenizer, request.conversation, limits.prepare_seconds)
+    text = _templated(tokenizer, request, limits.prepare_seconds)
     check_characters(len(text), "messages", limits)
-    tokens = _encode(tokenizer, text, add_special_tokens=False)
+    tokens = _encode(request, tokenizer, text)
     params = request.params
     if request.fills_context:
         room = max(1, limits.context - len(tokens))
         params = replace(params, max_new_tokens=min(limits.max_new_tokens, room))
     request = replace(request, params=params)
     _check_job(request, tokens, "messages", limits)
-    return Prepared(request, [(tokens, params)], [""], "messages")
+    return _prepared(request, [tokens], [""], "messages")
 
 
-def _encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids)
+def _prepared(
+    request: GenerationRequest, prompts: Sequence[Sequence[int]], prefixes: Sequence[str], param: str
+) -> Prepared:
+    """With as many answers to each prompt as were asked for, one behind the other."""
+    of_answers = [
+        replace(request.params, seed=_seed(request.params.seed, number)) for number in range(request.answers)
+    ]
+    return Prepared(
+        request,
+        [(prompt, params) for prompt in prompts for params in of_answers],
+        [prefix for prefix in prefixes for _ in of_answers],
+        sum(map(len, prompts)),
+        param,
+    )
 
 
-def _templated(tokenizer: Any, conversation: Sequence[Mapping[str, str]], seconds: float) -> str:
+def _seed(seed: int | None, number: int) -> int | None:
+    """Of the answer `number` of a request: the first has the request's own, as if it were alone."""
+    if seed is None or number == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:8])
+
+
+def _encode(request: GenerationRequest, tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=request.add_special_tokens, verbose=False).input_ids)
+
+
+def _templated(tokenizer: Any, request: ChatRequest, seconds: float) -> str:
     if getattr(tokenizer, "chat_template", None) is None:
         raise ApiError(
             400, "this model's tokenizer has no chat template; use /v1/completions.", param="messages"
         )
+    check_names(request.template_settings, tokenizer)
     try:
         with time_limit(seconds, TEMPLATES):
-            text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(
+                request.conversation, tokenize=False, **request.template_settings
+            )
         return str(text)
     except TookTooLongError:
         raise ApiError(

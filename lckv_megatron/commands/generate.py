@@ -74,6 +74,28 @@ def _parser() -> argparse.ArgumentParser:
         metavar="X",
         help="above 1: less repetition (default: 1)",
     )
+    sampling.add_argument(
+        "--presence-penalty",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="above 0: less of tokens that the answer has (default: 0)",
+    )
+    sampling.add_argument(
+        "--frequency-penalty",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="above 0: less of tokens, for each time that the answer has them (default: 0)",
+    )
+    sampling.add_argument(
+        "--logit-bias",
+        action="append",
+        default=[],
+        type=_bias,
+        metavar="TOKEN=X",
+        help="add X, -100 to 100, to the logit of a token; can be repeated",
+    )
     sampling.add_argument("--seed", type=int, help="the same seed gives the same answer")
     sampling.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; can be repeated"
@@ -94,8 +116,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _bias(text: str) -> tuple[str, float]:
+    token, _, bias = text.partition("=")
+    try:
+        return token, float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not TOKEN=X, such as 42=-100") from None
+
+
 def generate(options: argparse.Namespace) -> None:
     """Load the model and answer."""
+    from lckv.generation.penalties import biases_by_token
     from lckv.generation.sampling import SamplingParams
     from lckv_megatron.answers import answer_batch, answer_one, answer_unbounded
     from lckv_megatron.prompts import Chat, check_text, read_batch, single
@@ -117,10 +148,20 @@ def generate(options: argparse.Namespace) -> None:
         "top_p",
         "min_p",
         "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
         "seed",
         "ignore_eos",
     )
-    params = SamplingParams(**{name: getattr(options, name) for name in names}, stop=tuple(options.stop))
+    try:
+        biases = biases_by_token(dict(options.logit_bias))
+    except ValueError as error:
+        raise ConfigError(f"--logit-bias: {error}") from error
+    params = SamplingParams(
+        **{name: getattr(options, name) for name in names},
+        stop=tuple(options.stop),
+        logit_bias=biases or None,
+    )
     if params.problems():
         raise ConfigError(
             "\n".join(

@@ -7,14 +7,15 @@
 
 Completions and chats are answered, streamed or whole. The name of the model is that of its folder unless
 --served-model-name is given. With LCKV_API_KEY in the environment, clients must send it as a bearer token.
-/health says whether requests are answered, /metrics is for Prometheus. Ctrl-C, SIGTERM, SIGHUP and SIGUSR1
-let running requests end (--shutdown-seconds) and then stop the server, with status 0; a second one does not
-wait.
+/health says whether requests are answered, /metrics is for Prometheus, /docs and /openapi.json describe the
+requests; these four need no key. Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 let running requests end
+(--shutdown-seconds) and then stop the server, with status 0; a second one does not wait.
 """
 
 import argparse
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -42,9 +43,13 @@ _SIZES = (
     "max_body_bytes",
     "max_prompt_characters",
     "max_prompts",
+    "max_answers",
     "max_messages",
     "max_stops",
     "max_stop_characters",
+    "max_biases",
+    "max_template_characters",
+    "max_prompt_logprobs",
     "tokenizer_threads",
     "max_preparing",
     "max_connections",
@@ -75,6 +80,16 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--host", default="127.0.0.1", help="to listen on; 0.0.0.0: everywhere (default: %(default)s)"
     )
+    add_setting(
+        group,
+        "--allowed-origins",
+        "allowed_origins",
+        config=ServingLimits,
+        nargs="+",
+        type=_origin,
+        metavar="ORIGIN",
+        default=None,
+    )
     group.add_argument("--port", type=int, default=8000, help="0: any free one (default: %(default)s)")
     add_setting(group, "--max-waiting", "max_waiting", default=256)
     add_setting(group, "--max-prompt-tokens", "max_prompt_tokens")
@@ -88,6 +103,16 @@ def parser() -> argparse.ArgumentParser:
     for name in _TIMES:
         add_setting(limits, _option(name), name, config=ServingLimits, type=seconds, metavar="SECONDS")
     return made
+
+
+def _origin(text: str) -> str:
+    """As browsers write it, to which it is compared letter by letter."""
+    if text not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[a-z0-9.:\[\]_-]+", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no origin such as https://chat.example.org or http://localhost:3000, in small "
+            "letters and without a path; * allows all"
+        )
+    return text
 
 
 def _option(name: str) -> str:
@@ -113,6 +138,7 @@ def serve(options: argparse.Namespace) -> None:
         context=context,
         max_prompt_tokens=_limit("--max-prompt-tokens", options.max_prompt_tokens, context),
         max_new_tokens=_limit("--max-new-tokens", options.max_new_tokens, context),
+        allowed_origins=tuple(options.allowed_origins or ()),
         **{name: getattr(options, name) for name in _SIZES + _TIMES},
     )
     config = replace(

@@ -122,7 +122,7 @@ def bad_bodies(server: Server) -> list[bytes]:
         {"prompt": [-1]}, {"prompt": [10**9]}, {"prompt": [2**70]}, {"prompt": None}, {"prompt": 3},
         {"prompt": {"a": 1}}, {"prompt": ["x"] * 5000}, {"prompt": []}, {"stop": ["x"] * 10_000},
         {"stop": "x" * 100_000}, {"stop": 3}, {"n": 10**6}, {"logprobs": 10**9}, {"seed": "x"},
-        {"logit_bias": {"1": 5}}, {"unknown": 1}, {"u" * 50_000: 1},
+        {"logit_bias": {"1": 500}}, {"logit_bias": {"x": 5}}, {"unknown": 1}, {"u" * 50_000: 1},
         {"stop_token_ids": [2**70]}, {"stream_options": {"include_usage": True}},
     ]  # fmt: skip
     whole = [json.dumps(_body(server, "Hi") | change).encode() for change in fields]

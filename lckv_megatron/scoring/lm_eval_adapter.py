@@ -21,7 +21,14 @@ DEFAULT_NEW_TOKENS = 256
 """Of generation tasks that do not say how many."""
 
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-_SAMPLING_NAMES = ("top_k", "top_p", "min_p", "repetition_penalty")
+_SAMPLING_NAMES = (
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
 _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_return_sequences": (1,),

@@ -127,8 +127,7 @@ def apply_state(state: State, model: Sequence[torch.nn.Module], optimizer: Megat
             if isinstance(leaf, DistributedOptimizer):
                 _load_distributed_optimizer(leaf, leaf_state)
             else:
-                # Megatron leaves the step out when it is 0, and torch's Adam fails without.
-                leaf_state.get("optimizer", leaf_state)["state"].setdefault("common_step", torch.tensor(0.0))
+                _place_step(leaf_state.get("optimizer", leaf_state), leaf)
                 leaf.load_state_dict(leaf_state)
 
 
@@ -248,6 +247,22 @@ def finish_parameter_gather(model: Sequence[torch.nn.Module]) -> None:
 
 def _leaves(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+
+
+def _place_step(state: State, optimizer: MegatronOptimizer) -> None:
+    """Puts the number of steps where the optimizer that is here looks for it, whichever one wrote `state`.
+
+    torch's Adam counts for every parameter; Megatron saves that as one number, and leaves out a 0. Fused ones
+    (Transformer Engine, apex) count for every group, and take no number of a parameter.
+    """
+    groups, step = state["param_groups"], state["state"].pop("common_step", None)
+    if step is None:
+        step = next((group["step"] for group in groups if "step" in group), 0)
+    if isinstance(optimizer.optimizer, torch.optim.Adam):  # AdamW is one
+        state["state"]["common_step"] = torch.tensor(float(step))
+        return
+    for group in groups:
+        group["step"] = int(step)
 
 
 def _load_distributed_optimizer(optimizer: DistributedOptimizer, state: State) -> None:

@@ -11,7 +11,7 @@ from megatron_ext.config import DataConfig
 from megatron_ext.data.blends import split_sources
 from megatron_ext.data.description import DatasetManifest, existing_manifest, manifest_path, read_manifest
 from megatron_ext.data.index_checks import check_index
-from megatron_ext.data.indexed import REMEDY, IndexInfo
+from megatron_ext.data.indexed import REMEDY, IndexInfo, outside_vocabulary
 from megatron_ext.data.open_file import OpenFile
 from megatron_ext.data.tokenizers import load_tokenizer
 from megatron_ext.errors import ConfigError
@@ -141,6 +141,9 @@ def _dataset_problems(
         yield f"dataset {prefix} holds no token."
         return
     manifest = read_manifest(prefix)
+    if problem := _format_problem(prefix, manifest, data):
+        yield problem
+        return
     needs_eod = [name for name in _NEED_EOD if getattr(data, name)]
     if manifest is None:
         logger.warning(
@@ -164,6 +167,23 @@ def _dataset_problems(
         yield _no_eod(needs_eod[0], prefix)
 
 
+def _format_problem(prefix: str, manifest: DatasetManifest | None, data: DataConfig) -> str | None:
+    """Why a dataset is not of `data.format`, if so."""
+    if manifest is None and data.format == "chat":
+        return (
+            f"{manifest_path(prefix)} not found, which says that {prefix} holds conversations, as "
+            f"data.format is chat. Copy it too, or make the dataset again with {REMEDY} --data-format chat."
+        )
+    if manifest is None or manifest.data_format == data.format:
+        return None
+    kinds = {"chat": "conversations", "pretraining": "texts"}
+    return (
+        f"dataset {prefix} holds {kinds.get(manifest.data_format, manifest.data_format)}, but data.format is "
+        f"{data.format}. Set data.format to {manifest.data_format}, or make the dataset with {REMEDY} "
+        f"--data-format {data.format}."
+    )
+
+
 def _vocabulary_problems(
     prefix: str, manifest: DatasetManifest, vocab_size: int, expected: Vocabulary | None
 ) -> Iterator[str]:
@@ -174,7 +194,7 @@ def _vocabulary_problems(
             f"{', '.join(differing)}. Use the tokenizer that made it, or make it again."
         )
     if manifest.max_token_id >= vocab_size:
-        yield _outside(prefix, manifest.max_token_id, vocab_size)
+        yield outside_vocabulary(prefix, manifest.max_token_id, vocab_size)
     elif manifest.vocab_size > vocab_size:
         yield (
             f"model.vocab_size={vocab_size} is smaller than the vocabulary of dataset {prefix}, "
@@ -193,7 +213,7 @@ def _token_problems(
         probe = np.frombuffer(tokens.read(start * size, count * size), info.dtype)
         lowest, highest = int(probe.min()), int(probe.max())
         if lowest < 0 or highest >= vocab_size:
-            yield _outside(prefix, lowest if lowest < 0 else highest, vocab_size)
+            yield outside_vocabulary(prefix, lowest if lowest < 0 else highest, vocab_size)
             break
         eod_seen = eod_seen or (expected is not None and bool((probe == expected.eod).any()))
     if needs_eod and expected is None:
@@ -209,11 +229,4 @@ def _no_eod(setting: str, prefix: str) -> str:
     return (
         f"data.{setting}=true would do nothing: the documents of {prefix} have no end-of-document token. "
         "Make it again with --append-eod."
-    )
-
-
-def _outside(prefix: str, token: int, vocab_size: int) -> str:
-    return (
-        f"{prefix}.bin holds the token {token}, but the vocabulary has {vocab_size}. Set model.vocab_size to "
-        "that of the tokenizer that made the dataset."
     )

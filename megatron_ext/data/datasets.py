@@ -7,8 +7,9 @@ files. Samples follow from the seed and the files alone.
 import logging
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from megatron_ext.data.checks import check_data
 from megatron_ext.data.first_rank import on_first_rank
 from megatron_ext.data.mock import MockSamples
 from megatron_ext.data.order import Continuation, Source, SourceUse, TrainingOrder, continue_order
+from megatron_ext.data.packed_samples import PackedSamples
 from megatron_ext.data.samples import (
     BlendedSamples,
     EpochSamples,
@@ -98,7 +100,10 @@ def build_datasets(
         timeout_minutes=data.index_timeout_minutes,
         timeout_setting="data.index_timeout_minutes",
     )
-    train, valid, test = (None if split is None else _open(split, seq_length, vocab_size) for split in splits)
+    train, valid, test = (
+        None if split is None else _open(data, split, seq_length, (seed, number), vocab_size)
+        for number, split in enumerate(splits)
+    )
     return Datasets(
         train,
         valid,
@@ -143,12 +148,17 @@ def _mock(
     return Datasets(train, valid, test, order=order if samples[0] else None, uses=uses)
 
 
-def _open(split: dict[str, Any], seq_length: int, vocab_size: int) -> SampleDataset:
+def _open(
+    data: DataConfig, split: dict[str, Any], seq_length: int, seed: tuple[int, int], vocab_size: int
+) -> SampleDataset:
     for path in [split["blend"], *(source["directory"] for source in split["sources"])]:
         if path is not None:
             _wait_until_seen(Path(path))
+    kind: Callable[..., SampleDataset] = (
+        partial(PackedSamples, seed=seed) if data.format == "chat" else EpochSamples
+    )
     sources = tuple(
-        EpochSamples(
+        kind(
             source["prefix"],
             source["directory"],
             length=source["length"],

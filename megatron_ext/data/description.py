@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 from lckv.plain_files import read_plain
 from lckv.weights.json_file import parse_json
 from megatron_ext.atomic import write_file
+from megatron_ext.data.parts import Part
 from megatron_ext.data.sources import FileState, Position, Source
 from megatron_ext.errors import ConfigError
 
-_Part = TypeVar("_Part", "DatasetManifest", "SourceFile", "Shard", Position)
+_Part = TypeVar("_Part", "DatasetManifest", "SourceFile", "Shard", Part, Position)
 
 FORMAT = 2
 _READ_FORMATS = (1, 2)
@@ -130,11 +131,23 @@ class DatasetManifest:
     max_document_bytes: int = 0
     """Longest document that was taken; 0 if not known."""
 
+    data_format: str = "pretraining"
+    """What the documents are, as in `data.format`. Those of chat have marks (`marks`)."""
+
+    chat_template: str = ""
+    """`ChatTokenizer.template` of the template that conversations were written with; "" for texts."""
+
     content: str = ""
     """`ContentHash` of the records that were read; "" if not known (merged, or of an earlier version)."""
 
+    part: Part | None = None
+    """Which part of a job of several machines it is; None for a whole or merged dataset."""
 
-MEANING = ("tokenizer_fingerprint", "tokenizer_splitting", "vocab_size", "eod", "dtype", "append_eod")
+
+MEANING = (
+    "data_format", "chat_template", "tokenizer_fingerprint", "tokenizer_splitting", "vocab_size", "eod",
+    "dtype", "append_eod",
+)  # fmt: skip
 """Fields in which two manifests must agree for their tokens to mean the same."""
 
 
@@ -208,7 +221,8 @@ def read_manifest(prefix: str) -> DatasetManifest | None:
         sources = tuple(_checked(SourceFile(**source)) for source in values.pop("sources"))
         keys = tuple(map(str, values.pop("json_keys", ())))
         place = None if shard is None else _shard(shard)
-        return _checked(DatasetManifest(**values, sources=sources, shard=place, json_keys=keys))
+        part = None if (given := values.pop("part", None)) is None else _checked(Part(**given))
+        return _checked(DatasetManifest(**values, sources=sources, shard=place, json_keys=keys, part=part))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{path}: not a dataset description ({error}). Make the dataset again under another prefix with "

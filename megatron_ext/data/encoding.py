@@ -13,13 +13,18 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from megatron_ext.config import DataFormat
+from megatron_ext.data.chat import BadConversationError, ChatTokenizer
+from megatron_ext.data.conversations import parse_chat
 from megatron_ext.data.indexed import token_dtype
+from megatron_ext.data.marks import MARKED_DTYPE, marked
 from megatron_ext.data.records import BadRecordError, Record, parse_texts
 from megatron_ext.data.sources import Position, RecordReader
-from megatron_ext.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_ext.data.tokenizers import load_tokenizer
 from megatron_ext.signals import blocked, live_as_long_as_parent
 
 _BATCH_BYTES = 1 << 19
@@ -35,6 +40,7 @@ class EncodingSettings:
     json_keys: tuple[str, ...]
     append_eod: bool
     skip_bad_records: bool
+    data_format: DataFormat = "pretraining"
 
 
 @dataclass(frozen=True)
@@ -174,30 +180,62 @@ def _in_order(
         executor.shutdown(cancel_futures=True)
 
 
+class _TextEncoder:
+    """Documents of texts, one for each key."""
+
+    def __init__(self, settings: EncodingSettings) -> None:
+        self._tokenizer = load_tokenizer(settings.tokenizer_type, settings.tokenizer_model)
+        self.dtype = token_dtype(self._tokenizer.vocab_size)
+        self._keys = settings.json_keys
+        self._ending = [self._tokenizer.eod] if settings.append_eod else []
+
+    def documents(self, record: Record) -> list[np.ndarray]:
+        """Tokens of each key's text; none for an empty text."""
+        return [
+            np.array(self._tokenizer.encode(text) + self._ending if text else [], self.dtype)
+            for text in parse_texts(record, self._keys)
+        ]
+
+
+class _ChatEncoder:
+    """Documents of conversations, with marks (`marks`)."""
+
+    dtype = MARKED_DTYPE
+
+    def __init__(self, settings: EncodingSettings) -> None:
+        self._tokenizer = ChatTokenizer(Path(settings.tokenizer_model))
+        (self._key,) = settings.json_keys
+
+    def documents(self, record: Record) -> list[np.ndarray]:
+        """Tokens of the conversation."""
+        chat = parse_chat(record, self._key)
+        try:
+            return [marked(*self._tokenizer.encode(chat.messages, chat.tools))]
+        except BadConversationError as error:
+            raise BadRecordError(f"{record.place}: {error}") from error
+
+
 @functools.lru_cache(maxsize=1)
-def _tokenizer(kind: str, path: str) -> Tokenizer:
-    return load_tokenizer(kind, path)
+def _encoder(settings: EncodingSettings) -> _TextEncoder | _ChatEncoder:
+    return _ChatEncoder(settings) if settings.data_format == "chat" else _TextEncoder(settings)
 
 
 def _encode(settings: EncodingSettings, records: Sequence[Record]) -> Encoded:
-    tokenizer = _tokenizer(settings.tokenizer_type, settings.tokenizer_model)
-    dtype = token_dtype(tokenizer.vocab_size)
-    ending = [tokenizer.eod] if settings.append_eod else []
+    encoder = _encoder(settings)
     documents: list[list[np.ndarray]] = [[] for _ in settings.json_keys]
     bad: list[str] = []
     for record in records:
         try:
-            texts = parse_texts(record, settings.json_keys)
+            of_record = encoder.documents(record)
         except BadRecordError as error:
             if not settings.skip_bad_records:
                 raise
             bad.append(str(error))
             continue
-        for of_key, text in zip(documents, texts, strict=True):
-            tokens = np.array(tokenizer.encode(text) + ending if text else [], dtype)
+        for of_key, tokens in zip(documents, of_record, strict=True):
             if len(tokens):
                 of_key.append(tokens)
-    return Encoded(tuple(_joined(of_key, dtype) for of_key in documents), tuple(bad))
+    return Encoded(tuple(_joined(of_key, encoder.dtype) for of_key in documents), tuple(bad))
 
 
 def _joined(documents: list[np.ndarray], dtype: np.dtype) -> Documents:

@@ -43,6 +43,19 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
+def outside_vocabulary(prefix: str, token: int, vocab_size: int) -> str:
+    """That a dataset has a token which the model does not."""
+    if token < 0:
+        return (
+            f"{prefix}.bin holds the token {token}; negative ones are those of conversations that are not "
+            "learned. If it is a dataset of them, set data.format to chat and put its description beside it."
+        )
+    return (
+        f"{prefix}.bin holds the token {token}, but the vocabulary has {vocab_size}. Set model.vocab_size to "
+        "that of the tokenizer that made the dataset."
+    )
+
+
 @dataclass(frozen=True)
 class IndexInfo:
     """Header of an index: type of a token, number of sequences and of documents,

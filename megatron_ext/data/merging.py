@@ -15,16 +15,17 @@ from megatron_ext.data.description import (
 from megatron_ext.data.index_checks import check_index
 from megatron_ext.data.indexed import merge_datasets
 from megatron_ext.data.outputs import OutputFiles, existing_prefixes, refuse_inputs
+from megatron_ext.data.parts import Part
 from megatron_ext.data.prefix_lock import locked
 from megatron_ext.errors import ConfigError
 
 
 def merge_shards(prefixes: Sequence[str], output_prefix: str, *, overwrite: bool = False) -> DatasetManifest:
-    """Append datasets, such as the shards of one job, to one another without loading them. Returns the
-    manifest.
+    """Append datasets, such as the shards or parts of one job, to one another without loading them. Returns
+    the manifest.
 
-    Raises ConfigError if one is damaged, if they were made by different tokenizers, or if a shard of a job is
-    missing; and if the output would replace an input or something that is no dataset, or, without
+    Raises ConfigError if one is damaged, if they were made by different tokenizers, or if a shard or part of
+    a job is missing; and if the output would replace an input or something that is no dataset, or, without
     `overwrite`, another dataset.
     """
     merged = _merged(prefixes, _manifests(prefixes))
@@ -81,6 +82,7 @@ def _merged(prefixes: Sequence[str], manifests: Mapping[str, DatasetManifest]) -
         if differing := differences_of_meaning(manifest, first):
             raise ConfigError(f"{prefix} and {prefixes[0]} cannot be merged: {', '.join(differing)} differs.")
     _check_no_shard_missing(manifests)
+    _check_no_part_missing(manifests)
     return replace(
         first,
         documents=sum(manifest.documents for manifest in manifests.values()),
@@ -91,6 +93,7 @@ def _merged(prefixes: Sequence[str], manifests: Mapping[str, DatasetManifest]) -
             dict.fromkeys(source for manifest in manifests.values() for source in manifest.sources)
         ),
         shard=None,
+        part=None,
         content=_content(manifests),
     )
 
@@ -119,3 +122,45 @@ def _check_no_shard_missing(manifests: Mapping[str, DatasetManifest]) -> None:
             "there yet, run the "
             "job again to finish it."
         )
+
+
+def _check_no_part_missing(manifests: Mapping[str, DatasetManifest]) -> None:
+    before: tuple[str, Part] | None = None
+    """Of an unfinished job: its newest part."""
+    current: Part | None = None
+    for prefix, manifest in manifests.items():
+        part = manifest.part
+        if manifest.shard is not None and manifest.shard.index > 0:
+            if part != current:
+                raise ConfigError(
+                    f"cannot merge: {prefix} is a shard of another part than the shard before it. Give all "
+                    "shards of a part, then those of the next one."
+                )
+            continue
+        _check_follows(before, prefix, part)
+        current = part
+        before = None if part is None or part.index == part.count - 1 else (prefix, part)
+    if before is not None:
+        raise _part_missing(f"{before[0]} is not the last one", before[1])
+
+
+def _check_follows(before: tuple[str, Part] | None, prefix: str, part: Part | None) -> None:
+    """`part`, that of `prefix`, begins a job, or goes on where the part before it ends."""
+    expected = 0 if before is None else before[1].index + 1
+    if part is None:
+        if before is not None:
+            raise _part_missing(f"{prefix} is none", before[1])
+    elif part.index != expected or (before is not None and part.count != before[1].count):
+        raise _part_missing(f"{prefix} is where {expected} belongs", before[1] if before else part)
+    elif before is not None and part.files != before[1].files:
+        raise ConfigError(
+            f"cannot merge: {before[0]} and {prefix} are parts of different lists of files: files came, went "
+            "or changed between the jobs. Make the parts again with --overwrite."
+        )
+
+
+def _part_missing(what: str, part: Part) -> ConfigError:
+    return ConfigError(
+        f"cannot merge: parts 0 to {part.count - 1} of {part.count} belong together, and {what}. Give "
+        "all parts of a job, in order; if they are not there yet, wait for their jobs or run them again."
+    )

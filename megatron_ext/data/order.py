@@ -242,4 +242,4 @@ def _changes(old: Source, new: Source) -> Iterator[str]:
         if values[0] != values[1]:
             yield f"train.{name} was {values[0]} and is {values[1]}"
     if old.content != new.content:
-        yield "its documents are others than before (its files or data.split changed)"
+        yield "its documents are others than before (its files, data.split or data.chat_overlong changed)"

@@ -1,6 +1,8 @@
 """Texts in the columns of Parquet files, a few rows at a time."""
 
+import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_ext.errors import ConfigError
@@ -9,6 +11,19 @@ _BATCH_BYTES = 1 << 22
 _BATCH_ROWS = 1024
 _BUFFER_BYTES = 1 << 20
 _TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+
+
+@dataclass(frozen=True)
+class JsonColumn:
+    """A column of lists and objects, of which JSON is made. Texts are taken for JSON as they are."""
+
+    name: str
+    optional: bool = False
+    """A file without it is taken for one with nulls."""
+
+
+Column = str | JsonColumn
+"""A column of texts by its name, or one of JSON."""
 
 Row = tuple[bytes | None, ...]
 """UTF-8 texts of one row, one for each column; None where there is none."""
@@ -21,9 +36,8 @@ class ParquetTexts:
     texts.
     """
 
-    def __init__(self, path: str, columns: Sequence[str]) -> None:
+    def __init__(self, path: str, columns: Sequence[Column]) -> None:
         self._path = path
-        self._columns = list(columns)
         try:
             import pyarrow.parquet as parquet
         except ImportError as error:
@@ -36,21 +50,27 @@ class ParquetTexts:
         except (OSError, ValueError) as error:
             raise self._damaged(error) from error
         self.num_rows: int = self._file.metadata.num_rows
-        self._check_columns()
+        self._names = self._checked_names(columns)
 
     def _damaged(self, error: Exception) -> ConfigError:
         reason = str(error).split("\n", 1)[0]
         return ConfigError(f"{self._path}: truncated or damaged ({reason}); make or copy the file again.")
 
-    def _check_columns(self) -> None:
+    def _checked_names(self, columns: Sequence[Column]) -> list[str | None]:
+        """Name of each column; None for one that may be missing and is."""
         types = {field.name: field.type for field in self._file.schema_arrow}
-        for name in self._columns:
-            if name not in types:
+        names: list[str | None] = []
+        for column in columns:
+            name = column if isinstance(column, str) else column.name
+            missing = name not in types
+            if missing and not _may_miss(column):
                 raise ConfigError(
                     f"{self._path}: no column {name!r}; the columns are {', '.join(map(repr, types))}."
                 )
-            if not _holds_text(types[name]):
+            if isinstance(column, str) and not _holds_text(types[name]):
                 raise ConfigError(f"{self._path}: column {name!r} holds no texts but {types[name]}.")
+            names.append(None if missing else name)
+        return names
 
     def rows(self, first: int = 0) -> Iterator[Row]:
         """The rows from number `first` (of 0, 1, ...) on. Memory is bounded by a few thousand rows."""
@@ -64,17 +84,15 @@ class ParquetTexts:
             first = 0
 
     def _rows_of(self, group: int, batch_rows: int, first: int) -> Iterator[Row]:
-        import pyarrow as pa
-
-        batches = self._file.iter_batches(
-            batch_rows, row_groups=[group], columns=self._columns, use_threads=False
-        )
+        present = [name for name in self._names if name is not None]
+        batches = self._file.iter_batches(batch_rows, row_groups=[group], columns=present, use_threads=False)
         try:
             for batch in batches:
                 kept = batch.slice(first)
                 first = max(0, first - batch.num_rows)
-                columns = [_decoded(kept.column(name)).cast(pa.large_binary()) for name in self._columns]
-                yield from zip(*(column.to_pylist() for column in columns), strict=True)
+                texts = {name: _texts(_decoded(kept.column(name))) for name in present}
+                absent = [None] * kept.num_rows
+                yield from zip(*(texts.get(name or "", absent) for name in self._names), strict=True)
         except (OSError, ValueError) as error:
             raise self._damaged(error) from error
 
@@ -87,6 +105,20 @@ def _holds_text(kind: Any) -> bool:
     import pyarrow as pa
 
     return str(kind.value_type if pa.types.is_dictionary(kind) else kind) in _TEXT_TYPES
+
+
+def _may_miss(column: Column) -> bool:
+    return isinstance(column, JsonColumn) and column.optional
+
+
+def _texts(column: Any) -> list[bytes | None]:
+    """The values of a column: UTF-8 of texts, else of their JSON."""
+    import pyarrow as pa
+
+    if str(column.type) in _TEXT_TYPES:
+        return column.cast(pa.large_binary()).to_pylist()
+    values = (value if value is None else json.dumps(value, default=str) for value in column.to_pylist())
+    return [value if value is None else value.encode() for value in values]
 
 
 def _decoded(column: Any) -> Any:

@@ -9,10 +9,12 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
+from megatron_ext.data.chat import ChatTokenizer
 from megatron_ext.data.description import (
     DatasetManifest,
     Shard,
@@ -30,10 +32,12 @@ from megatron_ext.data.encoding import (
     encode_records,
 )
 from megatron_ext.data.index_checks import check_index
-from megatron_ext.data.indexed import IndexedWriter, token_dtype
+from megatron_ext.data.indexed import IndexedWriter
+from megatron_ext.data.job import PreprocessingJob
+from megatron_ext.data.marks import stored_dtype, unmarked
 from megatron_ext.data.outputs import OutputFiles, existing_prefixes, refuse_inputs
 from megatron_ext.data.prefix_lock import locked
-from megatron_ext.data.sources import Position, RecordReader, Source, check_columns, text_bytes
+from megatron_ext.data.sources import Position, RecordReader, check_columns, text_bytes
 from megatron_ext.data.tokenizers import content_of, load_tokenizer
 from megatron_ext.errors import ConfigError
 from megatron_ext.signals import deferred
@@ -41,36 +45,6 @@ from megatron_ext.signals import deferred
 logger = logging.getLogger(__name__)
 
 _LOGGED_BAD_RECORDS = 10
-
-
-@dataclass(frozen=True)
-class PreprocessingJob:
-    """What to make of which files."""
-
-    sources: tuple[Source, ...]
-    output_prefix: str
-    tokenizer_type: str
-    tokenizer_model: str
-    json_keys: tuple[str, ...] = ("text",)
-    """Keys of the JSON lines to take texts from. Of several keys each has its own dataset, PREFIX_KEY."""
-
-    append_eod: bool = True
-    """End every document with the tokenizer's end-of-document token."""
-
-    workers: int = 1
-    """Processes that tokenize; 1: this one does."""
-
-    shards: int | None = None
-    """Split the output into (at most) so many shards of about equal size."""
-
-    shard_text_bytes: int | None = None
-    """Instead of `shards`: size of a shard in bytes of input text."""
-
-    skip_bad_records: bool = False
-    """Leave out records that are no valid documents, instead of stopping."""
-
-    max_document_bytes: int = 1 << 26
-    """Longest document, which bounds memory."""
 
 
 def preprocess(
@@ -85,13 +59,10 @@ def preprocess(
     At the start and after each batch `report` gets the stretch of the input that is done, and the number of
     new tokens. Raises ConfigError for bad input (with file and line), for output in the same place that is
     an input, another job's, also of one that is running, or nobody's dataset, and if there is no document at
-    all.
+    all (a part may be without).
     """
-    if len(job.json_keys) > 1 and (text := next((s for s in job.sources if s.format == "text"), None)):
-        raise ConfigError(
-            f"--json-keys {' '.join(job.json_keys)} needs JSON lines, but {text.path} is a text."
-        )
-    check_columns(job.sources, job.json_keys)
+    job.check()
+    check_columns(job.sources, job.columns)
     run = _Run(job, report)
     with locked(
         [job.output_prefix, *(f"{job.output_prefix}{_key_suffix(job, key)}" for key in job.json_keys)]
@@ -121,14 +92,14 @@ class _Run:
         tokenizer = load_tokenizer(job.tokenizer_type, job.tokenizer_model)
         self._shard_text_bytes = job.shard_text_bytes
         if job.shards is not None:
-            total = text_bytes(job.sources, job.json_keys)
+            total = text_bytes(job.sources, job.columns)
             self._shard_text_bytes = max(1, math.ceil(total / job.shards))
         self._empty = DatasetManifest(
             tokenizer_type=job.tokenizer_type,
             tokenizer_fingerprint=tokenizer.fingerprint,
             vocab_size=tokenizer.vocab_size,
             eod=tokenizer.eod,
-            dtype=str(token_dtype(tokenizer.vocab_size)),
+            dtype=str(stored_dtype(job.data_format, tokenizer.vocab_size)),
             append_eod=job.append_eod,
             documents=0,
             tokens=0,
@@ -139,8 +110,13 @@ class _Run:
             tokenizer_splitting=tokenizer.splitting,
             tokenizer_content=content_of(job.tokenizer_model),
             json_keys=job.json_keys,
+            data_format=job.data_format,
+            chat_template=(
+                ChatTokenizer(Path(job.tokenizer_model)).template if job.data_format == "chat" else ""
+            ),
             skip_bad_records=job.skip_bad_records,
             max_document_bytes=job.max_document_bytes,
+            part=job.part,
         )
 
     def take_place(self, *, overwrite: bool) -> None:
@@ -207,7 +183,7 @@ class _Run:
             job.sources,
             self._start,
             job.max_document_bytes,
-            columns=job.json_keys,
+            columns=job.columns,
             skips_long=job.skip_bad_records,
         )
 
@@ -222,7 +198,12 @@ class _Run:
         """Tokenize the rest of the input."""
         job = self._job
         settings = EncodingSettings(
-            job.tokenizer_type, job.tokenizer_model, job.json_keys, job.append_eod, job.skip_bad_records
+            job.tokenizer_type,
+            job.tokenizer_model,
+            job.json_keys,
+            job.append_eod,
+            job.skip_bad_records,
+            job.data_format,
         )
         reader = self._reader()
         self._report(Stretch(self._start, reader.disk_bytes), 0)
@@ -252,7 +233,8 @@ class _Run:
                 self._report(stretch, sum(len(documents.tokens) for documents in encoded.by_key))
                 if stretch.closes_shard:
                     break
-            if stretch.final and not any(m.documents for m in (*self.manifests.values(), *shard.values())):
+            nothing = not any(m.documents for m in (*self.manifests.values(), *shard.values()))
+            if stretch.final and nothing and self._job.part is None:
                 raise ConfigError(
                     f"no document in {', '.join(s.path for s in self._job.sources[:3])}: all are empty or "
                     "bad."
@@ -276,9 +258,13 @@ def _extended(manifest: DatasetManifest, documents: Documents, bad_records: int)
         manifest,
         documents=manifest.documents + len(documents.lengths),
         tokens=manifest.tokens + len(documents.tokens),
-        max_token_id=max(manifest.max_token_id, int(documents.tokens.max()) if len(documents.tokens) else -1),
+        max_token_id=max(manifest.max_token_id, _highest(documents.tokens)),
         skipped_records=manifest.skipped_records + bad_records,
     )
+
+
+def _highest(stored: np.ndarray) -> int:
+    return int(unmarked(stored).max()) if len(stored) else -1
 
 
 def _of_another_job(prefix: str, reason: str) -> ConfigError:
@@ -290,7 +276,7 @@ def _of_another_job(prefix: str, reason: str) -> ConfigError:
 def _differences(theirs: DatasetManifest, ours: DatasetManifest) -> Iterator[str]:
     """In what a dataset is not what this job would make, as far as the manifests tell."""
     yield from differences_of_meaning(theirs, ours)
-    for name in ("tokenizer_type", "tokenizer_content", "json_key", "json_keys"):
+    for name in ("tokenizer_type", "tokenizer_content", "json_key", "json_keys", "part"):
         if getattr(theirs, name) != getattr(ours, name):
             yield name
     if [source.identity for source in theirs.sources] != [source.identity for source in ours.sources]:

@@ -48,6 +48,12 @@ def parse_texts(record: Record, keys: Sequence[str]) -> list[str]:
         return [_text_of_column(record, key, text) for key, text in zip(keys, record.columns, strict=True)]
     if not record.line:
         return [_unicode(record, record.data)]
+    value = parse_object(record)
+    return [_text_of_key(record, value, key) for key in keys]
+
+
+def parse_object(record: Record) -> dict[str, object]:
+    """The JSON object of a line. Raises BadRecordError for anything else."""
     try:
         value = json.loads(record.data)
     except ValueError as error:
@@ -58,15 +64,20 @@ def parse_texts(record: Record, keys: Sequence[str]) -> list[str]:
         ) from None
     if not isinstance(value, dict):
         raise BadRecordError(f"{record.place}: a JSON object is needed, not {type(value).__name__}.")
-    return [_text_of_key(record, value, key) for key in keys]
+    return value
 
 
-def _text_of_key(record: Record, value: Mapping[str, object], key: str) -> str:
+def value_of_key(record: Record, value: Mapping[str, object], key: str) -> object:
+    """What the object of a record has under `key`. Raises BadRecordError where it has no such key."""
     if key not in value:
         raise BadRecordError(
             f"{record.place}: no key {key!r}; the keys are {', '.join(map(repr, value)) or 'none'}."
         )
-    text = value[key]
+    return value[key]
+
+
+def _text_of_key(record: Record, value: Mapping[str, object], key: str) -> str:
+    text = value_of_key(record, value, key)
     if not isinstance(text, str):
         raise BadRecordError(f"{record.place}: {key!r} is not a text but {type(text).__name__}.")
     if not text.isascii() and (problem := lone_surrogate(text)) is not None:

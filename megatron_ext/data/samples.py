@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_ext.data.documents import DocumentReader
 from megatron_ext.data.index_cache import ArrayFile, StoredArray, cached_directory, file_states
-from megatron_ext.data.indexed import REMEDY, index_lengths, read_index
+from megatron_ext.data.indexed import REMEDY, index_lengths, outside_vocabulary, read_index
 from megatron_ext.data.open_file import OpenFile
 from megatron_ext.errors import ConfigError
 
@@ -47,14 +47,15 @@ class Origin:
 
 
 class SampleDataset(Protocol):
-    """Samples by number: "tokens" and "labels", int64 [seq_length]."""
+    """Samples by number: "tokens" and "labels", int64 [seq_length]; those of conversations have "begins",
+    too."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Tensor]: ...
 
-    def origin(self, index: int) -> Origin:
-        """Where sample `index` begins. Raises IndexError as `[index]` does."""
+    def origin(self, index: int) -> object:
+        """Where sample `index` is from, in words. Raises IndexError as `[index]` does."""
 
 
 @dataclass(frozen=True)
@@ -192,11 +193,8 @@ class EpochSamples(torch.utils.data.Dataset):
         text = np.concatenate(parts).astype(np.int64)
         lowest, highest = int(text.min()), int(text.max())
         if lowest < 0 or highest >= self._vocab_size:
-            raise ConfigError(
-                f"{self._prefix}.bin holds the token {lowest if lowest < 0 else highest}, but the vocabulary "
-                f"has {self._vocab_size}. Set model.vocab_size to that of the tokenizer that made the "
-                "dataset."
-            )
+            token = lowest if lowest < 0 else highest
+            raise ConfigError(outside_vocabulary(self._prefix, token, self._vocab_size))
         tokens = torch.from_numpy(text)
         return {"tokens": tokens[:-1], "labels": tokens[1:]}
 
@@ -229,7 +227,7 @@ class EpochSamples(torch.utils.data.Dataset):
 class BlendedSamples(torch.utils.data.Dataset):
     """Samples of several datasets, dealt out by `source.npy` and `number.npy` (see `blends`)."""
 
-    def __init__(self, sources: tuple[EpochSamples, ...], directory: str) -> None:
+    def __init__(self, sources: tuple[SampleDataset, ...], directory: str) -> None:
         self._sources = sources
         self._directory = directory
         self._source = StoredArray(Path(directory) / "source.npy")
@@ -245,12 +243,12 @@ class BlendedSamples(torch.utils.data.Dataset):
         source, number = self._dealt(index)
         return source[number]
 
-    def origin(self, index: int) -> Origin:
+    def origin(self, index: int) -> object:
         """`SampleDataset.origin`."""
         source, number = self._dealt(index)
         return source.origin(number)
 
-    def _dealt(self, index: int) -> tuple[EpochSamples, int]:
+    def _dealt(self, index: int) -> tuple[SampleDataset, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)} of a blend")
         source, number = int(self._source.read(index, 1)[0]), int(self._number.read(index, 1)[0])
@@ -275,7 +273,7 @@ class ShiftedSamples(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return self._samples[self._shifted(index)]
 
-    def origin(self, index: int) -> Origin:
+    def origin(self, index: int) -> object:
         """`SampleDataset.origin`."""
         return self._samples.origin(self._shifted(index))
 

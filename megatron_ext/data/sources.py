@@ -13,7 +13,7 @@ from typing import BinaryIO
 from megatron_ext.data.decompression import CHUNK_BYTES, Compression, decompressed
 from megatron_ext.data.expansion import expand, refuse_repeated
 from megatron_ext.data.formats import BOM, Format, TextFormat, format_of
-from megatron_ext.data.parquet import ParquetTexts
+from megatron_ext.data.parquet import Column, ParquetTexts
 from megatron_ext.data.records import BadRecordError, Record
 from megatron_ext.errors import ConfigError
 
@@ -100,7 +100,7 @@ class RecordReader:
         start: Position = Position(),
         max_record_bytes: int = 1 << 26,
         *,
-        columns: Sequence[str] = ("text",),
+        columns: Sequence[Column] = ("text",),
         skips_long: bool = False,
     ) -> None:
         self.position = start
@@ -205,19 +205,19 @@ def _pass_line(stream: BinaryIO) -> int:
     return count
 
 
-def check_columns(sources: Sequence[Source], columns: Sequence[str]) -> None:
-    """Raises ConfigError for a Parquet file that is damaged or has no texts in one of `columns`."""
+def check_columns(sources: Sequence[Source], columns: Sequence[Column]) -> None:
+    """Raises ConfigError for a Parquet file that is damaged or does not have what `columns` ask for."""
     for source in sources:
         if source.format == "parquet":
             ParquetTexts(source.path, columns)
 
 
-def text_bytes(sources: Sequence[Source], columns: Sequence[str] = ("text",)) -> int:
+def text_bytes(sources: Sequence[Source], columns: Sequence[Column] = ("text",)) -> int:
     """Bytes of text in all sources. Compressed files and columns of Parquet files are read through for it."""
     return sum(_text_bytes(source, columns) for source in sources)
 
 
-def _text_bytes(source: Source, columns: Sequence[str]) -> int:
+def _text_bytes(source: Source, columns: Sequence[Column]) -> int:
     if source.format == "parquet":
         return ParquetTexts(source.path, columns).text_bytes()
     return _decompressed_size(source) if source.compression else source.size

@@ -20,7 +20,9 @@ from megatron_ext.data.blends import (
 from megatron_ext.data.index_cache import cache_parent, cached_directory, save_array
 from megatron_ext.data.indexed import read_index
 from megatron_ext.data.order import Continuation, Source, TrainingOrder, continue_order
-from megatron_ext.data.samples import DocumentRange, build_epochs, document_range
+from megatron_ext.data.packed_samples import ChatSource
+from megatron_ext.data.sample_sources import SampleSource, TextSource
+from megatron_ext.data.samples import document_range
 from megatron_ext.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -47,18 +49,18 @@ class SplitIndices:
     def build(self, samples: int | None) -> dict[str, Any] | None:
         """Build the indices. Returns what `datasets` opens, as plain JSON; None if there is no sample
         and none is asked for."""
-        ranges, weights = self._usable_ranges(samples)
-        if not ranges:
+        usable, weights = self._usable_sources(samples)
+        if not usable:
             return None
-        order, notes = continue_order(self._present_order(ranges, weights), self.resumed)
+        order, notes = continue_order(self._present_order(usable, weights), self.resumed)
         say_changes(notes)
         wanted = None if samples is None else samples - order.first_sample
         per_epoch = [source.per_epoch for source in order.sources]
         before = [source.before for source in order.sources]
         counts, blend = [per_epoch[0] if wanted is None else wanted], None
-        if len(ranges) > 1:
+        if len(usable) > 1:
             source, number = self._deal(weights, per_epoch, wanted)
-            counts = np.bincount(source, minlength=len(ranges)).tolist()
+            counts = np.bincount(source, minlength=len(usable)).tolist()
             depends_on = {
                 "index_version": 2,
                 "weights": weights,
@@ -67,59 +69,74 @@ class SplitIndices:
                 "samples": wanted,
             }
             number += np.array(before)[source]
-            blend = str(self._save_blend(self._cache(ranges[0]), depends_on, source, number))
+            blend = str(self._save_blend(self._cache(usable[0].prefix), depends_on, source, number))
         lengths = np.add(before, counts).tolist()
         directories = [
-            self._build_source(documents, length) for documents, length in zip(ranges, lengths, strict=True)
+            source.build(
+                self._cache(source.prefix), name=SPLITS[self.split], samples=length, seed=self._seeds
+            )
+            for source, length in zip(usable, lengths, strict=True)
         ]
         sources = [
             {
-                "prefix": documents.prefix,
+                "prefix": source.prefix,
                 "directory": str(directory),
                 "length": length,
-                "per_epoch": documents.samples_per_epoch(self.seq_length),
+                "per_epoch": source.per_epoch,
             }
-            for documents, directory, length in zip(ranges, directories, lengths, strict=True)
+            for source, directory, length in zip(usable, directories, lengths, strict=True)
         ]
         inner = before[0] if blend is None else 0
         return {"sources": sources, "blend": blend, "inner": inner, "order": order.to_dict()}
 
     def _present_order(
-        self, ranges: Sequence[DocumentRange], weights: Sequence[float] | None
+        self, usable: Sequence[SampleSource], weights: Sequence[float] | None
     ) -> TrainingOrder:
         """The order of a run that begins."""
-        per_epoch = [documents.samples_per_epoch(self.seq_length) for documents in ranges]
+        weights = weights or [source.per_epoch for source in usable]
         sources = (
-            Source(documents.prefix, documents.content, self.seed, self.seq_length, size, weight)
-            for documents, size, weight in zip(ranges, per_epoch, weights or per_epoch, strict=True)
+            Source(source.prefix, source.content, self.seed, self.seq_length, source.per_epoch, weight)
+            for source, weight in zip(usable, weights, strict=True)
         )
         return TrainingOrder(0, tuple(sources))
 
-    def _usable_ranges(self, samples: int | None) -> tuple[list[DocumentRange], Sequence[float] | None]:
+    @property
+    def _seeds(self) -> tuple[int, int]:
+        return self.seed, self.split
+
+    def _usable_sources(self, samples: int | None) -> tuple[list[SampleSource], Sequence[float] | None]:
         """The documents of each source, with its weight if weights are given.
 
         A source that counts by its size may turn out too small for one sample. Any other may not.
         """
         blend = self.sources.blend
         weights = blend.weights if len(blend.prefixes) > 1 else None
-        ranges = [
-            document_range(prefix, *self.sources.documents(read_index(prefix).sequences))
-            for prefix in blend.prefixes
-        ]
-        small = [documents for documents in ranges if not documents.samples_per_epoch(self.seq_length)]
-        if small and (weights is not None or (len(small) == len(ranges) and samples is not None)):
+        sources = [self._source(prefix) for prefix in blend.prefixes]
+        small = [source for source in sources if not source.per_epoch]
+        if small and (weights is not None or (len(small) == len(sources) and samples is not None)):
             raise ConfigError(self._too_small(small[0]))
-        for documents in small:
-            logger.warning("%s Its tokens are left out.", self._too_small(documents))
-        return [documents for documents in ranges if documents.samples_per_epoch(self.seq_length)], weights
+        for source in small:
+            logger.warning("%s Its tokens are left out.", self._too_small(source))
+        return [source for source in sources if source.per_epoch], weights
 
-    def _too_small(self, documents: DocumentRange) -> str:
-        share = f", its share by data.split={self.data.split}," if self.data.data_path else ""
-        return (
-            f"the {SPLITS[self.split]} split of {documents.prefix} has {documents.last - documents.first} "
-            f"documents{share} with {documents.tokens} tokens in all, but one sample takes train.seq_length "
-            f"+ 1 = {self.seq_length + 1}. Use more text, a shorter train.seq_length or other shares."
+    def _source(self, prefix: str) -> SampleSource:
+        first, last = self.sources.documents(read_index(prefix).sequences)
+        if self.data.format == "pretraining":
+            return TextSource(document_range(prefix, first, last), self.seq_length)
+        return ChatSource(
+            prefix,
+            first,
+            last,
+            data=self.data,
+            seq_length=self.seq_length,
+            seed=self._seeds,
+            parent=self._cache(prefix),
+            name=SPLITS[self.split],
         )
+
+    def _too_small(self, source: SampleSource) -> str:
+        share = f", its share by data.split={self.data.split}," if self.data.data_path else ""
+        return f"the {SPLITS[self.split]} split of {source.prefix} {source.shortage(share)}"
 
     def _deal(
         self, weights: Sequence[float] | None, per_epoch: Sequence[int], samples: int | None
@@ -137,15 +154,5 @@ class SplitIndices:
 
         return cached_directory(cache, f"blend-{SPLITS[self.split]}", depends_on, build)
 
-    def _build_source(self, documents: DocumentRange, samples: int) -> Path:
-        return build_epochs(
-            self._cache(documents),
-            documents,
-            name=SPLITS[self.split],
-            seq_length=self.seq_length,
-            samples=samples,
-            seed=(self.seed, self.split),
-        )
-
-    def _cache(self, documents: DocumentRange) -> Path:
-        return cache_parent(self.data.data_cache_path, documents.prefix)
+    def _cache(self, prefix: str) -> Path:
+        return cache_parent(self.data.data_cache_path, prefix)

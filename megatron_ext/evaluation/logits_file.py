@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from lckv.precision import exact_products
 from megatron_ext.config import ParallelConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.evaluation.logits import compute_logits
@@ -46,7 +47,8 @@ def dump_logits(
     initialize(parallel, seed=1)
     restored = restore(load, parallel)
     tokens = read_tokens(tokens_path, restored.stage.vocab_size)
-    write_logits(restored.stage, tokens, output, rows_at_once=rows_at_once)
+    with exact_products():
+        write_logits(restored.stage, tokens, output, rows_at_once=rows_at_once)
     destroy()
 
 

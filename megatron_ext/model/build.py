@@ -18,9 +18,10 @@ from lckv.losses import backends as losses
 from lckv.rope import LinearScaling, Llama3Scaling, inverse_frequencies
 from megatron_ext.config import ModelConfig, ParallelConfig, RopeScalingConfig, TrainConfig
 from megatron_ext.model.gpt import SharedKVGPTModel
+from megatron_ext.model.implementation import choose_implementation
 from megatron_ext.model.initialization import initialize_weights
 from megatron_ext.model.parameters import padded_vocab_size
-from megatron_ext.model.specs import block_submodules, choose_implementation
+from megatron_ext.model.specs import block_submodules
 from megatron_ext.model.transformer_config import transformer_config
 from megatron_ext.parallel.process_groups import device_of_rank
 from megatron_ext.precision import precision
@@ -54,7 +55,7 @@ def build_stage(
     groups = ProcessGroupCollection.use_mpu_process_groups()
     first = get_transformer_layer_offset(config, None, groups.pp.rank())
     layers = range(first, first + get_num_layers_to_build(config, None, groups.pp.rank()))
-    implementation = choose_implementation(model.transformer_impl)
+    implementation = choose_implementation(model.transformer_impl, train.precision)
     stage = SharedKVGPTModel(
         config,
         block_submodules(config.layer_types, layers, implementation.name),

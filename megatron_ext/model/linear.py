@@ -1,12 +1,18 @@
 """The fused projection of queries, keys and values, which can also compute keys and values alone."""
 
+import copy
+from typing import Any
+
 import torch
+from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     linear_with_grad_accumulation_and_async_allreduce,
 )
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch import Tensor
+
+from megatron_ext.model.implementation import has_fused_gradients
 
 
 class QKVLinear(ColumnParallelLinear):
@@ -47,6 +53,13 @@ class OutputLinear(ColumnParallelLinear):
 
     The gather's backward then sums their gradient over ranks, so the projection must not.
     """
+
+    def __init__(self, *arguments: Any, config: ModelParallelConfig, **options: Any) -> None:
+        """As Megatron's, which refuses to add gradients to the sums itself where only Transformer Engine's
+        layers can."""
+        own_config = copy.copy(config)
+        own_config.gradient_accumulation_fusion = has_fused_gradients()
+        super().__init__(*arguments, config=own_config, **options)
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, *, gathered: bool = False

@@ -1,9 +1,7 @@
 """Which modules a layer is built from: Megatron's local ones, or Transformer Engine's."""
 
-import importlib.util
 from dataclasses import dataclass
 
-import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
@@ -14,38 +12,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from lckv.sharing.layer_types import LayerTypes
-from megatron_ext.errors import ConfigError
 from megatron_ext.mcore import mlp
 from megatron_ext.model.attention import CoreAttention, SharedKVAttention
 from megatron_ext.model.layer import SharedKVLayer
 from megatron_ext.model.linear import QKVLinear
 from megatron_ext.model.norm import RMSNorm
-
-
-@dataclass(frozen=True)
-class ImplementationChoice:
-    """Whose modules the layers are made of, and why."""
-
-    name: str
-    reason: str
-
-
-def choose_implementation(requested: str) -> ImplementationChoice:
-    """`model.transformer_impl` to local or transformer_engine;
-    an explicit request that cannot be met is a ConfigError."""
-    asked = f"model.transformer_impl is {requested}"
-    if requested == "local":
-        return ImplementationChoice("local", asked)
-    missing = None
-    if not torch.cuda.is_available():
-        missing = "Transformer Engine needs CUDA"
-    elif importlib.util.find_spec("transformer_engine") is None:
-        missing = "the package transformer-engine is not installed (pip install 'lckv-megatron[gpu]')"
-    if missing is None:
-        return ImplementationChoice("transformer_engine", asked)
-    if requested == "transformer_engine":
-        raise ConfigError(f"{asked}, but {missing}. Set model.transformer_impl to auto or local.")
-    return ImplementationChoice("local", f"{asked}: {missing}")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """From the run's sections to Megatron's TransformerConfig."""
 
-import importlib.util
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from lckv.config import CompressionConfig
 from lckv.sharing.layer_types import LayerTypes
 from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_ext.model.implementation import accumulates_in_place, choose_implementation
 from megatron_ext.precision import precision
 
 
@@ -38,6 +38,7 @@ def transformer_config(
     numbers = precision(train.precision)
     granularity = None if train.recompute_granularity == "none" else train.recompute_granularity
     full = granularity == "full"
+    layers = choose_implementation(model.transformer_impl, train.precision)
     return SharedKVTransformerConfig(
         compression=compression,
         attention_kernel=model.attention_backend,
@@ -75,8 +76,10 @@ def transformer_config(
         bias_dropout_fusion=cuda,
         bias_activation_fusion=cuda,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=cuda
-        and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        gradient_accumulation_fusion=accumulates_in_place(layers.name),
+        # Without it Megatron tells Transformer Engine's layers which forward pass is the first, and the
+        # backward of that one overwrites the gradient: a cyclic group uses a weight in several passes.
+        disable_parameter_transpose_cache=True,
         calculate_per_token_loss=True,
         hetereogenous_dist_checkpoint=True,
         deallocate_pipeline_outputs=True,

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
+from lckv.precision import exact_products
 from megatron_ext.checkpointing.load import load_checkpoint
 from megatron_ext.command_line import config_to_dict
 from megatron_ext.config import DataConfig, ModelConfig, RunConfig
@@ -45,7 +47,8 @@ def fit(run: RunConfig) -> Position:
     Needs process groups. Returns how far it came."""
     torch.use_deterministic_algorithms(run.train.deterministic)
     _check_places(run)
-    with prepared(run.checkpoint) as start:
+    products = exact_products() if run.train.precision == "fp32" else nullcontext()
+    with products, prepared(run.checkpoint) as start:
         return _fit(run, start)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from lckv.losses.backends import choose as choose_loss
 from megatron_ext.model.attention_backend import choose_backend
-from megatron_ext.model.specs import choose_implementation
+from megatron_ext.model.implementation import choose_implementation
 from megatron_ext.precision import precision
 from megatron_ext.summary.lines import cost_lines, layout_lines, model_lines, picture
 from megatron_ext.summary.sizes import RunSizes
@@ -26,7 +26,7 @@ def describe(sizes: RunSizes, device: torch.device) -> Iterator[str]:
         model.attention_backend, device=device, dtype=dtype, head_dim=sizes.shape.head_dim
     )
     loss = choose_loss(model.cross_entropy_backend, chunk_size=model.cross_entropy_chunk_size)
-    layers = choose_implementation(model.transformer_impl)
+    layers = choose_implementation(model.transformer_impl, sizes.run.train.precision)
     yield f"attention             {attention.name} ({attention.reason})"
     yield f"layers                {layers.name} ({layers.reason})"
     yield f"loss                  {loss.name} ({loss.reason})"

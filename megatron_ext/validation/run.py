@@ -115,6 +115,7 @@ def _schedule(optimizer: OptimizerConfig, train: TrainConfig) -> Iterator[str]:
 
 def _data(data: DataConfig, train: TrainConfig) -> Iterator[str]:
     yield from _mock(data) if data.mock else _sources(data, train)
+    yield from _format(data)
     yield from above_zero("data", data, "index_timeout_minutes")
     yield from at_least("data", data, 0, "num_workers")
     if data.tokenizer_type != "none" and data.tokenizer_model is None:
@@ -134,6 +135,21 @@ def _mock(data: DataConfig) -> Iterator[str]:
     given = [f"data.{name}" for name in names if getattr(data, name)]
     if given:
         yield f"data.mock is true and {', '.join(given)} is given; use random documents or files, not both."
+
+
+def _format(data: DataConfig) -> Iterator[str]:
+    if data.format == "chat" and data.mock:
+        yield "data.format is chat and data.mock is true; random documents are no conversations: give files."
+    if data.format == "chat" and data.eod_mask_loss:
+        yield (
+            "data.eod_mask_loss is true and data.format is chat; a conversation has no token after its end: "
+            "leave data.eod_mask_loss out."
+        )
+    if data.format != "chat" and data.chat_overlong != DataConfig.chat_overlong:
+        yield (
+            f"data.chat_overlong is {data.chat_overlong} and data.format is {data.format}; only "
+            "conversations can be too long: set data.format to chat, or leave data.chat_overlong out."
+        )
 
 
 def _sources(data: DataConfig, train: TrainConfig) -> Iterator[str]:
@@ -200,7 +216,7 @@ def _optional_packages(run: RunConfig) -> Iterator[str]:
             "pip install 'lckv-megatron[wandb]', or set logging.wandb_mode to disabled."
         )
     if model.transformer_impl == "transformer_engine":
-        yield from _refusal_of_transformer_engine()
+        yield from _refusal_of_transformer_engine(run.train.precision)
     if model.attention_backend == "flash" and (model.kv_channels or model.num_attention_heads > 0):
         yield from _refusal_of_flash(run)
 
@@ -208,11 +224,11 @@ def _optional_packages(run: RunConfig) -> Iterator[str]:
 # Torch and Megatron are imported below only: whoever asks for none of this gets the answer in milliseconds.
 
 
-def _refusal_of_transformer_engine() -> Iterator[str]:
-    from megatron_ext.model.specs import choose_implementation
+def _refusal_of_transformer_engine(precision: str) -> Iterator[str]:
+    from megatron_ext.model.implementation import choose_implementation
 
     try:
-        choose_implementation("transformer_engine")
+        choose_implementation("transformer_engine", precision)
     except ConfigError as error:
         yield str(error)
 

@@ -1,6 +1,7 @@
 """The three stages of the recipe fit together, and its launcher starts or resumes one of them."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from megatron_ext.command_line import config_to_dict, parse_run_config
 from megatron_ext.validation.run import problems
+from tests.examples.costs import gpu_hours
 
 RECIPE = Path(__file__).resolve().parents[2] / "examples" / "llama2_13b_dmc"
 STAGES = ("zero_out", "retrofit", "finetune")
@@ -52,6 +54,15 @@ def test_the_stages_differ_in_nothing_else(runs):
         for name in ("train_iters", "seed", "eval_interval"):
             del sections["train"][name]
     assert all(sections == first for sections in others)
+
+
+def test_the_page_says_what_the_stages_cost(runs):
+    page = (RECIPE / "README.md").read_text(encoding="utf-8")
+    hours = {stage: gpu_hours(run, vocab_size=32000) for stage, run in runs.items()}
+    for stage, number in hours.items():
+        assert re.search(rf"^\| `{stage}` \|.*\| {number:,.0f} \|", page, re.MULTILINE)
+    assert f"| Cost | {sum(hours.values()):,.0f} GPU-hours" in page
+    assert f"about {sum(hours.values()) / 64:.0f} hours on the 64 GPUs" in page
 
 
 def launch(folder, *arguments, **variables):

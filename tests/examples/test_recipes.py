@@ -179,6 +179,22 @@ def test_the_trial_of_the_overview_works(recipe: Path) -> None:
     assert run.data.mock
 
 
+def test_the_node_is_used_whole_and_the_interface_is_named(tmp_path: Path) -> None:
+    given, _ = launch(RECIPES[0], tmp_path, SLURM_CPUS_ON_NODE="96", INTERFACE="ib0")
+    assert "--cpus-per-task=96" in given
+    script = (EXAMPLES / "launch_on_slurm.sh").read_text(encoding="utf-8")
+    assert "export NCCL_SOCKET_IFNAME=$INTERFACE GLOO_SOCKET_IFNAME=$INTERFACE" in script
+    without, _ = launch(RECIPES[0], tmp_path, CONTAINER_IMAGE="none")
+    assert not [option for option in without if option.startswith("--container")]
+
+
+@recipes
+def test_a_job_whose_node_fails_is_started_again_with_the_same_log(recipe: Path) -> None:
+    script = (recipe / "launch.sh").read_text(encoding="utf-8")
+    assert "#SBATCH --requeue\n" in script
+    assert "#SBATCH --open-mode=append\n" in script
+
+
 def test_the_launcher_outside_of_a_job_says_so(tmp_path: Path) -> None:
     command = ["bash", str(EXAMPLES / "launch_on_slurm.sh"), "examples/yoco_3b"]
     result = subprocess.run(

@@ -25,6 +25,11 @@ def test_a_prompt_in_each_line(tmp_path: Path) -> None:
     assert [(prompt.name, prompt.tokens) for prompt in prompts] == [("x", [*text.encode()]), ("3", [98])]
 
 
+def test_biases_are_of_tokens(tmp_path: Path) -> None:
+    (prompt,) = read(tmp_path / "b.jsonl", '{"prompt": "a", "logit_bias": {"5": -100, "0": 1.5}}')
+    assert prompt.params.logit_bias == {5: -100, 0: 1.5}
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -34,6 +39,10 @@ def test_a_prompt_in_each_line(tmp_path: Path) -> None:
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "half of a surrogate pair"),
         ("[" * 100_000, "too deep to be read"),
         ("{", "not valid JSON"),
+        ('{"prompt": "a", "logit_bias": {"x": 1}}', "logit_bias has the name 'x'; names must be tokens"),
+        ('{"prompt": "a", "logit_bias": {"05": 1}}', "logit_bias has the name '05'; names must be tokens"),
+        ('{"prompt": "a", "logit_bias": {"5": "1"}}', "logit_bias is {5: '1'}; it must be a map of tokens"),
+        ('{"prompt": "a", "logit_bias": [5]}', r"logit_bias is \(5,\); it must be a map of tokens"),
         ("[]", 'an object with either "prompt" or "messages" is needed'),
     ],
 )

@@ -42,16 +42,17 @@ def attend_paged(
         "GROUP": max(_LEAST, triton.next_power_of_2(group)),
         "CHANNELS": max(_LEAST, triton.next_power_of_2(channels)),
     }
-    if len(work.head):
-        slots = chunk_pages * page_size
-        _attend_chunk[(len(work.head),)](
-            query, pages.key, pages.value, pages.table, work.head, work.first_slot, work.block,
-            stop if first is None else first.contiguous(), stop, part, part_lse,
-            scale, page_size, chunk_pages, group, channels,
-            HAS_FIRST=first is not None, CHUNK=slots,
-            SLOTS=min(_SLOTS, max(_LEAST, triton.next_power_of_2(slots))), **sizes,
-        )  # fmt: skip
-    _merge[(heads,)](part, part_lse, work.bounds, output, lse, group, channels, **sizes)
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        if len(work.head):
+            slots = chunk_pages * page_size
+            _attend_chunk[(len(work.head),)](
+                query, pages.key, pages.value, pages.table, work.head, work.first_slot, work.block,
+                stop if first is None else first.contiguous(), stop, part, part_lse,
+                scale, page_size, chunk_pages, group, channels,
+                HAS_FIRST=first is not None, CHUNK=slots,
+                SLOTS=min(_SLOTS, max(_LEAST, triton.next_power_of_2(slots))), **sizes,
+            )  # fmt: skip
+        _merge[(heads,)](part, part_lse, work.bounds, output, lse, group, channels, **sizes)
     return PagesAttended(output.view(query.shape), lse.view(query.shape[:-1]))
 
 

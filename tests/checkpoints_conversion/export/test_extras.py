@@ -179,7 +179,7 @@ def test_the_hub_reads_the_head_of_the_card(tmp_path: Path) -> None:
 
 def test_the_base_of_a_local_origin_is_what_its_own_page_says() -> None:
     description = describe()
-    first = ConversionRecord(description, ConversionSource("huggingface", "/models/mine", {}))
+    first = ConversionRecord(description, ConversionSource("huggingface", "/data/model", {}))
     made = replace(manifest(description), previous=first)
     text = model_card("x", description, made, origin_card={"base_model": "someone/model"})
     assert ModelCard(text).data.base_model == "someone/model" and "From `someone/model`." in text

@@ -1,8 +1,10 @@
 """Every attention backend against the plain oracle: causality, excluded self, windows, documents, grouped
 heads, gradients."""
 
+import sys
 import types
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lckv.attention import flash, reference, sdpa
-from lckv.attention.backends import choose
+from lckv.attention.backends import choose, why_no_flash_package, why_not_flash
 from lckv.attention.visibility import Documents, Visibility
 from lckv.errors import UnsupportedError
 
@@ -156,6 +158,49 @@ class TestChoice:
         choice = choose("auto", device=self.cpu, dtype=torch.float32, head_dim=64)
         assert choice.name == "sdpa"
         assert choice.reason == "asked for auto: flash-attn needs CUDA tensors, the model is on cpu"
+
+    @pytest.mark.parametrize(
+        ("functions", "obstacle"),
+        [
+            (None, "is not installed (pip install --no-build-isolation"),
+            ({}, "has no flash_attn.flash_attn_func, which flash-attn 2.7 and newer has"),
+            (
+                {"flash_attn": ["flash_attn_func", "flash_attn_varlen_func"]},
+                "flash-attn cannot be imported: No module named 'flash_attn.flash_attn_interface'",
+            ),
+            (
+                {
+                    "flash_attn": ["flash_attn_func", "flash_attn_varlen_func"],
+                    "flash_attn.flash_attn_interface": ["_flash_attn_forward", "_flash_attn_backward"],
+                },
+                None,
+            ),
+        ],
+        ids=["none", "FlashAttention 4 alone", "half", "FlashAttention 2"],
+    )
+    def test_functions_are_looked_for_not_names(
+        self,
+        functions: dict[str, list[str]] | None,
+        obstacle: str | None,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+    ) -> None:
+        if functions is not None:
+            (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+            for module, names in functions.items():
+                file = (
+                    Path(*module.split(".")).with_suffix(".py") if "." in module else "flash_attn/__init__.py"
+                )
+                (tmp_path / file).write_text("".join(f"def {name}(): ...\n" for name in names))
+        monkeypatch.syspath_prepend(tmp_path)
+        why_no_flash_package.cache_clear()
+        try:
+            reason = why_not_flash(torch.device("cuda"), torch.bfloat16, 128)
+        finally:
+            why_no_flash_package.cache_clear()
+            for module in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+                del sys.modules[module]
+        assert reason == obstacle or (obstacle is not None and obstacle in str(reason))
 
     def test_an_explicit_request_never_falls_back(self) -> None:
         with pytest.raises(UnsupportedError, match="flash cannot be used: flash-attn needs CUDA tensors"):

@@ -23,15 +23,8 @@ changes = st.lists(
 
 @given(changes=changes, page_size=st.integers(1, 4), window=st.none() | st.integers(1, 9))
 def test_any_lengths_may_follow_any_lengths(changes, page_size, window):
-    tables = PageTables(
-        [None, window],
-        sequences=SEQUENCES,
-        heads=HEADS,
-        page_size=page_size,
-        columns=24,
-        device=torch.device("cpu"),
-    )
     pool = PagePool(LAYERS * HEADS * SEQUENCES * 24, page_size, 4, torch.float32, torch.device("cpu"))
+    tables = PageTables([None, window], pool, sequences=SEQUENCES, heads=HEADS, columns=24)
     for rows, numbers in changes:
         sequences = np.array(rows)
         lengths = np.array(numbers).reshape(LAYERS, SEQUENCES, HEADS)[:, : len(rows)]
@@ -41,7 +34,7 @@ def test_any_lengths_may_follow_any_lengths(changes, page_size, window):
             assert window is not None and (lengths[1] < tables.lengths[1, sequences]).any()
             continue
         growth, free = tables.growth(sequences, lengths), pool.free
-        tables.apply(growth, pool)
+        tables.apply(growth)
         assert free - pool.free == growth.pages
         assert np.array_equal(tables.lengths[:, sequences], lengths)
         owned = tables.table.numpy()
@@ -52,5 +45,5 @@ def test_any_lengths_may_follow_any_lengths(changes, page_size, window):
                 needed = {slot // page_size for slot in range(max(0, length - kept), length)}
                 assert set(np.flatnonzero(owned[(layer, *place)])) == needed
     for sequence in range(SEQUENCES):
-        tables.release(sequence, pool)
+        tables.release(sequence)
     assert pool.free == pool.pages and not tables.table.any()

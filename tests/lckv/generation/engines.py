@@ -28,6 +28,8 @@ def engine(
 
 
 def empty(engine: Engine) -> bool:
-    """Whether nothing is left of any request."""
+    """Whether nothing is left of any request but what is kept for others, and then nothing at all."""
     stats = engine.stats()
-    return (stats.pages_in_use, stats.running, stats.waiting, engine.has_work) == (0, 0, 0, False)
+    left = (stats.pages_in_use, stats.running, stats.waiting, engine.has_work)
+    engine.clear_prefixes()
+    return left == (0, 0, 0, False) and engine.cache.pages_free == engine.cache.pages

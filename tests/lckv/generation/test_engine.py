@@ -11,7 +11,7 @@ from lckv.generation.engine import Engine
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from tests.golden.lckv_models import FOLDER, NAMES, Golden
-from tests.lckv.cache.models import CASES, model, paged_cache, text
+from tests.lckv.cache.models import CASES, model, paged_cache, parallel_logits, text
 from tests.lckv.generation.engines import GREEDY, empty, engine
 from tests.ranks import run_on_ranks
 
@@ -66,7 +66,7 @@ def test_prompts_that_are_read_approximately_do_not_depend_on_neighbours_either(
     together, interrupted = engine(built, **settings), engine(built, **settings)
     answers = together.generate(prompts, params)
     requests = [interrupted.submit(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
-    for steps in (9, 18):
+    for steps in (9, 6):
         for _ in range(steps):
             interrupted.step()
         interrupted.score([[1]])  # sets all requests aside
@@ -173,6 +173,30 @@ def test_a_repetition_penalty_sees_prompt_and_answer() -> None:
         torch.tensor([prompt]), do_sample=False, max_new_tokens=20, eos_token_id=None, repetition_penalty=1.7
     )
     assert list(answer.token_ids) == theirs[0, len(prompt) :].tolist()
+
+
+def test_presence_and_frequency_count_in_the_answer_only_also_after_preemptions() -> None:
+    built = model("plain")
+    prompt = text(20, seed=3)
+    params = replace(GREEDY, presence_penalty=0.7, frequency_penalty=0.4, logit_bias={prompt[0]: 1.5})
+    tokens = list(prompt)
+    for _ in range(20):
+        logits = parallel_logits(built, tokens)[-1].clone()
+        logits[prompt[0]] += 1.5
+        for token in tokens[20:]:
+            logits[token] -= 0.4
+        for token in set(tokens[20:]):
+            logits[token] -= 0.7
+        tokens.append(int(logits.argmax()))
+    tried = engine(built)
+    request = tried.submit(prompt, replace(params, max_new_tokens=20))
+    for step in range(9):
+        tried.step()
+        if step == 5:
+            tried.score([prompt])  # sets it aside
+    tried.run_until_idle()
+    assert list(request.result(0).token_ids) == tokens[20:]
+    assert len(set(tokens[20:])) > len(set(engine(built).generate([prompt], GREEDY)[0].token_ids))
 
 
 def test_the_answer_ends_with_the_context() -> None:

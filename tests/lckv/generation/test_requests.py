@@ -36,6 +36,11 @@ from tests.lckv.generation.engines import GREEDY, empty, engine
         ),
         (
             [1],
+            replace(GREEDY, logit_bias={3: 1, -1: 1}),
+            "logit_bias has -1; the model's tokens are 0 to 49.",
+        ),
+        (
+            [1],
             replace(GREEDY, stop=("x",)),
             "stop needs the texts of tokens; give the engine a tokenizer, or use stop_token_ids.",
         ),

@@ -1,6 +1,7 @@
 """Choosing tokens: the filters of transformers, the distribution that is left of the logits, and rows that
 know nothing of each other."""
 
+from collections import Counter
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -28,12 +30,15 @@ def _logits(rows: int, seed: int = 0) -> torch.Tensor:
 
 
 def _of_transformers(params: SamplingParams) -> LogitsProcessorList:
-    processors: list[Any] = [
+    biases = {(token,): float(bias) for token, bias in (params.logit_bias or {}).items()}
+    processors: list[Any] = [SequenceBiasLogitsProcessor(biases)] if biases else []
+    processors += [
         RepetitionPenaltyLogitsProcessor(params.repetition_penalty),
         TemperatureLogitsWarper(params.temperature),
     ]
     processors += [] if params.top_k is None else [TopKLogitsWarper(params.top_k)]
-    processors += [TopPLogitsWarper(params.top_p), MinPLogitsWarper(params.min_p)]
+    processors += [] if params.top_p == 1 else [TopPLogitsWarper(params.top_p)]  # as `generate` does
+    processors += [MinPLogitsWarper(params.min_p)]
     return LogitsProcessorList(processors)
 
 
@@ -44,6 +49,8 @@ PARAMS = st.builds(
     top_p=st.sampled_from([0.01, 0.5, 0.9, 1.0]),
     min_p=st.sampled_from([0.0, 0.05, 1.0]),
     repetition_penalty=st.sampled_from([0.7, 1.0, 1.8]),
+    logit_bias=st.none()
+    | st.dictionaries(st.integers(0, VOCABULARY - 1), st.sampled_from([-100.0, -1.5, 2.0, 100.0])),
 )
 
 
@@ -56,6 +63,33 @@ def test_filters_are_those_of_transformers(params: list[SamplingParams], seed: i
         _of_transformers(each)(previous[row][None], logits[row][None])[0] for row, each in enumerate(params)
     ]
     torch.testing.assert_close(ours, torch.stack(theirs), rtol=1e-6, atol=1e-6)
+
+
+@given(
+    presence=st.floats(-2, 2),
+    frequency=st.floats(-2, 2),
+    answers=st.lists(st.lists(st.integers(0, VOCABULARY - 1), max_size=30), min_size=1, max_size=4),
+)
+def test_penalties_are_those_of_openai(presence: float, frequency: float, answers: list[list[int]]) -> None:
+    """Its formula, token by token; prompts do not count."""
+    logits = _logits(len(answers))
+    params = [SamplingParams(presence_penalty=presence, frequency_penalty=frequency)] * len(answers)
+    expected = logits.clone()
+    for row, answer in enumerate(answers):
+        for token in range(VOCABULARY):
+            times = answer.count(token)
+            expected[row, token] -= times * frequency + (times > 0) * presence
+    previous = [[1, 2, 2, *answer] for answer in answers]
+    ours = filtered(logits, params, previous, [Counter(answer) for answer in answers])
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-5)
+
+
+def test_the_logits_themselves_are_not_changed() -> None:
+    logits = _logits(2)
+    before = logits.clone()
+    params = SamplingParams(logit_bias={1: 5.0}, presence_penalty=1.0, repetition_penalty=2.0, logprobs=1)
+    sample(logits, [params] * 2, [Random("1")] * 2, [[3]] * 2, [{4: 1}] * 2)
+    assert torch.equal(logits, before)
 
 
 def test_equal_logits_are_kept_or_dropped_together_by_top_k() -> None:
@@ -177,6 +211,11 @@ def test_more_logprobs_than_the_vocabulary_has_are_all() -> None:
         ("repetition_penalty", 0.0, "a finite number above 0 (1: no penalty)"),
         ("repetition_penalty", float("inf"), "a finite number above 0 (1: no penalty)"),
         ("seed", 1.5, "an integer, or None"),
+        ("presence_penalty", 2.1, "a number from -2 to 2 (0: no penalty)"),
+        ("frequency_penalty", float("nan"), "a number from -2 to 2 (0: no penalty)"),
+        ("logit_bias", {1: 101}, "a map of tokens to numbers from -100 to 100, or None"),
+        ("logit_bias", {"1": 1}, "a map of tokens to numbers from -100 to 100, or None"),
+        ("logit_bias", ((1, 1),), "a map of tokens to numbers from -100 to 100, or None"),
         ("max_new_tokens", 0, "an integer of at least 1"),
         ("max_new_tokens", True, "an integer of at least 1"),
         ("stop", ("",), "a tuple of Unicode texts that are not empty"),
@@ -185,6 +224,7 @@ def test_more_logprobs_than_the_vocabulary_has_are_all() -> None:
         ("ignore_eos", 1, "true or false"),
         ("logprobs", 21, "an integer from 0 to 20, or None"),
         ("logprobs", -1, "an integer from 0 to 20, or None"),
+        ("prompt_logprobs", 21, "an integer from 0 to 20, or None"),
     ],
 )
 def test_what_is_wrong_with_settings_is_said(field: str, value: Any, relation: str) -> None:
@@ -198,4 +238,5 @@ def test_right_settings_have_no_problems_and_wrong_ones_are_all_named() -> None:
         ).problems()
         == []
     )
+    assert SamplingParams(max_new_tokens=0, prompt_logprobs=0).problems() == []
     assert len(SamplingParams(temperature=-1, top_p=2, max_new_tokens=0).problems()) == 3

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lckv.generation.prefixes import Prefixes
 from lckv.generation.scheduler import Scheduler
 from lckv.generation.stats import Counters
 from tests.lckv.cache.models import model, text
@@ -90,7 +91,15 @@ def test_the_rate_is_that_of_the_newest_steps() -> None:
         counters.step(now - 2, 1)
     tried = engine(model("CLA"))
     rate = counters.stats(
-        Scheduler(tried.cache, max_batch_size=1, max_waiting=1, prefill_chunk=1, exact=False, iterated=False),
+        Scheduler(
+            tried.cache,
+            Prefixes(tried.cache),
+            max_batch_size=1,
+            max_waiting=1,
+            prefill_chunk=1,
+            exact=False,
+            iterated=False,
+        ),
         tried.cache,
         1.0,
     ).tokens_per_second
@@ -122,7 +131,7 @@ def test_prompts_are_read_together_as_far_as_a_chunk_goes(monkeypatch: pytest.Mo
     monkeypatch.setattr(built.model, "run", watched)
     tried = engine(built, prefill_chunk=20)
     for length in (5, 6, 4, 30, 1):
-        tried.submit(text(length), replace(GREEDY, max_new_tokens=1))
+        tried.submit(text(length, length), replace(GREEDY, max_new_tokens=1))
     tried.run_until_idle()
     # The prompt of one token goes with the answers; that of 30 waits for a chunk of its own.
     assert shapes == [(1, 1), (3, 6), (1, 20), (1, 10)]
@@ -131,7 +140,7 @@ def test_prompts_are_read_together_as_far_as_a_chunk_goes(monkeypatch: pytest.Mo
 def test_requests_wait_until_there_is_room_for_their_prompt_in_the_order_in_which_they_came() -> None:
     tried = engine(model("plain"), pages=8 * 10)  # 40 tokens
     for length in (20, 25, 2):
-        tried.submit(text(length), replace(GREEDY, max_new_tokens=4))
+        tried.submit(text(length, length), replace(GREEDY, max_new_tokens=4))
     tried.step()
     assert (tried.stats().running, tried.stats().waiting) == (1, 2)
     tried.run_until_idle()

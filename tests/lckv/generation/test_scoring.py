@@ -1,9 +1,15 @@
 """Probabilities of texts through the cache: those of the model without one."""
 
+from collections.abc import Sequence
+from typing import cast
+
 import pytest
 import torch
 
 from lckv.cache.pool import OutOfPagesError
+from lckv.generation.engine import Engine
+from lckv.generation.forward import Forward
+from lckv.generation.scoring import Scores
 from tests.lckv.cache.models import CASES, model, parallel_logits, text
 from tests.lckv.generation.engines import GREEDY, empty, engine
 
@@ -81,3 +87,96 @@ def test_a_merging_models_text_that_turns_out_too_long_says_so_and_leaves_nothin
     with pytest.raises(OutOfPagesError):
         small.score([text(4), text(100)])
     assert empty(small)
+
+
+def _computed(tried: Engine, texts: Sequence[Sequence[int]], **options: bool) -> tuple[int, list[Scores]]:
+    """Tokens that scoring computes, padding left out, and the scores."""
+    counts: list[int] = []
+    call = tried._forward
+
+    class Watched:
+        model = call.model
+
+        def __call__(self, sequences: Sequence[int], tokens: Sequence[Sequence[int]]) -> object:
+            counts.extend(map(len, tokens))
+            return call(sequences, tokens)
+
+    tried._forward = cast(Forward, Watched())
+    scores = tried.score(texts, **options)
+    tried._forward = call
+    return sum(counts), scores
+
+
+SHOTS = text(17, 50)
+QUESTIONS = [[*SHOTS, *text(length, length)] for length in (6, 9, 11)]
+CHOICES = [
+    *([*question, *text(length, 60 + length)] for question in QUESTIONS for length in (1, 2, 5, 1)),
+    QUESTIONS[1],
+    [*QUESTIONS[0], 9, 1, 2, 3],
+    text(7, 51),
+]
+
+
+@pytest.mark.parametrize(("name", "policy"), CASES)
+@pytest.mark.parametrize("chunk", [8, 512])
+def test_what_texts_begin_with_is_computed_once(name: str, policy: str, chunk: int) -> None:
+    """Few-shot examples, questions and their choices: each piece of them once, but for what is shorter than a
+    page of 4 tokens."""
+    built = model(name, policy)
+    exact = built.model.layer_types.any_cyclic and chunk == 512
+    tried, alone = (engine(built, prefill_chunk=chunk) for _ in range(2))
+    computed, together = _computed(tried, CHOICES, token_by_token=exact)
+    for tokens, scores in zip(CHOICES, together, strict=True):
+        expected = alone.score([tokens], token_by_token=exact)[0]
+        torch.testing.assert_close(scores.logprobs, expected.logprobs, rtol=0, atol=2e-5)
+        assert torch.equal(scores.greedy, expected.greedy) and len(scores.logprobs) == len(tokens) - 1
+    # The examples, the questions, of choices of 1, 2 and 5 tokens all but the last one, and three more texts.
+    assert computed == 17 + (6 + 9 + 11) + 3 * (0 + 1 + 4) + 3 + 6
+    assert empty(tried)
+
+
+def test_any_texts_are_scored_as_alone() -> None:
+    built = model("CLA")
+    alone = engine(built)
+    rows = [[], [1, 2, 3], [1, 2, 3, 4, 5], [1] * 9, [1, 2, 3, 4, 5, 6, 7, 8], text(12, 3), text(30, 4)]
+    texts = [[*start, *end] for start in rows for end in ([2], [2, 2], [3, 1, 2, 5, 6], text(9, 5))]
+    texts += texts[3:9]
+    expected = [alone.score([tokens])[0] for tokens in texts]
+    for pages, chunk in ((2000, 512), (44, 512), (44, 5)):
+        tried = engine(built, pages=pages, prefill_chunk=chunk)
+        for scores, right in zip(tried.score(texts), expected, strict=True):
+            torch.testing.assert_close(scores.logprobs, right.logprobs, rtol=0, atol=2e-5)
+        assert empty(tried)
+
+
+@pytest.mark.parametrize("policy", ["dense", "dmc"])
+def test_a_text_that_fits_only_without_what_others_begin_with_is_scored_at_last(policy: str) -> None:
+    """The beginning holds 18 tokens' pages, and the longest text needs all pages for itself."""
+    built = model("plain", policy)
+    roomy = engine(built)
+    start, long = text(18, 1), text(30, 2)
+    texts = [[*start, *text(6, 3)], [*start, *long], [*start, *long[:25], *text(9, 4)]]
+    expected = roomy.score(texts)
+    sequence = roomy.cache.open()
+    roomy._forward([sequence], [texts[1][:-1]])
+    small = engine(built, pages=roomy.cache.pages_in_use + (8 if policy == "dense" else 12))
+    for scores, right in zip(small.score(texts), expected, strict=True):
+        torch.testing.assert_close(scores.logprobs, right.logprobs, rtol=0, atol=2e-5)
+    assert empty(small)
+
+
+def test_scoring_reads_nothing_of_requests_and_leaves_what_it_can() -> None:
+    """Requests that run are set aside, and what they had computed is found again."""
+    tried = engine(model("plain"), prefill_chunk=8)
+    request = tried.submit(text(30, 1), GREEDY)
+    for _ in range(3):
+        tried.step()
+    assert _computed(tried, [text(30, 1)])[0] == 29
+    assert tried.stats().pages_kept == 8 * 6
+    tried.run_until_idle()
+    assert request.result(0).token_ids == engine(model("plain")).generate([text(30, 1)], GREEDY)[0].token_ids
+    assert (tried.stats().cached_prompt_tokens, request.result(0).preemptions) == (0, 1)
+    tight = engine(model("plain"), pages=8 * 10)
+    tight.generate([text(20, 1)], GREEDY)
+    assert len(tight.score([text(40, 2)])[0].logprobs) == 39
+    assert empty(tight)

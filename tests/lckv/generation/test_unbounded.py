@@ -22,6 +22,9 @@ def test_it_is_the_engines_answer_while_everything_is_kept(layer_types: str | No
         SamplingParams(
             1.0, top_k=50, seed=4, max_new_tokens=20, repetition_penalty=1.3, stop=("o", "a", "e")
         ),
+        SamplingParams(
+            0.0, max_new_tokens=20, presence_penalty=1.0, frequency_penalty=0.5, logit_bias={prompt[0]: 2.0}
+        ),
     ):
         expected = Engine(model, tokenizer=tokenizer).generate([prompt], params)[0]
         for sinks, chunk in ((4, 512), (0, 2)):
@@ -29,6 +32,17 @@ def test_it_is_the_engines_answer_while_everything_is_kept(layer_types: str | No
             answer = Continuation(model, tokenizer, cache, prompt, params, prefill_chunk=chunk)
             assert "".join(answer) == expected.text
             assert (answer.tokens, answer.finish_reason) == (len(expected.token_ids), expected.finish_reason)
+
+
+def test_tokens_that_the_model_does_not_have_are_refused(tmp_path: Path) -> None:
+    model = save_folder(tmp_path)
+    _, tokenizer = load_model(tmp_path)
+    cache = streaming_cache(model, sinks=1, window=30)
+    for params in (SamplingParams(logit_bias={10**6: 1.0}), SamplingParams(stop_token_ids=(10**6,))):
+        with pytest.raises(ValueError, match="has 1000000; the model's tokens are 0 to "):
+            Continuation(model, tokenizer, cache, [1], params)
+    with pytest.raises(ValueError, match="prompt_logprobs must be None here; the engine"):
+        Continuation(model, tokenizer, cache, [1], SamplingParams(prompt_logprobs=0))
 
 
 def test_the_end_of_a_document_ends_it(tmp_path: Path) -> None:

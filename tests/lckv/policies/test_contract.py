@@ -280,6 +280,25 @@ def test_a_hidden_token_of_a_batch_goes_when_its_own_row_is_that_far(policy: str
             assert torch.equal(paged.lengths(sequences[row], layer), alone.lengths(single, layer))
 
 
+@every_policy
+@pytest.mark.parametrize("cut", [3, 8, 13])
+def test_a_sequence_and_others_from_its_snapshot_go_on_apart(policy: str, cut: int) -> None:
+    """Whatever the policy rewrites of its newest slots; the others go on with other tokens, first."""
+    built, tokens, other = model(policy, "plain"), text(20, 1), [*text(20, 1)[:cut], *text(20 - cut, 2)]
+    cache, alone = paged_cache(built), paged_cache(built)
+    sequence = cache.open()
+    logits(built, [tokens[:cut]], cache.rows([sequence]))
+    snapshot = cache.keep(sequence)
+    assert snapshot.fewest_tokens == (0 if policy_config(policy).traits.keeps_every_token else cut)
+    for whole, begun in ((other, cache.open(snapshot)), (tokens, sequence), (tokens, cache.open(snapshot))):
+        single = alone.open()
+        logits(built, [whole[:cut]], alone.rows([single]))
+        expected = [logits(built, [[token]], alone.rows([single]))[0] for token in whole[cut:]]
+        said = [logits(built, [[token]], cache.rows([begun]))[0] for token in whole[cut:]]
+        close(torch.cat(said), torch.cat(expected))
+        alone.close(single)
+
+
 def _heads(tokens: int) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(tokens, 2, heads, 8, generator=generator) for heads in (4, 2, 2))

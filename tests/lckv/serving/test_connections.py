@@ -112,6 +112,45 @@ def test_a_body_that_drips_is_ended_and_others_are_answered_meanwhile(address: t
     assert status == 408 and "The body was not there after 0.6 seconds" in error["message"]
 
 
+CHUNKED = head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+
+
+def test_a_body_in_chunks_is_answered(address: tuple[str, int]) -> None:
+    with connected(address) as connection:
+        connection.sendall(CHUNKED.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+        for part in (BODY[:7], BODY[7:]):
+            connection.sendall(f"{len(part):x}\r\n".encode() + part + b"\r\n")
+            time.sleep(0.05)
+        connection.sendall(b"0\r\n\r\n")
+        assert rest(connection).split()[1] == b"200"
+
+
+def test_chunks_have_the_limits_of_other_bodies(address: tuple[str, int]) -> None:
+    with connected(address) as connection:
+        connection.sendall(CHUNKED)
+        drip(connection, b"1\r\n \r\n")
+        status, error = error_of(rest(connection))
+        assert status == 408 and "The body was not there after 0.6 seconds" in error["message"]
+    with connected(address) as connection:
+        connection.sendall(CHUNKED + b"1001\r\n" + b" " * 4097 + b"\r\n")
+        status, error = error_of(rest(connection))
+        assert status == 413 and "The body may have at most 4096 bytes" in error["message"]
+
+
+def test_chunks_that_are_none_are_said_once(address: tuple[str, int]) -> None:
+    with connected(address) as connection:
+        connection.sendall(CHUNKED + b'2\r\n{"\r\nzz\r\n')
+        answer = rest(connection)
+    assert error_of(answer)[0] == 400 and answer.count(b"HTTP/1.1") == 1
+
+
+def test_a_head_is_answered_without_a_body(address: tuple[str, int]) -> None:
+    with connected(address) as connection:
+        connection.sendall(b"HEAD /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        start, _, body = rest(connection).partition(b"\r\n\r\n")
+    assert start.split()[1] == b"200" and body == b"" and b"content-length" in start.lower()
+
+
 def test_a_body_that_was_refused_is_not_waited_for(address: tuple[str, int]) -> None:
     with connected(address) as connection:
         connection.sendall(head(10**9))

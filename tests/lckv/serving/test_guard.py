@@ -13,6 +13,7 @@ from tests.lckv.serving.served_model import make_app, make_engine
 
 BODY = {"model": "tiny", "prompt": "x", "max_tokens": 2}
 JSON = (b"content-type", b"application/json")
+CHUNKED = (b"transfer-encoding", b"Chunked")
 
 
 class Asker:
@@ -92,7 +93,10 @@ def test_without_the_key_nothing_is_shown(asker: Asker, path: bytes, headers: tu
 def test_with_the_key_everything_is(asker: Asker) -> None:
     assert asker.ask(b"/v1/models", KEY)[0] == 200
     assert asker.ask(b"/v1/models", (b"authorization", "bearer se¢ret".encode()))[0] == 200
-    assert asker.ask(b"/health")[0] == asker.ask(b"/metrics")[0] == 200
+    for path in (b"/health", b"/metrics", b"/docs", b"/openapi.json"):
+        for method in ("GET", "HEAD"):
+            assert asker.ask(path, method=method)[0] == 200
+    assert asker.ask(b"/v1/models", method="HEAD")[0] == asker.ask(b"/x", method="OPTIONS")[0] == 401
 
 
 @pytest.mark.parametrize(
@@ -105,6 +109,11 @@ def test_with_the_key_everything_is(asker: Asker) -> None:
         ("POST", b"/v1/completions", (JSON, (b"content-length", "²".encode("latin-1"))), 411),
         ("POST", b"/v1/completions", (JSON, (b"content-length", b"1"), (b"content-length", b"2")), 411),
         ("POST", b"/v1/completions", (JSON, (b"content-length", b"9" * 12)), 413),
+        ("POST", b"/v1/completions", (JSON, CHUNKED, (b"content-length", b"2")), 400),
+        ("POST", b"/v1/completions", (JSON, CHUNKED, CHUNKED), 400),
+        ("POST", b"/v1/completions", (JSON, (b"transfer-encoding", b"gzip, chunked")), 400),
+        ("POST", b"/v1/completions", (CHUNKED,), 415),
+        ("POST", b"/v1/completions", (JSON, CHUNKED), 400),  # no JSON
         ("POST", b"/v1/completions", ((b"content-length", b"2"),), 415),
         ("POST", b"/v1/completions", ((b"content-type", b"text/plain"), (b"content-length", b"2")), 415),
     ],

@@ -65,6 +65,25 @@ def test_one_prompt(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["most_pages_in_use"] * facts["page_bytes"] <= facts["cache_bytes"]
 
 
+def test_penalties_and_biases(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--temperature", "0", "--max-new-tokens", "12", "--presence-penalty", "1"]
+    options += ["--frequency-penalty", "0.5", "--logit-bias", "7=3", "--logit-bias", "9=-100"]
+    assert run(folder, "--prompt", "hello", *options) == 0
+    answer = expected(
+        folder,
+        "hello",
+        temperature=0,
+        max_new_tokens=12,
+        presence_penalty=1,
+        frequency_penalty=0.5,
+        logit_bias={7: 3, 9: -100},
+    )
+    assert capsys.readouterr().out == f"{answer}\n"
+    with pytest.raises(SystemExit):
+        run(folder, "--prompt", "hello", "--logit-bias", "7")
+    assert "'7' is not TOKEN=X, such as 42=-100" in capsys.readouterr().err
+
+
 def test_the_standard_input_and_chats(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +190,13 @@ def test_bad_batches(
             ["--prompt", "a", "--temperature", "-1", "--max-new-tokens", "0"],
             "--max-new-tokens is 0; it must be",
         ),
+        (
+            ["--prompt", "a", "--logit-bias", "x=1"],
+            "--logit-bias: logit_bias has the name 'x'; names must be",
+        ),
+        (["--prompt", "a", "--logit-bias", "1=101"], "--logit-bias is {1: 101.0}; it must be a map"),
+        (["--prompt", "a", "--logit-bias", "999999=1"], "logit_bias has 999999; the model's tokens are"),
+        (["--prompt", "a", "--presence-penalty", "3"], "--presence-penalty is 3.0; it must be a number from"),
         (["--batch", "nowhere.jsonl"], "--batch nowhere.jsonl cannot be read"),
         (
             ["--batch", "x", "--stream"],

@@ -49,6 +49,7 @@ def test_memory_does_not_grow_beyond_the_context(tmp_path: Path, capsys: pytest.
             ["--window", "61"],
             "--window: sinks is 4 and window is 61; together they must be at most",
         ),
+        (None, ["--window", "8", "--logit-bias", "999999=1"], "answered: logit_bias has 999999; the model's"),
         (None, ["--window", "8", "--prompt", ""], "the prompt is empty"),
     ],
 )

@@ -16,7 +16,8 @@ import zstandard
 from lckv_megatron.commands.preprocess import main
 from megatron_ext.data.description import DatasetManifest, read_manifest
 from megatron_ext.data.indexed import index_lengths, read_index, token_chunks
-from megatron_ext.data.preprocessing import PreprocessingJob, preprocess
+from megatron_ext.data.job import PreprocessingJob
+from megatron_ext.data.preprocessing import preprocess
 from megatron_ext.data.sources import find_sources
 from megatron_ext.data.tokenizers import load_tokenizer
 from tests.megatron_ext.data.builders import TEXTS, train_sentencepiece, write_tokenizer_json
@@ -267,7 +268,7 @@ def test_bad_lines_are_counted_on_request(
         (["--input", "empty.jsonl"], "no document in empty.jsonl: all are empty or bad."),
         (
             ["--input", "text.txt", "--json-keys", "a", "b"],
-            "--json-keys a b needs JSON lines, but text.txt is a text.",
+            "--json-keys a b needs JSON lines or Parquet files, but text.txt is a text.",
         ),
         (["--input", "bad.jsonl.gz"], "bad.jsonl.gz: truncated or damaged"),
         (

@@ -3,16 +3,23 @@
 import base64
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_ext.data.description import DatasetManifest, write_manifest
 from megatron_ext.data.indexed import IndexedWriter, token_dtype
+from megatron_ext.data.marks import MARKED_DTYPE, marked
 
 TEXTS = [f"hello world, document {number} of the corpus: {'word ' * (number % 7)}\n" for number in range(60)]
 FINGERPRINT = "0123456789abcdef"
 EOD = 0
+CHATML = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
 
 
 def train_sentencepiece(path: Path, vocab_size: int = 320) -> Path:
@@ -50,6 +57,24 @@ def write_tokenizer_json(path: Path, special: Sequence[str] = ("<|endoftext|>",)
     tokenizer.train_from_iterator(TEXTS, trainer)
     tokenizer.save(str(path))
     return path
+
+
+def save_tokenizer(folder: Path, template: str | None) -> Path:
+    """A Hugging Face folder: every byte is a token, <|end|> ends a turn, and the chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast: Any = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", additional_special_tokens=["<|start|>"]
+    )
+    if template is not None:
+        fast.chat_template = template
+    fast.save_pretrained(folder)
+    return folder
 
 
 def write_ranks(path: Path) -> Path:
@@ -91,6 +116,51 @@ def write_dataset(
         )
         write_manifest(str(prefix), description)
     return str(prefix)
+
+
+def write_chats(
+    prefix: Path | str,
+    chats: Sequence[tuple[Sequence[int], Sequence[bool]]],
+    *,
+    vocab_size: int = 1000,
+    **options: Any,
+) -> str:
+    """A dataset of conversations: tokens, and which are learned. Returns the prefix."""
+    with IndexedWriter(str(prefix), MARKED_DTYPE) as writer:
+        for tokens, learned in chats:
+            writer.add(marked(np.array(tokens), np.array(learned)), np.array([len(tokens)], np.int32))
+        writer.close()
+    description = DatasetManifest(
+        tokenizer_type="huggingface",
+        tokenizer_fingerprint=FINGERPRINT,
+        vocab_size=vocab_size,
+        eod=EOD,
+        dtype=str(MARKED_DTYPE),
+        append_eod=False,
+        documents=len(chats),
+        tokens=sum(len(tokens) for tokens, _ in chats),
+        max_token_id=max(max(tokens) for tokens, _ in chats),
+        json_key="messages",
+        skipped_records=0,
+        sources=(),
+        data_format="chat",
+    )
+    write_manifest(str(prefix), replace(description, **options))
+    return str(prefix)
+
+
+def random_chats(
+    count: int, *, vocab_size: int = 97, longest: int = 20, seed: int = 1
+) -> list[tuple[list[int], list[bool]]]:
+    """Conversations of 3 to `longest` tokens, of which a random half is learned, the last one always; few
+    are long."""
+    random = np.random.default_rng(seed)
+    chats = []
+    for length in np.minimum(3 + random.geometric(0.15, count), longest).tolist():
+        learned = random.random(length) < 0.5
+        learned[0], learned[-1] = False, True
+        chats.append((random.integers(1, vocab_size, length).tolist(), learned.tolist()))
+    return chats
 
 
 def numbered_documents(lengths: Sequence[int], first: int = 1) -> list[list[int]]:

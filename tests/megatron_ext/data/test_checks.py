@@ -11,7 +11,7 @@ from megatron_ext.config import DataConfig
 from megatron_ext.data.checks import check_data, find_vocabulary
 from megatron_ext.data.description import manifest_path, read_manifest, write_manifest
 from megatron_ext.data.tokenizers import load_tokenizer
-from tests.megatron_ext.data.builders import EOD, FINGERPRINT, write_dataset
+from tests.megatron_ext.data.builders import EOD, FINGERPRINT, random_chats, write_chats, write_dataset
 
 DOCUMENTS = [[5, 6, 7, EOD], [8, 9, EOD]]
 
@@ -35,6 +35,25 @@ def test_good_data(prefix: str) -> None:
     assert problems(prefix) == ""
     assert problems(prefix, reset_attention_mask=True, eod_mask_loss=True) == ""
     assert check_data(DataConfig(mock=True), 1000) == []
+
+
+def test_datasets_of_the_other_kind(prefix: str, tmp_path: Path) -> None:
+    chats = write_chats(tmp_path / "chats", random_chats(5))
+    assert problems(chats, format="chat") == ""
+    assert (
+        f"dataset {chats} holds conversations, but data.format is pretraining. Set data.format to chat"
+    ) in problems(chats)
+    assert (
+        f"dataset {prefix} holds texts, but data.format is chat. Set data.format to pretraining, or make the "
+        "dataset with lckv-megatron preprocess --data-format chat."
+    ) in problems(prefix, format="chat")
+    blended = problems(prefix, format="chat", data_path=(prefix, chats))
+    assert blended.startswith(f"dataset {prefix} holds texts")
+    manifest_path(chats).unlink()
+    assert "; negative ones are those of conversations that are not learned." in problems(chats)
+    assert (
+        f"chats.dataset.json not found, which says that {chats} holds conversations, as data.format is chat. "
+    ) in problems(chats, format="chat")
 
 
 def test_files(prefix: str, tmp_path: Path) -> None:

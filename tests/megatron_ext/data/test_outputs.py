@@ -12,9 +12,10 @@ import pytest
 from megatron_ext.data import preprocessing
 from megatron_ext.data.description import manifest_path, read_manifest
 from megatron_ext.data.indexed import IndexedWriter
+from megatron_ext.data.job import PreprocessingJob
 from megatron_ext.data.merging import merge_shards
 from megatron_ext.data.outputs import OutputFiles
-from megatron_ext.data.preprocessing import PreprocessingJob, preprocess
+from megatron_ext.data.preprocessing import preprocess
 from megatron_ext.data.sources import find_sources
 from megatron_ext.errors import ConfigError
 from tests.megatron_ext.data.builders import TEXTS, write_dataset

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ext.data.job import PreprocessingJob
 from megatron_ext.data.merging import merge_shards
 from megatron_ext.data.prefix_lock import locked
-from megatron_ext.data.preprocessing import PreprocessingJob, preprocess
+from megatron_ext.data.preprocessing import preprocess
 from megatron_ext.data.sources import find_sources
 from megatron_ext.errors import ConfigError
 from tests.megatron_ext.data.builders import write_dataset

@@ -12,7 +12,8 @@ import pytest
 
 from megatron_ext.data import preprocessing
 from megatron_ext.data.description import read_manifest
-from megatron_ext.data.preprocessing import PreprocessingJob, preprocess
+from megatron_ext.data.job import PreprocessingJob
+from megatron_ext.data.preprocessing import preprocess
 from megatron_ext.data.sources import find_sources
 from megatron_ext.errors import ConfigError
 from tests.megatron_ext.data.builders import TEXTS, write_tokenizer_json

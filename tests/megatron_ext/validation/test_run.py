@@ -316,6 +316,17 @@ CASES = [
         1,
         "optimizer.lr_wsd_decay_iters is 101; between optimizer.lr_warmup_iters 900 and train.train_iters",
     ),
+    ({"data.format": "chat"}, 1, "data.format is chat and data.mock is true; random documents are no"),
+    (
+        FILES | {"data.format": "chat", "data.eod_mask_loss": True},
+        1,
+        "data.eod_mask_loss is true and data.format is chat; a conversation has no token after its end",
+    ),
+    (
+        FILES | {"data.chat_overlong": "drop"},
+        1,
+        "data.chat_overlong is drop and data.format is pretraining; only conversations can be too long",
+    ),
     ({"data.mock": False}, 1, "data.data_path, data.train_data_path and data.mock are all unset."),
     (
         {"data.data_path": ["a"]},

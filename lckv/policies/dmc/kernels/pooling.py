@@ -177,11 +177,12 @@ class _Pool(torch.autograd.Function):
         total = torch.empty_like(weight)
         pooled_key, pooled_value = _empty(key), _empty(value)
         sizes = {"WINDOW": window, "TOKENS": _TOKENS, "CHANNELS": triton.next_power_of_2(channels)}
-        _forward[triton.cdiv(length, _TOKENS), rows * heads](
-            key, *key.stride()[:3], value, *value.stride()[:3], merge, weight,
-            pooled_key, pooled_value, total,
-            length, heads, channels, **sizes,
-        )  # fmt: skip
+        with torch.cuda.device_of(key):  # Triton launches on the current device
+            _forward[triton.cdiv(length, _TOKENS), rows * heads](
+                key, *key.stride()[:3], value, *value.stride()[:3], merge, weight,
+                pooled_key, pooled_value, total,
+                length, heads, channels, **sizes,
+            )  # fmt: skip
         ctx.save_for_backward(key, value, merge, weight, total)
         ctx.sizes = sizes
         return pooled_key, pooled_value
@@ -198,15 +199,16 @@ class _Pool(torch.autograd.Function):
             torch.empty_like(weight),
         )
         products = torch.empty(rows, heads, ctx.sizes["WINDOW"], length, device=key.device)
-        _backward_features[triton.cdiv(length, _TOKENS), rows * heads](
-            grad_key.contiguous(), grad_value.contiguous(),
-            key, *key.stride()[:3], value, *value.stride()[:3],
-            merge, weight, total, dkey, dvalue, products, length, heads, channels, **ctx.sizes,
-        )  # fmt: skip
         grid = triton.cdiv(length, _SCALAR_TOKENS), rows * heads
         sizes = {"WINDOW": ctx.sizes["WINDOW"], "TOKENS": _SCALAR_TOKENS}
-        _backward_normalisation[grid](merge, weight, total, products, length, **sizes)
-        _backward_decisions[grid](merge, weight, products, dmerge, dweight, length, **sizes)
+        with torch.cuda.device_of(key):
+            _backward_features[triton.cdiv(length, _TOKENS), rows * heads](
+                grad_key.contiguous(), grad_value.contiguous(),
+                key, *key.stride()[:3], value, *value.stride()[:3],
+                merge, weight, total, dkey, dvalue, products, length, heads, channels, **ctx.sizes,
+            )  # fmt: skip
+            _backward_normalisation[grid](merge, weight, total, products, length, **sizes)
+            _backward_decisions[grid](merge, weight, products, dmerge, dweight, length, **sizes)
         return dkey, dvalue, dmerge.permute(2, 0, 1), dweight.permute(2, 0, 1), None
 
 
