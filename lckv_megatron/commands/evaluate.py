@@ -1,7 +1,7 @@
 """Runs common benchmarks (lm-eval) on models, with their compressed caches in use.
 
     lckv-megatron evaluate --model out/model --tasks hellaswag,arc_easy
-    lckv-megatron evaluate --model out/plain out/lckv out/dmc --tasks hellaswag
+    lckv-megatron evaluate --model out/plain out/lckv --tasks hellaswag
     lckv-megatron evaluate --model out/model --tasks my_task --include-path my_tasks/ --limit 100 \\
         --output scores.json
 
