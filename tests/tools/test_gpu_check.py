@@ -47,4 +47,4 @@ def test_commands_end_with_the_time_of_the_check() -> None:
 def test_maps_fit_any_depth() -> None:
     assert layer_types("lckv", 6) == "0_4_4_4_4_5"
     assert layer_types("yoco", 6) == "0s_1s_2s_3_3_3"
-    assert layer_types("dmc", 3) == "0_1_2"
+    assert layer_types("plain", 3) == "0_1_2"

@@ -10,6 +10,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 WORDS = 500
+_COMPRESSIONS = Path(__file__).with_name("compressions.yaml")
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,11 @@ class Sizes:
 ON_GPU = Sizes(8, 512, 8, 4, 1024, 2000)
 TINY = Sizes(6, 64, 4, 2, 64, 200)
 
-MAPS: dict[str, dict[str, Any]] = {
-    "lckv": {"layer_types": "0_{last}", "forward_passes": 2, "backward_passes": 2},
-    "yoco": {"layer_types": "yoco", "sliding_window": 16},
-    "dmc": {"policy": {"name": "dmc", "stage": "retrofit", "target_compression_ratio": 2.0}},
-}
-"""Sections `compression`; `layer_types` is written out for the number of layers."""
+
+def compressions() -> dict[str, dict[str, Any]]:
+    """Sections `compression` by name; `layer_types` is a kind of map, written out for the number of layers."""
+    sections: dict[str, dict[str, Any]] = yaml.safe_load(_COMPRESSIONS.read_text(encoding="utf-8"))
+    return sections
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -56,11 +56,11 @@ def write_corpus(file: Path, documents: int) -> None:
             lines.write(json.dumps({"text": " ".join(words)}) + "\n")
 
 
-def layer_types(name: str, layers: int) -> str:
+def layer_types(kind: str, layers: int) -> str:
     """A map of that kind for `layers` layers."""
-    if name == "lckv":  # two warm-up layers
+    if kind == "lckv":  # two warm-up layers
         return "_".join(["0", *[str(layers - 2)] * (layers - 2), str(layers - 1)])
-    if name == "yoco":
+    if kind == "yoco":
         half = layers // 2
         return "_".join([*(f"{layer}s" for layer in range(half)), *[str(half)] * (layers - half)])
     return "_".join(map(str, range(layers)))
@@ -68,7 +68,8 @@ def layer_types(name: str, layers: int) -> str:
 
 def write_run(file: Path, name: str, sizes: Sizes, folder: Path) -> None:
     """Settings of a bfloat16 run over packed documents that do not see each other."""
-    compression = {**MAPS[name], "layer_types": layer_types(name, sizes.num_layers)}
+    section = compressions()[name]
+    compression = {**section, "layer_types": layer_types(section["layer_types"], sizes.num_layers)}
     settings = {
         "model": {
             "num_layers": sizes.num_layers,

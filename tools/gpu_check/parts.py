@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.gpu_check.commands import ROOT, CommandError, Commands
-from tools.gpu_check.inputs import MAPS, Sizes, write_corpus, write_run, write_tokenizer
+from tools.gpu_check.inputs import Sizes, compressions, write_corpus, write_run, write_tokenizer
 
 Figures = dict[str, Any]
 
@@ -31,7 +31,7 @@ class Check:
     @property
     def maps(self) -> tuple[str, ...]:
         """Which models are trained."""
-        return ("lckv",) if self.tiny else tuple(MAPS)
+        return ("lckv",) if self.tiny else tuple(compressions())
 
 
 def doctor(check: Check) -> Figures:

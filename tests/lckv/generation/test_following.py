@@ -128,6 +128,6 @@ def test_logits_that_are_not_finite_end_the_request() -> None:
 
 
 def test_as_many_as_the_vocabulary_has() -> None:
-    scored = following(torch.nn.Identity(), torch.randn(3, VOCABULARY), [1, 2, 3], best=VOCABULARY + 5)
+    scored = following(torch.randn(3, VOCABULARY), [1, 2, 3], best=VOCABULARY + 5)
     assert scored.best.shape == (3, VOCABULARY)
     torch.testing.assert_close(scored.best_logprobs.exp().sum(-1), torch.ones(3))
