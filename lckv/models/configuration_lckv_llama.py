@@ -5,7 +5,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedConfig
@@ -70,6 +71,9 @@ class LCKVLlamaConfig(PreTrainedConfig):
     qkv_bias: bool = False
     qk_norm: bool = False
     compression: dict[str, Any] | None = None
+
+    auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Where no modelling files are in use. TRL asks every model that is not of transformers for it."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Resolve defaults, read older spellings, check."""
