@@ -97,7 +97,12 @@ def _run_verify(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"--rows is {options.rows} and --seq-length {options.seq_length}; they must be at least 1."
         )
-    original = open_model(local_folder(options.hf_path), allow_pickle=options.allow_pickle)
+    original = open_model(
+        local_folder(options.hf_path),
+        allow_pickle=options.allow_pickle,
+        vocab_size=options.vocab_size,
+        given=dict(map(_argument, options.argument)),
+    )
     megatron = open_megatron(options.megatron_path)
     vocab_size = megatron.description.vocab_size
     if options.tokens is not None:
@@ -146,7 +151,12 @@ def _run_inspect(options: argparse.Namespace) -> None:
     from checkpoints_conversion.inspection import facts, lines
     from checkpoints_conversion.opening import open_model
 
-    opened = open_model(local_folder(options.path), allow_pickle=True)
+    opened = open_model(
+        local_folder(options.path),
+        allow_pickle=True,
+        vocab_size=options.vocab_size,
+        given=dict(map(_argument, options.argument)),
+    )
     sys.stdout.write(json.dumps(facts(opened), indent=1) if options.json else "\n".join(lines(opened)))
     sys.stdout.write("\n")
 

@@ -185,14 +185,26 @@ def open_legacy(
     )
 
 
-def open_model(path: Path, *, allow_pickle: bool = False) -> OpenModel:
+def open_model(
+    path: Path,
+    *,
+    allow_pickle: bool = False,
+    vocab_size: int | None = None,
+    given: Mapping[str, object] | None = None,
+) -> OpenModel:
     """The model in the folder `path`, of whichever format; files are not checked against their hashes.
+    `vocab_size` and `given` are those of `open_legacy`.
 
-    Raises ModelError.
+    Raises ModelError, and ConversionError where they are given for a model of another format.
     """
     kind = format_of(path)
+    if kind == "megatron-legacy":
+        return open_legacy(path, vocab_size=vocab_size, given=given)
+    if vocab_size is not None or given:
+        raise ConversionError(
+            f"--vocab-size and --argument are for checkpoints in Megatron's older layout, and {path} is "
+            "none. Leave them out: it says all of that itself."
+        )
     if kind == "huggingface":
         return open_huggingface(path, allow_pickle=allow_pickle)
-    if kind == "megatron-legacy":
-        return open_legacy(path)
     return open_megatron(path, verify_hashes=False)

@@ -157,19 +157,26 @@ def _add_legacy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", type=Path, help="folder or file of the model's tokenizer, to be remembered"
     )
+    _add_unsaid(parser)
+    _add_dtype_and_verify(parser)
+
+
+def _add_unsaid(parser: argparse.ArgumentParser) -> None:
+    """What a checkpoint in Megatron's older layout may not say."""
     parser.add_argument(
         "--vocab-size",
         type=int,
-        help="true size of the vocabulary, in tokens, where the checkpoint does not say it",
+        help="true size of the vocabulary, in tokens, where a checkpoint in Megatron's older layout does not "
+        "say it",
     )
     parser.add_argument(
         "--argument",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="an argument of the run that the checkpoint does not say, or says wrongly (may be given again)",
+        help="an argument of its run that such a checkpoint does not say, or says wrongly (may be given "
+        "again)",
     )
-    _add_dtype_and_verify(parser)
 
 
 def _add_dtype_and_verify(parser: argparse.ArgumentParser) -> None:
@@ -251,11 +258,13 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
         help="seconds for Megatron's processes (default: %(default)s)",
     )
     parser.add_argument("--allow-pickle", action="store_true", help="as in hf-to-megatron")
+    _add_unsaid(parser)
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", help="folder of the model, or its name on the Hugging Face Hub")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    _add_unsaid(parser)
 
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {

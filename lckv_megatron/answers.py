@@ -111,6 +111,7 @@ def answer_line(prompt: Prompt, completion: Completion | ValueError) -> str:
     """An answer as JSON."""
     if isinstance(completion, ValueError):
         return json.dumps({"id": prompt.name, "error": str(completion)}, ensure_ascii=False)
+    prompt_choices = completion.prompt_logprobs
     content = {
         "id": prompt.name,
         "text": completion.text,
@@ -120,6 +121,10 @@ def answer_line(prompt: Prompt, completion: Completion | ValueError) -> str:
         "prefill_passes": completion.prefill_passes,
         "logprobs": completion.logprobs,
         "top_logprobs": completion.top_logprobs,
+        "prompt_logprobs": None if prompt_choices is None else [choice.logprob for choice in prompt_choices],
+        "prompt_top_logprobs": None
+        if prompt_choices is None
+        else [choice.top_logprobs for choice in prompt_choices],
         "error": completion.error,
     }
     return json.dumps(

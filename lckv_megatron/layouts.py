@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from lckv.config import CompressionConfig
 from lckv.cost import ModelShape, kv_bytes_per_token, training_cost
 from lckv.sharing.layer_types import LayerTypes
-from lckv_megatron.tables import size, table
+from lckv_megatron.tables import gib, table
 
 YOCO_WINDOW = 1024
 """Tokens that a sliding layer sees where a run gives no compression.sliding_window."""
@@ -111,7 +111,7 @@ def _compared(shape: ModelShape, compression: CompressionConfig, context: int) -
     return (
         str(len(layer_types.kv_layers)),
         f"{kv_bytes_per_token(shape, layer_types):,}",
-        size(cache_bytes(shape, layer_types, window=compression.sliding_window, tokens=context)),
+        gib(cache_bytes(shape, layer_types, window=compression.sliding_window, tokens=context)),
         f"{training_cost(shape, compression).ratio:.2f}x",
         "no" if layer_types.any_cyclic else "yes",
     )

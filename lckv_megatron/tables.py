@@ -28,3 +28,9 @@ def size(number: int) -> str:
         if number >= 1024**power:
             return f"{number / 1024**power:.2f} {unit}"
     return f"{number} bytes"
+
+
+def gib(number: float) -> str:
+    """Bytes in GiB, whatever their size, so that numbers of a page can be compared."""
+    value = number / 2**30
+    return f"{value:,.2f} GiB" if value >= 0.1 or not value else f"{value:.2g} GiB"

@@ -7,7 +7,8 @@ below replaces one such function by its CPU meaning. With CUDA present `install`
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,25 @@ def install() -> None:
         bridge.install()
     # The CPU generator stands for the CUDA one, so drawing inside a tracked region always changes it.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_keep_record)
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """All bridges while the context is open; those that were not there before are gone after it."""
+    log = logging.getLogger("megatron.core.tensor_parallel.random")
+    filters = list(log.filters)
+    missing = [bridge for bridge in bridges() if not bridge.installed]
+    before = [(bridge, vars(bridge.owner).get(bridge.name)) for bridge in missing]
+    try:
+        install()
+        yield
+    finally:
+        log.filters[:] = filters
+        for bridge, original in before:
+            if original is None:  # it was inherited
+                delattr(bridge.owner, bridge.name)
+            else:
+                setattr(bridge.owner, bridge.name, original)
 
 
 def bridges() -> list[Bridge]:

@@ -18,7 +18,7 @@ def visible(length: int, rows: int, visibility: Visibility, device: torch.device
     if visibility.documents is None:
         return seen[None]
     starts = torch.zeros(rows * length, dtype=torch.int64, device=device)
-    starts[visibility.documents.cu_seqlens[:-1].long()] = 1
+    starts.index_fill_(0, visibility.documents.cu_seqlens[:-1].long(), 1)
     document = starts.cumsum(0).view(rows, length)
     return seen & (document[:, :, None] == document[:, None, :])
 

@@ -4,6 +4,7 @@ boundaries.
 Shapes: b batch rows, s tokens of a row, n documents in the batch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,10 +20,19 @@ class Documents:
     """int32 [n + 1]: where each document starts in the b * s tokens, rows one after the other, and b * s at
     the end (the convention of flash-attn's varlen interface). Every row starts a document."""
 
+    known_bounds: tuple[int, ...] | None = None
+    """cu_seqlens, where the host knows them: then no device is waited for."""
+
+    @classmethod
+    def at(cls, bounds: Sequence[int], device: torch.device | str) -> "Documents":
+        """Documents whose bounds the host knows."""
+        on_host = torch.tensor(bounds, dtype=torch.int32)
+        return cls(_move(on_host, device), tuple(bounds))
+
     @cached_property
     def bounds(self) -> tuple[int, ...]:
         """cu_seqlens on the host."""
-        return tuple(self.cu_seqlens.tolist())
+        return tuple(self.cu_seqlens.tolist()) if self.known_bounds is None else self.known_bounds
 
     @cached_property
     def max_length(self) -> int:
@@ -47,11 +57,12 @@ class Documents:
     def without_first_tokens(self) -> tuple[Tensor, Tensor]:
         """Indices int64 of all tokens but the first of each document, and the cu_seqlens int32 [n + 1] of
         what is left."""
-        starts = self.cu_seqlens[:-1].long()
-        kept = torch.ones(self.bounds[-1], dtype=torch.bool, device=starts.device)
-        kept[starts] = False
-        shrunk = self.cu_seqlens - torch.arange(len(self.bounds), dtype=torch.int32, device=starts.device)
-        return kept.nonzero().squeeze(1), shrunk
+        bounds = torch.tensor(self.bounds)
+        kept = torch.ones(self.bounds[-1], dtype=torch.bool)
+        kept[bounds[:-1]] = False
+        shrunk = (bounds - torch.arange(len(bounds))).to(torch.int32)
+        device = self.cu_seqlens.device
+        return _move(kept.nonzero().squeeze(1), device), _move(shrunk, device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,3 +78,10 @@ class Visibility:
 
     documents: Documents | None = None
     """Document boundaries; None: every row is one document."""
+
+
+def _move(on_host: Tensor, device: torch.device | str) -> Tensor:
+    """To `device`, without waiting for it."""
+    if torch.device(device).type != "cuda":
+        return on_host.to(device)
+    return on_host.pin_memory().to(device, non_blocking=True)

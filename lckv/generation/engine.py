@@ -11,6 +11,7 @@ import torch
 
 from lckv.cache.paged import PagedCache
 from lckv.generation.config import EngineConfig
+from lckv.generation.following import score_prompt
 from lckv.generation.forward import Forward
 from lckv.generation.jobs import Job
 from lckv.generation.limits import Limits, end_tokens, token_ids
@@ -240,6 +241,7 @@ class Engine:
         try:
             forwarded = self._forward([job.sequence for job in present if job.sequence is not None], chunks)
             for row, job in enumerate(present):
+                score_prompt(job, self.model.lm_head, forwarded.hidden_states[row, : counts[row]])
                 job.computed += counts[row]
                 if forwarded.passes is not None:
                     job.prefill_passes = max(job.prefill_passes or 0, forwarded.passes[row])
@@ -266,7 +268,7 @@ class Engine:
             self._scheduler.preempt_all()
             raise
         for job, choice, right in zip(rows, choices, finite, strict=True):
-            if not right:
+            if not (right and job.prompt_is_finite):
                 events.append(
                     self._fail(job, "the model's logits are not finite; are its weights and dtype right?")
                 )

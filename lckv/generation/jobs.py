@@ -1,6 +1,7 @@
 """A request on its way through the engine: what it has, what is computed, and what it hands out."""
 
 from collections import Counter
+from collections.abc import Sequence
 from random import Random
 from typing import Any
 
@@ -40,6 +41,9 @@ class Job:
         self._characters = 0
         self._choices: list[Choice] = []
         self._stopped_by: str | int | None = None
+        self._prompt: list[Choice] = []
+        self.prompt_is_finite = True
+        """Whether all log-probabilities of the prompt's tokens are numbers."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -51,8 +55,22 @@ class Job:
         self.sequence, self.computed, self.one_by_one = None, 0, False
         self.preemptions += 1
 
+    def unscored(self, count: int) -> range:
+        """Places, among the next `count` tokens to compute, that a token of the prompt follows whose
+        log-probability is not known yet."""
+        return range(
+            max(self.computed, len(self._prompt)), min(self.computed + count, self.prompt_tokens - 1)
+        )
+
+    def add_prompt(self, choices: Sequence[Choice], *, finite: bool) -> None:
+        """The prompt's next tokens with their log-probabilities, after those of earlier calls."""
+        self._prompt += choices
+        self.prompt_is_finite &= finite
+
     def accept(self, choice: Choice) -> TokenEvent:
-        """Take the next token, which may be the last."""
+        """Take the next token, which may be the last. A request that wants none ends without it."""
+        if self.params.max_new_tokens == 0:
+            return self.end("length")
         self.tokens.append(choice.token)
         self.answered[choice.token] += 1
         self._choices.append(choice)
@@ -86,7 +104,13 @@ class Job:
             error,
             self.preemptions,
             self.prefill_passes,
+            self._prompt_logprobs(),
         )
+
+    def _prompt_logprobs(self) -> tuple[Choice, ...] | None:
+        """None where they are not wanted, or not all are there."""
+        complete = len(self._prompt) == self.prompt_tokens - 1
+        return tuple(self._prompt) if complete and self.params.prompt_logprobs is not None else None
 
     def _event(self, choice: Choice | None, text: str) -> TokenEvent:
         if self._text is not None:
@@ -94,7 +118,7 @@ class Job:
                 text += self._text.flush()
             if self._text.stopped_by is not None and self.finish_reason not in ("cancelled", "error"):
                 self.finish_reason, self._stopped_by = "stop", self._text.stopped_by
-        offset = self._characters
+        offset, first = self._characters, not self._texts
         self._texts.append(text)
         self._characters += len(text)
         details: dict[str, Any] = (
@@ -106,5 +130,6 @@ class Job:
             text,
             offset,
             self.finish_reason,
+            prompt_logprobs=self._prompt_logprobs() if first else None,
             **details,
         )

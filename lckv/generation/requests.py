@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from lckv.generation.sampling import SamplingParams
+from lckv.generation.sampling import Choice, SamplingParams
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 """Why an answer ended: a stop text or token or the end of the sequence; its length, the model's context or
@@ -42,6 +42,9 @@ class TokenEvent:
     top_logprobs: tuple[tuple[int, float], ...] = ()
     """The most probable tokens at this place, the best first, and their log-probabilities."""
 
+    prompt_logprobs: tuple[Choice, ...] | None = None
+    """In a request's first event: as `Completion.prompt_logprobs`."""
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -74,6 +77,10 @@ class Completion:
     prefill_passes: int | None = None
     """Passes over the iterated layers that the prompt took (the most of any part of it);
     None where no layer is iterated."""
+
+    prompt_logprobs: tuple[Choice, ...] | None = None
+    """The prompt's tokens but the first, each with its log-probability after those before it and with the
+    most probable ones, where the request asked for them."""
 
 
 class Request:

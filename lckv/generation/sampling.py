@@ -83,9 +83,13 @@ class SamplingParams:
     """With every token its log-probability and those of so many most probable ones, natural logarithms of the
     model's distribution before any of the settings above; None: none."""
 
+    prompt_logprobs: int | None = None
+    """The same with every token of the prompt but the first; None: none. Then max_new_tokens may be 0."""
+
     def problems(self, names: Mapping[str, str] | None = None) -> list[str]:
         """Everything that is wrong with these settings: field, value, required relation. `names`: what the
         user calls fields, where that differs."""
+        least_tokens = 1 if self.prompt_logprobs is None else 0
         rules: tuple[tuple[str, bool, str], ...] = (
             (
                 "temperature",
@@ -120,8 +124,8 @@ class SamplingParams:
             ("seed", self.seed is None or _whole(self.seed), "an integer, or None"),
             (
                 "max_new_tokens",
-                _whole(self.max_new_tokens) and self.max_new_tokens >= 1,
-                "an integer of at least 1",
+                _whole(self.max_new_tokens) and self.max_new_tokens >= least_tokens,
+                f"an integer of at least {least_tokens}",
             ),
             (
                 "stop",
@@ -136,10 +140,13 @@ class SamplingParams:
                 "a tuple of integers",
             ),
             ("ignore_eos", isinstance(self.ignore_eos, bool), "true or false"),
-            (
-                "logprobs",
-                self.logprobs is None or (_whole(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
-                f"an integer from 0 to {MAX_LOGPROBS}, or None",
+            *(
+                (
+                    name,
+                    (value := getattr(self, name)) is None or (_whole(value) and 0 <= value <= MAX_LOGPROBS),
+                    f"an integer from 0 to {MAX_LOGPROBS}, or None",
+                )
+                for name in ("logprobs", "prompt_logprobs")
             ),
         )
         return [

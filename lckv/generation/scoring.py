@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lckv.cache.paged import PagedCache
+from lckv.generation.following import following
 from lckv.generation.forward import Forward
 
 
@@ -60,10 +61,7 @@ def _score_together(
         chunks = [text[start : min(start + chunk, len(text) - 1)] for text in texts if len(text) - 1 > start]
         hidden_states = forward(sequences[: len(chunks)], chunks).hidden_states
         for row, tokens in enumerate(chunks):
-            logits = forward.model.lm_head(hidden_states[row, : len(tokens)]).float()
-            following = torch.tensor(texts[row][start + 1 : start + 1 + len(tokens)], device=logits.device)
-            own = logits.gather(-1, following[:, None]).squeeze(1)
-            parts[row].append(
-                Scores((own - logits.logsumexp(-1)).cpu(), (logits.argmax(-1) == following).cpu())
-            )
+            wanted = texts[row][start + 1 : start + 1 + len(tokens)]
+            scored = following(forward.model.lm_head, hidden_states[row, : len(tokens)], wanted)
+            parts[row].append(Scores(scored.logprobs.cpu(), scored.greedy.cpu()))
     return [Scores(*(torch.cat(pieces) for pieces in zip(*part, strict=True))) for part in parts]

@@ -65,9 +65,12 @@ class Continuation:
         """`prompt` of any length goes through the cache `prefill_chunk` tokens at a time when the first text
         is asked for.
 
-        Raises ValueError for settings that name tokens which the model does not have.
+        Raises ValueError for settings that name tokens which the model does not have, and for
+        prompt_logprobs.
         """
         problems = list(unknown_tokens(params, model.config.vocab_size))
+        if params.prompt_logprobs is not None:
+            problems.append("prompt_logprobs must be None here; the engine (`Engine`) has them.")
         if problems:
             raise ValueError("\n".join(problems))
         self._model, self._cache, self._params = model, cache, params

@@ -113,6 +113,13 @@ class PolicyConfig:
         """float32 numbers that a cache keeps of a sequence for each KV head, besides slots."""
         return 0
 
+    def kept_bytes(
+        self, *, query_heads: float, kv_heads: float, head_dim: int, bytes_per_number: int
+    ) -> float:
+        """Bytes per token that a layer keeps for backward because of the policy; `kv_heads` is 0 where the
+        layer reads keys and values of another."""
+        return 0.0
+
     # What is said of it.
 
     def describe(self) -> str:

@@ -34,3 +34,9 @@ ACCEPTED_OF_VLLM_CHATS = ACCEPTED_OF_VLLM | {
     "include_reasoning": (True, False),  # nothing is set apart as reasoning
     "mm_processor_kwargs": ({},),
 }
+
+ACCEPTED_OF_STREAMS: dict[str, tuple[Any, ...]] = {
+    "include_obfuscation": (False,),
+    "continuous_usage_stats": (False,),
+}
+"""Of `stream_options`."""

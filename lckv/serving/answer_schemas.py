@@ -39,8 +39,8 @@ _CHAT_LOGPROBS = _or_null(_object(content=_list(_object(**_TOKEN, top_logprobs=_
 _COMPLETION_LOGPROBS = _or_null(
     _object(
         tokens=_list(_TEXT),
-        token_logprobs=_list(_NUMBER),
-        top_logprobs=_list({"type": "object", "additionalProperties": _NUMBER}),
+        token_logprobs=_list(_or_null(_NUMBER)),
+        top_logprobs=_list(_or_null({"type": "object", "additionalProperties": _NUMBER})),
         text_offset=_list(_INTEGER),
     )
 )

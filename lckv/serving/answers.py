@@ -53,19 +53,18 @@ def whole_choice(
     return _choice(index, content, logprobs.of(events), events[-1].finish_reason or "stop")
 
 
-def piece_choice(kind: Kind, index: int, event: TokenEvent, logprobs: TokenLogprobs) -> dict[str, Any]:
-    """One event of a streamed answer."""
-    content: dict[str, Any] = (
-        {"text": event.text} if kind == "completion" else {"delta": {"content": event.text}}
-    )
+def piece_choice(
+    kind: Kind, index: int, event: TokenEvent, logprobs: TokenLogprobs, prefix: str
+) -> dict[str, Any]:
+    """One event of a streamed answer; `prefix` comes before its text: the echoed prompt, or nothing."""
+    text = prefix + event.text
+    content: dict[str, Any] = {"text": text} if kind == "completion" else {"delta": {"content": text}}
     return _choice(index, content, logprobs.of([event]), event.finish_reason)
 
 
-def opening_choice(kind: Kind, index: int, prefix: str) -> dict[str, Any] | None:
-    """What a streamed answer begins with; None where there is nothing to say."""
-    if kind == "chat":
-        return _choice(index, {"delta": {"role": "assistant", "content": ""}}, None, None)
-    return _choice(index, {"text": prefix}, None, None) if prefix else None
+def opening_choice(index: int) -> dict[str, Any]:
+    """What a streamed answer to a chat begins with."""
+    return _choice(index, {"delta": {"role": "assistant", "content": ""}}, None, None)
 
 
 def _choice(

@@ -40,6 +40,13 @@ class ServingLimits:
     max_biases: int = 1024
     """Tokens in the logit_bias of one request."""
 
+    max_template_characters: int = 4096
+    """Characters of chat_template_kwargs as JSON."""
+
+    max_prompt_logprobs: int = 2**18
+    """Log-probabilities of prompts (echo with logprobs) in one request: of each token, and of each of the
+    likeliest ones that are asked for with it."""
+
     allowed_origins: tuple[str, ...] = ()
     """Origins such as https://chat.example.org whose pages may ask from a browser (CORS), or *: all. Default:
     none."""

@@ -16,7 +16,8 @@ from lckv.serving.protocol import (
     chat_request,
     completion_request,
 )
-from lckv.serving.sizes import check_characters, check_tokens
+from lckv.serving.sizes import check_characters, check_count, check_tokens
+from lckv.serving.template_settings import check_names
 from lckv.serving.time_limit import TEMPLATES, TookTooLongError, time_limit
 
 _SAID = 500
@@ -50,6 +51,9 @@ def prepare_completion(body: bytes, model: str, limits: ServingLimits, tokenizer
         tokens = _encode(request, tokenizer, prompt) if isinstance(prompt, str) else prompt
         _check_job(request, tokens, path, limits)
         prompts.append(tokens)
+    if request.params.prompt_logprobs is not None:
+        count = sum(map(len, prompts)) * request.answers * (1 + request.params.prompt_logprobs)
+        check_count(count, limits.max_prompt_logprobs, "logprobs", "log-probabilities of prompts")
     return _prepared(request, prompts, _prefixes(request, tokenizer), "prompt")
 
 
@@ -100,6 +104,7 @@ def _templated(tokenizer: Any, request: ChatRequest, seconds: float) -> str:
         raise ApiError(
             400, "this model's tokenizer has no chat template; use /v1/completions.", param="messages"
         )
+    check_names(request.template_settings, tokenizer)
     try:
         with time_limit(seconds, TEMPLATES):
             text = tokenizer.apply_chat_template(

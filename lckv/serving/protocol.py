@@ -5,17 +5,18 @@ is ignored silently.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lckv.generation.penalties import MOST_BIAS, biases_by_token
 from lckv.generation.sampling import SamplingParams
-from lckv.serving.accepted import ACCEPTED_OF_VLLM, ACCEPTED_OF_VLLM_CHATS
+from lckv.serving.accepted import ACCEPTED_OF_STREAMS, ACCEPTED_OF_VLLM, ACCEPTED_OF_VLLM_CHATS
 from lckv.serving.errors import ApiError, shown
 from lckv.serving.fields import BOOLEAN, INTEGER, LIST, NUMBER, OBJECT, TEXT, Fields, Kind, check
 from lckv.serving.limits import ServingLimits
 from lckv.serving.messages import conversation
 from lckv.serving.sizes import check_characters, check_count, check_tokens
+from lckv.serving.template_settings import template_settings
 
 ACCEPTED_OF_COMPLETIONS = {**ACCEPTED_OF_VLLM, "suffix": ("",)}
 """Fields that clients send, of which only these values (and null) are supported."""
@@ -103,10 +104,6 @@ def completion_request(content: Mapping[str, Any], model: str, limits: ServingLi
     prompts = _prompts(fields.need("prompt", _MANY), limits)
     echo, logprobs = fields.take("echo", BOOLEAN, False), fields.take("logprobs", _NUMBER_OF_LOGPROBS)
     logprobs = None if logprobs is False else logprobs
-    if echo and logprobs is not None:
-        raise ApiError(
-            400, "echo with logprobs is not supported: there are none for the prompt.", param="echo"
-        )
     answers = _answers(fields, len(prompts), limits)
     best_of = fields.take("best_of", INTEGER, answers)
     if best_of != answers:
@@ -115,6 +112,8 @@ def completion_request(content: Mapping[str, Any], model: str, limits: ServingLi
     length = fields.take("max_tokens", INTEGER, COMPLETION_TOKENS)
     stream, include_usage = _stream(fields)
     params = _params(fields, limits, max_new_tokens=length, logprobs=logprobs)
+    if echo and (length < 1 or logprobs is not None):
+        params = replace(params, prompt_logprobs=logprobs or 0)
     _check_params(params, limits, {"max_new_tokens": "max_tokens"})
     special = fields.take("add_special_tokens", BOOLEAN, True)
     fields.refuse_others(ACCEPTED_OF_COMPLETIONS)
@@ -138,7 +137,7 @@ def chat_request(content: Mapping[str, Any], model: str, limits: ServingLimits) 
         logprobs=(best or 0) if logprobs else None,
     )
     _check_params(params, limits, {"max_new_tokens": length_name, "logprobs": "top_logprobs"})
-    special, settings = fields.take("add_special_tokens", BOOLEAN, False), _template_settings(fields)
+    special, settings = fields.take("add_special_tokens", BOOLEAN, False), template_settings(fields, limits)
     for name in ("safety_identifier", "prompt_cache_key"):  # as `user`
         fields.take(name, TEXT)
     fields.refuse_others(ACCEPTED_OF_CHATS)
@@ -158,16 +157,6 @@ def unknown_model(asked: str, model: str) -> ApiError:
     return ApiError(404, message, param="model", code="model_not_found")
 
 
-def _template_settings(fields: Fields) -> dict[str, Any]:
-    """Where the template ends: at the beginning of an answer, or within the last message."""
-    goes_on = fields.take("continue_final_message", BOOLEAN, False)
-    begins = fields.take("add_generation_prompt", BOOLEAN, not goes_on)
-    if begins and goes_on:
-        message = "continue_final_message is true, and add_generation_prompt too; give one of them."
-        raise ApiError(400, message, param="continue_final_message")
-    return {"add_generation_prompt": begins, "continue_final_message": goes_on}
-
-
 def _answers(fields: Fields, prompts: int, limits: ServingLimits) -> int:
     """To each of so many prompts."""
     answers: int = fields.take("n", INTEGER, 1)
@@ -184,7 +173,7 @@ def _stream(fields: Fields) -> tuple[bool, bool]:
         raise ApiError(400, "stream_options is given, but stream is false.", param="stream_options")
     options = Fields(given, "stream_options")
     include_usage = options.take("include_usage", BOOLEAN, False)
-    options.refuse_others({"include_obfuscation": (False,)})
+    options.refuse_others(ACCEPTED_OF_STREAMS)
     return stream, include_usage
 
 
@@ -226,7 +215,7 @@ def _params(
 
 
 def _check_params(params: SamplingParams, limits: ServingLimits, names: Mapping[str, str]) -> None:
-    problems = params.problems(names)
+    problems = list(dict.fromkeys(params.problems({"prompt_logprobs": "logprobs", **names})))
     if problems:
         raise ApiError(400, " ".join(problems), param=problems[0].partition(" ")[0])
     if params.max_new_tokens > limits.max_new_tokens:

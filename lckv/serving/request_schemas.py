@@ -5,6 +5,7 @@ from typing import Any
 
 from lckv.generation.penalties import MOST_BIAS, MOST_PENALTY
 from lckv.generation.sampling import MAX_LOGPROBS
+from lckv.serving.accepted import ACCEPTED_OF_STREAMS
 from lckv.serving.limits import ServingLimits
 from lckv.serving.messages import ROLES
 from lckv.serving.protocol import ACCEPTED_OF_CHATS, ACCEPTED_OF_COMPLETIONS, COMPLETION_TOKENS
@@ -23,10 +24,13 @@ def completion_schema(limits: ServingLimits) -> Schema:
                 "anyOf": [_characters(limits), texts, _tokens(limits), token_lists],
             },
             **_of_both(limits),
-            "max_tokens": _length("Tokens of the longest answer.", limits, COMPLETION_TOKENS),
+            "max_tokens": _length(
+                "Tokens of the longest answer; 0: none, with echo only.", limits, COMPLETION_TOKENS, least=0
+            ),
             "logprobs": _optional(
                 {"type": "integer", "minimum": 0, "maximum": MAX_LOGPROBS},
-                "Log-probabilities of the answer's tokens and of so many likeliest ones.",
+                "Log-probabilities of the answer's tokens, with echo also of the prompt's, and of so many "
+                "likeliest ones.",
             ),
             "best_of": _optional({"type": "integer"}, "As many as n."),
             "echo": _flag("The prompt comes before the answer.", False),
@@ -60,6 +64,11 @@ def chat_schema(limits: ServingLimits) -> Schema:
             ),
             "continue_final_message": _flag("The answer goes on from within the last message.", False),
             "add_special_tokens": _flag("The tokenizer puts its own tokens around the template's.", False),
+            "chat_template_kwargs": _optional(
+                {"type": "object"},
+                "For the template, such as enable_thinking; a template that does not read it ignores it. At "
+                f"most {limits.max_template_characters} characters as JSON.",
+            ),
             "safety_identifier": _optional({"type": "string"}, "Without effect."),
             "prompt_cache_key": _optional({"type": "string"}, "Without effect."),
         },
@@ -78,7 +87,7 @@ def _of_both(limits: ServingLimits) -> dict[str, Schema]:
         "stream_options": _optional(
             _object(
                 {"include_usage": _flag("A last event has the numbers of tokens.", False)},
-                accepted={"include_obfuscation": (False,)},
+                accepted=ACCEPTED_OF_STREAMS,
             ),
             "Only where stream is true.",
         ),
@@ -169,8 +178,8 @@ def _flag(description: str, default: bool) -> Schema:
     return _optional({"type": "boolean", "default": default}, description)
 
 
-def _length(description: str, limits: ServingLimits, default: int | None) -> Schema:
-    schema: Schema = {"type": "integer", "minimum": 1, "maximum": limits.max_new_tokens}
+def _length(description: str, limits: ServingLimits, default: int | None, *, least: int = 1) -> Schema:
+    schema: Schema = {"type": "integer", "minimum": least, "maximum": limits.max_new_tokens}
     return _optional(schema if default is None else {**schema, "default": default}, description)
 
 

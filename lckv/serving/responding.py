@@ -1,6 +1,7 @@
 """Answers on their way to the client: whole, or as server-sent events while they are made."""
 
 import asyncio
+import functools
 import json
 import logging
 import time
@@ -52,16 +53,28 @@ class Responder:
         if any(of_answer[-1].finish_reason == "error" for of_answer in events):
             raise ApiError(500, errors.FAILED)
         logprobs = self._logprobs(prepared, header)
-        choices = [
-            whole_choice(header.kind, index, of_answer, logprobs[index], prepared.prefixes[index])
-            for index, of_answer in enumerate(events)
-        ]
+
+        def choices_of() -> list[dict[str, Any]]:
+            return [
+                whole_choice(header.kind, index, of_answer, logprobs[index], prepared.prefixes[index])
+                for index, of_answer in enumerate(events)
+            ]
+
+        choices = await asyncio.to_thread(choices_of)  # of long prompts there is much to say
         generated = sum(event.token is not None for of_answer in events for event in of_answer)
         numbers = usage(prepared.prompt_tokens, generated)
         return JSONResponse(header.body(choices, piece=False, usage=numbers))
 
     def _logprobs(self, prepared: Prepared, header: Header) -> list[TokenLogprobs]:
-        return [TokenLogprobs(header.kind, self.texts, prompt) for prompt, _ in prepared.jobs]
+        return [
+            TokenLogprobs(
+                header.kind,
+                self.texts,
+                prompt,
+                prefix if params.logprobs is not None and params.prompt_logprobs is not None else None,
+            )
+            for (prompt, params), prefix in zip(prepared.jobs, prepared.prefixes, strict=True)
+        ]
 
     def _submit(self, prepared: Prepared, header: Header) -> list[Answer]:
         """All of them, or none."""
@@ -131,17 +144,22 @@ class Responder:
     async def _pieces(
         self, prepared: Prepared, header: Header, answers: list[Answer], started: float
     ) -> AsyncIterator[dict[str, Any]]:
-        for index, prefix in enumerate(prepared.prefixes):
-            opening = opening_choice(header.kind, index, prefix)
-            if opening is not None:
-                yield header.body([opening], piece=True)
-        generated, logprobs = 0, self._logprobs(prepared, header)
+        no_usage = {"usage": None} if prepared.request.include_usage else {}
+        if header.kind == "chat":
+            for index in range(len(answers)):
+                yield header.body([opening_choice(index)], piece=True, **no_usage)
+        generated, logprobs, prefixes = 0, self._logprobs(prepared, header), list(prepared.prefixes)
         async for index, event in _merged([self._timed(answer, started) for answer in answers]):
             generated += event.token is not None
             if event.finish_reason == "error":
                 yield errors.error_content(500, errors.FAILED, header.request_id)
-            elif event.text or event.finish_reason is not None or event.logprob is not None:
-                yield header.body([piece_choice(header.kind, index, event, logprobs[index])], piece=True)
+                continue
+            prefix, prefixes[index] = prefixes[index], ""
+            shown = prefix or event.text or event.finish_reason is not None
+            if shown or event.logprob is not None or event.prompt_logprobs is not None:
+                make = functools.partial(piece_choice, header.kind, index, event, logprobs[index], prefix)
+                choice = make() if event.prompt_logprobs is None else await asyncio.to_thread(make)
+                yield header.body([choice], piece=True, **no_usage)
         if prepared.request.include_usage:
             yield header.body([], piece=True, usage=usage(prepared.prompt_tokens, generated))
 

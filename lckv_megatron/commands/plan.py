@@ -2,83 +2,28 @@
 
     lckv-megatron plan --config run.yaml --world-size 64 --section.key value ... [--compare [MAP ...]]
 
-That is its problems, map, size, cost, cache, layout and memory. Takes the command line of pretrain_lckv.py.
-Needs no GPU, no processes and no data. Exit status: 0, or 2 where settings cannot work.
+That is its map, size, cost, cache, layout and memory, whether that fits into a GPU, and its problems: what
+cannot work, and what is not here. Takes the command line of pretrain_lckv.py. Needs no GPU, no processes and
+no data. Exit status: 0, or 2 where there are problems.
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
-from lckv.cost import ModelShape
 from lckv.sharing.layer_types import LayerTypes
-from lckv.sharing.plan import crossing_sources
 from lckv_megatron.layouts import LAYOUTS, cache_bytes, compare
-from lckv_megatron.tables import size, table
+from lckv_megatron.planning.inputs import configs_in, epoch_lines, launched_processes, missing_paths
+from lckv_megatron.planning.memory import checkpoint_line, stage_lines, verdict_lines
+from lckv_megatron.planning.plan import Plan
+from lckv_megatron.tables import gib
 from megatron_ext.arguments import ProgramParser, positive
 from megatron_ext.command_line import exit_with, parse_run_config
 from megatron_ext.config import RunConfig
 from megatron_ext.errors import ConfigError
-from megatron_ext.model.cost import model_shape
-from megatron_ext.model.memory import kept_by_full_recompute, kept_bytes, state_bytes
-from megatron_ext.model.parameters import (
-    StageParameters,
-    padded_vocab_size,
-    stage_parameters,
-    total_parameters,
-)
-from megatron_ext.precision import precision
+from megatron_ext.gpus import GPUS, Gpu, gpu_of
 from megatron_ext.summary.lines import cost_lines, layout_lines, model_lines, picture
-from megatron_ext.summary.sizes import RunSizes, recomputed_layers
 from megatron_ext.validation.run import problems, step_problems
-
-ACTIVATIONS = """\
-activations: layer inputs and shared keys and values that full recompute keeps, for all micro-batches in
-flight (formula: megatron_ext/model/memory.py). Not counted: logits, what is kept without recompute, the layer
-that is being computed."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run whose sizes fit together, on so many pretended processes."""
-
-    run: RunConfig
-    world_size: int
-    vocab_size: int
-    """True vocabulary, in tokens."""
-    utilisation: float
-    """Share of logging.peak_tflops that the run is assumed to reach, recomputation counted as work."""
-
-    @property
-    def shape(self) -> ModelShape:
-        """For lckv.cost."""
-        padded = padded_vocab_size(self.vocab_size, self.run.model, self.run.parallel)
-        return model_shape(self.run.model, vocab_size=padded, seq_length=self.run.train.seq_length)
-
-    @property
-    def layer_types(self) -> LayerTypes:
-        """The sharing map."""
-        return self.run.compression.map(self.run.model.num_layers)
-
-    @property
-    def context(self) -> int:
-        """Tokens of a full context."""
-        return self.run.model.max_position_embeddings or self.run.train.seq_length
-
-    @property
-    def sizes(self) -> RunSizes:
-        """What the run itself says too."""
-        parameters = total_parameters(self.stages, self.run.parallel)
-        return RunSizes(self.run, self.shape, self.world_size, parameters)
-
-    @property
-    def stages(self) -> tuple[StageParameters, ...]:
-        """Parameters of the pipeline stages."""
-        return stage_parameters(
-            self.run.model, self.layer_types, self.run.parallel, vocab_size=self.vocab_size
-        )
 
 
 def describe(plan: Plan) -> Iterator[str]:
@@ -90,14 +35,17 @@ def describe(plan: Plan) -> Iterator[str]:
     yield _full_context(plan)
     yield from cost_lines(sizes)
     yield from _length(plan)
+    yield from epoch_lines(plan.run, plan.tokens)
     yield from layout_lines(sizes)
     stages = plan.run.parallel.pipeline_model_parallel_size
     if stages > 1:
         idle = (stages - 1) / (sizes.micro_batches + stages - 1)
         yield f"pipeline idle time    {100 * idle:.1f} % of a step: (PP - 1) / (micro-batches + PP - 1)"
+    yield checkpoint_line(plan)
     yield ""
-    yield from table(_per_rank(plan))
-    yield ACTIVATIONS
+    yield from stage_lines(plan)
+    yield ""
+    yield from verdict_lines(plan)
 
 
 def _full_context(plan: Plan) -> str:
@@ -107,80 +55,25 @@ def _full_context(plan: Plan) -> str:
         for layer_types in maps
     )
     return (
-        f"  full context        {size(mine)} for {plan.context:,} tokens, {plain / mine:.2f}x less than "
-        f"{size(plain)}"
+        f"  full context        {gib(mine)} for {plan.context:,} tokens, {plain / mine:.2f}x less than "
+        f"{gib(plain)}"
     )
 
 
 def _length(plan: Plan) -> Iterator[str]:
-    train, peak, cost = plan.run.train, plan.run.logging.peak_tflops, plan.sizes.cost
-    tokens = train.train_iters * train.global_batch_size * train.seq_length
     yield (
-        f"length                {train.train_iters:,} steps, {tokens:,} tokens, "
-        f"{cost.model_flops * tokens:.2e} FLOPs"
+        f"length                {plan.run.train.train_iters:,} steps, {plan.tokens:,} tokens, "
+        f"{plan.sizes.cost.model_flops * plan.tokens:.2e} FLOPs"
     )
-    if peak is not None:
-        seconds = cost.hardware_flops * tokens / (plan.world_size * peak * 1e12 * plan.utilisation)
-        time = f"{seconds / 86400:,.1f} days" if seconds >= 86400 else f"{seconds / 3600:,.1f} hours"
-        yield (
-            f"time                  {time} if every device does {100 * plan.utilisation:g} % of {peak:g} "
-            "TFLOP/s (assumed, not measured)"
-        )
-
-
-def _per_rank(plan: Plan) -> Iterator[tuple[str, ...]]:
-    """Rows of the table of stages: what lies in the memory of each of their ranks."""
-    run, stages, sizes = plan.run, plan.stages, plan.sizes
-    optimizer_ranks = sizes.data_parallel_size if run.parallel.use_distributed_optimizer else 1
-    yield (
-        "stage",
-        "layers",
-        "parameters",
-        "weights",
-        "gradients",
-        "optimizer",
-        "activations",
-        "sends per micro-batch",
-    )
-    for number, stage in enumerate(stages):
-        state = state_bytes(stage.per_rank, precision(run.train.precision), optimizer_ranks=optimizer_ranks)
-        activations = "not predicted"
-        if recomputed_layers(run) == run.model.num_layers:
-            kept = kept_by_full_recompute(run.compression, run.model.num_layers, stage.layers)
-            in_flight = min(len(stages) - number, sizes.micro_batches)
-            activations = size(in_flight * kept_bytes(kept, run.model, run.parallel, run.train))
-        yield (
-            str(number),
-            f"{stage.layers.start}-{stage.layers.stop - 1}",
-            f"{stage.per_rank:,}",
-            *map(size, (state.weights, state.gradients, state.optimizer)),
-            activations,
-            _sent(plan, stage.layers.stop),
-        )
-
-
-def _sent(plan: Plan, boundary: int) -> str:
-    """What each rank below layer `boundary` sends to the next stage."""
-    model, parallel, train = plan.run.model, plan.run.parallel, plan.run.train
-    if boundary == model.num_layers:
-        return "-"
-    from megatron_ext.parallel.pipeline_payload import PipelinePayload  # loads torch: only pipelines wait
-
-    ranks, policy = parallel.tensor_model_parallel_size, plan.run.compression.policy.build()
-    owners_below = any(layer < boundary for layer in plan.layer_types.kv_layers)
-    payload = PipelinePayload(
-        sources=crossing_sources(plan.run.compression.plan(model.num_layers), boundary),
-        hidden_size=model.hidden_size,
-        sequence_shards=ranks if parallel.sequence_parallel else 1,
-        kv_heads=max(1, model.query_groups // ranks),
-        head_dim=model.head_dim,
-        extra_channels=policy.traits.extra_channels,
-        sum_columns=len(policy.statistics) * (ranks if policy.per_rank else 1) * owners_below,
-    )
-    numbers = math.prod(payload.shape(train.seq_length, train.micro_batch_size))
-    sent = size(numbers * precision(train.precision).bytes)
-    crossing = ", ".join(map(str, payload.sources))
-    return f"{sent}: hidden states" + (f", KV of {crossing}" if crossing else "")
+    seconds, peak = plan.seconds(), plan.peak_tflops
+    if seconds is None:
+        return
+    time = f"{seconds / 86400:,.1f} days" if seconds >= 86400 else f"{seconds / 3600:,.1f} hours"
+    reached = f"every device does {100 * plan.utilisation:g} % of {peak:g} TFLOP/s"
+    if plan.mfu is not None:
+        reached = f"the MFU is {100 * plan.mfu:g} % of {peak:g} TFLOP/s"
+    hours = f"{seconds / 3600 * plan.world_size:,.0f} GPU-hours"
+    yield f"time                  {time}, {hours} if {reached} (assumed, not measured)"
 
 
 def find_vocab_size(run: RunConfig) -> int:
@@ -206,15 +99,37 @@ def _share(text: str) -> float:
     return float(text)
 
 
+def _gpu(text: str) -> Gpu:
+    try:
+        return gpu_of(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _own_parser() -> argparse.ArgumentParser:
     parser = ProgramParser(
         "plan",
         __doc__,
-        usage="%(prog)s [--config FILE ...] [--world-size N] [--compare [MAP ...]] [--section.key VALUE ...]",
+        usage=(
+            "%(prog)s [--config FILE ...] [--world-size N] [--gpu GPU] [--compare [MAP ...]] "
+            "[--section.key VALUE ...]"
+        ),
         epilog="All settings: pretrain_lckv.py --help.",
     )
     parser.add_argument(
-        "--world-size", type=positive, help="processes to pretend (default: one replica, TP x PP)"
+        "--world-size",
+        type=positive,
+        help=(
+            "processes to pretend (default: those of the launch.sh beside the settings, else one replica, "
+            "TP x PP)"
+        ),
+    )
+    parser.add_argument(
+        "--gpu",
+        type=_gpu,
+        default="H100",
+        help=f"for which memory and time are told: {', '.join(GPUS)}, or a size such as 48GiB (default: "
+        "%(default)s)",
     )
     parser.add_argument(
         "--compare",
@@ -226,14 +141,18 @@ def _own_parser() -> argparse.ArgumentParser:
         )
         + ", ".join(layout.name.split()[0] for layout in LAYOUTS),
     )
-    parser.add_argument(
+    speed = parser.add_mutually_exclusive_group()
+    speed.add_argument(
         "--utilisation",
         type=_share,
         default=0.4,
         help=(
-            "share of logging.peak_tflops assumed for the time, recomputation counted as work (default: "
-            "%(default)s)"
+            "share of the peak (logging.peak_tflops, else that of --gpu) assumed for the time, recomputation "
+            "counted as work (default: %(default)s)"
         ),
+    )
+    speed.add_argument(
+        "--mfu", type=_share, help="the same, but only the model's own operations count as work"
     )
     return parser
 
@@ -244,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = parse_run_config(rest)
     parallel = run.parallel
     replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    world_size = options.world_size or max(1, replica)
+    world_size = options.world_size or launched_processes(configs_in(rest)) or max(1, replica)
     sentences = problems(run, world_size)
     vocab_size = 0
     if not step_problems(run, world_size):
@@ -252,8 +171,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             vocab_size = find_vocab_size(run)
         except ConfigError as error:
             sentences += [problem for problem in str(error).splitlines() if problem not in sentences]
+    sentences += missing_paths(run)
     if vocab_size:
-        plan = Plan(run, world_size, vocab_size, options.utilisation)
+        plan = Plan(run, world_size, vocab_size, options.utilisation, options.gpu, options.mfu)
         try:
             print(
                 "\n".join(

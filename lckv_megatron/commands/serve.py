@@ -48,6 +48,8 @@ _SIZES = (
     "max_stops",
     "max_stop_characters",
     "max_biases",
+    "max_template_characters",
+    "max_prompt_logprobs",
     "tokenizer_threads",
     "max_preparing",
     "max_connections",

@@ -15,7 +15,7 @@ from megatron_ext.errors import ConfigError
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch, all on one device."""
+    """A micro-batch, all on one device but for the bounds of documents."""
 
     tokens: Tensor
     """int64 [b, s]: what the model reads."""
@@ -31,9 +31,9 @@ class Batch:
     always in its conversation."""
 
     cu_seqlens: Tensor | None
-    """int32 [n + 1], with `data.reset_attention_mask` and for conversations: where each document begins among
-    the b * s tokens flattened row by row, and b * s at the end, as flash-attn's varlen functions and
-    `lckv.attention` take it. A row always ends a document. A query sees no key of another document."""
+    """int32 [n + 1] on the host, with `data.reset_attention_mask` and for conversations: where each document
+    begins among the b * s tokens flattened row by row, and b * s at the end (`lckv.attention`'s Documents). A
+    row always ends a document. A query sees no key of another document."""
 
     sample_ids: tuple[int, ...] = ()
     """Number of each row in the dataset: what the randomness of KV policies depends on."""
@@ -73,16 +73,23 @@ def make_batch(
     cu_seqlens = None
     if are_packed or data.reset_attention_mask:
         starts = begins.flatten().nonzero().squeeze(1)
-        cu_seqlens = torch.cat([starts, starts.new_tensor([tokens.numel()])]).to(device, torch.int32)
+        cu_seqlens = torch.cat([starts, starts.new_tensor([tokens.numel()])]).cpu().int()
     return Batch(
-        tokens=tokens.clamp(min=0).to(device, non_blocking=True),
-        labels=labels.clamp(min=0).to(device, non_blocking=True),
-        loss_mask=loss_mask.to(device, torch.float32, non_blocking=True),
-        position_ids=positions.contiguous().to(device, non_blocking=True),
+        tokens=_move(tokens.clamp(min=0), device),
+        labels=_move(labels.clamp(min=0), device),
+        loss_mask=_move(loss_mask.float(), device),
+        position_ids=_move(positions.contiguous(), device),
         cu_seqlens=cu_seqlens,
         sample_ids=tuple(samples["sample_ids"].tolist()) if "sample_ids" in samples else (),
-        counted=(~padding).to(device) if padding.any() else None,
+        counted=_move(~padding, device) if padding.any() else None,
     )
+
+
+def _move(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """To `device`; from the host to a GPU without waiting, which pinned memory alone allows."""
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _begins(tokens: Tensor, eod: int | None) -> Tensor:

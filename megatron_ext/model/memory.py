@@ -5,20 +5,25 @@ State, in bytes per parameter of the rank (data-parallel ranks share the optimiz
     bf16: weights 2, gradients 4, optimizer 12 (float32 weights and two moments)
     fp32: weights 4, gradients 4, optimizer 8
 
-Activations that full recompute keeps for backward, for one micro-batch of b rows of s tokens:
-    inputs x s b h / T   +   shared x s b g (2 d + e)
+Activations that are kept for backward, for one micro-batch of b rows of s tokens:
+    inputs x s b h / T   +   shared x s b g (2 d + e)   +   what each run that is not recomputed keeps
 with h hidden size, g KV heads of the rank, d channels of a head, T tensor-parallel ranks with sequence
-parallelism, else 1. `inputs` is the number of layers, where a layer counts once for every pass with gradient.
-`shared` is the number of distinct keys and values that some layer reads from another: each is stored once,
-however many layers read it. Not counted: what the embedding, the final norm and the loss keep, the logits,
-and the working memory of the one layer that is being computed.
+parallelism, else 1. `inputs` is the number of recomputed layers, where a layer counts once for every pass
+with gradient. `shared` is the number of distinct keys and values that are kept: those that some layer reads
+from another, and those of a layer that is not recomputed; each is stored once, however many layers read it.
+The last term: `layer_memory.py`. The last stage adds the final norm, and logits in float32 where the loss
+takes all tokens at once.
+
+Working memory is what a step needs beyond that for a while: the logits and their gradient, or the one layer
+that is being recomputed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lckv.config import CompressionConfig
-from lckv.sharing.plan import Origin, Part
+from lckv.sharing.plan import LayerRun, Origin, Part
 from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_ext.model.layer_memory import LayerMemory
 from megatron_ext.precision import Precision, precision
 
 
@@ -46,25 +51,38 @@ def state_bytes(parameters: int, numbers: Precision, *, optimizer_ranks: int) ->
     )
 
 
+def checkpoint_bytes(parameters: int, numbers: Precision) -> int:
+    """A checkpoint of a model with so many parameters on the disk: weights, and the optimizer's state."""
+    return parameters * (numbers.bytes + numbers.optimizer_bytes)
+
+
 @dataclass(frozen=True)
 class Kept:
-    """What full recompute keeps for backward on one pipeline stage, in tensors."""
+    """What is kept for backward on one pipeline stage."""
 
     inputs: int
-    """Layer inputs [s / T, b, h]."""
+    """Inputs [s / T, b, h] of layers that are recomputed."""
 
     shared: int
-    """Keys [s, b, g, d + e] and values [s, b, g, d] that a layer reads from another."""
+    """Keys [s, b, g, d + e] and values [s, b, g, d]."""
 
     extra_channels: int = 0
     """e: channels that the KV policy gives keys beyond those of values."""
 
+    runs: tuple[LayerRun, ...] = ()
+    """Runs of layers that are not recomputed."""
 
-def kept_by_full_recompute(compression: CompressionConfig, num_layers: int, layers: range) -> Kept:
-    """For the pipeline stage with `layers`. At least one pass without gradient (m >= 1)
-    is assumed of cyclic groups."""
+
+def kept_for_backward(
+    compression: CompressionConfig, num_layers: int, layers: range, recomputed: range | None = None
+) -> Kept:
+    """For the pipeline stage with `layers`, of which those in `recomputed` (default: all) run again in
+    backward. At least one pass without gradient (m >= 1) is assumed of cyclic groups."""
+    recomputed = layers if recomputed is None else recomputed
     steps = [step for step in compression.plan(num_layers) if step.requires_grad]
     runs = [run for step in steps for run in step.runs if run.index in layers]
+    # A pass that only prepares the next one ends at keys and values alone, which are never recomputed.
+    whole = tuple(run for run in runs if run.index not in recomputed or run.part is not Part.WHOLE)
     read = {run.reads for run in runs if run.part is Part.WHOLE and run.reads}
     # What arrives from the previous stage is one tensor, kept whole: also what only later stages read.
     read |= {
@@ -75,14 +93,64 @@ def kept_by_full_recompute(compression: CompressionConfig, num_layers: int, laye
         if run.index >= layers.start and run.reads and run.reads.source < layers.start
     }
     shared = {(reads.source, reads.number) for reads in read if reads.origin is not Origin.OWN}
-    return Kept(len(runs), len(shared), compression.policy.traits.extra_channels)
+    own = {(run.reads.source, run.reads.number) for run in whole if run.part is Part.WHOLE and run.reads}
+    extra = compression.policy.traits.extra_channels
+    return Kept(len(runs) - len(whole), len(shared | own), extra, whole)
 
 
-def kept_bytes(kept: Kept, model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> int:
-    """Of one micro-batch on one rank."""
+def recomputed_of_stage(train: TrainConfig, layers: range) -> range:
+    """The layers of a stage that run again in backward."""
+    if train.recompute_granularity != "full":
+        return layers[:0]
+    return layers[: train.recompute_num_layers or len(layers)]
+
+
+def kept_bytes(
+    kept: Kept,
+    model: ModelConfig,
+    compression: CompressionConfig,
+    parallel: ParallelConfig,
+    train: TrainConfig,
+    *,
+    fused: bool = False,
+) -> int:
+    """Of one micro-batch on one rank; `fused`: see `layer_memory.py`."""
     ranks = parallel.tensor_model_parallel_size
     tokens = train.seq_length * train.micro_batch_size
     hidden = tokens * model.hidden_size // (ranks if parallel.sequence_parallel else 1)
     channels = 2 * model.head_dim + kept.extra_channels
     key_value = tokens * max(1, model.query_groups // ranks) * channels
-    return precision(train.precision).bytes * (kept.inputs * hidden + kept.shared * key_value)
+    layer = LayerMemory(model, compression, parallel, train, fused=fused)
+    tensors = precision(train.precision).bytes * (kept.inputs * hidden + kept.shared * key_value)
+    return tensors + sum(map(layer.kept, kept.runs))
+
+
+def loss_bytes(
+    padded_vocab: int, model: ModelConfig, compression: CompressionConfig, parallel: ParallelConfig,
+    train: TrainConfig, *, fused: bool = False,
+) -> tuple[int, int]:  # fmt: skip
+    """What the last stage keeps of a micro-batch for the final norm and the loss, and what the loss needs
+    besides while it is computed: logits in the model's precision, and their gradient in float32."""
+    tokens = train.seq_length * train.micro_batch_size
+    norm = tokens * LayerMemory(model, compression, parallel, train, fused=fused).norm
+    of_token = padded_vocab / parallel.tensor_model_parallel_size
+    number = precision(train.precision).bytes
+    if chunk := model.cross_entropy_chunk_size:
+        gathered = tokens * model.hidden_size * number if parallel.sequence_parallel else 0
+        return round(norm) + gathered, round(min(tokens, chunk) * of_token * (8 + number))
+    return round(norm + 4 * tokens * of_token), round(tokens * of_token * (4 + number))
+
+
+def layer_bytes(
+    model: ModelConfig,
+    compression: CompressionConfig,
+    parallel: ParallelConfig,
+    train: TrainConfig,
+    *,
+    fused: bool = False,
+) -> int:
+    """The most that one run of a layer keeps while it is recomputed, keys and values left out."""
+    nothing = replace(train, recompute_granularity="none")
+    layer = LayerMemory(model, compression, parallel, nothing, fused=fused)
+    steps = compression.plan(model.num_layers)
+    return max(layer.kept(run) for step in steps if step.requires_grad for run in step.runs)

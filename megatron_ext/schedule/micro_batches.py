@@ -56,7 +56,8 @@ def run_schedule(
 
     def forward_step(iterator: Samples, stage: MegatronModule) -> tuple[Tensor, Callable[..., object]]:
         batch = make_batch(next(iterator))
-        documents = None if batch.cu_seqlens is None else Documents(batch.cu_seqlens)
+        bounds = None if batch.cu_seqlens is None else batch.cu_seqlens.tolist()
+        documents = None if bounds is None else Documents.at(bounds, batch.tokens.device)
         seeds = () if forward_only else tuple(row_seed(train.seed, sample) for sample in batch.sample_ids)
         policy = PolicyInputs(seeds, batch.counted, progress)
         output, report = stage(batch.tokens, batch.position_ids, batch.labels, documents, policy=policy)

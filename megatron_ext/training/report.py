@@ -15,6 +15,7 @@ from megatron_ext.command_line import config_to_dict
 from megatron_ext.config import LoggingConfig, RunConfig
 from megatron_ext.data.order import SourceUse
 from megatron_ext.evaluation.loss import Evaluation
+from megatron_ext.gpus import peak_tflops
 from megatron_ext.parallel.process_groups import device_of_rank
 from megatron_ext.schedule.statistics_meter import PolicyMeans
 from megatron_ext.summary.lines import data_lines
@@ -23,7 +24,7 @@ from megatron_ext.training.metrics import MetricsWriter, Value, reports_lack_val
 from megatron_ext.training.progress import Progress
 from megatron_ext.training.step import StepResult
 from megatron_ext.training.summary import describe
-from megatron_ext.training.throughput import Throughput, memory_in_use, peak_tflops
+from megatron_ext.training.throughput import Throughput, memory_in_use
 
 logger = logging.getLogger(__name__)
 

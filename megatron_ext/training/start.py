@@ -26,6 +26,7 @@ from megatron_ext.checkpointing.lock import FolderLock
 from megatron_ext.command_line import save_config
 from megatron_ext.config import CheckpointConfig, RunConfig
 from megatron_ext.errors import ConfigError
+from megatron_ext.model.memory import checkpoint_bytes
 from megatron_ext.precision import precision
 
 _SETTINGS_NAME = "run.yaml"
@@ -132,8 +133,10 @@ def check_space(run: RunConfig, parameters: int) -> None:
     will not fit. All ranks call it together."""
     if run.checkpoint.save is None:
         return
-    save, numbers = Path(run.checkpoint.save), precision(run.train.precision)
-    needed_bytes = parameters * (numbers.bytes + numbers.optimizer_bytes)
+    save, needed_bytes = (
+        Path(run.checkpoint.save),
+        checkpoint_bytes(parameters, precision(run.train.precision)),
+    )
     with agreement(run.checkpoint.save_timeout_minutes) as ranks:
         ranks.on_first(
             "measure free space", lambda: check_free_space(save, "the first checkpoint", needed_bytes)

@@ -181,6 +181,22 @@ def test_a_legacy_checkpoint(tmp_path: Path) -> None:
     assert verify(tmp_path, "dmc", "megatron") == 0
 
 
+@pytest.mark.usefixtures("pool")
+def test_what_a_legacy_checkpoint_does_not_say_is_given_to_all_commands(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    publish(tmp_path / "dmc", dmc_cr=...)
+    legacy_to_megatron(
+        tmp_path / "dmc", tmp_path / "megatron", vocab_size=VOCAB, given={"dmc_cr": 4}, proof="never"
+    )
+    unsaid = ["--vocab-size", str(VOCAB), "--argument", "dmc_cr=4"]
+    assert verify(tmp_path, "dmc", "megatron", *unsaid) == 0
+    assert main(["inspect", str(tmp_path / "dmc"), *unsaid]) == 0
+    assert verify(tmp_path, "dmc", "megatron") == 2
+    assert verify(tmp_path, "megatron", "megatron", *unsaid) == 2
+    assert "megatron is none. Leave them out" in capfd.readouterr().err
+
+
 def test_layout_of_a_shared_model_in_processes_of_its_own(models: Path) -> None:
     """As a user does it."""
     command = [sys.executable, "-m", "checkpoints_conversion", "verify", "--hf-path", str(models / "hf")]

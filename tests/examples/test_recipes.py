@@ -55,8 +55,13 @@ def test_nothing_is_wrong_with_its_settings(recipe: Path, options: str) -> None:
 def test_its_page_shows_what_the_plan_says(recipe: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     arguments, lines = planned(recipe)
-    assert plan(arguments) == 0
-    said = capsys.readouterr().out.splitlines()
+    assert plan(arguments) == 2  # the data are not here
+    captured = capsys.readouterr()
+    assert re.findall(r"problem \d: (\S+ \S+ \S+)", captured.err) == [
+        "the dataset data/corpus",
+        "data.tokenizer_model is data/tokenizer,",
+    ]
+    said = captured.out.splitlines()
     assert len(lines) > 8
     assert [shown for shown in lines if shown not in said] == []
 

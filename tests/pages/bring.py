@@ -10,7 +10,9 @@ import torch
 import zstandard
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.checkpoints_conversion.formats.test_megatron_legacy import publish
 from tests.lckv.serving.served_model import byte_tokenizer
+from tests.megatron_ext.model.stages import VOCAB as PUBLISHED_VOCAB
 
 LAYERS, WIDTH, VOCAB, CONTEXT = 4, 64, 257, 128
 TINY: dict[str, Any] = {
@@ -37,6 +39,7 @@ TINY: dict[str, Any] = {
         "overlap_grad_reduce": False,
         "overlap_param_gather": False,
     },
+    "optimizer": {"lr_warmup_iters": 0},
     "data": {"split": "50,50,0"},
     "logging": {"log_interval": 1},
 }
@@ -94,3 +97,33 @@ def bring_dmc(folder: Path, hub: Path) -> None:
     model_on_hub(hub / "meta-llama/Llama-2-13b-hf")
     corpus(folder / "corpus")
     (folder / "held_out.txt").write_text("a cache that many layers share\n", encoding="utf-8")
+
+
+def bring_readme(folder: Path, hub: Path) -> None:
+    """A model of Hugging Face's, a checkpoint in Megatron's older layout, a text."""
+    model_on_hub(folder / "models/llama")
+    publish(folder / "models/dmc")
+    (folder / "held_out.txt").write_text("a cache that many layers share\n", encoding="utf-8")
+
+
+def bring_shared_map(folder: Path, hub: Path) -> None:
+    """TinyLlama on the Hub, a corpus, a text."""
+    model_on_hub(hub / "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", num_key_value_heads=2)
+    corpus(folder / "corpus")
+    (folder / "held_out.txt").write_text("a cache that many layers share\n", encoding="utf-8")
+
+
+def bring_published_dmc(folder: Path, hub: Path) -> None:
+    """A checkpoint in the layout of the published ones, its tokenizer, a text."""
+    published = hub / "nvidia/Llama-2-13B-DMC-4x"
+    publish(published)
+    (published / "iter_0002000/mp_rank_00").rename(published / "mp_rank_00")
+    (published / "iter_0002000").rmdir()
+    byte_tokenizer(chat=False, size=PUBLISHED_VOCAB).save_pretrained(hub / "nvidia/tokenizer")
+    (folder / "held_out.txt").write_text("A CACHE THAT MANY LAYERS SHARE\n", encoding="utf-8")
+
+
+def bring_cluster_data(folder: Path, hub: Path) -> None:
+    """Twenty files and a tokenizer."""
+    corpus(folder / "corpus", files=20, documents=5)
+    byte_tokenizer(chat=False).save_pretrained(folder / "data/tokenizer")

@@ -22,7 +22,7 @@ from lckv.config import CompressionConfig
 from lckv_megatron.layouts import LAYOUTS, YOCO_WINDOW
 from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_ext.model.build import build_stage
-from megatron_ext.model.memory import kept_by_full_recompute, kept_bytes
+from megatron_ext.model.memory import kept_bytes, kept_for_backward
 from megatron_ext.parallel.process_groups import destroy, device_of_rank, initialize
 from megatron_ext.precision import precision
 from tools.benchmarks.timing import peak_bytes, setting, write_csv
@@ -99,7 +99,7 @@ def measure(
         compression = CompressionConfig(layer_types=text, sliding_window=window)
         step = Step.of(sized, compression, train)
         measured = {"layers": layers, "saved": step.saved_bytes(), "peak": peak_bytes(step.run)}
-        kept = kept_by_full_recompute(compression, layers, range(layers))
+        kept = kept_for_backward(compression, layers, range(layers))
         growth = {
             f"{what}_growth": round(
                 (measured[what] - last[what]) / (layers - last["layers"]) / layer_input, 3
@@ -113,7 +113,7 @@ def measure(
             "recompute": train.recompute_granularity,
             "layers": layers,
             "saved_bytes": measured["saved"],
-            "predicted_bytes": kept_bytes(kept, sized, ParallelConfig(), train)
+            "predicted_bytes": kept_bytes(kept, sized, compression, ParallelConfig(), train)
             if train.recompute_granularity == "full"
             else "",
             "peak_bytes": measured["peak"],

@@ -124,6 +124,19 @@ class DMCConfig(PolicyConfig):
         tokens = 1 if self.window is None else max(1, self.window - 1)
         return tokens * (2 * head_dim + 1)
 
+    def kept_bytes(
+        self, *, query_heads: float, kv_heads: float, head_dim: int, bytes_per_number: int
+    ) -> float:
+        """See `PolicyConfig`. Queries a second time; where keys and values are pooled also the mixed
+        projection, and float32 weights of the window's tokens, some times."""
+        if not self.decides:
+            return 0.0
+        queries = bytes_per_number * query_heads * head_dim
+        if not kv_heads:
+            return queries
+        mixed = bytes_per_number * (query_heads + 2 * kv_heads) * head_dim
+        return queries + mixed + 4 * kv_heads * (3 * (self.window or 0) + 8)
+
     def describe(self) -> str:
         """See `PolicyConfig`."""
         window = "no window" if self.window is None else f"window {self.window}"

@@ -45,7 +45,7 @@ def forced_openings(logits: Tensor, context: TokenContext) -> Tensor:
     opens = torch.zeros(rows, tokens, dtype=torch.bool, device=logits.device)
     opens[:, 0] = True
     if context.documents is not None:
-        opens.view(-1)[context.documents.cu_seqlens[:-1].long()] = True
+        opens.view(-1).index_fill_(0, context.documents.cu_seqlens[:-1].long(), True)
     opens = opens.transpose(0, 1)
     if context.counted is not None:
         padding = ~context.counted

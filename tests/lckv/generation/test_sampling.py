@@ -224,6 +224,7 @@ def test_more_logprobs_than_the_vocabulary_has_are_all() -> None:
         ("ignore_eos", 1, "true or false"),
         ("logprobs", 21, "an integer from 0 to 20, or None"),
         ("logprobs", -1, "an integer from 0 to 20, or None"),
+        ("prompt_logprobs", 21, "an integer from 0 to 20, or None"),
     ],
 )
 def test_what_is_wrong_with_settings_is_said(field: str, value: Any, relation: str) -> None:
@@ -237,4 +238,5 @@ def test_right_settings_have_no_problems_and_wrong_ones_are_all_named() -> None:
         ).problems()
         == []
     )
+    assert SamplingParams(max_new_tokens=0, prompt_logprobs=0).problems() == []
     assert len(SamplingParams(temperature=-1, top_p=2, max_new_tokens=0).problems()) == 3

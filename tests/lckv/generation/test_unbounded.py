@@ -41,6 +41,8 @@ def test_tokens_that_the_model_does_not_have_are_refused(tmp_path: Path) -> None
     for params in (SamplingParams(logit_bias={10**6: 1.0}), SamplingParams(stop_token_ids=(10**6,))):
         with pytest.raises(ValueError, match="has 1000000; the model's tokens are 0 to "):
             Continuation(model, tokenizer, cache, [1], params)
+    with pytest.raises(ValueError, match="prompt_logprobs must be None here; the engine"):
+        Continuation(model, tokenizer, cache, [1], SamplingParams(prompt_logprobs=0))
 
 
 def test_the_end_of_a_document_ends_it(tmp_path: Path) -> None:

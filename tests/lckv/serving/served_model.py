@@ -20,18 +20,26 @@ from lckv.serving.limits import ServingLimits
 
 CONTEXT = 96
 LIMITS = ServingLimits(
-    context=CONTEXT, max_prompt_tokens=64, max_new_tokens=40, max_body_bytes=4096, max_prompts=4, max_biases=8
+    context=CONTEXT,
+    max_prompt_tokens=64,
+    max_new_tokens=40,
+    max_body_bytes=4096,
+    max_prompts=4,
+    max_biases=8,
+    max_prompt_logprobs=2000,
+    max_template_characters=100,
 )
 PROMPT = "Once upon"
 CHAT_TEMPLATE = (
+    "{% if system %}<system>{{ system }}{% endif %}"
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 
-def byte_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
-    """One token per byte, and </s>."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+def byte_tokenizer(*, chat: bool = True, size: int = 257) -> PreTrainedTokenizerFast:
+    """One token per byte, and </s>; of a smaller `size` the first bytes only."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: size - 1]
     vocabulary = {token: index for index, token in enumerate([*alphabet, "</s>"])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -55,6 +55,8 @@ def test_a_stream_has_the_same_text(client: TestClient) -> None:
     assert "".join(piece["choices"][0]["text"] for piece in pieces[:-1]) == greedy(PROMPT)
     assert [piece["choices"][0]["finish_reason"] for piece in pieces[:-1]][-1] == "length"
     assert pieces[-1]["usage"]["completion_tokens"] == 12 and pieces[-1]["choices"] == []
+    assert all(piece["usage"] is None for piece in pieces[:-1])
+    assert all("usage" not in piece for piece in events(ask(client, stream=True)))
 
 
 def test_several_answers_in_one_stream(client: TestClient) -> None:
@@ -128,6 +130,41 @@ def test_a_prompt_with_several_answers_is_counted_once(client: TestClient) -> No
     assert ask(client, **fields).json()["usage"] == usage
     pieces = events(ask(client, **fields, stream=True, stream_options={"include_usage": True}))
     assert pieces[-1]["usage"] == usage
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+@pytest.mark.parametrize("as_text", [True, False])
+def test_echo_with_logprobs(client: TestClient, tokens: int, as_text: bool) -> None:
+    ids = byte_tokenizer()(PROMPT).input_ids
+    asked = {"prompt": PROMPT if as_text else ids, "echo": True, "logprobs": 1, "max_tokens": tokens}
+    answer = ask(client, **asked).json()
+    (choice,) = answer["choices"]
+    assert choice["text"] == PROMPT + (greedy(PROMPT, tokens) if tokens else "")
+    assert answer["usage"]["completion_tokens"] == tokens and choice["finish_reason"] == "length"
+    logprobs = choice["logprobs"]
+    assert logprobs["tokens"][: len(ids)] == list(PROMPT)
+    assert logprobs["text_offset"][: len(ids)] == list(range(len(ids)))
+    assert {len(column) for column in logprobs.values()} == {len(ids) + tokens}
+    assert logprobs["token_logprobs"][0] is logprobs["top_logprobs"][0] is None
+    scores = make_engine().score([ids])[0]
+    assert logprobs["token_logprobs"][1 : len(ids)] == pytest.approx(scores.logprobs.tolist(), abs=1e-4)
+    pieces = events(ask(client, **asked, stream=True))
+    assert "".join(piece["choices"][0]["text"] for piece in pieces) == choice["text"]
+    streamed = [piece["choices"][0]["logprobs"] for piece in pieces]
+    for name, column in logprobs.items():
+        assert [entry for part in streamed if part for entry in part[name]] == column
+
+
+def test_echo_of_several_prompts_and_answers(client: TestClient) -> None:
+    choices = ask(client, prompt=["ab", "xyz"], n=2, echo=True, logprobs=0, max_tokens=2).json()["choices"]
+    assert [choice["text"][:3].rstrip() for choice in choices[2:]] == ["xyz", "xyz"]
+    assert [len(choice["logprobs"]["tokens"]) for choice in choices] == [4, 4, 5, 5]
+    assert choices[0]["logprobs"]["top_logprobs"] == [None, {}, {}, {}]
+
+
+def test_echo_alone(client: TestClient) -> None:
+    (choice,) = ask(client, echo=True, max_tokens=0).json()["choices"]
+    assert (choice["text"], choice["logprobs"], choice["finish_reason"]) == (PROMPT, None, "length")
 
 
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])

@@ -137,6 +137,20 @@ def test_chunks_have_the_limits_of_other_bodies(address: tuple[str, int]) -> Non
         assert status == 413 and "The body may have at most 4096 bytes" in error["message"]
 
 
+def test_chunks_that_are_none_are_said_once(address: tuple[str, int]) -> None:
+    with connected(address) as connection:
+        connection.sendall(CHUNKED + b"2\r\n{\"\r\nzz\r\n")
+        answer = rest(connection)
+    assert error_of(answer)[0] == 400 and answer.count(b"HTTP/1.1") == 1
+
+
+def test_a_head_is_answered_without_a_body(address: tuple[str, int]) -> None:
+    with connected(address) as connection:
+        connection.sendall(b"HEAD /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        start, _, body = rest(connection).partition(b"\r\n\r\n")
+    assert start.split()[1] == b"200" and body == b"" and b"content-length" in start.lower()
+
+
 def test_a_body_that_was_refused_is_not_waited_for(address: tuple[str, int]) -> None:
     with connected(address) as connection:
         connection.sendall(head(10**9))

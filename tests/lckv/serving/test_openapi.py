@@ -21,6 +21,12 @@ LEAST: dict[str, dict[str, Any]] = {
     "ChatRequest": {"messages": [{"role": "user", "content": "x"}]},
 }
 
+NEEDED = {
+    ("ChatRequest", "top_logprobs"): {"logprobs": True},
+    ("CompletionRequest", "max_tokens"): {"echo": True},
+}
+"""What some values need beside them."""
+
 
 def read(name: str, **fields: Any) -> Any:
     """A request as the server understands it."""
@@ -34,10 +40,10 @@ def properties() -> Iterator[tuple[str, str]]:
             yield name, field
 
 
-def refused(name: str, field: str, value: Any) -> bool:
+def refused(name: str, field: str, value: Any, **others: Any) -> bool:
     """By its name."""
     try:
-        read(name, **{field: value})
+        read(name, **{field: value}, **others)
     except ApiError as error:
         return field in error.message
     return False
@@ -80,7 +86,7 @@ def check_bounds(name: str, field: str, part: Mapping[str, Any]) -> None:
     step = 1 if part.get("type") == "integer" else 0.001
     for bound, outside in (("minimum", -step), ("maximum", step)):
         if bound in part:
-            assert not refused(name, field, part[bound]) or field == "top_logprobs"  # needs logprobs
+            assert not refused(name, field, part[bound], **NEEDED.get((name, field), {}))
             assert refused(name, field, part[bound] + outside)
     if "exclusiveMinimum" in part:
         assert refused(name, field, part["exclusiveMinimum"])
@@ -128,6 +134,7 @@ def wrong(value: Any, schema: Mapping[str, Any], path: str = "") -> list[str]:
     [
         ("completions", {}),
         ("completions", {"logprobs": 2, "stream_options": {"include_usage": True}}),
+        ("completions", {"logprobs": 2, "echo": True, "n": 2}),
         ("chat/completions", {"logprobs": True, "top_logprobs": 2, "stop": "e"}),
         ("chat/completions", {"stream_options": {"include_usage": True}}),
         ("completions", {"prompt": 7}),

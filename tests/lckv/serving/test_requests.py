@@ -51,8 +51,19 @@ BAD = [
     ({"prompt": None}, 400, "prompt is missing; it must be"),
     ({"model": 7}, 400, "model is 7; it must be a text"),
     ({"stream": True, "stream_options": {"x": 1}}, 400, "stream_options.x: there is no such field"),
+    (
+        {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+        400,
+        "stream_options.continuous_usage_stats is True; this server only supports False and null",
+    ),
     ({"stream_options": {"include_usage": True}}, 400, "stream_options is given, but stream is false"),
-    ({"echo": True, "logprobs": 1}, 400, "echo with logprobs is not supported"),
+    ({"echo": True, "logprobs": 21}, 400, "logprobs is 21; it must be an integer from 0 to 20"),
+    ({"echo": True, "max_tokens": -1}, 400, "max_tokens is -1; it must be an integer of at least 0"),
+    (
+        {"echo": True, "logprobs": 20, "prompt": ["x" * 60] * 2},
+        400,
+        "logprobs: 2520 log-probabilities of prompts; 1 to 2000 are allowed",
+    ),
     ({"prompts": "x"}, 400, "prompts: there is no such field"),
     ({"prompt": ...}, 400, "prompt is missing; it must be a text"),
     ({"temperature": "hot"}, 400, "temperature is 'hot'; it must be a number"),
@@ -120,7 +131,24 @@ def test_what_cannot_be_done_is_said(client: TestClient, fields: dict, status: i
             {"tool_choice": "required"},
             "tool_choice is 'required'; this server only supports 'none' and 'auto'",
         ),
-        ({"chat_template_kwargs": {}}, "chat_template_kwargs: there is no such field"),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs is [1]; it must be an object"),
+        ({"chat_template_kwargs": {"x": "y" * 200}}, "chat_template_kwargs: 209 characters; 0 to 100 are"),
+        (
+            {"chat_template_kwargs": {"add_generation_prompt": False}},
+            "chat_template_kwargs.add_generation_prompt: give add_generation_prompt as a field of",
+        ),
+        *(
+            ({"chat_template_kwargs": {name: []}}, f"{name}: the template gets {name} from the server; leave")
+            for name in (
+                "messages",
+                "tools",
+                "chat_template",
+                "tokenize",
+                "eos_token",
+                "self",
+                "conversation",
+            )
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "messages[0].content[0].type is 'image_url'; only 'text' is supported",
@@ -148,6 +176,17 @@ def test_bad_conversations(client: TestClient, fields: dict, message: str) -> No
     response = ask(client, "chat/completions", **fields)
     assert response.status_code == 400
     assert message in response.json()["error"]["message"]
+
+
+def test_the_template_reads_what_the_request_gives_it(client: TestClient) -> None:
+    for settings, before in (
+        ({"system": "Be é."}, "<system>Be é."),
+        ({"system": ""}, ""),
+        ({"not_read": {"a": [1]}}, ""),
+        ({}, ""),
+    ):
+        answer = ask(client, "chat/completions", chat_template_kwargs=settings)
+        assert answer.json()["choices"][0]["message"]["content"] == greedy(f"{before}<user>Hi<assistant>")
 
 
 def test_the_servers_own_messages_are_accepted(client: TestClient) -> None:
@@ -191,6 +230,7 @@ _COMPLETIONS = ["echo", "best_of", "suffix", *ACCEPTED_OF_VLLM]
 _CHATS = [
     *ACCEPTED_OF_VLLM_CHATS,
     "add_generation_prompt",
+    "chat_template_kwargs",
     "continue_final_message",
     "prompt_cache_retention",
     "max_completion_tokens",

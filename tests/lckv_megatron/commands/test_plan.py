@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from lckv.config import CompressionConfig
-from lckv_megatron.commands.plan import Plan, find_vocab_size, main
+from lckv_megatron.commands.plan import find_vocab_size, main
+from lckv_megatron.planning import inputs
+from lckv_megatron.planning.plan import Plan
+from lckv_megatron.tables import gib
 from megatron_ext.command_line import parse_run_config
 from megatron_ext.config import RunConfig
 from megatron_ext.data import checks
@@ -85,7 +88,7 @@ def test_numbers_are_those_of_the_model(capsys, layer_types: str, layout: list[s
         numbers = 1
         for length in found[0][1]:
             numbers *= length
-        assert f"{4 * numbers / 1024:.2f} KiB: hidden states" in " ".join(stages[0])
+        assert f"{gib(4 * numbers)}: hidden states" in " ".join(stages[0])
         assert ("KV of 0" in " ".join(stages[0])) == (layer_types == "0_0_0_0")
 
 
@@ -106,7 +109,9 @@ def test_a_plan_from_top_to_bottom(capsys) -> None:
     assert line(lines, "KV cache").endswith(
         "192 bytes per token in 16 bits, 1.33x less than a plain model's 256"
     )
-    assert line(lines, "  full context").endswith("9.00 KiB for 64 tokens, 1.78x less than 16.00 KiB")
+    assert line(lines, "  full context").endswith(
+        f"{gib(9 * 1024)} for 64 tokens, 1.78x less than {gib(16 * 1024)}"
+    )
     assert line(lines, "predicted cost").endswith(
         "(7 passes without and 2 with gradient over each cyclic group)"
     )
@@ -118,7 +123,7 @@ def test_a_plan_from_top_to_bottom(capsys) -> None:
     assert line(lines, "global batch").endswith(
         "8 sequences = 4 replicas x 2 micro-batches x 1; 512 tokens per step"
     )
-    assert "not predicted" not in line(lines, "0  ")
+    assert not any(re.search(r"[KM]iB", text) for text in lines)
     assert not any(text.startswith("pipeline") for text in lines)
 
 
@@ -134,8 +139,106 @@ def test_the_first_stage_keeps_activations_of_all_micro_batches_in_flight(capsys
         return [re.split(r"  +", line(lines, start))[6] for start in ("0  ", "1  ")]
 
     layer_inputs = 2 * 64 * 32 * 4 // 2  # of the 2 layers of a stage, shared out over 2 ranks
-    assert activations() == [f"{2 * layer_inputs / 1024:.2f} KiB", f"{layer_inputs / 1024:.2f} KiB"]
-    assert activations("--train.global_batch_size", "1") == [f"{layer_inputs / 1024:.2f} KiB"] * 2
+    of_loss = 64 * (2 * 32 * 4 // 2 + 2) + 4 * 64 * 256 // 2  # the final norm, and logits
+    last = gib(layer_inputs + of_loss)
+    assert activations() == [gib(2 * layer_inputs), last]
+    assert activations("--train.global_batch_size", "1") == [gib(layer_inputs), last]
+
+
+def verdicts(capsys, *argv: str) -> dict[str, list[str]]:
+    """The cells of the table of kinds of recompute, by the kind."""
+    lines = planned(capsys, *argv)
+    start = lines.index(line(lines, "recompute"))
+    return {row[0]: row[1:] for row in (re.split(r"  +", text) for text in lines[start + 1 : start + 6])}
+
+
+LARGE = ["--model.num_layers", "20", "--model.hidden_size", "4096", "--model.num_attention_heads", "32"]
+LARGE += ["--train.seq_length", "4096", "--train.precision", "bf16", "--train.micro_batch_size", "4"]
+
+
+def test_each_kind_of_recompute_has_a_verdict(capsys) -> None:
+    kinds = verdicts(capsys, *LARGE, "--world-size", "2")
+    assert list(kinds)[:4] == ["* none", "selective core_attn", "selective core_attn mlp", "full"]
+    needed = [float(row[3].split()[0].replace(",", "")) for row in list(kinds.values())[:4]]
+    assert needed == sorted(needed, reverse=True)
+    for row in list(kinds.values())[:4]:
+        state, activations, working, whole = (float(cell.split()[0].replace(",", "")) for cell in row[:4])
+        assert whole == pytest.approx(state + activations + working, abs=0.02)
+        assert row[4] == ("fits" if whole <= 73.14 else "does not fit")
+    assert {row[4] for row in list(kinds.values())[:4]} == {"fits", "does not fit"}
+    larger = verdicts(capsys, *LARGE, "--world-size", "2", "--gpu", "500GiB")
+    assert [row[4] for row in list(larger.values())[:4]] == ["fits"] * 4
+
+
+def test_the_run_s_own_kind_of_recompute_is_marked(capsys) -> None:
+    def marked(*argv: str) -> list[str]:
+        return [name for name in verdicts(capsys, *argv) if name.startswith("*")]
+
+    assert marked("--train.recompute_granularity", "full") == ["* full"]
+    some = ["--train.recompute_granularity", "full", "--train.recompute_num_layers", "2"]
+    assert marked(*some) == ["* full 2"]
+    only = ["--train.recompute_granularity", "selective", "--train.recompute_modules", "mlp"]
+    assert marked(*only) == ["* selective mlp"]
+
+
+def test_checkpoints_on_the_disk(capsys, tmp_path: Path) -> None:
+    argv = ["--checkpoint.save", str(tmp_path / "run"), "--checkpoint.save_interval", "3"]
+    parameters = int(line(planned(capsys), "parameters").split()[1].rstrip(",").replace(",", ""))
+    each = parameters * 12  # float32: weights and two moments
+    assert line(planned(capsys), "checkpoints").endswith("none, checkpoint.save is not set")
+    assert line(planned(capsys, *argv), "checkpoints").endswith(
+        f"{gib(each)} each, 4 of them; 4 are kept: at most {gib(4 * each)} on the disk"
+    )
+    assert line(planned(capsys, *argv, "--checkpoint.keep_last", "2"), "checkpoints").endswith(
+        f"{gib(each)} each, 4 of them; 2 are kept: at most {gib(3 * each)} on the disk"
+    )
+
+
+def test_what_is_not_here_is_told_behind_the_plan(capsys, tmp_path: Path) -> None:
+    prefix, tokenizer, load = (str(tmp_path / name) for name in ("corpus", "tokenizer", "before"))
+    argv = [*TINY, "--data.mock", "false", "--data.data_path", prefix, "--data.tokenizer_type"]
+    argv += ["huggingface", "--data.tokenizer_model", tokenizer, "--checkpoint.load", load]
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert "fits" in captured.out and "epochs are not known: no description of" in captured.out
+    assert f"problem 1: the dataset {prefix} is not here ({prefix}.bin and {prefix}.idx)" in captured.err
+    assert f"problem 2: data.tokenizer_model is {tokenizer}, which is not here" in captured.err
+    assert f"problem 3: checkpoint.load is {load}, which is not here" in captured.err
+
+
+def test_epochs_of_the_data(capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        for end in ("bin", "idx"):
+            (tmp_path / f"{name}.{end}").touch()
+    monkeypatch.setattr(inputs, "_tokens", lambda prefix: {"a": 1000, "b": 5120}[Path(prefix).name])
+    argv = ["--data.mock", "false", "--data.data_path", "3", f"{tmp_path}/a", "1", f"{tmp_path}/b"]
+    lines = planned(capsys, *argv, "--data.split", "1,1,0")
+    assert [text for text in lines if text.startswith("data ")] == [
+        f"data                  7.68 epochs of {tmp_path}/a, 3,840 tokens",
+        f"data                  0.50 epochs of {tmp_path}/b, 1,280 tokens",
+    ]
+
+
+def test_a_recipe_s_own_processes(capsys, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("train: {global_batch_size: 48}\n")
+    assert line(planned(capsys, "--config", str(config)), "layout").startswith("layout                1 proc")
+    (tmp_path / "launch.sh").write_text("#!/bin/bash\n#SBATCH --nodes=3\n#SBATCH --gpus-per-node=8\n")
+    for words in (["--config", str(config)], [f"--config={config}"]):
+        assert line(planned(capsys, *words), "layout").startswith("layout                24 processes")
+    given = planned(capsys, "--config", str(config), "--world-size", "2")
+    assert line(given, "layout").startswith("layout                2 processes")
+
+
+def test_time_at_an_mfu(capsys) -> None:
+    """Recomputation does not count as work, so it changes nothing."""
+    argv = ["--mfu", "0.5", "--logging.peak_tflops", "1e-9"]
+    one = line(planned(capsys, *argv), "time")
+    assert "if the MFU is 50 % of 1e-09 TFLOP/s" in one
+    assert one == line(planned(capsys, *argv, "--train.recompute_granularity", "full"), "time")
+    hours = float(one.split()[1].replace(",", "")) * (24 if " days" in one else 1)
+    four = line(planned(capsys, *argv, "--world-size", "4"), "time")
+    assert float(re.search(r"([\d,]+) GPU-hours", four)[1].replace(",", "")) == pytest.approx(hours, rel=0.01)
 
 
 def test_replicas_share_the_state_of_a_distributed_optimizer(capsys) -> None:
@@ -194,8 +297,9 @@ def test_named_layouts_are_compared(capsys) -> None:
 def test_maps_are_compared_with_the_run_s_own_settings(capsys) -> None:
     argv = ["--compression.sliding_window", "16", "--compression.layer_types", "0s_1_2_3"]
     lines = planned(capsys, *argv, "--compare", "yoco", "0_0_0_0", "--compression.forward_passes", "3")
-    assert lines[1].split()[:5] == ["YOCO", "3", "192", "6.00", "KiB"]  # 64 bytes x (16 + 16 + 64 tokens)
-    assert lines[2].split()[:5] == ["map", "2", "1", "64", "4.00"]
+    assert lines[1].split()[:3] == ["YOCO", "3", "192"]
+    assert f" {gib(64 * (16 + 16 + 64))} " in lines[1]  # 64 bytes per token
+    assert lines[2].split()[:4] == ["map", "2", "1", "64"] and f" {gib(64 * 64)} " in lines[2]
     assert lines[3].startswith("Sliding layers see 16 tokens, cyclic groups run 3 + 2 passes.")
 
 
@@ -271,6 +375,8 @@ def test_the_tokenizer_s_vocabulary(monkeypatch) -> None:
     [
         (["--world-size", "0"], "argument --world-size: '0' is not a whole number of at least 1"),
         (["--utilisation", "1.5"], "argument --utilisation: 1.5 is not in (0, 1]"),
+        (["--mfu", "0.3", "--utilisation", "0.3"], "argument --utilisation: not allowed with argument --mfu"),
+        (["--gpu", "H10"], "argument --gpu: --gpu is 'H10'; it must be one of H100"),
     ],
 )
 def test_options_out_of_range(capsys, argv: list[str], message: str) -> None:

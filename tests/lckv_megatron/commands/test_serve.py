@@ -16,10 +16,12 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 
+from lckv.generation.loading import load_model
 from lckv_megatron.commands import serve
 from megatron_ext.errors import ConfigError
-from tests.lckv.serving.served_model import write_folder
+from tests.lckv.serving.served_model import byte_tokenizer, write_folder
 
 ROOT = Path(__file__).resolve().parents[3]
 START_SECONDS, END_SECONDS = 120, 60
@@ -28,6 +30,10 @@ START_SECONDS, END_SECONDS = 120, 60
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def tokens_of(text: str) -> list[int]:
+    return list(byte_tokenizer()(text).input_ids)
 
 
 class Server:
@@ -52,7 +58,7 @@ class Server:
             *options,
         ]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-        self.log: list[str] = []
+        self.folder, self.log = folder, list[str]()
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -133,6 +139,50 @@ def test_the_bytes_of_logprobs_are_the_text(server: Server) -> None:
     assert [(entry.token, entry.bytes) for entry in entries] == [
         (entry.token, entry.bytes) for entry in choice.logprobs.content
     ]
+
+
+def test_openais_library_finds_the_model(server: Server) -> None:
+    assert server.client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="model 'a/b' is not served here") as caught:
+        server.client.models.retrieve("a/b")
+    assert caught.value.code == "model_not_found"
+
+
+def test_openais_library_streams_several_answers(server: Server) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    chat = {"model": "tiny", "messages": messages, "max_tokens": 12, "seed": 5, "n": 2}
+    whole = server.client.chat.completions.create(**chat)
+    texts = {0: "", 1: ""}
+    for piece in server.client.chat.completions.create(**chat, stream=True):
+        for choice in piece.choices:
+            texts[choice.index] += choice.delta.content or ""
+    assert texts == {choice.index: choice.message.content for choice in whole.choices}
+    assert texts[0] != texts[1]
+
+
+def test_openais_library_sends_penalties_and_what_it_has_as_defaults(server: Server) -> None:
+    letter = {"logit_bias": {str(tokens_of("q")[0]): 12}}
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0}
+    chat |= {"max_completion_tokens": 12, "store": False, "tool_choice": "none", "parallel_tool_calls": True}
+    chat |= {"service_tier": "auto", "modalities": ["text"], "extra_body": {"chat_template_kwargs": {}}}
+
+    def count(**more: Any) -> int:
+        answer = server.client.chat.completions.create(**chat, **more)
+        return (answer.choices[0].message.content or "").count("q")
+
+    assert count(**letter) > count(**letter, presence_penalty=2, frequency_penalty=2) > 0
+
+
+def test_openais_library_reads_the_logprobs_of_a_prompt(server: Server) -> None:
+    ask = {"model": "tiny", "prompt": tokens_of("Once upon"), "echo": True, "logprobs": 1, "max_tokens": 0}
+    (choice,) = server.client.completions.create(**ask).choices
+    assert (choice.text, choice.logprobs.text_offset) == ("Once upon", list(range(9)))
+    model, _ = load_model(server.folder)
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens_of("Once upon")]), use_cache=False).logits[0].log_softmax(-1)
+    expected = logits[:-1].gather(1, torch.tensor(tokens_of("Once upon")[1:])[:, None]).squeeze(1)
+    first, *found = choice.logprobs.token_logprobs
+    assert first is None and found == pytest.approx(expected.tolist(), abs=0.1)  # passes of an iterated map
 
 
 def test_openais_library_understands_the_errors(server: Server) -> None:

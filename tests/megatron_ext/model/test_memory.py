@@ -2,15 +2,26 @@
 keys and values are stored once. Bytes kept for backward are counted on the running model; what memory.py
 predicts must be that to the byte."""
 
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
 import pytest
 import torch
 from megatron.core import parallel_state
 
 from lckv.config import CompressionConfig
+from lckv.policies.dmc.config import DMCConfig
 from megatron_ext.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_ext.model.build import build_stage, wrap
-from megatron_ext.model.memory import Kept, kept_by_full_recompute, kept_bytes, state_bytes
-from megatron_ext.model.parameters import stage_parameters
+from megatron_ext.model.memory import (
+    kept_bytes,
+    kept_for_backward,
+    loss_bytes,
+    recomputed_of_stage,
+    state_bytes,
+)
+from megatron_ext.model.parameters import padded_vocab_size, stage_parameters
 from megatron_ext.parallel.process_groups import initialize
 from megatron_ext.precision import precision as numbers
 from megatron_ext.training.optimizer import build_optimizer
@@ -117,8 +128,9 @@ def test_prediction_is_exact(parallel: ParallelConfig, precision: str) -> None:
         rest = set()
         for layer_types, bytes_saved in zip(maps, found, strict=True):
             layers = layer_types.count("_") + 1
-            kept = kept_by_full_recompute(settings(layer_types), layers, range(layers))
-            rest.add(bytes_saved - kept_bytes(kept, model(layers), parallel, training(precision)))
+            kept = kept_for_backward(settings(layer_types), layers, range(layers))
+            predicted = kept_bytes(kept, model(layers), settings(layer_types), parallel, training(precision))
+            rest.add(bytes_saved - predicted)
         assert len(rest) == 1
         assert 0 < rest.pop() < 10 * LAYER_INPUT
 
@@ -144,10 +156,11 @@ def test_prediction_for_stages_is_exact() -> None:
     for stage in range(2):
         predicted = [
             kept_bytes(
-                kept_by_full_recompute(
+                kept_for_backward(
                     settings(each), layers, range(stage * layers // 2, (stage + 1) * layers // 2)
                 ),
                 model(layers),
+                settings(each),
                 parallel,
                 training(),
             )
@@ -157,18 +170,74 @@ def test_prediction_for_stages_is_exact() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layer_types", "layers", "kept"),
+    ("layer_types", "layers", "inputs", "shared", "runs"),
     [
-        ("0_1_2_3", range(4), Kept(4, 0)),
-        ("0_0_2_2", range(4), Kept(4, 2)),
-        ("0_0_0_0", range(2, 4), Kept(2, 1)),
-        ("0_1_2_0", range(1, 3), Kept(2, 1)),  # passes through
-        ("0_2_2_3", range(4), Kept(2 + 2 * 2, 2)),  # layer 1 reads what the last two passes before it made
-        ("0_2_2_2", range(4), Kept(2 + 2 * 2, 3)),  # and layer 3 the last one's
+        ("0_1_2_3", range(4), 4, 0, 0),
+        ("0_0_2_2", range(4), 4, 2, 0),
+        ("0_0_0_0", range(2, 4), 2, 1, 0),
+        ("0_1_2_0", range(1, 3), 2, 1, 0),  # passes through
+        # Layer 1 reads what the last two passes before it made; the first of them ends at keys and values.
+        ("0_2_2_3", range(4), 2 + 2 * 2 - 1, 2, 1),
+        ("0_2_2_2", range(4), 2 + 2 * 2 - 1, 3, 1),  # and layer 3 the last one's
     ],
 )
-def test_kept_tensors(layer_types: str, layers: range, kept: Kept) -> None:
-    assert kept_by_full_recompute(settings(layer_types), 4, layers) == kept
+def test_kept_tensors(layer_types: str, layers: range, inputs: int, shared: int, runs: int) -> None:
+    kept = kept_for_backward(settings(layer_types), 4, layers)
+    assert (kept.inputs, kept.shared, len(kept.runs)) == (inputs, shared, runs)
+
+
+RECOMPUTE: list[dict[str, Any]] = [
+    {},
+    {"recompute_granularity": "selective"},
+    {"recompute_granularity": "selective", "recompute_modules": ("core_attn", "mlp")},
+    {"recompute_granularity": "full"},
+    {"recompute_granularity": "full", "recompute_num_layers": 2},
+]
+DMC = DMCConfig(stage="retrofit")
+MODELS = {
+    "plain": (SIZES, CompressionConfig("0_1_2_3")),
+    "cla": (SIZES, CompressionConfig("0_0_2_2")),
+    "yoco": (SIZES, CompressionConfig("0s_1s_2_2", sliding_window=6)),
+    "lckv": (SIZES, CompressionConfig("0_2_2_3", forward_passes=2)),
+    "sandwich": (SIZES, CompressionConfig("0_1_1_3", forward_passes=2)),
+    "no diagonal": (SIZES, CompressionConfig("0_1_2_3", force_nodiag=True)),
+    "query and key norm": (replace(SIZES, qk_layernorm=True), CompressionConfig("0_0_2_3")),
+    "dmc": (SIZES, CompressionConfig("0_1_2_3", policy=DMC)),
+    "lckv with dmc": (SIZES, CompressionConfig("0_2_2_3", policy=DMC, forward_passes=2)),
+    "dmc without window": (SIZES, CompressionConfig("0_1_2_3", policy=replace(DMC, window=None))),
+    "loss in chunks": (replace(SIZES, cross_entropy_chunk_size=16), CompressionConfig("0_1_2_3")),
+}
+
+
+def measured_and_predicted(parallel: ParallelConfig) -> dict[str, tuple[int, int]]:
+    """Run on every rank: bytes kept for backward of each model with each kind of recompute."""
+    initialize(parallel, seed=1)
+    found = {}
+    cases = [*product(("bf16",), RECOMPUTE, MODELS.items()), *product(("fp32",), [{}], MODELS.items())]
+    for precision, recompute, (name, (sizes, compression)) in cases:
+        sized, train = model_of(sizes), replace(training(precision), **{**RECOMPUTE_NONE, **recompute})
+        step = Step.of(sized, compression, train, parallel)
+        kept = kept_for_backward(compression, 4, range(4), recomputed_of_stage(train, range(4)))
+        predicted = kept_bytes(kept, sized, compression, parallel, train)
+        padded = padded_vocab_size(40, sized, parallel)
+        predicted += loss_bytes(padded, sized, compression, parallel, train)[0]
+        found[f"{name}, {precision}, {recompute}"] = (step.saved_bytes(), predicted)
+    return found
+
+
+RECOMPUTE_NONE = {"recompute_granularity": "none"}
+
+
+def model_of(sizes: ModelConfig) -> ModelConfig:
+    return replace(sizes, num_layers=4, make_vocab_size_divisible_by=8)
+
+
+@pytest.mark.parametrize("parallel", [ParallelConfig(), TP2], ids=["tp1", "tp2+sp"])
+def test_what_is_kept_is_predicted_for_every_kind_of_recompute(parallel: ParallelConfig) -> None:
+    for rank in run_on_ranks(parallel.tensor_model_parallel_size, measured_and_predicted, parallel):
+        assert len(rank) == (len(RECOMPUTE) + 1) * len(MODELS)
+        wrong = {name: pair for name, pair in rank.items() if abs(pair[1] / pair[0] - 1) > 0.1}
+        assert wrong == {}
 
 
 @pytest.mark.parametrize("distributed", [True, False])

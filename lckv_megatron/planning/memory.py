@@ -1,0 +1,167 @@
+"""What each rank holds, and whether that fits into a GPU with each kind of recompute."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from lckv.sharing.plan import crossing_sources
+from lckv_megatron.planning.plan import Plan
+from lckv_megatron.tables import gib, table
+from megatron_ext.config import TrainConfig
+from megatron_ext.model.fit import RESERVED_BYTES, RESERVED_SHARE, RankMemory, fits, usable_bytes
+from megatron_ext.model.memory import (
+    checkpoint_bytes,
+    kept_bytes,
+    kept_for_backward,
+    layer_bytes,
+    loss_bytes,
+    recomputed_of_stage,
+    state_bytes,
+)
+from megatron_ext.precision import precision
+
+_NOTE = f"""\
+needed: by the stage that holds most. activations: kept for backward, of all micro-batches in flight, with
+fused kernels. working: logits and their gradient, or one layer. Formulas: megatron_ext/model/memory.py;
+dropout is not counted. fits: into the GPU's memory without {RESERVED_SHARE:.0%} for gaps and
+{RESERVED_BYTES / 2**30:g} GiB for CUDA and communication.
+GPU-hours: recomputation of whole layers counts. * is this run."""
+
+_EVERY_RECOMPUTE: dict[str, dict[str, object]] = {
+    "none": {"recompute_granularity": "none"},
+    "selective core_attn": {"recompute_granularity": "selective", "recompute_modules": ("core_attn",)},
+    "selective core_attn mlp": {
+        "recompute_granularity": "selective",
+        "recompute_modules": ("core_attn", "mlp"),
+    },
+    "full": {"recompute_granularity": "full"},
+}
+
+
+def stage_lines(plan: Plan) -> Iterator[str]:
+    """A table of what lies in the memory of each stage's ranks."""
+    yield from table(_per_rank(plan))
+
+
+def verdict_lines(plan: Plan) -> Iterator[str]:
+    """A table of all kinds of recompute: memory, whether it fits, and time."""
+    yield f"on {plan.gpu.name}, {gib(usable_bytes(plan.gpu.memory_bytes))} of it usable:"
+    yield from table(_per_recompute(plan))
+    yield _NOTE
+
+
+def checkpoint_line(plan: Plan) -> str:
+    """What checkpoints take on the disk."""
+    run = plan.run
+    one = checkpoint_bytes(plan.sizes.parameters, precision(run.train.precision))
+    if run.checkpoint.save is None:
+        return "checkpoints           none, checkpoint.save is not set"
+    saves = math.ceil(run.train.train_iters / (run.checkpoint.save_interval or run.train.train_iters))
+    kept = min(saves, run.checkpoint.keep_last or saves)
+    most = min(saves, kept + 1)  # the oldest goes once the newest is there
+    return (
+        f"checkpoints           {gib(one)} each, {saves:,} of them; {kept:,} are kept: at most "
+        f"{gib(most * one)} on the disk"
+    )
+
+
+def rank_memory(plan: Plan, number: int) -> RankMemory:
+    """Of each rank of stage `number`."""
+    run, stages, sizes = plan.run, plan.stages, plan.sizes
+    model, compression, parallel, train = run.model, run.compression, run.parallel, run.train
+    stage = stages[number]
+    optimizer_ranks = sizes.data_parallel_size if parallel.use_distributed_optimizer else 1
+    state = state_bytes(stage.per_rank, precision(train.precision), optimizer_ranks=optimizer_ranks)
+    recomputed = recomputed_of_stage(train, stage.layers)
+    kept = kept_for_backward(compression, model.num_layers, stage.layers, recomputed)
+    in_flight = min(len(stages) - number, sizes.micro_batches)
+    activations = in_flight * kept_bytes(kept, model, compression, parallel, train, fused=True)
+    working = layer_bytes(model, compression, parallel, train, fused=True)
+    if number == len(stages) - 1:
+        of_loss, while_computed = loss_bytes(
+            plan.padded_vocab_size, model, compression, parallel, train, fused=True
+        )
+        activations, working = activations + of_loss, max(working, while_computed)
+    return RankMemory(state.total, activations, working)
+
+
+def _per_rank(plan: Plan) -> Iterator[tuple[str, ...]]:
+    run, sizes = plan.run, plan.sizes
+    optimizer_ranks = sizes.data_parallel_size if run.parallel.use_distributed_optimizer else 1
+    yield (
+        "stage",
+        "layers",
+        "parameters",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "sends per micro-batch",
+    )
+    for number, stage in enumerate(plan.stages):
+        state = state_bytes(stage.per_rank, precision(run.train.precision), optimizer_ranks=optimizer_ranks)
+        yield (
+            str(number),
+            f"{stage.layers.start}-{stage.layers.stop - 1}",
+            f"{stage.per_rank:,}",
+            *map(gib, (state.weights, state.gradients, state.optimizer)),
+            gib(rank_memory(plan, number).activations),
+            _sent(plan, stage.layers.stop),
+        )
+
+
+def _per_recompute(plan: Plan) -> Iterator[tuple[str, ...]]:
+    yield ("recompute", "state", "activations", "working", "needed", "verdict", "GPU-hours")
+    for name, train in _recompute_settings(plan.run.train):
+        with_it = plan.with_training(train)
+        largest = max(
+            (rank_memory(with_it, number) for number in range(len(plan.stages))),
+            key=lambda memory: memory.total,
+        )
+        seconds = with_it.seconds()
+        yield (
+            f"{'* ' if train == plan.run.train else ''}{name}",
+            *map(gib, (largest.state, largest.activations, largest.working, largest.total)),
+            "fits" if fits(largest, plan.gpu.memory_bytes) else "does not fit",
+            "" if seconds is None else f"{seconds / 3600 * plan.world_size:,.0f}",
+        )
+
+
+def _recompute_settings(train: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
+    """All kinds by their names; that of the run too, where it is another."""
+    settings = {
+        name: replace(train, **{"recompute_num_layers": None, **changes})  # type: ignore[arg-type]  # fields of it
+        for name, changes in _EVERY_RECOMPUTE.items()
+    }
+    for name, changed in settings.items():
+        same = changed.recompute_granularity == train.recompute_granularity != "selective"
+        if same and changed.recompute_num_layers == train.recompute_num_layers:
+            settings[name] = train  # recompute_modules then say nothing
+    if train not in settings.values():
+        more = train.recompute_num_layers or " ".join(train.recompute_modules)
+        settings[f"{train.recompute_granularity} {more}"] = train
+    yield from settings.items()
+
+
+def _sent(plan: Plan, boundary: int) -> str:
+    """What each rank below layer `boundary` sends to the next stage."""
+    model, parallel, train = plan.run.model, plan.run.parallel, plan.run.train
+    if boundary == model.num_layers:
+        return "-"
+    from megatron_ext.parallel.pipeline_payload import PipelinePayload  # loads torch: only pipelines wait
+
+    ranks, policy = parallel.tensor_model_parallel_size, plan.run.compression.policy.build()
+    owners_below = any(layer < boundary for layer in plan.layer_types.kv_layers)
+    payload = PipelinePayload(
+        sources=crossing_sources(plan.run.compression.plan(model.num_layers), boundary),
+        hidden_size=model.hidden_size,
+        sequence_shards=ranks if parallel.sequence_parallel else 1,
+        kv_heads=max(1, model.query_groups // ranks),
+        head_dim=model.head_dim,
+        extra_channels=policy.traits.extra_channels,
+        sum_columns=len(policy.statistics) * (ranks if policy.per_rank else 1) * owners_below,
+    )
+    numbers = math.prod(payload.shape(train.seq_length, train.micro_batch_size))
+    sent = gib(numbers * precision(train.precision).bytes)
+    crossing = ", ".join(map(str, payload.sources))
+    return f"{sent}: hidden states" + (f", KV of {crossing}" if crossing else "")

@@ -1,0 +1,104 @@
+"""What one run of a layer keeps for backward, predicted without building the model. Neither torch nor
+Megatron is loaded.
+
+Bytes per token on one rank, with e bytes per number, h hidden size, a = query heads x d and k = KV heads x d
+of the rank, f MLP width of the rank, T ranks that share the sequence out (1 without sequence parallelism):
+
+    each of two norms   input and output: 2 e h / T          not fused: (8 + e) h / T, in float32
+    attention           query, output: 2 e a; logsumexp: 4 per query head
+    MLP                 both halves of its first layer, their product: 3 e f        not fused: 5 e f
+    query and key norm  2 e (a + k)                          not fused: (8 + e) (a + k)
+    policy              `PolicyConfig.kept_bytes`
+
+Keys and values are counted where they are read: one copy serves all layers. Attention that leaves out a row
+or walks a window keeps its output once more. Selective recompute leaves out logsumexp and those outputs
+(`core_attn`), and the MLP (`mlp`). Fused are the kernels on a GPU, those of Transformer Engine or of
+PyTorch 2.9; not fused what runs on a CPU. Dropout is not counted.
+"""
+
+from lckv.config import CompressionConfig
+from lckv.sharing.plan import LayerRun, Part
+from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_ext.precision import precision
+
+_CHUNK = 256
+"""Queries under a window that share a mask where windows are walked in chunks (`lckv.attention.sdpa`)."""
+
+
+class LayerMemory:
+    """The sizes of one rank, from which its layers' bytes follow."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        compression: CompressionConfig,
+        parallel: ParallelConfig,
+        train: TrainConfig,
+        *,
+        fused: bool,
+    ) -> None:
+        ranks = parallel.tensor_model_parallel_size
+        self._model, self._compression, self._train, self._fused = model, compression, train, fused
+        self._layer_types = compression.map(model.num_layers)
+        self._bytes = precision(train.precision).bytes
+        self._shards = ranks if parallel.sequence_parallel else 1
+        self._heads = model.num_attention_heads / ranks
+        self._kv_heads = max(1.0, model.query_groups / ranks)
+        self._ffn = model.ffn_size / ranks
+        selective = train.recompute_granularity == "selective"
+        self._again = frozenset(train.recompute_modules if selective else ())
+
+    def kept(self, run: LayerRun) -> int:
+        """Bytes of a micro-batch that a run which is not recomputed keeps, besides the keys and values that
+        it reads."""
+        return round(self._train.seq_length * self._train.micro_batch_size * self._per_token(run))
+
+    @property
+    def norm(self) -> float:
+        """Of a norm over hidden states, per token."""
+        width = self._model.hidden_size / self._shards
+        return self._norm_bytes * width + 4 / self._shards
+
+    def _per_token(self, run: LayerRun) -> float:
+        if run.part is Part.KEYS_VALUES:
+            return self.norm + self._policy(0, run)
+        mlp = self.norm + (0 if "mlp" in self._again else (3 if self._fused else 5) * self._bytes * self._ffn)
+        if run.part is Part.WITHOUT_SOURCE:
+            return mlp + (self.norm if run.computes_kv else 0)
+        return self.norm + self._attention(run) + mlp
+
+    @property
+    def _norm_bytes(self) -> int:
+        """For each number that a norm sees."""
+        return 2 * self._bytes if self._fused else 8 + self._bytes
+
+    def _attention(self, run: LayerRun) -> float:
+        head_dim = self._model.head_dim
+        queries, keys = self._heads * head_dim, self._kv_heads * head_dim * run.computes_kv
+        kept = 2 * self._bytes * queries
+        if "core_attn" not in self._again:
+            kept += 4 * self._heads + self._copies(run)
+        if self._model.qk_layernorm:
+            kept += self._norm_bytes * (queries + keys)
+        if self._bytes == 2:
+            kept += self._bytes * head_dim * (1 + run.computes_kv)  # angles of rotation, cast for each layer
+        return kept + self._policy(self._heads, run)
+
+    def _policy(self, query_heads: float, run: LayerRun) -> float:
+        return self._compression.policy.kept_bytes(
+            query_heads=query_heads,
+            kv_heads=self._kv_heads if run.computes_kv else 0,
+            head_dim=self._model.head_dim,
+            bytes_per_number=self._bytes,
+        )
+
+    def _copies(self, run: LayerRun) -> float:
+        """What attention keeps beyond a plain layer's."""
+        exclude_self, window = self._compression.sight(self._layer_types[run.index])
+        output = self._bytes * self._heads * self._model.head_dim
+        walks = window is not None and window < self._train.seq_length and not self._fused
+        mask = 0.0
+        if walks:
+            width = min(self._train.seq_length, (window or 0) + _CHUNK)
+            mask = self._bytes * width / self._train.micro_batch_size
+        return output * (exclude_self + walks) + mask

@@ -1,0 +1,185 @@
+"""Measures how far the dry run's peak memory is from that of real training steps on CPUs.
+
+    python -m tests.lckv_megatron.dry_run.measured --output tools/benchmarks/results/dry_run_error.csv
+
+Every recipe runs with its own map, policy and recomputation, at small widths, for two steps on gloo. The peak
+of the second step is counted from the profiler's events of PyTorch's allocator, which know nothing of the dry
+run; the dry run pretends the CPU's kernels.
+"""
+
+import argparse
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from lckv_megatron.dry_run.hardware import Machine
+from lckv_megatron.dry_run.rank import simulate
+from megatron_ext.command_line import parse_run_config
+from megatron_ext.config import RunConfig
+from megatron_ext.data.batch import make_batch
+from megatron_ext.model.build import build_stage, wrap
+from megatron_ext.parallel.process_groups import destroy, initialize
+from megatron_ext.training.optimizer import build_optimizer
+from megatron_ext.training.step import train_step
+from tests.ranks import run_on_ranks
+from tools.benchmarks.timing import setting, write_csv
+
+_EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
+SMALL = (
+    "--model.hidden_size 128 --model.num_attention_heads 4 --model.num_query_groups 2 --model.kv_channels null "
+    "--model.ffn_hidden_size 384 --model.vocab_size 1000 --model.max_position_embeddings null "
+    "--train.seq_length 256 --train.micro_batch_size 2 --data.tokenizer_type none --data.tokenizer_model null "
+    "--data.reset_attention_mask false --data.reset_position_ids false"
+).split()
+_SECOND = "second step"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe at small width on few processes."""
+
+    recipe: str
+    tensor: int = 1
+    pipeline: int = 1
+    options: tuple[str, ...] = ()
+
+    @property
+    def world_size(self) -> int:
+        """Processes."""
+        return self.tensor * self.pipeline
+
+    @property
+    def run(self) -> RunConfig:
+        """Two micro-batches more than stages."""
+        batch = 2 * (self.pipeline + 1)
+        layout = (
+            f"--parallel.tensor_model_parallel_size {self.tensor} "
+            f"--parallel.sequence_parallel {'true' if self.tensor > 1 else 'false'} "
+            f"--parallel.pipeline_model_parallel_size {self.pipeline} --train.global_batch_size {batch}"
+        )
+        return parse_run_config(
+            ["--config", str(_EXAMPLES / self.recipe), *SMALL, *layout.split(), *self.options]
+        )
+
+
+CASES = (
+    Case("demo/pretrain.yaml"),
+    Case("llama_1b_lckv/pretrain.yaml"),
+    Case("llama_1b_lckv/pretrain.yaml", options=("--train.recompute_granularity", "full")),
+    Case("llama2_13b_lckv/pretrain.yaml", tensor=2),
+    Case("yoco_3b/pretrain.yaml", pipeline=2, options=("--compression.sliding_window", "64")),
+    Case("yoco_3b/pretrain.yaml", tensor=2, options=("--compression.sliding_window", "64")),
+    Case("llama2_13b_dmc/zero_out.yaml", tensor=2),
+    Case("llama2_13b_dmc/retrofit.yaml", tensor=2),
+)
+
+
+def measured(run: RunConfig) -> int:
+    """Most bytes of tensors at a time during the second step on this rank. Needs torch.distributed."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell of its own start and stop
+    initialize(run.parallel, run.train.seed)
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        _train(run)
+    events = sorted(profile.kineto_results.events(), key=lambda event: event.start_ns())
+    (start,) = (event.start_ns() for event in events if event.name() == _SECOND)
+    alive = peak = 0
+    for event in events:
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            if event.start_ns() >= start:
+                peak = max(peak, alive)
+    return peak
+
+
+def _train(run: RunConfig) -> None:
+    vocab_size = run.model.vocab_size or 1
+    stage = build_stage(run.model, run.compression, run.parallel, run.train, vocab_size=vocab_size)
+    model = wrap(stage, run.parallel, run.train)
+    optimizer, scheduler = build_optimizer(run.optimizer, run.parallel, run.train, model)
+    samples = _samples(run, vocab_size)
+
+    def step() -> None:
+        train_step(
+            model,
+            optimizer,
+            scheduler,
+            samples,
+            lambda sample: make_batch(sample, run.data, None, "cpu"),
+            run.train,
+            progress=0.5,
+        )
+
+    step()
+    with torch.autograd.profiler.record_function(_SECOND):
+        step()
+
+
+def _samples(run: RunConfig, vocab_size: int) -> Iterator[dict[str, Tensor]]:
+    shape = (run.train.micro_batch_size, run.train.seq_length)
+    number = 0
+    while True:
+        tokens = torch.randint(vocab_size, (shape[0], shape[1] + 1))
+        yield {
+            "tokens": tokens[:, :-1].contiguous(),
+            "labels": tokens[:, 1:].contiguous(),
+            "sample_ids": torch.arange(number, number + shape[0]),
+        }
+        number += shape[0]
+
+
+def predicted(run: RunConfig, *, rank: int, world_size: int) -> int:
+    """The same by the dry run. Needs a process without process groups."""
+    found = simulate(
+        run,
+        rank=rank,
+        world_size=world_size,
+        vocab_size=run.model.vocab_size or 1,
+        machine=Machine(),
+        target="cpu",
+    )
+    return found.memory.peak_bytes
+
+
+def compare(case: Case) -> Iterator[dict[str, object]]:
+    """A row for each rank."""
+    run = case.run
+    real = run_on_ranks(case.world_size, measured, run)
+    for rank, peak in enumerate(real):
+        expected = predicted(run, rank=rank, world_size=case.world_size)
+        yield {
+            "recipe": case.recipe,
+            "options": " ".join(case.options),
+            "tensor": case.tensor,
+            "pipeline": case.pipeline,
+            "rank": rank,
+            "measured_bytes": peak,
+            "predicted_bytes": expected,
+            "error_percent": round(100 * (expected / peak - 1), 2),
+        }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, help="CSV file")
+    parser.add_argument("--only", help="recipes whose name contains this")
+    options = parser.parse_args(argv)
+    rows: list[Mapping[str, object]] = []
+    for case in CASES:
+        if options.only is None or options.only in case.recipe:
+            for row in compare(case):
+                print(" ".join(map(str, row.values())), flush=True)
+                rows.append({**row, **setting("cpu")})
+    if options.output is not None:
+        write_csv(options.output, rows)
+
+
+if __name__ == "__main__":
+    main()
