@@ -5,8 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -31,6 +30,14 @@ _OF_NO_ACCOUNT = ("use_sequential", "pretraining_tp")
 """Fields of published configs: how the code that wrote them is run."""
 
 logger = logging.getLogger(__name__)
+
+
+class _NoModellingFiles:
+    """`auto_map` of a configuration that has none of its own: TRL asks every model for it that is not of
+    transformers. It is no field, so that it is not saved."""
+
+    def __get__(self, config: object, owner: type) -> dict[str, str]:
+        return {}
 
 
 class LCKVLlamaConfig(PreTrainedConfig):
@@ -72,8 +79,7 @@ class LCKVLlamaConfig(PreTrainedConfig):
     qk_norm: bool = False
     compression: dict[str, Any] | None = None
 
-    auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """Where no modelling files are in use. TRL asks every model that is not of transformers for it."""
+    auto_map = _NoModellingFiles()
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Resolve defaults, read older spellings, check."""
