@@ -8,10 +8,12 @@ import random
 import sys
 from pathlib import Path
 
-WORDS = """
-    garden river window mountain pencil bottle castle engine forest guitar harbor island jacket kitchen ladder
-    market needle orange planet quarry ribbon saddle tunnel velvet walnut yellow zipper anchor basket candle
-""".split()
+WORDS = [
+    "garden", "river", "window", "mountain", "pencil", "bottle", "castle", "engine",
+    "forest", "guitar", "harbor", "island", "jacket", "kitchen", "ladder", "market",
+    "needle", "orange", "planet", "quarry", "ribbon", "saddle", "tunnel", "velvet",
+    "walnut", "yellow", "zipper", "anchor", "basket", "candle",
+]  # fmt: skip
 CONVERSATIONS, QUESTIONS = 400, 20
 
 
