@@ -32,6 +32,14 @@ _OF_NO_ACCOUNT = ("use_sequential", "pretraining_tp")
 logger = logging.getLogger(__name__)
 
 
+class _NoModellingFiles:
+    """`auto_map` of a configuration that has none of its own: TRL asks every model for it that is not of
+    transformers. It is no field, so that it is not saved."""
+
+    def __get__(self, config: object, owner: type) -> dict[str, str]:
+        return {}
+
+
 class LCKVLlamaConfig(PreTrainedConfig):
     """Configuration of `LCKVLlamaForCausalLM`: Llama's fields, and what makes its KV cache small.
 
@@ -70,6 +78,8 @@ class LCKVLlamaConfig(PreTrainedConfig):
     qkv_bias: bool = False
     qk_norm: bool = False
     compression: dict[str, Any] | None = None
+
+    auto_map = _NoModellingFiles()
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Resolve defaults, read older spellings, check."""
