@@ -36,11 +36,11 @@ CASES = [
         "profile.start_iteration is 5 and neither profile.folder nor checkpoint.save is set; give the folder",
     ),
     ({"train.manual_gc_interval": -1}, "train.manual_gc_interval is -1; it must be at least 0."),
-    ({"parallel.start_timeout_minutes": 0}, "parallel.start_timeout_minutes is 0; it must be a number"),
+    ({"parallel.start_timeout_minutes": 0}, "parallel.start_timeout_minutes is 0.0; it must be a number"),
     ({"parallel.flight_recorder_entries": -1}, "parallel.flight_recorder_entries is -1; it must be at"),
     (
         {"parallel.fault_tolerance": True},
-        "parallel.fault_tolerance is true, but the package nvidia-resiliency-ext is not installed; pip install",
+        "parallel.fault_tolerance is true, but the package nvidia-resiliency-ext is not installed",
     ),
 ]
 
