@@ -11,6 +11,7 @@ from megatron_ext.command_line import parse_run_config
 from megatron_ext.config import RunConfig
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.launch import world_size
+from megatron_ext.parallel.flight_recorder import switch_on
 from megatron_ext.signals import handling, ignore_all
 from megatron_ext.validation.run import validate
 
@@ -28,6 +29,7 @@ def train(run: RunConfig) -> None:
     if run.train.deterministic:  # cuBLAS and NCCL read these when they start
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NCCL_ALGO", "Ring")
+    switch_on(run, os.environ)
     # torch is loaded only here: --help and bad settings are answered at once
     from megatron_ext.parallel.process_groups import destroy, initialize
     from megatron_ext.training.loop import fit

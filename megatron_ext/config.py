@@ -151,6 +151,18 @@ class ParallelConfig:
     distributed_timeout_minutes: float = 10.0
     """A collective that waits longer than this ends the run with an error instead of hanging."""
 
+    start_timeout_minutes: float | None = None
+    """The same until the first step is done, in which kernels and connections are made, and for meeting at
+    MASTER_ADDR. Default: distributed_timeout_minutes."""
+
+    flight_recorder_entries: int = 2000
+    """How many of the last collectives NCCL keeps, to write them into checkpoint.save/flight_recorder on a
+    time-out; 0: as the environment says."""
+
+    fault_tolerance: bool = False
+    """Send signs of life to the monitor of nvidia-resiliency-ext; the run is then started by its
+    ft_launcher."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -192,6 +204,10 @@ class TrainConfig:
 
     deterministic: bool = False
     """Choose deterministic kernels on CUDA, at some cost in speed; CPU runs always are."""
+
+    manual_gc_interval: int = 0
+    """Collect Python's garbage every so many iterations, on all ranks together, and not in between; what is
+    there after the start is never looked at again. 0: Python decides, each rank for itself."""
 
     check_for_nan_in_loss: bool = True
     """Stop when the loss is not finite, naming the iteration and the rank."""
@@ -325,6 +341,14 @@ class CheckpointConfig:
     save_interval: int = 0
     """Save every so many iterations, and at the end; 0: only at the end."""
 
+    async_save: bool = False
+    """Copy the state to the host's memory and write it while training goes on. Each rank needs memory for
+    another copy of what it writes. One save at a time: the next, the end and a signal wait for it."""
+
+    optimizer_sharding: Literal["fully_reshardable", "dp_reshardable"] = "fully_reshardable"
+    """State of the distributed optimizer. fully_reshardable: any layout can go on with it. dp_reshardable: as
+    the ranks have it, without communication; only the same layout can go on with it."""
+
     keep_last: int | None = None
     """How many checkpoints to keep; older ones are deleted after a successful save. Default: all."""
 
@@ -352,6 +376,10 @@ class LoggingConfig:
     metrics_file: str | None = None
     """JSON lines, one object per report."""
 
+    heartbeat_file: str | None = None
+    """JSON with the iteration and the time, in seconds since 1970, replaced whenever rank 0 gets on; at most
+    once per second."""
+
     tensorboard_dir: str | None = None
     """Directory of TensorBoard event files."""
 
@@ -373,6 +401,31 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """Measurements of single iterations, and of ranks that are slower than others (docs/profiling.md)."""
+
+    start_iteration: int | None = None
+    """The first iteration that is profiled; iterations count from 1. Default: none is."""
+
+    num_iterations: int = 2
+    """How many iterations are profiled."""
+
+    ranks: tuple[str, ...] = ("0",)
+    """Which ranks are profiled: numbers, or all."""
+
+    kinds: tuple[str, ...] = ("torch",)
+    """torch: trace for chrome://tracing or Perfetto, and a table of operators; nsys: ranges for
+    `nsys profile -c cudaProfilerApi`; memory: snapshot of CUDA's memory for pytorch.org/memory_viz."""
+
+    folder: str | None = None
+    """Where the files go. Default: checkpoint.save/profile."""
+
+    straggler_interval: int = 0
+    """Compare the ranks' own time for forward and backward every so many iterations, and name ranks that are
+    slower than the others; 0: never."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One training run."""
 
@@ -384,3 +437,4 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)

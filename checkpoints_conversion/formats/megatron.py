@@ -39,7 +39,7 @@ from megatron_ext.checkpointing.manifest import (
     list_files,
     write_manifest,
 )
-from megatron_ext.checkpointing.state import write_common
+from megatron_ext.checkpointing.state import common_file, write_common
 from megatron_ext.checkpointing.verification import CONFIG_NAME, PROGRESS_NAME, find_problems, large_files
 from megatron_ext.command_line import config_from_dict, config_to_dict
 from megatron_ext.config import RunConfig, TrainConfig
@@ -205,7 +205,7 @@ def write_checkpoint(
     }
     for name, content in contents.items():
         write_file(staging / name, json.dumps(content, indent=1).encode())
-    write_common(staging, {})
+    write_common(staging, common_file({}))
     others = [name for name in list_files(staging) if name not in files]
     for name in others:
         sync_file(staging / name)

@@ -124,7 +124,7 @@ def _tallies(options: argparse.Namespace, extent: Extent, made: "Materials", wor
 
     seed, copies, number = options.seed, work / "materials", options.requests or extent.requests
     totals: dict[str, Callable[[], int]] = {
-        "kills": lambda: 2 * extent.moments + kills.points(work, extent.points),
+        "kills": lambda: kills.count(work, extent.moments, extent.points),
         "damage": lambda: extent.damages_per_file * sum(len(one.files) for one in damage.targets(made)),
         "malice": lambda: malice.count(made, extent.share_of_attacks),
         "requests": lambda: number,

@@ -1,7 +1,7 @@
 """Saves that are killed: the run goes on from the last good checkpoint, bit for bit, with nothing left over.
 
-A training that saves every iteration is killed with SIGKILL, at a random moment, or in front of the n-th
-file operation below its folder. The same command is then started again.
+A training that saves every iteration, at once or in the background, is killed with SIGKILL, at a random
+moment, or in front of the n-th file operation below its folder. The same command is then started again.
 """
 
 import json
@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,32 +26,46 @@ from lckv_megatron.faults.training import ITERATIONS, digest, settings, train
 _CHANGING = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
 _SECONDS = 180.0
 
+WAYS = ((1, False), (2, False), (1, True), (2, True))
+"""Processes; whether saves go on in the background."""
+
+Making = Callable[[Path], dict[str, Any]]
+"""Makes the settings of a run that saves into a folder."""
+
 
 def kills(work: Path, moments: int, most: int | None, seed: int, step: Step) -> Iterator[Tally]:
     """Kills trainings of one process in front of `most` of all file operations (None: of each), and of one
-    and two processes at `moments` each."""
+    and two processes at `moments` each, all with both ways of saving."""
     generator = random.Random(seed)
-    for ranks in (1, 2):
-        folder = work / f"straight-{ranks}"
+    for ranks, in_background in WAYS:
+        run = partial(_run, in_background=in_background)
+        way = "in background" if in_background else "at once"
+        folder = work / f"straight-{ranks}-{way}"
         started = time.monotonic()
-        _expect(folder, ranks)
+        _expect(run, folder, ranks)
         seconds, straight = time.monotonic() - started, digest(folder)
-        tally = Tally(f"kills: {ranks} process(es), any moment")
+        tally = Tally(f"kills: {ranks} process(es), saves {way}, any moment")
         for _ in range(moments):
             delay = generator.uniform(0.3, 1.0) * seconds
-            _killed(work, ranks, straight, f"after {delay:.2f} s", _at_moment(delay), tally)
+            _killed(run, work, ranks, straight, f"after {delay:.2f} s", _at_moment(delay), tally)
             step(1)
         yield tally
         if ranks == 1:
-            yield _at_each_operation(work, straight, most, generator, step)
+            tally = Tally(f"kills: 1 process, saves {way}, file operations")
+            yield _at_each_operation(run, work, straight, most, generator, step, tally)
 
 
-def points(work: Path, most: int | None) -> int:
-    """In front of how many file operations `kills` will kill."""
-    return _operations(work) if most is None else most
+def count(work: Path, moments: int, most: int | None) -> int:
+    """How often `kills` will kill."""
+    points = [
+        _operations(partial(_run, in_background=in_background), work) if most is None else most
+        for ranks, in_background in WAYS
+        if ranks == 1
+    ]
+    return len(WAYS) * moments + sum(points)
 
 
-def _operations(work: Path) -> int:
+def _operations(run: Making, work: Path) -> int:
     """How many file operations a training makes below its folder."""
     told = work / "operations"
     target = work / "counted"
@@ -58,7 +73,7 @@ def _operations(work: Path) -> int:
     def counted() -> str:
         operations = [0]
         _on_operations(target, lambda: operations.__setitem__(0, operations[0] + 1))
-        train(_run(target))
+        train(run(target))
         told.write_text(str(operations[0]))
         return ""
 
@@ -70,39 +85,46 @@ def _operations(work: Path) -> int:
 
 
 def _at_each_operation(
-    work: Path, straight: str, most: int | None, generator: random.Random, step: Step
+    run: Making,
+    work: Path,
+    straight: str,
+    most: int | None,
+    generator: random.Random,
+    step: Step,
+    tally: Tally,
 ) -> Tally:
-    tally = Tally("kills: 1 process, file operations")
-    operations = _operations(work)
+    operations = _operations(run, work)
     chosen = range(operations)
     for number in chosen if most is None else sorted(generator.sample(chosen, min(most, operations))):
         fault = f"in front of operation {number} of {operations}"
-        _killed(work, 1, straight, fault, _at_operation(number), tally)
+        _killed(run, work, 1, straight, fault, _at_operation(number), tally)
         step(1)
     return tally
 
 
-def _run(save: Path) -> dict[str, Any]:
-    checkpoint = {"save": str(save), "save_interval": 1, "keep_last": 2}
+def _run(save: Path, *, in_background: bool) -> dict[str, Any]:
+    checkpoint = {"save": str(save), "save_interval": 1, "keep_last": 2, "async_save": in_background}
     if (save / "latest").exists():
         checkpoint["load"] = str(save)
     return settings(checkpoint=checkpoint)
 
 
-def _expect(folder: Path, ranks: int) -> None:
-    ending = _trained(folder, ranks)
+def _expect(run: Making, folder: Path, ranks: int) -> None:
+    ending = _trained(run, folder, ranks)
     if ending.how != "value" or ending.text != str(ITERATIONS):
         raise RuntimeError(f"the training does not run: {ending.text}")
 
 
-def _trained(folder: Path, ranks: int, before: Callable[[Path], object] = lambda folder: None) -> Ending:
+def _trained(
+    make: Making, folder: Path, ranks: int, before: Callable[[Path], object] = lambda folder: None
+) -> Ending:
     """A training of `ranks` processes to its end, or its death; `before` is called in rank 0."""
     port = _free_port()
 
     def run(rank: int) -> str:
         if rank == 0:
             before(folder)
-        return train(_run(folder), rank=rank, ranks=ranks, port=port)
+        return train(make(folder), rank=rank, ranks=ranks, port=port)
 
     others = [_forked(lambda rank=rank: run(rank)) for rank in range(1, ranks)]  # type: ignore[misc]
     ending = in_child(lambda: run(0), seconds=_SECONDS)
@@ -124,11 +146,17 @@ def _forked(action: Callable[[], str]) -> int:
 
 
 def _killed(
-    work: Path, ranks: int, straight: str, fault: str, before: Callable[[Path], object], tally: Tally
+    run: Making,
+    work: Path,
+    ranks: int,
+    straight: str,
+    fault: str,
+    before: Callable[[Path], object],
+    tally: Tally,
 ) -> None:
     folder = work / "killed"
-    _trained(folder, ranks, before)
-    ending = _trained(folder, ranks)
+    _trained(run, folder, ranks, before)
+    ending = _trained(run, folder, ranks)
     if ending.how != "value":
         tally.add(Verdict.WRONG, fault, f"does not go on: {ending.how}: {ending.text}")
     elif difference := _difference(straight, digest(folder)):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -37,7 +38,7 @@ class _Outcome(Generic[T]):
 
 
 class Agreement:
-    """Runs the steps of one save or load over all ranks. Make it with `agreement`."""
+    """Runs the steps of saves or of a load over all ranks. Make it with `agreement`."""
 
     def __init__(self, group: dist.ProcessGroup, timeout: timedelta) -> None:
         self.group = group
@@ -74,6 +75,35 @@ class Agreement:
         if outcome[0].failure is not None:
             raise _as_error(step, outcome[0].failure, "")
         return outcome[0].value
+
+    def divide(self, step: str, action: Callable[[], T], share: Callable[[list[T]], list[T]]) -> T:
+        """Runs `action` on every rank; `share` makes of all results, on rank 0, the part of each rank, which
+        is returned there."""
+        results = self.to_first(step, action)
+        shared = _attempt(lambda: share(results)) if self.rank == 0 else None
+        parts: list[Any] = [None] * self.world_size
+        if shared is not None:
+            values = [None] * self.world_size if shared.value is None else shared.value
+            parts = [_Outcome(value, shared.failure) for value in values]
+        mine: list[Any] = [None]
+        dist.scatter_object_list(mine, parts if self.rank == 0 else None, src=0, group=self.group)
+        if mine[0].failure is not None:
+            raise _as_error(step, mine[0].failure, "")
+        return mine[0].value
+
+    def to_first(self, step: str, action: Callable[[], T]) -> list[T]:
+        """Like `gather`, but only rank 0 gets the results; the others get none."""
+        outcome = _attempt(action)
+        self._exchange(step, outcome.failure)
+        values: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
+        dist.gather_object(outcome.value, values, dst=0, group=self.group)
+        return values or []
+
+    def is_everywhere(self, answer: bool) -> bool:
+        """Whether `answer` is yes on every rank. A small collective, for the boundaries of steps."""
+        answers = torch.tensor(int(answer))
+        dist.all_reduce(answers, op=dist.ReduceOp.MIN, group=self.group)
+        return bool(answers.item())
 
     def _exchange(self, step: str, failure: _Failure | None) -> None:
         self._meet(step)

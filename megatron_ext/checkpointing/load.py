@@ -21,8 +21,7 @@ from megatron_ext.checkpointing.errors import DamagedCheckpointError, MismatchEr
 from megatron_ext.checkpointing.folders import choose_checkpoint, find_candidates
 from megatron_ext.checkpointing.manifest import Layout, Manifest, find_wrong_hashes, share_of_rank
 from megatron_ext.checkpointing.rng import reseed, restore_rng_states
-from megatron_ext.checkpointing.save import current_layout, rng_file
-from megatron_ext.checkpointing.state import apply_state, check_fit, read_state, sharded_state
+from megatron_ext.checkpointing.state import apply_state, check_fit, read_state, sharded_state, sharding_of
 from megatron_ext.checkpointing.verification import (
     CONFIG_NAME,
     PROGRESS_NAME,
@@ -30,6 +29,7 @@ from megatron_ext.checkpointing.verification import (
     find_problems,
     large_files,
 )
+from megatron_ext.checkpointing.writing import current_layout, rng_file
 
 _MAP = "compression.layer_types"
 _WAY_TO_ANOTHER_MAP = (
@@ -103,9 +103,14 @@ def load_checkpoint(
         )
         same_layout = manifest.layout == current_layout()
 
+        sharding = sharding_of(ranks, checkpoint)
+        if sharding == "dp_reshardable" and not weights_only:
+            _check_buckets(checkpoint, manifest.layout, current_layout())
         state = ranks.everywhere(
             "prepare loading",
-            lambda: sharded_state(model, None if weights_only else optimizer, is_loading=True),
+            lambda: sharded_state(
+                model, None if weights_only else optimizer, is_loading=True, sharding=sharding
+            ),
         )
         check_fit(ranks, checkpoint, state)
         state = read_state(ranks, checkpoint, state)
@@ -170,6 +175,16 @@ def _read_run(checkpoint: Path, expected_model: Mapping[str, Any], setting_of: C
         config=config,
         scheduler=_read_json(scheduler) if scheduler.exists() else None,
     )
+
+
+def _check_buckets(checkpoint: Path, saved: Layout, here: Layout) -> None:
+    if (saved.tensor, saved.pipeline, saved.data) != (here.tensor, here.pipeline, here.data):
+        raise MismatchError(
+            f"checkpoint.load: {checkpoint} was saved by {saved} with checkpoint.optimizer_sharding "
+            f"dp_reshardable, which can be loaded by the same layout only; this run has {here}. Use that "
+            "layout, save once there with fully_reshardable, or set checkpoint.finetune to take the weights "
+            "only"
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing import LocalNonpersistentObject, ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factory_merges, is_main_replica
@@ -26,23 +26,33 @@ from megatron_ext.atomic import write_file
 from megatron_ext.checkpointing.agreement import Agreement
 from megatron_ext.checkpointing.contents import read_contents
 from megatron_ext.checkpointing.errors import MismatchError
-from megatron_ext.checkpointing.strategies import State, read_common, read_shards, write_shards
+from megatron_ext.checkpointing.strategies import Shards, State, plan_shards, read_common, read_shards
 from megatron_ext.mcore import keep_settings, load_in_parallel, save_in_parallel
 
 _BYTES_PER_ENTRY = 4096
 """Zip header, padding and table of contents of one tensor; generous."""
 _SHOWN = 10
 _EXTRA_STATE = "_extra_state"
+_IN_BUCKETS = "optimizer.distributed."
+_SIZES_OF_BUCKETS = ("per_bucket_numel", "per_bucket_numel_unpadded")
+
+Sharding = Literal["fully_reshardable", "dp_reshardable"]
+"""State of the distributed optimizer: one tensor per weight, so that it can be cut for any layout; or the
+parts of its buffers as each rank has them, which needs no communication."""
 
 
 def sharded_state(
-    model: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, *, is_loading: bool
+    model: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer | None,
+    *,
+    is_loading: bool,
+    sharding: Sharding = "fully_reshardable",
 ) -> State:
-    """What Megatron's distributed checkpoint saves, or fills. Collective:
-    the distributed optimizer gathers its state."""
+    """What Megatron's distributed checkpoint saves, or fills. Collective: the distributed optimizer gathers
+    its state, unless it is sharded as dp_reshardable."""
     finish_parameter_gather(model)
     chunks = unwrap_model(list(model))
-    metadata = _metadata()
+    metadata = _metadata(sharding)
     state = {
         _chunk_name(i, chunks): _without_extra_state(chunk.sharded_state_dict(metadata=metadata))
         for i, chunk in enumerate(chunks)
@@ -50,7 +60,26 @@ def sharded_state(
     if optimizer is not None and not getattr(optimizer, "is_stub_optimizer", False):
         _fill_missing_optimizer_state(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+        _tidy_buckets(state["optimizer"])
     return state
+
+
+def _tidy_buckets(state: Any) -> None:
+    """Of a dp_reshardable optimizer, leaves off the sizes of the buckets, which their tensors have anyway:
+    their keys are tuples, which reading refuses. Puts zeros behind the weights of a bucket, where Megatron
+    leaves whatever the memory held."""
+    if not isinstance(state, dict | list):
+        return
+    if isinstance(state, dict):
+        for name in _SIZES_OF_BUCKETS:
+            state.pop(name, None)
+        padding = state.get("padding")
+        if isinstance(padding, LocalNonpersistentObject) and padding.obj:
+            for entry in state.values():
+                if isinstance(entry, ShardedTensor):
+                    entry.data.zero_()
+    for part in state.values() if isinstance(state, dict) else state:
+        _tidy_buckets(part)
 
 
 def _without_extra_state(chunk: State) -> State:
@@ -75,19 +104,26 @@ def bytes_to_write(sharded: State) -> int:
     return total
 
 
-def write_state(ranks: Agreement, checkpoint: Path, sharded: State, common: State) -> None:
-    """Writes the files of Megatron's format into the folder.
-    Data-parallel ranks share what they hold copies of."""
-    write = partial(write_shards, group=ranks.group)
-    ranks.everywhere("write tensors", lambda: save_in_parallel(write, sharded, checkpoint, _data_group()))
-    ranks.on_first("write common.pt", lambda: write_common(checkpoint, common))
+def plan_writing(ranks: Agreement, checkpoint: Path, sharded: State) -> Shards:
+    """What this rank will write of a sharded state. Data-parallel ranks share what they hold copies of."""
+
+    def divide() -> None:
+        save_in_parallel(lambda state, folder: None, sharded, checkpoint, _data_group())
+
+    ranks.everywhere("divide the writing", divide)
+    return plan_shards(ranks, sharded, checkpoint)
 
 
-def write_common(checkpoint: Path, common: State) -> None:
-    """Writes what is no tensor and equal on all ranks, and which of Megatron's formats the folder has."""
+def common_file(common: State) -> bytes:
+    """The content of common.pt: what is no tensor and equal on all ranks."""
     content = io.BytesIO()  # into a file, torch would hide that the disk is full
     torch.save(common, content)
-    write_file(checkpoint / COMMON_STATE_FNAME, content.getvalue())
+    return content.getvalue()
+
+
+def write_common(checkpoint: Path, content: bytes) -> None:
+    """Writes common.pt, and which of Megatron's formats the folder has."""
+    write_file(checkpoint / COMMON_STATE_FNAME, content)
     save_config(CheckpointingConfig("torch_dist", 1), str(checkpoint))
 
 
@@ -129,6 +165,20 @@ def apply_state(state: State, model: Sequence[torch.nn.Module], optimizer: Megat
             else:
                 _place_step(leaf_state.get("optimizer", leaf_state), leaf)
                 leaf.load_state_dict(leaf_state)
+
+
+def sharding_of(ranks: Agreement, checkpoint: Path) -> Sharding:
+    """How the state of the distributed optimizer is cut in a checkpoint."""
+
+    def look() -> Sharding:
+        names = read_contents(checkpoint).state_dict_metadata
+        return "dp_reshardable" if any(map(_is_in_buckets, names)) else "fully_reshardable"
+
+    return ranks.on_first("look how the optimizer is saved", look)
+
+
+def _is_in_buckets(key: str) -> bool:
+    return key.startswith(_IN_BUCKETS)
 
 
 def check_fit(ranks: Agreement, checkpoint: Path, state: State) -> None:
@@ -216,11 +266,10 @@ def _explain_misfit(checkpoint: Path, parts: dict[str, list[str]], only_optimize
     return "\n".join(lines)
 
 
-def _metadata() -> dict[str, Any]:
+def _metadata(sharding: Sharding) -> dict[str, Any]:
     """Which of its formats Megatron is to use."""
     return {
-        # The optimizer's state as one tensor per weight, so that it can be cut for any other layout.
-        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_sharding_type": sharding,
         "chained_optim_avoid_prefix": True,
         # Every layer has names of its own: layers of a sharing map differ.
         "non_homogeneous_layers": True,
@@ -280,7 +329,10 @@ def _load_distributed_optimizer(optimizer: DistributedOptimizer, state: State) -
     steps = {
         parameter: inner.pop("step").clone() for parameter, inner in inner_states.items() if "step" in inner
     }
-    optimizer.load_parameter_state_from_fully_reshardable(tensors)
+    if state["param_state_sharding_type"] == "dp_reshardable":
+        optimizer.load_parameter_state_from_dp_reshardable(tensors)
+    else:
+        optimizer.load_parameter_state_from_fully_reshardable(tensors)
     for parameter, step in steps.items():
         inner_states[parameter]["step"] = step
 

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
@@ -35,28 +36,79 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch.distributed._shard._utils import narrow_tensor_by_index
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+)
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from lckv.weights.pickled_file import READING_ERRORS, load_tensors, read_torch_file
 from lckv.weights.pickled_tensor import PickledTensor
+from megatron_ext.checkpointing.agreement import Agreement
 from megatron_ext.checkpointing.contents import read_contents
 from megatron_ext.checkpointing.errors import DamagedCheckpointError, disk_full_in
 
 State = dict[str, Any]
+Copies = dict[MetadataIndex, torch.Tensor]
+"""Tensors in the host's memory, by their places in a checkpoint."""
 
 
-def write_shards(state: State, checkpoint: Path, group: dist.ProcessGroup) -> None:
-    """Writes what this rank is the main owner of in a sharded state. A failure on one rank of `group` is
-    raised on all."""
-    entries = [entry for entry in nested_values(state) if is_main_replica(entry.replica_id)]
-    dcp.save(
-        mcore_to_pyt_state_dict(_by_key(entries)),
-        storage_writer=_Writer(checkpoint, sync_files=True, thread_count=1),
-        planner=MCoreSavePlanner(flatten_state_dict=False),
-        process_group=group,
-    )
+class Shards:
+    """What this rank writes of a sharded state, as all ranks have planned it. Make it with `plan_shards`."""
+
+    def __init__(self, writer: "_Writer", planner: SavePlanner, plan: SavePlan, contents: Metadata | None):
+        self._writer, self._planner, self._plan, self._contents = writer, planner, plan, contents
+
+    def stage(self, copies: Copies) -> Copies:
+        """Copies all of it to the host's memory (pinned, where it comes from a GPU): what happens to the
+        tensors afterwards does not matter. Takes as much memory as this rank's file will be large.
+
+        `copies` are those of an earlier save, whose memory is used again. Returns those of this one.
+        """
+        staged = _Staged(self._planner, self._plan, copies)
+        self._planner = staged
+        self._writer.per_thread_copy_ahead = 0  # nothing is left to be copied from a GPU
+        return staged.copies
+
+    def write(self) -> list[WriteResult]:
+        """Writes this rank's file; says where in it everything is. No collective."""
+        return self._writer.write_data(self._plan, self._planner).value()
+
+    def finish(self, results: list[list[WriteResult]]) -> None:
+        """On rank 0: writes the table of contents, from what `write` returned on each rank."""
+        self._writer.finish(self._contents, results)
+
+
+def plan_shards(ranks: Agreement, state: State, checkpoint: Path) -> Shards:
+    """Plans which rank writes what it is the main owner of in a sharded state. Collective; a failure on one
+    rank is raised on all."""
+    writer = _Writer(checkpoint, sync_files=True, thread_count=1)
+    planner = MCoreSavePlanner(flatten_state_dict=False)
+    contents = None
+
+    def plan() -> SavePlan:
+        entries = [entry for entry in nested_values(state) if is_main_replica(entry.replica_id)]
+        planner.set_up_planner(
+            mcore_to_pyt_state_dict(_by_key(entries)),
+            storage_meta=writer.storage_meta(),
+            is_coordinator=ranks.rank == 0,
+        )
+        writer.set_up_storage_writer(ranks.rank == 0)
+        return writer.prepare_local_plan(planner.create_local_plan())
+
+    def share(plans: list[SavePlan]) -> list[SavePlan]:
+        nonlocal contents
+        plans, contents = planner.create_global_plan(plans)
+        return writer.prepare_global_plan(plans)
+
+    return Shards(writer, planner, planner.finish_plan(ranks.divide("plan", plan, share)), contents)
 
 
 def read_shards(state: State, checkpoint: Path, group: dist.ProcessGroup) -> State:
@@ -103,6 +155,28 @@ def _by_key(entries: list[ShardedBase]) -> dict[str, list[ShardedBase]]:
     for entry in entries:
         by_key[entry.unique_key if isinstance(entry, ShardedObject) else entry.key].append(entry)
     return dict(by_key)
+
+
+class _Staged:
+    """Takes the place of a planner, for writing: its tensors are copies."""
+
+    def __init__(self, planner: SavePlanner, plan: SavePlan, earlier: Copies) -> None:
+        data = {item.index: planner.resolve_data(item) for item in plan.items}
+        tensors = {index: part for index, part in data.items() if isinstance(part, torch.Tensor)}
+        self.copies = {index: _copied(part, earlier.get(index)) for index, part in tensors.items()}
+        self._data = {**data, **self.copies}  # the others are bytes that were made for this save
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def resolve_data(self, item: WriteItem) -> Any:
+        """What is to be written for this item."""
+        return self._data[item.index]
+
+
+def _copied(tensor: torch.Tensor, memory: torch.Tensor | None) -> torch.Tensor:
+    if memory is None or (memory.shape, memory.dtype) != (tensor.shape, tensor.dtype):
+        memory = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda, requires_grad=False)
+    return memory.copy_(tensor.detach(), non_blocking=True)
 
 
 class _Writer(dcp.FileSystemWriter):

@@ -3,6 +3,7 @@
 The plan is a list of steps (`lckv.sharing.plan`); `lckv.sharing.execution` runs it.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
+from torch.profiler import record_function
 
 from lckv.policies.base import KeyValue, Statistics, TokenContext
 from lckv.sharing.execution import State, run_steps
@@ -53,6 +55,7 @@ class SharedKVBlock(TransformerBlock):
         self.end_layer = self.first_layer + len(self.layers)
         self.plan = config.compression.plan(len(self.layer_types))
         self.steps = self._steps_of_stage()
+        self.step_names = _names(self.steps)
         self.statistics = StatisticSums(config, config.compression.policy.build(), self.pg_collection.tp)
         self.payload_in = self._payload(self.first_layer)
         self.payload_out = self._payload(self.end_layer)
@@ -113,7 +116,10 @@ class SharedKVBlock(TransformerBlock):
         )
         with forked:
             layers = _StageLayers(self, contexts, statistics)
-            state = run_steps(self.steps, layers, State(hidden_states, available))
+            state = State(hidden_states, available)
+            for step, name in zip(self.steps, self.step_names, strict=True):
+                with record_function(name):  # for profilers
+                    state = run_steps((step,), layers, state)
         hidden_states = state.hidden_states
         sums = self.statistics.add(sums, statistics)
         if self.final_layernorm is not None:
@@ -159,6 +165,16 @@ class SharedKVBlock(TransformerBlock):
         outputs = tensor_parallel.checkpoint(flat, False, hidden_states, *(source or (None,) * 2))
         own = None if outputs[1] is None else KeyValue(*outputs[1:3])
         return LayerOutput(outputs[0], own, tuple(outputs[3:]))
+
+
+def _names(steps: Sequence[Step]) -> list[str]:
+    """Of each step, such as "group 1 pass 0 without gradient": the groups of the stage count from 0."""
+    groups = list(dict.fromkeys(step.group for step in steps))
+    return [
+        f"group {groups.index(step.group)} pass {step.number}"
+        + ("" if step.requires_grad else " without gradient")
+        for step in steps
+    ]
 
 
 class _StageLayers:

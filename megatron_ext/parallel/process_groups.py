@@ -4,6 +4,7 @@ and Megatron's groups on top."""
 import logging
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,21 +29,33 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
     """Start torch.distributed, if it is not running yet, and Megatron's process groups and random states.
 
     NCCL with CUDA, else gloo. Without torchrun the run is a single process. A collective that waits longer
-    than `parallel.distributed_timeout_minutes` fails. Weights do not depend on the random states set here
-    (see `model/initialization.py`); dropout does.
+    than `parallel.start_timeout_minutes` fails; see `end_start`. Weights do not depend on the random states
+    set here (see `model/initialization.py`); dropout does.
     """
     cpu.install()
-    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+    minutes = _start_minutes(parallel)
     if not dist.is_initialized():
-        _start_torch_distributed(timeout)
+        _start_torch_distributed(timedelta(minutes=minutes))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
+        distributed_timeout_minutes=max(1, round(minutes)),
     )
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(stage_seed)
     tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
+
+
+def end_start(parallel: ParallelConfig) -> None:
+    """The start is over: from now on collectives may wait for `parallel.distributed_timeout_minutes`. All
+    ranks call it together."""
+    if _start_minutes(parallel) != parallel.distributed_timeout_minutes:
+        parallel_state.update_pg_timeout(timedelta(minutes=parallel.distributed_timeout_minutes))
+
+
+def _start_minutes(parallel: ParallelConfig) -> float:
+    given = parallel.start_timeout_minutes
+    return parallel.distributed_timeout_minutes if given is None else given
 
 
 def _start_torch_distributed(timeout: timedelta) -> None:
@@ -57,21 +70,25 @@ def _start_torch_distributed(timeout: timedelta) -> None:
             )
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
+    options: dict[str, Any] = {"backend": backend, "timeout": timeout}
+    if backend == "nccl":
+        # Connections are made now, where a failure says whose, and no collective guesses the device.
+        options["device_id"] = device
     if "RANK" in os.environ:
-        _join(backend, timeout)
+        _join(options)
     else:
-        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
+        dist.init_process_group(rank=0, world_size=1, store=dist.HashStore(), **options)
 
 
-def _join(backend: str, timeout: timedelta) -> None:
+def _join(options: dict[str, Any]) -> None:
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(**options)
     except dist.DistError as error:
         raise ConfigError(
             f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not meet the others at {address} "
-            f"(MASTER_ADDR and MASTER_PORT) within {timeout.total_seconds() / 60:g} minutes "
-            f"(parallel.distributed_timeout_minutes): {str(error).splitlines()[0]} Start as many processes "
+            f"(MASTER_ADDR and MASTER_PORT) within {options['timeout'].total_seconds() / 60:g} "
+            f"minutes (parallel.start_timeout_minutes): {str(error).splitlines()[0]} Start as many processes "
             "as WORLD_SIZE says, and choose a port that is free and can be reached."
         ) from error
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,28 +14,27 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_ext.checkpointing.save import save_checkpoint
-from megatron_ext.config import RunConfig, TrainConfig
+from megatron_ext.checkpointing.save import Saves, saves
+from megatron_ext.checkpointing.writing import RunState
+from megatron_ext.config import CheckpointConfig, RunConfig, TrainConfig
 from megatron_ext.data.datasets import Datasets
 from megatron_ext.data.loader import build_data_iterator
 from megatron_ext.data.samples import SampleDataset
 from megatron_ext.errors import ConfigError
 from megatron_ext.evaluation.loss import evaluate
 from megatron_ext.last_word import PASSED_ON, say_last
-from megatron_ext.parallel.heartbeats import heartbeats
 from megatron_ext.schedule.micro_batches import MakeBatch
 from megatron_ext.signals import Interrupted
+from megatron_ext.training.around_steps import Around, around_steps
 from megatron_ext.training.continuation import ORDER_KEY
 from megatron_ext.training.measured import MEASURED_KEY, Measurements
 from megatron_ext.training.report import Report
+from megatron_ext.training.signs_of_life import Beat, signs_of_life
 from megatron_ext.training.step import require_finite, train_step
 from megatron_ext.training.stopping import StopRequest, stop_requests
 from megatron_ext.training.succession import end_stage
 
 logger = logging.getLogger(__name__)
-
-Beat = Callable[[int], None]
-"""Told the iteration that this rank has come to."""
 
 
 @dataclass(frozen=True)
@@ -84,18 +83,44 @@ def iterate(training: Training, position: Position, report: Report, *, owes_eval
     run = training.run
     with (
         stop_requests(run.train.exit_duration_minutes) as stop,
-        heartbeats(run.parallel.distributed_timeout_minutes) as beat,
+        signs_of_life(run) as beat,
+        _saves(run.checkpoint) as saving,
+        around_steps(run, training.model) as around,
     ):
         reason = _validate(training, position, report, stop, beat) if owes_evaluation else None
         if reason is None and position.iteration < run.train.train_iters:
-            position, reason = _train(training, position, report, stop, beat)
+            try:
+                position, reason = _train(training, position, report, stop, beat, saving, around)
+            except ArithmeticError:  # of a step, on all ranks: what was saved before is good
+                if saving is not None:
+                    saving.finish()
+                raise
     if reason is not None:
         _say_why(reason, stop.number, position, run)
     return position
 
 
+def _saves(checkpoint: CheckpointConfig) -> AbstractContextManager[Saves | None]:
+    """The saves of a run; None for one that saves nothing."""
+    if checkpoint.save is None:
+        return nullcontext()
+    return saves(
+        Path(checkpoint.save),
+        keep_last=checkpoint.keep_last,
+        timeout_minutes=checkpoint.save_timeout_minutes,
+        in_background=checkpoint.async_save,
+        sharding=checkpoint.optimizer_sharding,
+    )
+
+
 def _train(
-    training: Training, position: Position, report: Report, stop: StopRequest, beat: Beat
+    training: Training,
+    position: Position,
+    report: Report,
+    stop: StopRequest,
+    beat: Beat,
+    saving: Saves | None,
+    around: Around,
 ) -> tuple[Position, str | None]:
     """Where training ended, saved if anything is, and why, if it was before the last iteration."""
     run, saved, reason = training.run, position.iteration, None
@@ -108,31 +133,35 @@ def _train(
     with closing(_iterator(training, training.datasets.train, position.consumed_samples)) as samples:
         while position.iteration < run.train.train_iters and reason is None:
             beat(position.iteration + 1)
-            result = train_step(
-                training.model,
-                training.optimizer,
-                training.scheduler,
-                samples,
-                training.make_batch,
-                run.train,
-                progress=position.progress(run.train),
-            )
+            with around(position.iteration + 1):
+                result = train_step(
+                    training.model,
+                    training.optimizer,
+                    training.scheduler,
+                    samples,
+                    training.make_batch,
+                    run.train,
+                    progress=position.progress(run.train),
+                )
             position = position.after_step(run.train.global_batch_size, run.train.seq_length)
+            if saving is not None and saving.in_flight:
+                _go_on(saving, saving.settle, stop, report)
             require_finite(result, position.iteration, run.train, training.datasets.train.origin)
             training.measurements.step(position.iteration, result)
             report.step(position.iteration, position.consumed_samples, position.consumed_tokens, result)
             if position.iteration == run.train.train_iters:
                 end_stage(training.model, training.optimizer, run.compression.policy.build())
             reason = stop.agreed()
-            if _is_saved(run, position, stops=reason is not None):
+            if saving is not None and _is_saved(run, position, stops=reason is not None):
                 beat(position.iteration)
                 with stop.saving():
-                    saved = _save(training, position)
-                report.restart_clock()
+                    saved = _save(training, position, saving, stop, report)
             if reason is None and is_evaluated(run.train, position):
                 reason = _validate(training, position, report, stop, beat)
-    if run.checkpoint.save and saved != position.iteration:  # it stopped while it evaluated
-        _save(training, position)
+    if saving is not None:
+        if saved != position.iteration:  # it stopped while it evaluated
+            _save(training, position, saving, stop, report)
+        _go_on(saving, saving.finish, stop, report)
     return position, reason
 
 
@@ -215,22 +244,25 @@ def _validate(
     return reason
 
 
-def _save(training: Training, position: Position) -> int:
-    assert training.run.checkpoint.save is not None
+def _save(training: Training, position: Position, saving: Saves, stop: StopRequest, report: Report) -> int:
     assert training.datasets.order is not None
-    save_checkpoint(
-        Path(training.run.checkpoint.save),
-        position.iteration,
-        model=[training.model],
-        optimizer=training.optimizer,
-        scheduler=training.scheduler,
+    state = RunState(
+        [training.model],
+        training.optimizer,
+        training.scheduler,
         progress={
             **asdict(position),
             ORDER_KEY: training.datasets.order.to_dict(),
             MEASURED_KEY: training.measurements.to_json(),
         },
         config=training.stored_config,
-        keep_last=training.run.checkpoint.keep_last,
-        timeout_minutes=training.run.checkpoint.save_timeout_minutes,
     )
+    _go_on(saving, lambda: saving.save(position.iteration, state), stop, report)
     return position.iteration
+
+
+def _go_on(saving: Saves, step: Callable[[], None], stop: StopRequest, report: Report) -> None:
+    """A step of the saves; what it took, and whether one is in flight then, is told to who must know."""
+    step()
+    report.stood_still(saving.stalled_seconds())
+    stop.save_in_flight(saving.in_flight)

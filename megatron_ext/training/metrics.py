@@ -106,7 +106,9 @@ class JsonLines:
 
 
 def check_places(config: LoggingConfig) -> None:
-    """Raises ConfigError by name where nothing can be written to the metrics file or TensorBoard's folder."""
+    """Raises ConfigError by name where nothing can be written to a file or folder that is reported to."""
+    if config.heartbeat_file is not None:
+        _check_folder_of(Path(config.heartbeat_file))
     if config.metrics_file is not None:
         check_metrics_file(Path(config.metrics_file))
     if config.tensorboard_dir is not None and "://" not in config.tensorboard_dir:
@@ -116,6 +118,19 @@ def check_places(config: LoggingConfig) -> None:
                 pass
         except (OSError, ValueError) as error:  # ValueError: a name that cannot be, with a null byte
             raise _unusable_board(config.tensorboard_dir, error) from error
+
+
+def _check_folder_of(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+    except (OSError, ValueError) as error:  # ValueError: a name that cannot be, with a null byte
+        raise ConfigError(
+            f"logging.heartbeat_file {path} cannot be written: {error}; choose another."
+        ) from error
 
 
 def check_metrics_file(path: Path) -> None:

@@ -32,6 +32,7 @@ _SHOWN: dict[str, Callable[[float], str]] = {
     "tokens_per_second": lambda value: f"{si(value)} tokens/s",
     "mfu": lambda value: f"MFU {100 * value:.1f} %",
     "memory_bytes": lambda value: f"memory {value / 2**30:.2f} GiB",
+    "save_stall_seconds": lambda value: f"stood still for saves {value:.2f} s",
 }
 _IN_BAR = ("lm_loss", "tokens_per_second", "mfu", "memory_bytes")
 

@@ -39,6 +39,7 @@ class Report:
         self._policy = run.compression.policy.build()
         self._iterations = 0
         self._since = time.perf_counter()
+        self._stalled = 0.0
 
     def step(self, iteration: int, consumed_samples: int, consumed_tokens: int, result: StepResult) -> None:
         """After an optimizer step: every `logging.log_interval` iterations, and at the end, report it."""
@@ -58,6 +59,9 @@ class Report:
             **self._throughput.metrics(tokens, seconds),
             **self._of_policy(result.policy, iteration),
         }
+        if self._stalled > 0:
+            values["save_stall_seconds"] = self._stalled
+        self._stalled = 0.0
         self._write(iteration, values)
         self.restart_clock()
 
@@ -81,6 +85,11 @@ class Report:
             return {}
         before = (iteration - 1) / self._run.train.train_iters
         return {**means.report(self._policy, before), **means.by_head()}
+
+    def stood_still(self, seconds: float) -> None:
+        """The run has waited for a save: that is reported, and is no time of training."""
+        self._stalled += seconds
+        self._since += seconds
 
     def restart_clock(self) -> None:
         """Count time and iterations from now on."""

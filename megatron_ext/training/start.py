@@ -27,6 +27,8 @@ from megatron_ext.command_line import save_config
 from megatron_ext.config import CheckpointConfig, RunConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.memory import checkpoint_bytes
+from megatron_ext.parallel.flight_recorder import make_folder
+from megatron_ext.parallel.process_groups import device_of_rank
 from megatron_ext.precision import precision
 
 _SETTINGS_NAME = "run.yaml"
@@ -153,6 +155,8 @@ def write_settings(run: RunConfig) -> None:
     def write() -> None:
         try:
             save_config(run, path)
+            if device_of_rank().type == "cuda" and run.parallel.flight_recorder_entries:
+                make_folder(path.parent)
         except OSError as error:
             raise unwritable(path, error) from error
 

@@ -30,7 +30,7 @@ class StopRequest:
         self._deadline = None if exit_duration_minutes is None else started + 60 * exit_duration_minutes
         self._repetition = Repetition()
         self._lock = threading.Lock()
-        self._saving = False
+        self._saving = self._in_flight = False
         self._second = 0
         self._noted = 0
         self.number = 0
@@ -46,7 +46,7 @@ class StopRequest:
         with self._lock:
             if not self._repetition.is_second():
                 return
-            if not self._saving:
+            if not (self._saving or self._in_flight):
                 _end(number)
             self._second = number
 
@@ -76,6 +76,13 @@ class StopRequest:
         with self._lock:
             self._saving = before
         if self._second and not before:
+            _end(self._second)
+
+    def save_in_flight(self, is_so: bool) -> None:
+        """Whether a save goes on beside the run: a second signal waits until it is complete."""
+        with self._lock:
+            self._in_flight = is_so
+        if self._second and not (is_so or self._saving):
             _end(self._second)
 
 

@@ -167,7 +167,8 @@ def data_parallel_problems(parallel: ParallelConfig, train: TrainConfig, world_s
             f"{_word(parallel.use_distributed_optimizer)} and parallel.overlap_grad_reduce is "
             f"{_word(parallel.overlap_grad_reduce)}; the first needs the other two: set them to true."
         )
-    yield from above_zero("parallel", parallel, "distributed_timeout_minutes")
+    yield from above_zero("parallel", parallel, "distributed_timeout_minutes", "start_timeout_minutes")
+    yield from at_least("parallel", parallel, 0, "flight_recorder_entries")
     if tensor < 1 or pipeline < 1:
         return
     yield from process_problems(parallel, world_size)

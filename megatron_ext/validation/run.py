@@ -14,6 +14,7 @@ from megatron_ext.config import (
     LoggingConfig,
     ModelConfig,
     OptimizerConfig,
+    ParallelConfig,
     RunConfig,
     TrainConfig,
 )
@@ -21,6 +22,7 @@ from megatron_ext.data.blends import split_sources
 from megatron_ext.errors import ConfigError
 from megatron_ext.precision import precision
 from megatron_ext.validation.layout import data_parallel_problems, layout_problems, recompute_problems
+from megatron_ext.validation.profile import profile_problems
 from megatron_ext.validation.rules import above_zero, at_least, fraction
 
 LARGEST_SEED = 2**31 - 1
@@ -46,7 +48,9 @@ def problems(run: RunConfig, world_size: int) -> list[str]:
         *_data(run.data, run.train),
         *_vocabulary(run.model, run.data),
         *_checkpoint(run.checkpoint, run.train),
+        *_ways_of_saving(run.checkpoint, run.parallel),
         *_logging(run.logging),
+        *profile_problems(run, world_size),
         *_optional_packages(run),
     ]
 
@@ -64,7 +68,7 @@ def step_problems(run: RunConfig, world_size: int) -> list[str]:
 
 
 def _train(model: ModelConfig, train: TrainConfig) -> Iterator[str]:
-    yield from at_least("train", train, 0, "eval_interval")
+    yield from at_least("train", train, 0, "eval_interval", "manual_gc_interval")
     yield from above_zero("train", train, "exit_duration_minutes")
     if train.eval_interval > 0:
         yield from at_least("train", train, 1, "eval_iters")
@@ -196,6 +200,20 @@ def _checkpoint(checkpoint: CheckpointConfig, train: TrainConfig) -> Iterator[st
         yield "checkpoint.finetune is true and checkpoint.load is not set; give the checkpoint to start from."
 
 
+def _ways_of_saving(checkpoint: CheckpointConfig, parallel: ParallelConfig) -> Iterator[str]:
+    if checkpoint.save is None and checkpoint.async_save:
+        yield (
+            "checkpoint.async_save is true and checkpoint.save is not set; give the directory to save into, "
+            "or set the former to false."
+        )
+    if checkpoint.optimizer_sharding == "dp_reshardable" and not parallel.use_distributed_optimizer:
+        yield (
+            "checkpoint.optimizer_sharding is dp_reshardable and parallel.use_distributed_optimizer is "
+            "false; the former is of the distributed optimizer: set the latter to true, or the former to "
+            "fully_reshardable."
+        )
+
+
 def _logging(logging: LoggingConfig) -> Iterator[str]:
     yield from at_least("logging", logging, 1, "log_interval")
     yield from above_zero("logging", logging, "peak_tflops")
@@ -214,6 +232,12 @@ def _optional_packages(run: RunConfig) -> Iterator[str]:
         yield (
             f"logging.wandb_project is {logging.wandb_project}, but the package wandb is not installed; "
             "pip install 'lckv-megatron[wandb]', or set logging.wandb_mode to disabled."
+        )
+    if run.parallel.fault_tolerance and importlib.util.find_spec("nvidia_resiliency_ext") is None:
+        yield (
+            "parallel.fault_tolerance is true, but the package nvidia-resiliency-ext is not installed; pip "
+            "install nvidia-resiliency-ext and start the run with its ft_launcher, or set the former to "
+            "false."
         )
     if model.transformer_impl == "transformer_engine":
         yield from _refusal_of_transformer_engine(run.train.precision)

@@ -4,8 +4,9 @@ test_save_faults.py.
     python -m tests.megatron_ext.checkpointing.killed_saves DIRECTORY
 
 For every place, a process saves iteration 1, trains, and is killed in the save of iteration 2, all in
-DIRECTORY/place. The weights of both iterations are put beside the directories. One process that has imported
-everything forks the others.
+DIRECTORY/place; and once more, with saves in the background and further training meanwhile, in
+DIRECTORY/background/place. The weights of both iterations are put beside the directories. One process that
+has imported everything forks the others.
 """
 
 import os
@@ -18,7 +19,8 @@ from typing import Any, NoReturn
 import torch
 
 from megatron_ext import atomic
-from megatron_ext.checkpointing import folders, save, strategies
+from megatron_ext.checkpointing import folders, strategies, writing
+from megatron_ext.checkpointing.save import saves
 from tests.megatron_ext.checkpointing.tiny_gpt import Case, Run
 
 
@@ -67,11 +69,13 @@ def instead_of(module: Any, name: str) -> Callable[[], None]:
 
 
 PLACES: dict[str, Callable[[], None]] = {
-    "after the temporary folder": instead_of(save, "write_state"),
+    "after the temporary folder": instead_of(writing, "plan_writing"),
+    "before the files": instead_of(writing, "write_state"),
     "in the middle of a file": in_the_middle_of_a_file,
-    "after half of the files": instead_of(save, "_write_run"),
-    "before the hashes": instead_of(save, "_hash_all"),
-    "before the manifest": instead_of(save, "write_manifest"),
+    "after half of the files": instead_of(writing, "_write_files"),
+    "before the hashes": instead_of(writing, "_hash_files"),
+    "before the table of contents": instead_of(strategies.Shards, "finish"),
+    "before the manifest": instead_of(writing, "write_manifest"),
     "in the manifest": in_the_rename_of("manifest.json"),
     "before the rename": instead_of(folders, "publish"),
     "before the pointer": instead_of(folders, "write_pointer"),
@@ -81,7 +85,10 @@ PLACES: dict[str, Callable[[], None]] = {
 }
 
 
-def run(directory: Path, install: Callable[[], None]) -> None:
+BACKGROUND = "background"
+
+
+def run(directory: Path, install: Callable[[], None], *, in_background: bool) -> None:
     """Saves twice; dies in the second."""
     program = Run(Case())
     program.train(1)
@@ -89,23 +96,27 @@ def run(directory: Path, install: Callable[[], None]) -> None:
     torch.save(program.weights(), directory.parent / "weights1.pt")
     program.train(1)
     torch.save(program.weights(), directory.parent / "weights2.pt")
-    install()
-    program.save(directory, 2, keep_last=1)
+    with saves(directory, keep_last=1, in_background=in_background) as made:
+        install()
+        made.save(2, program.state(2))
+        program.train(1)
 
 
 def main(directory: Path) -> None:
     """Runs all places, each in a process of its own."""
     torch.set_num_threads(1)
+    (directory / BACKGROUND).mkdir()
     for place, install in PLACES.items():
-        process = os.fork()
-        if process == 0:
-            try:
-                run(directory / place, install)
-            finally:
-                os._exit(3)
-        _, status = os.waitpid(process, 0)
-        if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
-            raise SystemExit(f"{place}: the process was not killed, status {status}")
+        for folder in (directory, directory / BACKGROUND):
+            process = os.fork()
+            if process == 0:
+                try:
+                    run(folder / place, install, in_background=folder != directory)
+                finally:
+                    os._exit(3)
+            _, status = os.waitpid(process, 0)
+            if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
+                raise SystemExit(f"{folder / place}: the process was not killed, status {status}")
 
 
 if __name__ == "__main__":

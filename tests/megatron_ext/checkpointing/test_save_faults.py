@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext import atomic
-from megatron_ext.checkpointing import folders, manifest, save
+from megatron_ext.checkpointing import folders, manifest, writing
 from megatron_ext.checkpointing.lock import FolderLock
 from megatron_ext.checkpointing.owner import this_process
-from tests.megatron_ext.checkpointing.killed_saves import PLACES
+from tests.megatron_ext.checkpointing.killed_saves import BACKGROUND, PLACES
 from tests.megatron_ext.checkpointing.tiny_gpt import Case, Run
 from tests.ranks import run_on_ranks
 
@@ -56,9 +56,10 @@ def _load_and_save_again(directory: Path) -> tuple[int, list[str], list[str]]:
     return loaded.iteration, before, sorted(os.listdir(directory))
 
 
+@pytest.mark.parametrize("folder", [".", BACKGROUND])
 @pytest.mark.parametrize("place", PLACES)
-def test_a_killed_save_leaves_the_last_good_checkpoint(killed: Path, place: str) -> None:
-    ((iteration, before, after),) = run_on_ranks(1, _load_and_save_again, killed / place)
+def test_a_killed_save_leaves_the_last_good_checkpoint(killed: Path, place: str, folder: str) -> None:
+    ((iteration, before, after),) = run_on_ranks(1, _load_and_save_again, killed / folder / place)
     assert iteration == (2 if place in SURVIVES_AS_2 else 1), before
     assert after == ["iter_0000002", "latest"], "the next save cleans up"
 
@@ -80,29 +81,29 @@ def _fill_disk(patch: pytest.MonkeyPatch, name: str) -> None:
         return open("/dev/full" if Path(path).name == name else path, mode)
 
     patch.setattr(atomic, "open", open_or_full, raising=False)
-    write_state = save.write_state
+    plan_writing = writing.plan_writing
 
-    def link_and_write(ranks: Any, staging: Path, *states: Any) -> None:
+    def link_and_plan(ranks: Any, staging: Path, state: Any) -> Any:
         if name.endswith(".distcp"):  # torch opens it
             ranks.on_first("link", lambda: (staging / name).symlink_to("/dev/full"))
-        write_state(ranks, staging, *states)
+        return plan_writing(ranks, staging, state)
 
-    patch.setattr(save, "write_state", link_and_write)
+    patch.setattr(writing, "plan_writing", link_and_plan)
 
 
-def _save_with_fault(directory: Path, fault: str) -> tuple[str, str, list[str], bool]:
+def _save_with_fault(directory: Path, fault: str, in_background: bool) -> tuple[str, str, list[str], bool]:
     run = Run(Case())
     run.save(directory, 1)
     with pytest.MonkeyPatch.context() as patch:
         _fill_disk(patch, FULL[fault])
-        failure = _failure_of_save(run, directory)
+        failure = _failure_of_save(run, directory, in_background=in_background)
     return (*failure, run.load(directory).iteration == 1)
 
 
-def _failure_of_save(run: Run, directory: Path) -> tuple[str, str, list[str]]:
+def _failure_of_save(run: Run, directory: Path, **options: Any) -> tuple[str, str, list[str]]:
     """(type, message, what is left in the directory)."""
     try:
-        run.save(directory, 2)
+        run.save(directory, 2, **options)
     except Exception as error:
         dist.barrier()  # until rank 0 has cleaned up
         return type(error).__name__, str(error), sorted(os.listdir(directory)) if directory.is_dir() else []
@@ -110,9 +111,12 @@ def _failure_of_save(run: Run, directory: Path) -> tuple[str, str, list[str]]:
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("in_background", [False, True])
 @pytest.mark.parametrize("fault", FULL)
-def test_a_full_disk_on_one_rank_is_one_clear_error_on_all(tmp_path: Path, fault: str) -> None:
-    first, second = run_on_ranks(2, _save_with_fault, tmp_path, fault)
+def test_a_full_disk_on_one_rank_is_one_clear_error_on_all(
+    tmp_path: Path, fault: str, in_background: bool
+) -> None:
+    first, second = run_on_ranks(2, _save_with_fault, tmp_path, fault, in_background)
     assert first == second
     name, message, left, loadable = first
     assert name == "DiskFullError"
@@ -195,7 +199,7 @@ def test_a_folder_that_another_run_writes_into_is_left_alone(tmp_path: Path) -> 
 
 
 def _save_and_lose_the_folder(directory: Path) -> tuple[str, str, list[str]]:
-    write_manifest = save.write_manifest
+    write_manifest = writing.write_manifest
 
     def lose_it(*args: Any) -> None:
         other = replace(this_process(), pid=os.getppid(), started=start_of(os.getppid()))
@@ -203,7 +207,7 @@ def _save_and_lose_the_folder(directory: Path) -> tuple[str, str, list[str]]:
         write_manifest(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(save, "write_manifest", lose_it)
+        patch.setattr(writing, "write_manifest", lose_it)
         return _failure_of_save(Run(Case()), directory)
 
 
@@ -248,6 +252,6 @@ def test_a_bug_on_one_rank_is_raised_on_all_with_its_traceback(tmp_path: Path) -
     assert first == second
     name, message, left = first
     assert name == "RuntimeError"
-    assert "write the run's settings" in message
+    assert "collect the run's settings" in message
     assert "Traceback" in message
     assert left == []

@@ -23,8 +23,10 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
+from megatron_ext.checkpointing.folders import checkpoint_name
 from megatron_ext.checkpointing.load import LoadedCheckpoint, load_checkpoint
-from megatron_ext.checkpointing.save import save_checkpoint
+from megatron_ext.checkpointing.save import saves
+from megatron_ext.checkpointing.writing import RunState
 from megatron_ext.config import ParallelConfig
 from megatron_ext.parallel.process_groups import initialize
 
@@ -138,17 +140,15 @@ class Run:
         return losses
 
     def save(self, directory: Path, iteration: int, **options: Any) -> Path:
-        """Saves everything."""
-        return save_checkpoint(
-            directory,
-            iteration,
-            model=self.model,
-            optimizer=self.optimizer,
-            scheduler=self.scheduler,
-            progress={"consumed_samples": 4 * iteration, "note": "x"},
-            config=self.case.config,
-            **{"keep_last": None, **options},
-        )
+        """Saves everything; returns the checkpoint."""
+        with saves(directory, **options) as made:
+            made.save(iteration, self.state(iteration))
+        return directory / checkpoint_name(iteration)
+
+    def state(self, iteration: int) -> RunState:
+        """What is saved."""
+        progress = {"consumed_samples": 4 * iteration, "note": "x"}
+        return RunState(self.model, self.optimizer, self.scheduler, progress, self.case.config)
 
     def load(self, path: Path, **options: Any) -> LoadedCheckpoint:
         """Loads everything."""

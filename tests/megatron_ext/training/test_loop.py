@@ -3,15 +3,18 @@
 import json
 import math
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_ext.checkpointing.errors import CheckpointError
+from megatron_ext.checkpointing.save import Saves
 from megatron_ext.config import RunConfig
 from megatron_ext.errors import ConfigError
-from megatron_ext.training.step import NonFiniteLossError
+from megatron_ext.training import iteration
+from megatron_ext.training.step import NonFiniteLossError, StepResult
 from tests.megatron_ext.training.runs import logged_to, reports, series, tiny_run, train
 from tests.ranks import run_on_ranks
 
@@ -70,14 +73,16 @@ def test_losses_do_not_depend_on_the_layout(
     ],
     ids=["dp2-bf16", "pp2", "tp2-sp"],
 )
-def test_a_resumed_run_is_bit_equal(tmp_path: Path, world_size: int, settings: dict) -> None:
+@pytest.mark.parametrize("way", [{}, {"async_save": True, "optimizer_sharding": "dp_reshardable"}])
+def test_a_resumed_run_is_bit_equal(tmp_path: Path, world_size: int, settings: dict, way: dict) -> None:
     """Weights, optimizer, random states and reports of iteration 6, once straight and once from the
     checkpoint of iteration 3."""
-    saving = {"save": str(tmp_path / "straight"), "save_interval": 3}
+    saving = {"save": str(tmp_path / "straight"), "save_interval": 3, **way}
     straight = tiny_run(**settings, checkpoint=saving)
     run_on_ranks(world_size, train, logged_to(straight, tmp_path / "straight.jsonl"))
     start = tmp_path / "straight" / "iter_0000003"
-    resumed = tiny_run(**settings, checkpoint={"load": str(start), "save": str(tmp_path / "resumed")})
+    saving = {"load": str(start), "save": str(tmp_path / "resumed"), **way}
+    resumed = tiny_run(**settings, checkpoint=saving)
     run_on_ranks(world_size, train, logged_to(resumed, tmp_path / "resumed.jsonl"))
     manifests = [tmp_path / run / "iter_0000006" / "manifest.json" for run in ("straight", "resumed")]
     expected, found = (hashes(path) for path in manifests)
@@ -86,6 +91,12 @@ def test_a_resumed_run_is_bit_equal(tmp_path: Path, world_size: int, settings: d
     assert found == expected
     for name in ("lm_loss", "grad_norm", "learning_rate", "consumed_tokens"):
         assert series(tmp_path / "resumed.jsonl", name) == series(tmp_path / "straight.jsonl", name)[3:]
+    stalled = [report["iteration"] for report in reports(tmp_path / "straight.jsonl") if _STALL in report]
+    assert stalled and stalled[0] == 4
+    assert len(stalled) == 1 or way, "it may be published later"
+
+
+_STALL = "save_stall_seconds"
 
 
 def hashes(manifest: Path) -> dict[str, str]:
@@ -151,6 +162,29 @@ def test_a_loss_that_is_not_finite_stops_the_run() -> None:
         match=rf"iteration 1: the loss is nan .*such a loss: 0, 1; {first}, token 0\).*Resume from",
     ):
         run_on_ranks(2, train, run)
+
+
+def test_what_was_saved_before_a_bad_loss_becomes_a_checkpoint(tmp_path: Path) -> None:
+    saving = {"save": str(tmp_path), "save_interval": 1, "async_save": True}
+    assert run_on_ranks(2, _diverge, tiny_run(checkpoint=saving)) == [True] * 2
+    assert (tmp_path / "latest").read_text() == "iter_0000001\n"
+
+
+def _diverge(run: RunConfig) -> bool:
+    """The second loss is bad, and the save of the first iteration has not ended when it is found."""
+    require = iteration.require_finite
+
+    def fail(result: StepResult, number: int, *others: Any) -> None:
+        require(replace(result, lm_loss=math.nan) if number == 2 else result, number, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(iteration, "require_finite", fail)
+        patch.setattr(Saves, "settle", lambda made: None)
+        try:
+            train(run)
+        except NonFiniteLossError:
+            return True
+    return False
 
 
 def test_an_error_leaves_no_reading_processes() -> None:

@@ -220,7 +220,7 @@ def _timeouts(run: RunConfig) -> list[float]:
         patch.setattr(module, name, note)
 
     with pytest.MonkeyPatch.context() as patch:
-        spy(iteration, "save_checkpoint")
+        spy(iteration, "saves")
         spy(loop, "load_checkpoint")
         train(run)
     return given

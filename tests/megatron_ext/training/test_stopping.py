@@ -74,9 +74,9 @@ def events_of(run: RunConfig) -> list[str]:
     events = []
     save, validate = iteration._save, iteration._validate
 
-    def noted_save(training, position):
+    def noted_save(training, position, *others):
         events.append(f"save {position.iteration}")
-        return save(training, position)
+        return save(training, position, *others)
 
     def noted_validate(training, position, *others):
         events.append(f"evaluate {position.iteration}")
@@ -209,6 +209,14 @@ def test_a_second_signal_waits_for_a_save(request_to_stop: StopRequest) -> None:
     assert done == ["saved"]
 
 
+def test_a_second_signal_waits_for_a_save_in_the_background(request_to_stop: StopRequest) -> None:
+    request_to_stop.save_in_flight(True)
+    request_to_stop.watch(signal.SIGINT)
+    request_to_stop.watch(signal.SIGTERM)
+    with pytest.raises(EndedError):
+        request_to_stop.save_in_flight(False)
+
+
 PROGRAM = """
 import signal, sys, time
 for number in (signal.SIGINT, signal.SIGTERM):
@@ -217,10 +225,10 @@ from pathlib import Path
 import pretrain_lckv
 from megatron_ext.training import iteration
 save = iteration._save
-def slow(training, position):
+def slow(*arguments):
     print("saving", flush=True)
     time.sleep(4)
-    return save(training, position)
+    return save(*arguments)
 iteration._save = slow
 raise SystemExit(pretrain_lckv.main(sys.argv[1:]))
 """

@@ -384,6 +384,12 @@ CASES = [
         1,
         "train.exit_duration_minutes is 5.0 and checkpoint.save is not set; give the directory",
     ),
+    ({"checkpoint.async_save": True}, 1, "checkpoint.async_save is true and checkpoint.save is not set"),
+    (
+        {"checkpoint.optimizer_sharding": "dp_reshardable", "parallel.use_distributed_optimizer": False},
+        1,
+        "checkpoint.optimizer_sharding is dp_reshardable and parallel.use_distributed_optimizer is false",
+    ),
     ({"checkpoint.finetune": True}, 1, "checkpoint.finetune is true and checkpoint.load is not set"),
     ({"logging.log_interval": 0}, 1, "logging.log_interval is 0; it must be at least 1."),
     ({"logging.peak_tflops": 0}, 1, "logging.peak_tflops is 0.0; it must be a number greater than 0."),
