@@ -79,7 +79,8 @@ def piece_choices(
 ) -> list[dict[str, Any]]:
     """One event of a streamed answer; `prefix` comes before its text: the echoed prompt, or nothing. `calls`:
     finds calls of functions, which come whole, and before the end: clients look there what is complete."""
-    text, reason, details = prefix + event.text, event.finish_reason, logprobs.of([event])
+    text, details = prefix + event.text, logprobs.of([event])
+    reason: str | None = event.finish_reason
     if kind == "completion":
         return [_choice(index, {"text": text}, details, reason)]
     if calls is None:

@@ -43,7 +43,7 @@ class CallFormat:
 def call_format(request: ChatRequest, tokenizer: Any) -> CallFormat | None:
     """None where nothing may be called. Raises ApiError where the model's template knows nothing of tools
     that the request has, or its format is not known here."""
-    turn = next((place for place, turn in enumerate(request.conversation) if has_tools(turn)), None)
+    turn = next((place for place, turn in enumerate(request.conversation) if has_tools(dict(turn))), None)
     if request.tools is None and turn is None:
         return None
     template = _template(tokenizer, request.tools)

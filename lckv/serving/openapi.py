@@ -86,7 +86,10 @@ def _post(summary: str, name: str) -> Schema:
 def _get(summary: str, content: Schema, *, key: bool = True) -> Schema:
     """`key`: whether it is asked for with a key, where the server has one."""
     error = {"description": "What went wrong", "content": _json("Error")}
-    operation = {"summary": summary, "responses": {"200": {"description": "OK", "content": content}}}
+    operation: dict[str, Any] = {
+        "summary": summary,
+        "responses": {"200": {"description": "OK", "content": content}},
+    }
     if key:
         operation |= {"security": [{"key": []}, {}]}
         operation["responses"] |= {"4XX": error, "5XX": error}

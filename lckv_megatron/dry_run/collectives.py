@@ -103,8 +103,8 @@ def read(function: Any, arguments: tuple[Any, ...], groups: Groups, machine: Mac
 
 
 def results(function: Any, arguments: tuple[Any, ...]) -> Any:
-    """What the operation returns, without having done anything: outputs, which are the first arguments of their
-    type, and its work."""
+    """What the operation returns, without having done anything: outputs, which are the first arguments of
+    their type, and its work."""
     types = [str(argument.type) for argument in function._schema.arguments]
     returned = [
         _work() if str(value.type).endswith("Work") else arguments[types.index(str(value.type))]

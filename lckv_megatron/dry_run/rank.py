@@ -2,15 +2,14 @@
 
 Two steps run, of n and of n + 1 micro-batches, n being the pipeline's stages: from there on every further
 micro-batch adds the same. What a step of M does is the second step and M - n - 1 times the difference. The
-memory is that of the second step: the first has no moments yet, and more micro-batches do not lie in memory at
-a time.
+memory is that of the second step: the first has no moments yet, and more micro-batches do not lie in memory
+at a time.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from megatron.core import parallel_state
@@ -20,10 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lckv_megatron.dry_run.collectives import Key, Total, add_up
 from lckv_megatron.dry_run.hardware import Machine
-from lckv_megatron.dry_run.stand_ins import gpu_kernels
 from lckv_megatron.dry_run.memory import Curve, Kind, curve
 from lckv_megatron.dry_run.recorder import Recorder, Work, spanning
 from lckv_megatron.dry_run.replacements import Replacement, replaced
+from lckv_megatron.dry_run.stand_ins import gpu_kernels
 from lckv_megatron.dry_run.world import pretended_world
 from megatron_ext.config import RunConfig, TrainConfig
 from megatron_ext.data.batch import Batch
@@ -143,9 +142,9 @@ class _Program:
 
     def _name_new(self, kind: Kind, phase: str | None = None) -> None:
         for allocation in self._recorder.allocations:
-            if allocation.kind is None and allocation.end is None:
-                if phase is None or self._recorder.phases[allocation.phase].kind == phase:
-                    allocation.kind = kind
+            its_phase = self._recorder.phases[allocation.phase].kind
+            if allocation.kind is None and allocation.end is None and phase in (None, its_phase):
+                allocation.kind = kind
 
 
 def _samples(train: TrainConfig) -> Iterator[dict[str, Tensor]]:
@@ -182,7 +181,6 @@ def _collectives(first: dict[str, Work], second: dict[str, Work], further: int) 
     before, after = (
         {name: add_up(work.collectives) for name, work in step.items()} for step in (first, second)
     )
-    totals: Counter[Any] = Counter()
     result: dict[Key, Total] = {}
     for name, of_phase in after.items():
         for key, total in of_phase.items():

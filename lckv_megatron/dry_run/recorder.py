@@ -1,7 +1,7 @@
 """Sees every operation of a program: the storages that it makes and drops, its collectives, its work.
 
-A TorchDispatchMode below autograd. On tensors without numbers collectives are noted and not made, and a number
-that is asked for (`.item()`) is 1. On ordinary tensors everything is made as well.
+A TorchDispatchMode below autograd. On tensors without numbers collectives are noted and not made, and a
+number that is asked for (`.item()`) is 1. On ordinary tensors everything is made as well.
 """
 
 import weakref

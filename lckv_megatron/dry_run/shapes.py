@@ -49,11 +49,13 @@ class Shapes:
             return
         tensors = [output] if isinstance(output, Tensor) else output
         container = None if isinstance(output, Tensor) else type(output)
-        if container not in (None, tuple, list) or not all(type(tensor) is FakeTensor for tensor in tensors):
+        if container not in (None, tuple, list):
+            return
+        if not all(type(tensor) is FakeTensor for tensor in tensors):
             return
         given = {tensor.untyped_storage()._cdata for tensor in _tensors(args)}
         if all(tensor.untyped_storage()._cdata not in given for tensor in tensors):
-            shapes = [(tensor.shape, tensor.stride(), tensor.dtype, tensor.fake_device) for tensor in tensors]
+            shapes = [(tensor.shape, tensor.stride(), tensor.dtype, tensor.fake_device) for tensor in tensors]  # type: ignore[union-attr]
             self._known[key] = container, shapes
 
     def _new(self, shape: Any, stride: Any, dtype: torch.dtype, device: torch.device) -> FakeTensor:

@@ -10,7 +10,7 @@ repeated. Here are, as shapes:
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.transformer import mlp
@@ -40,7 +40,7 @@ def _with_fused_swiglu(transformer_config: Callable[..., Any]) -> Callable[..., 
 
 
 def _choose(recorder: Recorder, original: Callable[..., Choice]) -> Callable[..., Choice]:
-    attend = partial(flash.attend, kernel=FlashAttention(recorder))
+    attend = partial(flash.attend, kernel=cast(Any, FlashAttention(recorder)))
 
     def choose(name: str, **kwargs: Any) -> Choice:
         if name not in ("auto", "flash"):

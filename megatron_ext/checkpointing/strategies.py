@@ -64,7 +64,8 @@ class Shards:
     """What this rank writes of a sharded state, as all ranks have planned it. Make it with `plan_shards`."""
 
     def __init__(self, writer: "_Writer", planner: SavePlanner, plan: SavePlan, contents: Metadata | None):
-        self._writer, self._planner, self._plan, self._contents = writer, planner, plan, contents
+        self._writer, self._plan, self._contents = writer, plan, contents
+        self._planner: SavePlanner | _Staged = planner
 
     def stage(self, copies: Copies) -> Copies:
         """Copies all of it to the host's memory (pinned, where it comes from a GPU): what happens to the
@@ -72,7 +73,7 @@ class Shards:
 
         `copies` are those of an earlier save, whose memory is used again. Returns those of this one.
         """
-        staged = _Staged(self._planner, self._plan, copies)
+        staged = _Staged(self._planner, self._plan, copies)  # type: ignore[arg-type]
         self._planner = staged
         self._writer.per_thread_copy_ahead = 0  # nothing is left to be copied from a GPU
         return staged.copies
@@ -83,6 +84,7 @@ class Shards:
 
     def finish(self, results: list[list[WriteResult]]) -> None:
         """On rank 0: writes the table of contents, from what `write` returned on each rank."""
+        assert self._contents is not None, "rank 0 has it"
         self._writer.finish(self._contents, results)
 
 

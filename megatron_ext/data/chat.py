@@ -9,7 +9,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -128,13 +128,14 @@ class ChatTokenizer:
     def _marked(self, messages: Messages, tools: Sequence[Any] | None) -> Iterator[tuple[int, int]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        _, places = render_jinja_template(
-            conversations=[messages],
-            tools=tools,
+        rendered: Any = render_jinja_template(
+            conversations=cast(Any, [messages]),
+            tools=cast(Any, tools),
             chat_template=self._template,
             return_assistant_tokens_mask=True,
             **self._tokenizer.special_tokens_map,
         )
+        _, places = rendered
         yield from places[0]
 
     def _render(self, messages: Messages, tools: Sequence[Any] | None, **options: Any) -> str:

@@ -92,12 +92,12 @@ def _nsys(folder: Path) -> Callable[[str], None]:
     """nsys itself writes the file."""
     del folder
     ranges: Any = torch.autograd.profiler.emit_nvtx()
-    torch.cuda.profiler.start()  # type: ignore[no-untyped-call]
+    torch.cuda.profiler.start()
     ranges.__enter__()
 
     def stop(name: str) -> None:
         ranges.__exit__(None, None, None)
-        torch.cuda.profiler.stop()  # type: ignore[no-untyped-call]
+        torch.cuda.profiler.stop()
 
     return stop
 

@@ -30,7 +30,7 @@ TINY = Sizes(6, 64, 4, 2, 64, 200)
 
 
 def compressions() -> dict[str, dict[str, Any]]:
-    """Sections `compression` by name; `layer_types` is a kind of map, written out for the number of layers."""
+    """Sections `compression` by name; `layer_types` is a kind of map, to be written out for some layers."""
     sections: dict[str, dict[str, Any]] = yaml.safe_load(_COMPRESSIONS.read_text(encoding="utf-8"))
     return sections
 

@@ -113,7 +113,7 @@ def recipe(check: Check) -> Figures:
             "--model.hidden_size=64", "--model.num_attention_heads=4", "--model.num_query_groups=2",
             "--model.ffn_hidden_size=128", "--model.vocab_size=512", "--train.seq_length=32",
         ]  # fmt: skip
-    config = ["--config", ROOT / "examples" / "llama_1b_lckv" / "pretrain.yaml"]
+    config: list[str | Path] = ["--config", ROOT / "examples" / "llama_1b_lckv" / "pretrain.yaml"]
     planned = check.commands.program("plan", *config, "--world-size", "1", *options)
     check.commands.python(ROOT / "pretrain_lckv.py", *config, *options, limit=150)
     lines = (check.folder / "recipe.jsonl").read_text(encoding="utf-8").splitlines()

@@ -10,11 +10,10 @@ run; the dry run pretends the CPU's kernels.
 import argparse
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from lckv_megatron.dry_run.hardware import Machine
@@ -23,19 +22,20 @@ from megatron_ext.command_line import parse_run_config
 from megatron_ext.config import RunConfig
 from megatron_ext.data.batch import make_batch
 from megatron_ext.model.build import build_stage, wrap
-from megatron_ext.parallel.process_groups import destroy, initialize
+from megatron_ext.parallel.process_groups import initialize
 from megatron_ext.training.optimizer import build_optimizer
 from megatron_ext.training.step import train_step
 from tests.ranks import run_on_ranks
 from tools.benchmarks.timing import setting, write_csv
 
 _EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
-SMALL = (
-    "--model.hidden_size 128 --model.num_attention_heads 4 --model.num_query_groups 2 --model.kv_channels null "
-    "--model.ffn_hidden_size 384 --model.vocab_size 1000 --model.max_position_embeddings null "
-    "--train.seq_length 256 --train.micro_batch_size 2 --data.tokenizer_type none --data.tokenizer_model null "
-    "--data.reset_attention_mask false --data.reset_position_ids false"
-).split()
+SMALL = [
+    "--model.hidden_size=128", "--model.num_attention_heads=4", "--model.num_query_groups=2",
+    "--model.kv_channels=null", "--model.ffn_hidden_size=384", "--model.vocab_size=1000",
+    "--model.max_position_embeddings=null", "--train.seq_length=256", "--train.micro_batch_size=2",
+    "--data.tokenizer_type=none", "--data.tokenizer_model=null", "--data.reset_attention_mask=false",
+    "--data.reset_position_ids=false",
+]  # fmt: skip
 _SECOND = "second step"
 
 

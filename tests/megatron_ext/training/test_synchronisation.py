@@ -1,7 +1,7 @@
-"""Where a training step asks the device for a number, and so waits for it: nowhere but in the places listed here.
+"""Where a training step asks the device for a number, and so waits for it: nowhere but in the places listed.
 
-Python code that reads a tensor is watched, whatever device it is on; what reads only tensors of the host is listed with
-that reason.
+Python code that reads a tensor is watched, whatever device it is on; what reads only tensors of the host is
+listed with that reason.
 """
 
 import sys
@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[3]
 
 READING = {
     Tensor.item, Tensor.tolist, Tensor.cpu, Tensor.numpy, Tensor.__bool__, Tensor.__int__, Tensor.__float__,
-    Tensor.__index__, Tensor.nonzero, torch.nonzero, Tensor.masked_select, torch.masked_select, Tensor.__contains__,
+    Tensor.__index__, Tensor.nonzero, torch.nonzero, Tensor.masked_select, torch.masked_select,
+    Tensor.__contains__,
 }  # fmt: skip
 """Functions whose result the host needs, or whose shape it does."""
 
