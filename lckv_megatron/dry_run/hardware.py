@@ -61,7 +61,7 @@ class Efficiency:
         """In words."""
         return (
             f"{100 * self.products:g} % of the peak in products, {100 * self.memory:g} % of the memory's "
-            f"rate, {100 * self.links:g} % of the links', {1e6 * self.latency_seconds:g} us for each collective"
+            f"rate, {100 * self.links:g} % of the links', {1e6 * self.latency_seconds:g} us a collective"
         )
 
 
