@@ -1,9 +1,0 @@
-"""Any rank of any world, on one CPU and without its memory: the unmodified model, optimizer and schedule run
-on tensors that have shapes and no numbers, among processes that do not exist.
-
-- `world`: the pretended processes, and what has to be replaced for them
-- `kernels`: what the kernels of a GPU keep and move, in place of those of the CPU
-- `recorder`: sees every operation: storages, collectives, work
-- `memory`, `collectives`, `hardware`: what the record says
-- `rank`: the steps of one rank; `report`, `search`: what is said of them
-"""
