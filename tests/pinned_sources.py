@@ -5,6 +5,7 @@ pip brings them once, and refuses a file with another hash. Where it cannot brin
 are skipped with what pip said.
 """
 
+import os
 import subprocess
 import sys
 import tarfile
@@ -20,6 +21,8 @@ import pytest
 CACHE = Path(__file__).resolve().parent.parent / "build" / "pinned_sources"
 _SECONDS = 240
 _WRONG_FILE = "DO NOT MATCH THE HASHES"
+_VARIABLES = {"FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE"}
+"""Or flash-attn's setup.py looks for a CUDA compiler before it says its name."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,9 @@ TRANSFORMER_ENGINE = Pin(
 )
 FLASH_ATTN = Pin(
     "flash-attn", "2.8.3", "1e71dd64a9e0280e0447b8a0c2541bad4bf6ac65bdeaa2f90e51a9e57de0370d", False
+)
+FLASH_ATTN_OLDEST = Pin(
+    "flash-attn", "2.7.0.post2", "62244de20dabad9a42d0636f6b2ea4c051d33df179a0b3bea4352502ebca1466", False
 )
 
 
@@ -75,15 +81,19 @@ def _download(pin: Pin, requirements: Path, folder: Path) -> str | None:
     command += ["--quiet", "--no-deps", "--no-build-isolation", "--require-hashes", "--dest", str(folder)]
     command += ["--only-binary" if pin.built else "--no-binary", pin.name, "--requirement", str(requirements)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+        done = subprocess.run(
+            command, env=os.environ | _VARIABLES, capture_output=True, text=True, timeout=_SECONDS
+        )
     except subprocess.TimeoutExpired:
         return f"nothing came within {_SECONDS} s"
     assert _WRONG_FILE not in done.stderr, done.stderr
-    return None if done.returncode == 0 else _last_line(done.stderr.splitlines())
+    return None if done.returncode == 0 else _complaint(done.stderr.splitlines())
 
 
-def _last_line(lines: Sequence[str]) -> str:
-    return next((line for line in reversed(lines) if line.strip()), "it failed without a word")
+def _complaint(lines: Sequence[str]) -> str:
+    """What pip calls the error; else its last words."""
+    errors = [line for line in lines if line.lower().startswith("error")]
+    return next((line for line in (*errors, *reversed(lines)) if line.strip()), "it failed without a word")
 
 
 def _unpack(archive: Path, folder: Path) -> None:
