@@ -11,6 +11,7 @@ import pytest
 from tests.megatron_ext.model.stages import EVERY_MAP
 from tests.pinned_sources import TRANSFORMER_ENGINE, folder_of
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[3]
 
 Results = dict[str, dict[str, Any]]
@@ -21,7 +22,7 @@ def results() -> Results:
     """By case, what `transformer_engine_build.compare` returns."""
     command = [sys.executable, "-m", "tests.megatron_ext.model.transformer_engine_build"]
     done = subprocess.run(
-        [*command, str(folder_of(TRANSFORMER_ENGINE))], cwd=ROOT, capture_output=True, text=True, timeout=280
+        [*command, str(folder_of(TRANSFORMER_ENGINE))], cwd=ROOT, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
