@@ -347,7 +347,7 @@ class CheckpointConfig:
 
     optimizer_sharding: Literal["fully_reshardable", "dp_reshardable"] = "fully_reshardable"
     """State of the distributed optimizer. fully_reshardable: any layout can go on with it. dp_reshardable: as
-    the ranks have it, without communication; only the same layout can go on with it."""
+    the ranks have it, without communication; only the same layout and layers can go on with it."""
 
     keep_last: int | None = None
     """How many checkpoints to keep; older ones are deleted after a successful save. Default: all."""
