@@ -96,9 +96,9 @@ class ModelConfig:
     """Layers from Megatron's local modules or from Transformer Engine; auto:
     the latter where installed with CUDA."""
 
-    attention_backend: Literal["auto", "sdpa", "flash", "reference"] = "auto"
-    """Attention kernel: PyTorch's, flash-attn's, or the plain oracle.
-    An explicit request never falls back."""
+    attention_backend: Literal["auto", "sdpa", "flash", "flash3", "reference"] = "auto"
+    """Attention kernel: PyTorch's, flash-attn's, FlashAttention 3's (Hopper; dropout and biased keys go
+    through PyTorch's), or the plain oracle. An explicit request never falls back."""
 
     cross_entropy_backend: Literal["auto", "whole", "chunked"] = "auto"
     """How the loss is computed: from the logits of all tokens, or chunk by chunk;

@@ -150,12 +150,14 @@ def number_returned(function: ast.FunctionDef) -> int | None:
 
 
 @cache
-def our_flash_calls() -> list[Call]:
+def our_flash_calls(*, hopper: bool = False) -> list[Call]:
+    """Of flash-attn 2, or of FlashAttention 3, whose functions have the same names."""
     return [
         call
         for place, tree in trees(*FLASH_FUNCTIONS)
         for call in calls(tree, place)
         if call.function.rpartition(".")[2] in FLASH_FUNCTIONS
+        if place.endswith("flash3.py") == hopper
     ]
 
 
@@ -179,6 +181,14 @@ def test_flash_attn_is_called_as_it_is(pin: Pin) -> None:
         for alias in node.names
     }
     assert set(backends._FLASH_FUNCTIONS["flash_attn"]) <= exported
+
+
+def test_flash_attention_3_is_called_as_it_is() -> None:
+    functions = functions_of(folder_of(FLASH_ATTN) / "hopper" / f"{backends._FLASH3_MODULE}.py")
+    made = our_flash_calls(hopper=True)
+    assert {call.function.rpartition(".")[2] for call in made} == set(backends._FLASH3_FUNCTIONS)
+    for call in made:
+        assert call.refusal(signature_of(functions[call.function.rpartition(".")[2]])) is None
 
 
 def test_transformer_engine_is_called_as_it_is() -> None:
