@@ -96,9 +96,9 @@ class ModelConfig:
     """Layers from Megatron's local modules or from Transformer Engine; auto:
     the latter where installed with CUDA."""
 
-    attention_backend: Literal["auto", "sdpa", "flash", "reference"] = "auto"
-    """Attention kernel: PyTorch's, flash-attn's, or the plain oracle.
-    An explicit request never falls back."""
+    attention_backend: Literal["auto", "sdpa", "flash", "flash3", "reference"] = "auto"
+    """Attention kernel: PyTorch's, flash-attn's, FlashAttention 3's (Hopper; dropout and biased keys go
+    through PyTorch's), or the plain oracle. An explicit request never falls back."""
 
     cross_entropy_backend: Literal["auto", "whole", "chunked"] = "auto"
     """How the loss is computed: from the logits of all tokens, or chunk by chunk;
@@ -347,7 +347,7 @@ class CheckpointConfig:
 
     optimizer_sharding: Literal["fully_reshardable", "dp_reshardable"] = "fully_reshardable"
     """State of the distributed optimizer. fully_reshardable: any layout can go on with it. dp_reshardable: as
-    the ranks have it, without communication; only the same layout can go on with it."""
+    the ranks have it, without communication; only the same layout and layers can go on with it."""
 
     keep_last: int | None = None
     """How many checkpoints to keep; older ones are deleted after a successful save. Default: all."""

@@ -9,7 +9,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from lckv.attention import flash, reference, sdpa
+from lckv.attention import flash, flash3, reference, sdpa
 from lckv.errors import UnsupportedError
 from lckv.install import INSTALL_GPU
 
@@ -21,8 +21,12 @@ _FLASH_FUNCTIONS = {
     "flash_attn.flash_attn_interface": ("_flash_attn_forward", "_flash_attn_backward"),
 }
 """What is used of flash-attn."""
+_FLASH3_MODULE, _FLASH3_FUNCTIONS = "flash_attn_interface", ("flash_attn_func", "flash_attn_varlen_func")
+"""What is used of FlashAttention 3."""
+_HOPPER = 9
+"""Compute capability of H100 and H200, the major number."""
 
-NAMES = ("sdpa", "flash", "reference")
+NAMES = ("sdpa", "flash", "flash3", "reference")
 
 
 @dataclass(frozen=True)
@@ -38,14 +42,37 @@ def why_not_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> st
     """What keeps flash-attn from serving these tensors; None if nothing does."""
     if device.type != "cuda":
         return f"flash-attn needs CUDA tensors, the model is on {device.type}"
-    obstacle = why_no_flash_package()
-    if obstacle is not None:
-        return obstacle
+    return why_no_flash_package() or _why_not_tensors("flash-attn", dtype, head_dim)
+
+
+def why_not_flash3(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """What keeps FlashAttention 3 from serving these tensors; None if nothing does."""
+    if device.type != "cuda":
+        return f"FlashAttention 3 needs CUDA tensors, the model is on {device.type}"
+    obstacle = why_no_flash3_package()
+    if obstacle is None and torch.cuda.get_device_capability(device)[0] != _HOPPER:
+        obstacle = f"FlashAttention 3 is for Hopper, this is {torch.cuda.get_device_name(device)}"
+    return obstacle or _why_not_tensors("FlashAttention 3", dtype, head_dim)
+
+
+def _why_not_tensors(package: str, dtype: torch.dtype, head_dim: int) -> str | None:
     if dtype not in (torch.float16, torch.bfloat16):
-        return f"flash-attn takes float16 and bfloat16, not {dtype}"
+        return f"{package} takes float16 and bfloat16, not {dtype}"
     if head_dim > 256:
-        return f"flash-attn takes heads of at most 256 channels, not {head_dim}"
+        return f"{package} takes heads of at most 256 channels, not {head_dim}"
     return None
+
+
+@cache
+def why_no_flash3_package() -> str | None:
+    """What is wrong with the installed FlashAttention 3, which is built from the folder hopper of
+    flash-attn's sources; None if nothing is."""
+    try:
+        loaded = importlib.import_module(_FLASH3_MODULE)
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"FlashAttention 3 cannot be imported: {error}"
+    missing = [function for function in _FLASH3_FUNCTIONS if not hasattr(loaded, function)]
+    return f"{_FLASH3_MODULE} has no {', '.join(missing)}" if missing else None
 
 
 @cache
@@ -76,17 +103,28 @@ def choose(name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int
 
     Raises UnsupportedError where an explicitly requested backend cannot serve: there is no fallback.
     """
-    obstacle = why_not_flash(device, dtype, head_dim)
-    requested = f"asked for {name}"
-    if name == "flash" and obstacle is not None:
-        raise UnsupportedError(name, obstacle)
-    if name == "flash" or (name == "auto" and obstacle is None):
-        kernel = importlib.import_module("flash_attn")
-        return Choice("flash", requested, partial(flash.attend, kernel=kernel))
+    requested, tensors = f"asked for {name}", (device, dtype, head_dim)
+    obstacles = []
+    for backend, why_not in (("flash", why_not_flash), ("flash3", why_not_flash3)):
+        if name not in (backend, "auto"):
+            continue
+        obstacle = why_not(*tensors)
+        if obstacle is None:
+            return Choice(backend, "; ".join([requested, *obstacles]), _attend_of(backend))
+        if name == backend:
+            raise UnsupportedError(name, obstacle)
+        if device.type == "cuda" or not obstacles:
+            obstacles.append(obstacle)
     if name == "sdpa":
         return Choice("sdpa", requested, sdpa.attend)
     if name == "auto":
-        return Choice("sdpa", f"{requested}: {obstacle}", sdpa.attend)
+        return Choice("sdpa", f"{requested}: {'; '.join(obstacles)}", sdpa.attend)
     if name == "reference":
         return Choice("reference", requested, reference.attend)
     raise UnsupportedError(repr(name), f"the backends are auto, {', '.join(NAMES)}")
+
+
+def _attend_of(name: str) -> Attend:
+    if name == "flash":
+        return partial(flash.attend, kernel=importlib.import_module("flash_attn"))
+    return partial(flash3.attend, kernel=importlib.import_module(_FLASH3_MODULE))

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lckv.attention.pages import Pages, PagesAttended, Work, pages_of_a_chunk
+from lckv.attention.pages import Pages, PagesAttended, Work, pages_of_a_chunk, tiles_of_the_kernel
 
 _BYTES_AT_ONCE = 2**20
 """Keys, and as many values, that the twin copies out of their pages at once: what stays in the cache of a CPU
@@ -21,14 +21,20 @@ core is read back at little cost."""
 
 
 @cache
-def why_not_kernel(device_type: str, dtype: torch.dtype) -> str | None:
-    """What keeps the Triton kernel from serving such tensors; None if nothing does."""
+def why_not_kernel(device_type: str, dtype: torch.dtype, group: int, channels: int) -> str | None:
+    """What keeps the Triton kernel from serving such tensors, `group` query heads of `channels` per KV head;
+    None if nothing does."""
     if device_type != "cuda":
         return f"the Triton kernel needs CUDA tensors, the model is on {device_type}"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the Triton kernel takes float32, bfloat16 and float16, not {dtype}"
+    if tiles_of_the_kernel(group, channels, 1, dtype.itemsize) is None:
+        return (
+            f"{group} query heads of {channels} channels per KV head in {dtype} are more than the Triton "
+            "kernel's shared memory holds"
+        )
     return None
 
 
@@ -38,7 +44,8 @@ def attend_paged(
     """softmax(scale * query key^T) value over slots first .. stop - 1 of each head; `query` [b, h, d],
     `first` (None: 0) and `stop` int64 [b, g]. `work` covers these slots; others that it covers are not seen.
     Softmax is float32."""
-    if why_not_kernel(query.device.type, query.dtype) is None:
+    group, channels = query.shape[0] * query.shape[1] // stop.numel(), query.shape[2]
+    if why_not_kernel(query.device.type, query.dtype, group, channels) is None:
         from lckv.attention.kernels.paged import attend_paged as fused
 
         return fused(query, pages, work, first, stop, scale=scale)

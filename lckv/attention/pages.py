@@ -17,6 +17,12 @@ from torch import Tensor
 
 _SLOTS_OF_A_CHUNK = {"cpu": 64}
 _SLOTS_OF_A_CHUNK_ELSEWHERE = 256
+_SLOTS_OF_A_STEP = 64
+_LEAST = 16
+"""Smallest size of a matrix that the tensor cores take."""
+_SHARED_BYTES = 96 * 2**10
+"""Every NVIDIA GPU from Ampere on gives 99 KiB of shared memory to a program of a kernel; an A100 163, an
+H100 227."""
 
 
 class Pages(NamedTuple):
@@ -59,6 +65,36 @@ class PagesAttended(NamedTuple):
 
     lse: Tensor
     """float32 [b, h]: logsumexp of the scores; -inf where nothing is seen."""
+
+
+class Tiles(NamedTuple):
+    """Sizes of the matrices that one program of the kernel multiplies; powers of two."""
+
+    group: int
+    """Query heads of one KV head."""
+
+    channels: int
+
+    slots: int
+    """Slots per step."""
+
+
+def tiles_of_the_kernel(group: int, channels: int, chunk_slots: int, element_bytes: int) -> Tiles | None:
+    """For `group` query heads per KV head and chunks of `chunk_slots`; None where the tiles of even the
+    shortest step are larger than the shared memory."""
+    group, channels = (max(_LEAST, _power_of_two(size)) for size in (group, channels))
+    slots = min(_SLOTS_OF_A_STEP, max(_LEAST, _power_of_two(chunk_slots)))
+    # Keys, values, queries, weighted values; test_compiled_kernels.py shows that the compiler needs no more.
+    while 2 * element_bytes * channels * (slots + group) > _SHARED_BYTES:
+        slots //= 2
+        if slots < _LEAST:
+            return None
+    return Tiles(group, channels, slots)
+
+
+def _power_of_two(size: int) -> int:
+    """The next one at or above `size`."""
+    return 1 << (size - 1).bit_length()
 
 
 def pages_of_a_chunk(page_size: int, device_type: str) -> int:

@@ -17,11 +17,12 @@ from lckv.errors import ModelError
 from lckv.plain_files import read_plain
 from lckv.weights.json_file import read_json_object
 from megatron_ext.checkpointing.agreement import Agreement, agreement
+from megatron_ext.checkpointing.buckets import sharding_of
 from megatron_ext.checkpointing.errors import DamagedCheckpointError, MismatchError
 from megatron_ext.checkpointing.folders import choose_checkpoint, find_candidates
 from megatron_ext.checkpointing.manifest import Layout, Manifest, find_wrong_hashes, share_of_rank
 from megatron_ext.checkpointing.rng import reseed, restore_rng_states
-from megatron_ext.checkpointing.state import apply_state, check_fit, read_state, sharded_state, sharding_of
+from megatron_ext.checkpointing.state import apply_state, check_fit, read_state, sharded_state
 from megatron_ext.checkpointing.verification import (
     CONFIG_NAME,
     PROGRESS_NAME,

@@ -23,9 +23,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ext.checkpointing import writing
 from megatron_ext.checkpointing.agreement import Agreement, agreement
+from megatron_ext.checkpointing.buckets import Sharding
 from megatron_ext.checkpointing.folders import checkpoint_name
 from megatron_ext.checkpointing.lock import FolderLock
-from megatron_ext.checkpointing.state import Sharding
 from megatron_ext.checkpointing.strategies import Copies
 from megatron_ext.checkpointing.writing import OpenSave, RunState, Written
 from megatron_ext.errors import ConfigError

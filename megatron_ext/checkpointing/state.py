@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing import LocalNonpersistentObject, ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
-from megatron.core.dist_checkpointing.mapping import apply_factory_merges, is_main_replica
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedTensorFactory,
+    apply_factory_merges,
+    is_main_replica,
+)
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
@@ -24,6 +28,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_ext.atomic import write_file
 from megatron_ext.checkpointing.agreement import Agreement
+from megatron_ext.checkpointing.buckets import Sharding, is_in_buckets, tidy_buckets
 from megatron_ext.checkpointing.contents import read_contents
 from megatron_ext.checkpointing.errors import MismatchError
 from megatron_ext.checkpointing.strategies import Shards, State, plan_shards, read_common, read_shards
@@ -33,12 +38,6 @@ _BYTES_PER_ENTRY = 4096
 """Zip header, padding and table of contents of one tensor; generous."""
 _SHOWN = 10
 _EXTRA_STATE = "_extra_state"
-_IN_BUCKETS = "optimizer.distributed."
-_SIZES_OF_BUCKETS = ("per_bucket_numel", "per_bucket_numel_unpadded")
-
-Sharding = Literal["fully_reshardable", "dp_reshardable"]
-"""State of the distributed optimizer: one tensor per weight, so that it can be cut for any layout; or the
-parts of its buffers as each rank has them, which needs no communication."""
 
 
 def sharded_state(
@@ -60,26 +59,22 @@ def sharded_state(
     if optimizer is not None and not getattr(optimizer, "is_stub_optimizer", False):
         _fill_missing_optimizer_state(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
-        _tidy_buckets(state["optimizer"])
+        names = {
+            entry.data.data_ptr(): entry.key
+            for name, chunk in state.items()
+            if name != "optimizer"
+            for entry in chunk.values()
+            if isinstance(entry, ShardedTensor | ShardedTensorFactory)
+        }
+        for leaf_state, leaf in _states_of_leaves(state["optimizer"], optimizer):
+            tidy_buckets(leaf_state, leaf, names)
     return state
 
 
-def _tidy_buckets(state: Any) -> None:
-    """Of a dp_reshardable optimizer, leaves off the sizes of the buckets, which their tensors have anyway:
-    their keys are tuples, which reading refuses. Puts zeros behind the weights of a bucket, where Megatron
-    leaves whatever the memory held."""
-    if not isinstance(state, dict | list):
-        return
-    if isinstance(state, dict):
-        for name in _SIZES_OF_BUCKETS:
-            state.pop(name, None)
-        padding = state.get("padding")
-        if isinstance(padding, LocalNonpersistentObject) and padding.obj:
-            for entry in state.values():
-                if isinstance(entry, ShardedTensor):
-                    entry.data.zero_()
-    for part in state.values() if isinstance(state, dict) else state:
-        _tidy_buckets(part)
+def _states_of_leaves(state: Any, optimizer: MegatronOptimizer) -> list[tuple[State, MegatronOptimizer]]:
+    """Each single optimizer with its part of the state."""
+    leaves = _leaves(optimizer)
+    return [(state if len(leaves) == 1 else state[i], leaf) for i, leaf in enumerate(leaves)]
 
 
 def _without_extra_state(chunk: State) -> State:
@@ -156,29 +151,13 @@ def apply_state(state: State, model: Sequence[torch.nn.Module], optimizer: Megat
                 f"the model and what was read have different names: {', '.join(wrong[:_SHOWN])}"
             )
     if "optimizer" in state and optimizer is not None:
-        leaves = _leaves(optimizer)
-        for i, leaf in enumerate(leaves):
-            leaf_state = state["optimizer"] if len(leaves) == 1 else state["optimizer"][i]
+        for leaf_state, leaf in _states_of_leaves(state["optimizer"], optimizer):
             keep_settings(leaf_state, leaf)
             if isinstance(leaf, DistributedOptimizer):
                 _load_distributed_optimizer(leaf, leaf_state)
             else:
                 _place_step(leaf_state.get("optimizer", leaf_state), leaf)
                 leaf.load_state_dict(leaf_state)
-
-
-def sharding_of(ranks: Agreement, checkpoint: Path) -> Sharding:
-    """How the state of the distributed optimizer is cut in a checkpoint."""
-
-    def look() -> Sharding:
-        names = read_contents(checkpoint).state_dict_metadata
-        return "dp_reshardable" if any(map(_is_in_buckets, names)) else "fully_reshardable"
-
-    return ranks.on_first("look how the optimizer is saved", look)
-
-
-def _is_in_buckets(key: str) -> bool:
-    return key.startswith(_IN_BUCKETS)
 
 
 def check_fit(ranks: Agreement, checkpoint: Path, state: State) -> None:
@@ -256,7 +235,14 @@ def _explain_misfit(checkpoint: Path, parts: dict[str, list[str]], only_optimize
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             lines.append(f"  {title}: {', '.join(names[:_SHOWN])}{more}")
-    if only_optimizer:
+    if all(any(map(is_in_buckets, parts[title])) for title in ("missing there", "only there")):
+        lines.append(
+            "With checkpoint.optimizer_sharding dp_reshardable the weights must lie in the same buffers: "
+            "what model.transformer_impl and parallel.overlap_grad_reduce were, or became where they are "
+            "auto, must be as in the saved run. Save once there with fully_reshardable, or set "
+            "checkpoint.finetune to take the weights only"
+        )
+    elif only_optimizer:
         lines.append(
             "Use parallel.use_distributed_optimizer and train.precision as in its config.json, or "
             "checkpoint.finetune to load weights only"

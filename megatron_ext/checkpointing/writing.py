@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_ext.atomic import sync_file, write_file
 from megatron_ext.checkpointing import folders
 from megatron_ext.checkpointing.agreement import Agreement
+from megatron_ext.checkpointing.buckets import Sharding
 from megatron_ext.checkpointing.errors import CheckpointError, DiskFullError
 from megatron_ext.checkpointing.lock import FolderLock
 from megatron_ext.checkpointing.manifest import (
@@ -43,7 +44,6 @@ from megatron_ext.checkpointing.manifest import (
 )
 from megatron_ext.checkpointing.rng import rng_states
 from megatron_ext.checkpointing.state import (
-    Sharding,
     bytes_to_write,
     common_file,
     plan_writing,

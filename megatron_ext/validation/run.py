@@ -241,7 +241,9 @@ def _optional_packages(run: RunConfig) -> Iterator[str]:
         )
     if model.transformer_impl == "transformer_engine":
         yield from _refusal_of_transformer_engine(run.train.precision)
-    if model.attention_backend == "flash" and (model.kv_channels or model.num_attention_heads > 0):
+    if model.attention_backend in ("flash", "flash3") and (
+        model.kv_channels or model.num_attention_heads > 0
+    ):
         yield from _refusal_of_flash(run)
 
 

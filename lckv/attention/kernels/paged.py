@@ -13,18 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lckv.attention.pages import Pages, PagesAttended, Work, pages_of_a_chunk
-
-_SLOTS = 64
-"""Slots per step of the first kernel, at most, whose tiles have _SLOTS x d entries."""
-_LEAST = 16
-"""Smallest size of a matrix that the tensor cores take."""
+from lckv.attention.pages import Pages, PagesAttended, Work, pages_of_a_chunk, tiles_of_the_kernel
 
 
 def attend_paged(
     query: Tensor, pages: Pages, work: Work, first: Tensor | None, stop: Tensor, *, scale: float
 ) -> PagesAttended:
-    """Same contract as `lckv.attention.paged.attend_paged`."""
+    """Same contract as `lckv.attention.paged.attend_paged`, where `why_not_kernel` says nothing."""
     rows, query_heads, channels = query.shape
     heads, page_size = stop.numel(), pages.key.shape[1]
     group = rows * query_heads // heads
@@ -38,19 +33,17 @@ def attend_paged(
         torch.empty(number, group, dtype=torch.float32, device=query.device)
         for number in (len(work.head), heads)
     )
-    sizes = {
-        "GROUP": max(_LEAST, triton.next_power_of_2(group)),
-        "CHANNELS": max(_LEAST, triton.next_power_of_2(channels)),
-    }
+    slots = chunk_pages * page_size
+    tiles = tiles_of_the_kernel(group, channels, slots, query.element_size())
+    assert tiles is not None
+    sizes = {"GROUP": tiles.group, "CHANNELS": tiles.channels}
     with torch.cuda.device_of(query):  # Triton launches on the current device
         if len(work.head):
-            slots = chunk_pages * page_size
             _attend_chunk[(len(work.head),)](
                 query, pages.key, pages.value, pages.table, work.head, work.first_slot, work.block,
                 stop if first is None else first.contiguous(), stop, part, part_lse,
                 scale, page_size, chunk_pages, group, channels,
-                HAS_FIRST=first is not None, CHUNK=slots,
-                SLOTS=min(_SLOTS, max(_LEAST, triton.next_power_of_2(slots))), **sizes,
+                HAS_FIRST=first is not None, CHUNK=slots, SLOTS=tiles.slots, **sizes,
             )  # fmt: skip
         _merge[(heads,)](part, part_lse, work.bounds, output, lse, group, channels, **sizes)
     return PagesAttended(output.view(query.shape), lse.view(query.shape[:-1]))

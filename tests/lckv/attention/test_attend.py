@@ -5,6 +5,7 @@ import sys
 import types
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lckv.attention import flash, reference, sdpa
-from lckv.attention.backends import choose, why_no_flash_package, why_not_flash
+from lckv.attention import backends, flash, flash3, reference, sdpa
+from lckv.attention.backends import (
+    choose,
+    why_no_flash3_package,
+    why_no_flash_package,
+    why_not_flash,
+    why_not_flash3,
+)
+from lckv.attention.key_bias import KeyBias
 from lckv.attention.visibility import Documents, Visibility
 from lckv.errors import UnsupportedError
 
@@ -67,7 +75,24 @@ def stand_in() -> types.SimpleNamespace:
     return types.SimpleNamespace(flash_attn_func=rows, flash_attn_varlen_func=packed)
 
 
-BACKENDS = {"sdpa": sdpa.attend, "flash": partial(flash.attend, kernel=stand_in())}
+def stand_in_3() -> types.SimpleNamespace:
+    """FlashAttention 3's: the same without dropout. The second gives two results, as older releases."""
+    two = stand_in()
+
+    def rows(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return two.flash_attn_func(q, k, v, dropout_p=0.0, **options)
+
+    def packed(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, None]:
+        return two.flash_attn_varlen_func(q, k, v, dropout_p=0.0, **options), None
+
+    return types.SimpleNamespace(flash_attn_func=rows, flash_attn_varlen_func=packed)
+
+
+BACKENDS = {
+    "sdpa": sdpa.attend,
+    "flash": partial(flash.attend, kernel=stand_in()),
+    "flash3": partial(flash3.attend, kernel=stand_in_3()),
+}
 
 
 def cut(rows: int, length: int, cuts: list[int]) -> Documents:
@@ -116,7 +141,7 @@ def test_chunks_of_a_window_meet_seamlessly(monkeypatch: pytest.MonkeyPatch) -> 
         torch.testing.assert_close(sdpa.attend(query, key, value, visibility, scale=0.3), expected)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "flash", "reference"])
+@pytest.mark.parametrize("backend", ["sdpa", "flash", "flash3", "reference"])
 @pytest.mark.parametrize("documents", [None, cut(1, 6, [3])], ids=["rows", "documents"])
 def test_a_query_that_sees_nothing_gives_exactly_zero(backend: str, documents: Documents | None) -> None:
     attend = {**BACKENDS, "reference": reference.attend}[backend]
@@ -202,12 +227,71 @@ class TestChoice:
                 del sys.modules[module]
         assert reason == obstacle or (obstacle is not None and obstacle in str(reason))
 
+    @pytest.mark.parametrize(
+        ("content", "capability", "obstacle"),
+        [
+            (None, 9, "FlashAttention 3 cannot be imported: No module named 'flash_attn_interface'"),
+            ("", 9, "flash_attn_interface has no flash_attn_func, flash_attn_varlen_func"),
+            ("flash_attn_func = flash_attn_varlen_func = 1", 8, "is for Hopper, this is a card"),
+            ("flash_attn_func = flash_attn_varlen_func = 1", 9, None),
+        ],
+    )
+    def test_flash_attention_3(
+        self,
+        content: str | None,
+        capability: int,
+        obstacle: str | None,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+    ) -> None:
+        if content is not None:
+            (tmp_path / "flash_attn_interface.py").write_text(content)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr(backends.torch.cuda, "get_device_capability", lambda device: (capability, 0))
+        monkeypatch.setattr(backends.torch.cuda, "get_device_name", lambda device: "a card")
+        for remembered in (why_no_flash3_package, why_no_flash_package, choose):
+            remembered.cache_clear()
+        try:
+            reason = why_not_flash3(torch.device("cuda"), torch.bfloat16, 128)
+            chosen = choose("auto", device=torch.device("cuda"), dtype=torch.bfloat16, head_dim=128)
+        finally:
+            for remembered in (why_no_flash3_package, why_no_flash_package, choose):
+                remembered.cache_clear()
+            sys.modules.pop("flash_attn_interface", None)
+        assert "flash-attn is not installed" in chosen.reason
+        if obstacle is None:
+            assert (reason, chosen.name) == (None, "flash3")
+        else:
+            assert obstacle in str(reason)
+            assert chosen.name == "sdpa"
+            assert obstacle in chosen.reason
+
+    def test_what_flash_attention_3_does_not_take(self) -> None:
+        for dtype, head_dim, said in (
+            (torch.float32, 64, "FlashAttention 3 takes float16 and bfloat16, not torch.float32"),
+            (torch.bfloat16, 512, "FlashAttention 3 takes heads of at most 256 channels, not 512"),
+        ):
+            assert backends._why_not_tensors("FlashAttention 3", dtype, head_dim) == said
+        with pytest.raises(UnsupportedError, match="flash3 cannot be used: FlashAttention 3 needs CUDA"):
+            choose("flash3", device=self.cpu, dtype=torch.bfloat16, head_dim=64)
+
+    def test_dropout_and_biased_keys_go_through_pytorch(self) -> None:
+        query = torch.randn(1, 2, 12, 8)
+        attend = partial(flash3.attend, kernel=types.SimpleNamespace())
+        options: dict[str, Any] = {"scale": 0.3, "key_bias": KeyBias()}
+        torch.testing.assert_close(
+            attend(query, query, query, Visibility(), **options),
+            sdpa.attend(query, query, query, Visibility(), **options),
+        )
+        assert attend(query, query, query, Visibility(), scale=0.3, dropout=0.5).shape == query.shape
+
     def test_an_explicit_request_never_falls_back(self) -> None:
         with pytest.raises(UnsupportedError, match="flash cannot be used: flash-attn needs CUDA tensors"):
             choose("flash", device=self.cpu, dtype=torch.float32, head_dim=64)
 
     def test_unknown_name(self) -> None:
         with pytest.raises(
-            UnsupportedError, match=r"'fused' cannot be .* the backends are auto, sdpa, flash, reference"
+            UnsupportedError,
+            match=r"'fused' cannot be .* the backends are auto, sdpa, flash, flash3, reference",
         ):
             choose("fused", device=self.cpu, dtype=torch.float32, head_dim=64)

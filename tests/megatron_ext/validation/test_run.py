@@ -408,6 +408,11 @@ CASES = [
         1,
         "model.attention_backend is flash, but flash-attn needs CUDA tensors",
     ),
+    (
+        {"model.attention_backend": "flash3"},
+        1,
+        "model.attention_backend is flash3, but FlashAttention 3 needs CUDA tensors",
+    ),
 ]
 
 

@@ -1,0 +1,81 @@
+"""PyTorch's operators that are called by their names, which a change of PyTorch may change: on the meta
+device, where their schemas and shape functions check every argument, and on the CPU."""
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lckv
+import megatron_ext
+from lckv.attention.flash_pairs import AtenCPU, AtenEfficient, AtenFlash, FlashPair
+
+PAIRS: dict[str, tuple[FlashPair, str, tuple[torch.dtype, ...]]] = {
+    "cpu": (AtenCPU(), "cpu", (torch.float32, torch.bfloat16)),
+    "flash": (AtenFlash(), "meta", (torch.bfloat16, torch.float16)),
+    "efficient": (AtenEfficient(), "meta", (torch.float32,)),
+}
+NAMESPACES = ("torch.ops.aten", "_ATEN")
+
+
+class Seen(TorchDispatchMode):
+    """Notes the operators that are dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def attend(pair: FlashPair, device: str, dtype: torch.dtype, heads: int, length: int, channels: int) -> None:
+    """Forward and backward, as in a model: rows lie [s, b, heads, d]."""
+
+    def draw(count: int) -> Tensor:
+        return torch.zeros(length, 2, count, channels, dtype=dtype, device=device).permute(1, 2, 0, 3)
+
+    query, key, value = draw(heads), draw(2), draw(2)
+    attended = pair.forward(query, key, value, 0.25)
+    assert (attended.output.shape, attended.output.dtype) == (query.shape, dtype)
+    assert (attended.lse.shape, attended.lse.dtype) == (query.shape[:-1], torch.float32)
+    gradients = pair.backward(attended.output, query, key, value, attended, 0.25)
+    for gradient, of in zip(gradients, (query, key, value), strict=True):
+        assert (gradient.shape, gradient.dtype, gradient.device) == (of.shape, dtype, of.device)
+
+
+@pytest.mark.parametrize(
+    ("heads", "length", "channels"), [(2, 1, 8), (4, 33, 64), (16, 128, 128), (6, 45, 256)]
+)
+@pytest.mark.parametrize("name", PAIRS)
+def test_arguments_bind_and_shapes_are_as_expected(name: str, heads: int, length: int, channels: int) -> None:
+    pair, device, dtypes = PAIRS[name]
+    for dtype in dtypes:
+        attend(pair, device, dtype, heads, length, channels)
+
+
+def test_every_operator_that_is_called_by_name_is_among_these() -> None:
+    with Seen() as seen:
+        for pair, device, dtypes in PAIRS.values():
+            attend(pair, device, dtypes[0], 4, 33, 64)
+    named = operators_called_by_name()
+    assert len(named) >= 6
+    assert named <= seen.names
+
+
+def operators_called_by_name() -> set[str]:
+    names = set()
+    for package in (lckv, megatron_ext):
+        for path in Path(package.__path__[0]).rglob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            if "torch.ops" not in text:
+                continue
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.Attribute) and ast.unparse(node.value) in NAMESPACES:
+                    names.add(node.attr)
+    return names

@@ -1,0 +1,157 @@
+"""`python -m tests.lckv.compiled_kernels`: compiles the Triton kernels for NVIDIA GPUs where there is none,
+and prints as JSON what came of each.
+
+The project's own launches run, on CPU tensors; what they would launch is compiled, with the sizes, dtypes and
+alignments that Triton sees there.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from lckv.attention import pages
+from lckv.attention.kernels import paged
+from lckv.policies.dmc.kernels import pooling
+from lckv.policies.dmc.pooling import LARGEST_KERNEL_WINDOW
+
+TARGETS = (80, 90)
+"""Compute capabilities: A100 and H100."""
+LAUNCHED = {
+    pooling: ("_forward", "_backward_features", "_backward_normalisation", "_backward_decisions"),
+    paged: ("_attend_chunk", "_merge"),
+}
+"""The kernels that are launched; the other functions for Triton are called by them."""
+
+
+class NoGPU:
+    """Triton's driver as it asks which GPU to compile for."""
+
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._capability, 32)
+
+    def get_current_device(self) -> int:
+        """Triton keeps what it compiled by device: one for each kind."""
+        return self._capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@dataclass
+class Compiling:
+    """In the place of a kernel: compiles where the kernel would run."""
+
+    kernel: Any
+    compiled: list[dict[str, Any]]
+
+    def __getitem__(self, grid: Any) -> Any:
+        def compile_instead(*arguments: Any, **sizes: Any) -> None:
+            made = self.kernel.warmup(*arguments, grid=grid, **sizes)
+            self.compiled.append(
+                {
+                    "kernel": self.kernel.__name__,
+                    "capability": made.metadata.target.arch,
+                    "sizes": sizes,
+                    "shared": made.metadata.shared,
+                    "bytes": len(made.asm["cubin"]),
+                }
+            )
+
+        return compile_instead
+
+
+@contextmanager
+def compiling(module: ModuleType, capability: int) -> Iterator[list[dict[str, Any]]]:
+    """Fills the list with what the launches of `module` compile."""
+    compiled: list[dict[str, Any]] = []
+    triton.runtime.driver.set_active(NoGPU(capability))
+    kernels = {name: Compiling(getattr(module, name), compiled) for name in LAUNCHED[module]}
+    with patch.multiple(module, **kernels):
+        yield compiled
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Pooling of keys and values: heads of `channels`, in a window."""
+
+    dtype: torch.dtype
+    channels: int
+    window: int
+
+    module = pooling
+
+    def launch(self) -> None:
+        """Forward and backward."""
+        key = torch.zeros(64, 2, 2, self.channels, dtype=self.dtype, requires_grad=True)
+        merge, weight = (torch.zeros(64, 2, 2, requires_grad=True) for _ in range(2))
+        pooled, _ = pooling.pool(key, key, merge, weight, self.window)
+        pooled.sum().backward()
+
+
+@dataclass(frozen=True)
+class Paged:
+    """Decoding: `group` query heads for each KV head, over pages of `page_size` slots."""
+
+    dtype: torch.dtype
+    channels: int
+    group: int
+    page_size: int = 16
+    window: bool = False
+
+    module = paged
+
+    def launch(self) -> None:
+        """One head in each of two rows."""
+        count = pages.pages_of_a_chunk(self.page_size, "cuda")
+        first, stop = np.zeros(2, np.int64), np.full(2, 8)
+        with patch.object(paged, "pages_of_a_chunk", lambda page_size, device_type: count):
+            pool = torch.zeros(2, self.page_size, self.channels, dtype=self.dtype)
+            table = torch.zeros(2, count, dtype=torch.int32)
+            work = pages.list_work(
+                first, stop, np.arange(2), page_size=self.page_size, columns=count, device=torch.device("cpu")
+            )
+            paged.attend_paged(
+                torch.zeros(2, self.group, self.channels, dtype=self.dtype),
+                pages.Pages(pool, pool, table),
+                work,
+                torch.from_numpy(first)[:, None] if self.window else None,
+                torch.from_numpy(stop)[:, None],
+                scale=0.1,
+            )
+
+
+CASES: tuple[Pool | Paged, ...] = (
+    Pool(torch.bfloat16, 128, 12),
+    Pool(torch.float32, 256, LARGEST_KERNEL_WINDOW),
+    Paged(torch.bfloat16, 128, 1, window=True),
+    Paged(torch.bfloat16, 256, 32),
+    Paged(torch.float16, 80, 8, page_size=1, window=True),
+    Paged(torch.float32, 256, 32),
+)
+"""Every kernel, each dtype, the sizes of known models, and the largest that are launched."""
+
+
+def outcomes() -> Iterator[dict[str, Any]]:
+    """Of each case for each target, what each of its launches compiled."""
+    for capability in TARGETS:
+        for case in CASES:
+            with compiling(case.module, capability) as compiled:
+                case.launch()
+            yield from ({"case": str(case), **one} for one in compiled)
+
+
+if __name__ == "__main__":
+    json.dump(list(outcomes()), sys.stdout)
