@@ -148,6 +148,21 @@ class ParallelConfig:
     """Gather updated weights while the next forward already runs.
     Needs use_distributed_optimizer and overlap_grad_reduce."""
 
+    num_distributed_optimizer_instances: int = 1
+    """Groups of data-parallel ranks that each hold the whole optimizer state: each group shards it, and
+    gradients are reduced inside of a group, then between them."""
+
+    ddp_bucket_size: int | None = None
+    """Parameters whose gradients are reduced together while backward still runs. Default: Megatron's, the
+    larger of 40 million and a million per data-parallel rank."""
+
+    ddp_pad_buckets_for_high_nccl_busbw: bool = False
+    """Pad the buckets to multiples of 65,536 numbers, with which NCCL is fast over many ranks."""
+
+    tp_comm_overlap: bool = False
+    """Overlap tensor-parallel communication with products of matrices, by Transformer Engine's userbuffers.
+    Needs sequence_parallel."""
+
     distributed_timeout_minutes: float = 10.0
     """A collective that waits longer than this ends the run with an error instead of hanging."""
 
@@ -255,6 +270,28 @@ class OptimizerConfig:
 
     clip_grad: float = 1.0
     """Largest global gradient norm; 0: no clipping."""
+
+    use_precision_aware_optimizer: bool = False
+    """Keep main weights and moments in the dtypes below, by Transformer Engine's Adam."""
+
+    main_params_dtype: Literal["fp32", "fp16"] = "fp32"
+    """Of main weights; fp16: with a scale for each."""
+
+    exp_avg_dtype: Literal["fp32", "fp16", "fp8"] = "fp32"
+    """Of first moments; others than fp32: with a scale for each weight."""
+
+    exp_avg_sq_dtype: Literal["fp32", "fp16", "fp8"] = "fp32"
+    """Of second moments; others than fp32: with a scale for each weight."""
+
+    optimizer_cpu_offload: bool = False
+    """Keep main weights and moments in the host's memory, and update them there. Needs
+    use_precision_aware_optimizer."""
+
+    optimizer_offload_fraction: float = 1.0
+    """Share of the optimizer's state that optimizer_cpu_offload moves."""
+
+    overlap_cpu_optimizer_d2h_h2d: bool = False
+    """optimizer_cpu_offload: copy gradients and weights while the update runs."""
 
 
 DataFormat = Literal["pretraining", "chat"]

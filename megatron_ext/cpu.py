@@ -97,9 +97,11 @@ def bridges() -> list[Bridge]:
         "synchronize": None,
         "empty_cache": None,
         "current_stream": None,
+        "default_stream": _NoStream(),
     }
     return [
         *(Bridge(torch.cuda, name, _returning(value)) for name, value in constants.items()),
+        Bridge(torch.cuda, "Stream", lambda original: type("Stream", (_NoStream,), {})),
         Bridge(torch.cuda, "get_rng_state", _ignoring_device(torch.get_rng_state)),
         Bridge(torch.cuda, "set_rng_state", _ignoring_device(torch.set_rng_state)),
         Bridge(torch.cuda, "manual_seed", _ignoring_device(torch.manual_seed)),
@@ -111,6 +113,16 @@ def bridges() -> list[Bridge]:
         Bridge(torch.Tensor, "type", _type_named_after_cuda),
         *(Bridge(torch, name, _factory_on_cpu) for name in _FACTORIES),
     ]
+
+
+class _NoStream:
+    """What is put on a stream of the CPU is done at once."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        """As torch.cuda.Stream."""
+
+    def wait_stream(self, stream: Any) -> None:
+        """There is nothing to wait for."""
 
 
 def _returning(value: Any) -> Callable[..., Callable[..., Any]]:

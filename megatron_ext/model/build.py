@@ -24,6 +24,7 @@ from megatron_ext.model.parameters import padded_vocab_size
 from megatron_ext.model.specs import block_submodules
 from megatron_ext.model.transformer_config import transformer_config
 from megatron_ext.parallel.process_groups import device_of_rank
+from megatron_ext.parallel.userbuffers import start_userbuffers
 from megatron_ext.precision import precision
 
 
@@ -51,6 +52,8 @@ def build_stage(
 ) -> SharedKVGPTModel:
     """This rank's pipeline stage with initial weights, on this rank's device,
     in float32 or bfloat16. Needs process groups."""
+    if parallel.tp_comm_overlap:
+        start_userbuffers(model, parallel, train)
     config = transformer_config(model, compression, parallel, train)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     first = get_transformer_layer_offset(config, None, groups.pp.rank())
@@ -89,6 +92,9 @@ def wrap(stage: SharedKVGPTModel, parallel: ParallelConfig, train: TrainConfig) 
             overlap_grad_reduce=parallel.overlap_grad_reduce,
             overlap_param_gather=parallel.overlap_param_gather,
             use_distributed_optimizer=parallel.use_distributed_optimizer,
+            num_distributed_optimizer_instances=parallel.num_distributed_optimizer_instances,
+            bucket_size=parallel.ddp_bucket_size,
+            pad_buckets_for_high_nccl_busbw=parallel.ddp_pad_buckets_for_high_nccl_busbw,
         ),
         module,
     )

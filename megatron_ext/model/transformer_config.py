@@ -68,6 +68,8 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        tp_comm_overlap=parallel.tp_comm_overlap,
+        tp_comm_bootstrap_backend="nccl",
         deterministic_mode=train.deterministic and cuda,
         recompute_granularity=granularity,
         recompute_method="uniform" if full else None,
