@@ -119,7 +119,7 @@ def _one_of_each() -> Iterator[str]:
         yield next(name for name, config in CASES.items() if config["model_type"] == family)
 
 
-@pytest.mark.parametrize("name", _one_of_each())
+@pytest.mark.parametrize("name", list(_one_of_each()))
 def test_both_open_a_folder_of_every_family(name: str, tmp_path: Path) -> None:
     config = CASES[name] | TINY
     folder = _save(tmp_path / "model", config)
