@@ -152,6 +152,10 @@ class ParallelConfig:
     """Groups of data-parallel ranks that each hold the whole optimizer state: each group shards it, and
     gradients are reduced inside of a group, then between them."""
 
+    align_param_gather: bool = False
+    """overlap_param_gather: all pipeline stages start to gather all weights at the beginning of a step, so
+    that they do it at the same time; false: each stage, bucket by bucket, when its forward needs them."""
+
     ddp_bucket_size: int | None = None
     """Parameters whose gradients are reduced together while backward still runs. Default: Megatron's, the
     larger of 40 million and a million per data-parallel rank."""
@@ -275,16 +279,16 @@ class OptimizerConfig:
     """Keep main weights and moments in the dtypes below, by Transformer Engine's Adam."""
 
     main_params_dtype: Literal["fp32", "fp16"] = "fp32"
-    """Of main weights; fp16: with a scale for each."""
+    """Of main weights; fp16: with a scale for each tensor."""
 
-    exp_avg_dtype: Literal["fp32", "fp16", "fp8"] = "fp32"
-    """Of first moments; others than fp32: with a scale for each weight."""
+    exp_avg_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = "fp32"
+    """Of first moments; fp16 and fp8: with a scale for each tensor. Checkpoints hold them in fp32."""
 
-    exp_avg_sq_dtype: Literal["fp32", "fp16", "fp8"] = "fp32"
-    """Of second moments; others than fp32: with a scale for each weight."""
+    exp_avg_sq_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = "fp32"
+    """Of second moments; as exp_avg_dtype."""
 
     optimizer_cpu_offload: bool = False
-    """Keep main weights and moments in the host's memory, and update them there. Needs
+    """Keep main weights and moments in the host's memory, in fp32, and update them there. Needs a GPU and
     use_precision_aware_optimizer."""
 
     optimizer_offload_fraction: float = 1.0

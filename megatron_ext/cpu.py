@@ -96,7 +96,7 @@ def bridges() -> list[Bridge]:
         "set_device": None,
         "synchronize": None,
         "empty_cache": None,
-        "current_stream": None,
+        "current_stream": _NoStream(),
         "default_stream": _NoStream(),
     }
     return [
@@ -122,6 +122,16 @@ class _NoStream:
         """As torch.cuda.Stream."""
 
     def wait_stream(self, stream: Any) -> None:
+        """There is nothing to wait for."""
+
+    def wait(self, stream: Any = None) -> None:
+        """As that of an event."""
+
+    def record_event(self, event: Any = None) -> "_NoStream":
+        """What is to be waited for: nothing."""
+        return self
+
+    def synchronize(self) -> None:
         """There is nothing to wait for."""
 
 

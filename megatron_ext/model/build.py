@@ -24,7 +24,6 @@ from megatron_ext.model.parameters import padded_vocab_size
 from megatron_ext.model.specs import block_submodules
 from megatron_ext.model.transformer_config import transformer_config
 from megatron_ext.parallel.process_groups import device_of_rank
-from megatron_ext.parallel.userbuffers import start_userbuffers
 from megatron_ext.precision import precision
 
 
@@ -52,8 +51,6 @@ def build_stage(
 ) -> SharedKVGPTModel:
     """This rank's pipeline stage with initial weights, on this rank's device,
     in float32 or bfloat16. Needs process groups."""
-    if parallel.tp_comm_overlap:
-        start_userbuffers(model, parallel, train)
     config = transformer_config(model, compression, parallel, train)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     first = get_transformer_layer_offset(config, None, groups.pp.rank())
@@ -91,6 +88,7 @@ def wrap(stage: SharedKVGPTModel, parallel: ParallelConfig, train: TrainConfig) 
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=parallel.overlap_grad_reduce,
             overlap_param_gather=parallel.overlap_param_gather,
+            align_param_gather=parallel.align_param_gather,
             use_distributed_optimizer=parallel.use_distributed_optimizer,
             num_distributed_optimizer_instances=parallel.num_distributed_optimizer_instances,
             bucket_size=parallel.ddp_bucket_size,

@@ -9,8 +9,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_ext.precision import precision
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "fp8": torch.uint8}
-"""Megatron's dtypes of an optimizer's state; it keeps 8 bits as plain bytes."""
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.uint8}
+"""Dtypes of an optimizer's state, as Megatron takes them: 8 bits are plain bytes."""
 
 
 def build_optimizer(
@@ -35,6 +35,8 @@ def build_optimizer(
         main_params_dtype=_DTYPES[optimizer.main_params_dtype],
         exp_avg_dtype=_DTYPES[optimizer.exp_avg_dtype],
         exp_avg_sq_dtype=_DTYPES[optimizer.exp_avg_sq_dtype],
+        # Otherwise checkpoints hold the lower halves of main weights only, and no other run can read them.
+        store_param_remainders=False,
         optimizer_cpu_offload=optimizer.optimizer_cpu_offload,
         optimizer_offload_fraction=optimizer.optimizer_offload_fraction,
         overlap_cpu_optimizer_d2h_h2d=optimizer.overlap_cpu_optimizer_d2h_h2d,

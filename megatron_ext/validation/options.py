@@ -1,9 +1,12 @@
 """What cannot work in the options of Megatron's data parallelism and optimizer: what each needs."""
 
+import importlib.metadata
+import importlib.util
 from collections.abc import Iterator
 
-from megatron_ext.config import OptimizerConfig, ParallelConfig, RunConfig
-from megatron_ext.errors import ConfigError
+from packaging.version import Version
+
+from megatron_ext.config import CheckpointConfig, OptimizerConfig, ParallelConfig, RunConfig
 from megatron_ext.validation.rules import at_least
 
 _DTYPES = ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
@@ -12,7 +15,7 @@ _DTYPES = ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
 def option_problems(run: RunConfig, world_size: int) -> Iterator[str]:
     """Everything in these options that cannot work on `world_size` processes, one sentence each."""
     yield from _buckets(run.parallel)
-    yield from _instances(run.parallel, world_size)
+    yield from _instances(run.parallel, run.checkpoint, world_size)
     yield from _userbuffers(run)
     yield from _precision_aware(run)
     yield from _offload(run)
@@ -31,9 +34,14 @@ def _buckets(parallel: ParallelConfig) -> Iterator[str]:
             "false; only the distributed optimizer pads buckets: set the latter to true, or the former to "
             "false."
         )
+    if parallel.align_param_gather and not parallel.overlap_param_gather:
+        yield (
+            "parallel.align_param_gather is true and parallel.overlap_param_gather is false; the former says "
+            "when overlapped gathers start: set the latter to true, or the former to false."
+        )
 
 
-def _instances(parallel: ParallelConfig, world_size: int) -> Iterator[str]:
+def _instances(parallel: ParallelConfig, checkpoint: CheckpointConfig, world_size: int) -> Iterator[str]:
     count = parallel.num_distributed_optimizer_instances
     yield from at_least("parallel", parallel, 1, "num_distributed_optimizer_instances")
     if count > 1 and not parallel.use_distributed_optimizer:
@@ -45,8 +53,19 @@ def _instances(parallel: ParallelConfig, world_size: int) -> Iterator[str]:
     copies = world_size // ranks if ranks > 0 and world_size % ranks == 0 else 0
     if count > 1 and copies and copies % count:
         yield (
-            f"parallel.num_distributed_optimizer_instances is {count} and the data-parallel size is {copies}; "
-            "the latter must be a multiple of the former."
+            f"parallel.num_distributed_optimizer_instances is {count} and the data-parallel size is "
+            f"{copies}; the latter must be a multiple of the former."
+        )
+    if count > 1 and checkpoint.optimizer_sharding == "dp_reshardable":
+        yield (
+            f"parallel.num_distributed_optimizer_instances is {count} and checkpoint.optimizer_sharding is "
+            "dp_reshardable, which Megatron cannot load into several instances: set the latter to "
+            "fully_reshardable."
+        )
+    if count > 1 and importlib.util.find_spec("einops") is None:
+        yield (
+            f"parallel.num_distributed_optimizer_instances is {count}, but the package einops is not "
+            "installed, with which Megatron makes the groups; pip install einops, or set the former to 1."
         )
 
 
@@ -59,7 +78,7 @@ def _userbuffers(run: RunConfig) -> Iterator[str]:
             "parallel.tp_comm_overlap is true and parallel.sequence_parallel is false; the former needs the "
             "latter: set it to true."
         )
-    yield from _needs_transformer_engine("parallel.tp_comm_overlap is true", run)
+    yield from _needs_layers("parallel.tp_comm_overlap is true", run)
 
 
 def _precision_aware(run: RunConfig) -> Iterator[str]:
@@ -72,8 +91,18 @@ def _precision_aware(run: RunConfig) -> Iterator[str]:
                     "the latter to true, or the former to fp32."
                 )
         return
-    yield from _needs_distributed("optimizer.use_precision_aware_optimizer", run.parallel)
-    yield from _needs_transformer_engine("optimizer.use_precision_aware_optimizer is true", run)
+    setting = "optimizer.use_precision_aware_optimizer is true"
+    if not run.parallel.use_distributed_optimizer:
+        yield f"{setting} and parallel.use_distributed_optimizer is false; set the latter to true."
+    if run.train.precision == "fp32":
+        yield (
+            f"{setting} and train.precision is fp32, which has no main weights beside the model's: set the "
+            "former to false."
+        )
+    yield from _needs_transformer_engine(setting)
+    for name in _DTYPES:
+        if getattr(optimizer, name) == "bf16":
+            yield from _needs_version(f"optimizer.{name} is bf16", "2.3")
 
 
 def _offload(run: RunConfig) -> Iterator[str]:
@@ -91,7 +120,12 @@ def _offload(run: RunConfig) -> Iterator[str]:
             "optimizer.optimizer_cpu_offload is true and optimizer.use_precision_aware_optimizer is false; "
             "the former needs the latter: set it to true."
         )
-        yield from _needs_transformer_engine("optimizer.optimizer_cpu_offload is true", run)
+    for name in _DTYPES:
+        if (dtype := getattr(optimizer, name)) != "fp32" and optimizer.use_precision_aware_optimizer:
+            yield (
+                f"optimizer.{name} is {dtype} and optimizer.optimizer_cpu_offload is true; the host keeps "
+                "everything in fp32: set the former to fp32, or the latter to false."
+            )
     if sharding == "dp_reshardable":
         yield (
             "optimizer.optimizer_cpu_offload is true and checkpoint.optimizer_sharding is dp_reshardable; "
@@ -100,38 +134,50 @@ def _offload(run: RunConfig) -> Iterator[str]:
 
 
 def _offload_is_off(optimizer: OptimizerConfig) -> Iterator[str]:
-    given = [
-        name
-        for name, is_given in (
-            ("optimizer_offload_fraction", 0 < optimizer.optimizer_offload_fraction < 1),
-            ("overlap_cpu_optimizer_d2h_h2d", optimizer.overlap_cpu_optimizer_d2h_h2d),
-        )
-        if is_given
-    ]
-    for name in given:
+    given = {
+        "optimizer_offload_fraction": 0 < optimizer.optimizer_offload_fraction < 1,
+        "overlap_cpu_optimizer_d2h_h2d": optimizer.overlap_cpu_optimizer_d2h_h2d,
+    }
+    for name in (name for name, is_given in given.items() if is_given):
         yield (
-            f"optimizer.{name} is given and optimizer.optimizer_cpu_offload is false; set the latter to true, "
-            "or leave the former out."
+            f"optimizer.{name} is given and optimizer.optimizer_cpu_offload is false; set the latter to "
+            "true, or leave the former out."
         )
 
 
-def _needs_distributed(setting: str, parallel: ParallelConfig) -> Iterator[str]:
-    if not parallel.use_distributed_optimizer:
-        yield (
-            f"{setting} is true and parallel.use_distributed_optimizer is false; the former needs the latter: "
-            "set it to true."
-        )
+# Torch is imported below only: whoever asks for none of this gets the answer in milliseconds.
 
 
-def _needs_transformer_engine(setting: str, run: RunConfig) -> Iterator[str]:
-    """Its layers or its Adam, which need CUDA; torch is loaded to see."""
-    from megatron_ext.model.implementation import choose_implementation
+def _needs_transformer_engine(setting: str) -> Iterator[str]:
+    from megatron_ext.model.implementation import obstacle_to_transformer_engine
 
+    if obstacle := obstacle_to_transformer_engine():
+        yield f"{setting}, but {obstacle}. Leave the setting at its default, or provide what is missing."
+
+
+def _needs_layers(setting: str, run: RunConfig) -> Iterator[str]:
+    """Layers of Transformer Engine's modules."""
     if run.model.transformer_impl == "local":
-        yield f"{setting}, which needs Transformer Engine, and model.transformer_impl is local; set it to auto."
-        return
+        yield (
+            f"{setting} and model.transformer_impl is local; the former needs Transformer Engine's layers: "
+            "set the latter to auto."
+        )
+    if run.train.precision == "fp32":
+        yield (
+            f"{setting} and train.precision is fp32, for which Transformer Engine's layers are not used: set "
+            "the latter to bf16."
+        )
+    yield from _needs_transformer_engine(setting)
+
+
+def _needs_version(setting: str, least: str) -> Iterator[str]:
+    """Nothing where Transformer Engine is missing: that is said once."""
     try:
-        choose_implementation("transformer_engine", run.train.precision)
-    except ConfigError as error:
-        reason = str(error).partition(", but ")[2].partition(". Set ")[0]
-        yield f"{setting}, but {reason}. Leave the former at its default, or provide the latter."
+        version = importlib.metadata.version("transformer_engine")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if Version(version) < Version(least):
+        yield (
+            f"{setting}, which needs Transformer Engine {least}, and {version} is installed: install a newer "
+            "one, or leave the setting at its default."
+        )
