@@ -165,7 +165,30 @@ class ParallelConfig:
 
     tp_comm_overlap: bool = False
     """Overlap tensor-parallel communication with products of matrices, by Transformer Engine's userbuffers.
-    Needs sequence_parallel."""
+    Needs sequence_parallel, and the ranks of a tensor-parallel group on one NVLink domain."""
+
+    tp_comm_overlap_cfg: str | None = None
+    """tp_comm_overlap: YAML file with Transformer Engine's settings of each product (qkv_fprop, proj_dgrad,
+    ...). Default: Transformer Engine's own."""
+
+    tp_comm_overlap_ag: bool = True
+    """tp_comm_overlap: gather inputs piece by piece while their product runs."""
+
+    tp_comm_overlap_rs: bool = True
+    """tp_comm_overlap: reduce and scatter outputs piece by piece while their product runs."""
+
+    tp_comm_overlap_rs_dgrad: bool = False
+    """tp_comm_overlap: the same for gradients of inputs."""
+
+    tp_comm_bulk_dgrad: bool = True
+    """tp_comm_overlap: gather whole inputs for gradients of weights while those of inputs are computed."""
+
+    tp_comm_bulk_wgrad: bool = True
+    """tp_comm_overlap: reduce and scatter whole gradients of inputs while gradients of weights are
+    computed."""
+
+    tp_comm_bootstrap_backend: Literal["nccl", "mpi", "gloo"] = "nccl"
+    """tp_comm_overlap: by what the ranks meet to make the buffers."""
 
     distributed_timeout_minutes: float = 10.0
     """A collective that waits longer than this ends the run with an error instead of hanging."""

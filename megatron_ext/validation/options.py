@@ -3,10 +3,13 @@
 import importlib.metadata
 import importlib.util
 from collections.abc import Iterator
+from dataclasses import fields
 
 from packaging.version import Version
 
 from megatron_ext.config import CheckpointConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megatron_ext.errors import ConfigError
+from megatron_ext.parallel.userbuffers import read_overlap_settings
 from megatron_ext.validation.rules import at_least
 
 _DTYPES = ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
@@ -72,13 +75,29 @@ def _instances(parallel: ParallelConfig, checkpoint: CheckpointConfig, world_siz
 def _userbuffers(run: RunConfig) -> Iterator[str]:
     parallel = run.parallel
     if not parallel.tp_comm_overlap:
+        yield from _overlap_is_off(parallel)
         return
     if not parallel.sequence_parallel:
         yield (
             "parallel.tp_comm_overlap is true and parallel.sequence_parallel is false; the former needs the "
             "latter: set it to true."
         )
+    try:
+        read_overlap_settings(parallel.tp_comm_overlap_cfg)
+    except ConfigError as error:
+        yield str(error)
     yield from _needs_layers("parallel.tp_comm_overlap is true", run)
+
+
+def _overlap_is_off(parallel: ParallelConfig) -> Iterator[str]:
+    for entry in fields(parallel):
+        value = getattr(parallel, entry.name)
+        if entry.name.startswith("tp_comm_") and value != entry.default:
+            shown = str(value).lower() if isinstance(value, bool) else value
+            yield (
+                f"parallel.{entry.name} is {shown} and parallel.tp_comm_overlap is false; set the latter to "
+                "true, or leave the former out."
+            )
 
 
 def _precision_aware(run: RunConfig) -> Iterator[str]:

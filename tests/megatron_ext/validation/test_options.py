@@ -109,6 +109,42 @@ CASES: list[tuple[Mapping[str, Any], str]] = [
     ),
 ]
 
+OVERLAP = {
+    "parallel.tensor_model_parallel_size": 2,
+    "parallel.sequence_parallel": True,
+    "parallel.tp_comm_overlap": True,
+}
+CASES += [
+    (
+        {**OVERLAP, "parallel.sequence_parallel": False},
+        "parallel.tp_comm_overlap is true and parallel.sequence_parallel is false; the former needs",
+    ),
+    (
+        {**OVERLAP, "model.transformer_impl": "local"},
+        "parallel.tp_comm_overlap is true and model.transformer_impl is local; the former needs Transformer",
+    ),
+    (
+        {**OVERLAP, "train.precision": "fp32"},
+        "parallel.tp_comm_overlap is true and train.precision is fp32, for which Transformer Engine's",
+    ),
+    (
+        {**OVERLAP, "parallel.tp_comm_overlap_cfg": "nowhere.yaml"},
+        "parallel.tp_comm_overlap_cfg is nowhere.yaml, which cannot be read: [Errno 2] No such file",
+    ),
+    (
+        {**OVERLAP, "parallel.tp_comm_overlap_cfg": __file__},
+        "which cannot be read: ",
+    ),
+    (
+        {"parallel.tp_comm_overlap_ag": False},
+        "parallel.tp_comm_overlap_ag is false and parallel.tp_comm_overlap is false; set the latter to true",
+    ),
+    (
+        {"parallel.tp_comm_bootstrap_backend": "mpi"},
+        "parallel.tp_comm_bootstrap_backend is mpi and parallel.tp_comm_overlap is false; set the latter",
+    ),
+]
+
 
 @pytest.mark.usefixtures("transformer_engine")
 @pytest.mark.parametrize(("changes", "message"), CASES, ids=[" ".join(case[0]) for case in CASES])
@@ -124,18 +160,24 @@ def test_one_problem_is_told_and_nothing_else(changes: Mapping[str, Any], messag
         {**INSTANCES, "parallel.ddp_pad_buckets_for_high_nccl_busbw": True},
         {**AWARE, "optimizer.exp_avg_dtype": "bf16", "optimizer.main_params_dtype": "fp16"},
         {**OFFLOADED, "optimizer.optimizer_offload_fraction": 0.5},
+        {**OVERLAP, "parallel.tp_comm_overlap_rs": False},
     ],
 )
 def test_what_works_is_let_through(changes: dict[str, Any]) -> None:
     assert problems(run_with(changes), 4) == []
 
 
-@pytest.mark.parametrize("changes", [AWARE, OFFLOADED])
-def test_what_needs_transformer_engine_is_refused_without(changes: dict[str, Any]) -> None:
-    (told,) = problems(run_with(changes), 1)
-    assert told.startswith(
-        "optimizer.use_precision_aware_optimizer is true, but Transformer Engine needs CUDA"
-    )
+@pytest.mark.parametrize(
+    ("changes", "setting"),
+    [
+        (AWARE, "optimizer.use_precision_aware_optimizer"),
+        (OFFLOADED, "optimizer.use_precision_aware_optimizer"),
+        (OVERLAP, "parallel.tp_comm_overlap"),
+    ],
+)
+def test_what_needs_transformer_engine_is_refused_without(changes: dict[str, Any], setting: str) -> None:
+    (told,) = problems(run_with(changes), 2)
+    assert told.startswith(f"{setting} is true, but Transformer Engine needs CUDA")
     assert told.endswith("Leave the setting at its default, or provide what is missing.")
 
 
