@@ -96,6 +96,18 @@ class ModelConfig:
     """Layers from Megatron's local modules or from Transformer Engine; auto:
     the latter where installed with CUDA."""
 
+    fp8: Literal["e4m3", "hybrid"] | None = None
+    """Format in which Transformer Engine's layers multiply in FP8. hybrid: e4m3, and e5m2 for gradients.
+    Default: they multiply in train.precision."""
+
+    fp8_recipe: Literal["tensorwise", "blockwise", "delayed", "mxfp8"] = "tensorwise"
+    """fp8: scales of numbers. tensorwise: of each tensor as it is; blockwise: of blocks of it (Hopper, CUDA
+    12.9); delayed: of each tensor, from those of earlier steps; mxfp8: of blocks of 32 (Blackwell)."""
+
+    fp8_passes: Literal["all", "no_gradient"] = "all"
+    """fp8: which passes multiply so. no_gradient: only the passes of cyclic groups that have no gradient and
+    approach their fixed point (compression.forward_passes); all others in train.precision."""
+
     attention_backend: Literal["auto", "sdpa", "flash", "reference"] = "auto"
     """Attention kernel: PyTorch's, flash-attn's, or the plain oracle.
     An explicit request never falls back."""

@@ -26,6 +26,7 @@ from megatron_ext.atomic import write_file
 from megatron_ext.checkpointing.agreement import Agreement
 from megatron_ext.checkpointing.contents import read_contents
 from megatron_ext.checkpointing.errors import MismatchError
+from megatron_ext.checkpointing.fp8_state import EXTRA_STATE, give_back, scaling_states
 from megatron_ext.checkpointing.optimizer_state import (
     fill_missing_state,
     leave_out_places,
@@ -40,7 +41,6 @@ from megatron_ext.mcore import keep_settings, load_in_parallel, save_in_parallel
 _BYTES_PER_ENTRY = 4096
 """Zip header, padding and table of contents of one tensor; generous."""
 _SHOWN = 10
-_EXTRA_STATE = "_extra_state"
 _IN_BUCKETS = "optimizer.distributed."
 _SIZES_OF_BUCKETS = ("per_bucket_numel", "per_bucket_numel_unpadded")
 
@@ -61,10 +61,11 @@ def sharded_state(
     finish_parameter_gather(model)
     chunks = unwrap_model(list(model))
     metadata = _metadata(sharding)
-    state = {
-        _chunk_name(i, chunks): _without_extra_state(chunk.sharded_state_dict(metadata=metadata))
-        for i, chunk in enumerate(chunks)
-    }
+    state = {}
+    for i, chunk in enumerate(chunks):
+        entries = chunk.sharded_state_dict(metadata=metadata)
+        scaling = scaling_states(chunk, entries, is_loading=is_loading)
+        state[_chunk_name(i, chunks)] = {**_without_extra_state(entries), **scaling}
     if optimizer is not None and not getattr(optimizer, "is_stub_optimizer", False):
         fill_missing_state(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
@@ -92,10 +93,9 @@ def _tidy_buckets(state: Any) -> None:
 
 
 def _without_extra_state(chunk: State) -> State:
-    """Transformer Engine keeps FP8 scaling there, pickled. It is not used here; without it checkpoints move
-    between Transformer Engine's layers and local ones,
-    and nothing pickled reaches Transformer Engine's loader."""
-    return {key: entry for key, entry in chunk.items() if not key.endswith(_EXTRA_STATE)}
+    """Transformer Engine keeps FP8 scaling there, pickled: see `fp8_state.py`. Without it checkpoints move
+    between Transformer Engine's layers and local ones."""
+    return {key: entry for key, entry in chunk.items() if not key.endswith(EXTRA_STATE)}
 
 
 def split_for_saving(state: State) -> tuple[State, State]:
@@ -158,8 +158,9 @@ def apply_state(state: State, model: Sequence[torch.nn.Module], optimizer: Megat
     """Gives what was read to model and optimizer. The dtypes of the model's parameters stay."""
     chunks = unwrap_model(list(model))
     for i, chunk in enumerate(chunks):
+        give_back(chunk, state[_chunk_name(i, chunks)])
         missing, unexpected = chunk.load_state_dict(state[_chunk_name(i, chunks)], strict=False)
-        wrong = [key for key in (*missing, *unexpected) if not key.endswith(_EXTRA_STATE)]
+        wrong = [key for key in (*missing, *unexpected) if not key.endswith(EXTRA_STATE)]
         if wrong:
             raise MismatchError(
                 f"the model and what was read have different names: {', '.join(wrong[:_SHOWN])}"
@@ -209,7 +210,9 @@ def check_fit(ranks: Agreement, checkpoint: Path, state: State) -> None:
         }
         absent = sorted(wanted.keys() - stored.keys())
         extra = sorted(
-            key for key in stored.keys() - wanted.keys() if "optimizer" in state or not _of_optimizer(key)
+            key
+            for key in stored.keys() - wanted.keys()
+            if EXTRA_STATE not in key and ("optimizer" in state or not _of_optimizer(key))
         )
         other = [
             key for key, entry in sorted(wanted.items()) if key in shapes and not entry.accepts(shapes[key])

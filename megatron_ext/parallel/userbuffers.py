@@ -26,7 +26,7 @@ def userbuffers(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig
         tp_size=parallel.tensor_model_parallel_size,
         ub_cfgs=read_overlap_settings(parallel.tp_comm_overlap_cfg),
         bootstrap_backend=parallel.tp_comm_bootstrap_backend,
-        **_numbers_of_buffers(base),
+        **_numbers_of_buffers(base, model),
     )
     try:
         yield
@@ -34,10 +34,15 @@ def userbuffers(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig
         base.destroy_ub()
 
 
-def _numbers_of_buffers(base: Any) -> dict[str, Any]:
+def _numbers_of_buffers(base: Any, model: ModelConfig) -> dict[str, Any]:
     """What the buffers hold, as the module `base` takes it: before Transformer Engine 2.7 one kind only."""
     modes = getattr(base, "UserBufferQuantizationMode", None)
-    return {"use_fp8": False} if modes is None else {"quantization_modes": [modes.NONE]}
+    if modes is None:
+        return {"use_fp8": model.fp8 is not None}
+    if model.fp8 is None:
+        return {"quantization_modes": [modes.NONE]}
+    others = [modes.NONE] if model.fp8_passes == "no_gradient" else []
+    return {"quantization_modes": [modes.FP8, *others]}
 
 
 def read_overlap_settings(path: str | None) -> dict[str, dict[str, Any]] | None:

@@ -60,7 +60,8 @@ def restore(
     defining = {"architecture": saved.pop("architecture")}
     run = config_from_dict(saved)
     parallel = replace(parallel, sequence_parallel=False, tp_comm_overlap=False)
-    run = replace(run, parallel=parallel, train=replace(run.train, recompute_granularity="none"))
+    run = replace(run, model=replace(run.model, fp8=None), parallel=parallel)
+    run = replace(run, train=replace(run.train, recompute_granularity="none"))
     if in_float32:  # Transformer Engine multiplies float32 matrices in TF32, and flash-attn has no float32
         model = replace(run.model, transformer_impl="local", attention_backend="auto")
         run = replace(run, model=model, train=replace(run.train, precision="fp32"))

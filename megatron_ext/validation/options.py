@@ -1,16 +1,14 @@
 """What cannot work in the options of Megatron's data parallelism and optimizer: what each needs."""
 
-import importlib.metadata
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import fields
-
-from packaging.version import Version
 
 from megatron_ext.config import CheckpointConfig, OptimizerConfig, ParallelConfig, RunConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.parallel.userbuffers import read_overlap_settings
 from megatron_ext.validation.rules import at_least
+from megatron_ext.validation.transformer_engine import needs_layers, needs_transformer_engine, needs_version
 
 _DTYPES = ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
 
@@ -86,7 +84,7 @@ def _userbuffers(run: RunConfig) -> Iterator[str]:
         read_overlap_settings(parallel.tp_comm_overlap_cfg)
     except ConfigError as error:
         yield str(error)
-    yield from _needs_layers("parallel.tp_comm_overlap is true", run)
+    yield from needs_layers("parallel.tp_comm_overlap is true", run)
 
 
 def _overlap_is_off(parallel: ParallelConfig) -> Iterator[str]:
@@ -118,10 +116,10 @@ def _precision_aware(run: RunConfig) -> Iterator[str]:
             f"{setting} and train.precision is fp32, which has no main weights beside the model's: set the "
             "former to false."
         )
-    yield from _needs_transformer_engine(setting)
+    yield from needs_transformer_engine(setting)
     for name in _DTYPES:
         if getattr(optimizer, name) == "bf16":
-            yield from _needs_version(f"optimizer.{name} is bf16", "2.3")
+            yield from needs_version(f"optimizer.{name} is bf16", "2.3")
 
 
 def _offload(run: RunConfig) -> Iterator[str]:
@@ -161,42 +159,4 @@ def _offload_is_off(optimizer: OptimizerConfig) -> Iterator[str]:
         yield (
             f"optimizer.{name} is given and optimizer.optimizer_cpu_offload is false; set the latter to "
             "true, or leave the former out."
-        )
-
-
-# Torch is imported below only: whoever asks for none of this gets the answer in milliseconds.
-
-
-def _needs_transformer_engine(setting: str) -> Iterator[str]:
-    from megatron_ext.model.implementation import obstacle_to_transformer_engine
-
-    if obstacle := obstacle_to_transformer_engine():
-        yield f"{setting}, but {obstacle}. Leave the setting at its default, or provide what is missing."
-
-
-def _needs_layers(setting: str, run: RunConfig) -> Iterator[str]:
-    """Layers of Transformer Engine's modules."""
-    if run.model.transformer_impl == "local":
-        yield (
-            f"{setting} and model.transformer_impl is local; the former needs Transformer Engine's layers: "
-            "set the latter to auto."
-        )
-    if run.train.precision == "fp32":
-        yield (
-            f"{setting} and train.precision is fp32, for which Transformer Engine's layers are not used: set "
-            "the latter to bf16."
-        )
-    yield from _needs_transformer_engine(setting)
-
-
-def _needs_version(setting: str, least: str) -> Iterator[str]:
-    """Nothing where Transformer Engine is missing: that is said once."""
-    try:
-        version = importlib.metadata.version("transformer_engine")
-    except importlib.metadata.PackageNotFoundError:
-        return
-    if Version(version) < Version(least):
-        yield (
-            f"{setting}, which needs Transformer Engine {least}, and {version} is installed: install a newer "
-            "one, or leave the setting at its default."
         )
