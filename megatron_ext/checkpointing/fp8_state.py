@@ -2,9 +2,9 @@
 earlier steps, of each layer.
 
 Transformer Engine hands it out and takes it as a pickle in a tensor, its "extra state". Checkpoints hold its
-tensors instead, so that nothing that comes from a file is unpickled; the pickle that Transformer Engine takes is
-made here. Other recipes keep nothing. A run without the state, or that needs none, can go on with any checkpoint:
-without it, scales begin afresh.
+tensors instead, so that nothing that comes from a file is unpickled; the pickle that Transformer Engine takes
+is made here. Other recipes keep nothing. A run can go on with a checkpoint that has no such state, or has it
+in vain: without it, scales begin afresh.
 """
 
 import pickle

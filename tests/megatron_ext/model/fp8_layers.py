@@ -78,7 +78,7 @@ class _Layer:
         self.machine.calls.append(Call(str(id(self)), self.machine.in_fp8, gradient, told))
         quantised = self._quantised(told) if self.machine.in_fp8 else self.weight.detach()
         if self.machine.in_fp8:
-            self._note_scale(inputs)
+            self._note_scale()
         return _Product.apply(inputs, self.weight, quantised, told is None or not told), None
 
     def _quantised(self, told: bool | None) -> Tensor:
@@ -88,11 +88,11 @@ class _Layer:
             self.kept = _in_fp8(self.weight)
         return self.kept
 
-    def _note_scale(self, inputs: Tensor) -> None:
-        """Delayed scaling: of one step to the next."""
+    def _note_scale(self) -> None:
+        """Delayed scaling: from one step to the next, the same on all ranks."""
         if self.config.fp8_recipe == "delayed" and self.training and torch.is_grad_enabled():
             before = self.scaling.get("scale_fwd", torch.ones(1))
-            largest = (before + inputs.detach().abs().max()) / 2
+            largest = (before + self.weight.detach().abs().max()) / 2
             names = ("scale_fwd", "amax_history_fwd", "scale_bwd", "amax_history_bwd")
             self.scaling = dict.fromkeys(names, largest)
 
