@@ -61,7 +61,7 @@ def sharded_state(
     finish_parameter_gather(model)
     chunks = unwrap_model(list(model))
     metadata = _metadata(sharding)
-    state = {}
+    state: State = {}
     for i, chunk in enumerate(chunks):
         entries = chunk.sharded_state_dict(metadata=metadata)
         scaling = scaling_states(chunk, entries, is_loading=is_loading)

@@ -37,8 +37,10 @@ class Fp8Passes:
         self._config = config
         self._no_gradient = copy.copy(config)
         self._no_gradient.fp8 = config.fp8_no_gradient
-        told = [[module for module in layer.modules() if _can_be_told(module)] for layer in layers]
-        self._told = {first_layer + place: modules for place, modules in enumerate(told)}
+        self._told: dict[int, list[Any]] = {
+            first_layer + place: [module for module in layer.modules() if _can_be_told(module)]
+            for place, layer in enumerate(layers)
+        }
 
     def whole(self) -> AbstractContextManager[Any]:
         """Around all passes of a micro-batch: FP8 where all passes are in it. One context, because
