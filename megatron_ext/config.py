@@ -96,6 +96,18 @@ class ModelConfig:
     """Layers from Megatron's local modules or from Transformer Engine; auto:
     the latter where installed with CUDA."""
 
+    fp8: Literal["e4m3", "hybrid"] | None = None
+    """Format in which Transformer Engine's layers multiply in FP8. hybrid: e4m3, and e5m2 for gradients.
+    Default: they multiply in train.precision."""
+
+    fp8_recipe: Literal["tensorwise", "blockwise", "delayed", "mxfp8"] = "tensorwise"
+    """fp8: scales of numbers. tensorwise: of each tensor as it is; blockwise: of blocks of it (Hopper, CUDA
+    12.9); delayed: of each tensor, from those of earlier steps; mxfp8: of blocks of 32 (Blackwell)."""
+
+    fp8_passes: Literal["all", "no_gradient"] = "all"
+    """fp8: which passes multiply so. no_gradient: only the passes of cyclic groups that have no gradient and
+    approach their fixed point (compression.forward_passes); all others in train.precision."""
+
     attention_backend: Literal["auto", "sdpa", "flash", "flash3", "reference"] = "auto"
     """Attention kernel: PyTorch's, flash-attn's, FlashAttention 3's (Hopper; dropout and biased keys go
     through PyTorch's), or the plain oracle. An explicit request never falls back."""
@@ -147,6 +159,48 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     """Gather updated weights while the next forward already runs.
     Needs use_distributed_optimizer and overlap_grad_reduce."""
+
+    num_distributed_optimizer_instances: int = 1
+    """Groups of data-parallel ranks that each hold the whole optimizer state: each group shards it, and
+    gradients are reduced inside of a group, then between them."""
+
+    align_param_gather: bool = False
+    """overlap_param_gather: all pipeline stages start to gather all weights at the beginning of a step, so
+    that they do it at the same time; false: each stage, bucket by bucket, when its forward needs them."""
+
+    ddp_bucket_size: int | None = None
+    """Parameters whose gradients are reduced together while backward still runs. Default: Megatron's, the
+    larger of 40 million and a million per data-parallel rank."""
+
+    ddp_pad_buckets_for_high_nccl_busbw: bool = False
+    """Pad the buckets to multiples of 65,536 numbers, with which NCCL is fast over many ranks."""
+
+    tp_comm_overlap: bool = False
+    """Overlap tensor-parallel communication with products of matrices, by Transformer Engine's userbuffers.
+    Needs sequence_parallel, and the ranks of a tensor-parallel group on one NVLink domain."""
+
+    tp_comm_overlap_cfg: str | None = None
+    """tp_comm_overlap: YAML file with Transformer Engine's settings of each product (qkv_fprop, proj_dgrad,
+    ...). Default: Transformer Engine's own."""
+
+    tp_comm_overlap_ag: bool = True
+    """tp_comm_overlap: gather inputs piece by piece while their product runs."""
+
+    tp_comm_overlap_rs: bool = True
+    """tp_comm_overlap: reduce and scatter outputs piece by piece while their product runs."""
+
+    tp_comm_overlap_rs_dgrad: bool = False
+    """tp_comm_overlap: the same for gradients of inputs."""
+
+    tp_comm_bulk_dgrad: bool = True
+    """tp_comm_overlap: gather whole inputs for gradients of weights while those of inputs are computed."""
+
+    tp_comm_bulk_wgrad: bool = True
+    """tp_comm_overlap: reduce and scatter whole gradients of inputs while gradients of weights are
+    computed."""
+
+    tp_comm_bootstrap_backend: Literal["nccl", "mpi", "gloo"] = "nccl"
+    """tp_comm_overlap: by what the ranks meet to make the buffers."""
 
     distributed_timeout_minutes: float = 10.0
     """A collective that waits longer than this ends the run with an error instead of hanging."""
@@ -255,6 +309,28 @@ class OptimizerConfig:
 
     clip_grad: float = 1.0
     """Largest global gradient norm; 0: no clipping."""
+
+    use_precision_aware_optimizer: bool = False
+    """Keep main weights and moments in the dtypes below, by Transformer Engine's Adam."""
+
+    main_params_dtype: Literal["fp32", "fp16"] = "fp32"
+    """Of main weights; fp16: with a scale for each tensor."""
+
+    exp_avg_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = "fp32"
+    """Of first moments; fp16 and fp8: with a scale for each tensor. Checkpoints hold them in fp32."""
+
+    exp_avg_sq_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = "fp32"
+    """Of second moments; as exp_avg_dtype."""
+
+    optimizer_cpu_offload: bool = False
+    """Keep main weights and moments in the host's memory, in fp32, and update them there. Needs a GPU and
+    use_precision_aware_optimizer."""
+
+    optimizer_offload_fraction: float = 1.0
+    """Share of the optimizer's state that optimizer_cpu_offload moves."""
+
+    overlap_cpu_optimizer_d2h_h2d: bool = False
+    """optimizer_cpu_offload: copy gradients and weights while the update runs."""
 
 
 DataFormat = Literal["pretraining", "chat"]

@@ -96,10 +96,12 @@ def bridges() -> list[Bridge]:
         "set_device": None,
         "synchronize": None,
         "empty_cache": None,
-        "current_stream": None,
+        "current_stream": _NoStream(),
+        "default_stream": _NoStream(),
     }
     return [
         *(Bridge(torch.cuda, name, _returning(value)) for name, value in constants.items()),
+        Bridge(torch.cuda, "Stream", lambda original: type("Stream", (_NoStream,), {})),
         Bridge(torch.cuda, "get_rng_state", _ignoring_device(torch.get_rng_state)),
         Bridge(torch.cuda, "set_rng_state", _ignoring_device(torch.set_rng_state)),
         Bridge(torch.cuda, "manual_seed", _ignoring_device(torch.manual_seed)),
@@ -111,6 +113,26 @@ def bridges() -> list[Bridge]:
         Bridge(torch.Tensor, "type", _type_named_after_cuda),
         *(Bridge(torch, name, _factory_on_cpu) for name in _FACTORIES),
     ]
+
+
+class _NoStream:
+    """What is put on a stream of the CPU is done at once."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        """As torch.cuda.Stream."""
+
+    def wait_stream(self, stream: Any) -> None:
+        """There is nothing to wait for."""
+
+    def wait(self, stream: Any = None) -> None:
+        """As that of an event."""
+
+    def record_event(self, event: Any = None) -> "_NoStream":
+        """What is to be waited for: nothing."""
+        return self
+
+    def synchronize(self) -> None:
+        """There is nothing to wait for."""
 
 
 def _returning(value: Any) -> Callable[..., Callable[..., Any]]:

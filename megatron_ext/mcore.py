@@ -4,6 +4,7 @@ Every difference that the product meets is here, under one meaning, with a test.
 version. Which versions were tried, and with which result: docs/engines.md.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -95,3 +96,19 @@ def keep_settings(saved: State, optimizer: MegatronOptimizer) -> None:
     }
     for group in saved.get("optimizer", saved)["param_groups"]:
         group.update(settings)
+
+
+def start_precision_aware_state(optimizer: Any) -> None:
+    """Moments and main weights of Transformer Engine's Adam before its first step, for parameters that have
+    none yet.
+
+    Megatron calls `initialize_state` with the parameter only, as Transformer Engine 2.0 had it; later ones
+    must be told whether they keep the lower halves of main weights only.
+    """
+    halves = "store_param_remainders"
+    knows = halves in inspect.signature(optimizer.initialize_state).parameters
+    options = {halves: False} if knows else {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not optimizer.state[parameter]:
+                optimizer.initialize_state(parameter, **options)

@@ -10,6 +10,7 @@ from lckv_megatron.tables import gib, table
 from megatron_ext.config import TrainConfig
 from megatron_ext.model.fit import RESERVED_BYTES, RESERVED_SHARE, RankMemory, fits, usable_bytes
 from megatron_ext.model.memory import (
+    StateBytes,
     checkpoint_bytes,
     kept_bytes,
     kept_for_backward,
@@ -18,6 +19,7 @@ from megatron_ext.model.memory import (
     recomputed_of_stage,
     state_bytes,
 )
+from megatron_ext.model.parameters import StageParameters
 from megatron_ext.precision import precision
 
 _NOTE = f"""\
@@ -70,8 +72,7 @@ def rank_memory(plan: Plan, number: int) -> RankMemory:
     run, stages, sizes = plan.run, plan.stages, plan.sizes
     model, compression, parallel, train = run.model, run.compression, run.parallel, run.train
     stage = stages[number]
-    optimizer_ranks = sizes.data_parallel_size if parallel.use_distributed_optimizer else 1
-    state = state_bytes(stage.per_rank, precision(train.precision), optimizer_ranks=optimizer_ranks)
+    state = _state_of(plan, stage)
     recomputed = recomputed_of_stage(train, stage.layers)
     kept = kept_for_backward(compression, model.num_layers, stage.layers, recomputed)
     in_flight = min(len(stages) - number, sizes.micro_batches)
@@ -85,9 +86,17 @@ def rank_memory(plan: Plan, number: int) -> RankMemory:
     return RankMemory(state.total, activations, working)
 
 
+def _state_of(plan: Plan, stage: StageParameters) -> StateBytes:
+    run = plan.run
+    return state_bytes(
+        stage.per_rank,
+        precision(run.train.precision),
+        optimizer_ranks=plan.sizes.optimizer_ranks,
+        optimizer=run.optimizer,
+    )
+
+
 def _per_rank(plan: Plan) -> Iterator[tuple[str, ...]]:
-    run, sizes = plan.run, plan.sizes
-    optimizer_ranks = sizes.data_parallel_size if run.parallel.use_distributed_optimizer else 1
     yield (
         "stage",
         "layers",
@@ -99,7 +108,7 @@ def _per_rank(plan: Plan) -> Iterator[tuple[str, ...]]:
         "sends per micro-batch",
     )
     for number, stage in enumerate(plan.stages):
-        state = state_bytes(stage.per_rank, precision(run.train.precision), optimizer_ranks=optimizer_ranks)
+        state = _state_of(plan, stage)
         yield (
             str(number),
             f"{stage.layers.start}-{stage.layers.stop - 1}",

@@ -20,6 +20,7 @@ from megatron_ext.checkpointing.agreement import Agreement, agreement
 from megatron_ext.checkpointing.buckets import sharding_of
 from megatron_ext.checkpointing.errors import DamagedCheckpointError, MismatchError
 from megatron_ext.checkpointing.folders import choose_checkpoint, find_candidates
+from megatron_ext.checkpointing.fp8_state import leave_out_unsaved
 from megatron_ext.checkpointing.manifest import Layout, Manifest, find_wrong_hashes, share_of_rank
 from megatron_ext.checkpointing.rng import reseed, restore_rng_states
 from megatron_ext.checkpointing.state import apply_state, check_fit, read_state, sharded_state
@@ -113,6 +114,7 @@ def load_checkpoint(
                 model, None if weights_only else optimizer, is_loading=True, sharding=sharding
             ),
         )
+        leave_out_unsaved(ranks, checkpoint, state)
         check_fit(ranks, checkpoint, state)
         state = read_state(ranks, checkpoint, state)
 

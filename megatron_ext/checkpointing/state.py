@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, s
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -31,13 +31,21 @@ from megatron_ext.checkpointing.agreement import Agreement
 from megatron_ext.checkpointing.buckets import Sharding, is_in_buckets, tidy_buckets
 from megatron_ext.checkpointing.contents import read_contents
 from megatron_ext.checkpointing.errors import MismatchError
+from megatron_ext.checkpointing.fp8_state import EXTRA_STATE, give_back, scaling_states
+from megatron_ext.checkpointing.optimizer_state import (
+    fill_missing_state,
+    leave_out_places,
+    load_distributed_optimizer,
+    place_step,
+    put_places,
+    states_of_leaves,
+)
 from megatron_ext.checkpointing.strategies import Shards, State, plan_shards, read_common, read_shards
 from megatron_ext.mcore import keep_settings, load_in_parallel, save_in_parallel
 
 _BYTES_PER_ENTRY = 4096
 """Zip header, padding and table of contents of one tensor; generous."""
 _SHOWN = 10
-_EXTRA_STATE = "_extra_state"
 
 
 def sharded_state(
@@ -52,12 +60,13 @@ def sharded_state(
     finish_parameter_gather(model)
     chunks = unwrap_model(list(model))
     metadata = _metadata(sharding)
-    state = {
-        _chunk_name(i, chunks): _without_extra_state(chunk.sharded_state_dict(metadata=metadata))
-        for i, chunk in enumerate(chunks)
-    }
+    state: State = {}
+    for i, chunk in enumerate(chunks):
+        entries = chunk.sharded_state_dict(metadata=metadata)
+        scaling = scaling_states(chunk, entries, is_loading=is_loading)
+        state[_chunk_name(i, chunks)] = {**_without_extra_state(entries), **scaling}
     if optimizer is not None and not getattr(optimizer, "is_stub_optimizer", False):
-        _fill_missing_optimizer_state(optimizer)
+        fill_missing_state(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
         names = {
             entry.data.data_ptr(): entry.key
@@ -66,22 +75,16 @@ def sharded_state(
             for entry in chunk.values()
             if isinstance(entry, ShardedTensor | ShardedTensorFactory)
         }
-        for leaf_state, leaf in _states_of_leaves(state["optimizer"], optimizer):
+        for leaf_state, leaf in states_of_leaves(state["optimizer"], optimizer):
             tidy_buckets(leaf_state, leaf, names)
+        leave_out_places(state["optimizer"], optimizer)
     return state
 
 
-def _states_of_leaves(state: Any, optimizer: MegatronOptimizer) -> list[tuple[State, MegatronOptimizer]]:
-    """Each single optimizer with its part of the state."""
-    leaves = _leaves(optimizer)
-    return [(state if len(leaves) == 1 else state[i], leaf) for i, leaf in enumerate(leaves)]
-
-
 def _without_extra_state(chunk: State) -> State:
-    """Transformer Engine keeps FP8 scaling there, pickled. It is not used here; without it checkpoints move
-    between Transformer Engine's layers and local ones,
-    and nothing pickled reaches Transformer Engine's loader."""
-    return {key: entry for key, entry in chunk.items() if not key.endswith(_EXTRA_STATE)}
+    """Transformer Engine keeps FP8 scaling there, pickled: see `fp8_state.py`. Without it checkpoints move
+    between Transformer Engine's layers and local ones."""
+    return {key: entry for key, entry in chunk.items() if not key.endswith(EXTRA_STATE)}
 
 
 def split_for_saving(state: State) -> tuple[State, State]:
@@ -144,19 +147,21 @@ def apply_state(state: State, model: Sequence[torch.nn.Module], optimizer: Megat
     """Gives what was read to model and optimizer. The dtypes of the model's parameters stay."""
     chunks = unwrap_model(list(model))
     for i, chunk in enumerate(chunks):
+        give_back(chunk, state[_chunk_name(i, chunks)])
         missing, unexpected = chunk.load_state_dict(state[_chunk_name(i, chunks)], strict=False)
-        wrong = [key for key in (*missing, *unexpected) if not key.endswith(_EXTRA_STATE)]
+        wrong = [key for key in (*missing, *unexpected) if not key.endswith(EXTRA_STATE)]
         if wrong:
             raise MismatchError(
                 f"the model and what was read have different names: {', '.join(wrong[:_SHOWN])}"
             )
     if "optimizer" in state and optimizer is not None:
-        for leaf_state, leaf in _states_of_leaves(state["optimizer"], optimizer):
+        put_places(state["optimizer"], optimizer)
+        for leaf_state, leaf in states_of_leaves(state["optimizer"], optimizer):
             keep_settings(leaf_state, leaf)
             if isinstance(leaf, DistributedOptimizer):
-                _load_distributed_optimizer(leaf, leaf_state)
+                load_distributed_optimizer(leaf, leaf_state)
             else:
-                _place_step(leaf_state.get("optimizer", leaf_state), leaf)
+                place_step(leaf_state.get("optimizer", leaf_state), leaf)
                 leaf.load_state_dict(leaf_state)
 
 
@@ -178,7 +183,9 @@ def check_fit(ranks: Agreement, checkpoint: Path, state: State) -> None:
         }
         absent = sorted(wanted.keys() - stored.keys())
         extra = sorted(
-            key for key in stored.keys() - wanted.keys() if "optimizer" in state or not _of_optimizer(key)
+            key
+            for key in stored.keys() - wanted.keys()
+            if EXTRA_STATE not in key and ("optimizer" in state or not _of_optimizer(key))
         )
         other = [
             key for key, entry in sorted(wanted.items()) if key in shapes and not entry.accepts(shapes[key])
@@ -278,61 +285,3 @@ def finish_parameter_gather(model: Sequence[torch.nn.Module]) -> None:
     for chunk in model:
         if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
-
-
-def _leaves(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-
-
-def _place_step(state: State, optimizer: MegatronOptimizer) -> None:
-    """Puts the number of steps where the optimizer that is here looks for it, whichever one wrote `state`.
-
-    torch's Adam counts for every parameter; Megatron saves that as one number, and leaves out a 0. Fused ones
-    (Transformer Engine, apex) count for every group, and take no number of a parameter.
-    """
-    groups, step = state["param_groups"], state["state"].pop("common_step", None)
-    if step is None:
-        step = next((group["step"] for group in groups if "step" in group), 0)
-    if isinstance(optimizer.optimizer, torch.optim.Adam):  # AdamW is one
-        state["state"]["common_step"] = torch.tensor(float(step))
-        return
-    for group in groups:
-        group["step"] = int(step)
-
-
-def _load_distributed_optimizer(optimizer: DistributedOptimizer, state: State) -> None:
-    """Loads in two steps, because megatron-core is wrong in one with torch's Adam, the optimizer without
-    Transformer Engine.
-
-    It then asks for a `step` among the tensors, where there is none, and it gives all weights one and the
-    same step tensor: each would advance the step of all others.
-    """
-    tensors = state["param_state"]
-    optimizer.load_state_dict(
-        {key: value for key, value in state.items() if not key.startswith("param_state")}
-    )
-    inner_states = optimizer.optimizer.state
-    steps = {
-        parameter: inner.pop("step").clone() for parameter, inner in inner_states.items() if "step" in inner
-    }
-    if state["param_state_sharding_type"] == "dp_reshardable":
-        with torch.no_grad():  # in float32 the main weights are the model's own
-            optimizer.load_parameter_state_from_dp_reshardable(tensors)
-    else:
-        optimizer.load_parameter_state_from_fully_reshardable(tensors)
-    for parameter, step in steps.items():
-        inner_states[parameter]["step"] = step
-
-
-def _fill_missing_optimizer_state(optimizer: MegatronOptimizer) -> None:
-    """Gives an optimizer that has not stepped yet the zeros that it would start from;
-    Megatron cannot save or load without."""
-    for leaf in _leaves(optimizer):
-        inner = leaf.optimizer
-        if inner is None or leaf.init_state_fn is None:
-            continue
-        leaf.init_state_fn(inner, leaf.config)
-        if isinstance(inner, torch.optim.Adam):  # AdamW is one
-            for group in inner.param_groups:
-                for parameter in group["params"]:
-                    inner.state[parameter].setdefault("step", torch.tensor(0.0, dtype=torch.float32))

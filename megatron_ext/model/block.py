@@ -19,6 +19,7 @@ from lckv.policies.base import KeyValue, Statistics, TokenContext
 from lckv.sharing.execution import State, run_steps
 from lckv.sharing.plan import Step, crossing_sources, cut
 from megatron_ext.errors import ConfigError
+from megatron_ext.model.fp8 import Fp8Passes, checkpoint
 from megatron_ext.model.layer import LayerOutput, SharedKVLayer
 from megatron_ext.model.policy_statistics import PolicyReport, StatisticSums
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
@@ -56,6 +57,7 @@ class SharedKVBlock(TransformerBlock):
         self.plan = config.compression.plan(len(self.layer_types))
         self.steps = self._steps_of_stage()
         self.step_names = _names(self.steps)
+        self.fp8 = Fp8Passes(config, list(self.layers), self.first_layer)
         self.statistics = StatisticSums(config, config.compression.policy.build(), self.pg_collection.tp)
         self.payload_in = self._payload(self.first_layer)
         self.payload_out = self._payload(self.end_layer)
@@ -114,11 +116,11 @@ class SharedKVBlock(TransformerBlock):
         forked = (
             tensor_parallel.get_cuda_rng_tracker().fork() if self.config.sequence_parallel else nullcontext()
         )
-        with forked:
+        with forked, self.fp8.whole():
             layers = _StageLayers(self, contexts, statistics)
             state = State(hidden_states, available)
             for step, name in zip(self.steps, self.step_names, strict=True):
-                with record_function(name):  # for profilers
+                with record_function(name), self.fp8.around(step):  # names are for profilers
                     state = run_steps((step,), layers, state)
         hidden_states = state.hidden_states
         sums = self.statistics.add(sums, statistics)
@@ -162,7 +164,9 @@ class SharedKVBlock(TransformerBlock):
             output = layer(states, None if key is None or value is None else KeyValue(key, value), context)
             return output.hidden_states, *(output.own or (None,) * 2), *output.statistics
 
-        outputs = tensor_parallel.checkpoint(flat, False, hidden_states, *(source or (None,) * 2))
+        outputs = checkpoint(
+            self.config, self.pg_collection.tp, flat, hidden_states, *(source or (None,) * 2)
+        )
         own = None if outputs[1] is None else KeyValue(*outputs[1:3])
         return LayerOutput(outputs[0], own, tuple(outputs[3:]))
 

@@ -88,7 +88,11 @@ def wrap(stage: SharedKVGPTModel, parallel: ParallelConfig, train: TrainConfig) 
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=parallel.overlap_grad_reduce,
             overlap_param_gather=parallel.overlap_param_gather,
+            align_param_gather=parallel.align_param_gather,
             use_distributed_optimizer=parallel.use_distributed_optimizer,
+            num_distributed_optimizer_instances=parallel.num_distributed_optimizer_instances,
+            bucket_size=parallel.ddp_bucket_size,
+            pad_buckets_for_high_nccl_busbw=parallel.ddp_pad_buckets_for_high_nccl_busbw,
         ),
         module,
     )

@@ -25,19 +25,24 @@ def choose_implementation(requested: str, precision: str) -> ImplementationChoic
     asked = f"model.transformer_impl is {requested}"
     if requested == "local":
         return ImplementationChoice("local", asked)
-    missing = None
+    missing = obstacle_to_transformer_engine()
     if precision == "fp32":
         # Its products of float32 numbers are TF32, whatever torch is told (cublaslt_gemm.cu, 2.0 to 2.19).
         missing = "train.precision is fp32, which Transformer Engine multiplies as TF32"
-    elif not torch.cuda.is_available():
-        missing = "Transformer Engine needs CUDA"
-    elif importlib.util.find_spec("transformer_engine") is None:
-        missing = f"the package transformer-engine is not installed ({INSTALL_GPU})"
     if missing is None:
         return ImplementationChoice("transformer_engine", asked)
     if requested == "transformer_engine":
         raise ConfigError(f"{asked}, but {missing}. Set model.transformer_impl to auto or local.")
     return ImplementationChoice("local", f"{asked}: {missing}")
+
+
+def obstacle_to_transformer_engine() -> str | None:
+    """Why nothing of Transformer Engine can be used on this machine; None where it can."""
+    if not torch.cuda.is_available():
+        return "Transformer Engine needs CUDA"
+    if importlib.util.find_spec("transformer_engine") is None:
+        return f"the package transformer-engine is not installed ({INSTALL_GPU})"
+    return None
 
 
 def has_fused_gradients() -> bool:

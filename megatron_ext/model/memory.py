@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 from lckv.config import CompressionConfig
 from lckv.sharing.plan import LayerRun, Origin, Part
-from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_ext.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_ext.model.layer_memory import LayerMemory
 from megatron_ext.precision import Precision, precision
 
@@ -41,14 +41,28 @@ class StateBytes:
         return self.weights + self.gradients + self.optimizer
 
 
-def state_bytes(parameters: int, numbers: Precision, *, optimizer_ranks: int) -> StateBytes:
+def state_bytes(
+    parameters: int, numbers: Precision, *, optimizer_ranks: int, optimizer: OptimizerConfig | None = None
+) -> StateBytes:
     """Of a rank with so many parameters, whose optimizer state is shared out over `optimizer_ranks` ranks (1:
-    not at all)."""
+    not at all). `optimizer` says in which dtypes and where it is kept; default: in float32, with the
+    model."""
+    per_parameter = numbers.optimizer_bytes if optimizer is None else _optimizer_bytes(optimizer, numbers)
     return StateBytes(
         weights=parameters * numbers.bytes,
         gradients=parameters * 4,
-        optimizer=round(parameters * numbers.optimizer_bytes / optimizer_ranks),
+        optimizer=round(parameters * per_parameter / optimizer_ranks),
     )
+
+
+def _optimizer_bytes(optimizer: OptimizerConfig, numbers: Precision) -> float:
+    """Of the optimizer's state beside the model, per parameter."""
+    if not optimizer.use_precision_aware_optimizer:
+        return numbers.optimizer_bytes
+    dtypes = (optimizer.main_params_dtype, optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype)
+    size = sum({"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}[dtype] for dtype in dtypes)
+    offloaded = optimizer.optimizer_offload_fraction if optimizer.optimizer_cpu_offload else 0
+    return size * (1 - offloaded)
 
 
 def checkpoint_bytes(parameters: int, numbers: Precision) -> int:

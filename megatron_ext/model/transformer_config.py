@@ -1,6 +1,7 @@
 """From the run's sections to Megatron's TransformerConfig."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -19,6 +20,9 @@ class SharedKVTransformerConfig(TransformerConfig):
 
     compression: CompressionConfig = field(default_factory=CompressionConfig)
     """Sharing map, passes, window and KV policy."""
+
+    fp8_no_gradient: Literal["e4m3", "hybrid"] | None = None
+    """As Megatron's `fp8`, for passes without gradient alone; `fp8` is for all passes."""
 
     attention_kernel: str = "auto"
     """model.attention_backend: the backend of lckv.attention
@@ -65,9 +69,19 @@ def transformer_config(
         params_dtype=numbers.dtype,
         pipeline_dtype=numbers.dtype,
         bf16=numbers.is_bf16,
+        fp8=model.fp8 if model.fp8_passes == "all" else None,
+        fp8_no_gradient=model.fp8 if model.fp8_passes == "no_gradient" else None,
+        fp8_recipe=model.fp8_recipe,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        tp_comm_overlap=parallel.tp_comm_overlap,
+        tp_comm_overlap_ag=parallel.tp_comm_overlap_ag,
+        tp_comm_overlap_rs=parallel.tp_comm_overlap_rs,
+        tp_comm_overlap_rs_dgrad=parallel.tp_comm_overlap_rs_dgrad,
+        tp_comm_bulk_dgrad=parallel.tp_comm_bulk_dgrad,
+        tp_comm_bulk_wgrad=parallel.tp_comm_bulk_wgrad,
+        tp_comm_bootstrap_backend=parallel.tp_comm_bootstrap_backend,
         deterministic_mode=train.deterministic and cuda,
         recompute_granularity=granularity,
         recompute_method="uniform" if full else None,

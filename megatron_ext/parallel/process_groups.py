@@ -39,6 +39,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        num_distributed_optimizer_instances=parallel.num_distributed_optimizer_instances,
         distributed_timeout_minutes=max(1, round(minutes)),
     )
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()

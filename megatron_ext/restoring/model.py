@@ -47,7 +47,7 @@ def restore(
 ) -> Restored:
     """Build this rank's stage on the layout `parallel` and load its weights. Needs process groups.
 
-    Sequence parallelism, which only saves memory in training and restricts lengths, is left out. With
+    Sequence parallelism and FP8, which are for training and restrict lengths, are left out. With
     `in_float32` the model computes in float32 and nothing coarser, whatever the run did.
 
     Raises ConfigError where the model does not fit the layout, and CheckpointError as `load_checkpoint` does.
@@ -59,8 +59,9 @@ def restore(
         )
     defining = {"architecture": saved.pop("architecture")}
     run = config_from_dict(saved)
-    parallel = replace(parallel, sequence_parallel=False)
-    run = replace(run, parallel=parallel, train=replace(run.train, recompute_granularity="none"))
+    parallel = replace(parallel, sequence_parallel=False, tp_comm_overlap=False)
+    run = replace(run, model=replace(run.model, fp8=None), parallel=parallel)
+    run = replace(run, train=replace(run.train, recompute_granularity="none"))
     if in_float32:  # Transformer Engine multiplies float32 matrices in TF32, and flash-attn has no float32
         model = replace(run.model, transformer_impl="local", attention_backend="auto")
         run = replace(run, model=model, train=replace(run.train, precision="fp32"))

@@ -40,6 +40,14 @@ class RunSizes:
         return self.world_size // replica
 
     @property
+    def optimizer_ranks(self) -> int:
+        """Ranks over which the optimizer's state of one replica is shared out; 1: not at all."""
+        parallel = self.run.parallel
+        if not parallel.use_distributed_optimizer:
+            return 1
+        return self.data_parallel_size // parallel.num_distributed_optimizer_instances
+
+    @property
     def micro_batches(self) -> int:
         """Per step and replica."""
         train = self.run.train

@@ -30,6 +30,7 @@ from megatron_ext.model.build import build_stage, wrap
 from megatron_ext.model.cost import model_shape
 from megatron_ext.model.parameters import padded_vocab_size
 from megatron_ext.parallel.process_groups import device_of_rank
+from megatron_ext.parallel.userbuffers import userbuffers
 from megatron_ext.training.continuation import continuation_of
 from megatron_ext.training.iteration import Position, Training, is_evaluated, iterate
 from megatron_ext.training.measured import Measurements
@@ -54,6 +55,11 @@ def fit(run: RunConfig) -> Position:
 
 def _fit(run: RunConfig, start: Start) -> Position:
     vocab_size, eod = vocabulary(run.model, run.data)
+    with userbuffers(run.model, run.parallel, run.train):
+        return _train(run, start, vocab_size, eod)
+
+
+def _train(run: RunConfig, start: Start, vocab_size: int, eod: int | None) -> Position:
     stage = build_stage(run.model, run.compression, run.parallel, run.train, vocab_size=vocab_size)
     parameters = _count_parameters(stage)
     check_space(run, parameters)

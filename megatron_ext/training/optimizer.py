@@ -1,5 +1,6 @@
 """Megatron's AdamW and its learning-rate schedule."""
 
+import torch
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -7,6 +8,9 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_ext.precision import precision
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.uint8}
+"""Dtypes of an optimizer's state, as Megatron takes them: 8 bits are plain bytes."""
 
 
 def build_optimizer(
@@ -27,6 +31,15 @@ def build_optimizer(
         params_dtype=numbers.dtype,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
+        use_precision_aware_optimizer=optimizer.use_precision_aware_optimizer,
+        main_params_dtype=_DTYPES[optimizer.main_params_dtype],
+        exp_avg_dtype=_DTYPES[optimizer.exp_avg_dtype],
+        exp_avg_sq_dtype=_DTYPES[optimizer.exp_avg_sq_dtype],
+        # Otherwise checkpoints hold the lower halves of main weights only, and no other run can read them.
+        store_param_remainders=False,
+        optimizer_cpu_offload=optimizer.optimizer_cpu_offload,
+        optimizer_offload_fraction=optimizer.optimizer_offload_fraction,
+        overlap_cpu_optimizer_d2h_h2d=optimizer.overlap_cpu_optimizer_d2h_h2d,
     )
     built = get_megatron_optimizer(config, [model])
     return built, _scheduler(built, optimizer, train)

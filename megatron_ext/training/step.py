@@ -62,6 +62,8 @@ def train_step(
     meter = StatisticsMeter(model)
     numbers: list[Tensor] = []
     read = _noting_numbers(samples, numbers)
+    if model.ddp_config.align_param_gather:
+        model.start_param_sync()
     losses = run_schedule(model, read, make_batch, train, meter, progress=progress, forward_only=False)
     learning_rate = optimizer.param_groups[0]["lr"]
     _, grad_norm, _ = optimizer.step()

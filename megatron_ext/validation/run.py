@@ -21,7 +21,9 @@ from megatron_ext.config import (
 from megatron_ext.data.blends import split_sources
 from megatron_ext.errors import ConfigError
 from megatron_ext.precision import precision
+from megatron_ext.validation.fp8 import fp8_problems
 from megatron_ext.validation.layout import data_parallel_problems, layout_problems, recompute_problems
+from megatron_ext.validation.options import option_problems
 from megatron_ext.validation.profile import profile_problems
 from megatron_ext.validation.rules import above_zero, at_least, fraction
 
@@ -51,6 +53,8 @@ def problems(run: RunConfig, world_size: int) -> list[str]:
         *_ways_of_saving(run.checkpoint, run.parallel),
         *_logging(run.logging),
         *profile_problems(run, world_size),
+        *option_problems(run, world_size),
+        *fp8_problems(run),
         *_optional_packages(run),
     ]
 

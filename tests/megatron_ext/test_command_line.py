@@ -425,7 +425,7 @@ VALUES = {
 def values_of(hint) -> st.SearchStrategy:
     if typing.get_origin(hint) is Literal:
         return st.sampled_from(typing.get_args(hint))
-    return VALUES[hint] if hint in VALUES else st.one_of(*(VALUES[part] for part in typing.get_args(hint)))
+    return VALUES[hint] if hint in VALUES else st.one_of(*map(values_of, typing.get_args(hint)))
 
 
 def build(section, draw):

@@ -15,7 +15,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_ext.config import OptimizerConfig
-from megatron_ext.mcore import load_in_parallel, name_argument, save_in_parallel
+from megatron_ext.mcore import load_in_parallel, name_argument, save_in_parallel, start_precision_aware_state
 from megatron_ext.model.attention import SharedKVAttention
 from megatron_ext.model.build import build_stage
 from megatron_ext.parallel.process_groups import initialize
@@ -137,10 +137,46 @@ CHANGED: dict[str, dict[str, Any]] = {
 }
 """Another value of each field than that of the first run."""
 FIRST = {"lr_wsd_decay_iters": 3}
+OF_TRANSFORMER_ENGINE = [
+    "use_precision_aware_optimizer",
+    "main_params_dtype",
+    "exp_avg_dtype",
+    "exp_avg_sq_dtype",
+    "optimizer_cpu_offload",
+    "optimizer_offload_fraction",
+    "overlap_cpu_optimizer_d2h_h2d",
+]
+"""Where things are kept, and in which dtypes; only Transformer Engine can (training/test_options.py)."""
 
 
 def test_every_field_of_the_optimizer_is_tried() -> None:
-    assert [*CHANGED] == [field.name for field in fields(OptimizerConfig)]
+    assert [*CHANGED, *OF_TRANSFORMER_ENGINE] == [field.name for field in fields(OptimizerConfig)]
+
+
+class AdamOf20:
+    """Transformer Engine's, as far as its state goes."""
+
+    def __init__(self) -> None:
+        self.stepped, self.fresh = torch.zeros(1), torch.zeros(1)
+        self.param_groups = [{"params": [self.stepped, self.fresh]}]
+        self.state: dict[Any, dict[str, Any]] = {self.stepped: {"exp_avg": 1}, self.fresh: {}}
+
+    def initialize_state(self, param: torch.Tensor) -> None:
+        self.state[param] = {"exp_avg": 0}
+
+
+class AdamOf21(AdamOf20):
+    def initialize_state(self, param: torch.Tensor, store_param_remainders: bool) -> None:
+        self.state[param] = {"exp_avg": 0, "whole": not store_param_remainders}
+
+
+@pytest.mark.parametrize(
+    ("adam", "expected"), [(AdamOf20, {"exp_avg": 0}), (AdamOf21, {"exp_avg": 0, "whole": True})]
+)
+def test_the_state_of_transformer_engines_adam_begins(adam: type, expected: dict[str, Any]) -> None:
+    optimizer = adam()
+    start_precision_aware_state(optimizer)
+    assert optimizer.state == {optimizer.stepped: {"exp_avg": 1}, optimizer.fresh: expected}
 
 
 @pytest.mark.parametrize("distributed", [True, False], ids=["distributed", "plain"])

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.checkpointing.state import _place_step
+from megatron_ext.checkpointing.optimizer_state import place_step
 
 TORCH = SimpleNamespace(optimizer=torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
 FUSED = SimpleNamespace(optimizer=torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0))
@@ -27,7 +27,7 @@ def saved(common: float | None = None, of_groups: int | None = None) -> dict[str
     ids=["torch's", "fused", "none yet"],
 )
 def test_a_fused_optimizer_counts_in_its_groups(state: dict[str, Any], steps: int) -> None:
-    _place_step(state, FUSED)
+    place_step(state, FUSED)
     assert [group["step"] for group in state["param_groups"]] == [steps, steps]
     assert state["state"].keys() == {0}  # a number of every parameter is what a fused one does not take
 
@@ -38,5 +38,5 @@ def test_a_fused_optimizer_counts_in_its_groups(state: dict[str, Any], steps: in
     ids=["torch's", "fused", "none yet"],
 )
 def test_torchs_counts_for_every_parameter(state: dict[str, Any], steps: int) -> None:
-    _place_step(state, TORCH)
+    place_step(state, TORCH)
     assert state["state"]["common_step"] == steps

@@ -254,6 +254,36 @@ def test_state_bytes_are_those_allocated(precision: str, distributed: bool) -> N
     assert predicted.total == predicted.weights + predicted.gradients + predicted.optimizer
 
 
+@pytest.mark.parametrize(
+    ("settings_of_optimizer", "expected"),
+    [
+        ({}, 12),
+        ({"use_precision_aware_optimizer": True}, 12),
+        (
+            {
+                "use_precision_aware_optimizer": True,
+                "main_params_dtype": "fp16",
+                "exp_avg_dtype": "bf16",
+                "exp_avg_sq_dtype": "fp8",
+            },
+            5,
+        ),
+        (
+            {
+                "use_precision_aware_optimizer": True,
+                "optimizer_cpu_offload": True,
+                "optimizer_offload_fraction": 0.75,
+            },
+            3,
+        ),
+    ],
+)
+def test_the_optimizers_dtypes_and_place_count(settings_of_optimizer: dict[str, Any], expected: int) -> None:
+    optimizer = OptimizerConfig(**settings_of_optimizer)
+    state = state_bytes(1000, numbers("bf16"), optimizer_ranks=2, optimizer=optimizer)
+    assert (state.weights, state.gradients, state.optimizer) == (2000, 4000, 500 * expected)
+
+
 def allocated(parallel: ParallelConfig, precision: str) -> tuple[int, int, int]:
     """Run on every rank: bytes of weights, of gradient buffers and of optimizer state after one step."""
     initialize(parallel, seed=1)

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import pytest
+
 from lckv.config import CompressionConfig
 from megatron_ext.config import ParallelConfig
 from megatron_ext.data.order import SourceUse
@@ -28,6 +30,20 @@ def test_steps_are_listed_where_layers_are_iterated() -> None:
         "                      layer 3, once",
     ]
     assert len(list(cost_lines(RunSizes(tiny_run(), shape, 1, 0)))) == 2
+
+
+@pytest.mark.parametrize(
+    ("parallel", "expected"),
+    [
+        ({}, 4),
+        ({"num_distributed_optimizer_instances": 2}, 2),
+        ({"use_distributed_optimizer": False}, 1),
+    ],
+)
+def test_over_how_many_ranks_the_optimizer_is_shared_out(parallel: dict[str, int], expected: int) -> None:
+    run = tiny_run(parallel={"tensor_model_parallel_size": 2, **parallel})
+    shape = model_shape(run.model, vocab_size=128, seq_length=run.train.seq_length)
+    assert RunSizes(run, shape, 8, 0).optimizer_ranks == expected
 
 
 def test_epochs_of_datasets() -> None:
