@@ -1,23 +1,39 @@
-"""GPUs and networks by name, and how long they take for what a rank does.
+"""How long a GPU takes for what a rank does, and a network for what ranks send.
 
-Rates are the makers', for dense products in bfloat16 and for one direction. What a run reaches of them is an
-assumption, stated with every time that is made from it.
+Rates are the makers', for one direction. What a run reaches of them is an assumption, stated with every time
+that is made from it. Peaks and memories of GPUs are those of `megatron_ext.gpus`.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from megatron_ext.errors import ConfigError
+from megatron_ext.gpus import GPUS, Gpu
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """One device."""
+class Rates(NamedTuple):
+    """Of one device, in GB/s."""
 
-    name: str
-    memory_gib: float
-    tflops: float
-    """Dense bfloat16, 10^12 FLOP/s."""
-    memory_gb_per_second: float
-    nvlink_gb_per_second: float
-    """To the other devices of its node, one direction."""
+    memory: float
+
+    links: float
+    """To the other devices of its node, one direction: NVLink, or PCIe where the card has none."""
+
+
+_RATES = {
+    "H100": Rates(3350, 450),
+    "H200": Rates(4800, 450),
+    "B200": Rates(7700, 900),
+    "A100": Rates(2039, 300),
+    "A100-40GB": Rates(1555, 300),
+    "L40S": Rates(864, 32),
+    "A6000": Rates(768, 32),
+    "RTX5090": Rates(1792, 64),
+    "RTX4090": Rates(1008, 32),
+    "RTX3090": Rates(936, 32),
+    "L4": Rates(300, 32),
+}
+"""Of SXM boards where there are such. Data sheets."""
 
 
 @dataclass(frozen=True)
@@ -29,22 +45,22 @@ class Network:
     """Of each device, one direction."""
 
 
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        Gpu("A100-80", 79.0, 312, 2039, 300),
-        Gpu("H100", 79.0, 989.4, 3350, 450),
-        Gpu("H200", 139.0, 989.4, 4800, 450),
-        Gpu("B200", 178.0, 2250, 7700, 900),
-    )
-}
 NETWORKS = {
     network.name: network
     for network in (Network("IB-200G", 25), Network("IB-400G", 50), Network("IB-800G", 100))
 }
-RESERVED_GIB = 4.0
-"""What a device needs beside tensors: CUDA's context, NCCL's buffers, workspaces of products, and what the
-caching allocator loses between blocks (assumed)."""
+
+
+def rates_of(gpu: Gpu) -> Rates:
+    """Of a GPU with a name.
+
+    Raises ConfigError for one of which only the memory is known.
+    """
+    if gpu.name not in _RATES:
+        raise ConfigError(
+            f"--gpu is {gpu.name!r}; --dry-run estimates times and needs one of {', '.join(_RATES)}."
+        )
+    return _RATES[gpu.name]
 
 
 @dataclass(frozen=True)
@@ -70,19 +86,21 @@ class Machine:
     """What a run stands on."""
 
     gpu: Gpu = GPUS["H100"]
+    tflops: float = 989.4
+    """Peak of one device in the run's precision, 10^12 FLOP/s."""
     network: Network = NETWORKS["IB-400G"]
     gpus_per_node: int = 8
     efficiency: Efficiency = Efficiency()
 
     @property
-    def usable_bytes(self) -> int:
-        """For tensors."""
-        return int((self.gpu.memory_gib - RESERVED_GIB) * 2**30)
+    def rates(self) -> Rates:
+        """Of the GPU."""
+        return rates_of(self.gpu)
 
     def work_seconds(self, flops: float, moved_bytes: float) -> float:
         """Of one kernel: as long as its products or its memory take, whichever is more."""
-        products = flops / (self.gpu.tflops * 1e12 * self.efficiency.products)
-        memory = moved_bytes / (self.gpu.memory_gb_per_second * 1e9 * self.efficiency.memory)
+        products = flops / (self.tflops * 1e12 * self.efficiency.products)
+        memory = moved_bytes / (self.rates.memory * 1e9 * self.efficiency.memory)
         return max(products, memory)
 
     def spans_nodes(self, ranks: tuple[int, ...]) -> bool:
@@ -91,7 +109,7 @@ class Machine:
 
     def transfer_seconds(self, link_bytes: float, ranks: tuple[int, ...]) -> float:
         """For so many bytes over the slowest link of a group."""
-        links = self.gpu.nvlink_gb_per_second
+        links = self.rates.links
         if self.spans_nodes(ranks):
             links = self.network.gb_per_second
         return link_bytes / (links * 1e9 * self.efficiency.links) + self.efficiency.latency_seconds

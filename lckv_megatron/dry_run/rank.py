@@ -3,7 +3,7 @@
 Two steps run, of n and of n + 1 micro-batches, n being the pipeline's stages: from there on every further
 micro-batch adds the same. What a step of M does is the second step and M - n - 1 times the difference. The
 memory is that of the second step: the first has no moments yet, and more micro-batches do not lie in memory
-at a time.
+at a time. Documents are as long as rows: their lengths are numbers.
 """
 
 from collections.abc import Iterator
@@ -40,6 +40,8 @@ class RankRun:
     """What one rank does in a step."""
 
     rank: int
+    stage: int
+    """Of the pipeline."""
     micro_batches: int
     memory: Curve
     collectives: dict[Key, Total]
@@ -47,6 +49,18 @@ class RankRun:
     phases: dict[str, Work]
     """Kernels of the step, by kind of phase."""
     parameters: int
+    micro_batch_seconds: float
+    """That one micro-batch more adds, collectives included."""
+
+    @property
+    def kernel_seconds(self) -> float:
+        """Of the whole step."""
+        return sum(work.seconds for work in self.phases.values())
+
+    @property
+    def collective_seconds(self) -> float:
+        """Of the whole step."""
+        return sum(total.seconds for total in self.collectives.values())
 
 
 def simulate(
@@ -61,7 +75,11 @@ def simulate(
     """Build the model of `rank` and run its steps. Needs a process without process groups.
 
     `target`: whose kernels are pretended, a GPU's or those of the machine at hand.
+
+    Raises RuntimeError where torch.distributed runs already, and ConfigError for an attention backend that
+    cannot serve.
     """
+    cu_seqlens = _rows_as_documents(run)  # with numbers: made before tensors have none
     with ExitStack() as stack:
         stack.enter_context(
             pretended_world(run.parallel, rank=rank, world_size=world_size, seed=run.train.seed)
@@ -76,11 +94,10 @@ def simulate(
         stack.enter_context(replaced(replacements))
         stack.enter_context(fake)
         stack.enter_context(recorder)
-        return _steps(run, rank, vocab_size, recorder)
+        return _steps(_Program(run, vocab_size, recorder, cu_seqlens), run, rank, recorder)
 
 
-def _steps(run: RunConfig, rank: int, vocab_size: int, recorder: Recorder) -> RankRun:
-    program = _Program(run, vocab_size, recorder)
+def _steps(program: "_Program", run: RunConfig, rank: int, recorder: Recorder) -> RankRun:
     replicas = parallel_state.get_data_parallel_world_size()
     wanted = run.train.global_batch_size // (run.train.micro_batch_size * replicas)
     few = min(wanted - 1, run.parallel.pipeline_model_parallel_size)
@@ -93,20 +110,24 @@ def _steps(run: RunConfig, rank: int, vocab_size: int, recorder: Recorder) -> Ra
     phases = {name: _extrapolated(name, first.get(name), work, further) for name, work in second.items()}
     return RankRun(
         rank=rank,
+        stage=parallel_state.get_pipeline_model_parallel_rank(),
         micro_batches=wanted,
         memory=curve(recorder.allocations, recorder.phases, start, end),
         collectives=_collectives(first, second, further),
         flops=sum(work.flops for work in phases.values()),
         phases=phases,
         parameters=program.parameters,
+        micro_batch_seconds=_schedule_seconds(second) - (_schedule_seconds(first) if few else 0.0),
     )
 
 
 class _Program:
     """The training program of one rank."""
 
-    def __init__(self, run: RunConfig, vocab_size: int, recorder: Recorder) -> None:
-        self._run, self._recorder, self._vocab_size = run, recorder, vocab_size
+    def __init__(
+        self, run: RunConfig, vocab_size: int, recorder: Recorder, cu_seqlens: Tensor | None
+    ) -> None:
+        self._run, self._recorder, self._cu_seqlens = run, recorder, cu_seqlens
         stage = build_stage(run.model, run.compression, run.parallel, run.train, vocab_size=vocab_size)
         self.parameters = sum(parameter.numel() for parameter in stage.parameters())
         self.model = wrap(stage, run.parallel, run.train)
@@ -130,7 +151,7 @@ class _Program:
                 self._optimizer,
                 self._scheduler,
                 _samples(train),
-                lambda sample: _batch(train),
+                lambda sample: _batch(train, self._cu_seqlens),
                 train,
                 progress=0.5,
             )
@@ -152,7 +173,13 @@ def _samples(train: TrainConfig) -> Iterator[dict[str, Tensor]]:
         yield {"sample_ids": torch.zeros(train.micro_batch_size, dtype=torch.int64)}
 
 
-def _batch(train: TrainConfig) -> Batch:
+def _rows_as_documents(run: RunConfig) -> Tensor | None:
+    if run.data.format != "chat" and not run.data.reset_attention_mask:
+        return None
+    return torch.arange(run.train.micro_batch_size + 1, dtype=torch.int32) * run.train.seq_length
+
+
+def _batch(train: TrainConfig, cu_seqlens: Tensor | None) -> Batch:
     shape = (train.micro_batch_size, train.seq_length)
     tokens = torch.zeros(shape, dtype=torch.int64)
     return Batch(
@@ -160,7 +187,7 @@ def _batch(train: TrainConfig) -> Batch:
         labels=torch.zeros(shape, dtype=torch.int64),
         loss_mask=torch.ones(shape),
         position_ids=torch.zeros(shape, dtype=torch.int64),
-        cu_seqlens=None,
+        cu_seqlens=cu_seqlens,
         sample_ids=tuple(range(train.micro_batch_size)),
     )
 
@@ -177,15 +204,22 @@ def _extrapolated(name: str, first: Work | None, second: Work, further: int) -> 
     )
 
 
+def _schedule_seconds(step: dict[str, Work]) -> float:
+    of_schedule = [step[name] for name in IN_SCHEDULE if name in step]
+    collectives = (collective.seconds for work in of_schedule for collective in work.collectives)
+    return sum(work.seconds for work in of_schedule) + sum(collectives)
+
+
 def _collectives(first: dict[str, Work], second: dict[str, Work], further: int) -> dict[Key, Total]:
-    before, after = (
-        {name: add_up(work.collectives) for name, work in step.items()} for step in (first, second)
-    )
-    result: dict[Key, Total] = {}
-    for name, of_phase in after.items():
-        for key, total in of_phase.items():
-            more = Total()
-            if name in IN_SCHEDULE:
-                more = (total + before.get(name, {}).get(key, Total()).times(-1)).times(further)
-            result[key] = result.get(key, Total()) + total + more
+    """Phases of the schedule together: the first step reduces gradients behind backward, later ones in it."""
+
+    def of_schedule(step: dict[str, Work]) -> dict[Key, Total]:
+        return add_up(
+            collective for name in IN_SCHEDULE if name in step for collective in step[name].collectives
+        )
+
+    result = add_up(collective for work in second.values() for collective in work.collectives)
+    before = of_schedule(first)
+    for key, total in of_schedule(second).items():
+        result[key] += (total + before.get(key, Total()).times(-1)).times(further)
     return result

@@ -16,16 +16,20 @@ import torch
 from megatron.core.transformer import mlp
 from torch import Tensor
 
-from lckv.attention import flash
+from lckv.attention import backends, flash
 from lckv.attention.backends import Choice
+from lckv.attention.visibility import Documents
 from lckv.cost import average_keys
 from lckv_megatron.dry_run.recorder import Recorder
 from lckv_megatron.dry_run.replacements import Replacement
+from megatron_ext.errors import ConfigError
 from megatron_ext.model import attention, build
 
 
 def gpu_kernels(recorder: Recorder) -> Iterator[Replacement]:
     """For a run that would use them on a GPU."""
+    yield Replacement(backends, "why_no_flash_package", lambda: None)
+    yield Replacement(Documents, "without_first_tokens", property(_without_first_tokens))
     yield Replacement(attention, "choose_backend", _choose(recorder, attention.choose_backend))
     yield Replacement(torch.nn.functional, "rms_norm", partial(_rms_norm, recorder))
     yield Replacement(mlp, "bias_swiglu_impl", partial(_swiglu, recorder))
@@ -42,16 +46,23 @@ def _with_fused_swiglu(transformer_config: Callable[..., Any]) -> Callable[..., 
 def _choose(recorder: Recorder, original: Callable[..., Choice]) -> Callable[..., Choice]:
     attend = partial(flash.attend, kernel=cast(Any, FlashAttention(recorder)))
 
-    def choose(name: str, **kwargs: Any) -> Choice:
-        if name not in ("auto", "flash"):
-            return original(name, **kwargs)
+    def choose(name: str, *, dtype: torch.dtype, head_dim: int, **on_cpu: Any) -> Choice:
+        device = torch.device("cuda")
+        if name == "reference" or name == "sdpa" or backends.why_not_flash(device, dtype, head_dim):
+            return original(name, device=device, dtype=dtype, head_dim=head_dim)
         return Choice("flash", "pretended", attend)
 
     return choose
 
 
+def _without_first_tokens(documents: Documents) -> tuple[Tensor, Tensor]:
+    bounds = documents.bounds
+    left = bounds[-1] - (len(bounds) - 1)
+    return torch.empty(left, dtype=torch.int64), torch.empty(len(bounds), dtype=torch.int32)
+
+
 class FlashAttention:
-    """The functions of flash-attn that `lckv.attention.flash` calls, for sequences of equal length."""
+    """The functions of flash-attn that `lckv.attention.flash` calls, for documents of equal length."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
@@ -62,6 +73,24 @@ class FlashAttention:
     ) -> Tensor:
         """[b, s, heads, d] to the same."""
         return _Flash.apply(query, key, value, window_size[0], self)
+
+    def flash_attn_varlen_func(
+        self, query: Tensor, key: Tensor, value: Tensor, *, max_seqlen_q: int, **options: Any
+    ) -> Tensor:
+        """[tokens, heads, d] to the same: as rows [documents, tokens of one, heads, d].
+
+        Raises ConfigError where documents are not equally long: the lengths are numbers, which a dry run does
+        not have.
+        """
+        tokens = len(query)
+        documents = len(options["cu_seqlens_q"]) - 1
+        if documents * max_seqlen_q != tokens:
+            raise ConfigError(
+                f"{documents} documents of at most {max_seqlen_q} tokens have {tokens} tokens; a dry run "
+                "knows documents of equal length only."
+            )
+        rows = (tensor.unflatten(0, (documents, max_seqlen_q)) for tensor in (query, key, value))
+        return self.flash_attn_func(*rows, **options).flatten(0, 1)
 
     def _flash_attn_forward(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Any, ...]:
         return (*self.forward(q, k, v, options["window_size_left"]), None, q.new_empty(2))

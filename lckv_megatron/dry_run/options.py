@@ -1,0 +1,76 @@
+"""The dry run as options of `lckv-megatron plan`. Torch is not loaded before it is asked for."""
+
+import argparse
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from lckv_megatron.dry_run.hardware import NETWORKS, Machine, rates_of
+from lckv_megatron.planning.plan import Plan
+from megatron_ext.errors import ConfigError
+from megatron_ext.model.fit import usable_bytes
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """--dry-run and what belongs to it."""
+    group = parser.add_argument_group("dry run")
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="run steps of pretended ranks on tensors without numbers, and tell memory, collectives and time",
+    )
+    group.add_argument("--rank", type=int, help="only this rank (default: the first of each pipeline stage)")
+    group.add_argument(
+        "--network",
+        choices=NETWORKS,
+        default="IB-400G",
+        help="between nodes of 8 GPUs: a card of so many Gbit/s for each GPU (default: %(default)s)",
+    )
+    group.add_argument("--picture", type=Path, metavar="FILE", help="draw memory over a step, as PNG")
+
+
+def require_fitting(options: argparse.Namespace, world_size: int) -> None:
+    """Raises ConfigError for options that need --dry-run, and for a rank that is not there."""
+    for name in ("rank", "picture"):
+        if getattr(options, name) is not None and not options.dry_run:
+            raise ConfigError(f"--{name} is given without --dry-run; add --dry-run, or leave --{name} out.")
+    if not options.dry_run:
+        return
+    rates_of(options.gpu)
+    if options.rank is not None and not 0 <= options.rank < world_size:
+        raise ConfigError(
+            f"--rank is {options.rank}; it must be from 0 to {world_size - 1}, as {world_size} processes are "
+            "pretended (--world-size)."
+        )
+
+
+def report(plan: Plan, options: argparse.Namespace) -> Iterator[str]:
+    """The dry run's tables, a line each; draws the picture too.
+
+    Raises ConfigError where an attention backend cannot serve or the picture cannot be written.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Megatron tells what is not installed here, which a GPU's machine has
+        from lckv_megatron.dry_run.rank import simulate
+        from lckv_megatron.dry_run.report import describe
+
+        peak = plan.peak_tflops
+        assert peak is not None  # GPUs with rates have one
+        machine = Machine(options.gpu, peak, NETWORKS[options.network])
+        stages = plan.run.parallel.pipeline_model_parallel_size
+        numbers = [stage * plan.world_size // stages for stage in range(stages)]
+        ranks = [
+            simulate(
+                plan.run,
+                rank=number,
+                world_size=plan.world_size,
+                vocab_size=plan.vocab_size,
+                machine=machine,
+            )
+            for number in (numbers if options.rank is None else [options.rank])
+        ]
+    if options.picture is not None:
+        from lckv_megatron.dry_run.picture import draw  # loads matplotlib: only pictures wait
+
+        draw(ranks, usable_bytes(options.gpu.memory_bytes), options.picture)
+    yield from describe(ranks, machine, stages)
