@@ -38,27 +38,30 @@ def figure(ranks: Sequence[RankRun], usable_bytes: int) -> Figure:
     panels = picture.subplots(len(ranks), squeeze=False, sharey=True)[:, 0]
     for axes, rank in zip(panels, ranks, strict=True):
         _draw_rank(axes, rank, usable_bytes)
-    panels[-1].set_xlabel("seconds of kernels, estimated, in a step of the fewest micro-batches that repeat")
+    panels[-1].set_xlabel("milliseconds of kernels (estimated), in a step of PP + 1 micro-batches")
     handles, labels = panels[0].get_legend_handles_labels()
     picture.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False)
     return picture
 
 
 def _draw_rank(axes: Axes, rank: RankRun, usable_bytes: int) -> None:
-    seconds, stacked = _steps(rank.memory)
-    axes.stackplot(seconds, stacked, labels=KINDS, colors=COLOURS, linewidth=0)
+    times, stacked = _steps(rank.memory)
+    axes.stackplot(times, stacked, labels=KINDS, colors=COLOURS, linewidth=0)
     at = int(rank.memory.bytes.sum(0).argmax())
-    place, peak = rank.memory.seconds[at] - rank.memory.seconds[0], rank.memory.peak_bytes / 2**30
-    axes.plot([place], [peak], "v", color="#1f2937", markersize=5)
+    peak = rank.memory.peak_bytes / 2**30
+    axes.plot([_milliseconds(rank.memory)[at]], [peak], "v", color="#1f2937", markersize=5)
     if usable_bytes <= 2 * rank.memory.peak_bytes:
         axes.axhline(usable_bytes / 2**30, color="#b3261e", linestyle="--", linewidth=1, label="usable")
     axes.set_title(f"rank {rank.rank}, stage {rank.stage}: peak {peak:,.2f} GiB", loc="left")
     axes.set_ylabel("GiB")
-    axes.set_xlim(0, max(seconds[-1], 1e-9))
+    axes.set_xlim(0, max(times[-1], 1e-6))
     axes.margins(y=0.1)
 
 
 def _steps(memory: Curve) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds [2n - 1] from 0 and GiB [kinds, 2n - 1]: a change is upright."""
-    seconds = np.repeat(memory.seconds - memory.seconds[0], 2)[1:]
-    return seconds, np.repeat(memory.bytes / 2**30, 2, axis=1)[:, :-1]
+    """Milliseconds [2n - 1] from 0 and GiB [kinds, 2n - 1]: a change is upright."""
+    return np.repeat(_milliseconds(memory), 2)[1:], np.repeat(memory.bytes / 2**30, 2, axis=1)[:, :-1]
+
+
+def _milliseconds(memory: Curve) -> np.ndarray:
+    return 1000 * (memory.seconds - memory.seconds[0])

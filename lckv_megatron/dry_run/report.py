@@ -40,14 +40,9 @@ def describe(ranks: Sequence[RankRun], machine: Machine, stages: int) -> Iterato
     yield "dry run: seconds of a step"
     yield from table(_times(ranks, machine, stages))
     slowest = max(ranks, key=lambda rank: step_seconds(rank, stages))
-    yield (
-        f"A step takes {step_seconds(slowest, stages):.3g} s, by rank {slowest.rank}. Estimated, not "
-        f"measured, at {machine.efficiency.describe()};"
-    )
-    yield (
-        "nothing overlaps, documents are as long as rows, every stage is as slow as the rank's own. bubble: "
-        "(PP - 1) micro-batches."
-    )
+    yield f"A step takes {step_seconds(slowest, stages):.3g} s, by rank {slowest.rank}. That is an estimate:"
+    yield f"{machine.efficiency.describe()};"
+    yield "nothing overlaps, documents are as long as rows. bubble: PP - 1 micro-batches of this rank."
     yield f"share of peak: of {machine.tflops:g} TFLOP/s, recomputation counted."
 
 
