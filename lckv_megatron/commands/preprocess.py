@@ -37,8 +37,8 @@ input
 
 conversations
   With --data-format chat a record has a list of messages under --json-keys (default messages), each with role
-  and content, or from and value, and perhaps tools. The chat template of the tokenizer's folder writes them;
-  what the assistant says is learned, the rest is read only (data.format: chat).
+  and content, or from and value, and perhaps the tools that may be called. The tokenizer's chat template
+  writes them; what the assistant says is learned, the rest is read only (data.format: chat).
 
 output
   PREFIX.bin (tokens), PREFIX.idx (where documents begin) and PREFIX.dataset.json (tokenizer, numbers,

@@ -330,7 +330,8 @@ def _load_distributed_optimizer(optimizer: DistributedOptimizer, state: State) -
         parameter: inner.pop("step").clone() for parameter, inner in inner_states.items() if "step" in inner
     }
     if state["param_state_sharding_type"] == "dp_reshardable":
-        optimizer.load_parameter_state_from_dp_reshardable(tensors)
+        with torch.no_grad():  # in float32 the main weights are the model's own
+            optimizer.load_parameter_state_from_dp_reshardable(tensors)
     else:
         optimizer.load_parameter_state_from_fully_reshardable(tensors)
     for parameter, step in steps.items():

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +17,8 @@ from checkpoints_conversion.convert import hf_to_megatron, megatron_to_hf
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from tests.megatron_ext.data.builders import save_tokenizer
+from tests.pages.blocks import blocks_of, commands_outside_bash, substituted
+from tests.pages.stand_ins import stand_ins
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "fine_tuning.md"
 TEMPLATE = (
@@ -91,6 +94,31 @@ def assert_learned(trainer: Any, folder: Path) -> None:
     assert trainer.state.global_step == 9
     assert 0 < trainer.state.log_history[-1]["train_loss"] < 10
     assert not torch.equal(logits_of(loaded(folder / "out" / "model")), logits_of(trainer.model))
+
+
+REPLACED = {
+    "--nproc-per-node 8": "--nproc-per-node 1",
+    "--config sft.yaml": f"--config {PAGE.parents[1] / 'examples/sft_smollm2/sft.yaml'} --config tiny.yaml",
+}
+"""What a cluster has, and what the test has."""
+TINY = {"train": {"train_iters": 4, "seq_length": 64, "eval_interval": 0, "micro_batch_size": 1}}
+
+
+def test_the_commands_of_the_page(folder: Path, tmp_path: Path) -> None:
+    """From conversations to a checkpoint of Megatron's."""
+    (block,) = [block for block in blocks_of(PAGE) if commands_outside_bash(block)]
+    text, used = substituted(block.text, REPLACED)
+    assert used == set(REPLACED)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY), encoding="utf-8")
+    (folder / "pretrain_lckv.py").symlink_to(PAGE.parents[1] / "pretrain_lckv.py")
+    (folder / "data").mkdir()
+    with stand_ins(tmp_path, hub=tmp_path, cold=True) as environment:
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", text],
+            cwd=folder, env=environment, capture_output=True, text=True, timeout=280,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "iteration 4/4" in done.stderr
 
 
 def test_sft_trainer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ def doctor(check: Check) -> Figures:
 def gpu_tests(check: Check) -> Figures:
     """`pytest -m gpu`: with --tiny only that they are collected."""
     options = ["--collect-only"] if check.tiny else ["-x"]
-    where = [ROOT / "tests" / "lckv" / "policies" / "dmc"] if check.tiny else []
+    where = [ROOT / "tests" / "lckv" / "policies"] if check.tiny else []
     said = check.commands.python(
         "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *options, *where, limit=200
     )

@@ -185,7 +185,8 @@ def test_other_documents_under_the_same_path(tmp_path: Path) -> None:
         data_path=(write_dataset(tmp_path / "d", numbered_documents(lengths)),), split="80,10,10"
     )
     first = build(data, 30)
-    with pytest.raises(ConfigError, match=r"its documents are others than before \(its files or data\.split"):
+    message = r"its documents are others than before \(its files, data\.split or data\.chat_overlong"
+    with pytest.raises(ConfigError, match=message):
         build(replace(data, split="90,10,0"), 60, first, 20)
     same = build(replace(data, split="80,20,0"), 60, first, 20)  # the training documents are the same
     assert same.order == first.order

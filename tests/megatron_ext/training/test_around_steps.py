@@ -88,7 +88,7 @@ def test_a_profile_that_the_end_cuts_off_is_written(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_is_no_end_of_the_run(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     options = {"start_iteration": 1, "num_iterations": 1, "folder": str(tmp_path / "file" / "profile")}
-    (said,) = run_on_ranks(1, messages, tiny_run(train={"train_iters": 2}, profile=options))
+    (said,) = run_on_ranks(1, messages, tiny_run(train={"train_iters": 3}, profile=options))
     assert [line for line in said if line.startswith(f"profile.folder {tmp_path}/file/profile cannot be")]
 
 

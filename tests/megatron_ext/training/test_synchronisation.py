@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from megatron_ext.training import iteration
+from tests.megatron_ext.data.builders import CHATML, save_tokenizer
 from tests.megatron_ext.training.runs import tiny_run, train
 from tests.ranks import run_on_ranks
 
@@ -32,6 +33,11 @@ ALLOWED = {
     ("megatron_ext/data/batch.py", "make_batch"): "the samples are on the host",
     ("megatron_ext/schedule/micro_batches.py", "forward_step"): "bounds of documents are on the host",
     ("lckv/attention/visibility.py", "without_first_tokens"): "computed on the host, once a micro-batch",
+    (
+        "megatron_ext/schedule/micro_batches.py",
+        "run_schedule",
+    ): "megatron-core's, once a step: are there tokens",
+    ("megatron_ext/model/gpt.py", "cross_entropy"): "megatron-core's: one number under a mask is masked_fill",
     ("megatron_ext/schedule/micro_batches.py", "mean_loss"): "once a step, behind the optimizer: the loss",
     ("megatron_ext/training/step.py", "train_step"): "once a step, behind the optimizer: the gradient norm",
     ("megatron_ext/schedule/statistics_meter.py", "total"): "once a step, behind the optimizer: statistics",
@@ -84,7 +90,7 @@ def _place(frame: FrameType | None) -> tuple[str, str]:
     return "?", "?"
 
 
-def readings_of_a_step(compression: dict[str, Any]) -> dict[tuple[str, str], str]:
+def readings_of_a_step(compression: dict[str, Any], tokenizer: str) -> dict[tuple[str, str], str]:
     """Of the second step, when all that is made once is there."""
     readings, steps, original = Readings(), [], iteration.train_step
 
@@ -98,7 +104,13 @@ def readings_of_a_step(compression: dict[str, Any]) -> dict[tuple[str, str], str
     run = tiny_run(
         compression=compression,
         train={"train_iters": 3, "precision": "bf16"},
-        data={"reset_attention_mask": True, "reset_position_ids": True},
+        model={"vocab_size": None},
+        data={
+            "tokenizer_type": "huggingface",
+            "tokenizer_model": tokenizer,  # it knows which token ends a document
+            "reset_attention_mask": True,
+            "reset_position_ids": True,
+        },
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(iteration, "train_step", watched)
@@ -107,8 +119,9 @@ def readings_of_a_step(compression: dict[str, Any]) -> dict[tuple[str, str], str
 
 
 @pytest.mark.parametrize("name", COMPRESSIONS)
-def test_a_step_waits_nowhere_but_where_it_says_so(name: str) -> None:
-    (places,) = run_on_ranks(1, readings_of_a_step, COMPRESSIONS[name])
+def test_a_step_waits_nowhere_but_where_it_says_so(name: str, tmp_path: Path) -> None:
+    tokenizer = save_tokenizer(tmp_path / "tokenizer", CHATML)
+    (places,) = run_on_ranks(1, readings_of_a_step, COMPRESSIONS[name], str(tokenizer))
     ours = {place: what for place, what in places.items() if place[0] != "?"}
     assert {place: what for place, what in ours.items() if place not in ALLOWED} == {}
     assert ("megatron_ext/schedule/micro_batches.py", "mean_loss") in ours  # it is noticed
