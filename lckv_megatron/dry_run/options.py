@@ -50,7 +50,9 @@ def report(plan: Plan, options: argparse.Namespace) -> Iterator[str]:
     Raises ConfigError where an attention backend cannot serve or the picture cannot be written.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Megatron tells what is not installed here, which a GPU's machine has
+        warnings.simplefilter(
+            "ignore"
+        )  # Megatron tells what is not installed here, which a GPU's machine has
         from lckv_megatron.dry_run.rank import simulate
         from lckv_megatron.dry_run.report import describe
 
