@@ -68,15 +68,15 @@ class Case:
         )
 
 
+WINDOW = ("--compression.sliding_window", "64")
+CLA = ("--model.num_layers", "22", "--compression.layer_types", "_".join(f"{2 * (i // 2)}" for i in range(22)))
 CASES = (
-    Case("demo/pretrain.yaml"),
     Case("llama_1b_lckv/pretrain.yaml"),
     Case("llama_1b_lckv/pretrain.yaml", options=("--train.recompute_granularity", "full")),
+    Case("yoco_3b/pretrain.yaml", pipeline=2, options=WINDOW),
     Case("llama2_13b_lckv/pretrain.yaml", tensor=2),
-    Case("yoco_3b/pretrain.yaml", pipeline=2, options=("--compression.sliding_window", "64")),
-    Case("yoco_3b/pretrain.yaml", tensor=2, options=("--compression.sliding_window", "64")),
-    Case("llama2_13b_dmc/zero_out.yaml", tensor=2),
     Case("llama2_13b_dmc/retrofit.yaml", tensor=2),
+    Case("shared_map/uptrain.yaml", options=CLA),
 )
 
 
