@@ -23,15 +23,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--network",
         choices=NETWORKS,
-        default="IB-400G",
-        help="between nodes of 8 GPUs: a card of so many Gbit/s for each GPU (default: %(default)s)",
+        help="between nodes of 8 GPUs: a card of so many Gbit/s for each GPU (default: "
+        f"{Machine.network.name})",
     )
     group.add_argument("--picture", type=Path, metavar="FILE", help="draw memory over a step, as PNG")
 
 
 def require_fitting(options: argparse.Namespace, world_size: int) -> None:
     """Raises ConfigError for options that need --dry-run, and for a rank that is not there."""
-    for name in ("rank", "picture"):
+    for name in ("rank", "network", "picture"):
         if getattr(options, name) is not None and not options.dry_run:
             raise ConfigError(f"--{name} is given without --dry-run; add --dry-run, or leave --{name} out.")
     if not options.dry_run:
@@ -58,7 +58,8 @@ def report(plan: Plan, options: argparse.Namespace) -> Iterator[str]:
 
         peak = plan.peak_tflops
         assert peak is not None  # GPUs with rates have one
-        machine = Machine(options.gpu, peak, NETWORKS[options.network])
+        network = NETWORKS.get(options.network, Machine.network)
+        machine = Machine(options.gpu, peak, network)
         stages = plan.run.parallel.pipeline_model_parallel_size
         numbers = [stage * plan.world_size // stages for stage in range(stages)]
         ranks = [

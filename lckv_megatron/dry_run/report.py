@@ -32,13 +32,13 @@ def describe(ranks: Sequence[RankRun], machine: Machine, stages: int) -> Iterato
     """All tables; `stages` of the pipeline."""
     usable = usable_bytes(machine.gpu.memory_bytes)
     yield f"dry run: memory at the peak of a step, on {machine.gpu.name}, {gib(usable)} of it usable"
-    yield from table(_memory(ranks, machine))
+    yield from table(memory_rows(ranks, machine))
     yield ""
     yield f"dry run: collectives of a step, over {machine.network.name} between nodes"
-    yield from table(_collectives(ranks))
+    yield from table(collective_rows(ranks))
     yield ""
     yield "dry run: seconds of a step"
-    yield from table(_times(ranks, machine, stages))
+    yield from table(time_rows(ranks, machine, stages))
     slowest = max(ranks, key=lambda rank: step_seconds(rank, stages))
     yield f"A step takes {step_seconds(slowest, stages):.3g} s, by rank {slowest.rank}. That is an estimate:"
     yield f"{machine.efficiency.describe()};"
@@ -46,7 +46,8 @@ def describe(ranks: Sequence[RankRun], machine: Machine, stages: int) -> Iterato
     yield f"share of peak: of {machine.tflops:g} TFLOP/s, recomputation counted."
 
 
-def _memory(ranks: Sequence[RankRun], machine: Machine) -> Iterator[tuple[str, ...]]:
+def memory_rows(ranks: Sequence[RankRun], machine: Machine) -> Iterator[tuple[str, ...]]:
+    """At the peak of a step; the first row is the head."""
     yield ("rank", "stage", "weights held", *KINDS, "peak", "verdict")
     for rank in ranks:
         yield (
@@ -59,7 +60,8 @@ def _memory(ranks: Sequence[RankRun], machine: Machine) -> Iterator[tuple[str, .
         )
 
 
-def _collectives(ranks: Sequence[RankRun]) -> Iterator[tuple[str, ...]]:
+def collective_rows(ranks: Sequence[RankRun]) -> Iterator[tuple[str, ...]]:
+    """Of a step, the longest first; the first row is the head."""
     yield ("rank", "collective", "group", "ranks", "count", "in all", "seconds")
     for rank in ranks:
         for key, total in sorted(rank.collectives.items(), key=lambda item: -item[1].seconds):
@@ -74,7 +76,8 @@ def _collectives(ranks: Sequence[RankRun]) -> Iterator[tuple[str, ...]]:
             )
 
 
-def _times(ranks: Sequence[RankRun], machine: Machine, stages: int) -> Iterator[tuple[str, ...]]:
+def time_rows(ranks: Sequence[RankRun], machine: Machine, stages: int) -> Iterator[tuple[str, ...]]:
+    """Seconds of a step; the first row is the head."""
     yield (
         "rank", "forward", "backward", "optimizer", "other", "collectives", "bubble", "step", "FLOPs",
         "share of peak",

@@ -69,7 +69,12 @@ class Case:
 
 
 WINDOW = ("--compression.sliding_window", "64")
-CLA = ("--model.num_layers", "22", "--compression.layer_types", "_".join(f"{2 * (i // 2)}" for i in range(22)))
+CLA = (
+    "--model.num_layers",
+    "22",
+    "--compression.layer_types",
+    "_".join(f"{2 * (i // 2)}" for i in range(22)),
+)
 CASES = (
     Case("llama_1b_lckv/pretrain.yaml"),
     Case("llama_1b_lckv/pretrain.yaml", options=("--train.recompute_granularity", "full")),
