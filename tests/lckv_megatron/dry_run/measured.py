@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lckv_megatron.dry_run.hardware import Machine
-from lckv_megatron.dry_run.rank import simulate
+from lckv_megatron.dry_run.rank import RankRun, simulate
 from megatron_ext.command_line import parse_run_config
 from megatron_ext.config import RunConfig
 from megatron_ext.data.batch import make_batch
@@ -47,17 +50,18 @@ class Case:
     recipe: str
     tensor: int = 1
     pipeline: int = 1
+    data: int = 1
     options: tuple[str, ...] = ()
 
     @property
     def world_size(self) -> int:
         """Processes."""
-        return self.tensor * self.pipeline
+        return self.tensor * self.pipeline * self.data
 
     @property
     def run(self) -> RunConfig:
         """Two micro-batches more than stages."""
-        batch = 2 * (self.pipeline + 1)
+        batch = 2 * (self.pipeline + 1) * self.data
         layout = (
             f"--parallel.tensor_model_parallel_size {self.tensor} "
             f"--parallel.sequence_parallel {'true' if self.tensor > 1 else 'false'} "
@@ -85,17 +89,55 @@ CASES = (
 )
 
 
-def measured(run: RunConfig) -> int:
-    """Most bytes of tensors at a time during the second step on this rank. Needs torch.distributed."""
+class Issued(NamedTuple):
+    """Collectives of one operation on groups of one size."""
+
+    operation: str
+    ranks: int
+
+
+class Measured(NamedTuple):
+    """The second step of a rank."""
+
+    peak: int
+    """Most bytes of tensors at a time."""
+    issued: dict[Issued, tuple[int, int]]
+    """How many collectives, and the bytes of all tensors that they were given."""
+
+
+class _Issues(TorchDispatchMode):
+    """Counts the collectives that are really issued."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: dict[Issued, tuple[int, int]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "c10d":
+            leaves = tree_leaves(args)
+            (group,) = (leaf for leaf in leaves if isinstance(leaf, torch.ScriptObject) and _is_group(leaf))
+            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            key = Issued(function._schema.name, dist.ProcessGroup.unbox(group).size())
+            count, number = self.counted.get(key, (0, 0))
+            self.counted[key] = count + 1, number + sum(tensor.nbytes for tensor in tensors)
+        return function(*args, **(kwargs or {}))
+
+
+def _is_group(value: torch.ScriptObject) -> bool:
+    return str(value._type()).endswith("ProcessGroup")
+
+
+def measured(run: RunConfig) -> Measured:
+    """Run two steps on this rank. Needs torch.distributed."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell of its own start and stop
     initialize(run.parallel, run.train.seed)
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        _train(run)
+        issues = _train(run)
     results = profile.kineto_results
     assert results is not None
     (start,) = (event.start_ns() for event in results.events() if event.name() == _SECOND)
     events = (event for root in results.experimental_event_tree() for event in _memory_events(root))
-    return _peak(sorted(events), start)
+    return Measured(_peak(sorted(events), start), issues.counted)
 
 
 class _MemoryEvent(NamedTuple):
@@ -129,7 +171,7 @@ def _peak(events: Sequence[_MemoryEvent], start: int) -> int:
     return peak
 
 
-def _train(run: RunConfig) -> None:
+def _train(run: RunConfig) -> _Issues:
     vocab_size = run.model.vocab_size or 1
     stage = build_stage(run.model, run.compression, run.parallel, run.train, vocab_size=vocab_size)
     model = wrap(stage, run.parallel, run.train)
@@ -148,8 +190,9 @@ def _train(run: RunConfig) -> None:
         )
 
     step()
-    with torch.autograd.profiler.record_function(_SECOND):
+    with torch.autograd.profiler.record_function(_SECOND), _Issues() as issues:
         step()
+    return issues
 
 
 def _samples(run: RunConfig, vocab_size: int) -> Iterator[dict[str, Tensor]]:
@@ -165,9 +208,9 @@ def _samples(run: RunConfig, vocab_size: int) -> Iterator[dict[str, Tensor]]:
         number += shape[0]
 
 
-def predicted(run: RunConfig, *, rank: int, world_size: int) -> int:
-    """The same by the dry run. Needs a process without process groups."""
-    found = simulate(
+def predicted(run: RunConfig, *, rank: int, world_size: int) -> RankRun:
+    """A step by the dry run. Needs a process without process groups."""
+    return simulate(
         run,
         rank=rank,
         world_size=world_size,
@@ -175,15 +218,14 @@ def predicted(run: RunConfig, *, rank: int, world_size: int) -> int:
         machine=Machine(),
         target="cpu",
     )
-    return found.memory.peak_bytes
 
 
 def compare(case: Case) -> Iterator[dict[str, object]]:
     """A row for each rank."""
     run = case.run
     real = run_on_ranks(case.world_size, measured, run)
-    for rank, peak in enumerate(real):
-        expected = predicted(run, rank=rank, world_size=case.world_size)
+    for rank, (peak, _) in enumerate(real):
+        expected = predicted(run, rank=rank, world_size=case.world_size).memory.peak_bytes
         yield {
             "recipe": case.recipe,
             "options": " ".join(case.options),
