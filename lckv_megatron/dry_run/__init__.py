@@ -5,6 +5,7 @@ on tensors that have shapes and no numbers, among processes that do not exist.
 - `stand_ins`: what the kernels of a GPU keep and move, in place of those of the CPU
 - `recorder`: sees every operation: storages, collectives, work; `shapes` makes it fast
 - `memory`, `collectives`, `hardware`: what the record says
-- `rank`: the steps of one rank; `report`, `picture`: what is said of them
+- `rank`: the steps of one rank; `stages`: of several; `report`, `picture`: what is said of them
+- `search`: other layouts of the same run
 - `options`: all of it as options of `lckv-megatron plan`
 """

@@ -1,12 +1,12 @@
 """The dry run as options of `lckv-megatron plan`. Torch is not loaded before it is asked for."""
 
 import argparse
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from lckv_megatron.dry_run.hardware import NETWORKS, Machine, rates_of
 from lckv_megatron.planning.plan import Plan
+from lckv_megatron.tables import table
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.fit import usable_bytes
 
@@ -26,12 +26,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="between nodes of 8 GPUs: a card of so many Gbit/s for each GPU (default: "
         f"{Machine.network.name})",
     )
+    group.add_argument(
+        "--search",
+        action="store_true",
+        default=None,
+        help="try other layouts on the same GPUs (TP, PP, micro-batch, recompute), minutes for large models",
+    )
     group.add_argument("--picture", type=Path, metavar="FILE", help="draw memory over a step, as PNG")
 
 
 def require_fitting(options: argparse.Namespace, world_size: int) -> None:
     """Raises ConfigError for options that need --dry-run, and for a rank that is not there."""
-    for name in ("rank", "network", "picture"):
+    for name in ("rank", "network", "search", "picture"):
         if getattr(options, name) is not None and not options.dry_run:
             raise ConfigError(f"--{name} is given without --dry-run; add --dry-run, or leave --{name} out.")
     if not options.dry_run:
@@ -49,31 +55,21 @@ def report(plan: Plan, options: argparse.Namespace) -> Iterator[str]:
 
     Raises ConfigError where an attention backend cannot serve or the picture cannot be written.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # Megatron tells what is not installed here, which a GPU's machine has
-        from lckv_megatron.dry_run.rank import simulate
-        from lckv_megatron.dry_run.report import describe
+    from lckv_megatron.dry_run.report import describe
+    from lckv_megatron.dry_run.stages import first_ranks, simulate_ranks
 
-        peak = plan.peak_tflops
-        assert peak is not None  # GPUs with rates have one
-        network = NETWORKS.get(options.network, Machine.network)
-        machine = Machine(options.gpu, peak, network)
-        stages = plan.run.parallel.pipeline_model_parallel_size
-        numbers = [stage * plan.world_size // stages for stage in range(stages)]
-        ranks = [
-            simulate(
-                plan.run,
-                rank=number,
-                world_size=plan.world_size,
-                vocab_size=plan.vocab_size,
-                machine=machine,
-            )
-            for number in (numbers if options.rank is None else [options.rank])
-        ]
+    peak = plan.peak_tflops
+    assert peak is not None  # GPUs with rates have one
+    machine = Machine(options.gpu, peak, NETWORKS.get(options.network, Machine.network))
+    ranks = simulate_ranks(plan, first_ranks(plan) if options.rank is None else [options.rank], machine)
     if options.picture is not None:
         from lckv_megatron.dry_run.picture import draw  # loads matplotlib: only pictures wait
 
         draw(ranks, usable_bytes(options.gpu.memory_bytes), options.picture)
-    yield from describe(ranks, machine, stages)
+    yield from describe(ranks, machine, plan.run.parallel.pipeline_model_parallel_size)
+    if options.search:
+        from lckv_megatron.dry_run.search import search, search_rows
+
+        yield ""
+        yield f"dry run: layouts of {plan.world_size} GPUs, the shortest step first; * is this run"
+        yield from table(search_rows(plan, search(plan, machine), machine))

@@ -36,7 +36,7 @@ _EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 SMALL = [
     "--model.hidden_size=128", "--model.num_attention_heads=4", "--model.num_query_groups=2",
     "--model.kv_channels=null", "--model.ffn_hidden_size=384", "--model.vocab_size=1000",
-    "--model.max_position_embeddings=null", "--train.seq_length=256", "--train.micro_batch_size=2",
+    "--model.max_position_embeddings=null", "--train.seq_length=128", "--train.micro_batch_size=2",
     "--data.tokenizer_type=none", "--data.tokenizer_model=null", "--data.reset_attention_mask=false",
     "--data.reset_position_ids=false",
 ]  # fmt: skip

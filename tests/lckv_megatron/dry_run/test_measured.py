@@ -15,7 +15,7 @@ TOLERANCE = 0.02
 
 def small(layers: int, layer_types: str | None = None, *options: str) -> tuple[str, ...]:
     compression = ("--compression.layer_types", layer_types) if layer_types else ()
-    return ("--model.num_layers", str(layers), "--train.seq_length", "128", *compression, *options)
+    return ("--model.num_layers", str(layers), *compression, *options)
 
 
 PASSES = ("--compression.forward_passes", "2", "--compression.backward_passes", "2")
