@@ -36,13 +36,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def require_fitting(options: argparse.Namespace, world_size: int) -> None:
-    """Raises ConfigError for options that need --dry-run, and for a rank that is not there."""
+    """Refuse options that need --dry-run, or that it cannot serve.
+
+    Raises ConfigError for them: without --dry-run, a GPU without rates, a rank or a folder that is not there.
+    """
     for name in ("rank", "network", "search", "picture"):
         if getattr(options, name) is not None and not options.dry_run:
             raise ConfigError(f"--{name} is given without --dry-run; add --dry-run, or leave --{name} out.")
     if not options.dry_run:
         return
     rates_of(options.gpu)
+    if options.picture is not None and not options.picture.parent.is_dir():
+        raise ConfigError(
+            f"--picture is {options.picture}; the folder {options.picture.parent} is not here: make it, or "
+            "give another file."
+        )
     if options.rank is not None and not 0 <= options.rank < world_size:
         raise ConfigError(
             f"--rank is {options.rank}; it must be from 0 to {world_size - 1}, as {world_size} processes are "

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from lckv_megatron.commands.plan import main
 
 TINY = [
-    "--model.num_layers=2", "--model.hidden_size=32", "--model.num_attention_heads=2", "--model.vocab_size=50",
-    "--train.seq_length=64", "--train.global_batch_size=16", "--data.mock=true",
+    "--model.num_layers=2", "--model.hidden_size=32", "--model.num_attention_heads=2",
+    "--model.vocab_size=50", "--train.seq_length=64", "--train.global_batch_size=16", "--data.mock=true",
 ]  # fmt: skip
 PIPELINE = ["--parallel.pipeline_model_parallel_size", "2", "--world-size", "8"]
 
@@ -98,9 +98,11 @@ def test_layouts_are_searched(capsys) -> None:
 def test_a_search_says_what_does_not_fit_before_it_is_run(capsys) -> None:
     large = "--model.vocab_size 8000000 --model.hidden_size 64 --gpu L4 --train.global_batch_size 1"
     lines = dry_run(capsys, *large.split(), "--world-size", "1", "--search")
-    (row,) = rows(lines, "dry run: layouts of 1 GPUs")
-    assert re.fullmatch(r"does not fit: \S+ GiB too much by the formulas", row["verdict"])
-    assert row["seconds of a step"] == ""
+    found = rows(lines, "dry run: layouts of 1 GPUs")
+    assert [row["recompute"] for row in found] == ["full", "none"]
+    for row in found:
+        assert re.fullmatch(r"does not fit: \S+ GiB too much by the formulas", row["verdict"])
+        assert row["seconds of a step"] == ""
 
 
 @pytest.mark.parametrize(
@@ -120,7 +122,10 @@ def test_a_search_says_what_does_not_fit_before_it_is_run(capsys) -> None:
             "--gpu is '48GiB'; --dry-run estimates times and needs one of H100, H200, B200, A100",
         ),
         ("--dry-run --network FE", "argument --network: invalid choice: 'FE'"),
-        ("--dry-run --picture /dev/null/a.png", "/dev/null/a.png cannot be written: Not a directory."),
+        (
+            "--dry-run --picture nowhere/a.png",
+            "--picture is nowhere/a.png; the folder nowhere is not here: make it, or give another file.",
+        ),
     ],
 )
 def test_what_is_refused(capsys, options: str, message: str) -> None:
