@@ -3,7 +3,8 @@
     lckv-megatron plan --config run.yaml --world-size 64 --section.key value ... [--compare [MAP ...]]
 
 That is its map, size, cost, cache, layout and memory, whether that fits into a GPU, and its problems: what
-cannot work, and what is not here. Takes the command line of pretrain_lckv.py. Needs no GPU, no processes and
+cannot work, and what is not here. With --dry-run, steps of pretended ranks run besides, on tensors without
+numbers. Takes the command line of pretrain_lckv.py. Needs no GPU, no processes and
 no data. Exit status: 0, or 2 where there are problems.
 """
 
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from lckv.sharing.layer_types import LayerTypes
+from lckv_megatron.dry_run import options as dry_run
 from lckv_megatron.layouts import LAYOUTS, cache_bytes, compare
 from lckv_megatron.planning.inputs import configs_in, epoch_lines, launched_processes, missing_paths
 from lckv_megatron.planning.memory import checkpoint_line, stage_lines, verdict_lines
@@ -111,7 +113,7 @@ def _own_parser() -> argparse.ArgumentParser:
         "plan",
         __doc__,
         usage=(
-            "%(prog)s [--config FILE ...] [--world-size N] [--gpu GPU] [--compare [MAP ...]] "
+            "%(prog)s [--config FILE ...] [--world-size N] [--gpu GPU] [--dry-run] [--compare [MAP ...]] "
             "[--section.key VALUE ...]"
         ),
         epilog="All settings: pretrain_lckv.py --help.",
@@ -141,6 +143,7 @@ def _own_parser() -> argparse.ArgumentParser:
         )
         + ", ".join(layout.name.split()[0] for layout in LAYOUTS),
     )
+    dry_run.add_options(parser)
     speed = parser.add_mutually_exclusive_group()
     speed.add_argument(
         "--utilisation",
@@ -164,6 +167,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parallel = run.parallel
     replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     world_size = options.world_size or launched_processes(configs_in(rest)) or max(1, replica)
+    try:
+        dry_run.require_fitting(options, world_size)
+    except ConfigError as error:
+        exit_with(str(error))
     sentences = problems(run, world_size)
     vocab_size = 0
     if not step_problems(run, world_size):
@@ -184,6 +191,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         except ValueError as error:
             exit_with(f"--compare: {error}")
+        if options.dry_run:
+            try:
+                print("\n" + "\n".join(dry_run.report(plan, options)))
+            except ConfigError as error:
+                exit_with(str(error))
     for number, problem in enumerate(sentences, 1):
         print(f"problem {number}: {problem}", file=sys.stderr)
     return 2 if sentences else 0

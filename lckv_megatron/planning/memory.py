@@ -121,7 +121,7 @@ def _per_rank(plan: Plan) -> Iterator[tuple[str, ...]]:
 
 def _per_recompute(plan: Plan) -> Iterator[tuple[str, ...]]:
     yield ("recompute", "state", "activations", "working", "needed", "verdict", "GPU-hours")
-    for name, train in _recompute_settings(plan.run.train):
+    for name, train in recompute_settings(plan.run.train):
         with_it = plan.with_training(train)
         largest = max(
             (rank_memory(with_it, number) for number in range(len(plan.stages))),
@@ -136,7 +136,7 @@ def _per_recompute(plan: Plan) -> Iterator[tuple[str, ...]]:
         )
 
 
-def _recompute_settings(train: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
+def recompute_settings(train: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
     """All kinds by their names; that of the run too, where it is another."""
     settings = {
         name: replace(train, **{"recompute_num_layers": None, **changes})  # type: ignore[arg-type]  # fields of it

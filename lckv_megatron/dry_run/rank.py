@@ -1,0 +1,225 @@
+"""The steps of one rank, run by the training program itself on tensors without numbers.
+
+Two steps run, of n and of n + 1 micro-batches, n being the pipeline's stages: from there on every further
+micro-batch adds the same. What a step of M does is the second step and M - n - 1 times the difference. The
+memory is that of the second step: the first has no moments yet, and more micro-batches do not lie in memory
+at a time. Documents are as long as rows: their lengths are numbers.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import schedules
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lckv_megatron.dry_run.collectives import Key, Total, add_up
+from lckv_megatron.dry_run.hardware import Machine
+from lckv_megatron.dry_run.memory import Curve, Kind, curve
+from lckv_megatron.dry_run.recorder import Recorder, Work, spanning
+from lckv_megatron.dry_run.replacements import Replacement, replaced
+from lckv_megatron.dry_run.stand_ins import gpu_kernels
+from lckv_megatron.dry_run.world import pretended_world
+from megatron_ext.config import RunConfig, TrainConfig
+from megatron_ext.data.batch import Batch
+from megatron_ext.model.build import build_stage, wrap
+from megatron_ext.training.optimizer import build_optimizer
+from megatron_ext.training.step import train_step
+
+Target = Literal["gpu", "cpu"]
+IN_SCHEDULE = ("forward", "backward", "schedule")
+"""Phases of which every micro-batch adds some."""
+
+
+@dataclass(frozen=True, eq=False)
+class RankRun:
+    """What one rank does in a step."""
+
+    rank: int
+    stage: int
+    """Of the pipeline."""
+    micro_batches: int
+    memory: Curve
+    collectives: dict[Key, Total]
+    flops: float
+    phases: dict[str, Work]
+    """Kernels of the step, by kind of phase."""
+    parameters: int
+    micro_batch_seconds: float
+    """That one micro-batch more adds, collectives included."""
+
+    @property
+    def kernel_seconds(self) -> float:
+        """Of the whole step."""
+        return sum(work.seconds for work in self.phases.values())
+
+    @property
+    def collective_seconds(self) -> float:
+        """Of the whole step."""
+        return sum(total.seconds for total in self.collectives.values())
+
+
+def simulate(
+    run: RunConfig,
+    *,
+    rank: int,
+    world_size: int,
+    vocab_size: int,
+    machine: Machine,
+    target: Target = "gpu",
+) -> RankRun:
+    """Build the model of `rank` and run its steps. Needs a process without process groups.
+
+    `target`: whose kernels are pretended, a GPU's or those of the machine at hand.
+
+    Raises RuntimeError where torch.distributed runs already, and ConfigError for an attention backend that
+    cannot serve.
+    """
+    cu_seqlens = _rows_as_documents(run)  # with numbers: made before tensors have none
+    with ExitStack() as stack:
+        stack.enter_context(
+            pretended_world(run.parallel, rank=rank, world_size=world_size, seed=run.train.seed)
+        )
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        recorder = Recorder(machine, fake, granularity=512 if target == "gpu" else 1)
+        replacements = [
+            Replacement(schedules, "forward_step", spanning(recorder, "forward", schedules.forward_step)),
+            Replacement(schedules, "backward_step", spanning(recorder, "backward", schedules.backward_step)),
+            *(gpu_kernels(recorder) if target == "gpu" else ()),
+        ]
+        stack.enter_context(replaced(replacements))
+        stack.enter_context(fake)
+        stack.enter_context(recorder)
+        return _steps(_Program(run, vocab_size, recorder, cu_seqlens), run, rank, recorder)
+
+
+def _steps(program: "_Program", run: RunConfig, rank: int, recorder: Recorder) -> RankRun:
+    replicas = parallel_state.get_data_parallel_world_size()
+    wanted = run.train.global_batch_size // (run.train.micro_batch_size * replicas)
+    few = min(wanted - 1, run.parallel.pipeline_model_parallel_size)
+    first = program.step(max(1, few), replicas)
+    program.name_optimizer_state()
+    start = recorder.now
+    second = program.step(few + 1, replicas)
+    end = recorder.now
+    further = max(0, wanted - few - 1) if few else 0
+    phases = {name: _extrapolated(name, first.get(name), work, further) for name, work in second.items()}
+    return RankRun(
+        rank=rank,
+        stage=parallel_state.get_pipeline_model_parallel_rank(),
+        micro_batches=wanted,
+        memory=curve(recorder.allocations, recorder.phases, start, end),
+        collectives=_collectives(first, second, further),
+        flops=sum(work.flops for work in phases.values()),
+        phases=phases,
+        parameters=program.parameters,
+        micro_batch_seconds=_schedule_seconds(second) - (_schedule_seconds(first) if few else 0.0),
+    )
+
+
+class _Program:
+    """The training program of one rank."""
+
+    def __init__(
+        self, run: RunConfig, vocab_size: int, recorder: Recorder, cu_seqlens: Tensor | None
+    ) -> None:
+        self._run, self._recorder, self._cu_seqlens = run, recorder, cu_seqlens
+        stage = build_stage(run.model, run.compression, run.parallel, run.train, vocab_size=vocab_size)
+        self.parameters = sum(parameter.numel() for parameter in stage.parameters())
+        self.model = wrap(stage, run.parallel, run.train)
+        for buffer in self.model.buffers:
+            recorder.allocation(buffer.grad_data).kind = "gradients"
+        self._name_new("parameters")
+        self._optimizer, self._scheduler = build_optimizer(run.optimizer, run.parallel, run.train, self.model)
+        self._name_new("optimizer")
+        self._optimizer.step = spanning(recorder, "optimizer", self._optimizer.step)
+
+    def step(self, micro_batches: int, replicas: int) -> dict[str, Work]:
+        """One step of so many micro-batches; what was done, by kind of phase."""
+        train = replace(
+            self._run.train,
+            global_batch_size=micro_batches * self._run.train.micro_batch_size * replicas,
+        )
+        self._recorder.work = {}
+        with self._recorder.phase("schedule"):
+            train_step(
+                self.model,
+                self._optimizer,
+                self._scheduler,
+                _samples(train),
+                lambda sample: _batch(train, self._cu_seqlens),
+                train,
+                progress=0.5,
+            )
+        return self._recorder.work
+
+    def name_optimizer_state(self) -> None:
+        """What the first step of the optimizer has made and kept."""
+        self._name_new("optimizer", "optimizer")
+
+    def _name_new(self, kind: Kind, phase: str | None = None) -> None:
+        for allocation in self._recorder.allocations:
+            its_phase = self._recorder.phases[allocation.phase].kind
+            if allocation.kind is None and allocation.end is None and phase in (None, its_phase):
+                allocation.kind = kind
+
+
+def _samples(train: TrainConfig) -> Iterator[dict[str, Tensor]]:
+    while True:
+        yield {"sample_ids": torch.zeros(train.micro_batch_size, dtype=torch.int64)}
+
+
+def _rows_as_documents(run: RunConfig) -> Tensor | None:
+    if run.data.format != "chat" and not run.data.reset_attention_mask:
+        return None
+    return torch.arange(run.train.micro_batch_size + 1, dtype=torch.int32) * run.train.seq_length
+
+
+def _batch(train: TrainConfig, cu_seqlens: Tensor | None) -> Batch:
+    shape = (train.micro_batch_size, train.seq_length)
+    tokens = torch.zeros(shape, dtype=torch.int64)
+    return Batch(
+        tokens=tokens,
+        labels=torch.zeros(shape, dtype=torch.int64),
+        loss_mask=torch.ones(shape),
+        position_ids=torch.zeros(shape, dtype=torch.int64),
+        cu_seqlens=cu_seqlens,
+        sample_ids=tuple(range(train.micro_batch_size)),
+    )
+
+
+def _extrapolated(name: str, first: Work | None, second: Work, further: int) -> Work:
+    """The second step's and `further` times what it has more than the first."""
+    if name not in IN_SCHEDULE or first is None:
+        return second
+    return Work(
+        *(
+            getattr(second, number) + further * (getattr(second, number) - getattr(first, number))
+            for number in ("flops", "moved_bytes", "seconds")
+        )
+    )
+
+
+def _schedule_seconds(step: dict[str, Work]) -> float:
+    of_schedule = [step[name] for name in IN_SCHEDULE if name in step]
+    collectives = (collective.seconds for work in of_schedule for collective in work.collectives)
+    return sum(work.seconds for work in of_schedule) + sum(collectives)
+
+
+def _collectives(first: dict[str, Work], second: dict[str, Work], further: int) -> dict[Key, Total]:
+    """Phases of the schedule together: the first step reduces gradients behind backward, later ones in it."""
+
+    def of_schedule(step: dict[str, Work]) -> dict[Key, Total]:
+        return add_up(
+            collective for name in IN_SCHEDULE if name in step for collective in step[name].collectives
+        )
+
+    result = add_up(collective for work in second.values() for collective in work.collectives)
+    before = of_schedule(first)
+    for key, total in of_schedule(second).items():
+        result[key] += (total + before.get(key, Total()).times(-1)).times(further)
+    return result

@@ -1,0 +1,95 @@
+"""What a dry run says: memory, collectives and time of each rank, a table each."""
+
+from collections.abc import Iterator, Sequence
+
+from lckv_megatron.dry_run.hardware import Machine
+from lckv_megatron.dry_run.memory import KINDS
+from lckv_megatron.dry_run.rank import RankRun
+from lckv_megatron.tables import gib, table
+from megatron_ext.model.fit import usable_bytes
+
+
+def bubble_seconds(rank: RankRun, stages: int) -> float:
+    """That a rank waits for other stages in a step: the time of a micro-batch for each of them."""
+    return (stages - 1) * rank.micro_batch_seconds
+
+
+def step_seconds(rank: RankRun, stages: int) -> float:
+    """Of one step where nothing overlaps."""
+    return rank.kernel_seconds + rank.collective_seconds + bubble_seconds(rank, stages)
+
+
+def verdict(rank: RankRun, machine: Machine) -> str:
+    """Whether the rank's peak fits, and if not by how much and what is largest."""
+    over = rank.memory.peak_bytes - usable_bytes(machine.gpu.memory_bytes)
+    if over <= 0:
+        return "fits"
+    kind, most = max(rank.memory.peak.items(), key=lambda item: item[1])
+    return f"does not fit: {gib(over)} too much; largest are {kind}, {gib(most)}"
+
+
+def describe(ranks: Sequence[RankRun], machine: Machine, stages: int) -> Iterator[str]:
+    """All tables; `stages` of the pipeline."""
+    usable = usable_bytes(machine.gpu.memory_bytes)
+    yield f"dry run: memory at the peak of a step, on {machine.gpu.name}, {gib(usable)} of it usable"
+    yield from table(memory_rows(ranks, machine))
+    yield ""
+    yield f"dry run: collectives of a step, over {machine.network.name} between nodes"
+    yield from table(collective_rows(ranks))
+    yield ""
+    yield "dry run: seconds of a step"
+    yield from table(time_rows(ranks, machine, stages))
+    slowest = max(ranks, key=lambda rank: step_seconds(rank, stages))
+    yield f"A step takes {step_seconds(slowest, stages):.3g} s, by rank {slowest.rank}. That is an estimate:"
+    yield f"{machine.efficiency.describe()};"
+    yield "nothing overlaps, documents are as long as rows. bubble: PP - 1 micro-batches of this rank."
+    yield f"share of peak: of {machine.tflops:g} TFLOP/s, recomputation counted."
+
+
+def memory_rows(ranks: Sequence[RankRun], machine: Machine) -> Iterator[tuple[str, ...]]:
+    """At the peak of a step; the first row is the head."""
+    yield ("rank", "stage", "weights held", *KINDS, "peak", "verdict")
+    for rank in ranks:
+        yield (
+            str(rank.rank),
+            str(rank.stage),
+            f"{rank.parameters:,}",
+            *(gib(number) for number in rank.memory.peak.values()),
+            gib(rank.memory.peak_bytes),
+            verdict(rank, machine),
+        )
+
+
+def collective_rows(ranks: Sequence[RankRun]) -> Iterator[tuple[str, ...]]:
+    """Of a step, the longest first; the first row is the head."""
+    yield ("rank", "collective", "group", "ranks", "count", "in all", "seconds")
+    for rank in ranks:
+        for key, total in sorted(rank.collectives.items(), key=lambda item: -item[1].seconds):
+            yield (
+                str(rank.rank),
+                key.kind,
+                key.group,
+                str(key.ranks),
+                f"{total.count:,}",
+                gib(total.bytes),
+                f"{total.seconds:.3g}",
+            )
+
+
+def time_rows(ranks: Sequence[RankRun], machine: Machine, stages: int) -> Iterator[tuple[str, ...]]:
+    """Seconds of a step; the first row is the head."""
+    yield (
+        "rank", "forward", "backward", "optimizer", "other", "collectives", "bubble", "step", "FLOPs",
+        "share of peak",
+    )  # fmt: skip
+    for rank in ranks:
+        phases = {name: work.seconds for name, work in rank.phases.items()}
+        named = [phases.pop(name, 0.0) for name in ("forward", "backward", "optimizer")]
+        bubble, step = bubble_seconds(rank, stages), step_seconds(rank, stages)
+        seconds = (*named, sum(phases.values()), rank.collective_seconds, bubble, step)
+        yield (
+            str(rank.rank),
+            *(f"{number:.3g}" for number in seconds),
+            f"{rank.flops:.3e}",
+            f"{100 * rank.flops / (step * machine.tflops * 1e12):.1f} %",
+        )

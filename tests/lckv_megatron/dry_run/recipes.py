@@ -1,0 +1,104 @@
+"""The recipes of examples/ for clusters, dry run: the tables of docs/dry_run.md.
+
+    python -m tests.lckv_megatron.dry_run.recipes
+
+prints them, to be put into the page. test_recipes.py compares the page with what the dry run says.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lckv_megatron.dry_run.hardware import Machine
+from lckv_megatron.dry_run.rank import RankRun, simulate
+from lckv_megatron.dry_run.report import collective_rows, memory_rows, time_rows
+from lckv_megatron.planning.inputs import launched_processes
+from lckv_megatron.tables import markdown_table
+from megatron_ext.command_line import parse_run_config
+from megatron_ext.config import RunConfig
+from tests.examples import shared_map
+
+_EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
+Row = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe, and which of its ranks are shown."""
+
+    name: str
+    file: str = "pretrain.yaml"
+    ranks: tuple[int, ...] = (0,)
+    world_size: int | None = None
+    """None: what its launch.sh starts."""
+
+    @property
+    def run(self) -> RunConfig:
+        """Its settings."""
+        if self.name == "shared_map":
+            return shared_map.run_config()
+        return parse_run_config(["--config", str(_EXAMPLES / self.name / self.file)])
+
+    @property
+    def processes(self) -> int:
+        """On which it runs."""
+        number = self.world_size or launched_processes([str(_EXAMPLES / self.name / self.file)])
+        assert number is not None
+        return number
+
+
+RECIPES = (
+    Recipe("llama_1b_lckv"),
+    Recipe("yoco_3b", ranks=(0, 48)),
+    Recipe("llama2_13b_lckv"),
+    Recipe("llama2_13b_dmc", "retrofit.yaml"),
+    Recipe("shared_map", "uptrain.yaml", world_size=8),
+)
+
+
+def ranks_of(recipe: Recipe) -> list[RankRun]:
+    """What the dry run says of the ranks that are shown."""
+    run = recipe.run
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Megatron tells what is not installed
+        return [
+            simulate(
+                run,
+                rank=rank,
+                world_size=recipe.processes,
+                vocab_size=run.model.vocab_size or 0,
+                machine=Machine(),
+            )
+            for rank in recipe.ranks
+        ]
+
+
+def tables_of(recipe: Recipe, ranks: list[RankRun]) -> list[list[Row]]:
+    """Memory, collectives and times, each with its head; the recipe's name is the first column."""
+    stages = recipe.run.parallel.pipeline_model_parallel_size
+    return [
+        _narrow(recipe, memory_rows(ranks, Machine()), ("stage", "weights held", "verdict")),
+        _narrow(recipe, collective_rows(ranks), ()),
+        _narrow(recipe, time_rows(ranks, Machine(), stages), ("optimizer", "other")),
+    ]
+
+
+def _narrow(recipe: Recipe, rows: Iterable[Row], without: tuple[str, ...]) -> list[Row]:
+    """Lines of the page are short."""
+    head, *others = rows
+    kept = [column for column, name in enumerate(head) if name not in without]
+    named = (("recipe", head), *((recipe.name, row) for row in others))
+    return [(name, *(row[column] for column in kept)) for name, row in named]
+
+
+def _page() -> Iterator[str]:
+    of_recipes = [tables_of(recipe, ranks_of(recipe)) for recipe in RECIPES]
+    for tables in zip(*of_recipes, strict=True):
+        head = tables[0][0]
+        yield from markdown_table([head, *(row for table in tables for row in table[1:])])
+        yield ""
+
+
+if __name__ == "__main__":
+    print("\n".join(_page()))
