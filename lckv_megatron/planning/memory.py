@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
+from lckv.sharing.journey import Cargo
 from lckv.sharing.plan import crossing_sources
 from lckv_megatron.planning.plan import Plan
 from lckv_megatron.tables import gib, table
@@ -153,7 +154,7 @@ def _sent(plan: Plan, boundary: int) -> str:
     ranks, policy = parallel.tensor_model_parallel_size, plan.run.compression.policy.build()
     owners_below = any(layer < boundary for layer in plan.layer_types.kv_layers)
     payload = PipelinePayload(
-        sources=crossing_sources(plan.run.compression.plan(model.num_layers), boundary),
+        cargo=Cargo(True, crossing_sources(plan.run.compression.plan(model.num_layers), boundary)),
         hidden_size=model.hidden_size,
         sequence_shards=ranks if parallel.sequence_parallel else 1,
         kv_heads=max(1, model.query_groups // ranks),
@@ -163,5 +164,5 @@ def _sent(plan: Plan, boundary: int) -> str:
     )
     numbers = math.prod(payload.shape(train.seq_length, train.micro_batch_size))
     sent = gib(numbers * precision(train.precision).bytes)
-    crossing = ", ".join(map(str, payload.sources))
+    crossing = ", ".join(map(str, payload.cargo.available))
     return f"{sent}: hidden states" + (f", KV of {crossing}" if crossing else "")

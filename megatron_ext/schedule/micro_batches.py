@@ -34,9 +34,8 @@ def stage_shapes(
     """Megatron's hook for the shapes of tensors between stages:
     those of the payloads with shared keys and values."""
     decoder = get_attr_wrapped_model(model, "decoder")
-    shapes = (
-        [payload.shape(seq_length, micro_batch_size)] for payload in (decoder.payload_in, decoder.payload_out)
-    )
+    payloads = decoder.payload_in(decoder.visit), decoder.payload_out(decoder.visit)
+    shapes = ([payload.shape(seq_length, micro_batch_size)] for payload in payloads)
     received, sent = shapes
     return lambda _received, _sent: (received, sent)
 

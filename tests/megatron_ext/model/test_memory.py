@@ -141,7 +141,7 @@ def stage_saved(layer_types: str, parallel: ParallelConfig) -> int:
     layers = layer_types.count("_") + 1
     stage = build_stage(model(layers), settings(layer_types), parallel, training(), vocab_size=40)
     if not parallel_state.is_pipeline_first_stage():
-        shape = stage.decoder.payload_in.shape(TOKENS, BATCH)
+        shape = stage.decoder.payload_in(stage.decoder.visit).shape(TOKENS, BATCH)
         stage.set_input_tensor(torch.randn(shape, requires_grad=True))
     tokens = torch.randint(40, (BATCH, TOKENS))
     positions = torch.arange(TOKENS).expand_as(tokens)

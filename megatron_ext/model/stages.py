@@ -1,0 +1,93 @@
+"""Which layers a pipeline stage has, and what it does in a visit of a micro-batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+
+from lckv.policies.base import KeyValue
+from lckv.sharing.journey import Visit
+from lckv.sharing.plan import Step
+from megatron_ext.model.transformer_config import SharedKVTransformerConfig
+
+
+def stage_ranges(config: SharedKVTransformerConfig) -> tuple[range, ...]:
+    """The layers of each pipeline stage, as Megatron splits them."""
+    ranges = []
+    for stage in range(config.pipeline_model_parallel_size):
+        first = get_transformer_layer_offset(config, None, stage)
+        ranges.append(range(first, first + get_num_layers_to_build(config, None, stage)))
+    return tuple(ranges)
+
+
+class Kept(NamedTuple):
+    """What stays on the stage where a group over several stages begins, for its next passes."""
+
+    start: Tensor
+    """The group's input states, [s / shards, b, hidden]."""
+
+    available: dict[int, KeyValue]
+    """Keys and values from below the group, by the layer that computed them."""
+
+    sums: Tensor | None
+    """float32 [b, columns]: statistics of the layers below the group."""
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in a fixed order."""
+        pairs = [tensor for pair in self.available.values() for tensor in pair]
+        return [self.start, *pairs, *([] if self.sums is None else [self.sums])]
+
+    def leaves(self) -> "Kept":
+        """The same numbers; gradients of whatever is computed from them gather in `grad`."""
+
+        def leaf(tensor: Tensor) -> Tensor:
+            return tensor.detach().requires_grad_(tensor.requires_grad)
+
+        return Kept(
+            leaf(self.start),
+            {layer: KeyValue(*map(leaf, pair)) for layer, pair in self.available.items()},
+            None if self.sums is None else leaf(self.sums),
+        )
+
+
+@dataclass(eq=False)
+class StageNotes:
+    """What a visit leaves on its stage."""
+
+    kept: Kept | None = None
+    """For the further passes over the group that `Visit.keeps` names."""
+
+    prepared: dict[int, KeyValue] = field(default_factory=dict)
+    """For the first pass with gradient over the group that `Visit.prepares` names."""
+
+
+@dataclass(frozen=True, eq=False)
+class StageCall:
+    """One visit of a micro-batch to a stage."""
+
+    visit: Visit
+
+    arrived: Tensor | None = None
+    """What the visit before sent."""
+
+    kept: Kept | None = None
+    """What `visit.takes` needs."""
+
+    prepared: dict[int, KeyValue] | None = None
+    """What `visit.prepared` needs."""
+
+    notes: StageNotes = field(default_factory=StageNotes)
+    """The visit writes there."""
+
+
+def step_names(steps: Sequence[Step]) -> list[str]:
+    """Of each step, such as "group 1 pass 0 without gradient": the groups of the stage count from 0."""
+    groups = list(dict.fromkeys(step.group for step in steps))
+    return [
+        f"group {groups.index(step.group)} pass {step.number}"
+        + ("" if step.requires_grad else " without gradient")
+        for step in steps
+    ]
