@@ -135,6 +135,10 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     """Ranks that split the layers. Keys and values shared across stages travel with the hidden states."""
 
+    pipeline_in_flight: int | None = None
+    """Micro-batches that a stage may hold for backward at once, where layers that are iterated together lie
+    on several stages. More of them shorten the step and take more memory. Default: the number of stages."""
+
     sequence_parallel: bool = False
     """Split activations between tensor-parallel regions along the sequence too."""
 

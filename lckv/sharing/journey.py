@@ -74,6 +74,11 @@ class Journey:
 
     train: tuple[Visit, ...]
 
+    @property
+    def circulates(self) -> bool:
+        """Whether the micro-batch comes to a stage more than once."""
+        return bool(self.prepare) or len(self.train) > len({visit.stage for visit in self.train})
+
 
 def journey(plan: Sequence[Step], stages: Sequence[range]) -> Journey:
     """The visits of a micro-batch to `stages`, whose layers follow each other, for `plan`."""

@@ -24,6 +24,9 @@ class SharedKVTransformerConfig(TransformerConfig):
     """model.attention_backend: the backend of lckv.attention
     (Megatron's `attention_backend` is Transformer Engine's)."""
 
+    pipeline_in_flight: int = 1
+    """Micro-batches that a stage may hold for backward at once, where micro-batches circulate."""
+
     @property
     def layer_types(self) -> LayerTypes:
         """The sharing map."""
@@ -67,6 +70,7 @@ def transformer_config(
         bf16=numbers.is_bf16,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        pipeline_in_flight=parallel.pipeline_in_flight or parallel.pipeline_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         deterministic_mode=train.deterministic and cuda,
         recompute_granularity=granularity,

@@ -97,7 +97,8 @@ class Ticks:
 
     def of_stage(self, stage: int) -> list[Tick]:
         """What one stage does, in order."""
-        return sorted((tick for tick in self.ticks if tick.stage == stage), key=lambda tick: tick.start)
+        mine = (tick for tick in self.ticks if tick.stage == stage)
+        return sorted(mine, key=lambda tick: (tick.start, tick.end))
 
 
 _PREPARE, _TRAIN = "begin to prepare", "begin to train"

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 
 from lckv.config import CompressionConfig
+from lckv.sharing.journey import journey
 from megatron_ext.config import ModelConfig, ParallelConfig, RopeScalingConfig, RunConfig, TrainConfig
 from megatron_ext.precision import Precision, precision
 from megatron_ext.validation.policy import policy_problems
@@ -133,15 +134,30 @@ def pipeline_problems(run: RunConfig) -> Iterator[str]:
     name = "parallel.pipeline_model_parallel_size"
     way_out = "every stage has equally many layers"
     yield from multiple("model.num_layers", run.model.num_layers, name, size, way_out)
-    if size > 1 and not run.compression.problems(run.model.num_layers):
-        layer_types = run.compression.map(run.model.num_layers)
-        if layer_types.any_cyclic:
-            yield (
-                f"compression.layer_types is {layer_types} and {name} is {size}; a map in which a layer "
-                "reads the keys and values of a layer above it iterates over layers and does not run as a "
-                f"pipeline: set {name} to 1 and use parallel.tensor_model_parallel_size, or choose a map "
-                "without such layers."
-            )
+    in_flight = run.parallel.pipeline_in_flight
+    if in_flight is None:
+        return
+    if in_flight < 1:
+        yield f"parallel.pipeline_in_flight is {in_flight}; it must be at least 1, or null for {name}."
+    elif size < 2 or run.model.num_layers % size or run.compression.problems(run.model.num_layers):
+        yield f"parallel.pipeline_in_flight is {in_flight} and {name} is {size}; {_IN_FLIGHT_WAY_OUT}"
+    elif not _circulates(run):
+        yield (
+            f"parallel.pipeline_in_flight is {in_flight}, but no layers that {run.compression.layer_types} "
+            f"iterates together lie on several of the {size} stages; {_IN_FLIGHT_WAY_OUT}"
+        )
+
+
+_IN_FLIGHT_WAY_OUT = (
+    "it is for cyclic layers on several pipeline stages (elsewhere Megatron's schedule decides): leave it out."
+)
+
+
+def _circulates(run: RunConfig) -> bool:
+    """Whether micro-batches come to a stage several times."""
+    layers, size = run.model.num_layers, run.parallel.pipeline_model_parallel_size
+    stages = [range(first, first + layers // size) for first in range(0, layers, layers // size)]
+    return journey(run.compression.plan(layers), stages).circulates
 
 
 def process_problems(parallel: ParallelConfig, world_size: int) -> Iterator[str]:

@@ -16,7 +16,7 @@ from megatron_ext.model.initialization import global_parameters, shard
 from megatron_ext.parallel.process_groups import initialize
 from megatron_ext.schedule.micro_batches import mean_loss, run_schedule
 from megatron_ext.schedule.statistics_meter import StatisticsMeter
-from tests.golden.lckv_models import ACYCLIC, NAMES, Golden
+from tests.golden.lckv_models import NAMES, Golden
 from tests.ranks import run_on_ranks
 
 TOKENS = 24
@@ -73,7 +73,7 @@ ANY_MAP = [
     Layout(4, tp=2, sequence_parallel=True),
     Layout(4, tp=4, micro_batch_size=2),
 ]
-ACYCLIC_MAP = [
+PIPELINES = [
     Layout(2, pp=2),
     Layout(2, pp=2, recompute="full"),
     Layout(4, tp=2, pp=2, sequence_parallel=True),
@@ -86,9 +86,9 @@ def test_every_map(name: str, layout: Layout) -> None:
     check(name, layout)
 
 
-@pytest.mark.parametrize("layout", ACYCLIC_MAP, ids=str)
-@pytest.mark.parametrize("name", ACYCLIC)
-def test_pipelines_of_acyclic_maps(name: str, layout: Layout) -> None:
+@pytest.mark.parametrize("layout", PIPELINES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_pipelines(name: str, layout: Layout) -> None:
     check(name, layout)
 
 

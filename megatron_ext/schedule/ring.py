@@ -1,0 +1,335 @@
+"""Micro-batches around a ring of pipeline stages: runs the list of `megatron_ext.schedule.ticks` on this
+rank's stage.
+
+What is sent and received follows one list that all ranks have, in its order, so that no two wait for each
+other. Sends and receives are started early and waited for late.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
+from torch import Tensor
+
+from lckv.policies.base import KeyValue
+from lckv.sharing.journey import Journey, Visit
+from lckv.sharing.plan import LayerGroup
+from megatron_ext.model.policy_statistics import PolicyReport
+from megatron_ext.model.stages import Kept, StageCall
+from megatron_ext.schedule.ticks import Leg, Message, Tick, Ticks, Work, schedule
+
+Input = TypeVar("Input")
+
+
+class Finished(NamedTuple):
+    """What the loss of a micro-batch is."""
+
+    loss: Tensor
+    """What is differentiated: a sum over tokens."""
+
+    tokens: Tensor
+    """How many, int32."""
+
+    collected: Tensor
+    """What the caller gets."""
+
+
+class Passage(Protocol[Input]):
+    """What a stage does with its micro-batches."""
+
+    def forward(self, micro_batch: Input, call: StageCall) -> tuple[Tensor, PolicyReport]:
+        """The model, for one visit."""
+        ...
+
+    def finish(self, micro_batch: Input, output: Tensor, report: PolicyReport) -> Finished:
+        """Of a micro-batch that leaves the model."""
+        ...
+
+
+def legs(visits: Sequence[Visit]) -> tuple[Leg, ...]:
+    """`visits` for the schedule, priced by the layers that they run."""
+    return tuple(Leg(visit.stage, float(sum(len(step.runs) for step in visit.steps))) for visit in visits)
+
+
+def ticks_of(journey: Journey, micro_batches: int, in_flight: int, *, forward_only: bool = False) -> Ticks:
+    """The schedule of a step."""
+    prepare, train = legs(journey.prepare), legs(journey.train)
+    return schedule(prepare, train, micro_batches, in_flight, forward_only=forward_only)
+
+
+def run_ring(
+    model: MegatronModule,
+    inputs: Iterator[Input],
+    passage: Passage[Input],
+    add_report: Callable[[PolicyReport], None],
+    ticks: Ticks,
+    shape: tuple[int, int],
+    *,
+    forward_only: bool,
+) -> list[Tensor]:
+    """Forward, and unless `forward_only` backward, of all micro-batches, whose tokens have `shape` (s, b).
+
+    Returns what `Finished` collects, by micro-batch, on the last stage; nothing on others. Gradients are
+    summed and reduced when it ends.
+    """
+    config = get_model_config(model)
+    if config.timers is not None:
+        config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
+    get_attr_wrapped_model(model, "set_is_first_microbatch")()
+    ring = _Stage(model, inputs, passage, add_report, ticks, shape, forward_only=forward_only)
+    no_sync = nullcontext if forward_only or config.no_sync_func is None else config.no_sync_func
+    with no_sync():
+        ring.run()
+    if not forward_only:
+        if config.no_sync_func is not None:
+            model.start_grad_sync()
+        config.finalize_model_grads_func([model], ring.tokens)
+    if config.timers is not None:
+        config.timers("forward-backward").stop()
+    return [ring.collected[number] for number in sorted(ring.collected)]
+
+
+@dataclass
+class _Done:
+    """A forward visit that waits for its backward."""
+
+    arrived: Tensor | None
+    roots: list[Tensor]
+    """What it computed: what was sent, or the loss, and what was kept."""
+
+    leaves: list[Tensor]
+    """Where the gradients of what was kept gather."""
+
+
+@dataclass
+class _InFlight(Generic[Input]):
+    """A micro-batch on this stage."""
+
+    content: Input
+    reports: list[PolicyReport] = field(default_factory=list)
+    kept: dict[tuple[Work, LayerGroup], Kept] = field(default_factory=dict)
+    prepared: dict[LayerGroup, dict[int, KeyValue]] = field(default_factory=dict)
+    done: dict[int, _Done] = field(default_factory=dict)
+    """By number of the visit."""
+
+
+class _Stage(Generic[Input]):
+    """This rank's part of a step."""
+
+    def __init__(
+        self,
+        model: MegatronModule,
+        inputs: Iterator[Input],
+        passage: Passage[Input],
+        add_report: Callable[[PolicyReport], None],
+        ticks: Ticks,
+        shape: tuple[int, int],
+        *,
+        forward_only: bool,
+    ) -> None:
+        self._decoder = get_attr_wrapped_model(model, "decoder")
+        self._config = get_model_config(model)
+        journey: Journey = self._decoder.journey
+        self._visits = {
+            Work.PREPARE: journey.prepare, Work.FORWARD: journey.train, Work.BACKWARD: journey.train
+        }  # fmt: skip
+        self._inputs, self._passage, self._add_report = inputs, passage, add_report
+        self._shape, self._forward_only = shape, forward_only
+        stage = self._decoder.stage
+        self._ticks = ticks.of_stage(stage)
+        trains = [tick for tick in self._ticks if tick.work is Work.FORWARD]
+        self._last_forward = {tick.micro_batch: tick.visit for tick in trains}
+        self._last = {tick.micro_batch: tick for tick in self._ticks}
+        self._mail = _Mail(ticks.messages, stage, self._new_message)
+        self._number_read = 0
+        self._in_flight: dict[int, _InFlight[Input]] = {}
+        self.collected: dict[int, Tensor] = {}
+        """By micro-batch."""
+
+        self.tokens = torch.zeros([], dtype=torch.int, device=self._device)
+        """Of the losses, over all micro-batches."""
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._decoder.parameters()).device
+
+    def run(self) -> None:
+        """All of this stage's work."""
+        for tick in self._ticks:
+            self._mail.exchange(tick.start)
+            if tick.work is Work.BACKWARD:
+                self._backward(tick)
+            else:
+                self._forward(tick)
+            if self._last[tick.micro_batch] is tick:
+                del self._in_flight[tick.micro_batch]
+        self._mail.exchange(float("inf"))
+        self._mail.wait()
+
+    def _new_message(self, message: Message) -> Tensor:
+        """Room for what another stage sends: what a visit gets, or the gradient of what it sent."""
+        visit = self._visits[message.work][message.visit]
+        backward = message.work is Work.BACKWARD
+        payload = self._decoder.payload_out(visit) if backward else self._decoder.payload_in(visit)
+        return torch.empty(payload.shape(*self._shape), dtype=self._config.pipeline_dtype, device=self._device)
+
+    def _micro_batch(self, number: int) -> _InFlight[Input]:
+        while self._number_read <= number:
+            self._in_flight[self._number_read] = _InFlight(next(self._inputs))
+            self._number_read += 1
+        return self._in_flight[number]
+
+    def _forward(self, tick: Tick) -> None:
+        """A visit that prepares or trains."""
+        flight = self._micro_batch(tick.micro_batch)
+        visit, trains = self._visits[tick.work][tick.visit], tick.work is Work.FORWARD
+        arrived = None if visit.receives is None else self._mail.take(tick)
+        if not visit.steps:
+            assert visit.prepares is not None and arrived is not None
+            freight = self._decoder.payload_in(visit).unpack(arrived, *self._shape)
+            flight.prepared[visit.prepares] = dict(freight.previous)
+            del flight.kept[Work.PREPARE, visit.prepares]
+            return
+        learns = trains and not self._forward_only
+        if learns and arrived is not None:
+            arrived.requires_grad_()
+        call = StageCall(
+            visit,
+            arrived,
+            flight.kept.get((tick.work, visit.takes)) if visit.takes else None,
+            flight.prepared.pop(visit.prepared) if visit.prepared else None,
+        )
+        with nullcontext() if learns else torch.no_grad():
+            output, report = self._passage.forward(flight.content, call)
+            if visit.sends is not None:
+                output = output.to(self._config.pipeline_dtype)
+        done = _Done(arrived, [output], [])
+        if visit.keeps is not None:
+            assert call.notes.kept is not None
+            leaves = call.notes.kept.leaves()
+            flight.kept[tick.work, visit.keeps] = leaves
+            done.roots += call.notes.kept.tensors()
+            done.leaves = leaves.tensors()
+        if visit.prepares is not None:
+            flight.prepared[visit.prepares] = call.notes.prepared
+        if trains:
+            self._note(tick, flight, visit, report, done)
+        if visit.sends is not None:
+            self._mail.give(tick, output.detach())
+
+    def _note(
+        self, tick: Tick, flight: _InFlight[Input], visit: Visit, report: PolicyReport, done: _Done
+    ) -> None:
+        """What follows a visit that trains."""
+        for group in [group for work, group in flight.kept if work is Work.PREPARE]:
+            del flight.kept[Work.PREPARE, group]
+        flight.reports.append(report)
+        if visit.sends is None:
+            finished = self._passage.finish(flight.content, done.roots[0], _joined(flight.reports))
+            self.collected[tick.micro_batch] = finished.collected
+            self.tokens += finished.tokens
+            scale = self._config.grad_scale_func
+            done.roots[0] = finished.loss if scale is None else scale(finished.loss)
+        if not self._forward_only:
+            flight.done[tick.visit] = done
+        if self._last_forward[tick.micro_batch] == tick.visit:
+            self._add_report(_joined(flight.reports))
+
+    def _backward(self, tick: Tick) -> None:
+        """A visit's backward: gradients of what it sent and of what it kept."""
+        flight = self._in_flight[tick.micro_batch]
+        visit, done = self._visits[tick.work][tick.visit], flight.done.pop(tick.visit)
+        roots: list[Tensor] = [done.roots[0]]
+        gradients: list[Tensor | None] = [None if visit.sends is None else self._mail.take(tick)]
+        for root, leaf in zip(done.roots[1:], done.leaves, strict=True):
+            if root.requires_grad and leaf.grad is not None:
+                roots.append(root)
+                gradients.append(leaf.grad)
+        torch.autograd.backward(roots, gradients)
+        if done.arrived is not None:
+            gradient = done.arrived.grad
+            self._mail.give(tick, torch.zeros_like(done.arrived) if gradient is None else gradient)
+
+
+def _joined(reports: Sequence[PolicyReport]) -> PolicyReport:
+    """What all visits of a micro-batch to a stage report; the last one has the sums."""
+    statistics = {layer: values for report in reports for layer, values in report.statistics.items()}
+    return PolicyReport(statistics, reports[-1].sums, reports[-1].auxiliary_loss)
+
+
+_Key = tuple[Work, int, int]
+"""Work that a message is for: what, which micro-batch, which visit."""
+
+
+class _Mail:
+    """What this stage sends and receives, in the order of one list for all stages."""
+
+    def __init__(
+        self, messages: Sequence[Message], stage: int, new_message: Callable[[Message], Tensor]
+    ) -> None:
+        """`new_message` makes room for what is received."""
+        group = parallel_state.get_pipeline_model_parallel_group()
+        self._ranks = dist.get_process_group_ranks(group)
+        self._group, self._stage, self._new_message = group, stage, new_message
+        mine = [
+            (number, message)
+            for number, message in enumerate(messages)
+            if stage in (message.source, message.target)
+        ]
+        self._open = deque((time, list(run)) for time, run in groupby(mine, lambda item: item[1].time))
+        self._given: dict[_Key, Tensor] = {}
+        self._taken: dict[_Key, tuple[Tensor, list[dist.Work]]] = {}
+        self._sent: deque[tuple[Tensor, dist.Work]] = deque()
+
+    def exchange(self, time: float) -> None:
+        """Start all that is due until `time`."""
+        while self._open and self._open[0][0] <= time:
+            self._start(self._open.popleft()[1])
+
+    def _start(self, numbered: list[tuple[int, Message]]) -> None:
+        """What is due at the same time starts together."""
+        operations, tensors = [], []
+        for number, message in numbered:
+            key = (message.work, message.micro_batch, message.visit)
+            sends = message.source == self._stage
+            tensor = self._given.pop(key) if sends else self._new_message(message)
+            other = self._ranks[message.target if sends else message.source]
+            operations.append(
+                dist.P2POp(dist.isend if sends else dist.irecv, tensor, other, self._group, tag=number)
+            )
+            tensors.append((key, sends, tensor))
+        works = dist.batch_isend_irecv(operations)
+        for place, (key, sends, tensor) in enumerate(tensors):
+            # where the backend joins the operations, one handle stands for all
+            own = works if len(works) != len(tensors) else [works[place]]
+            if sends:
+                self._sent.extend((tensor, work) for work in own)
+            else:
+                self._taken[key] = (tensor, own)
+        while self._sent and self._sent[0][1].is_completed():
+            self._sent.popleft()
+
+    def give(self, tick: Tick, tensor: Tensor) -> None:
+        """What `tick` has made for the visit that follows."""
+        visit = tick.visit + (-1 if tick.work is Work.BACKWARD else 1)
+        self._given[tick.work, tick.micro_batch, visit] = tensor.contiguous()
+
+    def take(self, tick: Tick) -> Tensor:
+        """What came for `tick`."""
+        tensor, works = self._taken.pop((tick.work, tick.micro_batch, tick.visit))
+        for work in works:
+            work.wait()
+        return tensor
+
+    def wait(self) -> None:
+        """Until all that was sent has left."""
+        while self._sent:
+            self._sent.popleft()[1].wait()
