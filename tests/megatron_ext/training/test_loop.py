@@ -20,6 +20,7 @@ from tests.ranks import run_on_ranks
 
 YOCO = {"layer_types": "0s_1s_2_2", "sliding_window": 8}
 LCKV = {"layer_types": "0_2_2_3", "forward_passes": 2, "backward_passes": 2}
+TWO_GROUPS = {"layer_types": "1_1_3_3", "forward_passes": 1, "backward_passes": 3}
 TIED = {"layer_types": "0_0_1_1"}
 """Trained with one matrix for the embedding and the output layer."""
 DROPOUT = {"attention_dropout": 0.1, "hidden_dropout": 0.1}
@@ -45,6 +46,12 @@ def parallel(tp: int = 1, pp: int = 1, **options: bool) -> dict[str, Any]:
         (LCKV, 2, parallel(overlap_grad_reduce=True, overlap_param_gather=True), 1),
         (LCKV, 2, parallel(use_distributed_optimizer=False), 2),
         (LCKV, 4, parallel(2), 2),
+        (LCKV, 2, parallel(1, 2), 1),
+        (LCKV, 4, parallel(1, 4), 2),
+        (LCKV, 4, parallel(2, 2, sequence_parallel=True, pipeline_in_flight=4), 1),
+        (LCKV, 4, parallel(1, 2, overlap_grad_reduce=True, overlap_param_gather=True), 1),
+        (TWO_GROUPS, 4, parallel(1, 4), 1),
+        (TWO_GROUPS, 2, parallel(1, 2, use_distributed_optimizer=False), 2),
     ],
     ids=str,
 )
@@ -70,8 +77,9 @@ def test_losses_do_not_depend_on_the_layout(
         (2, {"compression": LCKV, "model": DROPOUT, "train": {"precision": "bf16"}}),
         (2, {"compression": YOCO, "model": DROPOUT, "parallel": parallel(1, 2)}),
         (2, {"compression": LCKV, "model": DROPOUT, "parallel": parallel(2, sequence_parallel=True)}),
+        (2, {"compression": LCKV, "train": {"precision": "bf16"}, "parallel": parallel(1, 2)}),
     ],
-    ids=["dp2-bf16", "pp2", "tp2-sp"],
+    ids=["dp2-bf16", "pp2", "tp2-sp", "pp2-ring-bf16"],
 )
 @pytest.mark.parametrize("way", [{}, {"async_save": True, "optimizer_sharding": "dp_reshardable"}])
 def test_a_resumed_run_is_bit_equal(tmp_path: Path, world_size: int, settings: dict, way: dict) -> None:
