@@ -80,9 +80,10 @@ class Journey:
         return bool(self.prepare) or len(self.train) > len({visit.stage for visit in self.train})
 
 
-def journey(plan: Sequence[Step], stages: Sequence[range]) -> Journey:
-    """The visits of a micro-batch to `stages`, whose layers follow each other, for `plan`."""
-    starts = {layer: number for number, layers in enumerate(stages) for layer in layers}
+def journey(plan: Sequence[Step], chunks: Sequence[range], stages: int) -> Journey:
+    """The visits of a micro-batch to `stages`, for `plan`. `chunks` are stretches of layers that follow each
+    other; number i lies on stage i modulo `stages`."""
+    starts = {layer: number for number, layers in enumerate(chunks) for layer in layers}
     crossing = {
         step.group
         for step in plan
@@ -91,7 +92,7 @@ def journey(plan: Sequence[Step], stages: Sequence[range]) -> Journey:
     train = [step for step in plan if step.requires_grad or step.group not in crossing]
     to_prepare = [i for i, step in enumerate(plan) if not step.requires_grad and step.group in crossing]
     first = {group: min(step.number for step in train if step.group == group) for group in crossing}
-    walk = _Walk(plan, stages, first)
+    walk = _Walk(plan, chunks, stages, first)
     prepare = plan[: to_prepare[-1] + 1] if to_prepare else ()
     return Journey(tuple(walk.visits(prepare, prepares=True)), tuple(walk.visits(train, prepares=False)))
 
@@ -99,20 +100,23 @@ def journey(plan: Sequence[Step], stages: Sequence[range]) -> Journey:
 class _Walk:
     """Cuts lists of steps into visits."""
 
-    def __init__(self, plan: Sequence[Step], stages: Sequence[range], first: dict[LayerGroup, int]) -> None:
-        """`first`: of each group over several stages, the first pass with gradient."""
-        self._plan, self._stages, self._first = plan, stages, first
+    def __init__(
+        self, plan: Sequence[Step], chunks: Sequence[range], stages: int, first: dict[LayerGroup, int]
+    ) -> None:
+        """`first`: of each group over several stretches, the first pass with gradient."""
+        self._plan, self._chunks, self._stages, self._first = plan, chunks, stages, first
 
     def visits(self, steps: Sequence[Step], *, prepares: bool) -> Iterator[Visit]:
         """`steps` from beginning to end; with `prepares` the last visit only receives what was prepared."""
         pieces = [
-            (stage, piece)
+            (number, piece)
             for step in steps
-            for stage, layers in enumerate(self._stages)
+            for number, layers in enumerate(self._chunks)
             if (piece := step.cut(layers)) is not None
         ]
-        visits = [
-            (stage, tuple(piece for _, piece in run)) for stage, run in groupby(pieces, lambda item: item[0])
+        visits = [  # by the number of the stretch
+            (number, tuple(piece for _, piece in run))
+            for number, run in groupby(pieces, lambda item: item[0])
         ]
         received: Cargo | None = None
         for place, (stage, run) in enumerate(visits):
@@ -122,8 +126,8 @@ class _Walk:
             received = sent
         if prepares and visits:
             group = visits[-1][1][-1].group
-            home = next(stage for stage, layers in enumerate(self._stages) if group.start in layers)
-            yield Visit(home, (), received, None, prepares=group)
+            home = next(number for number, layers in enumerate(self._chunks) if group.start in layers)
+            yield Visit(home % self._stages, (), received, None, prepares=group)
 
     def _visit(
         self, stage: int, run: tuple[Step, ...], received: Cargo | None, sent: Cargo | None, *, prepares: bool
@@ -138,13 +142,11 @@ class _Walk:
             takes = takes if at_first else group
             if self._first[group] and piece.number == self._first[group]:
                 stores, uses = (group, uses) if prepares else (stores, group)
-        return Visit(stage, run, received, sent, keeps, takes, stores, uses)
+        return Visit(stage % self._stages, run, received, sent, keeps, takes, stores, uses)
 
     def _cargo(self, last: Step, following: Step | None, *, prepares: bool) -> Cargo | None:
         """What travels between two pieces on different stages."""
-        whole = next(
-            step for step in self._plan if (step.group, step.number) == (last.group, last.number)
-        )
+        whole = next(step for step in self._plan if (step.group, step.number) == (last.group, last.number))
         if last.ends and not last.update:
             if following is None and not prepares:
                 return None
@@ -157,9 +159,7 @@ class _Walk:
             available |= set(crossing_sources(self._plan, boundary))
             return Cargo(True, tuple(sorted(available)), previous=_read_from_before(whole, boundary))
         handed = tuple(source for source in whole.hands if source < boundary)
-        return Cargo(
-            True, tuple(sorted(available)), handed, _read_from_before(whole, boundary), counts=False
-        )
+        return Cargo(True, tuple(sorted(available)), handed, _read_from_before(whole, boundary), counts=False)
 
 
 def _read_from_before(step: Step, boundary: int) -> tuple[int, ...]:

@@ -13,7 +13,8 @@ from megatron_ext.model.gpt import SharedKVGPTModel
 from megatron_ext.model.policy_statistics import PolicyReport
 from megatron_ext.model.stages import StageCall
 from megatron_ext.schedule.micro_batches import stage_shapes
-from megatron_ext.schedule.ring import Finished, run_ring, ticks_of
+from megatron_ext.schedule.ring import Finished, run_ring
+from megatron_ext.schedule.ticks import ticks_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def compute_logits(stage: SharedKVGPTModel, tokens: Tensor) -> Tensor | None:
 
     passage = _Logits(stage)
     if stage.decoder.journey.circulates:
-        ticks = ticks_of(stage.decoder.journey, 1, 1, forward_only=True)
+        ticks = ticks_of(stage.config.placed, stage.decoder.journey, 1, 1, forward_only=True)
         shape = (length, rows)
         outputs = run_ring(stage, iter([tokens]), passage, _ignored, ticks, shape, forward_only=True)
         return _whole(stage, outputs)

@@ -4,24 +4,27 @@ The plan is a list of steps (`lckv.sharing.plan`); `lckv.sharing.journey` says w
 runs, `lckv.sharing.execution` runs them.
 """
 
+import re
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 from torch.profiler import record_function
 
 from lckv.policies.base import KeyValue, Statistics, TokenContext
 from lckv.sharing.execution import State, run_steps
-from lckv.sharing.journey import Cargo, Visit, journey
+from lckv.sharing.journey import Cargo, Visit
 from lckv.sharing.plan import Step, crossing_sources
 from megatron_ext.model.layer import LayerOutput, SharedKVLayer
 from megatron_ext.model.policy_statistics import PolicyReport, StatisticSums
-from megatron_ext.model.stages import Kept, StageCall, stage_ranges, step_names
+from megatron_ext.model.stages import Kept, StageCall, step_names
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 from megatron_ext.parallel.pipeline_payload import Freight, PipelinePayload
 
@@ -51,11 +54,10 @@ class SharedKVBlock(TransformerBlock):
             pg_collection=pg_collection,
         )
         self.layer_types = config.layer_types
-        self.first_layer = self.layers[0].layer_number - 1
-        self.end_layer = self.first_layer + len(self.layers)
+        self.places = {layer.layer_number - 1: place for place, layer in enumerate(self.layers)}
         self.plan = config.compression.plan(len(self.layer_types))
         self.stage = self.pg_collection.pp.rank()
-        self.journey = journey(self.plan, stage_ranges(config))
+        self.journey = config.placed.journey(config.compression)
         self.statistics = StatisticSums(config, config.compression.policy.build(), self.pg_collection.tp)
         everything = len(self.layers) if recompute_num_layers is None else recompute_num_layers
         self.recomputed_layers = everything if config.recompute_granularity == "full" else 0
@@ -70,6 +72,26 @@ class SharedKVBlock(TransformerBlock):
     def steps(self) -> tuple[Step, ...]:
         """The steps of the plan that this stage runs with a micro-batch that comes once."""
         return self.visit.steps
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Megatron's, whose keys expect that the layers of a stage follow each other from where Megatron splits
+        equal stages; here they are numbered by their places in `layers`, as in `state_dict`."""
+        whole = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        added = get_transformer_layer_offset(self.config, None, self.stage)
+        layer = re.compile(rf"^{re.escape(prefix)}layers\.(-?\d+)\.")
+
+        def renamed(key: str) -> str:
+            match = layer.match(key)
+            if match is None:
+                return key
+            return f"{prefix}layers.{self.places[int(match[1]) + added]}.{key[match.end() :]}"
+
+        return {renamed(key): value for key, value in whole.items()}
 
     def payload_in(self, visit: Visit) -> PipelinePayload:
         """The tensor that `visit` gets; of the first one, which gets none, that with hidden states alone."""
@@ -170,13 +192,15 @@ class SharedKVBlock(TransformerBlock):
             handed, previous = state.handed or {}, state.previous or {}
             freight = Freight(state.hidden_states, state.available, handed, previous, sums)
             return self.payload_out(visit).pack(freight)
-        return state.hidden_states if self.final_layernorm is None else self.final_layernorm(state.hidden_states)
+        return (
+            state.hidden_states if self.final_layernorm is None else self.final_layernorm(state.hidden_states)
+        )
 
     def _contexts(
         self, context: TokenContext, row_seeds: tuple[int, ...], shape: tuple[int, int], device: torch.device
     ) -> Contexts:
         """The context of each layer: noise is drawn once, for all passes and recomputation."""
-        contexts = dict.fromkeys(range(self.first_layer, self.end_layer), context)
+        contexts = dict.fromkeys(self.places, context)
         for index in self.layer_types.kv_layers:
             if index in contexts:
                 noise = self.statistics.noise(shape, row_seeds, index, device)
@@ -185,7 +209,7 @@ class SharedKVBlock(TransformerBlock):
 
     def layer(self, index: int) -> SharedKVLayer:
         """The layer that is number `index` of the whole model."""
-        return self.layers[index - self.first_layer]
+        return self.layers[self.places[index]]
 
     def zeros(self, hidden_states: Tensor) -> KeyValue:
         """Keys and values before the first pass."""
@@ -199,7 +223,8 @@ class SharedKVBlock(TransformerBlock):
         self, layer: SharedKVLayer, hidden_states: Tensor, source: KeyValue | None, context: TokenContext
     ) -> LayerOutput:
         """The layer, recomputed in backward where the configuration asks for it."""
-        if layer.layer_number - 1 - self.first_layer >= self.recomputed_layers or not torch.is_grad_enabled():
+        place = self.places[layer.layer_number - 1]
+        if place >= self.recomputed_layers or not torch.is_grad_enabled():
             return layer(hidden_states, source, context)
 
         def flat(states: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -1,26 +1,14 @@
-"""Which layers a pipeline stage has, and what it does in a visit of a micro-batch."""
+"""What a pipeline stage gets in a visit of a micro-batch, and what it keeps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from megatron.core.transformer.transformer_block import get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from lckv.policies.base import KeyValue
 from lckv.sharing.journey import Visit
 from lckv.sharing.plan import Step
-from megatron_ext.model.transformer_config import SharedKVTransformerConfig
-
-
-def stage_ranges(config: SharedKVTransformerConfig) -> tuple[range, ...]:
-    """The layers of each pipeline stage, as Megatron splits them."""
-    ranges = []
-    for stage in range(config.pipeline_model_parallel_size):
-        first = get_transformer_layer_offset(config, None, stage)
-        ranges.append(range(first, first + get_num_layers_to_build(config, None, stage)))
-    return tuple(ranges)
 
 
 class Kept(NamedTuple):

@@ -18,8 +18,9 @@ from megatron_ext.data.batch import Batch
 from megatron_ext.model.policy_statistics import PolicyInputs, PolicyReport, row_seed
 from megatron_ext.model.stages import StageCall
 from megatron_ext.parallel.process_groups import device_of_rank
-from megatron_ext.schedule.ring import Finished, run_ring, ticks_of
+from megatron_ext.schedule.ring import Finished, run_ring
 from megatron_ext.schedule.statistics_meter import StatisticsMeter
+from megatron_ext.schedule.ticks import ticks_of
 
 Shapes = list[tuple[int, ...]]
 Samples = Iterator[Mapping[str, Tensor]]
@@ -84,6 +85,7 @@ def run_schedule(
     decoder = get_attr_wrapped_model(model, "decoder")
     if decoder.journey.circulates:
         ticks = ticks_of(
+            decoder.config.placed,
             decoder.journey,
             micro_batches(train),
             decoder.config.pipeline_in_flight,

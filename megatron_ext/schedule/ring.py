@@ -18,13 +18,14 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lckv.policies.base import KeyValue
 from lckv.sharing.journey import Journey, Visit
 from lckv.sharing.plan import LayerGroup
 from megatron_ext.model.policy_statistics import PolicyReport
 from megatron_ext.model.stages import Kept, StageCall
-from megatron_ext.schedule.ticks import Leg, Message, Tick, Ticks, Work, schedule
+from megatron_ext.schedule.ticks import Message, Tick, Ticks, Work
 
 Input = TypeVar("Input")
 
@@ -52,17 +53,6 @@ class Passage(Protocol[Input]):
     def finish(self, micro_batch: Input, output: Tensor, report: PolicyReport) -> Finished:
         """Of a micro-batch that leaves the model."""
         ...
-
-
-def legs(visits: Sequence[Visit]) -> tuple[Leg, ...]:
-    """`visits` for the schedule, priced by the layers that they run."""
-    return tuple(Leg(visit.stage, float(sum(len(step.runs) for step in visit.steps))) for visit in visits)
-
-
-def ticks_of(journey: Journey, micro_batches: int, in_flight: int, *, forward_only: bool = False) -> Ticks:
-    """The schedule of a step."""
-    prepare, train = legs(journey.prepare), legs(journey.train)
-    return schedule(prepare, train, micro_batches, in_flight, forward_only=forward_only)
 
 
 def run_ring(
@@ -102,8 +92,9 @@ class _Done:
     """A forward visit that waits for its backward."""
 
     arrived: Tensor | None
-    roots: list[Tensor]
-    """What it computed: what was sent, or the loss, and what was kept."""
+    made: list[GradientEdge | None]
+    """Where in the graph what it computed is: what was sent, or the loss, and what was kept; None: without
+    gradient."""
 
     leaves: list[Tensor]
     """Where the gradients of what was kept gather."""
@@ -179,7 +170,9 @@ class _Stage(Generic[Input]):
         visit = self._visits[message.work][message.visit]
         backward = message.work is Work.BACKWARD
         payload = self._decoder.payload_out(visit) if backward else self._decoder.payload_in(visit)
-        return torch.empty(payload.shape(*self._shape), dtype=self._config.pipeline_dtype, device=self._device)
+        return torch.empty(
+            payload.shape(*self._shape), dtype=self._config.pipeline_dtype, device=self._device
+        )
 
     def _micro_batch(self, number: int) -> _InFlight[Input]:
         while self._number_read <= number:
@@ -193,70 +186,78 @@ class _Stage(Generic[Input]):
         visit, trains = self._visits[tick.work][tick.visit], tick.work is Work.FORWARD
         arrived = None if visit.receives is None else self._mail.take(tick)
         if not visit.steps:
-            assert visit.prepares is not None and arrived is not None
-            freight = self._decoder.payload_in(visit).unpack(arrived, *self._shape)
-            flight.prepared[visit.prepares] = dict(freight.previous)
-            del flight.kept[Work.PREPARE, visit.prepares]
+            self._arrive(flight, visit, arrived)
             return
         learns = trains and not self._forward_only
         if learns and arrived is not None:
             arrived.requires_grad_()
-        call = StageCall(
-            visit,
-            arrived,
-            flight.kept.get((tick.work, visit.takes)) if visit.takes else None,
-            flight.prepared.pop(visit.prepared) if visit.prepared else None,
-        )
+        kept = flight.kept[tick.work, visit.takes] if visit.takes else None
+        prepared = flight.prepared.pop(visit.prepared) if visit.prepared else None
+        call = StageCall(visit, arrived, kept, prepared)
         with nullcontext() if learns else torch.no_grad():
             output, report = self._passage.forward(flight.content, call)
-            if visit.sends is not None:
+            if trains:
+                self._drop_preparation(flight)
+                flight.reports.append(report)
+            if visit.sends is None:
+                output = self._finish(tick, flight, output)
+            else:
                 output = output.to(self._config.pipeline_dtype)
-        done = _Done(arrived, [output], [])
-        if visit.keeps is not None:
-            assert call.notes.kept is not None
-            leaves = call.notes.kept.leaves()
-            flight.kept[tick.work, visit.keeps] = leaves
-            done.roots += call.notes.kept.tensors()
-            done.leaves = leaves.tensors()
+                self._mail.give(tick, output.detach())
         if visit.prepares is not None:
             flight.prepared[visit.prepares] = call.notes.prepared
-        if trains:
-            self._note(tick, flight, visit, report, done)
-        if visit.sends is not None:
-            self._mail.give(tick, output.detach())
-
-    def _note(
-        self, tick: Tick, flight: _InFlight[Input], visit: Visit, report: PolicyReport, done: _Done
-    ) -> None:
-        """What follows a visit that trains."""
-        for group in [group for work, group in flight.kept if work is Work.PREPARE]:
-            del flight.kept[Work.PREPARE, group]
-        flight.reports.append(report)
-        if visit.sends is None:
-            finished = self._passage.finish(flight.content, done.roots[0], _joined(flight.reports))
-            self.collected[tick.micro_batch] = finished.collected
-            self.tokens += finished.tokens
-            scale = self._config.grad_scale_func
-            done.roots[0] = finished.loss if scale is None else scale(finished.loss)
-        if not self._forward_only:
-            flight.done[tick.visit] = done
-        if self._last_forward[tick.micro_batch] == tick.visit:
+        made, leaves = [output], []
+        if visit.keeps is not None and call.notes.kept is not None:
+            flight.kept[tick.work, visit.keeps] = call.notes.kept.leaves()
+            made += call.notes.kept.tensors()
+            leaves = flight.kept[tick.work, visit.keeps].tensors()
+        if learns:
+            flight.done[tick.visit] = _Done(arrived, list(map(_edge, made)), leaves)
+        if trains and self._last_forward[tick.micro_batch] == tick.visit:
             self._add_report(_joined(flight.reports))
 
+    def _arrive(self, flight: _InFlight[Input], visit: Visit, arrived: Tensor | None) -> None:
+        """What was prepared comes to where the group begins."""
+        assert visit.prepares is not None and arrived is not None
+        freight = self._decoder.payload_in(visit).unpack(arrived, *self._shape)
+        flight.prepared[visit.prepares] = dict(freight.previous)
+        flight.kept.pop((Work.PREPARE, visit.prepares), None)
+
+    @staticmethod
+    def _drop_preparation(flight: _InFlight[Input]) -> None:
+        """What its visits kept."""
+        for group in [group for work, group in flight.kept if work is Work.PREPARE]:
+            del flight.kept[Work.PREPARE, group]
+
+    def _finish(self, tick: Tick, flight: _InFlight[Input], output: Tensor) -> Tensor:
+        """The loss of a micro-batch that leaves the model."""
+        finished = self._passage.finish(flight.content, output, _joined(flight.reports))
+        self.collected[tick.micro_batch] = finished.collected
+        self.tokens += finished.tokens
+        scale = self._config.grad_scale_func
+        return finished.loss if scale is None else scale(finished.loss)
+
     def _backward(self, tick: Tick) -> None:
-        """A visit's backward: gradients of what it sent and of what it kept."""
+        """A visit's backward: gradients of what it sent, or of the loss, and of what it kept."""
         flight = self._in_flight[tick.micro_batch]
         visit, done = self._visits[tick.work][tick.visit], flight.done.pop(tick.visit)
-        roots: list[Tensor] = [done.roots[0]]
-        gradients: list[Tensor | None] = [None if visit.sends is None else self._mail.take(tick)]
-        for root, leaf in zip(done.roots[1:], done.leaves, strict=True):
-            if root.requires_grad and leaf.grad is not None:
-                roots.append(root)
+        output, *kept = done.made
+        gradients = [None if visit.sends is None else self._mail.take(tick)]
+        roots = [output]
+        for edge, leaf in zip(kept, done.leaves, strict=True):
+            if edge is not None and leaf.grad is not None:
+                roots.append(edge)
                 gradients.append(leaf.grad)
+        assert None not in roots
         torch.autograd.backward(roots, gradients)
         if done.arrived is not None:
             gradient = done.arrived.grad
             self._mail.give(tick, torch.zeros_like(done.arrived) if gradient is None else gradient)
+
+
+def _edge(tensor: Tensor) -> GradientEdge | None:
+    """The tensor's place in the graph, without its numbers."""
+    return get_gradient_edge(tensor) if tensor.requires_grad else None
 
 
 def _joined(reports: Sequence[PolicyReport]) -> PolicyReport:

@@ -6,14 +6,18 @@ train, and back through the same in reverse. A stage does one thing at a time. T
 step through: whenever a stage is free it does what ranks highest among that which is ready. Preparations of
 later micro-batches so fill the gaps that training leaves. Two numbers bound the memory: micro-batches between
 the beginning of their forward and the end of their backward, and micro-batches that are prepared and wait.
-Every process makes the same list. (docs/pipelines.md)
+Every process makes the same list. (docs/pipelines.md) Neither torch nor Megatron is loaded.
 """
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
+from itertools import accumulate
+
+from lckv.sharing.journey import Journey
+from megatron_ext.model.placement import Placement
 
 
 class Work(Enum):
@@ -95,10 +99,40 @@ class Ticks:
         busy = sum(tick.end - tick.start for tick in self.ticks)
         return 1 - busy / (self.length * self.stages) if self.length else 0.0
 
+    @cached_property
+    def in_flight(self) -> int:
+        """The most micro-batches between the beginning of their forward and the end of their backward."""
+        return self._most(lambda tick: tick.work is not Work.PREPARE)
+
+    @cached_property
+    def ahead(self) -> int:
+        """The most micro-batches whose preparation has ended and whose forward has not begun."""
+        begins: dict[int, float] = {}
+        ends: dict[int, float] = {}
+        for tick in self.ticks:
+            if tick.work is Work.PREPARE:
+                begins[tick.micro_batch] = max(begins.get(tick.micro_batch, 0.0), tick.end)
+            elif tick.work is Work.FORWARD:
+                ends[tick.micro_batch] = min(ends.get(tick.micro_batch, tick.start), tick.start)
+        return _overlap([(begins[number], ends[number]) for number in begins])
+
+    def _most(self, counts: Callable[[Tick], bool]) -> int:
+        spans: dict[int, tuple[float, float]] = {}
+        for tick in filter(counts, self.ticks):
+            start, end = spans.get(tick.micro_batch, (tick.start, tick.end))
+            spans[tick.micro_batch] = min(start, tick.start), max(end, tick.end)
+        return _overlap(list(spans.values()))
+
     def of_stage(self, stage: int) -> list[Tick]:
         """What one stage does, in order."""
         mine = (tick for tick in self.ticks if tick.stage == stage)
         return sorted(mine, key=lambda tick: (tick.start, tick.end))
+
+
+def _overlap(spans: Sequence[tuple[float, float]]) -> int:
+    """The most of `spans` (start, end) that overlap; one that starts where another ends does not."""
+    changes = sorted([(start, 1) for start, _ in spans] + [(end, -1) for _, end in spans])
+    return max(accumulate(change for _, change in changes), default=0)
 
 
 _PREPARE, _TRAIN = "begin to prepare", "begin to train"
@@ -140,6 +174,23 @@ def schedule(
     best = min(candidates, key=lambda ticks: max(tick.end for tick in ticks))
     legs = {Work.PREPARE: prepare, Work.FORWARD: train, Work.BACKWARD: train}
     return Ticks(stages, tuple(best), tuple(_messages(best, legs)))
+
+
+def ticks_of(
+    placement: Placement,
+    way: Journey,
+    micro_batches: int,
+    in_flight: int | None,
+    *,
+    forward_only: bool = False,
+) -> Ticks:
+    """The schedule of a step; `in_flight` as `parallel.pipeline_in_flight`."""
+    prepare, train = (
+        tuple(Leg(visit.stage, placement.cost(visit)) for visit in visits)
+        for visits in (way.prepare, way.train)
+    )
+    most = in_flight or placement.stages * (1 if prepare else 2)
+    return schedule(prepare, train, micro_batches, most, forward_only=forward_only)
 
 
 def _messages(ticks: Sequence[Tick], legs: dict[Work, Sequence[Leg]]) -> Iterator[Message]:

@@ -68,7 +68,9 @@ def built(argv: list[str]) -> tuple[int, tuple[int, ...], int]:
     run = parse_run_config(argv)
     initialize(run.parallel, seed=1)
     stage = build_stage(run.model, run.compression, run.parallel, run.train, vocab_size=50)
-    sent = stage.decoder.payload_out(stage.decoder.visit).shape(run.train.seq_length, run.train.micro_batch_size)
+    sent = stage.decoder.payload_out(stage.decoder.visit).shape(
+        run.train.seq_length, run.train.micro_batch_size
+    )
     return _count_parameters(stage), sent, sum(parameter.numel() for parameter in stage.parameters())
 
 

@@ -35,6 +35,8 @@ class Layout:
     backend: str = "sdpa"
     micro_batch_size: int = 1
     overlap: bool = False
+    virtual: int | None = None
+    stages: str | None = None
 
     def __str__(self) -> str:
         words = [
@@ -44,6 +46,7 @@ class Layout:
             self.recompute,
         ]
         words += [self.backend] * (self.backend != "sdpa") + ["sp"] * self.sequence_parallel
+        words += [f"vpp{self.virtual}"] * (self.virtual is not None) + [self.stages] * (self.stages is not None)
         words += ["overlap"] * self.overlap + list(self.modules) * (self.recompute == "selective")
         return "-".join([*words, f"mbs{self.micro_batch_size}"])
 
@@ -77,6 +80,8 @@ PIPELINES = [
     Layout(2, pp=2),
     Layout(2, pp=2, recompute="full"),
     Layout(4, tp=2, pp=2, sequence_parallel=True),
+    Layout(2, pp=2, virtual=2, stages="auto"),
+    Layout(4, pp=2, stages="auto", recompute="selective"),
 ]
 
 
@@ -106,6 +111,8 @@ def errors_of(name: str, layout: Layout) -> Errors:
     parallel = ParallelConfig(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.virtual,
+        pipeline_model_parallel_layout=layout.stages,
         sequence_parallel=layout.sequence_parallel,
         overlap_grad_reduce=layout.overlap,
         overlap_param_gather=layout.overlap,
