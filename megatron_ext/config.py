@@ -139,15 +139,15 @@ class ParallelConfig:
     """Stretches of layers per pipeline rank (interleaving): the ranks wait less, and send more often."""
 
     pipeline_model_parallel_layout: str | None = None
-    """Layers of each stage, in Megatron's notation: Et*3|(t*4|)*2,t*3L has four stages, the first and the last
-    with three layers. auto: stages that cost the same, counting all passes and the output layer. Default:
-    equally many layers."""
+    """Layers of each stage, in Megatron's notation: Et*3|(t*4|)*2,t*3L has four stages, the first and the
+    last with three layers. auto: stages that cost the same, counting all passes and the output layer.
+    Default: equally many layers."""
 
     pipeline_in_flight: int | None = None
     """Micro-batches that may be between forward and backward at once, where they come to a stage several
-    times: with layers on several stages that are iterated together, or with interleaving. More of them shorten
-    the step and take more memory. Default: the number of stages; twice that where no pass is without
-    gradient."""
+    times: with layers on several stages that are iterated together, or with interleaving. More of them
+    shorten the step and take more memory. Default: the number of stages; twice that where no pass is
+    without gradient."""
 
     sequence_parallel: bool = False
     """Split activations between tensor-parallel regions along the sequence too."""

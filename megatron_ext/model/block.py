@@ -1,7 +1,7 @@
 """The stack of layers of one pipeline stage, run by its pieces of the plan of the sharing map.
 
-The plan is a list of steps (`lckv.sharing.plan`); `lckv.sharing.journey` says which of them a visit to a stage
-runs, `lckv.sharing.execution` runs them.
+The plan is a list of steps (`lckv.sharing.plan`); `lckv.sharing.journey` says which of them a visit to a
+stage runs, `lckv.sharing.execution` runs them.
 """
 
 import re
@@ -79,8 +79,8 @@ class SharedKVBlock(TransformerBlock):
         sharded_offsets: tuple[Any, ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Megatron's, whose keys expect that the layers of a stage follow each other from where Megatron splits
-        equal stages; here they are numbered by their places in `layers`, as in `state_dict`."""
+        """Megatron's, whose keys expect that the layers of a stage follow each other from where Megatron
+        splits equal stages; here they are numbered by their places in `layers`, as in `state_dict`."""
         whole = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         added = get_transformer_layer_offset(self.config, None, self.stage)
         layer = re.compile(rf"^{re.escape(prefix)}layers\.(-?\d+)\.")

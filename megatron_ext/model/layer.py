@@ -40,7 +40,7 @@ class SharedKVLayer(TransformerLayer):
         layer_number: int = 1,
         **options: Any,
     ) -> None:
-        """`layer_number`: place in the stage, from 1. The attribute counts from the bottom of the model, where
+        """`layer_number`: place in the stage, from 1. The attribute counts from the bottom of the model, as
         the configuration's placement says."""
         stage = options["pg_collection"].pp.rank()
         added = get_transformer_layer_offset(config, options.get("vp_stage"), stage)  # by Megatron

@@ -1,9 +1,9 @@
 """Which layers each pipeline stage has. Neither torch nor Megatron is loaded.
 
-A stage has one stretch of layers, or with interleaving several: stretch i belongs to stage i modulo the number
-of stages. `parallel.pipeline_model_parallel_layout` is empty (equally many layers), Megatron's notation, or
-`auto`: the stretches whose most expensive one is cheapest, by the operations of all passes, and of the output
-layer in the last.
+A stage has one stretch of layers, or with interleaving several: stretch i belongs to stage i modulo the
+number of stages. `parallel.pipeline_model_parallel_layout` is empty (equally many layers), Megatron's
+notation, or `auto`: the stretches whose most expensive one is cheapest, by the operations of all passes, and
+of the output layer in the last.
 """
 
 import re
@@ -91,8 +91,8 @@ def place(
 
 
 def read_layout(layout: str, chunks: int, num_layers: int) -> list[int]:
-    """Layers of each stretch, from Megatron's notation: `E` embedding, `t` layer, `L` output layer, `|` between
-    stretches, `x*3` and `(...)*3` repeated; commas are ignored. Raises ConfigError."""
+    """Layers of each stretch, from Megatron's notation: `E` embedding, `t` layer, `L` output layer, `|`
+    between stretches, `x*3` and `(...)*3` repeated; commas are ignored. Raises ConfigError."""
     name = f"parallel.pipeline_model_parallel_layout is {layout!r}"
     parts = _expanded(layout).split("|")
     if re.search(r"[^EtL|]", "".join(parts)):

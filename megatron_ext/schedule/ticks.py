@@ -267,13 +267,15 @@ class _Play:
 
     def _beginnings(self, stage: int) -> Iterator[_Key]:
         """Micro-batches that may enter here."""
-        may_prepare = self._next_prepare < self._micro_batches
-        if may_prepare and self._legs[Work.PREPARE][0].stage == stage:
-            if self._next_prepare - self._next_train < self._bounds.ahead:
-                yield Work.PREPARE, self._next_prepare, 0
-        if self._next_train in self._prepared and self._next_train < self._micro_batches:
-            if self._legs[Work.FORWARD][0].stage == stage and self._in_flight < self._bounds.in_flight:
-                yield Work.FORWARD, self._next_train, 0
+        waiting = self._next_prepare - self._next_train
+        if self._next_prepare < self._micro_batches and waiting < self._bounds.ahead:
+            yield from self._entering(stage, Work.PREPARE, self._next_prepare)
+        if self._next_train in self._prepared and self._in_flight < self._bounds.in_flight:
+            yield from self._entering(stage, Work.FORWARD, self._next_train)
+
+    def _entering(self, stage: int, work: Work, micro_batch: int) -> Iterator[_Key]:
+        if self._legs[work][0].stage == stage:
+            yield work, micro_batch, 0
 
     def _rank(self, key: _Key) -> tuple[int, int, int]:
         work, micro_batch, visit = key

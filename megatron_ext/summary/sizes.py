@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from lckv.cost import ModelShape, TrainingCost, kv_bytes_per_token, training_cost
 from lckv.sharing.layer_types import LayerTypes
-from megatron_ext.model.placement import place
 from megatron_ext.config import RunConfig
+from megatron_ext.model.placement import place
 
 
 @dataclass(frozen=True)

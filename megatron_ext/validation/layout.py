@@ -138,14 +138,14 @@ def pipeline_problems(run: RunConfig) -> Iterator[str]:
         return  # said elsewhere
     if virtual is not None and (virtual < 1 or size < 2):
         yield (
-            f"parallel.virtual_pipeline_model_parallel_size is {virtual} and {name} is {size}; the former must "
-            "be at least 1, the latter at least 2: leave the former out, or raise the latter."
+            f"parallel.virtual_pipeline_model_parallel_size is {virtual} and {name} is {size}; the former "
+            "must be at least 1, the latter at least 2: leave the former out, or raise the latter."
         )
         return
     if parallel.pipeline_model_parallel_layout is not None and size < 2:
         yield (
-            f"parallel.pipeline_model_parallel_layout is {parallel.pipeline_model_parallel_layout!r} and {name} "
-            "is 1; one stage has all layers: leave the former out, or raise the latter."
+            f"parallel.pipeline_model_parallel_layout is {parallel.pipeline_model_parallel_layout!r} and "
+            f"{name} is 1; one stage has all layers: leave the former out, or raise the latter."
         )
         return
     yield from _chunk_problems(run, size * (virtual or 1))
@@ -158,12 +158,15 @@ def _chunk_problems(run: RunConfig, chunks: int) -> Iterator[str]:
     if parallel.virtual_pipeline_model_parallel_size:
         names += " x virtual_pipeline_model_parallel_size"
     if layers < chunks:
-        yield f"model.num_layers is {layers} and {names} is {chunks}; every stage needs a layer: lower the latter."
+        yield (
+            f"model.num_layers is {layers} and {names} is {chunks}; every stage needs a layer: lower the "
+            "latter."
+        )
         return
     if parallel.pipeline_model_parallel_layout is None and layers % chunks:
         yield (
-            f"model.num_layers is {layers} and {names} is {chunks}; the former must be a multiple of the latter, "
-            "since stages have equally many layers: change one of them, or set "
+            f"model.num_layers is {layers} and {names} is {chunks}; the former must be a multiple of the "
+            "latter, since stages have equally many layers: change one of them, or set "
             "parallel.pipeline_model_parallel_layout to auto, or to the layers of each stage."
         )
         return

@@ -46,7 +46,8 @@ class Layout:
             self.recompute,
         ]
         words += [self.backend] * (self.backend != "sdpa") + ["sp"] * self.sequence_parallel
-        words += [f"vpp{self.virtual}"] * (self.virtual is not None) + [self.stages] * (self.stages is not None)
+        words += [f"vpp{self.virtual}"] * (self.virtual is not None)
+        words += [self.stages] * (self.stages is not None)
         words += ["overlap"] * self.overlap + list(self.modules) * (self.recompute == "selective")
         return "-".join([*words, f"mbs{self.micro_batch_size}"])
 
