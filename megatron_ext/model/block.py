@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from lckv.policies.base import KeyValue, Statistics, TokenContext
-from lckv.sharing.execution import State, run_steps
+from lckv.sharing.execution import State
 from lckv.sharing.journey import Cargo, Visit
-from lckv.sharing.plan import Step, crossing_sources
+from lckv.sharing.plan import Step
+from lckv.sharing.visiting import run_visit
 from megatron_ext.model.layer import LayerOutput, SharedKVLayer
 from megatron_ext.model.policy_statistics import PolicyReport, StatisticSums
-from megatron_ext.model.stages import Kept, StageCall, step_names
+from megatron_ext.model.stages import StageCall, StageKept, step_names
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 from megatron_ext.parallel.pipeline_payload import Freight, PipelinePayload
 
@@ -134,57 +135,45 @@ class SharedKVBlock(TransformerBlock):
         """
         call = StageCall(self.visit, self.input_tensor) if call is None else call
         visit, shape = call.visit, (seq_length, micro_batch_size)
-        state, sums = self._entered(call, hidden_states, shape)
-        contexts = self._contexts(context, row_seeds, shape, state.hidden_states.device)
+        arrived, sums = self._arrived(call, hidden_states, shape)
+        contexts = self._contexts(context, row_seeds, shape, arrived.hidden_states.device)
         statistics: dict[int, Statistics] = {}
+        names = dict(zip(visit.steps, step_names(visit.steps), strict=True))
         forked = (
             tensor_parallel.get_cuda_rng_tracker().fork() if self.config.sequence_parallel else nullcontext()
         )
         with forked:
-            layers = _StageLayers(self, contexts, statistics)
-            for step, name in zip(visit.steps, step_names(visit.steps), strict=True):
-                state = self._with_prepared(step, call, state)
-                if step.begins and step.group == visit.keeps:
-                    call.notes.kept = self._kept(step, state, self.statistics.add(sums, statistics))
-                with record_function(name):  # for profilers
-                    state = run_steps((step,), layers, state)
-        if visit.steps[-1].update:
-            sums = self.statistics.add(sums, statistics)
+            left = run_visit(
+                self.plan,
+                visit,
+                _StageLayers(self, contexts, statistics),
+                arrived,
+                None if call.kept is None else call.kept.content,
+                call.prepared,
+                lambda step: record_function(names[step]),  # for profilers
+            )
+        # a pass that only prepares the next one reports nothing
+        sums = self.statistics.add(sums, statistics)
+        call.notes.prepared.update(left.prepared or {})
+        call.notes.kept = None if left.kept is None else StageKept(left.kept, sums)
         seen = {layer: tuple(value.detach() for value in values) for layer, values in statistics.items()}
-        return self._leaving(visit, state, sums), PolicyReport(seen, sums)
+        return self._leaving(visit, left.state, sums), PolicyReport(seen, sums)
 
-    def _entered(
+    def _arrived(
         self, call: StageCall, hidden_states: Tensor | None, shape: tuple[int, int]
     ) -> tuple[State[KeyValue], Tensor | None]:
-        """The state before the first step of a visit, and the sums of statistics of the layers below."""
+        """What a visit begins with, and the sums of statistics of the layers below."""
         if call.visit.receives is None:
             assert hidden_states is not None
             return State(hidden_states, {}), None
         assert call.arrived is not None
         freight = self.payload_in(call.visit).unpack(call.arrived, *shape)
-        if call.visit.takes is not None:  # a further pass over a group that begins here
-            assert call.kept is not None
-            start, available, sums = call.kept
-            return State(start, available, start, previous=freight.previous), sums
-        assert freight.hidden_states is not None
+        hidden_states, sums = freight.hidden_states, freight.sums
+        if call.kept is not None:
+            hidden_states, sums = call.kept.content.start, call.kept.sums
+        assert hidden_states is not None
         between = {"handed": freight.handed, "previous": freight.previous}
-        return State(freight.hidden_states, freight.available, **between), freight.sums
-
-    @staticmethod
-    def _with_prepared(step: Step, call: StageCall, state: State[KeyValue]) -> State[KeyValue]:
-        """The state before `step`, which may begin with what was prepared, or be what is prepared for."""
-        if not (step.begins and step.requires_grad):
-            return state
-        if step.group == call.visit.prepares:
-            call.notes.prepared.update(state.previous or {})
-        if step.group == call.visit.prepared:
-            return state._replace(start=state.hidden_states, previous=call.prepared)
-        return state
-
-    def _kept(self, step: Step, state: State[KeyValue], sums: Tensor | None) -> Kept:
-        """What the next passes over the group of `step` need of what is below it."""
-        sources = crossing_sources(self.plan, step.group.start)
-        return Kept(state.hidden_states, {source: state.available[source] for source in sources}, sums)
+        return State(hidden_states, freight.available, **between), sums
 
     def _leaving(self, visit: Visit, state: State[KeyValue], sums: Tensor | None) -> Tensor:
         """What a visit results in."""

@@ -9,43 +9,37 @@ from torch import Tensor
 from lckv.policies.base import KeyValue
 from lckv.sharing.journey import Visit
 from lckv.sharing.plan import Step
+from lckv.sharing.visiting import Kept
 
 
-class Kept(NamedTuple):
+class StageKept(NamedTuple):
     """What stays on the stage where a group over several stages begins, for its next passes."""
 
-    start: Tensor
-    """The group's input states, [s / shards, b, hidden]."""
-
-    available: dict[int, KeyValue]
-    """Keys and values from below the group, by the layer that computed them."""
+    content: Kept[KeyValue]
 
     sums: Tensor | None
     """float32 [b, columns]: statistics of the layers below the group."""
 
     def tensors(self) -> list[Tensor]:
         """All of them, in a fixed order."""
-        pairs = [tensor for pair in self.available.values() for tensor in pair]
-        return [self.start, *pairs, *([] if self.sums is None else [self.sums])]
+        pairs = [tensor for pair in self.content.available.values() for tensor in pair]
+        return [self.content.start, *pairs, *([] if self.sums is None else [self.sums])]
 
-    def leaves(self) -> "Kept":
+    def leaves(self) -> "StageKept":
         """The same numbers; gradients of whatever is computed from them gather in `grad`."""
 
         def leaf(tensor: Tensor) -> Tensor:
             return tensor.detach().requires_grad_(tensor.requires_grad)
 
-        return Kept(
-            leaf(self.start),
-            {layer: KeyValue(*map(leaf, pair)) for layer, pair in self.available.items()},
-            None if self.sums is None else leaf(self.sums),
-        )
+        available = {layer: KeyValue(*map(leaf, pair)) for layer, pair in self.content.available.items()}
+        return StageKept(Kept(leaf(self.content.start), available), None if self.sums is None else leaf(self.sums))
 
 
 @dataclass(eq=False)
 class StageNotes:
     """What a visit leaves on its stage."""
 
-    kept: Kept | None = None
+    kept: StageKept | None = None
     """For the further passes over the group that `Visit.keeps` names."""
 
     prepared: dict[int, KeyValue] = field(default_factory=dict)
@@ -61,7 +55,7 @@ class StageCall:
     arrived: Tensor | None = None
     """What the visit before sent."""
 
-    kept: Kept | None = None
+    kept: StageKept | None = None
     """What `visit.takes` needs."""
 
     prepared: dict[int, KeyValue] | None = None

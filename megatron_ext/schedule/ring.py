@@ -24,7 +24,7 @@ from lckv.policies.base import KeyValue
 from lckv.sharing.journey import Journey, Visit
 from lckv.sharing.plan import LayerGroup
 from megatron_ext.model.policy_statistics import PolicyReport
-from megatron_ext.model.stages import Kept, StageCall
+from megatron_ext.model.stages import StageCall, StageKept
 from megatron_ext.schedule.ticks import Message, Tick, Ticks, Work
 
 Input = TypeVar("Input")
@@ -106,7 +106,7 @@ class _InFlight(Generic[Input]):
 
     content: Input
     reports: list[PolicyReport] = field(default_factory=list)
-    kept: dict[tuple[Work, LayerGroup], Kept] = field(default_factory=dict)
+    kept: dict[tuple[Work, LayerGroup], StageKept] = field(default_factory=dict)
     prepared: dict[LayerGroup, dict[int, KeyValue]] = field(default_factory=dict)
     done: dict[int, _Done] = field(default_factory=dict)
     """By number of the visit."""

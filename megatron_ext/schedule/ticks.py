@@ -146,6 +146,9 @@ _ORDERS: tuple[tuple[Work | str, ...], ...] = (
 )
 """Rankings of ready work. None is best everywhere; the shortest schedule of all is taken."""
 
+_ROUNDS = 4
+"""Micro-batches per stage with which rankings are compared."""
+
 
 def schedule(
     prepare: Sequence[Leg],
@@ -166,12 +169,16 @@ def schedule(
             raise ValueError(f"{name} is {number}; it must be at least 1.")
     stages = 1 + max(leg.stage for leg in train)
     backward = None if forward_only else backward_cost
-    candidates = (
-        _Play(prepare, train, micro_batches, Bounds(in_flight, ahead), order, backward).ticks()
-        for ahead in ((stages, 2 * stages, 3 * stages) if prepare else (stages,))
-        for order in _ORDERS
-    )
-    best = min(candidates, key=lambda ticks: max(tick.end for tick in ticks))
+    aheads = (stages, 2 * stages, 3 * stages) if prepare else (stages,)
+    ways = [(ahead, order) for ahead in aheads for order in _ORDERS]
+
+    def play(number: int, ahead: int, order: Sequence[Work | str]) -> list[Tick]:
+        return _Play(prepare, train, number, Bounds(in_flight, ahead), order, backward).ticks()
+
+    # which way is shortest shows after a few rounds
+    few = min(micro_batches, _ROUNDS * stages)
+    best_way = min(ways, key=lambda way: max(tick.end for tick in play(few, *way)))
+    best = play(micro_batches, *best_way)
     legs = {Work.PREPARE: prepare, Work.FORWARD: train, Work.BACKWARD: train}
     return Ticks(stages, tuple(best), tuple(_messages(best, legs)))
 
