@@ -38,6 +38,11 @@ class Placement:
     head: float
     """FLOPs per token of the output layer's forward."""
 
+    @property
+    def is_even(self) -> bool:
+        """Whether each stage has one stretch, and all have equally many layers."""
+        return len(self.chunks) == self.stages and len(set(map(len, self.chunks))) == 1
+
     def of_stage(self, stage: int) -> tuple[range, ...]:
         """The stretches of one stage."""
         return self.chunks[stage :: self.stages]

@@ -32,7 +32,9 @@ class StageKept(NamedTuple):
             return tensor.detach().requires_grad_(tensor.requires_grad)
 
         available = {layer: KeyValue(*map(leaf, pair)) for layer, pair in self.content.available.items()}
-        return StageKept(Kept(leaf(self.content.start), available), None if self.sums is None else leaf(self.sums))
+        return StageKept(
+            Kept(leaf(self.content.start), available), None if self.sums is None else leaf(self.sums)
+        )
 
 
 @dataclass(eq=False)
