@@ -1,5 +1,5 @@
-"""The way of a micro-batch through stages gives what an uncut run gives, and each visit knows only what it was
-sent, and what its own stage kept."""
+"""The way of a micro-batch through stages gives what an uncut run gives, and each visit knows only what it
+was sent, and what its own stage kept."""
 
 from itertools import pairwise
 
