@@ -1,4 +1,4 @@
-"""Runs a visit of a micro-batch to a pipeline stage (`lckv.sharing.journey`), whatever the layers are made of."""
+"""Runs a visit of a micro-batch to a pipeline stage (`lckv.sharing.journey`), whatever the layers are."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext

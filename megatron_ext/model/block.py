@@ -130,8 +130,8 @@ class SharedKVBlock(TransformerBlock):
 
         hidden_states: [s / shards, b, hidden] from the embedding where the micro-batch enters the model; else
         the input is in `call`, or what `set_input_tensor` got. `row_seeds` are those of `PolicyInputs`.
-        Returns hidden states, normalised, where the micro-batch leaves the model, and else what the next visit
-        receives; and what the KV policy did in passes that count.
+        Returns hidden states, normalised, where the micro-batch leaves the model, and else what the next
+        visit receives; and what the KV policy did in passes that count.
         """
         call = StageCall(self.visit, self.input_tensor) if call is None else call
         visit, shape = call.visit, (seq_length, micro_batch_size)

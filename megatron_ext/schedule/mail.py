@@ -1,5 +1,5 @@
-"""What a stage sends to others and receives from them, in the order of one list that all stages have, so that no
-two wait for each other. Sends and receives are started early and waited for late."""
+"""What a stage sends to others and receives from them, in the order of one list that all stages have, so that
+no two wait for each other. Sends and receives are started early and waited for late."""
 
 from collections import deque
 from collections.abc import Callable, Sequence

@@ -238,7 +238,7 @@ CASES = [
     (
         {"parallel.pipeline_model_parallel_layout": "auto"},
         1,
-        "parallel.pipeline_model_parallel_layout is 'auto' and parallel.pipeline_model_parallel_size is 1; one",
+        "parallel.pipeline_model_parallel_layout is 'auto' and parallel.pipeline_model_parallel_size is 1;",
     ),
     (
         PP2 | {"parallel.pipeline_model_parallel_layout": "Et*4|x"},
