@@ -146,7 +146,7 @@ _ORDERS: tuple[tuple[Work | str, ...], ...] = (
 )
 """Rankings of ready work. None is best everywhere; the shortest schedule of all is taken."""
 
-_ROUNDS = 4
+_ROUNDS = 8
 """Micro-batches per stage with which rankings are compared."""
 
 
