@@ -84,7 +84,7 @@ def compare(
     window = compression.sliding_window or YOCO_WINDOW
     known = {layout.name.split()[0].lower(): layout for layout in LAYOUTS}
     rows: list[tuple[str, ...]] = [
-        ("map", "KV layers", "KV bytes/token", f"{context:,} tokens", "step cost", "pipeline", "when")
+        ("map", "KV layers", "KV bytes/token", f"{context:,} tokens", "step cost", "when")
     ]
     legend = []
     for number, entry in enumerate(maps or known, 1):
@@ -101,7 +101,7 @@ def compare(
     yield (
         f"Sliding layers see {window:,} tokens, cyclic groups run {compression.forward_passes} + "
         f"{compression.backward_passes} passes. "
-        "step cost: relative to a plain model; pipeline: whether it runs in stages."
+        "step cost: relative to a plain model."
     )
     yield from legend
 
@@ -113,5 +113,4 @@ def _compared(shape: ModelShape, compression: CompressionConfig, context: int) -
         f"{kv_bytes_per_token(shape, layer_types):,}",
         gib(cache_bytes(shape, layer_types, window=compression.sliding_window, tokens=context)),
         f"{training_cost(shape, compression).ratio:.2f}x",
-        "no" if layer_types.any_cyclic else "yes",
     )

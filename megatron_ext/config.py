@@ -147,6 +147,20 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     """Ranks that split the layers. Keys and values shared across stages travel with the hidden states."""
 
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Stretches of layers per pipeline rank (interleaving): the ranks wait less, and send more often."""
+
+    pipeline_model_parallel_layout: str | None = None
+    """Layers of each stage, in Megatron's notation: Et*3|(t*4|)*2,t*3L has four stages, the first and the
+    last with three layers. auto: stages that cost the same, counting all passes and the output layer.
+    Default: equally many layers."""
+
+    pipeline_in_flight: int | None = None
+    """Micro-batches that may be between forward and backward at once, where they come to a stage several
+    times: with layers on several stages that are iterated together, or with interleaving. More of them
+    shorten the step and take more memory. Default: the number of stages; twice that where no pass is
+    without gradient."""
+
     sequence_parallel: bool = False
     """Split activations between tensor-parallel regions along the sequence too."""
 

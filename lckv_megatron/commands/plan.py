@@ -39,15 +39,25 @@ def describe(plan: Plan) -> Iterator[str]:
     yield from _length(plan)
     yield from epoch_lines(plan.run, plan.tokens)
     yield from layout_lines(sizes)
-    stages = plan.run.parallel.pipeline_model_parallel_size
-    if stages > 1:
-        idle = (stages - 1) / (sizes.micro_batches + stages - 1)
-        yield f"pipeline idle time    {100 * idle:.1f} % of a step: (PP - 1) / (micro-batches + PP - 1)"
+    yield from _idle(plan)
     yield checkpoint_line(plan)
     yield ""
     yield from stage_lines(plan)
     yield ""
     yield from verdict_lines(plan)
+
+
+def _idle(plan: Plan) -> Iterator[str]:
+    """How long pipeline stages wait."""
+    stages, micro_batches = plan.run.parallel.pipeline_model_parallel_size, plan.sizes.micro_batches
+    if plan.ticks is not None:
+        yield (
+            f"pipeline idle time    {100 * plan.ticks.bubble:.1f} % of a step, by the list of its work "
+            f"(docs/pipelines.md): at most {plan.ticks.in_flight} micro-batches are in flight"
+        )
+    elif stages > 1:
+        idle = (stages - 1) / (micro_batches + stages - 1)
+        yield f"pipeline idle time    {100 * idle:.1f} % of a step: (PP - 1) / (micro-batches + PP - 1)"
 
 
 def _full_context(plan: Plan) -> str:

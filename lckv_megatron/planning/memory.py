@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from lckv.sharing.plan import crossing_sources
+from lckv.sharing.journey import Cargo
 from lckv_megatron.planning.plan import Plan
 from lckv_megatron.tables import gib, table
 from megatron_ext.config import TrainConfig
@@ -73,10 +73,14 @@ def rank_memory(plan: Plan, number: int) -> RankMemory:
     model, compression, parallel, train = run.model, run.compression, run.parallel, run.train
     stage = stages[number]
     state = _state_of(plan, stage)
-    recomputed = recomputed_of_stage(train, stage.layers)
-    kept = kept_for_backward(compression, model.num_layers, stage.layers, recomputed)
-    in_flight = min(len(stages) - number, sizes.micro_batches)
-    activations = in_flight * kept_bytes(kept, model, compression, parallel, train, fused=True)
+    of_micro_batch = 0
+    for layers in stage.chunks:
+        recomputed = recomputed_of_stage(train, layers)
+        kept = kept_for_backward(compression, model.num_layers, layers, recomputed)
+        of_micro_batch += kept_bytes(kept, model, compression, parallel, train, fused=True)
+    ticks = plan.ticks
+    in_flight = min(len(stages) - number, sizes.micro_batches) if ticks is None else ticks.in_flight
+    activations = in_flight * of_micro_batch + _prepared_bytes(plan, number)
     working = layer_bytes(model, compression, parallel, train, fused=True)
     if number == len(stages) - 1:
         of_loss, while_computed = loss_bytes(
@@ -111,11 +115,11 @@ def _per_rank(plan: Plan) -> Iterator[tuple[str, ...]]:
         state = _state_of(plan, stage)
         yield (
             str(number),
-            f"{stage.layers.start}-{stage.layers.stop - 1}",
+            " ".join(f"{layers.start}-{layers.stop - 1}" for layers in stage.chunks),
             f"{stage.per_rank:,}",
             *map(gib, (state.weights, state.gradients, state.optimizer)),
             gib(rank_memory(plan, number).activations),
-            _sent(plan, stage.layers.stop),
+            _sent(plan, number),
         )
 
 
@@ -152,25 +156,47 @@ def recompute_settings(train: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
     yield from settings.items()
 
 
-def _sent(plan: Plan, boundary: int) -> str:
-    """What each rank below layer `boundary` sends to the next stage."""
-    model, parallel, train = plan.run.model, plan.run.parallel, plan.run.train
-    if boundary == model.num_layers:
+def _sent(plan: Plan, stage: int) -> str:
+    """What each rank of a stage sends forward with a micro-batch."""
+    way = plan.placement.journey(plan.run.compression)
+    visits = [visit for visit in (*way.prepare, *way.train) if visit.stage == stage and visit.sends]
+    if not visits:
         return "-"
+    sizes = [_payload_bytes(plan, visit.sends, visit.steps[-1].stop) for visit in visits if visit.sends]
+    if len(visits) > 1:
+        return f"{gib(sum(sizes))} in {len(visits)} parts"
+    crossing = ", ".join(map(str, visits[0].sends.available)) if visits[0].sends else ""
+    return f"{gib(sizes[0])}: hidden states" + (f", KV of {crossing}" if crossing else "")
+
+
+def _prepared_bytes(plan: Plan, stage: int) -> int:
+    """Keys and values that wait on a stage for the first pass with gradient."""
+    way, ticks = plan.placement.journey(plan.run.compression), plan.ticks
+    cargoes = [
+        Cargo(hidden=False, previous=visit.receives.previous, counts=False)
+        for visit in way.prepare
+        if visit.stage == stage and visit.prepares and visit.receives
+    ]
+    if ticks is None:
+        return 0
+    return ticks.ahead * sum(_payload_bytes(plan, cargo, 0) for cargo in cargoes)
+
+
+def _payload_bytes(plan: Plan, cargo: Cargo, boundary: int) -> int:
+    """What each rank below layer `boundary` sends with `cargo`."""
     from megatron_ext.parallel.pipeline_payload import PipelinePayload  # loads torch: only pipelines wait
 
+    model, parallel, train = plan.run.model, plan.run.parallel, plan.run.train
     ranks, policy = parallel.tensor_model_parallel_size, plan.run.compression.policy.build()
-    owners_below = any(layer < boundary for layer in plan.layer_types.kv_layers)
+    reports = cargo.counts and any(layer < boundary for layer in plan.layer_types.kv_layers)
     payload = PipelinePayload(
-        sources=crossing_sources(plan.run.compression.plan(model.num_layers), boundary),
+        cargo=cargo,
         hidden_size=model.hidden_size,
         sequence_shards=ranks if parallel.sequence_parallel else 1,
         kv_heads=max(1, model.query_groups // ranks),
         head_dim=model.head_dim,
         extra_channels=policy.traits.extra_channels,
-        sum_columns=len(policy.statistics) * (ranks if policy.per_rank else 1) * owners_below,
+        sum_columns=len(policy.statistics) * (ranks if policy.per_rank else 1) * reports,
     )
     numbers = math.prod(payload.shape(train.seq_length, train.micro_batch_size))
-    sent = gib(numbers * precision(train.precision).bytes)
-    crossing = ", ".join(map(str, payload.sources))
-    return f"{sent}: hidden states" + (f", KV of {crossing}" if crossing else "")
+    return numbers * precision(train.precision).bytes

@@ -13,6 +13,8 @@ from megatron_ext.model.parameters import (
     stage_parameters,
     total_parameters,
 )
+from megatron_ext.model.placement import Placement, place
+from megatron_ext.schedule.ticks import Ticks, ticks_of
 from megatron_ext.summary.sizes import RunSizes
 
 
@@ -62,10 +64,34 @@ class Plan:
         return RunSizes(self.run, self.shape, self.world_size, parameters)
 
     @property
+    def placement(self) -> Placement:
+        """The layers of the pipeline stages."""
+        return place(
+            self.run.model,
+            self.run.compression,
+            self.run.parallel,
+            vocab_size=self.vocab_size,
+            seq_length=self.run.train.seq_length,
+        )
+
+    @property
+    def ticks(self) -> Ticks | None:
+        """The schedule of a step, where micro-batches come to a stage several times."""
+        way = self.placement.journey(self.run.compression)
+        in_flight = self.run.parallel.pipeline_in_flight
+        if not way.circulates:
+            return None
+        return ticks_of(self.placement, way, self.sizes.micro_batches, in_flight)
+
+    @property
     def stages(self) -> tuple[StageParameters, ...]:
         """Parameters of the pipeline stages."""
         return stage_parameters(
-            self.run.model, self.layer_types, self.run.parallel, vocab_size=self.vocab_size
+            self.run.model,
+            self.layer_types,
+            self.run.parallel,
+            self.placement,
+            vocab_size=self.vocab_size,
         )
 
     @property

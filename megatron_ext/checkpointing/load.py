@@ -103,11 +103,12 @@ def load_checkpoint(
         run = ranks.on_first(
             "read the run's settings", lambda: _read_run(checkpoint, expected_model, setting_of)
         )
-        same_layout = manifest.layout == current_layout()
+        here = current_layout(model)
+        same_layout = manifest.layout == here
 
         sharding = sharding_of(ranks, checkpoint)
         if sharding == "dp_reshardable" and not weights_only:
-            _check_buckets(checkpoint, manifest.layout, current_layout())
+            _check_buckets(checkpoint, manifest.layout, here)
         state = ranks.everywhere(
             "prepare loading",
             lambda: sharded_state(
@@ -125,7 +126,7 @@ def load_checkpoint(
             if not weights_only:
                 if scheduler is not None and run.scheduler is not None:
                     _load_scheduler(scheduler, run.scheduler)
-                _load_rng(checkpoint, manifest, same_layout, ranks.rank, seed)
+                _load_rng(checkpoint, manifest, here, ranks.rank, seed)
 
         ranks.everywhere("apply what was read", apply)
     if ranks.rank == 0:
@@ -181,7 +182,7 @@ def _read_run(checkpoint: Path, expected_model: Mapping[str, Any], setting_of: C
 
 
 def _check_buckets(checkpoint: Path, saved: Layout, here: Layout) -> None:
-    if (saved.tensor, saved.pipeline, saved.data) != (here.tensor, here.pipeline, here.data):
+    if any(getattr(saved, axis) != getattr(here, axis) for axis in ("tensor", "pipeline", "data", "stages")):
         raise MismatchError(
             f"checkpoint.load: {checkpoint} was saved by {saved} with checkpoint.optimizer_sharding "
             f"dp_reshardable, which can be loaded by the same layout only; this run has {here}. Use that "
@@ -224,8 +225,8 @@ def _load_scheduler(scheduler: OptimizerParamScheduler, state: dict[str, Any]) -
         ) from error
 
 
-def _load_rng(checkpoint: Path, manifest: Manifest, same_layout: bool, rank: int, seed: int) -> None:
-    if same_layout:
+def _load_rng(checkpoint: Path, manifest: Manifest, here: Layout, rank: int, seed: int) -> None:
+    if manifest.layout == here:
         path = checkpoint / rng_file(rank)
         if rng_file(rank) not in manifest.files:
             raise DamagedCheckpointError(
@@ -240,11 +241,11 @@ def _load_rng(checkpoint: Path, manifest: Manifest, same_layout: bool, rank: int
         return
     reseed(seed, manifest.iteration)
     if rank == 0:
-        logger.warning(_explain_reseeding(manifest.layout))
+        logger.warning(_explain_reseeding(manifest.layout, here))
 
 
-def _explain_reseeding(saved: Layout) -> str:
+def _explain_reseeding(saved: Layout, here: Layout) -> str:
     return (
-        f"the checkpoint was saved by {saved}, this run has {current_layout()}: random states are seeded "
+        f"the checkpoint was saved by {saved}, this run has {here}: random states are seeded "
         "anew, and the run goes on within rounding instead of bit for bit"
     )

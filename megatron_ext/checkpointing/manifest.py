@@ -39,9 +39,12 @@ class Layout:
     pipeline: int
     context: int
     data: int
+    stages: str = ""
+    """Layers of each pipeline stage, where they are not equally many in one stretch, as in 0-2 | 3-7."""
 
     def __str__(self) -> str:
-        sizes = f"TP {self.tensor}, PP {self.pipeline}, CP {self.context}, DP {self.data}"
+        layers = f" with layers {self.stages}" if self.stages else ""
+        sizes = f"TP {self.tensor}, PP {self.pipeline}{layers}, CP {self.context}, DP {self.data}"
         return f"{self.world_size} {self.device} rank(s) ({sizes})"
 
 
@@ -109,10 +112,10 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
 
 def _check_values(manifest: Manifest) -> None:
-    device, *sizes = dataclasses.astuple(manifest.layout)
+    device, *sizes, stages = dataclasses.astuple(manifest.layout)
     numbers = [manifest.iteration, manifest.sequence, *sizes]
     numbers += [entry.bytes for entry in manifest.files.values()]
-    texts = [device, *(entry.sha256 for entry in manifest.files.values())]
+    texts = [device, stages, *(entry.sha256 for entry in manifest.files.values())]
     if not all(type(number) is int and 0 <= number < 2**62 for number in numbers):
         raise DamagedCheckpointError(f"{MANIFEST_NAME} is damaged: a number in it is none, or out of range")
     if not all(isinstance(text, str) for text in texts):

@@ -26,6 +26,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import get_model_config
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_ext.atomic import sync_file, write_file
@@ -82,6 +83,7 @@ class OpenSave:
     shards: Shards
     files: Mapping[str, bytes]
     """Contents of this rank's other files, by name."""
+    layout: Layout
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def open_save(
         ranks.everywhere("find the temporary folder", lambda: _check_visible(staging, ranks.rank))
         files = ranks.everywhere("collect the run's settings", lambda: _files(state, common, ranks.rank))
         shards = plan_writing(ranks, staging, sharded)
-    return OpenSave(iteration, staging, sequence, needed_bytes, shards, files)
+    return OpenSave(iteration, staging, sequence, needed_bytes, shards, files, current_layout(state.model))
 
 
 def stage(ranks: Agreement, save: OpenSave, copies: Copies) -> Copies:
@@ -153,7 +155,7 @@ def publish(
             files = _hash_files(staging, None)
             for part in parts:
                 files |= part.files
-            return Manifest(save.iteration, save.sequence, current_layout(), dict(sorted(files.items())))
+            return Manifest(save.iteration, save.sequence, save.layout, dict(sorted(files.items())))
 
         manifest = ranks.on_first("write the table of contents", complete)
         ranks.on_first("write the manifest", lambda: write_manifest(staging, manifest))
@@ -179,8 +181,8 @@ def _whole_or_removed(ranks: Agreement, staging: Path, iteration: int, needed_by
         raise
 
 
-def current_layout() -> Layout:
-    """The parallel layout of this process."""
+def current_layout(model: Sequence[torch.nn.Module]) -> Layout:
+    """The parallel layout of this process, with its part of a model."""
     return Layout(
         device="cuda" if torch.cuda.is_available() else "cpu",
         world_size=torch.distributed.get_world_size(),
@@ -188,7 +190,17 @@ def current_layout() -> Layout:
         pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
         context=parallel_state.get_context_parallel_world_size(),
         data=parallel_state.get_data_parallel_world_size(),
+        stages=_layers_of_stages(model),
     )
+
+
+def _layers_of_stages(model: Sequence[torch.nn.Module]) -> str:
+    """As `Layout.stages`; Megatron's own models have equal stages."""
+    placement = getattr(get_model_config(model[0]), "placement", None)
+    if placement is None or placement.is_even:
+        return ""
+    stages = [placement.of_stage(stage) for stage in range(placement.stages)]
+    return " | ".join(" ".join(f"{layers.start}-{layers.stop - 1}" for layers in chunks) for chunks in stages)
 
 
 def rng_file(rank: int) -> str:

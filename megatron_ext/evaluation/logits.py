@@ -1,6 +1,7 @@
 """Logits of given tokens, from a model on any layout."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
@@ -9,7 +10,32 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from torch import Tensor
 
 from megatron_ext.model.gpt import SharedKVGPTModel
+from megatron_ext.model.policy_statistics import PolicyReport
+from megatron_ext.model.stages import StageCall
 from megatron_ext.schedule.micro_batches import stage_shapes
+from megatron_ext.schedule.ring import Finished, run_ring
+from megatron_ext.schedule.ticks import ticks_of
+
+
+@dataclass(frozen=True)
+class _Logits:
+    """What a stage does with tokens [b, s]."""
+
+    stage: SharedKVGPTModel
+
+    def forward(self, tokens: Tensor, call: StageCall | None = None) -> tuple[Tensor, PolicyReport]:
+        """See `Passage`; without `call` the stage is visited once."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        output, report = self.stage(tokens, positions, call=call)
+        return output, report
+
+    def finish(self, tokens: Tensor, output: Tensor, _report: PolicyReport) -> Finished:
+        """See `Passage`."""
+        return Finished(output, torch.zeros([], dtype=torch.int, device=tokens.device), output)
+
+
+def _ignored(_report: PolicyReport) -> None:
+    pass
 
 
 @torch.no_grad()
@@ -21,9 +47,15 @@ def compute_logits(stage: SharedKVGPTModel, tokens: Tensor) -> Tensor | None:
     """
     rows, length = tokens.shape
 
-    def forward_step(_iterator: object, model: SharedKVGPTModel) -> tuple[Tensor, Callable[..., Tensor]]:
-        positions = torch.arange(length, device=tokens.device).expand_as(tokens)
-        output, _ = model(tokens, positions)
+    passage = _Logits(stage)
+    if stage.decoder.journey.circulates:
+        ticks = ticks_of(stage.config.placed, stage.decoder.journey, 1, 1, forward_only=True)
+        shape = (length, rows)
+        outputs = run_ring(stage, iter([tokens]), passage, _ignored, ticks, shape, forward_only=True)
+        return _whole(stage, outputs)
+
+    def forward_step(_iterator: object, _model: SharedKVGPTModel) -> tuple[Tensor, Callable[..., Tensor]]:
+        output, _ = passage.forward(tokens)
         return output, lambda logits, non_loss_data: logits
 
     options = {}
@@ -40,6 +72,11 @@ def compute_logits(stage: SharedKVGPTModel, tokens: Tensor) -> Tensor | None:
         collect_non_loss_data=True,
         **options,
     )
+    return _whole(stage, outputs)
+
+
+def _whole(stage: SharedKVGPTModel, outputs: list[Tensor]) -> Tensor | None:
+    """The ranks' parts of the logits put together; None before the last stage."""
     if not outputs:
         return None
     return gather_from_tensor_model_parallel_region(outputs[0])[..., : stage.vocab_size].float()

@@ -1,32 +1,36 @@
-"""The stack of layers of one pipeline stage, run by its piece of the plan of the sharing map.
+"""The stack of layers of one pipeline stage, run by its pieces of the plan of the sharing map.
 
-The plan is a list of steps (`lckv.sharing.plan`); `lckv.sharing.execution` runs it.
+The plan is a list of steps (`lckv.sharing.plan`); `lckv.sharing.journey` says which of them a visit to a
+stage runs, `lckv.sharing.execution` runs them.
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+import re
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 from torch.profiler import record_function
 
 from lckv.policies.base import KeyValue, Statistics, TokenContext
-from lckv.sharing.execution import State, run_steps
-from lckv.sharing.plan import Step, crossing_sources, cut
-from megatron_ext.errors import ConfigError
+from lckv.sharing.execution import State
+from lckv.sharing.journey import Cargo, Visit
+from lckv.sharing.plan import Step
+from lckv.sharing.visiting import run_visit
 from megatron_ext.model.fp8 import Fp8Passes, checkpoint
 from megatron_ext.model.layer import LayerOutput, SharedKVLayer
 from megatron_ext.model.policy_statistics import PolicyReport, StatisticSums
+from megatron_ext.model.stages import StageCall, StageKept, step_names
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
-from megatron_ext.parallel.pipeline_payload import PipelinePayload
+from megatron_ext.parallel.pipeline_payload import Freight, PipelinePayload
 
-KeyValues = dict[int, KeyValue]
-"""Keys and values by the layer that computed them."""
+_NO_CARGO = Cargo(hidden=True, counts=False)
 
 Contexts = dict[int, TokenContext]
 """What the KV policy knows of the tokens, by layer."""
@@ -52,43 +56,68 @@ class SharedKVBlock(TransformerBlock):
             pg_collection=pg_collection,
         )
         self.layer_types = config.layer_types
-        self.first_layer = self.layers[0].layer_number - 1
-        self.end_layer = self.first_layer + len(self.layers)
+        self.places = {layer.layer_number - 1: place for place, layer in enumerate(self.layers)}
         self.plan = config.compression.plan(len(self.layer_types))
-        self.steps = self._steps_of_stage()
-        self.step_names = _names(self.steps)
-        self.fp8 = Fp8Passes(config, list(self.layers), self.first_layer)
+        self.stage = self.pg_collection.pp.rank()
+        self.journey = config.placed.journey(config.compression)
+        self.fp8 = Fp8Passes(config, dict(zip(self.places, self.layers, strict=True)))
         self.statistics = StatisticSums(config, config.compression.policy.build(), self.pg_collection.tp)
-        self.payload_in = self._payload(self.first_layer)
-        self.payload_out = self._payload(self.end_layer)
         everything = len(self.layers) if recompute_num_layers is None else recompute_num_layers
         self.recomputed_layers = everything if config.recompute_granularity == "full" else 0
 
-    def _steps_of_stage(self) -> tuple[Step, ...]:
-        steps = cut(self.plan, range(self.first_layer, self.end_layer))
-        for step in steps:
-            if step.group.iterated and not (step.begins and step.ends):
-                raise ConfigError(
-                    f"compression.layer_types {self.layer_types} iterates layers {step.group.start} to "
-                    f"{step.group.stop - 1} together, but parallel.pipeline_model_parallel_size "
-                    f"{self.config.pipeline_model_parallel_size} splits them over stages."
-                )
-        return steps
+    @property
+    def visit(self) -> Visit:
+        """What this stage does with a micro-batch that comes to it once."""
+        (visit,) = (visit for visit in self.journey.train if visit.stage == self.stage)
+        return visit
 
-    def _payload(self, boundary: int) -> PipelinePayload:
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The steps of the plan that this stage runs with a micro-batch that comes once."""
+        return self.visit.steps
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Megatron's, whose keys expect that the layers of a stage follow each other from where Megatron
+        splits equal stages; here they are numbered by their places in `layers`, as in `state_dict`."""
+        whole = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        added = get_transformer_layer_offset(self.config, None, self.stage)
+        layer = re.compile(rf"^{re.escape(prefix)}layers\.(-?\d+)\.")
+
+        def renamed(key: str) -> str:
+            match = layer.match(key)
+            if match is None:
+                return key
+            return f"{prefix}layers.{self.places[int(match[1]) + added]}.{key[match.end() :]}"
+
+        return {renamed(key): value for key, value in whole.items()}
+
+    def payload_in(self, visit: Visit) -> PipelinePayload:
+        """The tensor that `visit` gets; of the first one, which gets none, that with hidden states alone."""
+        below = visit.steps[0].start if visit.steps else 0
+        return self._payload(visit.receives or _NO_CARGO, below)
+
+    def payload_out(self, visit: Visit) -> PipelinePayload:
+        """The tensor that `visit` sends; of the last one, which sends none, that with hidden states alone."""
+        return self._payload(visit.sends or _NO_CARGO, visit.steps[-1].stop)
+
+    def _payload(self, cargo: Cargo, boundary: int) -> PipelinePayload:
+        """`cargo` from below layer `boundary`."""
         ranks = self.pg_collection.tp.size()
+        reports = cargo.counts and any(layer < boundary for layer in self.layer_types.kv_layers)
         return PipelinePayload(
-            sources=crossing_sources(self.plan, boundary),
+            cargo=cargo,
             hidden_size=self.config.hidden_size,
             sequence_shards=ranks if self.config.sequence_parallel else 1,
             kv_heads=max(1, self.config.num_query_groups // ranks),
             head_dim=self.config.kv_channels,
             extra_channels=self.config.compression.policy.traits.extra_channels,
-            sum_columns=self.statistics.columns if self._statistics_below(boundary) else 0,
+            sum_columns=self.statistics.columns if reports else 0,
         )
-
-    def _statistics_below(self, boundary: int) -> bool:
-        return any(layer < boundary for layer in self.layer_types.kv_layers)
 
     def forward(
         self,
@@ -97,45 +126,79 @@ class SharedKVBlock(TransformerBlock):
         row_seeds: tuple[int, ...],
         seq_length: int,
         micro_batch_size: int,
+        call: StageCall | None = None,
     ) -> tuple[Tensor, PolicyReport]:
-        """Run the stage's layers.
+        """Run the stage's layers, or what the visit of `call` runs of them.
 
-        hidden_states: [s / shards, b, hidden] from the embedding; on a later stage None, the input is what
-        `set_input_tensor` got. `row_seeds` are those of `PolicyInputs`. Returns normalised hidden states on
-        the last stage and the next stage's input on others, and what the KV policy did in the last pass.
+        hidden_states: [s / shards, b, hidden] from the embedding where the micro-batch enters the model; else
+        the input is in `call`, or what `set_input_tensor` got. `row_seeds` are those of `PolicyInputs`.
+        Returns hidden states, normalised, where the micro-batch leaves the model, and else what the next
+        visit receives; and what the KV policy did in passes that count.
         """
-        available: KeyValues = {}
-        sums = None
-        if not self.pre_process:
-            hidden_states, available, sums = self.payload_in.unpack(
-                self.input_tensor, seq_length, micro_batch_size
-            )
-        assert hidden_states is not None
-        contexts = self._contexts(context, row_seeds, (seq_length, micro_batch_size), hidden_states.device)
+        call = StageCall(self.visit, self.input_tensor) if call is None else call
+        visit, shape = call.visit, (seq_length, micro_batch_size)
+        arrived, sums = self._arrived(call, hidden_states, shape)
+        contexts = self._contexts(context, row_seeds, shape, arrived.hidden_states.device)
         statistics: dict[int, Statistics] = {}
+        names = dict(zip(visit.steps, step_names(visit.steps), strict=True))
         forked = (
             tensor_parallel.get_cuda_rng_tracker().fork() if self.config.sequence_parallel else nullcontext()
         )
+
+        def around(step: Step) -> ExitStack:
+            stack = ExitStack()
+            stack.enter_context(record_function(names[step]))  # for profilers
+            stack.enter_context(self.fp8.around(step))
+            return stack
+
         with forked, self.fp8.whole():
-            layers = _StageLayers(self, contexts, statistics)
-            state = State(hidden_states, available)
-            for step, name in zip(self.steps, self.step_names, strict=True):
-                with record_function(name), self.fp8.around(step):  # names are for profilers
-                    state = run_steps((step,), layers, state)
-        hidden_states = state.hidden_states
+            left = run_visit(
+                self.plan,
+                visit,
+                _StageLayers(self, contexts, statistics),
+                arrived,
+                None if call.kept is None else call.kept.content,
+                call.prepared,
+                around,
+            )
+        # a pass that only prepares the next one reports nothing
         sums = self.statistics.add(sums, statistics)
-        if self.final_layernorm is not None:
-            hidden_states = self.final_layernorm(hidden_states)
-        if not self.post_process:
-            hidden_states = self.payload_out.pack(hidden_states, state.available, sums)
+        call.notes.prepared.update(left.prepared or {})
+        call.notes.kept = None if left.kept is None else StageKept(left.kept, sums)
         seen = {layer: tuple(value.detach() for value in values) for layer, values in statistics.items()}
-        return hidden_states, PolicyReport(seen, sums)
+        return self._leaving(visit, left.state, sums), PolicyReport(seen, sums)
+
+    def _arrived(
+        self, call: StageCall, hidden_states: Tensor | None, shape: tuple[int, int]
+    ) -> tuple[State[KeyValue], Tensor | None]:
+        """What a visit begins with, and the sums of statistics of the layers below."""
+        if call.visit.receives is None:
+            assert hidden_states is not None
+            return State(hidden_states, {}), None
+        assert call.arrived is not None
+        freight = self.payload_in(call.visit).unpack(call.arrived, *shape)
+        hidden_states, sums = freight.hidden_states, freight.sums
+        if call.kept is not None:
+            hidden_states, sums = call.kept.content.start, call.kept.sums
+        assert hidden_states is not None
+        between = {"handed": freight.handed, "previous": freight.previous}
+        return State(hidden_states, freight.available, **between), sums
+
+    def _leaving(self, visit: Visit, state: State[KeyValue], sums: Tensor | None) -> Tensor:
+        """What a visit results in."""
+        if visit.sends is not None:
+            handed, previous = state.handed or {}, state.previous or {}
+            freight = Freight(state.hidden_states, state.available, handed, previous, sums)
+            return self.payload_out(visit).pack(freight)
+        return (
+            state.hidden_states if self.final_layernorm is None else self.final_layernorm(state.hidden_states)
+        )
 
     def _contexts(
         self, context: TokenContext, row_seeds: tuple[int, ...], shape: tuple[int, int], device: torch.device
     ) -> Contexts:
         """The context of each layer: noise is drawn once, for all passes and recomputation."""
-        contexts = dict.fromkeys(range(self.first_layer, self.end_layer), context)
+        contexts = dict.fromkeys(self.places, context)
         for index in self.layer_types.kv_layers:
             if index in contexts:
                 noise = self.statistics.noise(shape, row_seeds, index, device)
@@ -144,20 +207,22 @@ class SharedKVBlock(TransformerBlock):
 
     def layer(self, index: int) -> SharedKVLayer:
         """The layer that is number `index` of the whole model."""
-        return self.layers[index - self.first_layer]
+        return self.layers[self.places[index]]
 
     def zeros(self, hidden_states: Tensor) -> KeyValue:
         """Keys and values before the first pass."""
-        tokens, batch = hidden_states.shape[0] * self.payload_in.sequence_shards, hidden_states.shape[1]
+        payload = self._payload(_NO_CARGO, 0)
+        tokens, batch = hidden_states.shape[0] * payload.sequence_shards, hidden_states.shape[1]
         return KeyValue(
-            *(hidden_states.new_zeros(shape) for shape in self.payload_in.key_value_shapes(tokens, batch))
+            *(hidden_states.new_zeros(shape) for shape in payload.key_value_shapes(tokens, batch))
         )
 
     def call(
         self, layer: SharedKVLayer, hidden_states: Tensor, source: KeyValue | None, context: TokenContext
     ) -> LayerOutput:
         """The layer, recomputed in backward where the configuration asks for it."""
-        if layer.layer_number - 1 - self.first_layer >= self.recomputed_layers or not torch.is_grad_enabled():
+        place = self.places[layer.layer_number - 1]
+        if place >= self.recomputed_layers or not torch.is_grad_enabled():
             return layer(hidden_states, source, context)
 
         def flat(states: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -169,16 +234,6 @@ class SharedKVBlock(TransformerBlock):
         )
         own = None if outputs[1] is None else KeyValue(*outputs[1:3])
         return LayerOutput(outputs[0], own, tuple(outputs[3:]))
-
-
-def _names(steps: Sequence[Step]) -> list[str]:
-    """Of each step, such as "group 1 pass 0 without gradient": the groups of the stage count from 0."""
-    groups = list(dict.fromkeys(step.group for step in steps))
-    return [
-        f"group {groups.index(step.group)} pass {step.number}"
-        + ("" if step.requires_grad else " without gradient")
-        for step in steps
-    ]
 
 
 class _StageLayers:

@@ -10,8 +10,6 @@ from megatron.core.distributed import (
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from lckv.config import CompressionConfig
 from lckv.losses import backends as losses
@@ -51,10 +49,9 @@ def build_stage(
 ) -> SharedKVGPTModel:
     """This rank's pipeline stage with initial weights, on this rank's device,
     in float32 or bfloat16. Needs process groups."""
-    config = transformer_config(model, compression, parallel, train)
+    config = transformer_config(model, compression, parallel, train, vocab_size=vocab_size)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    first = get_transformer_layer_offset(config, None, groups.pp.rank())
-    layers = range(first, first + get_num_layers_to_build(config, None, groups.pp.rank()))
+    layers = config.placed.layers_of(groups.pp.rank())
     implementation = choose_implementation(model.transformer_impl, train.precision)
     stage = SharedKVGPTModel(
         config,

@@ -13,7 +13,7 @@ gradient, which several passes and micro-batches add up (`disable_parameter_tran
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -30,16 +30,14 @@ from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 class Fp8Passes:
     """FP8 in the passes over the layers of one pipeline stage. Without FP8 it does nothing."""
 
-    def __init__(
-        self, config: SharedKVTransformerConfig, layers: Sequence[torch.nn.Module], first_layer: int
-    ) -> None:
-        """`layers`: those of the stage, of which the first is number `first_layer` of the model."""
+    def __init__(self, config: SharedKVTransformerConfig, layers: Mapping[int, torch.nn.Module]) -> None:
+        """`layers`: those of the stage, by their numbers in the model."""
         self._config = config
         self._no_gradient = copy.copy(config)
         self._no_gradient.fp8 = config.fp8_no_gradient
         self._told: dict[int, list[Any]] = {
-            first_layer + place: [module for module in layer.modules() if _can_be_told(module)]
-            for place, layer in enumerate(layers)
+            number: [module for module in layer.modules() if _can_be_told(module)]
+            for number, layer in layers.items()
         }
 
     def whole(self) -> AbstractContextManager[Any]:

@@ -23,6 +23,7 @@ from lckv.rope import rotate, rotation
 from megatron_ext.model.block import SharedKVBlock
 from megatron_ext.model.linear import OutputLinear
 from megatron_ext.model.policy_statistics import PolicyInputs, PolicyReport
+from megatron_ext.model.stages import StageCall
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 
 _NOTHING = PolicyInputs()
@@ -92,17 +93,18 @@ class SharedKVGPTModel(LanguageModule):
         labels: Tensor | None = None,
         documents: Documents | None = None,
         policy: PolicyInputs = _NOTHING,
+        call: StageCall | None = None,
     ) -> tuple[Tensor, PolicyReport]:
-        """tokens, position_ids and labels are int64 [b, s].
+        """tokens, position_ids and labels are int64 [b, s]. `call`: one visit of several to this stage.
 
         Returns, with what the KV policy did: on the last stage the loss of each token, float32 [b, s] in
         nats, or without labels this rank's part of the logits [b, s, padded vocabulary / TP]; on other stages
         what the next stage receives.
         """
         micro_batch_size, seq_length = tokens.shape
-        hidden_states = (
-            self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
-        )
+        visit = self.decoder.visit if call is None else call.visit
+        enters, leaves = visit.receives is None, visit.sends is None
+        hidden_states = self.embedding(input_ids=tokens, position_ids=position_ids) if enters else None
         angles = rotation(self._rows(position_ids), self.frequencies)
         context = TokenContext(
             partial(rotate, angles=angles),
@@ -113,9 +115,9 @@ class SharedKVGPTModel(LanguageModule):
             positions=position_ids.transpose(0, 1),
         )
         hidden_states, report = self.decoder(
-            hidden_states, context, policy.row_seeds, seq_length, micro_batch_size
+            hidden_states, context, policy.row_seeds, seq_length, micro_batch_size, call
         )
-        if not self.post_process:
+        if not leaves:
             return hidden_states, report
         auxiliary = self.decoder.statistics.auxiliary_loss(report.sums, policy.progress)
         report = replace(report, auxiliary_loss=auxiliary)

@@ -20,10 +20,11 @@ _OUTPUT = "output_layer.weight"
 
 def global_parameters(model: SharedKVGPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """The stage's parameters under names that count layers from the bottom of the whole model."""
-    first = model.decoder.first_layer
+    numbers = list(model.decoder.places)
     for name, parameter in model.named_parameters():
         match = _LAYER.match(name)
-        yield (f"decoder.layers.{int(match[1]) + first}.{name[match.end() :]}" if match else name), parameter
+        number = numbers[int(match[1])] if match else 0
+        yield (f"decoder.layers.{number}.{name[match.end() :]}" if match else name), parameter
 
 
 @torch.no_grad()

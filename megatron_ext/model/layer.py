@@ -1,11 +1,16 @@
 """A transformer layer of a sharing map: Megatron's layer, with keys and values as arguments and results."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 from torch import Tensor
 
 from lckv.policies.base import KeyValue, Statistics, TokenContext
+from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 
 
 class LayerOutput(NamedTuple):
@@ -27,6 +32,20 @@ class SharedKVLayer(TransformerLayer):
     A pass of the plan may need the whole layer (`forward`), its keys and values alone (`keys_values`), or its
     MLP alone (`feed_forward`).
     """
+
+    def __init__(
+        self,
+        config: SharedKVTransformerConfig,
+        submodules: TransformerLayerSubmodules,
+        layer_number: int = 1,
+        **options: Any,
+    ) -> None:
+        """`layer_number`: place in the stage, from 1. The attribute counts from the bottom of the model, as
+        the configuration's placement says."""
+        stage = options["pg_collection"].pp.rank()
+        added = get_transformer_layer_offset(config, options.get("vp_stage"), stage)  # by Megatron
+        number = config.placed.layers_of(stage)[layer_number - 1] + 1
+        super().__init__(config, submodules, number - added, **options)
 
     def forward(self, hidden_states: Tensor, shared: KeyValue | None, context: TokenContext) -> LayerOutput:
         """[s, b, hidden] to the same; `shared` is given iff the layer

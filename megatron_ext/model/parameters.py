@@ -13,14 +13,15 @@ from dataclasses import dataclass
 
 from lckv.sharing.layer_types import LayerTypes
 from megatron_ext.config import ModelConfig, ParallelConfig
+from megatron_ext.model.placement import Placement
 
 
 @dataclass(frozen=True)
 class StageParameters:
     """Parameters on every tensor-parallel rank of one pipeline stage."""
 
-    layers: range
-    """Layers of the stage."""
+    chunks: tuple[range, ...]
+    """The stage's stretches of layers."""
 
     split: int
     """This rank's parts of matrices that are split over the tensor-parallel ranks."""
@@ -44,21 +45,24 @@ def padded_vocab_size(vocab_size: int, model: ModelConfig, parallel: ParallelCon
 
 
 def stage_parameters(
-    model: ModelConfig, layer_types: LayerTypes, parallel: ParallelConfig, *, vocab_size: int
+    model: ModelConfig,
+    layer_types: LayerTypes,
+    parallel: ParallelConfig,
+    placement: Placement,
+    *,
+    vocab_size: int,
 ) -> tuple[StageParameters, ...]:
     """The stages from the first to the last; `vocab_size` is the true one, without padding."""
-    stages, ranks = parallel.pipeline_model_parallel_size, parallel.tensor_model_parallel_size
-    depth = model.num_layers // stages
+    stages, ranks = placement.stages, parallel.tensor_model_parallel_size
     matrix = padded_vocab_size(vocab_size, model, parallel) * model.hidden_size // ranks
     tied = not model.untie_embeddings_and_output_weights
     counts = []
     for stage in range(stages):
-        layers = range(stage * depth, (stage + 1) * depth)
         first, last = stage == 0, stage == stages - 1
-        computes_kv = [index in layer_types.kv_layers for index in layers]
+        computes_kv = [index in layer_types.kv_layers for index in placement.layers_of(stage)]
         counts.append(
             StageParameters(
-                layers=layers,
+                chunks=placement.of_stage(stage),
                 split=matrix * (first + (last and not tied))
                 + sum(_split(model, kv) for kv in computes_kv) // ranks,
                 copied=sum(_norms(model, kv) for kv in computes_kv) + model.hidden_size * last,

@@ -1,5 +1,6 @@
 """Which modules a layer is built from: Megatron's local ones, or Transformer Engine's."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -77,7 +78,7 @@ def layer_spec(modules: _Modules, *, computes_kv: bool) -> ModuleSpec:
 
 
 def block_submodules(
-    layer_types: LayerTypes, layers: range, implementation: str
+    layer_types: LayerTypes, layers: Sequence[int], implementation: str
 ) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage, and the final norm."""
     modules = _modules(implementation)

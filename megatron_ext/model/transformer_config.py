@@ -10,6 +10,7 @@ from lckv.config import CompressionConfig
 from lckv.sharing.layer_types import LayerTypes
 from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_ext.model.implementation import accumulates_in_place, choose_implementation
+from megatron_ext.model.placement import Placement, place
 from megatron_ext.precision import precision
 
 
@@ -28,6 +29,18 @@ class SharedKVTransformerConfig(TransformerConfig):
     """model.attention_backend: the backend of lckv.attention
     (Megatron's `attention_backend` is Transformer Engine's)."""
 
+    placement: Placement | None = None
+    """The layers of each pipeline stage; see `placed`."""
+
+    pipeline_in_flight: int | None = None
+    """parallel.pipeline_in_flight."""
+
+    @property
+    def placed(self) -> Placement:
+        """The layers of each pipeline stage, which `transformer_config` sets."""
+        assert self.placement is not None
+        return self.placement
+
     @property
     def layer_types(self) -> LayerTypes:
         """The sharing map."""
@@ -35,9 +48,15 @@ class SharedKVTransformerConfig(TransformerConfig):
 
 
 def transformer_config(
-    model: ModelConfig, compression: CompressionConfig, parallel: ParallelConfig, train: TrainConfig
+    model: ModelConfig,
+    compression: CompressionConfig,
+    parallel: ParallelConfig,
+    train: TrainConfig,
+    *,
+    vocab_size: int,
 ) -> SharedKVTransformerConfig:
     """Megatron's configuration of the model, for the machine at hand (fused kernels only with CUDA)."""
+    placement = place(model, compression, parallel, vocab_size=vocab_size, seq_length=train.seq_length)
     cuda = torch.cuda.is_available()
     numbers = precision(train.precision)
     granularity = None if train.recompute_granularity == "none" else train.recompute_granularity
@@ -74,6 +93,8 @@ def transformer_config(
         fp8_recipe=model.fp8_recipe,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        placement=placement,
+        pipeline_in_flight=parallel.pipeline_in_flight,
         sequence_parallel=parallel.sequence_parallel,
         tp_comm_overlap=parallel.tp_comm_overlap,
         tp_comm_overlap_ag=parallel.tp_comm_overlap_ag,

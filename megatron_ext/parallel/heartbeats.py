@@ -32,8 +32,8 @@ _PATIENCE = 0.8
 """Share of the time-out of collectives after which rank 0 warns."""
 _NAMED = 8
 _OURS = tuple(f"{Path(__file__).parents[2] / package}{os.sep}" for package in ("megatron_ext", "lckv"))
-_WAITING = re.compile(r"/megatron/core/(distributed/|pipeline_parallel/p2p)")
-"""Files of Megatron that wait for what they have begun."""
+_WAITING = re.compile(r"/megatron/core/(distributed/|pipeline_parallel/p2p)|/megatron_ext/schedule/mail")
+"""Files of Megatron, and ours, that wait for what they have begun."""
 _COLLECTIVE_FAILURE = re.compile(
     r"gloo|nccl|timed out|connection (closed|reset|refused)|broken pipe|socket|monitoredBarrier",
     re.IGNORECASE,

@@ -1,30 +1,48 @@
-"""What travels between two pipeline stages: hidden states, and the keys and values that later stages still
-read.
+"""What travels between two pipeline stages: hidden states, the keys and values that later stages still read,
+and those that go to the next pass over a group.
 
 Megatron's schedules differentiate through the first tensor of a stage's output only, so everything travels in
 one flat tensor.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lckv.policies.base import KeyValue
+from lckv.sharing.journey import Cargo
 
 Shape = tuple[int, ...]
+KeyValues = Mapping[int, KeyValue]
+"""Keys and values by the layer that computed them."""
+
 _PIECES = 3
 """Numbers of the payload's dtype that carry one float32 number: three bfloat16 have more digits than it."""
 
 
+class Freight(NamedTuple):
+    """The content of a payload; see `Cargo`."""
+
+    hidden_states: Tensor | None
+    """[s / shards, b, hidden]"""
+
+    available: KeyValues
+    handed: KeyValues
+    previous: KeyValues
+
+    sums: Tensor | None
+    """float32 [b, columns]: running sums of the KV policy's statistics."""
+
+
 @dataclass(frozen=True)
 class PipelinePayload:
-    """The tensor that crosses one stage boundary, on one tensor-parallel rank."""
+    """The tensor that goes from a stage to another, on one tensor-parallel rank."""
 
-    sources: tuple[int, ...]
-    """Layers whose keys and values cross."""
+    cargo: Cargo
 
     hidden_size: int
     """Width of the residual stream."""
@@ -42,65 +60,92 @@ class PipelinePayload:
     """Channels that keys have beyond those of values (`KeyBias`)."""
 
     sum_columns: int = 0
-    """Columns of the running sums of the KV policy's statistics [b, columns] that cross too; 0: none do."""
+    """Columns of the sums of statistics that travel too; 0: none do."""
 
     def shape(self, seq_length: int, micro_batch_size: int) -> Shape:
         """Shape of the tensor for a micro-batch."""
-        hidden = self._hidden_shape(seq_length, micro_batch_size)
         if self._only_hidden:
-            return hidden
+            return self._hidden_shape(seq_length, micro_batch_size)
         return (sum(self._sizes(seq_length, micro_batch_size)),)
 
     @property
+    def _places(self) -> list[int]:
+        """The layers whose keys and values travel; the same layer may be there twice, of two passes."""
+        return [*self.cargo.available, *self.cargo.handed, *self.cargo.previous]
+
+    @property
     def _only_hidden(self) -> bool:
-        return not self.sources and not self.sum_columns
+        return self.cargo.hidden and not self._places and not self.sum_columns
 
     def _sizes(self, seq_length: int, micro_batch_size: int) -> list[int]:
-        hidden = self._hidden_shape(seq_length, micro_batch_size)
+        hidden = math.prod(self._hidden_shape(seq_length, micro_batch_size)) if self.cargo.hidden else 0
         pair = [math.prod(shape) for shape in self.key_value_shapes(seq_length, micro_batch_size)]
-        return [math.prod(hidden), *pair * len(self.sources), _PIECES * micro_batch_size * self.sum_columns]
+        return [hidden, *pair * len(self._places), _PIECES * micro_batch_size * self.sum_columns]
 
-    def pack(
-        self, hidden_states: Tensor, key_values: Mapping[int, KeyValue], sums: Tensor | None = None
-    ) -> Tensor:
-        """Hidden states [s / shards, b, hidden], the crossing keys and values (`key_value_shapes`) and the
-        sums of statistics float32 [b, columns] as one tensor."""
+    def pack(self, freight: Freight) -> Tensor:
+        """The freight as one tensor. ValueError where keys and values are not there that travel."""
         if self._only_hidden:
-            return hidden_states
-        parts = [hidden_states]
-        for source in self.sources:
-            if source not in key_values:
-                raise ValueError(
-                    f"a later pipeline stage reads the keys and values of layer {source}, which this stage "
-                    f"does not have; it has those of {sorted(key_values) or 'no layer'}."
-                )
-            parts += key_values[source]
-        if sums is not None:
-            parts += _split_float(sums, hidden_states.dtype)
+            assert freight.hidden_states is not None
+            return freight.hidden_states
+        pairs = [pair for pairs in self._pairs(freight) for pair in pairs]
+        parts = [tensor for pair in pairs for tensor in pair]
+        if self.cargo.hidden:
+            assert freight.hidden_states is not None
+            parts.insert(0, freight.hidden_states)
+        if self.sum_columns:
+            assert freight.sums is not None
+            parts += _split_float(freight.sums, parts[0].dtype)
         return torch.cat([part.reshape(-1) for part in parts])
 
-    def unpack(
-        self, tensor: Tensor, seq_length: int, micro_batch_size: int
-    ) -> tuple[Tensor, dict[int, KeyValue], Tensor | None]:
+    def _pairs(self, freight: Freight) -> Iterator[list[KeyValue]]:
+        cargo = self.cargo
+        for layers, key_values, what in (
+            (cargo.available, freight.available, "reads"),
+            (cargo.handed, freight.handed, "gets for the next pass"),
+            (cargo.previous, freight.previous, "reads, of the pass before,"),
+        ):
+            for layer in layers:
+                if layer not in key_values:
+                    raise ValueError(
+                        f"a later pipeline stage {what} the keys and values of layer {layer}, which this "
+                        f"stage does not have; it has those of {sorted(key_values) or 'no layer'}."
+                    )
+            yield [key_values[layer] for layer in layers]
+
+    def unpack(self, tensor: Tensor, seq_length: int, micro_batch_size: int) -> Freight:
         """The inverse of `pack`; ValueError where the size is not that of `shape`."""
         expected = self.shape(seq_length, micro_batch_size)
         if tensor.numel() != math.prod(expected):
             raise ValueError(
                 f"the previous pipeline stage sent {tensor.numel()} numbers, expected {math.prod(expected)} "
                 f"for {micro_batch_size} x {seq_length} tokens and the keys and values of layers "
-                f"{list(self.sources)}."
+                f"{self._places}."
             )
         hidden = self._hidden_shape(seq_length, micro_batch_size)
         if self._only_hidden:
-            return tensor.view(hidden), {}, None
+            return Freight(tensor.view(hidden), {}, {}, {}, None)
         keys, values = self.key_value_shapes(seq_length, micro_batch_size)
         hidden_states, *parts, sums = tensor.split(self._sizes(seq_length, micro_batch_size))
-        pairs = zip(self.sources, parts[::2], parts[1::2], strict=True)
-        key_values = {source: KeyValue(key.view(keys), value.view(values)) for source, key, value in pairs}
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        key_values = (KeyValue(key.view(keys), value.view(values)) for key, value in pairs)
+        cargo = self.cargo
+        # zip takes from `layers` first, so that nothing is lost between the three
+        available, handed, previous = (
+            dict(zip(layers, key_values, strict=False))
+            for layers in (cargo.available, cargo.handed, cargo.previous)
+        )
+        return Freight(
+            hidden_states.view(hidden) if cargo.hidden else None,
+            available,
+            handed,
+            previous,
+            self._joined(sums, micro_batch_size),
+        )
+
+    def _joined(self, sums: Tensor, micro_batch_size: int) -> Tensor | None:
         if not self.sum_columns:
-            return hidden_states.view(hidden), key_values, None
-        pieces = sums.view(_PIECES, micro_batch_size, self.sum_columns)
-        return hidden_states.view(hidden), key_values, pieces.float().sum(0)
+            return None
+        return sums.view(_PIECES, micro_batch_size, self.sum_columns).float().sum(0)
 
     def _hidden_shape(self, seq_length: int, micro_batch_size: int) -> Shape:
         return (seq_length // self.sequence_shards, micro_batch_size, self.hidden_size)

@@ -1,6 +1,7 @@
 """Megatron's schedules around the model's loss: the micro-batches of a step or of an evaluation."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,9 +15,12 @@ from torch import Tensor
 from lckv.attention.visibility import Documents
 from megatron_ext.config import TrainConfig
 from megatron_ext.data.batch import Batch
-from megatron_ext.model.policy_statistics import PolicyInputs, row_seed
+from megatron_ext.model.policy_statistics import PolicyInputs, PolicyReport, row_seed
+from megatron_ext.model.stages import StageCall
 from megatron_ext.parallel.process_groups import device_of_rank
+from megatron_ext.schedule.ring import Finished, run_ring
 from megatron_ext.schedule.statistics_meter import StatisticsMeter
+from megatron_ext.schedule.ticks import ticks_of
 
 Shapes = list[tuple[int, ...]]
 Samples = Iterator[Mapping[str, Tensor]]
@@ -34,11 +38,35 @@ def stage_shapes(
     """Megatron's hook for the shapes of tensors between stages:
     those of the payloads with shared keys and values."""
     decoder = get_attr_wrapped_model(model, "decoder")
-    shapes = (
-        [payload.shape(seq_length, micro_batch_size)] for payload in (decoder.payload_in, decoder.payload_out)
-    )
+    payloads = decoder.payload_in(decoder.visit), decoder.payload_out(decoder.visit)
+    shapes = ([payload.shape(seq_length, micro_batch_size)] for payload in payloads)
     received, sent = shapes
     return lambda _received, _sent: (received, sent)
+
+
+@dataclass(frozen=True)
+class _LossOfBatch:
+    """What a stage does with the micro-batches of a step or an evaluation."""
+
+    model: MegatronModule
+    train: TrainConfig
+    progress: float
+    forward_only: bool
+
+    def forward(self, batch: Batch, call: StageCall | None = None) -> tuple[Tensor, PolicyReport]:
+        """See `Passage`; without `call` the stage is visited once."""
+        bounds = None if batch.cu_seqlens is None else batch.cu_seqlens.tolist()
+        documents = None if bounds is None else Documents.at(bounds, batch.tokens.device)
+        seeds = () if self.forward_only else tuple(row_seed(self.train.seed, n) for n in batch.sample_ids)
+        policy = PolicyInputs(seeds, batch.counted, self.progress)
+        output, report = self.model(
+            batch.tokens, batch.position_ids, batch.labels, documents, policy=policy, call=call
+        )
+        return output, report
+
+    def finish(self, batch: Batch, output: Tensor, report: PolicyReport) -> Finished:
+        """See `Passage`."""
+        return Finished(*token_loss(batch.loss_mask, report.auxiliary_loss, output))
 
 
 def run_schedule(
@@ -53,14 +81,23 @@ def run_schedule(
 ) -> list[Tensor]:
     """Losses of this rank's micro-batches, float64 [2 + b] each: sum, number of tokens, and the sum of each
     row. Empty before the last stage."""
+    passage = _LossOfBatch(model, train, progress, forward_only)
+    decoder = get_attr_wrapped_model(model, "decoder")
+    if decoder.journey.circulates:
+        ticks = ticks_of(
+            decoder.config.placed,
+            decoder.journey,
+            micro_batches(train),
+            decoder.config.pipeline_in_flight,
+            forward_only=forward_only,
+        )
+        shape = (train.seq_length, train.micro_batch_size)
+        batches = map(make_batch, samples)
+        return run_ring(model, batches, passage, meter.add, ticks, shape, forward_only=forward_only)
 
-    def forward_step(iterator: Samples, stage: MegatronModule) -> tuple[Tensor, Callable[..., object]]:
+    def forward_step(iterator: Samples, _stage: MegatronModule) -> tuple[Tensor, Callable[..., object]]:
         batch = make_batch(next(iterator))
-        bounds = None if batch.cu_seqlens is None else batch.cu_seqlens.tolist()
-        documents = None if bounds is None else Documents.at(bounds, batch.tokens.device)
-        seeds = () if forward_only else tuple(row_seed(train.seed, sample) for sample in batch.sample_ids)
-        policy = PolicyInputs(seeds, batch.counted, progress)
-        output, report = stage(batch.tokens, batch.position_ids, batch.labels, documents, policy=policy)
+        output, report = passage.forward(batch)
         meter.add(report)
         return output, partial(token_loss, batch.loss_mask, report.auxiliary_loss)
 

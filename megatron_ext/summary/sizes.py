@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from lckv.cost import ModelShape, TrainingCost, kv_bytes_per_token, training_cost
 from lckv.sharing.layer_types import LayerTypes
 from megatron_ext.config import RunConfig
+from megatron_ext.model.placement import place
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,9 @@ def recomputed_layers(run: RunConfig) -> int:
     """Layers, over all stages, whose forward runs again in backward."""
     if run.train.recompute_granularity != "full":
         return 0
-    stages, layers = run.parallel.pipeline_model_parallel_size, run.model.num_layers
-    return min(layers, stages * (run.train.recompute_num_layers or layers))
+    most = run.train.recompute_num_layers or run.model.num_layers
+    placement = place(run.model, run.compression, run.parallel, vocab_size=1, seq_length=1)
+    return sum(min(most, len(placement.layers_of(stage))) for stage in range(placement.stages))
 
 
 def cost_of(run: RunConfig, shape: ModelShape) -> TrainingCost:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from lckv.config import CompressionConfig
 from megatron_ext.config import ModelConfig, ParallelConfig, RopeScalingConfig, RunConfig, TrainConfig
+from megatron_ext.errors import ConfigError
+from megatron_ext.model.placement import Placement, place
 from megatron_ext.precision import Precision, precision
 from megatron_ext.validation.policy import policy_problems
 from megatron_ext.validation.rules import above_zero, at_least, fraction, multiple
@@ -129,19 +131,65 @@ def tensor_parallel_problems(
 
 def pipeline_problems(run: RunConfig) -> Iterator[str]:
     """What cannot be split into pipeline stages."""
-    size = run.parallel.pipeline_model_parallel_size
+    parallel, layers = run.parallel, run.model.num_layers
+    size, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
     name = "parallel.pipeline_model_parallel_size"
-    way_out = "every stage has equally many layers"
-    yield from multiple("model.num_layers", run.model.num_layers, name, size, way_out)
-    if size > 1 and not run.compression.problems(run.model.num_layers):
-        layer_types = run.compression.map(run.model.num_layers)
-        if layer_types.any_cyclic:
-            yield (
-                f"compression.layer_types is {layer_types} and {name} is {size}; a map in which a layer "
-                "reads the keys and values of a layer above it iterates over layers and does not run as a "
-                f"pipeline: set {name} to 1 and use parallel.tensor_model_parallel_size, or choose a map "
-                "without such layers."
-            )
+    if size < 1 or any(model_problems(run.model)) or run.compression.problems(layers):
+        return  # said elsewhere
+    if virtual is not None and (virtual < 1 or size < 2):
+        yield (
+            f"parallel.virtual_pipeline_model_parallel_size is {virtual} and {name} is {size}; the former "
+            "must be at least 1, the latter at least 2: leave the former out, or raise the latter."
+        )
+        return
+    if parallel.pipeline_model_parallel_layout is not None and size < 2:
+        yield (
+            f"parallel.pipeline_model_parallel_layout is {parallel.pipeline_model_parallel_layout!r} and "
+            f"{name} is 1; one stage has all layers: leave the former out, or raise the latter."
+        )
+        return
+    yield from _chunk_problems(run, size * (virtual or 1))
+
+
+def _chunk_problems(run: RunConfig, chunks: int) -> Iterator[str]:
+    """How the layers do not divide into so many stretches, and settings that nothing would read."""
+    parallel, layers = run.parallel, run.model.num_layers
+    names = "parallel.pipeline_model_parallel_size"
+    if parallel.virtual_pipeline_model_parallel_size:
+        names += " x virtual_pipeline_model_parallel_size"
+    if layers < chunks:
+        yield (
+            f"model.num_layers is {layers} and {names} is {chunks}; every stage needs a layer: lower the "
+            "latter."
+        )
+        return
+    if parallel.pipeline_model_parallel_layout is None and layers % chunks:
+        yield (
+            f"model.num_layers is {layers} and {names} is {chunks}; the former must be a multiple of the "
+            "latter, since stages have equally many layers: change one of them, or set "
+            "parallel.pipeline_model_parallel_layout to auto, or to the layers of each stage."
+        )
+        return
+    try:
+        # Sizes that are wrong themselves are said elsewhere; here only the cutting is tried.
+        placement = place(run.model, run.compression, parallel, vocab_size=1, seq_length=1)
+    except ConfigError as error:
+        yield str(error)
+        return
+    if parallel.pipeline_in_flight is not None:
+        yield from _in_flight_problems(run, placement)
+
+
+def _in_flight_problems(run: RunConfig, placement: Placement) -> Iterator[str]:
+    in_flight = run.parallel.pipeline_in_flight
+    if in_flight is not None and in_flight < 1:
+        yield f"parallel.pipeline_in_flight is {in_flight}; it must be at least 1, or left out."
+    elif not placement.journey(run.compression).circulates:
+        yield (
+            f"parallel.pipeline_in_flight is {in_flight}, but each micro-batch comes to a stage once, and "
+            "Megatron's schedule decides: leave it out. It is for layers on several pipeline stages that are "
+            "iterated together, and for interleaving."
+        )
 
 
 def process_problems(parallel: ParallelConfig, world_size: int) -> Iterator[str]:
@@ -186,9 +234,9 @@ def _word(value: bool) -> str:
     return "true" if value else "false"
 
 
-def recompute_problems(train: TrainConfig, num_layers: int, stages: int) -> Iterator[str]:
-    """Settings of recomputation that contradict each other,
-    for `num_layers` layers in `stages` pipeline stages."""
+def recompute_problems(run: RunConfig) -> Iterator[str]:
+    """Settings of recomputation that contradict each other, and the layers of a pipeline stage."""
+    train = run.train
     granularity, layers = train.recompute_granularity, train.recompute_num_layers
     known = ", ".join(RECOMPUTE_MODULES)
     unknown = [name for name in train.recompute_modules if name not in RECOMPUTE_MODULES]
@@ -208,10 +256,13 @@ def recompute_problems(train: TrainConfig, num_layers: int, stages: int) -> Iter
             "former needs full: set train.recompute_granularity to full, or leave train.recompute_num_layers "
             "out."
         )
-    per_stage = num_layers // stages if stages > 0 else num_layers
-    if layers is not None and granularity == "full" and layers > per_stage > 0:
+    if layers is None or granularity != "full" or any(layout_problems(run)):
+        return
+    placement = place(run.model, run.compression, run.parallel, vocab_size=1, seq_length=1)
+    most = max(len(placement.layers_of(stage)) for stage in range(placement.stages))
+    if layers > most:
         yield (
-            f"train.recompute_num_layers is {layers}; a pipeline stage has {per_stage} layers "
-            f"(model.num_layers / parallel.pipeline_model_parallel_size): set it to at most {per_stage}, or "
+            f"train.recompute_num_layers is {layers}; a pipeline stage has at most {most} layers "
+            f"(model.num_layers / parallel.pipeline_model_parallel_size): set it to at most {most}, or "
             "leave it out to recompute all."
         )

@@ -66,7 +66,7 @@ def step_problems(run: RunConfig, world_size: int) -> list[str]:
     return [
         *layout_problems(run),
         *data_parallel_problems(run.parallel, run.train, world_size),
-        *recompute_problems(run.train, run.model.num_layers, run.parallel.pipeline_model_parallel_size),
+        *recompute_problems(run),
         *at_least("train", run.train, 1, *sizes),
     ]
 

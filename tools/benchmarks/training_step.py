@@ -81,7 +81,9 @@ class Sizes:
 def megatron_step(sizes: Sizes, tokens: torch.Tensor) -> Callable[[], None]:
     """A step of Megatron's GPTModel with its local spec, whose norm is exchanged
     for one that the configuration allows."""
-    config = transformer_config(sizes.model, CompressionConfig(), ParallelConfig(), sizes.train)
+    config = transformer_config(
+        sizes.model, CompressionConfig(), ParallelConfig(), sizes.train, vocab_size=sizes.vocab_size
+    )
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
     model = GPTModel(

@@ -68,7 +68,9 @@ def built(argv: list[str]) -> tuple[int, tuple[int, ...], int]:
     run = parse_run_config(argv)
     initialize(run.parallel, seed=1)
     stage = build_stage(run.model, run.compression, run.parallel, run.train, vocab_size=50)
-    sent = stage.decoder.payload_out.shape(run.train.seq_length, run.train.micro_batch_size)
+    sent = stage.decoder.payload_out(stage.decoder.visit).shape(
+        run.train.seq_length, run.train.micro_batch_size
+    )
     return _count_parameters(stage), sent, sum(parameter.numel() for parameter in stage.parameters())
 
 
@@ -131,6 +133,24 @@ def test_a_pipeline_says_how_long_it_is_idle(capsys) -> None:
     lines = planned(capsys, *PIPELINE)
     assert line(lines, "layout").endswith("4 processes: TP 2 + SP, PP 2, DP 1")
     assert line(lines, "pipeline idle time").endswith("11.1 % of a step: (PP - 1) / (micro-batches + PP - 1)")
+
+
+def test_a_ring_says_how_long_it_is_idle_and_what_it_sends(capsys) -> None:
+    ring = [*PIPELINE, "--compression.layer_types", "0_2_2_3", "--parallel.pipeline_in_flight", "3"]
+    lines = planned(capsys, *ring)
+    idle = line(lines, "pipeline idle time")
+    share = float(idle.split()[3])
+    assert 0 < share < 40
+    assert idle.endswith("at most 3 micro-batches are in flight")
+    stages = [text for text in lines if re.match(r"\d+  +\d+-\d+ ", text)]
+    # below: 7 passes to prepare, 2 to train; above: 7 back around, and one between those that train
+    assert [stage.split()[-3:] for stage in stages] == [["in", "9", "parts"], ["in", "8", "parts"]]
+
+
+def test_interleaved_stages_are_shown(capsys) -> None:
+    lines = planned(capsys, *PIPELINE, "--parallel.virtual_pipeline_model_parallel_size", "2")
+    assert re.match(r"0 +0-0 2-2 ", line(lines, "0  "))
+    assert re.match(r"1 +1-1 3-3 ", line(lines, "1  "))
 
 
 def test_the_first_stage_keeps_activations_of_all_micro_batches_in_flight(capsys) -> None:
@@ -325,8 +345,8 @@ def test_all_problems_are_named_and_the_plan_is_shown_where_sizes_fit(capsys) ->
         (["--train.global_batch_size", "7", "--world-size", "2"], "train.global_batch_size is 7"),
         (["--compression.layer_types", "0_0"], "compression.layer_types is '0_0'; it has 2 entries"),
         (
-            ["--compression.layer_types", "0_2_2_3", *PIPELINE],
-            "iterates over layers and does not run as a pipeline",
+            ["--parallel.pipeline_model_parallel_layout", "Et|tL", *PIPELINE],
+            "parallel.pipeline_model_parallel_layout is 'Et|tL', which is 1 E, 2 t and 1 L; it needs",
         ),
         (
             ["--train.recompute_num_layers", "9", "--train.recompute_granularity", "full"],

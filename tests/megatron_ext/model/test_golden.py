@@ -16,7 +16,7 @@ from megatron_ext.model.initialization import global_parameters, shard
 from megatron_ext.parallel.process_groups import initialize
 from megatron_ext.schedule.micro_batches import mean_loss, run_schedule
 from megatron_ext.schedule.statistics_meter import StatisticsMeter
-from tests.golden.lckv_models import ACYCLIC, NAMES, Golden
+from tests.golden.lckv_models import NAMES, Golden
 from tests.ranks import run_on_ranks
 
 TOKENS = 24
@@ -35,6 +35,8 @@ class Layout:
     backend: str = "sdpa"
     micro_batch_size: int = 1
     overlap: bool = False
+    virtual: int | None = None
+    stages: str | None = None
 
     def __str__(self) -> str:
         words = [
@@ -44,6 +46,8 @@ class Layout:
             self.recompute,
         ]
         words += [self.backend] * (self.backend != "sdpa") + ["sp"] * self.sequence_parallel
+        words += [f"vpp{self.virtual}"] * (self.virtual is not None)
+        words += [self.stages] * (self.stages is not None)
         words += ["overlap"] * self.overlap + list(self.modules) * (self.recompute == "selective")
         return "-".join([*words, f"mbs{self.micro_batch_size}"])
 
@@ -73,10 +77,12 @@ ANY_MAP = [
     Layout(4, tp=2, sequence_parallel=True),
     Layout(4, tp=4, micro_batch_size=2),
 ]
-ACYCLIC_MAP = [
+PIPELINES = [
     Layout(2, pp=2),
     Layout(2, pp=2, recompute="full"),
     Layout(4, tp=2, pp=2, sequence_parallel=True),
+    Layout(2, pp=2, virtual=2, stages="auto"),
+    Layout(4, pp=2, stages="auto", recompute="selective"),
 ]
 
 
@@ -86,9 +92,9 @@ def test_every_map(name: str, layout: Layout) -> None:
     check(name, layout)
 
 
-@pytest.mark.parametrize("layout", ACYCLIC_MAP, ids=str)
-@pytest.mark.parametrize("name", ACYCLIC)
-def test_pipelines_of_acyclic_maps(name: str, layout: Layout) -> None:
+@pytest.mark.parametrize("layout", PIPELINES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_pipelines(name: str, layout: Layout) -> None:
     check(name, layout)
 
 
@@ -106,6 +112,8 @@ def errors_of(name: str, layout: Layout) -> Errors:
     parallel = ParallelConfig(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.virtual,
+        pipeline_model_parallel_layout=layout.stages,
         sequence_parallel=layout.sequence_parallel,
         overlap_grad_reduce=layout.overlap,
         overlap_param_gather=layout.overlap,

@@ -22,6 +22,7 @@ from megatron_ext.model.memory import (
     state_bytes,
 )
 from megatron_ext.model.parameters import padded_vocab_size, stage_parameters
+from megatron_ext.model.placement import place
 from megatron_ext.parallel.process_groups import initialize
 from megatron_ext.precision import precision as numbers
 from megatron_ext.training.optimizer import build_optimizer
@@ -141,7 +142,7 @@ def stage_saved(layer_types: str, parallel: ParallelConfig) -> int:
     layers = layer_types.count("_") + 1
     stage = build_stage(model(layers), settings(layer_types), parallel, training(), vocab_size=40)
     if not parallel_state.is_pipeline_first_stage():
-        shape = stage.decoder.payload_in.shape(TOKENS, BATCH)
+        shape = stage.decoder.payload_in(stage.decoder.visit).shape(TOKENS, BATCH)
         stage.set_input_tensor(torch.randn(shape, requires_grad=True))
     tokens = torch.randint(40, (BATCH, TOKENS))
     positions = torch.arange(TOKENS).expand_as(tokens)
@@ -244,7 +245,8 @@ def test_what_is_kept_is_predicted_for_every_kind_of_recompute(parallel: Paralle
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_state_bytes_are_those_allocated(precision: str, distributed: bool) -> None:
     parallel = ParallelConfig(use_distributed_optimizer=distributed)
-    (stage,) = stage_parameters(model(2), settings("0_0").map(2), parallel, vocab_size=40)
+    placement = place(model(2), settings("0_0"), parallel, vocab_size=40, seq_length=TOKENS)
+    (stage,) = stage_parameters(model(2), settings("0_0").map(2), parallel, placement, vocab_size=40)
     ranks = run_on_ranks(2, allocated, parallel, precision)
     predicted = state_bytes(stage.per_rank, numbers(precision), optimizer_ranks=2 if distributed else 1)
     for weights, gradients, _ in ranks:

@@ -7,6 +7,7 @@ from lckv.config import CompressionConfig
 from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_ext.model import build
 from megatron_ext.model.parameters import padded_vocab_size, stage_parameters, total_parameters
+from megatron_ext.model.placement import place
 from megatron_ext.parallel.process_groups import initialize
 from megatron_ext.training.loop import _count_parameters
 from tests.ranks import run_on_ranks
@@ -41,8 +42,9 @@ def built(model: ModelConfig, layer_types: str, parallel: ParallelConfig) -> tup
 def check(model: ModelConfig, layer_types: str, tensor: int, stages: int) -> None:
     parallel = layout(tensor, stages)
     types = CompressionConfig(layer_types=layer_types).map(model.num_layers)
-    counted = stage_parameters(model, types, parallel, vocab_size=VOCABULARY)
-    assert [index for stage in counted for index in stage.layers] == list(range(model.num_layers))
+    compression = CompressionConfig(layer_types=layer_types)
+    placement = place(model, compression, parallel, vocab_size=VOCABULARY, seq_length=8)
+    counted = stage_parameters(model, types, parallel, placement, vocab_size=VOCABULARY)
     for stage, held, whole in run_on_ranks(tensor * stages, built, model, layer_types, parallel):
         assert counted[stage].per_rank == held
         assert total_parameters(counted, parallel) == whole
@@ -54,7 +56,7 @@ LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 @pytest.mark.parametrize(
     ("layer_types", "tensor", "stages"),
     [(types, *each) for types in (PLAIN, CLA, YOCO) for each in LAYOUTS]
-    + [(LCKV, *each) for each in LAYOUTS[:2]],
+    + [(LCKV, *each) for each in LAYOUTS],
 )
 def test_maps_in_layouts(layer_types: str, tensor: int, stages: int) -> None:
     check(ModelConfig(**SIZES), layer_types, tensor, stages)

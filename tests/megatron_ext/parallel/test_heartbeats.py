@@ -17,8 +17,11 @@ SHORT = {"distributed_timeout_minutes": 0.04}
 """Rank 0 warns after about two seconds."""
 
 
-def test_a_rank_that_sleeps_is_named_while_the_others_wait() -> None:
-    run = tiny_run(train={"train_iters": 3}, parallel=SHORT)
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_rank_that_sleeps_is_named_while_the_others_wait(stages: int) -> None:
+    parallel = {**SHORT, "pipeline_model_parallel_size": stages}
+    cyclic = {"layer_types": "0_2_2_3"}
+    run = tiny_run(train={"train_iters": 3}, parallel=parallel, compression=cyclic if stages > 1 else {})
     first, second = run_on_ranks(2, messages_of_a_sleeper, run)
     warnings = [line for line in first if "has not arrived" in line]
     assert len(warnings) == 1, first

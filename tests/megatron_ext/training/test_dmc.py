@@ -49,8 +49,25 @@ PIPELINES = [
     ("pp4", 4, {"parallel": {"pipeline_model_parallel_size": 4}}),
     ("tp2 pp2", 4, {"parallel": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}}),
 ]
+RINGS = [
+    *PIPELINES,
+    (
+        "interleaved",
+        2,
+        {"parallel": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}},
+    ),
+    (
+        "pp2, recomputed",
+        2,
+        {
+            "parallel": {"pipeline_model_parallel_size": 2, "pipeline_in_flight": 1},
+            "train": {"recompute_granularity": "full"},
+        },
+    ),
+]
 CASES = [(name, *layout) for name in MAPS for layout in LAYOUTS]
 CASES += [(name, *layout) for name in ("plain", "yoco") for layout in PIPELINES]
+CASES += [("lckv", *layout) for layout in RINGS]
 
 
 @pytest.fixture(scope="module")

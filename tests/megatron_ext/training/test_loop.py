@@ -20,6 +20,7 @@ from tests.ranks import run_on_ranks
 
 YOCO = {"layer_types": "0s_1s_2_2", "sliding_window": 8}
 LCKV = {"layer_types": "0_2_2_3", "forward_passes": 2, "backward_passes": 2}
+TWO_GROUPS = {"layer_types": "1_1_3_3", "forward_passes": 1, "backward_passes": 3}
 TIED = {"layer_types": "0_0_1_1"}
 """Trained with one matrix for the embedding and the output layer."""
 DROPOUT = {"attention_dropout": 0.1, "hidden_dropout": 0.1}
@@ -29,7 +30,7 @@ def tying(compression: dict[str, Any]) -> dict[str, bool]:
     return {"untie_embeddings_and_output_weights": compression is not TIED}
 
 
-def parallel(tp: int = 1, pp: int = 1, **options: bool) -> dict[str, Any]:
+def parallel(tp: int = 1, pp: int = 1, **options: Any) -> dict[str, Any]:
     return {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, **options}
 
 
@@ -45,6 +46,17 @@ def parallel(tp: int = 1, pp: int = 1, **options: bool) -> dict[str, Any]:
         (LCKV, 2, parallel(overlap_grad_reduce=True, overlap_param_gather=True), 1),
         (LCKV, 2, parallel(use_distributed_optimizer=False), 2),
         (LCKV, 4, parallel(2), 2),
+        (LCKV, 2, parallel(1, 2), 1),
+        (LCKV, 4, parallel(1, 4), 2),
+        (LCKV, 4, parallel(2, 2, sequence_parallel=True, pipeline_in_flight=4), 1),
+        (LCKV, 4, parallel(1, 2, overlap_grad_reduce=True, overlap_param_gather=True), 1),
+        (TWO_GROUPS, 4, parallel(1, 4), 1),
+        (TWO_GROUPS, 2, parallel(1, 2, use_distributed_optimizer=False), 2),
+        (YOCO, 2, parallel(1, 2, virtual_pipeline_model_parallel_size=2), 1),
+        (TIED, 2, parallel(1, 2, virtual_pipeline_model_parallel_size=2, overlap_grad_reduce=True), 1),
+        (LCKV, 2, parallel(1, 2, virtual_pipeline_model_parallel_size=2), 2),
+        (LCKV, 2, parallel(1, 2, pipeline_model_parallel_layout="Et|t*3L"), 1),
+        (YOCO, 2, parallel(1, 2, pipeline_model_parallel_layout="auto"), 1),
     ],
     ids=str,
 )
@@ -70,8 +82,9 @@ def test_losses_do_not_depend_on_the_layout(
         (2, {"compression": LCKV, "model": DROPOUT, "train": {"precision": "bf16"}}),
         (2, {"compression": YOCO, "model": DROPOUT, "parallel": parallel(1, 2)}),
         (2, {"compression": LCKV, "model": DROPOUT, "parallel": parallel(2, sequence_parallel=True)}),
+        (2, {"compression": LCKV, "train": {"precision": "bf16"}, "parallel": parallel(1, 2)}),
     ],
-    ids=["dp2-bf16", "pp2", "tp2-sp"],
+    ids=["dp2-bf16", "pp2", "tp2-sp", "pp2-ring-bf16"],
 )
 @pytest.mark.parametrize("way", [{}, {"async_save": True, "optimizer_sharding": "dp_reshardable"}])
 def test_a_resumed_run_is_bit_equal(tmp_path: Path, world_size: int, settings: dict, way: dict) -> None:
@@ -107,19 +120,47 @@ def hashes(manifest: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_a_run_resumes_on_another_layout(tmp_path: Path, tied: bool) -> None:
+_INTERLEAVED = parallel(1, 2, virtual_pipeline_model_parallel_size=2)
+_UNEVEN = parallel(1, 2, pipeline_model_parallel_layout="Ettt|tL")
+
+
+@pytest.mark.parametrize(
+    ("compression", "tied", "before", "after"),
+    [
+        (YOCO, False, (2, {}), (4, parallel(2, 2))),
+        (YOCO, True, (2, {}), (4, parallel(2, 2))),
+        (LCKV, True, (2, _INTERLEAVED), (2, parallel(2))),
+        (LCKV, False, (1, {}), (2, _UNEVEN)),
+        (LCKV, False, (2, _UNEVEN), (2, _INTERLEAVED)),
+    ],
+    ids=["untied", "tied", "interleaved to tp2", "one to uneven", "uneven to interleaved"],
+)
+def test_a_run_resumes_on_another_layout(
+    tmp_path: Path, compression: dict, tied: bool, before: tuple[int, dict], after: tuple[int, dict]
+) -> None:
     """The padded vocabulary differs too: 128 rows with one tensor-parallel rank, 256 with two."""
     saving = {"save": str(tmp_path / "run"), "save_interval": 3}
     model = {"untie_embeddings_and_output_weights": not tied}
-    straight = tiny_run(compression=YOCO, model=model, checkpoint=saving)
-    run_on_ranks(2, train, logged_to(straight, tmp_path / "straight.jsonl"))
+    straight = tiny_run(compression=compression, model=model, checkpoint=saving, parallel=before[1])
+    run_on_ranks(before[0], train, logged_to(straight, tmp_path / "straight.jsonl"))
     loading = {"load": str(tmp_path / "run" / "iter_0000003")}
-    moved = tiny_run(compression=YOCO, model=model, checkpoint=loading, parallel=parallel(2, 2))
-    run_on_ranks(4, train, logged_to(moved, tmp_path / "moved.jsonl"))
+    moved = tiny_run(compression=compression, model=model, checkpoint=loading, parallel=after[1])
+    run_on_ranks(after[0], train, logged_to(moved, tmp_path / "moved.jsonl"))
     for name in ("lm_loss", "grad_norm"):
         expected = series(tmp_path / "straight.jsonl", name)[3:]
         assert series(tmp_path / "moved.jsonl", name) == pytest.approx(expected, rel=2e-5)
+
+
+def test_buckets_of_other_stages_are_not_loaded(tmp_path: Path) -> None:
+    way = {"optimizer_sharding": "dp_reshardable"}
+    saving = {"save": str(tmp_path), "save_interval": 3, **way}
+    run_on_ranks(2, train, tiny_run(compression=LCKV, checkpoint=saving, parallel=_UNEVEN))
+    loading = {"load": str(tmp_path / "iter_0000003"), **way}
+    other = tiny_run(compression=LCKV, checkpoint=loading, parallel=parallel(1, 2))
+    with pytest.raises(
+        CheckpointError, match=r"saved by .*PP 2 with layers 0-2 \| 3-3, .*this run has .*PP 2, "
+    ):
+        run_on_ranks(2, train, other)
 
 
 def test_finetuning_starts_afresh_from_the_weights(tmp_path: Path) -> None:

@@ -36,6 +36,9 @@ def test_a_run_that_works_has_no_problems():
     validate(GOOD, 8)
 
 
+PP2 = {"parallel.pipeline_model_parallel_size": 2}
+
+
 def p(size):
     return {"parallel.tensor_model_parallel_size": size}
 
@@ -212,13 +215,60 @@ CASES = [
         ),
     ),
     (
-        {"parallel.pipeline_model_parallel_size": 2, "compression.layer_types": "0_6_6_6_6_6_6_7"},
+        {"parallel.pipeline_model_parallel_size": 16},
+        16,
+        "model.num_layers is 8 and parallel.pipeline_model_parallel_size is 16; every stage needs a layer",
+    ),
+    (
+        {"parallel.virtual_pipeline_model_parallel_size": 2},
+        1,
+        (
+            "parallel.virtual_pipeline_model_parallel_size is 2 and parallel.pipeline_model_parallel_size is "
+            "1; the former must be at least 1, the latter at least 2"
+        ),
+    ),
+    (
+        PP2 | {"parallel.virtual_pipeline_model_parallel_size": 3},
         2,
         (
-            "compression.layer_types is 0_6_6_6_6_6_6_7 and parallel.pipeline_model_parallel_size is 2; a "
-            "map in "
-            "which"
+            "model.num_layers is 8 and parallel.pipeline_model_parallel_size x "
+            "virtual_pipeline_model_parallel_size is 6; the former must be a multiple"
         ),
+    ),
+    (
+        {"parallel.pipeline_model_parallel_layout": "auto"},
+        1,
+        "parallel.pipeline_model_parallel_layout is 'auto' and parallel.pipeline_model_parallel_size is 1;",
+    ),
+    (
+        PP2 | {"parallel.pipeline_model_parallel_layout": "Et*4|x"},
+        2,
+        "parallel.pipeline_model_parallel_layout is 'Et*4|x'; it has E, t, L, |, * and brackets",
+    ),
+    (
+        PP2 | {"parallel.pipeline_model_parallel_layout": "Et*4|tt|ttL"},
+        2,
+        "is 'Et*4|tt|ttL', which has 3 parts between |; it needs 2: ",
+    ),
+    (
+        PP2 | {"parallel.pipeline_model_parallel_layout": "Et*4|tttL"},
+        2,
+        "which is 1 E, 7 t and 1 L; it needs one E at the beginning, 8 t (model.num_layers) and one L",
+    ),
+    (
+        PP2 | {"parallel.pipeline_model_parallel_layout": "Et*8|L"},
+        2,
+        "is 'Et*8|L'; part 1 has no layer (t), and every part needs one.",
+    ),
+    (
+        PP2 | {"parallel.pipeline_in_flight": 3},
+        2,
+        "parallel.pipeline_in_flight is 3, but each micro-batch comes to a stage once, and Megatron's",
+    ),
+    (
+        PP2 | {"parallel.pipeline_in_flight": 0, "compression.layer_types": "0_6_6_6_6_6_6_7"},
+        2,
+        "parallel.pipeline_in_flight is 0; it must be at least 1, or left out.",
     ),
     (
         {"parallel.overlap_param_gather": True},
@@ -277,7 +327,7 @@ CASES = [
             "parallel.pipeline_model_parallel_size": 2,
         },
         2,
-        "train.recompute_num_layers is 5; a pipeline stage has 4 layers",
+        "train.recompute_num_layers is 5; a pipeline stage has at most 4 layers",
     ),
     ({"optimizer.lr": 0}, 1, "optimizer.lr is 0.0; it must be a number greater than 0."),
     (
@@ -430,6 +480,9 @@ def test_one_problem_is_found_and_nothing_else(changes, world_size, message):
     [
         (p(4) | {"model.num_query_groups": 2}, 4),
         ({"parallel.pipeline_model_parallel_size": 2, "compression.layer_types": "0_0_2_2_4_4_6_6"}, 2),
+        (PP2 | {"compression.layer_types": "0_6_6_6_6_6_6_7", "parallel.pipeline_in_flight": 1}, 2),
+        (PP2 | {"parallel.pipeline_model_parallel_layout": "E(t)*3,|,t*5L"}, 2),
+        (PP2 | {"parallel.virtual_pipeline_model_parallel_size": 4, "parallel.pipeline_in_flight": 9}, 2),
         ({"compression.layer_types": "0_6_6_6_6_6_6_7"} | p(2) | {"parallel.sequence_parallel": True}, 4),
         ({"parallel.overlap_param_gather": True, "parallel.overlap_grad_reduce": True}, 2),
         ({"train.recompute_granularity": "full", "train.recompute_num_layers": 8}, 1),
