@@ -104,7 +104,7 @@ def choose(name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int
     Raises UnsupportedError where an explicitly requested backend cannot serve: there is no fallback.
     """
     requested, tensors = f"asked for {name}", (device, dtype, head_dim)
-    obstacles = []
+    obstacles: list[str] = []
     for backend, why_not in (("flash", why_not_flash), ("flash3", why_not_flash3)):
         if name not in (backend, "auto"):
             continue

@@ -42,7 +42,7 @@ def scaling_states(chunk: torch.nn.Module, entries: State, *, is_loading: bool) 
 
 
 def _scales_later(chunk: torch.nn.Module) -> bool:
-    config = getattr(chunk, "config", None)
+    config: Any = getattr(chunk, "config", None)
     return bool(getattr(config, "fp8", None)) and config.fp8_recipe == "delayed"
 
 

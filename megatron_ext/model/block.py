@@ -181,8 +181,8 @@ class SharedKVBlock(TransformerBlock):
         if call.kept is not None:
             hidden_states, sums = call.kept.content.start, call.kept.sums
         assert hidden_states is not None
-        between = {"handed": freight.handed, "previous": freight.previous}
-        return State(hidden_states, freight.available, **between), sums
+        state = State(hidden_states, freight.available, handed=freight.handed, previous=freight.previous)
+        return state, sums
 
     def _leaving(self, visit: Visit, state: State[KeyValue], sums: Tensor | None) -> Tensor:
         """What a visit results in."""

@@ -69,7 +69,7 @@ class Fp8Passes:
 
 def checkpoint(
     config: SharedKVTransformerConfig, group: dist.ProcessGroup, function: Any, *arguments: Tensor | None
-) -> tuple[Tensor | None, ...]:
+) -> Any:
     """What `function` returns for `arguments`, computed again in backward: in FP8 where it is in FP8 now.
     `group`: the tensor-parallel ranks."""
     if config.fp8:

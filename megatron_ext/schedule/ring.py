@@ -21,6 +21,7 @@ from megatron_ext.schedule.mail import Mail
 from megatron_ext.schedule.ticks import Message, Tick, Ticks, Work
 
 Input = TypeVar("Input")
+Visited = TypeVar("Visited", contravariant=True)
 
 
 class Finished(NamedTuple):
@@ -36,14 +37,14 @@ class Finished(NamedTuple):
     """What the caller gets."""
 
 
-class Passage(Protocol[Input]):
+class Passage(Protocol[Visited]):
     """What a stage does with its micro-batches."""
 
-    def forward(self, micro_batch: Input, call: StageCall) -> tuple[Tensor, PolicyReport]:
+    def forward(self, micro_batch: Visited, call: StageCall) -> tuple[Tensor, PolicyReport]:
         """The model, for one visit."""
         ...
 
-    def finish(self, micro_batch: Input, output: Tensor, report: PolicyReport) -> Finished:
+    def finish(self, micro_batch: Visited, output: Tensor, report: PolicyReport) -> Finished:
         """Of a micro-batch that leaves the model."""
         ...
 
@@ -235,13 +236,13 @@ class _Stage(Generic[Input]):
         flight = self._in_flight[tick.micro_batch]
         visit, done = self._visits[tick.work][tick.visit], flight.done.pop(tick.visit)
         output, *kept = done.made
+        assert output is not None
         gradients = [None if visit.sends is None else self._mail.take(tick)]
         roots = [output]
         for edge, leaf in zip(kept, done.leaves, strict=True):
             if edge is not None and leaf.grad is not None:
                 roots.append(edge)
                 gradients.append(leaf.grad)
-        assert None not in roots
         torch.autograd.backward(roots, gradients)
         if done.arrived is not None:
             gradient = done.arrived.grad

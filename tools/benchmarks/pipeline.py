@@ -1,12 +1,12 @@
-"""How long a step takes on two pipeline stages, compared with one process that does the same work, and what the
-list of the step's work predicts.
+"""How long a step takes on two pipeline stages, compared with one process that does the same work, and what
+the list of the step's work predicts.
 
     python -m tools.benchmarks.pipeline --output tools/benchmarks/results/pipeline.csv
     python -m tools.benchmarks.pipeline --picture docs/images/pipeline_bubbles.png
 
-ratio: seconds on two stages, to seconds on one process. predicted: the same by the list, whose work is counted
-in operations, where sending takes no time: at best 0.5. --picture measures nothing: it draws the share of time
-that stages wait, predicted for more stages and micro-batches.
+ratio: seconds on two stages, to seconds on one process. predicted: the same by the list, whose work is
+counted in operations, where sending takes no time: at best 0.5. --picture measures nothing: it draws the
+share of time that stages wait, predicted for more stages and micro-batches.
 """
 
 import argparse
