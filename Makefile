@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv$(patsubst python3.%,3%,$(filter python3.%,$(notdir $(PYTHON))))
 LOWEST ?= .venv-lowest
 PYTEST_ARGS ?=
+# Files of tests that run at once; 0: in this process, as debuggers want it.
+WORKERS ?= 2
 BENCHMARKS ?= $(basename $(notdir $(filter-out %/__init__.py,$(wildcard tools/benchmarks/*.py))))
 BENCH_ARGS ?=
 
@@ -30,8 +32,8 @@ setup: $(STAMP) ## Create .venv (of PYTHON=python3.12: .venv312) with the projec
 demo: $(STAMP) ## Build a corpus and a tokenizer, train an LCKV model on 2 processes, show the result
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo/run.sh
 
-test: $(STAMP) ## Run the tests (PYTEST_ARGS="..."); those that need a GPU run where there is one
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(STAMP) ## Run the tests (PYTEST_ARGS="...", WORKERS=2); those that need a GPU run where there is one
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-fast: $(STAMP) ## Run tests of single modules that start no training: less than two minutes on 2 cores
 	$(BIN)/python -m pytest -m 'not slow' $(TESTS_FAST) $(PYTEST_ARGS)
