@@ -1,9 +1,10 @@
 """The steps of one rank, run by the training program itself on tensors without numbers.
 
-Two steps run, of n and of n + 1 micro-batches, n being the pipeline's stages: from there on every further
-micro-batch adds the same. What a step of M does is the second step and M - n - 1 times the difference. The
-memory is that of the second step: the first has no moments yet, and more micro-batches do not lie in memory
-at a time. Documents are as long as rows: their lengths are numbers.
+Two steps run, of n and of n + 1 micro-batches, n being the pipeline's stages, or where micro-batches come to
+a stage several times those in flight and those that are prepared: from there on every further micro-batch
+adds the same. What a step of M does is the second step and M - n - 1 times the difference. The memory is that
+of the second step: the first has no moments yet, and more micro-batches do not lie in memory at a time.
+Documents are as long as rows: their lengths are numbers.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Literal
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -27,6 +29,8 @@ from lckv_megatron.dry_run.world import pretended_world
 from megatron_ext.config import RunConfig, TrainConfig
 from megatron_ext.data.batch import Batch
 from megatron_ext.model.build import build_stage, wrap
+from megatron_ext.schedule.ring import RingStage
+from megatron_ext.schedule.ticks import Ticks, ticks_of
 from megatron_ext.training.optimizer import build_optimizer
 from megatron_ext.training.step import train_step
 
@@ -51,6 +55,9 @@ class RankRun:
     parameters: int
     micro_batch_seconds: float
     """That one micro-batch more adds, collectives included."""
+
+    ring_bubble: float | None
+    """Share of a step that stages wait by the list of its work; None where Megatron's schedule runs."""
 
     @property
     def kernel_seconds(self) -> float:
@@ -89,6 +96,8 @@ def simulate(
         replacements = [
             Replacement(schedules, "forward_step", spanning(recorder, "forward", schedules.forward_step)),
             Replacement(schedules, "backward_step", spanning(recorder, "backward", schedules.backward_step)),
+            Replacement(RingStage, "forward", spanning(recorder, "forward", RingStage.forward)),
+            Replacement(RingStage, "backward", spanning(recorder, "backward", RingStage.backward)),
             *(gpu_kernels(recorder) if target == "gpu" else ()),
         ]
         stack.enter_context(replaced(replacements))
@@ -100,7 +109,9 @@ def simulate(
 def _steps(program: "_Program", run: RunConfig, rank: int, recorder: Recorder) -> RankRun:
     replicas = parallel_state.get_data_parallel_world_size()
     wanted = run.train.global_batch_size // (run.train.micro_batch_size * replicas)
-    few = min(wanted - 1, run.parallel.pipeline_model_parallel_size)
+    ring = program.ticks(wanted)
+    most = run.parallel.pipeline_model_parallel_size if ring is None else ring.in_flight + ring.ahead
+    few = min(wanted - 1, most)
     first = program.step(max(1, few), replicas)
     program.name_optimizer_state()
     start = recorder.now
@@ -118,6 +129,7 @@ def _steps(program: "_Program", run: RunConfig, rank: int, recorder: Recorder) -
         phases=phases,
         parameters=program.parameters,
         micro_batch_seconds=_schedule_seconds(second) - (_schedule_seconds(first) if few else 0.0),
+        ring_bubble=None if ring is None else ring.bubble,
     )
 
 
@@ -137,6 +149,14 @@ class _Program:
         self._optimizer, self._scheduler = build_optimizer(run.optimizer, run.parallel, run.train, self.model)
         self._name_new("optimizer")
         self._optimizer.step = spanning(recorder, "optimizer", self._optimizer.step)
+
+    def ticks(self, micro_batches: int) -> Ticks | None:
+        """The list of a step's work where micro-batches come to a stage several times."""
+        decoder = get_attr_wrapped_model(self.model, "decoder")
+        if not decoder.journey.circulates:
+            return None
+        in_flight = self._run.parallel.pipeline_in_flight
+        return ticks_of(decoder.config.placed, decoder.journey, micro_batches, in_flight)
 
     def step(self, micro_batches: int, replicas: int) -> dict[str, Work]:
         """One step of so many micro-batches; what was done, by kind of phase."""

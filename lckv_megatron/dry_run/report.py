@@ -10,7 +10,10 @@ from megatron_ext.model.fit import usable_bytes
 
 
 def bubble_seconds(rank: RankRun, stages: int) -> float:
-    """That a rank waits for other stages in a step: the time of a micro-batch for each of them."""
+    """That a rank waits for other stages in a step: the time of a micro-batch for each of them, or what the
+    list of the step's work says."""
+    if rank.ring_bubble is not None:
+        return (rank.kernel_seconds + rank.collective_seconds) * rank.ring_bubble / (1 - rank.ring_bubble)
     return (stages - 1) * rank.micro_batch_seconds
 
 
@@ -42,7 +45,8 @@ def describe(ranks: Sequence[RankRun], machine: Machine, stages: int) -> Iterato
     slowest = max(ranks, key=lambda rank: step_seconds(rank, stages))
     yield f"A step takes {step_seconds(slowest, stages):.3g} s, by rank {slowest.rank}. That is an estimate:"
     yield f"{machine.efficiency.describe()};"
-    yield "nothing overlaps, documents are as long as rows. bubble: PP - 1 micro-batches of this rank."
+    yield "nothing overlaps, documents are as long as rows. bubble: PP - 1 micro-batches of this rank,"
+    yield "or what the list of the step's work says (docs/pipelines.md)."
     yield f"share of peak: of {machine.tflops:g} TFLOP/s, recomputation counted."
 
 

@@ -68,7 +68,7 @@ def run_ring(
     if config.timers is not None:
         config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
     get_attr_wrapped_model(model, "set_is_first_microbatch")()
-    ring = _Stage(model, inputs, passage, add_report, ticks, shape, forward_only=forward_only)
+    ring = RingStage(model, inputs, passage, add_report, ticks, shape, forward_only=forward_only)
     no_sync = nullcontext if forward_only or config.no_sync_func is None else config.no_sync_func
     with no_sync():
         ring.run()
@@ -106,7 +106,7 @@ class _InFlight(Generic[Input]):
     """By number of the visit."""
 
 
-class _Stage(Generic[Input]):
+class RingStage(Generic[Input]):
     """This rank's part of a step."""
 
     def __init__(
@@ -151,9 +151,9 @@ class _Stage(Generic[Input]):
         for tick in self._ticks:
             self._mail.exchange(tick.start)
             if tick.work is Work.BACKWARD:
-                self._backward(tick)
+                self.backward(tick)
             else:
-                self._forward(tick)
+                self.forward(tick)
             if self._last[tick.micro_batch] is tick:
                 del self._in_flight[tick.micro_batch]
         self._mail.exchange(float("inf"))
@@ -174,7 +174,7 @@ class _Stage(Generic[Input]):
             self._number_read += 1
         return self._in_flight[number]
 
-    def _forward(self, tick: Tick) -> None:
+    def forward(self, tick: Tick) -> None:
         """A visit that prepares or trains."""
         flight = self._micro_batch(tick.micro_batch)
         visit, trains = self._visits[tick.work][tick.visit], tick.work is Work.FORWARD
@@ -231,7 +231,7 @@ class _Stage(Generic[Input]):
         scale = self._config.grad_scale_func
         return finished.loss if scale is None else scale(finished.loss)
 
-    def _backward(self, tick: Tick) -> None:
+    def backward(self, tick: Tick) -> None:
         """A visit's backward: gradients of what it sent, or of the loss, and of what it kept."""
         flight = self._in_flight[tick.micro_batch]
         visit, done = self._visits[tick.work][tick.visit], flight.done.pop(tick.visit)
