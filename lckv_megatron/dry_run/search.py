@@ -112,13 +112,13 @@ def search_rows(own: Plan, tried: list[Tried], machine: Machine) -> Iterator[tup
     for one in tried:
         train, seconds = one.plan.run.train, one.seconds
         tokens = train.global_batch_size * train.seq_length
-        speed = "" if seconds is None else f"{tokens / seconds / one.plan.world_size:,.0f}"
+        speed = "-" if seconds is None else f"{tokens / seconds / one.plan.world_size:,.0f}"
         yield (
             ("* " if one.plan == own else "") + _layout(one.plan),
             str(train.micro_batch_size),
             next(name for name, of_kind in recompute_settings(train) if of_kind == train),
             gib(one.peak_bytes),
-            "" if seconds is None else f"{seconds:.3g}",
+            "-" if seconds is None else f"{seconds:.3g}",
             speed,
             _verdict(one, machine),
         )

@@ -19,7 +19,8 @@ NUMBER = re.compile(r"([0-9][0-9,.e+-]*)( .*)?")
 
 def shown(recipe: str) -> list[Row]:
     """Rows of the page's tables for one recipe."""
-    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    _, _, section = PAGE.read_text(encoding="utf-8").partition("## The recipes\n")
+    lines = section.splitlines()
     cells = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines if line[:1] == "|"]
     return [row for row in cells if row[0] == recipe]
 
