@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("lckv", "megatron_ext", "lckv_megatron")
 FLASH_FUNCTIONS = {function for functions in backends._FLASH_FUNCTIONS.values() for function in functions}
 TORCH_PARTS = ("torch.cuda.", "torch.distributed.")
-COMPILED = {"torch.distributed.HashStore", "torch.distributed.PrefixStore"}
+COMPILED = {
+    "torch.distributed.HashStore", "torch.distributed.PrefixStore", "torch.distributed.ProcessGroup.unbox",
+}  # fmt: skip
 """What torch says nothing of; it needs no CUDA, and tests run it."""
 WRAPPERS = {
     "TELinear": ("module/linear.py", "Linear"),
@@ -158,6 +160,7 @@ def our_flash_calls(*, hopper: bool = False) -> list[Call]:
         for call in calls(tree, place)
         if call.function.rpartition(".")[2] in FLASH_FUNCTIONS
         if place.endswith("flash3.py") == hopper
+        if call.function.rpartition(".")[0] != "self"  # of a class that stands in for the package
     ]
 
 

@@ -129,6 +129,13 @@ class KVPolicy(ABC):
 
     # On tensors.
 
+    def kernels_of_shapes(
+        self, moved: Callable[[float], None]
+    ) -> Iterator[tuple[object, str, Callable[..., object]]]:
+        """For dry runs: functions that run as one kernel on a GPU, each as owner, name, and what takes its
+        place on tensors without numbers. That tells `moved` the bytes that the kernel would move."""
+        yield from ()
+
     def draw_noise(self, shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> Tensor | None:
         """Randomness of one layer and micro-batch for `shape` [s, b, all KV heads], one seed per row.
 

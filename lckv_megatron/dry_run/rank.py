@@ -98,7 +98,7 @@ def simulate(
             Replacement(schedules, "backward_step", spanning(recorder, "backward", schedules.backward_step)),
             Replacement(RingStage, "forward", spanning(recorder, "forward", RingStage.forward)),
             Replacement(RingStage, "backward", spanning(recorder, "backward", RingStage.backward)),
-            *(gpu_kernels(recorder) if target == "gpu" else ()),
+            *(gpu_kernels(recorder, run.compression.policy.build()) if target == "gpu" else ()),
         ]
         stack.enter_context(replaced(replacements))
         stack.enter_context(fake)

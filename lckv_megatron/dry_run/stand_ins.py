@@ -5,7 +5,7 @@ repeated. Here are, as shapes:
 - attention as flash-attn does it, windows inside of the kernel, grouped heads as they are;
 - RMSNorm as one kernel, which keeps its input and one number per token;
 - SwiGLU as one kernel, which keeps its input;
-- DMC's pooling as one kernel, where it takes the window.
+- what the KV policy runs as one kernel.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,22 +21,22 @@ from lckv.attention import backends, flash
 from lckv.attention.backends import Choice
 from lckv.attention.visibility import Documents
 from lckv.cost import average_keys
-from lckv.policies.dmc import policy as dmc
-from lckv.policies.dmc.pooling import LARGEST_KERNEL_WINDOW
+from lckv.policies.base import KVPolicy
 from lckv_megatron.dry_run.recorder import Recorder
 from lckv_megatron.dry_run.replacements import Replacement
 from megatron_ext.errors import ConfigError
 from megatron_ext.model import attention, build
 
 
-def gpu_kernels(recorder: Recorder) -> Iterator[Replacement]:
+def gpu_kernels(recorder: Recorder, policy: KVPolicy) -> Iterator[Replacement]:
     """For a run that would use them on a GPU."""
     yield Replacement(backends, "why_no_flash_package", lambda: None)
     yield Replacement(Documents, "without_first_tokens", property(_without_first_tokens))
     yield Replacement(attention, "choose_backend", _choose(recorder, attention.choose_backend))
     yield Replacement(torch.nn.functional, "rms_norm", partial(_rms_norm, recorder))
     yield Replacement(mlp, "bias_swiglu_impl", partial(_swiglu, recorder))
-    yield Replacement(dmc, "pool", _pool(recorder, dmc.pool))
+    for kernel in policy.kernels_of_shapes(lambda moved: recorder.kernel(flops=0, moved_bytes=moved)):
+        yield Replacement(*kernel)
     yield Replacement(build, "transformer_config", _with_fused_swiglu(build.transformer_config))
 
 
@@ -188,42 +188,3 @@ class _SwiGLU(torch.autograd.Function):
         (states,) = ctx.saved_tensors
         ctx.recorder.kernel(flops=0, moved_bytes=2.5 * states.numel() * states.element_size())
         return torch.empty_like(states), None
-
-
-Pool = Callable[[Tensor, Tensor, Tensor, Tensor, int | None], tuple[Tensor, Tensor]]
-
-
-def _pool(recorder: Recorder, original: Pool) -> Pool:
-    def pool(
-        key: Tensor, value: Tensor, merge: Tensor, weight: Tensor, window: int | None
-    ) -> tuple[Tensor, Tensor]:
-        if window is None or window > LARGEST_KERNEL_WINDOW:
-            return original(key, value, merge, weight, window)
-        return _Pool.apply(key, value, merge, weight, window, recorder)
-
-    return pool
-
-
-class _Pool(torch.autograd.Function):
-    """What `lckv.policies.dmc.kernels.pooling` keeps, and its working memory."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, key: Tensor, value: Tensor, merge: Tensor, weight: Tensor, window: int, recorder: Recorder
-    ) -> tuple[Tensor, Tensor]:
-        merge, weight = (tensor.permute(1, 2, 0).contiguous() for tensor in (merge, weight))
-        total = torch.empty_like(weight)
-        ctx.save_for_backward(key, value, merge, weight, total)
-        ctx.window, ctx.recorder = window, recorder
-        recorder.kernel(flops=0, moved_bytes=4 * key.numel() * key.element_size())
-        return key.new_empty(key.shape), value.new_empty(value.shape)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        key, value, merge, weight, _ = ctx.saved_tensors
-        rows, heads, length = merge.shape
-        products = merge.new_empty((rows, heads, ctx.window, length))
-        moved = 6 * key.numel() * key.element_size() + 4 * products.numel() * products.element_size()
-        ctx.recorder.kernel(flops=0, moved_bytes=moved)
-        of_scalars = (torch.empty_like(tensor).permute(2, 0, 1) for tensor in (merge, weight))
-        return key.new_empty(key.shape), value.new_empty(value.shape), *of_scalars, None, None

@@ -1,7 +1,8 @@
 """Dynamic Memory Compression as a KV policy:
 keys and values become running means over the tokens merged into a slot."""
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from lckv.policies.config import PolicyConfig
 from lckv.policies.dmc import continuation, decisions, schedule
 from lckv.policies.dmc.config import DMCConfig
 from lckv.policies.dmc.pooling import pool
+from lckv.policies.dmc.shapes import pool_of_shapes
 
 
 class DMCPolicy(KVPolicy):
@@ -36,6 +38,12 @@ class DMCPolicy(KVPolicy):
         self.per_rank = config.loss_per_tp_rank
         if config.decides:
             self.statistics = (Statistic("merge_rate", "share of tokens merged into the slot before"),)
+
+    def kernels_of_shapes(
+        self, moved: Callable[[float], None]
+    ) -> Iterator[tuple[object, str, Callable[..., object]]]:
+        """See `KVPolicy`: pooling."""
+        yield sys.modules[__name__], "pool", pool_of_shapes(pool, moved)
 
     def draw_noise(self, shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> Tensor | None:
         """Noise of the decisions; None where there are none."""
