@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv$(patsubst python3.%,3%,$(filter python3.%,$(notdir $(PYTHON))))
 LOWEST ?= .venv-lowest
 PYTEST_ARGS ?=
-# Files of tests that run at once; 0: in this process, as debuggers want it.
-WORKERS ?= 2
+# Files of tests that run at once: one per core, from 2 to 6; 0: in this process, as debuggers want it.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 2 ? 2 : n > 6 ? 6 : n)))
 BENCHMARKS ?= $(basename $(notdir $(filter-out %/__init__.py,$(wildcard tools/benchmarks/*.py))))
 BENCH_ARGS ?=
 
@@ -32,7 +32,7 @@ setup: $(STAMP) ## Create .venv (of PYTHON=python3.12: .venv312) with the projec
 demo: $(STAMP) ## Build a corpus and a tokenizer, train an LCKV model on 2 processes, show the result
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo/run.sh
 
-test: $(STAMP) ## Run the tests (PYTEST_ARGS="...", WORKERS=2); those that need a GPU run where there is one
+test: $(STAMP) ## Run the tests (PYTEST_ARGS="...", WORKERS=$(WORKERS)); those that need a GPU run where there is one
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-fast: $(STAMP) ## Run tests of single modules that start no training: less than two minutes on 2 cores
