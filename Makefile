@@ -32,7 +32,7 @@ setup: $(STAMP) ## Create .venv (of PYTHON=python3.12: .venv312) with the projec
 demo: $(STAMP) ## Build a corpus and a tokenizer, train an LCKV model on 2 processes, show the result
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo/run.sh
 
-test: $(STAMP) ## Run the tests (PYTEST_ARGS="...", WORKERS=$(WORKERS)); those that need a GPU run where there is one
+test: $(STAMP) ## Run the tests (PYTEST_ARGS="...", WORKERS=2); those that need a GPU run where there is one
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-fast: $(STAMP) ## Run tests of single modules that start no training: less than two minutes on 2 cores

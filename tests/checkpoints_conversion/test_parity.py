@@ -59,7 +59,6 @@ def shared(layer_types: str, **more: object) -> dict[str, object]:
 
 
 TIED = {"tie_word_embeddings": True}
-WITHOUT_PP = ((1, 1), (2, 1), (4, 1))
 DMC = {"compression.policy.name": "dmc"}
 MERGING = {"name": "dmc", "stage": "finetune", "initial_decision_bias": 0.05, "window": 3}
 CASES = {
@@ -72,12 +71,12 @@ CASES = {
     "qwen3 MHA tied": Case("qwen3", MHA, settings=TIED, layouts=((4, 1), (1, 2))),
     "CLA": Case("llama", GQA, shared("0_0_2_2"), layouts=LAYOUTS),
     "YOCO": Case("mistral", MHA, shared("0s_1s_2_2"), layouts=((1, 1), (2, 2))),
-    "LCKV": Case("llama", GQA, shared("0_2_2_3") | CYCLIC, layouts=WITHOUT_PP),
+    "LCKV": Case("llama", GQA, shared("0_2_2_3") | CYCLIC, layouts=LAYOUTS),
     "LCKV MQA biases": Case(
         "qwen2", MQA, shared("0s_2_2_3", sliding_window=6) | CYCLIC, layouts=((1, 1), (4, 1))
     ),
     "LCKV norms tied": Case(
-        "qwen3", MHA, shared("0_3_3_3") | CYCLIC, settings=TIED, layouts=((1, 1), (4, 1))
+        "qwen3", MHA, shared("0_3_3_3") | CYCLIC, settings=TIED, layouts=((4, 1), (1, 2))
     ),
     "MixAttention without own position": Case(
         "qwen3", GQA, shared("0_1s_1s_3", sliding_window=4, force_nodiag=True), layouts=((2, 1), (1, 2))
@@ -97,7 +96,7 @@ CASES = {
         "lckv-llama",
         GQA,
         settings={"compression": {"layer_types": "0_2_2_3", "policy": MERGING}, "qk_norm": True, **TIED},
-        layouts=WITHOUT_PP,
+        layouts=LAYOUTS,
     ),
 }
 RESHARDED = ("llama MHA", "qwen2 MQA tied", "qwen3 GQA norms", "LCKV MQA biases", "merging CLA MQA")
