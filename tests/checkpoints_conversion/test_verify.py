@@ -224,7 +224,6 @@ def test_layout_of_a_shared_model_in_processes_of_its_own(models: Path) -> None:
             ["--parallel.pipeline_model_parallel_size", "2"],
             "model.num_layers is 3 and parallel.pipeline_model_parallel_size is 2",
         ),
-        (["--parallel.pipeline_model_parallel_size", "3"], "does not run as a pipeline"),
         (["--rows", "0"], "--rows is 0"),
         (["--tokens", "nowhere.npy"], "--tokens nowhere.npy cannot be read"),
     ],
