@@ -26,7 +26,7 @@ from megatron_ext.model.placement import place
 from megatron_ext.schedule.ticks import Leg, Ticks, schedule, ticks_of
 from tools.benchmarks.timing import setting, write_csv
 
-_MAPS = {"LCKV, w = 2": "0_6_6_6_6_6_6_7", "sandwich-middle": "0_3_3_3_3_3_3_7", "plain": "0_1_2_3_4_5_6_7"}
+_MAPS = {"LCKV, w = 2": "0_6_6_6_6_6_6_7", "plain": "0_1_2_3_4_5_6_7"}
 _STAGES, _MICRO_BATCHES = range(2, 9), (4, 8, 16, 32, 64)
 _VOCABULARY = 1024
 
