@@ -59,10 +59,10 @@ def test_one_clear_error_and_no_traceback(options: list[str], said: str, tmp_pat
 
 def test_wrong_settings_on_several_processes_end_all_of_them(tmp_path: Path) -> None:
     started = time.monotonic()
-    options = ["--parallel.pipeline_model_parallel_size=2", "--compression.layer_types=0_2_2_3"]
+    options = ["--parallel.pipeline_model_parallel_size=2", "--parallel.pipeline_model_parallel_layout=Et"]
     done = start(*command(tmp_path, *options, ranks=2))
     assert done.returncode != 0
-    assert "compression.layer_types is 0_2_2_3" in done.stderr
+    assert "parallel.pipeline_model_parallel_layout is 'Et', which has 1 parts" in done.stderr
     assert "parallel.pipeline_model_parallel_size" in done.stderr
     assert time.monotonic() - started < 120
     error = done.stderr[: done.stderr.index("Sending process")].partition("error: ")[2].splitlines()[:-1]
