@@ -221,7 +221,7 @@ def test_what_is_not_run_itself_is_named_with_its_reason() -> None:
 ELSEWHERE = {
     "CONTRIBUTING.md": "make: continuous integration runs it",
     "docs/engines.md": "make: continuous integration runs it",
-    "docs/fine_tuning.md": "tests/checkpoints_conversion/test_fine_tuning.py runs them, and the code",
+    "docs/fine_tuning.md": "tests/pages/test_fine_tuning.py runs them, and the code",
     "docs/faults.md": "takes an hour; the test of the command runs its short form",
 }
 """Pages whose commands are not run here, and why."""

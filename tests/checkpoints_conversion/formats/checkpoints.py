@@ -44,11 +44,6 @@ CASES = {
 }
 
 
-def is_cyclic(description: ModelDescription) -> bool:
-    """Whether the model does not run as a pipeline."""
-    return description.compression.map(description.model.num_layers).any_cyclic
-
-
 def whole_weights(description: ModelDescription) -> dict[str, Tensor]:
     """All weights, norms and biases too, drawn at random."""
     weights = {}

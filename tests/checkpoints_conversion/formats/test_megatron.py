@@ -37,7 +37,6 @@ from tests.checkpoints_conversion.formats.checkpoints import (
     VOCAB,
     describe,
     different_weights,
-    is_cyclic,
     manifest_of,
     save,
     stage_with,
@@ -87,12 +86,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path
 
     def path_of(case: str, layout: str) -> Path:
         if not (root / layout).exists():
-            cases = [
-                name
-                for name, description in CASES.items()
-                if "pp2" not in layout or not is_cyclic(description)
-            ]
-            run_on_ranks(ranks_of(LAYOUTS[layout]), _save, cases, LAYOUTS[layout], root / layout)
+            run_on_ranks(ranks_of(LAYOUTS[layout]), _save, list(CASES), LAYOUTS[layout], root / layout)
         return root / layout / case
 
     return path_of
@@ -102,8 +96,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path
 @pytest.mark.parametrize("case", CASES)
 def test_reads_the_whole_weights_from_every_layout(case, layout, saved):
     description = CASES[case]
-    if is_cyclic(description) and "pp2" in layout:
-        layout = "tp2"
     checkpoint = MegatronCheckpoint(saved(case, layout))
     assert checkpoint.description == description
     assert checkpoint.iteration == 7
@@ -257,12 +249,8 @@ def restored(written: Path) -> Callable[[str, str], tuple[list[Restored], Tensor
 
     def results_of(case: str, layout: str) -> tuple[list[Restored], Tensor]:
         if layout not in known:
-            cases = [
-                name
-                for name, description in CASES.items()
-                if "pp2" not in layout or not is_cyclic(description)
-            ]
-            known[layout] = run_on_ranks(ranks_of(LAYOUTS[layout]), _restore, cases, LAYOUTS[layout], written)
+            ranks = ranks_of(LAYOUTS[layout])
+            known[layout] = run_on_ranks(ranks, _restore, list(CASES), LAYOUTS[layout], written)
         return [results[case] for results in known[layout]], expected[case]
 
     return results_of
@@ -271,8 +259,6 @@ def restored(written: Path) -> Callable[[str, str], tuple[list[Restored], Tensor
 @pytest.mark.parametrize("layout", ["tp1", "tp4", "tp2 x pp2"])
 @pytest.mark.parametrize("case", CASES)
 def test_every_layout_loads_what_was_written(case, layout, restored):
-    if is_cyclic(CASES[case]) and "pp2" in layout:
-        layout = "tp2"
     results, expected = restored(case, layout)
     tolerance = LARGEST_LOGIT_DIFFERENCE if layout != "tp1" else 0.0
     assert [different for different, _, _ in results] == [[]] * len(results)
