@@ -154,12 +154,6 @@ class Step:
         return replace(self, start=start, stop=stop, runs=runs)
 
 
-def cut(steps: Sequence[Step], layers: range) -> tuple[Step, ...]:
-    """The pieces of a list of steps that run `layers`, those of one pipeline stage."""
-    pieces = (step.cut(layers) for step in steps)
-    return tuple(piece for piece in pieces if piece is not None)
-
-
 def crossing_sources(steps: Sequence[Step], boundary: int) -> tuple[int, ...]:
     """Layers below `boundary` whose keys and values a layer at or above it reads,
     of those that are kept, ascending."""

@@ -71,11 +71,6 @@ class SharedKVBlock(TransformerBlock):
         (visit,) = (visit for visit in self.journey.train if visit.stage == self.stage)
         return visit
 
-    @property
-    def steps(self) -> tuple[Step, ...]:
-        """The steps of the plan that this stage runs with a micro-batch that comes once."""
-        return self.visit.steps
-
     def sharded_state_dict(
         self,
         prefix: str = "",

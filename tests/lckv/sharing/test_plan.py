@@ -12,7 +12,6 @@ from lckv.sharing.plan import (
     Part,
     Read,
     crossing_sources,
-    cut,
     iteration_plan,
     layer_groups,
 )
@@ -144,11 +143,14 @@ def test_what_crosses_within_a_group_depends_on_the_pass() -> None:
 def test_pieces_of_a_list_are_the_list(layer_types: LayerTypes, data: st.DataObject) -> None:
     steps = iteration_plan(layer_types, 2, 1)
     boundary = data.draw(st.integers(0, len(layer_types)))
-    below, above = cut(steps, range(boundary)), cut(steps, range(boundary, len(layer_types)))
+    below, above = (
+        [piece for step in steps if (piece := step.cut(layers)) is not None]
+        for layers in (range(boundary), range(boundary, len(layer_types)))
+    )
     assert all(step.stop <= boundary for step in below)
     assert all(step.start >= boundary for step in above)
     assert sum(len(step.runs) for step in (*below, *above)) == sum(len(step.runs) for step in steps)
     assert all(
         [run.index for run in step.runs] == [*range(step.start, step.stop)] for step in (*below, *above)
     )
-    assert cut(below, range(boundary)) == below
+    assert [step.cut(range(boundary)) for step in below] == below
