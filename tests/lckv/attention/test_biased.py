@@ -3,7 +3,6 @@ kernels."""
 
 import inspect
 import itertools
-import types
 from functools import partial
 
 import pytest
@@ -14,64 +13,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lckv.attention import flash, reference, sdpa
 from lckv.attention.biased import attend_biased
-from lckv.attention.flash_pairs import AtenCPU, AtenEfficient, AtenFlash, FlashAttnPair, Partial, choose_pair
+from lckv.attention.flash_pairs import AtenCPU, AtenEfficient, AtenFlash, FlashAttnPair, choose_pair
 from lckv.attention.key_bias import HIDDEN, KeyBias
 from lckv.attention.visibility import Documents, Visibility
 from lckv.errors import UnsupportedError
+from tests.lckv.attention.stand_ins import CudaStandIn, FlashAttnInterfaceStandIn, flash_attn
 from tests.ranks import run_on_ranks
 
 FRONTIER = KeyBias(age=1)
 
 
-class FlashAttnStandIn:
-    """flash-attn's two private functions, [b, s, heads, d], on PyTorch's CPU kernels."""
-
-    EXPECTED = types.MappingProxyType(
-        {
-            "dropout_p": 0.0,
-            "causal": True,
-            "window_size_left": -1,
-            "window_size_right": -1,
-            "softcap": 0.0,
-            "alibi_slopes": None,
-        }
-    )
-
-    def _flash_attn_forward(self, q, k, v, *, softmax_scale, return_softmax, **options):
-        assert options == self.EXPECTED
-        assert return_softmax is False
-        attended = AtenCPU().forward(*(tensor.transpose(1, 2) for tensor in (q, k, v)), softmax_scale)
-        return attended.output.transpose(1, 2), attended.lse, None, torch.tensor([3, 4])
-
-    def _flash_attn_backward(
-        self,
-        dout,
-        q,
-        k,
-        v,
-        *,
-        out,
-        softmax_lse,
-        dq,
-        dk,
-        dv,
-        softmax_scale,
-        deterministic,
-        rng_state,
-        **options,
-    ):
-        assert options == self.EXPECTED
-        assert deterministic is False
-        assert rng_state.tolist() == [3, 4]
-        assert softmax_lse.is_contiguous()
-        tensors = (tensor.transpose(1, 2) for tensor in (dout, q, k, v))
-        gradients = AtenCPU().backward(*tensors, Partial(out.transpose(1, 2), softmax_lse), softmax_scale)
-        for place, gradient in zip((dq, dk, dv), gradients, strict=True):
-            place.copy_(gradient.transpose(1, 2))
-
-
-PACKAGE = types.SimpleNamespace(flash_attn_interface=FlashAttnStandIn())
-BACKENDS = {"sdpa": sdpa.attend, "flash": partial(flash.attend, kernel=PACKAGE)}
+BACKENDS = {"sdpa": sdpa.attend, "flash": partial(flash.attend, kernel=flash_attn())}
 
 
 def tensors(
@@ -232,7 +184,7 @@ def test_the_pair_for_each_device_and_dtype():
     odd = meta(torch.bfloat16, 12)
     for refuse in (
         lambda: choose_pair(odd),
-        lambda: FlashAttnPair(FlashAttnStandIn()).forward(odd, odd, odd, 1.0),
+        lambda: FlashAttnPair(FlashAttnInterfaceStandIn()).forward(odd, odd, odd, 1.0, causal=True),
     ):
         with pytest.raises(
             UnsupportedError, match=r"heads of 12 channels .* on CUDA it must be a multiple of 8"
@@ -242,66 +194,6 @@ def test_the_pair_for_each_device_and_dtype():
         UnsupportedError, match=r"in torch.float64 cannot .*: on meta it takes float16, bfloat16"
     ):
         choose_pair(meta(torch.float64))
-
-
-class CudaStandIn:
-    """PyTorch's two CUDA kernels, with their argument orders and layouts, on its CPU kernel."""
-
-    def _scaled_dot_product_flash_attention(self, q, k, v, dropout_p, is_causal, return_debug_mask, *, scale):
-        assert (dropout_p, is_causal, return_debug_mask) == (0.0, True, False)
-        attended = AtenCPU().forward(q, k, v, scale)
-        return attended.output, attended.lse, None, None, q.shape[2], k.shape[2], "seed", "offset", None
-
-    def _scaled_dot_product_flash_attention_backward(
-        self,
-        grad,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        cum_q,
-        cum_k,
-        max_q,
-        max_k,
-        dropout_p,
-        is_causal,
-        seed,
-        offset,
-        *,
-        scale,
-    ):
-        assert (cum_q, cum_k, max_q, max_k, dropout_p, is_causal) == (
-            None,
-            None,
-            q.shape[2],
-            k.shape[2],
-            0.0,
-            True,
-        )
-        assert (seed, offset) == ("seed", "offset")
-        assert lse.is_contiguous()
-        return AtenCPU().backward(grad, q, k, v, Partial(out, lse), scale)
-
-    def _scaled_dot_product_efficient_attention(
-        self, q, k, v, bias, compute_lse, dropout_p, is_causal, *, scale
-    ):
-        assert (bias, compute_lse, dropout_p, is_causal) == (None, True, 0.0, True)
-        assert q.shape == k.shape == v.shape
-        attended = AtenCPU().forward(q, k, v, scale)
-        padded = torch.nn.functional.pad(attended.lse, (0, -q.shape[2] % 32), value=torch.inf)
-        return attended.output, padded, "seed", "offset"
-
-    def _scaled_dot_product_efficient_attention_backward(
-        self, grad, q, k, v, bias, out, lse, seed, offset, dropout_p, mask, is_causal, *, scale
-    ):
-        assert (bias, seed, offset, dropout_p, is_causal) == (None, "seed", "offset", 0.0, True)
-        assert mask == [True, True, True, False]
-        assert lse.shape[2] % 32 == 0
-        assert (lse[..., q.shape[2] :] == torch.inf).all()
-        assert lse.is_contiguous()
-        assert out.is_contiguous()
-        return *AtenCPU().backward(grad, q, k, v, Partial(out, lse[..., : q.shape[2]]), scale), None
 
 
 @pytest.mark.parametrize("pair", [AtenFlash(), AtenEfficient()], ids=["flash", "efficient"])
