@@ -43,8 +43,10 @@ def tensors(
     return [tensor.permute(1, 2, 0, 3).requires_grad_() for tensor in (query, key, value)]
 
 
-def run(attend, inputs, visibility, key_bias=FRONTIER):
-    """Output and gradients."""
+def run(attend, inputs, visibility, key_bias=FRONTIER, queries=None):
+    """Output and gradients of the last queries; None: of all."""
+    last = slice(0 if queries is None else -queries, None)
+    inputs = [inputs[0][:, :, last], *inputs[1:]]
     output = attend(*inputs, visibility, scale=inputs[2].shape[-1] ** -0.5, key_bias=key_bias)
     functional = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
     return output, *torch.autograd.grad((output * functional).sum(), inputs)
@@ -147,12 +149,13 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("age", "most"), [(1, 1.0), (100, 1.2)])  # 512 tokens are 5.12 chunks of 100
-def test_nothing_of_length_times_length_is_made(age, most):
+@pytest.mark.parametrize("queries", [512, 300, 1])
+@pytest.mark.parametrize(("age", "most"), [(None, 1.0), (1, 1.0), (100, 1.2)])  # 5.12 chunks of 100
+def test_nothing_of_length_times_length_is_made(age, most, queries):
     inputs = tensors(1, 1, 2, 512, dtype=torch.float32)
     with Largest() as largest:
-        run(sdpa.attend, inputs, Visibility(), KeyBias(age))
-    assert inputs[0].numel() <= largest.numel <= most * inputs[0].numel()
+        run(sdpa.attend, inputs, Visibility(), None if age is None else KeyBias(age), queries)
+    assert inputs[1].numel() <= largest.numel <= most * inputs[0].numel()
 
 
 def test_windows_and_dropout_are_refused():
@@ -212,16 +215,16 @@ def test_the_pairs_of_cuda_on_a_stand_in(pair, length, key_bias, monkeypatch):
 def cuda_errors(dtype):
     """Relative errors of output and gradients against the oracle in float64."""
     errors = []
-    cases = itertools.product(
-        ((False, None), (True, None), (True, [50])), (FRONTIER, KeyBias(age=16, extra_channels=8))
-    )
-    for (exclude_self, cuts), key_bias in cases:
+    key_biases = (FRONTIER, KeyBias(age=16, extra_channels=8), None)
+    cases = itertools.product(((False, None), (True, None), (True, [50])), key_biases, (77, 30))
+    for (exclude_self, cuts), key_bias, queries in cases:
         documents = None if cuts is None else documents_of(2, 77, cuts)
         visibility = Visibility(exclude_self=exclude_self, documents=documents)
-        whole = tensors(2, 2, 2, 77, 64, extra=key_bias.extra_channels)
-        exact = run(reference.attend, whole, visibility, key_bias)
+        biases = {"extra": key_bias.extra_channels} if key_bias else {"biases": (0.0,)}
+        whole = tensors(2, 2, 2, 77, 64, **biases)
+        exact = run(reference.attend, whole, visibility, key_bias, queries)
         inputs = [tensor.detach().to("cuda", dtype).requires_grad_() for tensor in whole]
-        for actual, right in zip(run(sdpa.attend, inputs, visibility, key_bias), exact, strict=True):
+        for actual, right in zip(run(sdpa.attend, inputs, visibility, key_bias, queries), exact, strict=True):
             errors.append(float((actual.cpu().double() - right).norm() / right.norm()))
     return errors
 
