@@ -161,6 +161,11 @@ class ParallelConfig:
     shorten the step and take more memory. Default: the number of stages; twice that where no pass is
     without gradient."""
 
+    context_parallel_size: int = 1
+    """Ranks that split each sequence. A layer that computes keys and values gathers those of the whole
+    sequence once per pass; layers that read them send nothing. train.seq_length must be a multiple of twice
+    this."""
+
     sequence_parallel: bool = False
     """Split activations between tensor-parallel regions along the sequence too."""
 
