@@ -236,6 +236,16 @@ class ParallelConfig:
     """Send signs of life to the monitor of nvidia-resiliency-ext; the run is then started by its
     ft_launcher."""
 
+    @property
+    def replica_size(self) -> int:
+        """Ranks that work on the same samples, with one copy of the model per context-parallel rank."""
+        model = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        return model * self.context_parallel_size
+
+    def tokens_of_rank(self, seq_length: int) -> int:
+        """Those of a sequence that each rank works on."""
+        return seq_length // self.context_parallel_size
+
 
 @dataclass(frozen=True)
 class TrainConfig:

@@ -38,6 +38,12 @@ class ContextGroup:
         """Whether this rank has whole rows."""
         return self.chunks.ranks == 1
 
+    def whole(self, own: Tensor) -> Tensor:
+        """Whole rows [s, ...], from the rank's part [n c, ...]."""
+        if self.is_alone:
+            return own
+        return self._by_chunk(own.unflatten(0, (len(self.chunks.numbers), -1))).flatten(0, 1)
+
     def gather(self, own: KeyValue) -> KeyValue:
         """Keys and values of whole rows [s, b, g, ...], from the rank's part [n c, b, g, ...]."""
         if self.is_alone:

@@ -83,7 +83,7 @@ def run_schedule(
     row. Empty before the last stage."""
     passage = _LossOfBatch(model, train, progress, forward_only)
     decoder = get_attr_wrapped_model(model, "decoder")
-    tokens = train.seq_length // parallel_state.get_context_parallel_world_size()
+    tokens = train.seq_length // decoder.context_group.chunks.ranks
     if decoder.journey.circulates:
         ticks = ticks_of(
             decoder.config.placed,
