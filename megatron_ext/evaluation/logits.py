@@ -1,6 +1,5 @@
 """Logits of given tokens, from a model on any layout."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -81,9 +80,7 @@ def _batch(stage: SharedKVGPTModel, tokens: Tensor) -> Batch:
     """What this rank has of rows [b, s], which context parallelism makes longer, so that they can be cut."""
     chunks, reach = stage.decoder.context_group.chunks, stage.config.compression.policy.traits.reach
     length = tokens.shape[1]
-    if chunks.ranks > 1 and reach is not None:
-        size = max(math.ceil(length / chunks.total), reach.before, reach.after)
-        tokens = pad(tokens, (0, size * chunks.total - length))
+    tokens = pad(tokens, (0, -length % chunks.total))
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     whole = Batch(tokens, tokens, torch.zeros(tokens.shape, device=tokens.device), positions, None)
     return whole.of_rank(chunks, reach)

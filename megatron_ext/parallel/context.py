@@ -62,6 +62,8 @@ class ContextGroup:
         inner = [tensor.unflatten(0, (number, -1)).transpose(0, 1).flatten(1, 2) for tensor in heads]
         if reach == Reach():
             return inner
+        if max(reach.before, reach.after) > len(inner[0]):  # further than the neighbours
+            return list(self.chunks.rows(self.whole(torch.cat(list(heads), 2)), reach).split(counts, 2))
         ends = [torch.cat((rows[: reach.after], rows[len(rows) - reach.before :])) for rows in inner]
         before, after = self._around(torch.cat(ends, 2), reach)
         around = zip(before.split(counts, 2), inner, after.split(counts, 2), strict=True)

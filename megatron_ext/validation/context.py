@@ -41,21 +41,3 @@ def context_step_problems(run: RunConfig) -> Iterator[str]:
         way_out = "with parallel.sequence_parallel the tokens of a rank are split again"
         name = "parallel.tensor_model_parallel_size"
         yield from multiple(f"train.seq_length / {_SIZE}", length // size, name, tensor, way_out)
-    yield from _reach_problems(run, length // (2 * size))
-
-
-def _reach_problems(run: RunConfig, chunk: int) -> Iterator[str]:
-    """A policy that looks further than the neighbours of a chunk."""
-    policy = run.compression.policy
-    reach = policy.traits.reach
-    if reach is None:
-        return
-    furthest = max(reach.before, reach.after)
-    if furthest > chunk:
-        place = "in front of" if reach.before == furthest else "behind"
-        yield (
-            f"compression.policy.name is {policy.name}, with settings by which it looks at {furthest} tokens "
-            f"{place} each token, and a chunk has {chunk} (train.seq_length {run.train.seq_length} / (2 * "
-            f"{_SIZE} {run.parallel.context_parallel_size})); the former must be at most the latter: lower "
-            f"{_SIZE}, raise train.seq_length, or change the policy's settings (of dmc: its window)."
-        )
