@@ -86,8 +86,9 @@ def make_batch(
     begin ("begins", bool [b, s]), these are conversations, and none sees another. Labels and positions follow
     Megatron's eod_mask_loss (no loss on predicting what comes after an eod) and reset_position_ids. Negative
     tokens are padding: they get no loss, and 0 takes their place. Everything is computed where the samples
-    are, normally on the CPU, so that no device has to be waited for. Raises ConfigError if a setting needs
-    `eod` but there is none.
+    are, normally on the CPU, so that no device has to be waited for. With context parallelism the batch is
+    what this rank has of the sequences (`chunks`), for a KV policy of this `reach`. Raises ConfigError if a
+    setting needs `eod` but there is none.
     """
     asked = [n for n in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask") if getattr(data, n)]
     if asked and eod is None:

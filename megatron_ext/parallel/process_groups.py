@@ -33,6 +33,15 @@ def chunks_of_rank() -> Chunks:
     )
 
 
+def seed_of_rank(seed: int) -> int:
+    """`seed` for what this process draws for its layers and tokens."""
+    stage, part = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_context_parallel_rank(),
+    )
+    return seed + 100 * stage + 100_000 * part
+
+
 def initialize(parallel: ParallelConfig, seed: int) -> None:
     """Start torch.distributed, if it is not running yet, and Megatron's process groups and random states.
 
@@ -51,9 +60,9 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
         num_distributed_optimizer_instances=parallel.num_distributed_optimizer_instances,
         distributed_timeout_minutes=max(1, round(minutes)),
     )
-    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
-    torch.manual_seed(stage_seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
+    own_seed = seed_of_rank(seed)
+    torch.manual_seed(own_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(own_seed)
 
 
 def end_start(parallel: ParallelConfig) -> None:

@@ -206,6 +206,8 @@ def sent_by(name: str) -> Counter[tuple[str, int]]:
     parallel, train = settings_of(case)
     stage = make_stage(MAPS[name], parallel, train)
     batch = next(batches_of(case))
+    with pytest.raises(ValueError, match=r"policy\.chunk_rows is missing; with context parallelism it must"):
+        stage(batch.tokens, batch.position_ids)
     policy = PolicyInputs(row_seeds=(0,), progress=0.5, chunk_rows=batch.chunk_rows)
     with Sent() as sent:
         losses, report = stage(batch.tokens, batch.position_ids, batch.labels, policy=policy)
