@@ -79,7 +79,6 @@ ANY_MAP = [
     Layout(2, overlap=True),
     Layout(4, tp=2, sequence_parallel=True),
     Layout(4, tp=4, micro_batch_size=2),
-    Layout(2, cp=2),
 ]
 PIPELINES = [
     Layout(2, pp=2),
@@ -100,6 +99,11 @@ def test_every_map(name: str, layout: Layout) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_pipelines(name: str, layout: Layout) -> None:
     check(name, layout)
+
+
+@pytest.mark.parametrize("name", ["lckv_w2", "sandwich_middle", "sliding_cyclic"])
+def test_context_parallelism(name: str) -> None:
+    check(name, Layout(2, cp=2))
 
 
 def check(name: str, layout: Layout) -> None:
