@@ -77,7 +77,7 @@ TWO_RANKS = (
 )  # fmt: skip
 CASES = [
     *(Case(name, documents="documents", cp=2) for name in TWO_RANKS),
-    *(Case(name, cp=4) for name in ("mix", "lckv", "lckv x dmc", "dmc without window")),
+    *(Case(name, cp=4) for name in ("down and up", "lckv", "lckv x dmc", "dmc without window")),
     Case("lckv", documents="documents", cp=2, backend="reference", recompute="selective"),
     Case("dmc without window", documents="documents", cp=2, recompute="full"),
     Case("yoco", documents="documents", cp=2, tp=2, sequence_parallel=True),
