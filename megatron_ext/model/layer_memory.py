@@ -41,6 +41,7 @@ class LayerMemory:
         self._model, self._compression, self._train, self._fused = model, compression, train, fused
         self._layer_types = compression.map(model.num_layers)
         self._bytes = precision(train.precision).bytes
+        self._tokens = parallel.tokens_of_rank(train.seq_length)
         self._shards = ranks if parallel.sequence_parallel else 1
         self._heads = model.num_attention_heads / ranks
         self._kv_heads = max(1.0, model.query_groups / ranks)
@@ -51,7 +52,7 @@ class LayerMemory:
     def kept(self, run: LayerRun) -> int:
         """Bytes of a micro-batch that a run which is not recomputed keeps, besides the keys and values that
         it reads."""
-        return round(self._train.seq_length * self._train.micro_batch_size * self._per_token(run))
+        return round(self._tokens * self._train.micro_batch_size * self._per_token(run))
 
     @property
     def norm(self) -> float:

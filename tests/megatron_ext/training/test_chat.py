@@ -73,6 +73,7 @@ LAYOUTS = [
 PP2 = ("pp2", 2, {"parallel": {"pipeline_model_parallel_size": 2}})
 CASES = [(name, *layout) for name in COMPRESSIONS for layout in LAYOUTS]
 CASES += [(name, *PP2) for name in ("plain", "yoco", "dmc")]
+CASES.append(("dmc", "cp2", 2, {"parallel": {"context_parallel_size": 2}}))
 
 
 @pytest.mark.parametrize(("name", "layout", "ranks", "sections"), CASES, ids=lambda value: str(value)[:20])
