@@ -30,6 +30,9 @@ class Traits:
     reads_query: bool = False
     """Whether keys and values depend on the queries of the layer that computes them."""
 
+    token_wise: bool = False
+    """Whether the key and value of a token follow from that token alone (and its position)."""
+
     windows: bool = True
     """Whether layers may have a sliding window."""
 

@@ -4,7 +4,6 @@ Parameter names are those of Megatron's GPTModel; a plain map has exactly its pa
 """
 
 from dataclasses import replace
-from functools import partial
 
 import torch
 from megatron.core import tensor_parallel
@@ -19,7 +18,7 @@ from torch import Tensor
 from lckv.attention.visibility import Documents
 from lckv.losses import backends as losses
 from lckv.policies.base import TokenContext
-from lckv.rope import rotate, rotation
+from lckv.rope import Turn, rotation
 from megatron_ext.model.block import SharedKVBlock
 from megatron_ext.model.linear import OutputLinear
 from megatron_ext.model.policy_statistics import PolicyInputs, PolicyReport
@@ -107,7 +106,7 @@ class SharedKVGPTModel(LanguageModule):
         hidden_states = self.embedding(input_ids=tokens, position_ids=position_ids) if enters else None
         angles = rotation(self._rows(position_ids), self.frequencies)
         context = TokenContext(
-            partial(rotate, angles=angles),
+            Turn(angles),
             documents,
             counted=None if policy.counted is None else policy.counted.transpose(0, 1),
             training=self.training,

@@ -11,6 +11,7 @@ from lckv.sharing.layer_types import LayerTypes
 from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_ext.model.implementation import accumulates_in_place, choose_implementation
 from megatron_ext.model.placement import Placement, place
+from megatron_ext.offload.share import OffloadSettings
 from megatron_ext.precision import precision
 
 
@@ -34,6 +35,9 @@ class SharedKVTransformerConfig(TransformerConfig):
 
     pipeline_in_flight: int | None = None
     """parallel.pipeline_in_flight."""
+
+    offload: OffloadSettings | None = None
+    """train.activation_offload; None: activations stay on the device."""
 
     @property
     def placed(self) -> Placement:

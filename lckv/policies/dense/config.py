@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from lckv.policies.config import PolicyConfig
+from lckv.policies.config import PolicyConfig, Traits
 
 if TYPE_CHECKING:
     from lckv.policies.base import KVPolicy
@@ -15,6 +15,11 @@ class DenseConfig(PolicyConfig):
 
     name: Literal["dense"] = "dense"
     """Name of the KV policy."""
+
+    @property
+    def traits(self) -> Traits:
+        """See `PolicyConfig`."""
+        return Traits(token_wise=True)
 
     def build(self) -> "KVPolicy":
         """See `PolicyConfig`."""

@@ -61,7 +61,7 @@ class DMCConfig(PolicyConfig):
     def traits(self) -> Traits:
         """See `PolicyConfig`. The last channel of queries and keys is that of the decisions."""
         if not self.decides:
-            return Traits(windows=False, min_head_dim=4)
+            return Traits(token_wise=True, windows=False, min_head_dim=4)
         return Traits(KeyBias(age=1), merges=True, reads_query=True, windows=False, min_head_dim=4)
 
     def build(self) -> "KVPolicy":

@@ -1,0 +1,158 @@
+"""A layer as the parts of a tape (`megatron_ext.offload.tape`):
+
+    before attention    norm, projections, query and key norms, RoPE      token-wise
+    KV policy           where it looks at other tokens                    whole
+    attention                                                             whole
+    after attention     output projection, residuals, norm, MLP           token-wise
+
+Keys and values that other layers read stay on the device, once for all readers: whoever reads them next needs
+them there. Those that only their own layer reads go where the queries go.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lckv.policies.base import KeyValue, Statistics, TokenContext
+from lckv.rope import Turn
+from megatron_ext.model.layer import LayerOutput, SharedKVLayer
+from megatron_ext.model.transformer_config import SharedKVTransformerConfig
+from megatron_ext.offload.host_pool import HostPool
+from megatron_ext.offload.share import OffloadSettings
+from megatron_ext.offload.tape import Storage, Tape
+from megatron_ext.offload.tokens import Tokens
+from megatron_ext.offload.transfer import Buffers, Link
+
+
+class OffloadedLayers:
+    """Runs the layers of a pipeline stage so that their activations go to the host."""
+
+    def __init__(
+        self, config: SharedKVTransformerConfig, settings: OffloadSettings, device: torch.device
+    ) -> None:
+        self._shards = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        self._settings, self._device = settings, device
+        layers = config.layer_types
+        self._read_by_others = {layer.source for layer in layers if layer.source != layer.index}
+        link = Link(device)
+        pool = HostPool(settings.host_bytes, pinned=device.type == "cuda")
+        self.storage = Storage(pool, link, Buffers(device, link))
+        self._last: weakref.ref[Tape] | None = None
+
+    def begin(self) -> None:
+        """Another micro-batch, or another visit of one: no layer lies below the next one."""
+        self._last = None
+
+    def run(
+        self, layer: SharedKVLayer, hidden_states: Tensor, source: KeyValue | None, context: TokenContext
+    ) -> LayerOutput:
+        """As the layer itself."""
+        attention = layer.self_attention
+        attention.require_source(source)
+        with self._tape(layer, hidden_states, context) as tape:
+            query, *heads = self._token_wise(tape, _attending(layer), hidden_states, context)
+            own, statistics = self._own(tape, layer, heads, context) if heads else (None, ())
+            key_value = own if source is None else source
+            assert key_value is not None
+            if source is not None:
+                tape.keep(*source)
+            with tape.whole():
+                attended = attention.attend(query, key_value, context.documents)
+            output = tape.token_wise(lambda *inputs: (layer.after_attention(*inputs),), attended, hidden_states)
+        return LayerOutput(output[0], own, statistics)
+
+    def keys_values(
+        self, layer: SharedKVLayer, hidden_states: Tensor, context: TokenContext
+    ) -> tuple[KeyValue, Statistics]:
+        """As the layer's."""
+        with self._tape(layer, hidden_states, context) as tape:
+            heads = self._token_wise(tape, _keys_values(layer), hidden_states, context)
+            return self._own(tape, layer, heads, context)
+
+    def feed_forward(self, layer: SharedKVLayer, hidden_states: Tensor) -> Tensor:
+        """As the layer's."""
+        with self._tape(layer, hidden_states, None) as tape:
+            return tape.token_wise(lambda states: (layer.feed_forward(states),), hidden_states)[0]
+
+    def _tape(self, layer: SharedKVLayer, hidden_states: Tensor, context: TokenContext | None) -> Tape:
+        tokens = Tokens.of(hidden_states, shards=self._shards, share=self._settings.share)
+        before = None if self._last is None else self._last()
+        tape = Tape(self.storage, tokens, [*layer.parameters(), *_tensors_of(context)], before)
+        self._last = weakref.ref(tape)
+        return tape
+
+    @staticmethod
+    def _token_wise(
+        tape: Tape, part: Callable[..., tuple[Tensor, ...]], hidden_states: Tensor, context: TokenContext
+    ) -> tuple[Tensor, ...]:
+        """`part` of a layer, a function of its input and of the context, in which tokens have places."""
+        tail = context.at(tape.tokens.tail)
+        return tape.token_wise(
+            lambda states: part(states, context), hidden_states, again=lambda states: part(states, tail)
+        )
+
+    def _own(
+        self, tape: Tape, layer: SharedKVLayer, heads: Sequence[Tensor], context: TokenContext
+    ) -> tuple[KeyValue, Statistics]:
+        """The layer's keys and values and its policy's statistics, from what the token-wise part returned."""
+        if _policy_is_token_wise(layer):
+            own, statistics = KeyValue(*heads), ()
+        else:
+            with tape.whole():
+                own, statistics = _of_policy(layer, heads, context)
+        if layer.layer_number - 1 in self._read_by_others:
+            tape.keep(*own)
+        return own, statistics
+
+
+def _attending(layer: SharedKVLayer) -> Callable[..., tuple[Tensor, ...]]:
+    """The part before attention: queries that attend, and of a layer that computes them keys and values, or
+    what its KV policy makes them from."""
+    attention = layer.self_attention
+
+    def part(hidden_states: Tensor, context: TokenContext) -> tuple[Tensor, ...]:
+        heads = attention.heads(layer.input_layernorm(hidden_states))
+        query = attention.attending(heads[0], context)
+        return (query,) if len(heads) == 1 else (query, *_finished(layer, heads, context))
+
+    return part
+
+
+def _keys_values(layer: SharedKVLayer) -> Callable[..., tuple[Tensor, ...]]:
+    """The part before attention without queries."""
+
+    def part(hidden_states: Tensor, context: TokenContext) -> tuple[Tensor, ...]:
+        heads = layer.self_attention.kv_heads(layer.input_layernorm(hidden_states))
+        return _finished(layer, heads, context)
+
+    return part
+
+
+def _finished(layer: SharedKVLayer, heads: Sequence[Tensor], context: TokenContext) -> Sequence[Tensor]:
+    """`heads` as they are, or keys and values where the KV policy is token-wise."""
+    return _of_policy(layer, heads, context)[0] if _policy_is_token_wise(layer) else heads
+
+
+def _of_policy(
+    layer: SharedKVLayer, heads: Sequence[Tensor], context: TokenContext
+) -> tuple[KeyValue, Statistics]:
+    *query, key, value = heads
+    return layer.self_attention.of_policy(query[0] if query else None, key, value, context)
+
+
+def _policy_is_token_wise(layer: SharedKVLayer) -> bool:
+    policy = layer.self_attention.policy
+    return policy.traits.token_wise and not policy.statistics
+
+
+def _tensors_of(context: TokenContext | None) -> Iterator[Tensor]:
+    """What all layers have of a context."""
+    if context is None:
+        return
+    assert isinstance(context.rotate, Turn)
+    yield from context.rotate.angles
+    for tensor in (context.counted, context.noise, context.positions):
+        if tensor is not None:
+            yield tensor
