@@ -275,6 +275,10 @@ class TrainConfig:
     offload_host_gib: float = 128.0
     """token_wise: GiB of the host's memory for each rank's activations."""
 
+    offload_tflops: float | None = None
+    """token_wise, auto: what a rank computes, 10^12 operations per second. Default: half of its GPU's
+    peak."""
+
     offload_gigabytes_per_second: float = 20.0
     """token_wise, auto: what a rank copies to the host, 10^9 bytes per second, while all ranks of the machine
     do. PCIe 4 x16 has about 25 for one, PCIe 5 x16 about 50."""

@@ -80,7 +80,12 @@ class TokenContext:
             None if tensor is None else take(tensor) for tensor in (self.counted, self.noise, self.positions)
         )
         return replace(
-            self, rotate=self.rotate.at(take), documents=None, counted=counted, noise=noise, positions=positions
+            self,
+            rotate=self.rotate.at(take),
+            documents=None,
+            counted=counted,
+            noise=noise,
+            positions=positions,
         )
 
 

@@ -19,6 +19,7 @@ from megatron_ext.model.memory import (
     recomputed_of_stage,
     state_bytes,
 )
+from megatron_ext.model.offload_share import OffloadShare
 from megatron_ext.model.parameters import StageParameters
 from megatron_ext.precision import precision
 
@@ -49,7 +50,21 @@ def verdict_lines(plan: Plan) -> Iterator[str]:
     """A table of all kinds of recompute: memory, whether it fits, and time."""
     yield f"on {plan.gpu.name}, {gib(usable_bytes(plan.gpu.memory_bytes))} of it usable:"
     yield from table(_per_recompute(plan))
+    yield from _host_line(plan)
     yield _NOTE
+
+
+def _host_line(plan: Plan) -> Iterator[str]:
+    """What activations take of the host's memory."""
+    run = plan.run
+    if run.train.activation_offload == "none":
+        return
+    share = OffloadShare(run.model, run.compression, run.parallel, run.train, plan.placement)
+    settings = share.settings(plan.peak_tflops)
+    yield (
+        f"host memory           {gib(settings.expected_bytes)} of {gib(settings.host_bytes)} for each rank: "
+        f"attention outputs, and other activations of {settings.share:.0%} of the tokens"
+    )
 
 
 def checkpoint_line(plan: Plan) -> str:
@@ -143,14 +158,18 @@ def _per_recompute(plan: Plan) -> Iterator[tuple[str, ...]]:
 def recompute_settings(train: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
     """All kinds by their names; that of the run too, where it is another."""
     settings = {
-        name: replace(train, **{"recompute_num_layers": None, **changes})  # type: ignore[arg-type]  # fields of it
+        name: replace(train, **{"recompute_num_layers": None, "activation_offload": "none", **changes})  # type: ignore[arg-type]  # fields of it
         for name, changes in _EVERY_RECOMPUTE.items()
     }
     for name, changed in settings.items():
+        if train.activation_offload != "none":
+            continue
         same = changed.recompute_granularity == train.recompute_granularity != "selective"
         if same and changed.recompute_num_layers == train.recompute_num_layers:
             settings[name] = train  # recompute_modules then say nothing
-    if train not in settings.values():
+    if train.activation_offload != "none":
+        settings[train.activation_offload] = train
+    elif train not in settings.values():
         more = train.recompute_num_layers or " ".join(train.recompute_modules)
         settings[f"{train.recompute_granularity} {more}"] = train
     yield from settings.items()

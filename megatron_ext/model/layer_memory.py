@@ -53,6 +53,25 @@ class LayerMemory:
         it reads."""
         return round(self._train.seq_length * self._train.micro_batch_size * self._per_token(run))
 
+    def offloaded(self, run: LayerRun, *, shared: bool) -> tuple[float, float]:
+        """Bytes per token that go to the host where activations are offloaded: of all tokens, and of the
+        share of them. `shared`: other layers read the layer's keys and values, which then stay."""
+        whole = self._bytes * self._model.hidden_size / self._shards  # the input, which the norm keeps too
+        if run.part is Part.WHOLE:
+            width = self._heads * self._model.head_dim
+            whole += self._bytes * width + 4 * self._heads + self._copies(run)
+            whole += self._policy(self._heads, run)
+        part = max(0.0, self._per_token(run) - whole)
+        if not (run.computes_kv and run.part is Part.WHOLE) or shared:
+            return whole, part
+        key_value = self._bytes * self._kv_heads * (2 * self._model.head_dim + self._extra_channels)
+        token_wise = self._compression.policy.traits.token_wise
+        return whole + key_value * (not token_wise), part + key_value * token_wise
+
+    @property
+    def _extra_channels(self) -> int:
+        return self._compression.policy.traits.extra_channels
+
     @property
     def norm(self) -> float:
         """Of a norm over hidden states, per token."""

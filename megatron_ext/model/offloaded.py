@@ -19,7 +19,7 @@ from lckv.policies.base import KeyValue, Statistics, TokenContext
 from lckv.rope import Turn
 from megatron_ext.model.layer import LayerOutput, SharedKVLayer
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
-from megatron_ext.offload.host_pool import HostPool
+from megatron_ext.offload.host_pool import HostPool, require_host_memory
 from megatron_ext.offload.share import OffloadSettings
 from megatron_ext.offload.tape import Storage, Tape
 from megatron_ext.offload.tokens import Tokens
@@ -36,6 +36,7 @@ class OffloadedLayers:
         self._settings, self._device = settings, device
         layers = config.layer_types
         self._read_by_others = {layer.source for layer in layers if layer.source != layer.index}
+        require_host_memory(settings.expected_bytes)
         link = Link(device)
         pool = HostPool(settings.host_bytes, pinned=device.type == "cuda")
         self.storage = Storage(pool, link, Buffers(device, link))
@@ -60,7 +61,9 @@ class OffloadedLayers:
                 tape.keep(*source)
             with tape.whole():
                 attended = attention.attend(query, key_value, context.documents)
-            output = tape.token_wise(lambda *inputs: (layer.after_attention(*inputs),), attended, hidden_states)
+            output = tape.token_wise(
+                lambda *inputs: (layer.after_attention(*inputs),), attended, hidden_states
+            )
         return LayerOutput(output[0], own, statistics)
 
     def keys_values(

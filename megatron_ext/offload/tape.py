@@ -73,7 +73,7 @@ class _Known:
     output: int = 0
 
 
-class _Enough(Exception):
+class _EnoughError(Exception):
     """Everything that is needed has been computed again."""
 
 
@@ -104,7 +104,9 @@ class Tape:
         """These stay on the device; they must live until forward of the layer is over."""
         self._constants.update(tensor.untyped_storage().data_ptr() for tensor in tensors)
 
-    def token_wise(self, function: Function, *inputs: Tensor, again: Function | None = None) -> tuple[Tensor, ...]:
+    def token_wise(
+        self, function: Function, *inputs: Tensor, again: Function | None = None
+    ) -> tuple[Tensor, ...]:
         """`function(*inputs)`, of tensors [s, b, ...] or of all shards. `again`: the same function for
         the tokens that are computed again, where it depends on their places."""
         part = _Again(again or function, [])
@@ -173,9 +175,7 @@ class Tape:
         return number
 
     def _add(self, tensor: Tensor, split: Split | None) -> int:
-        self._held.append(
-            Held.keep(tensor, split, self.device_bytes, self._storage.pool, self._storage.link)
-        )
+        self._held.append(Held.keep(tensor, split, self.device_bytes, self._storage.pool, self._storage.link))
         return len(self._held) - 1
 
     # Backward.
@@ -224,12 +224,12 @@ class Tape:
                 self._held[number].complete(memory, tensor.detach())
             place += 1
             if place == wanted and not part.outputs:
-                raise _Enough
+                raise _EnoughError
 
         try:
             with torch.enable_grad(), saved_tensors_hooks(record, _never):
                 outputs = part.function(*inputs)
-        except _Enough:
+        except _EnoughError:
             outputs = ()
         assert place >= wanted, f"{place} tensors were saved where {wanted} had been saved in forward"
         for output, number in part.outputs.items():
