@@ -31,7 +31,8 @@ class Traits:
     """Whether keys and values depend on the queries of the layer that computes them."""
 
     token_wise: bool = False
-    """Whether the key and value of a token follow from that token alone (and its position)."""
+    """Whether the key and value of a token follow from that token alone (and its position), and nothing is
+    reported."""
 
     windows: bool = True
     """Whether layers may have a sliding window."""

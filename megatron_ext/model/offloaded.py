@@ -100,7 +100,7 @@ class OffloadedLayers:
         self, tape: Tape, layer: SharedKVLayer, heads: Sequence[Tensor], context: TokenContext
     ) -> tuple[KeyValue, Statistics]:
         """The layer's keys and values and its policy's statistics, from what the token-wise part returned."""
-        if _policy_is_token_wise(layer):
+        if layer.self_attention.policy.traits.token_wise:
             own, statistics = KeyValue(*heads), ()
         else:
             with tape.whole():
@@ -135,7 +135,7 @@ def _keys_values(layer: SharedKVLayer) -> Callable[..., tuple[Tensor, ...]]:
 
 def _finished(layer: SharedKVLayer, heads: Sequence[Tensor], context: TokenContext) -> Sequence[Tensor]:
     """`heads` as they are, or keys and values where the KV policy is token-wise."""
-    return _of_policy(layer, heads, context)[0] if _policy_is_token_wise(layer) else heads
+    return _of_policy(layer, heads, context)[0] if layer.self_attention.policy.traits.token_wise else heads
 
 
 def _of_policy(
@@ -143,11 +143,6 @@ def _of_policy(
 ) -> tuple[KeyValue, Statistics]:
     *query, key, value = heads
     return layer.self_attention.of_policy(query[0] if query else None, key, value, context)
-
-
-def _policy_is_token_wise(layer: SharedKVLayer) -> bool:
-    policy = layer.self_attention.policy
-    return policy.traits.token_wise and not policy.statistics
 
 
 def _tensors_of(context: TokenContext | None) -> Iterator[Tensor]:
