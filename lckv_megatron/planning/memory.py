@@ -19,9 +19,9 @@ from megatron_ext.model.memory import (
     recomputed_of_stage,
     state_bytes,
 )
-from megatron_ext.model.offload_share import OffloadShare
 from megatron_ext.model.parameters import StageParameters
 from megatron_ext.precision import precision
+from megatron_ext.summary.lines import host_lines
 
 _NOTE = f"""\
 needed: by the stage that holds most. activations: kept for backward, of all micro-batches in flight, with
@@ -50,21 +50,8 @@ def verdict_lines(plan: Plan) -> Iterator[str]:
     """A table of all kinds of recompute: memory, whether it fits, and time."""
     yield f"on {plan.gpu.name}, {gib(usable_bytes(plan.gpu.memory_bytes))} of it usable:"
     yield from table(_per_recompute(plan))
-    yield from _host_line(plan)
+    yield from host_lines(plan.sizes, plan.gpu.peak_tflops(plan.run.train.precision))
     yield _NOTE
-
-
-def _host_line(plan: Plan) -> Iterator[str]:
-    """What activations take of the host's memory."""
-    run = plan.run
-    if run.train.activation_offload == "none":
-        return
-    share = OffloadShare(run.model, run.compression, run.parallel, run.train, plan.placement)
-    settings = share.settings(plan.peak_tflops)
-    yield (
-        f"host memory           {gib(settings.expected_bytes)} of {gib(settings.host_bytes)} for each rank: "
-        f"attention outputs, and other activations of {settings.share:.0%} of the tokens"
-    )
 
 
 def checkpoint_line(plan: Plan) -> str:

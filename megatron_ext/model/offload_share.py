@@ -1,10 +1,10 @@
 """What goes to the host in a run, from its settings. Neither torch nor Megatron is loaded."""
 
 from lckv.config import CompressionConfig
-from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_ext.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.layer_memory import LayerMemory
-from megatron_ext.model.placement import Placement
+from megatron_ext.model.placement import Placement, place
 from megatron_ext.offload.share import (
     POOL_SHARE,
     LayerLoad,
@@ -55,6 +55,16 @@ class OffloadShare:
         rows = min(in_flight * train.micro_batch_size, train.global_batch_size)
         self.tokens = rows * train.seq_length
         """Between their forward and backward at once, at most."""
+
+    @classmethod
+    def of(cls, run: RunConfig, *, vocab_size: int) -> "OffloadShare":
+        """Of a run whose sizes fit together; the size of the vocabulary weighs for
+        `parallel.pipeline_model_parallel_layout: auto`."""
+        seq_length = run.train.seq_length
+        placement = place(
+            run.model, run.compression, run.parallel, vocab_size=vocab_size, seq_length=seq_length
+        )
+        return cls(run.model, run.compression, run.parallel, run.train, placement)
 
     @property
     def host_bytes(self) -> int:

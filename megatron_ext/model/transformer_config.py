@@ -102,7 +102,7 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         placement=placement,
-        offload=share.settings(_peak_tflops(train.precision)) if share else None,
+        offload=share.settings(device_peak_tflops(train.precision)) if share else None,
         pipeline_in_flight=parallel.pipeline_in_flight,
         sequence_parallel=parallel.sequence_parallel,
         tp_comm_overlap=parallel.tp_comm_overlap,
@@ -132,7 +132,8 @@ def transformer_config(
     )
 
 
-def _peak_tflops(precision: str) -> float | None:
+def device_peak_tflops(precision: str) -> float | None:
+    """Of this machine's GPU, 10^12 operations per second; None without one, or where it is not known."""
     return peak_tflops(torch.cuda.get_device_name(), precision) if torch.cuda.is_available() else None
 
 

@@ -6,7 +6,6 @@ from dataclasses import fields
 
 from megatron_ext.config import RunConfig, TrainConfig
 from megatron_ext.model.offload_share import OffloadShare
-from megatron_ext.model.placement import place
 from megatron_ext.offload.share import POOL_SHARE, host_bytes, share_that_fits
 from megatron_ext.validation.layout import layout_problems
 from megatron_ext.validation.rules import above_zero
@@ -73,12 +72,7 @@ def _others(run: RunConfig) -> Iterator[str]:
 
 def _host_memory(run: RunConfig) -> Iterator[str]:
     train = run.train
-    # Both weigh for placements that are chosen by cost only.
-    vocab_size = run.model.vocab_size or 1
-    placement = place(
-        run.model, run.compression, run.parallel, vocab_size=vocab_size, seq_length=train.seq_length
-    )
-    share = OffloadShare(run.model, run.compression, run.parallel, train, placement)
+    share = OffloadShare.of(run, vocab_size=run.model.vocab_size or 1)
     asked = 0.0 if train.offload_fraction == "auto" else train.offload_fraction
     needed = host_bytes(share.loads, share.tokens, asked)
     if needed <= share.usable_bytes:

@@ -4,8 +4,10 @@ import pytest
 
 from megatron_ext.config import RunConfig
 from megatron_ext.errors import ConfigError
+from megatron_ext.model.cost import model_shape
 from megatron_ext.model.offload_share import OffloadShare
-from megatron_ext.model.placement import place
+from megatron_ext.summary.lines import host_lines
+from megatron_ext.summary.sizes import RunSizes
 from megatron_ext.validation.run import problems
 from tests.megatron_ext.validation.test_run import run_with
 
@@ -83,8 +85,7 @@ def test_dropout_is_fine_where_nothing_is_computed_again() -> None:
 
 
 def share_of(run: RunConfig) -> OffloadShare:
-    placement = place(run.model, run.compression, run.parallel, vocab_size=1, seq_length=run.train.seq_length)
-    return OffloadShare(run.model, run.compression, run.parallel, run.train, placement)
+    return OffloadShare.of(run, vocab_size=1)
 
 
 def test_auto_of_a_run() -> None:
@@ -110,3 +111,21 @@ def test_micro_batches_in_flight_count() -> None:
     run = run_with({**four, "train.seq_length": 128})
     assert share_of(run).tokens == 4 * 128
     assert share_of(run_with({**ON, "train.seq_length": 128})).tokens == 128
+
+
+def test_a_run_says_what_goes_to_the_host() -> None:
+    run = run_with(
+        {**ON, "train.seq_length": 8192, "train.offload_fraction": 0.25, "train.micro_batch_size": 8}
+    )
+    (line,) = host_lines(sizes_of(run), None)
+    needed = share_of(run).settings(None).expected_bytes / 2**30
+    assert f"{needed:,.2f} of 128.00 GiB for each rank" in line
+    assert line.endswith("of 25% of the tokens")
+    (line,) = host_lines(sizes_of(run_with({**ON, "train.offload_tflops": 1})), None)
+    assert line.endswith("of 100% of the tokens (auto)")
+    assert list(host_lines(sizes_of(run_with({})), None)) == []
+
+
+def sizes_of(run: RunConfig) -> RunSizes:
+    shape = model_shape(run.model, vocab_size=100, seq_length=run.train.seq_length)
+    return RunSizes(run, shape, 1, 1000)
