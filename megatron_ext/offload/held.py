@@ -73,9 +73,11 @@ class Held:
             link.copy(part, self._on_host(part))
 
     def complete(self, buffer: Tensor, tail: Tensor) -> None:
-        """Writes the tokens that were computed again, [shards * (rows - head), ...], into `buffer`."""
+        """Writes the tokens that were computed again, [shards * (rows - head), ...], into `buffer`. A tensor
+        that has no tokens, but by chance their number of rows, comes as a whole."""
         assert self.split is not None
-        target = self.split.tail_of(self.on_device(buffer))
+        whole = self.on_device(buffer)
+        target = whole if tail.shape == whole.shape else self.split.tail_of(whole)
         target.copy_(tail.view_as(target))
 
     def on_device(self, buffer: Tensor) -> Tensor:

@@ -62,9 +62,9 @@ def test_gradients_are_those_without(name: str) -> None:
     assert run_on_ranks(1, differences, name, ParallelConfig()) == [[]]
 
 
-@pytest.mark.parametrize("name", ["lckv", "dmc"])
-def test_gradients_with_tensor_and_sequence_parallelism(name: str) -> None:
-    parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+@pytest.mark.parametrize(("name", "sequence"), [("lckv", True), ("dmc", True), ("cla", False)])
+def test_gradients_with_tensor_and_sequence_parallelism(name: str, sequence: bool) -> None:
+    parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=sequence)
     assert run_on_ranks(2, differences, name, parallel) == [[], []]
 
 
