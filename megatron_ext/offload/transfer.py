@@ -36,7 +36,8 @@ class Link:
     def wait(mark: torch.cuda.Event | None) -> None:
         """Computation goes on after the copies before `mark`."""
         if mark is not None:
-            torch.cuda.current_stream().wait_event(mark)
+            computation = torch.cuda.current_stream()
+            computation.wait_event(mark)
 
     def release(self, tensors: object) -> None:
         """Lets go of `tensors`, whose copies have been asked for, when those are done. Computation waits
