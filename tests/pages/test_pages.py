@@ -61,6 +61,7 @@ MOCK = (
     "--data.reset_attention_mask false --data.reset_position_ids false"
 )
 """Random tokens instead of a dataset."""
+TINY_MOCK = f"{TINY_MODEL} --compression.layer_types 0_2_2_3 {MOCK}"
 PAGES = [
     Page(
         "README.md",
@@ -103,6 +104,18 @@ PAGES = [
         not_run={"srun --nodes=1": "makes an environment inside of a container, from the network"},
     ),
     Page("examples/policy_from_zero/README.md", lambda folder, hub: None, {}),
+    Page(
+        "docs/dry_run.md",
+        lambda folder, hub: None,
+        {
+            "llama2_13b_lckv/pretrain.yaml": f"llama2_13b_lckv/pretrain.yaml {TINY_MOCK} --world-size 2",
+            "yoco_3b/pretrain.yaml": f"yoco_3b/pretrain.yaml {TINY_MOCK} --model.num_query_groups 4",
+            "--world-size 1024 --train.global_batch_size 4096": (
+                "--compression.sliding_window null --world-size 8 --train.global_batch_size 8"
+            ),
+            "--rank 513": "--rank 5",
+        },
+    ),
     Page(
         "examples/llama2_13b_dmc/README.md",
         bring_dmc,

@@ -136,5 +136,5 @@ def test_settings_of_products_are_read(tmp_path: Path, monkeypatch: pytest.Monke
 )
 def test_every_option_of_the_overlap_arrives_at_megatron(name: str, value: Any) -> None:
     run = tiny_run(parallel={**OVERLAP, "tp_comm_overlap": False, name: value})
-    config = transformer_config(run.model, run.compression, run.parallel, run.train)
+    config = transformer_config(run.model, run.compression, run.parallel, run.train, vocab_size=256)
     assert getattr(config, name) == value
