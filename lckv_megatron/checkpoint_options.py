@@ -29,9 +29,9 @@ def add_tokenizer_options(parser: Any) -> None:
 
 def add_layout_options(parser: Any) -> None:
     """`parser`: a parser or one of its groups."""
-    for axis in ("tensor", "pipeline"):
+    for size in ("tensor-model", "pipeline-model", "context"):
         parser.add_argument(
-            f"--{axis}-model-parallel-size",
+            f"--{size}-parallel-size",
             type=int,
             default=1,
             metavar="N",
@@ -44,6 +44,7 @@ def layout(options: argparse.Namespace) -> ParallelConfig:
     return ParallelConfig(
         tensor_model_parallel_size=options.tensor_model_parallel_size,
         pipeline_model_parallel_size=options.pipeline_model_parallel_size,
+        context_parallel_size=options.context_parallel_size,
     )
 
 

@@ -161,6 +161,11 @@ class ParallelConfig:
     shorten the step and take more memory. Default: the number of stages; twice that where no pass is
     without gradient."""
 
+    context_parallel_size: int = 1
+    """Ranks that split each sequence. A layer that computes keys and values gathers those of the whole
+    sequence once per pass; layers that read them send nothing. train.seq_length must be a multiple of twice
+    this."""
+
     sequence_parallel: bool = False
     """Split activations between tensor-parallel regions along the sequence too."""
 
@@ -230,6 +235,16 @@ class ParallelConfig:
     fault_tolerance: bool = False
     """Send signs of life to the monitor of nvidia-resiliency-ext; the run is then started by its
     ft_launcher."""
+
+    @property
+    def replica_size(self) -> int:
+        """Ranks that work on the same samples, with one copy of the model per context-parallel rank."""
+        model = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        return model * self.context_parallel_size
+
+    def tokens_of_rank(self, seq_length: int) -> int:
+        """Those of a sequence that each rank works on."""
+        return seq_length // self.context_parallel_size
 
 
 @dataclass(frozen=True)

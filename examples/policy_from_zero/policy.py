@@ -8,14 +8,14 @@ from torch.nn.functional import pad
 
 from lckv.attention.key_bias import HIDDEN, KeyBias
 from lckv.policies.base import Extension, KeyValue, KVPolicy
-from lckv.policies.config import PolicyConfig, Traits
+from lckv.policies.config import PolicyConfig, Reach, Traits
 
 
 @dataclass(frozen=True)
 class ForgetOddConfig(PolicyConfig):
     name: Literal["forget-odd"] = "forget-odd"
     age: int = 8
-    traits = property(lambda self: Traits(KeyBias(self.age, extra_channels=8), windows=False))
+    traits = property(lambda self: Traits(KeyBias(self.age, extra_channels=8), windows=False, reach=Reach()))
 
     def build(self):
         return ForgetOdd(self)

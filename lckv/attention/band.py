@@ -18,58 +18,31 @@ All chunks of a kind are one call, side by side in the batch. Of s^2 / 2 product
 plain causal attention makes, the kernels make (s - w)^2 / 2 below the band, s w / 2 in own chunks and s w / 2
 in chunks before: together s^2 / 2 + w^2 / 2.
 
-Shapes: as in `lckv.attention.biased`; here s are the tokens of a piece, c those of a chunk, n chunks.
+Where a piece has more keys than queries, min(w - 1, as many) zeros stand in front of the queries of the band,
+so that query and key of a token have the same place again.
+
+Shapes: as in `lckv.attention.biased`; here q are the queries of a piece and s its keys, t the tokens of the
+band, c those of a chunk, n chunks.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from lckv.attention.causal import Causal, Rest, join
 from lckv.attention.flash_pairs import FlashPair, Gradients, Partial
-from lckv.attention.pieces import Biased, Piece, Rest
+from lckv.attention.pieces import Piece, attend_pieces
 from lckv.attention.unbiased import without_bias
 
 
 def attend_with_band(
     query: Tensor, key: Tensor, value: Tensor, scale: float, width: int, pieces: list[Piece], pair: FlashPair
 ) -> Tensor:
-    """[b, h, s, d]; 0 for queries that are in no piece. `width`:
+    """[b, h, q, d]; 0 for queries that are in no piece. `width`:
     w >= 2, newest keys that are seen without bias."""
-    return _Banded.apply(query, key, value, width, pieces, Biased(pair, scale))
-
-
-class _Banded(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, width: int, pieces: list[Piece], below: Biased
-    ) -> Tensor:
-        output = query.new_zeros(*query.shape[:-1], value.shape[-1])
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        lse = torch.empty(query.shape[:-1], dtype=dtype, device=query.device)
-        ctx.rests = []
-        for piece in pieces:
-            (q,), (k, v) = piece.of_queries(query), piece.of_keys(key, value)
-            partial, rests = _forward(q, k, v, width, below)
-            for place, result in zip(piece.of_queries(output, lse), partial[:2], strict=True):
-                place.copy_(result)
-            ctx.rests.append(rests)
-        ctx.save_for_backward(query, key, value, output, lse)
-        ctx.width, ctx.pieces, ctx.below = width, pieces, below
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, lse = ctx.saved_tensors
-        dq, dk, dv = (torch.zeros_like(tensor) for tensor in (query, key, value))
-        for piece, rests in zip(ctx.pieces, ctx.rests, strict=True):
-            of_queries, of_keys = piece.of_queries(gradient, query, output, lse), piece.of_keys(key, value)
-            gradients = piece.of_queries(dq) + piece.of_keys(dk, dv)
-            _backward(of_queries, of_keys, gradients, rests, width=ctx.width, below=ctx.below)
-        return dq, dk, dv, None, None, None
+    return attend_pieces(query, key, value, pieces, _Banded(width, Causal(pair, scale)))
 
 
 class _Rests(NamedTuple):
@@ -80,109 +53,118 @@ class _Rests(NamedTuple):
     below: Rest | None
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, width: int, below: Biased) -> tuple[Partial, _Rests]:
-    """Output and lse of the whole."""
-    band = _Band(width, query.shape[2])
-    chunks = band.chunks(query, key, value)
-    own = below.pair.forward(*band.own(*chunks), below.scale)
-    output, lse = (band.from_own(tensor) for tensor in own[:2])
-    if band.count == 1:
-        return Partial(band.whole(output), band.whole(lse)), _Rests(own.rest, None, None)
-    before = below.pair.forward(*band.before(*chunks), below.scale)
-    place = band.second(output), band.second(lse)
-    _join(*place, band.from_before(before.output), band.from_before(before.lse))
-    output, lse = band.whole(output), band.whole(lse)
-    older = below.forward(query[:, :, width:], key[:, :, :-width], value[:, :, :-width])
-    _join(output[:, :, width:], lse[:, :, width:], older.output, older.lse)
-    return Partial(output, lse), _Rests(own.rest, before.rest, older.rest)
+class _Banded(NamedTuple):
+    """A `pieces.Attention`: `width` newest keys without bias, those below with theirs."""
 
+    width: int
+    below: Causal
 
-def _join(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
-    """Make `output` [..., s, d] and `lse` [..., s] those of their keys and the other's."""
-    share = torch.sigmoid(other_lse - lse)[..., None].to(output.dtype)
-    output.lerp_(other, share)
-    torch.logaddexp(lse, other_lse, out=lse)
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Partial:
+        """Output and lse of the whole."""
+        band, pair, scale = _Band(self.width, query, key), self.below.pair, self.below.scale
+        chunks = band.chunks(query, key, value)
+        own = pair.forward(*band.own(*chunks), scale, causal=True)
+        rests = _Rests(own.rest, None, None)
+        output, lse = (band.from_own(tensor) for tensor in own[:2])
+        if band.count > 1:
+            before = pair.forward(*band.before(*chunks), scale, causal=True)
+            place = band.second(output), band.second(lse)
+            join(*place, band.from_before(before.output), band.from_before(before.lse))
+            rests = rests._replace(before=before.rest)
+        output, lse = band.of_queries(output), band.of_queries(lse)
+        if band.below is not None:
+            queries, keys = band.below
+            older = self.below.forward(query[:, :, queries], key[:, :, keys], value[:, :, keys])
+            join(output[:, :, queries], lse[:, :, queries], older.output, older.lse)
+            rests = rests._replace(below=older.rest)
+        return Partial(output, lse, rests)
 
-
-def _backward(
-    of_queries: tuple[Tensor, ...],
-    of_keys: tuple[Tensor, ...],
-    gradients: tuple[Tensor, ...],
-    rests: _Rests,
-    *,
-    width: int,
-    below: Biased,
-) -> None:
-    """Adds to `gradients`, those of query, key and value. `of_queries` are the output's gradient, query,
-    output and lse, `of_keys` key and value."""
-    gradient, query, output, lse = of_queries
-    key, value = of_keys
-    dq, dk, dv = gradients
-    if rests.below is not None:
-        late_gradient, late_query, late_output, late_lse = (tensor[:, :, width:] for tensor in of_queries)
-        older = slice(0, key.shape[2] - width)
-        whole = Partial(late_output, late_lse, rests.below)
-        parts = below.backward(late_gradient, late_query, key[:, :, older], value[:, :, older], whole)
-        for place, part in zip((dq[:, :, width:], dk[:, :, older], dv[:, :, older]), parts, strict=True):
-            place += part
-    channels = value.shape[-1]
-    parts = _backward_of_band(gradient, query, output, lse, key, value, rests, width=width, below=below)
-    for place, part in zip((dq[..., :channels], dk[..., :channels], dv), parts, strict=True):
-        place += part
-
-
-def _backward_of_band(
-    gradient: Tensor,
-    query: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rests: _Rests,
-    *,
-    width: int,
-    below: Biased,
-) -> Gradients:
-    band = _Band(width, query.shape[2])
-    chunks = band.chunks(query, key, value)
-    gradient, output, lse = (band.chunked(tensor) for tensor in (gradient, output, lse))
-    own = Partial(band.to_own(output), band.to_own(lse), rests.own)
-    parts = below.pair.backward(band.to_own(gradient), *band.own(*chunks), own, below.scale)
-    dq, dk, dv = (band.from_own(part) for part in parts)
-    if rests.before is not None:
-        before = Partial(band.to_before(band.second(output)), band.to_before(band.second(lse)), rests.before)
-        late = band.to_before(band.second(gradient))
-        parts = below.pair.backward(late, *band.before(*chunks), before, below.scale)
-        places = band.second(dq), band.first(dk), band.first(dv)
+    def backward(
+        self, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, whole: Partial
+    ) -> Gradients:
+        """Gradients of query, key and value from that of the output."""
+        band, channels = _Band(self.width, query, key), value.shape[-1]
+        _, _, below_rest = whole.rest
+        dq, dk, dv = (torch.zeros_like(tensor) for tensor in (query, key, value))
+        parts = self._backward_of_band(band, gradient, query, key, value, whole)
+        places = dq[..., :channels], dk[:, :, band.keys, :channels], dv[:, :, band.keys]
         for place, part in zip(places, parts, strict=True):
-            place += band.from_before(part)
-    return band.whole(dq), band.whole(dk), band.whole(dv)
+            place.copy_(part)
+        if band.below is not None:
+            queries, keys = band.below
+            late, late_query = gradient[:, :, queries], query[:, :, queries]
+            late_whole = Partial(whole.output[:, :, queries], whole.lse[:, :, queries], below_rest)
+            parts = self.below.backward(late, late_query, key[:, :, keys], value[:, :, keys], late_whole)
+            places = dq[:, :, queries], dk[:, :, keys], dv[:, :, keys]
+            for place, part in zip(places, parts, strict=True):
+                place += part
+        return dq, dk, dv
+
+    def _backward_of_band(
+        self, band: "_Band", gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, whole: Partial
+    ) -> Gradients:
+        pair, scale = self.below.pair, self.below.scale
+        own_rest, before_rest, _ = whole.rest
+        chunks = band.chunks(query, key, value)
+        gradient, output, lse = (band.chunked_queries(tensor) for tensor in (gradient, *whole[:2]))
+        own = Partial(band.to_own(output), band.to_own(lse), own_rest)
+        parts = pair.backward(band.to_own(gradient), *band.own(*chunks), own, scale, causal=True)
+        dq, dk, dv = (band.from_own(part) for part in parts)
+        if before_rest is not None:
+            late, late_output, late_lse = (
+                band.to_before(band.second(tensor)) for tensor in (gradient, output, lse)
+            )
+            before = Partial(late_output, late_lse, before_rest)
+            parts = pair.backward(late, *band.before(*chunks), before, scale, causal=True)
+            places = band.second(dq), band.first(dk), band.first(dv)
+            for place, part in zip(places, parts, strict=True):
+                place += band.from_before(part)
+        return band.of_queries(dq), band.whole(dk), band.whole(dv)
 
 
 class _Band:
-    """Indices of the band: tensors [b, heads, s, ...] as chunks [b, n, heads, c, ...], and what the kernel
+    """Indices of the band: tensors [b, heads, t, ...] as chunks [b, n, heads, c, ...], and what the kernel
     gets of them."""
 
-    def __init__(self, width: int, tokens: int) -> None:
-        self._tokens, self._size = tokens, min(width, tokens)
-        self.count = -(-tokens // self._size)
+    def __init__(self, width: int, query: Tensor, key: Tensor) -> None:
+        queries, keys = query.shape[2], key.shape[2]
+        self._lead = min(width - 1, keys - queries)
+        """Tokens of the band whose keys are seen and whose queries are another piece's."""
+        self._tokens = self._lead + queries
+        self._size = min(width, self._tokens)
+        self.count = -(-self._tokens // self._size)
         """n."""
+        self.keys = slice(keys - self._tokens, keys)
+        """Those of the band."""
+        self.below: tuple[slice, slice] | None = None
+        """Queries and keys of the part below; None where it has none."""
+        if keys > width:
+            self.below = slice(max(0, width - (keys - queries)), queries), slice(0, keys - width)
 
     def chunks(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Without bias, of d channels."""
+        """Those of the band, without bias, of d channels."""
         extra = key.shape[-1] - value.shape[-1]
-        query, key = without_bias(query, extra), without_bias(key, extra)
-        return self.chunked(query), self.chunked(key), self.chunked(value)
+        query, key = without_bias(query, extra), without_bias(key[:, :, self.keys], extra)
+        return self.chunked_queries(query), self._chunked(key), self._chunked(value[:, :, self.keys])
 
-    def chunked(self, tensor: Tensor) -> Tensor:
-        """[b, heads, s, ...] to [b, n, heads, c, ...]; zeros stand where the last chunk has no tokens."""
+    def chunked_queries(self, tensor: Tensor) -> Tensor:
+        """[b, heads, q, ...] to [b, n, heads, c, ...]; zeros stand in front."""
+        return self._chunked(tensor, self._lead)
+
+    def _chunked(self, tensor: Tensor, lead: int = 0) -> Tensor:
+        """[b, heads, t - lead, ...] to [b, n, heads, c, ...];
+        zeros stand in front, and where the last chunk has no tokens."""
         missing = self.count * self._size - self._tokens
-        if missing:
-            tensor = pad(tensor, (*(0, 0) * (tensor.dim() - 3), 0, missing))
+        if lead or missing:
+            tensor = pad(tensor, (*(0, 0) * (tensor.dim() - 3), lead, missing))
         return tensor.unflatten(2, (self.count, self._size)).transpose(1, 2)
 
+    def of_queries(self, chunks: Tensor) -> Tensor:
+        """The inverse of `chunked_queries`."""
+        return self.whole(chunks)[:, :, self._lead :]
+
     def whole(self, chunks: Tensor) -> Tensor:
-        """[b, n, heads, c, ...] to [b, heads, s, ...]."""
+        """[b, n, heads, c, ...] to [b, heads, t, ...]."""
         return chunks.transpose(1, 2).flatten(2, 3)[:, :, : self._tokens]
 
     def own(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,15 +15,14 @@ bias; here it is 2:
     query 5  b b b b . .
 
 Where a query does not see itself, all of it lies one key further left: query t + 1 stands in the place of
-query t. Each part's backward is given the output and the lse of the whole softmax and so returns exactly the
-gradients through its own keys. Nothing of size s x s is made.
+query t. Where there are only the last q queries, the kernel's part has more keys than queries (`causal.py`).
+Each part's backward is given the output and the lse of the whole softmax and so returns exactly the gradients
+through its own keys. Nothing of size s x s is made.
 
 The newest keys: one (w = 1) is a dot product for each query (`frontier.py`), more are a band (`band.py`).
 
-Shapes: b rows, h query heads, g KV heads, s tokens, d channels of a value, e extra channels of queries and
-keys; query [b, h, s, d + e], key [b, g, s, d + e], value [b, g, s, d]."""
-
-from collections.abc import Iterator
+Shapes: b rows, h query heads, g KV heads, s tokens, q <= s queries, d channels of a value, e extra channels
+of queries and keys; query [b, h, q, d + e], key [b, g, s, d + e], value [b, g, s, d]."""
 
 from torch import Tensor
 
@@ -31,7 +30,7 @@ from lckv.attention.band import attend_with_band
 from lckv.attention.flash_pairs import FlashPair
 from lckv.attention.frontier import attend_with_frontier
 from lckv.attention.key_bias import KeyBias
-from lckv.attention.pieces import Piece
+from lckv.attention.pieces import pieces_of
 from lckv.attention.visibility import Visibility
 from lckv.errors import UnsupportedError
 
@@ -55,20 +54,7 @@ def attend_biased(
     if dropout > 0:
         asked = f"dropout of {dropout} in attention to keys that carry a bias"
         raise UnsupportedError(asked, "it must be 0, or choose a KV policy without such keys")
-    behind = int(visibility.exclude_self)
-    pieces = list(_pieces(query, visibility, behind))
+    pieces = list(pieces_of(query, key, visibility))
     if key_bias.age == 1:
         return attend_with_frontier(query, key, value, scale, pieces, pair)
     return attend_with_band(query, key, value, scale, key_bias.age, pieces, pair)
-
-
-def _pieces(query: Tensor, visibility: Visibility, behind: int) -> Iterator[Piece]:
-    """Documents, or rows together, where query i stands in the place of query i - `behind`."""
-    documents, (rows, _, length, _) = visibility.documents, query.shape
-    if documents is None or len(documents.bounds) - 1 == rows:
-        spans = [(slice(0, rows), 0, length)]
-    else:
-        spans = [(slice(row, row + 1), start, stop) for row, start, stop in documents.spans(length)]
-    for row, start, stop in spans:
-        if stop - start > behind:
-            yield Piece(row, slice(start + behind, stop), slice(start, stop - behind))

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from lckv.attention.biased import attend_biased
 from lckv.attention.flash_pairs import FlashAttnInterface, FlashAttnPair
 from lckv.attention.key_bias import KeyBias
+from lckv.attention.last_queries import attend_last, within_window
 from lckv.attention.visibility import Documents, Visibility
 
 
@@ -74,8 +75,14 @@ def attend(
             query, key, value, visibility, scale=scale, dropout=dropout, key_bias=key_bias, pair=pair
         )
     seen = None if visibility.window is None else visibility.window - visibility.exclude_self
-    if seen == 0 or (visibility.exclude_self and query.shape[2] == 1):
+    if seen == 0 or (visibility.exclude_self and key.shape[2] == 1):
         return torch.zeros_like(query)
+    if key.shape[2] > query.shape[2]:
+        if not visibility.cuts(key.shape[2]):
+            pair = FlashAttnPair(kernel.flash_attn_interface)
+            return attend_last(query, key, value, visibility, scale=scale, dropout=dropout, pair=pair)
+        seen_by_last = within_window(query, key, value, visibility)
+        return attend(*seen_by_last, scale=scale, dropout=dropout, kernel=kernel)[:, :, -query.shape[2] :]
     # flash-attn counts a window's keys to the left of the diagonal, without the diagonal itself
     options = {
         "dropout_p": dropout,

@@ -1,5 +1,6 @@
 """Attention on FlashAttention 3 (Hopper, float16 and bfloat16), whose functions are like those of flash-attn
-2 without dropout. Dropout and keys with a bias go through PyTorch's own kernels."""
+2 without dropout. Dropout, keys with a bias, and more keys than queries without a window go through PyTorch's
+own kernels: they need the logsumexp of each query, or what the kernel does not have."""
 
 from typing import Protocol
 
@@ -59,7 +60,8 @@ def attend(
     kernel: FlashAttn3,
 ) -> Tensor:
     """Same contract as `reference.attend`; `kernel` is the module flash_attn_interface."""
-    if key_bias is not None or dropout > 0:
+    joined = key_bias is not None or (key.shape[2] > query.shape[2] and not visibility.cuts(key.shape[2]))
+    if joined or dropout > 0:
         return sdpa.attend(query, key, value, visibility, scale=scale, dropout=dropout, key_bias=key_bias)
     return flash.attend(query, key, value, visibility, scale=scale, kernel=_AsFlashAttn2(kernel))
 

@@ -1,12 +1,12 @@
-"""Causal flash attention as a forward that also returns the logsumexp of each query's scores, and its
-backward.
+"""Flash attention, causal or full, as a forward that also returns the logsumexp of each query's scores, and
+its backward.
 
 A backward computes probabilities as exp(score - lse) and subtracts the row sum of gradient times output.
 Given the lse and the output of a larger softmax, of which this attention is one part, it returns this part's
 gradients: ring attention is built on that, and so is attention with biased keys (`lckv.attention.biased`).
 
-Shapes: query, output and gradient [b, h, s, d], key and value [b, g, s, d] with h a multiple of g, lse [b, h,
-s] in float32, or in float64 for float64 queries.
+Shapes: query, output and gradient [b, h, q, d], key and value [b, g, k, d] with h a multiple of g, lse [b, h,
+q] in float32, or in float64 for float64 queries. Where attention is causal, q = k.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -35,14 +35,23 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 class FlashPair(Protocol):
-    """Causal attention without dropout; every query sees at least its own key."""
+    """Attention without dropout: query i sees keys 0 .. i of as many, or, where it is not causal, all keys,
+    of which there is at least one."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Partial:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool) -> Partial:
         """Output and lse."""
         ...
 
     def backward(
-        self, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, partial: Partial, scale: float
+        self,
+        gradient: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        partial: Partial,
+        scale: float,
+        *,
+        causal: bool,
     ) -> Gradients:
         """Gradients of query, key and value from that of the output."""
         ...
@@ -58,27 +67,35 @@ def choose_pair(query: Tensor) -> FlashPair:
     if query.dtype == torch.float32:
         return AtenEfficient()
     obstacle = f"on {query.device.type} it takes float16, bfloat16 and float32"
-    raise UnsupportedError(f"attention to keys with a bias in {query.dtype}", obstacle)
+    raise UnsupportedError(f"flash attention in {query.dtype}", obstacle)
 
 
 def _require_fitting_heads(query: Tensor) -> None:
     channels = query.shape[-1]
     obstacle = obstacle_to_biased_keys(channels, float32=query.dtype == torch.float32)
     if obstacle is not None:
-        raise UnsupportedError(f"attention to keys with a bias in heads of {channels} channels", obstacle)
+        raise UnsupportedError(f"flash attention in heads of {channels} channels", obstacle)
 
 
 class AtenCPU:
     """CPU; float16, bfloat16, float32 and float64."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Partial:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool) -> Partial:
         """See `FlashPair`."""
         folded = _fold(query, key, value)
-        output, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(*folded, 0.0, True, scale=scale)
+        output, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(*folded, 0.0, causal, scale=scale)
         return Partial(output.reshape(query.shape), lse.reshape(query.shape[:-1]))
 
     def backward(
-        self, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, partial: Partial, scale: float
+        self,
+        gradient: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        partial: Partial,
+        scale: float,
+        *,
+        causal: bool,
     ) -> Gradients:
         """See `FlashPair`."""
         folded = _fold(query, key, value)
@@ -87,7 +104,7 @@ class AtenCPU:
             for tensor in (gradient, partial.output, partial.lse)
         )
         gradients = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
-            gradient, *folded, output, lse, 0.0, True, scale=scale
+            gradient, *folded, output, lse, 0.0, causal, scale=scale
         )
         return _unfold(gradients, query, key)
 
@@ -95,15 +112,23 @@ class AtenCPU:
 class AtenFlash:
     """CUDA; float16 and bfloat16, heads of a multiple of 8 and at most 256 channels."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Partial:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool) -> Partial:
         """See `FlashPair`."""
         output, lse, *rest, _ = _ATEN._scaled_dot_product_flash_attention(
-            query, key, value, 0.0, True, False, scale=scale
+            query, key, value, 0.0, causal, False, scale=scale
         )
         return Partial(output, lse, tuple(rest))
 
     def backward(
-        self, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, partial: Partial, scale: float
+        self,
+        gradient: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        partial: Partial,
+        scale: float,
+        *,
+        causal: bool,
     ) -> Gradients:
         """See `FlashPair`."""
         *lengths, seed, offset = partial.rest
@@ -116,7 +141,7 @@ class AtenFlash:
             partial.lse.contiguous(),
             *lengths,
             0.0,
-            True,
+            causal,
             seed,
             offset,
             scale=scale,
@@ -126,17 +151,25 @@ class AtenFlash:
 class AtenEfficient:
     """CUDA; float32."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Partial:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool) -> Partial:
         """See `FlashPair`."""
         folded = _fold(query, key, value)
         output, lse, *rest = _ATEN._scaled_dot_product_efficient_attention(
-            *folded, None, True, 0.0, True, scale=scale
+            *folded, None, True, 0.0, causal, scale=scale
         )
         lse = lse[..., : query.shape[2]]  # the kernel pads rows to its block
         return Partial(output.reshape(query.shape), lse.reshape(query.shape[:-1]), tuple(rest))
 
     def backward(
-        self, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, partial: Partial, scale: float
+        self,
+        gradient: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        partial: Partial,
+        scale: float,
+        *,
+        causal: bool,
     ) -> Gradients:
         """See `FlashPair`."""
         folded = _fold(query, key, value)
@@ -154,7 +187,7 @@ class AtenEfficient:
             *partial.rest,
             0.0,
             [True, True, True, False],
-            True,
+            causal,
             scale=scale,
         )
         return _unfold(gradients, query, key)
@@ -179,28 +212,36 @@ class FlashAttnPair:
         self._interface = interface
 
     @staticmethod
-    def _options(scale: float) -> dict[str, Any]:
+    def _options(scale: float, causal: bool) -> dict[str, Any]:
         return {
             "dropout_p": 0.0,
             "softmax_scale": scale,
-            "causal": True,
+            "causal": causal,
             "window_size_left": -1,
             "window_size_right": -1,
             "softcap": 0.0,
             "alibi_slopes": None,
         }
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Partial:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool) -> Partial:
         """See `FlashPair`."""
         _require_fitting_heads(query)
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         output, lse, _, random_state = self._interface._flash_attn_forward(
-            query, key, value, return_softmax=False, **self._options(scale)
+            query, key, value, return_softmax=False, **self._options(scale, causal)
         )
         return Partial(output.transpose(1, 2), lse, (random_state,))
 
     def backward(
-        self, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, partial: Partial, scale: float
+        self,
+        gradient: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        partial: Partial,
+        scale: float,
+        *,
+        causal: bool,
     ) -> Gradients:
         """See `FlashPair`."""
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
@@ -217,18 +258,21 @@ class FlashAttnPair:
             dv=dv,
             deterministic=torch.are_deterministic_algorithms_enabled(),
             rng_state=partial.rest[0],
-            **self._options(scale),
+            **self._options(scale, causal),
         )
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 def _fold(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For kernels without grouped heads: query [b * g, h / g, s, d] and, without copying, key and value of
-    the same shape."""
+    """For kernels without grouped heads: query [b * g, h / g, q, d] and, without copying, key and value [b *
+    g, h / g, k, d]."""
     groups = key.shape[0] * key.shape[1]
-    folded = query.reshape(groups, -1, *query.shape[2:])
-    key, value = (tensor.reshape(groups, 1, *tensor.shape[2:]).expand_as(folded) for tensor in (key, value))
-    return folded, key, value
+    query = query.reshape(groups, -1, *query.shape[2:])
+    key, value = (
+        tensor.reshape(groups, 1, *tensor.shape[2:]).expand(-1, query.shape[1], -1, -1)
+        for tensor in (key, value)
+    )
+    return query, key, value
 
 
 def _unfold(gradients: Gradients, query: Tensor, key: Tensor) -> Gradients:

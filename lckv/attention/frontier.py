@@ -8,9 +8,10 @@
     query 3  b b b F
     query 4  b b b b F
 
-Of s^2 / 2 products of a query and a key, the kernel makes all but s, and the frontier these.
+Of s^2 / 2 products of a query and a key, the kernel makes all but s, and the frontier these. Where keys are n
+longer than queries, query i has its frontier at key n + i, and query 0 has keys below it, too.
 
-Shapes: as in `lckv.attention.biased`; here s are the tokens of a piece, query i with its frontier at key i.
+Shapes: as in `lckv.attention.biased`; here q are the queries of a piece and s = n + q its keys.
 """
 
 from typing import Any
@@ -19,21 +20,22 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lckv.attention.causal import Causal, Rest
 from lckv.attention.flash_pairs import FlashPair, Partial
-from lckv.attention.pieces import Biased, Piece, Rest, grouped
+from lckv.attention.pieces import Piece, grouped
 
 
 def attend_with_frontier(
     query: Tensor, key: Tensor, value: Tensor, scale: float, pieces: list[Piece], pair: FlashPair
 ) -> Tensor:
-    """[b, h, s, d]; 0 for queries that are in no piece."""
-    return _Frontier.apply(query, key, value, pieces, Biased(pair, scale))
+    """[b, h, q, d]; 0 for queries that are in no piece."""
+    return _Frontier.apply(query, key, value, pieces, Causal(pair, scale))
 
 
 class _Frontier(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, pieces: list[Piece], below: Biased
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, pieces: list[Piece], below: Causal
     ) -> Tensor:
         output = query.new_zeros(*query.shape[:-1], value.shape[-1])
         dtype = torch.promote_types(query.dtype, torch.float32)
@@ -57,24 +59,32 @@ class _Frontier(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
+def _first_below(query: Tensor, key: Tensor) -> int:
+    """The first query that has keys below its frontier."""
+    return int(query.shape[2] == key.shape[2])
+
+
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, share: Tensor, *, below: Biased
+    query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, share: Tensor, *, below: Causal
 ) -> Rest:
-    """Fills `output` and, except for query 0, `lse` and `share` [b, h, s], the frontier's part of the
-    softmax. Returns what the pair's backward wants back."""
-    grouped(output, key)[:, :, :, 0] = value[:, :, None, 0]
-    if query.shape[2] == 1:
+    """Fills `output` and, for queries that have keys below their frontier, `lse` and `share` [b, h, q], the
+    frontier's part of the softmax. Returns what the backward of the part below wants back."""
+    first = _first_below(query, key)
+    if first:
+        grouped(output, key)[:, :, :, 0] = value[:, :, None, 0]
+    if first == query.shape[2]:
         return ()
-    partial = below.forward(query[:, :, 1:], key[:, :, :-1], value[:, :, :-1])
-    output, lse, share = (tensor[:, :, 1:] for tensor in (output, lse, share))
-    # Shape [b, g, h / g, s - 1, d + e].
-    products = grouped(query[:, :, 1:], key).to(lse.dtype) * key[:, :, None, 1:]
+    query, output, lse, share = (tensor[:, :, first:] for tensor in (query, output, lse, share))
+    partial = below.forward(query, key[:, :, :-1], value[:, :, :-1])
+    # Shapes: queries [b, g, h / g, q, ...], frontiers [b, g, 1, q, ...].
+    own_key, own_value = (tensor[:, :, None, -query.shape[2] :] for tensor in (key, value))
+    products = grouped(query, key).to(lse.dtype) * own_key
     score = products[..., :-1].sum(-1).flatten(1, 2) * below.scale
     torch.logaddexp(partial.lse, score, out=lse)
     torch.sigmoid(score - partial.lse, out=share)
     older = grouped(partial.output, key)
     weight = grouped(share, key)[..., None].to(older.dtype)
-    torch.lerp(older, value[:, :, None, 1:].expand_as(older), weight, out=grouped(output, key))
+    torch.lerp(older, own_value.expand_as(older), weight, out=grouped(output, key))
     return partial.rest
 
 
@@ -91,14 +101,16 @@ def _backward(
     dv: Tensor,
     *,
     rest: Rest,
-    below: Biased,
+    below: Causal,
 ) -> None:
     """Fills dq, dk and dv, which are zeros."""
-    dv[:, :, 0] = grouped(gradient, key)[:, :, :, 0].sum(2)
-    if query.shape[2] == 1:
+    first = _first_below(query, key)
+    if first:
+        dv[:, :, 0] = grouped(gradient, key)[:, :, :, 0].sum(2)
+    if first == query.shape[2]:
         return
     gradient, query, output, lse, share, dq = (
-        tensor[:, :, 1:] for tensor in (gradient, query, output, lse, share, dq)
+        tensor[:, :, first:] for tensor in (gradient, query, output, lse, share, dq)
     )
     whole = Partial(output, lse, rest)
     below_dq, below_dk, below_dv = below.backward(gradient, query, key[:, :, :-1], value[:, :, :-1], whole)
@@ -107,14 +119,16 @@ def _backward(
     # The frontier's terms are added in all channels; then the last one, which it is seen without, gets its
     # own back.
     bias_gradient = dk[..., -1].clone()
-    # Shapes: queries [b, g, h / g, s - 1, ...], keys [b, g, 1, s - 1, ...].
+    frontier = slice(-query.shape[2], None)
+    own_dk, own_dv = dk[:, :, frontier], dv[:, :, frontier]
+    # Shapes: queries [b, g, h / g, q, ...], frontiers [b, g, 1, q, ...].
     gradient, query, output, share = (grouped(tensor, key) for tensor in (gradient, query, output, share))
-    value, key = value[:, :, None, 1:], key[:, :, None, 1:]
-    dscore = share * (gradient * (value - output)).sum(-1, dtype=share.dtype) * below.scale
+    own_key, own_value = (tensor[:, :, None, frontier] for tensor in (key, value))
+    dscore = share * (gradient * (own_value - output)).sum(-1, dtype=share.dtype) * below.scale
     share, dscore = (tensor[..., None].to(query.dtype) for tensor in (share, dscore))
-    torch.addcmul(grouped(below_dq, dk), dscore, key, out=grouped(dq, dk))
+    torch.addcmul(grouped(below_dq, dk), dscore, own_key, out=grouped(dq, dk))
     dq[..., -1] = below_dq[..., -1]
     for member in range(query.shape[2]):
-        dk[:, :, 1:].addcmul_(dscore[:, :, member], query[:, :, member])
-        dv[:, :, 1:].addcmul_(share[:, :, member], gradient[:, :, member])
+        own_dk.addcmul_(dscore[:, :, member], query[:, :, member])
+        own_dv.addcmul_(share[:, :, member], gradient[:, :, member])
     dk[..., -1] = bias_gradient

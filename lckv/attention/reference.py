@@ -35,17 +35,19 @@ def attend(
 ) -> Tensor:
     """softmax(scale * query key^T) value over the visible keys; 0 for a query that sees none.
 
-    query [b, h, s, d + e], key [b, g, s, d + e] and value [b, g, s, d] with h a multiple of g (query head i
-    reads head i * g // h) and e the extra channels of `key_bias`; result [b, h, s, d]. Scores are float32.
-    `key_bias`: the last channel carries a bias of the key, which counts for queries that are at least
-    `key_bias.first_biased` places behind it."""
+    query [b, h, q, d + e], key [b, g, s, d + e] and value [b, g, s, d] with q <= s, h a multiple of g (query
+    head i reads head i * g // h) and e the extra channels of `key_bias`; result [b, h, q, d]. Scores are
+    float32. Queries are those of the last q tokens of a row, keys those of all s; `visibility.documents` are
+    documents of s tokens. `key_bias`: the last channel carries a bias of the key, which counts for queries
+    that are at least `key_bias.first_biased` places behind it."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    seen = visible(query.shape[2], query.shape[0], visibility, query.device)[:, None]
+    length, older = key.shape[2], key.shape[2] - query.shape[2]
+    seen = visible(length, query.shape[0], visibility, query.device)[:, None, older:]
     scores = (query @ key.transpose(-1, -2)).float() * scale
     if key_bias is not None:
-        place = torch.arange(query.shape[2], device=query.device)
-        biased = place[:, None] - place >= key_bias.first_biased(exclude_self=visibility.exclude_self)
+        place = torch.arange(length, device=query.device)
+        biased = place[older:, None] - place >= key_bias.first_biased(exclude_self=visibility.exclude_self)
         unbiased = (query[..., :-1] @ key[..., :-1].transpose(-1, -2)).float() * scale
         scores = torch.where(biased, scores, unbiased)
     lowest = torch.finfo(scores.dtype).min

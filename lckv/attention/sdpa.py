@@ -3,7 +3,7 @@
 Nothing of size length x length is made. A query that must not see itself is one row further down: dropping
 the first query and the last key turns "keys < t" into plain causality. A window is walked in chunks of
 queries against the slice of keys they can see. Documents are attended one by one.
-Keys with a bias: `lckv.attention.biased`.
+Keys with a bias: `lckv.attention.biased`; more keys than queries, without window: `last_queries`.
 """
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from lckv.attention.biased import attend_biased
 from lckv.attention.flash_pairs import choose_pair
 from lckv.attention.key_bias import KeyBias
+from lckv.attention.last_queries import attend_last
 from lckv.attention.visibility import Visibility
 
 _CHUNK = 256
@@ -35,17 +36,22 @@ def attend(
         return attend_biased(
             query, key, value, visibility, scale=scale, dropout=dropout, key_bias=key_bias, pair=pair
         )
+    if key.shape[2] > query.shape[2] and not visibility.cuts(key.shape[2]):
+        pair = choose_pair(query)
+        return attend_last(query, key, value, visibility, scale=scale, dropout=dropout, pair=pair)
     if query.is_cuda and (query.dtype == torch.float32 or visibility.window is not None):
         # no fused CUDA kernel takes grouped heads in float32 or under a mask
         group = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    documents, length = visibility.documents, query.shape[2]
+    documents, length, older = visibility.documents, key.shape[2], key.shape[2] - query.shape[2]
     if documents is None or len(documents.bounds) - 1 == query.shape[0]:
         return _one_document(query, key, value, visibility, scale, dropout)
     rows: list[list[Tensor]] = [[] for _ in range(query.shape[0])]
     for row, start, stop in documents.spans(length):
-        q, k, v = (tensor[row : row + 1, :, start:stop] for tensor in (query, key, value))
-        rows[row].append(_one_document(q, k, v, visibility, scale, dropout))
+        if stop > older:
+            q = query[row : row + 1, :, max(start - older, 0) : stop - older]
+            k, v = (tensor[row : row + 1, :, start:stop] for tensor in (key, value))
+            rows[row].append(_one_document(q, k, v, visibility, scale, dropout))
     return torch.cat([torch.cat(parts, dim=2) for parts in rows])
 
 
@@ -55,31 +61,32 @@ def _one_document(
     if not visibility.exclude_self:
         return _causal(query, key, value, visibility.window, scale, dropout)
     window = None if visibility.window is None else visibility.window - 1
-    if query.shape[2] == 1 or window == 0:
+    if key.shape[2] == 1 or window == 0:
         return torch.zeros_like(query)
-    older = _causal(query[:, :, 1:], key[:, :, :-1], value[:, :, :-1], window, scale, dropout)
-    return pad(older, (0, 0, 1, 0))
+    blind = int(query.shape[2] == key.shape[2])  # queries that see nothing
+    seeing = _causal(query[:, :, blind:], key[:, :, :-1], value[:, :, :-1], window, scale, dropout)
+    return pad(seeing, (0, 0, blind, 0)) if blind else seeing
 
 
 def _causal(
     query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float, dropout: float
 ) -> Tensor:
-    """Query t sees keys t - window + 1 .. t."""
-    length, grouped = query.shape[2], query.shape[1] != key.shape[1]
-    if window is None or window >= length:
+    """Token t sees keys t - window + 1 .. t; queries are those of the last tokens."""
+    length, older, grouped = query.shape[2], key.shape[2] - query.shape[2], query.shape[1] != key.shape[1]
+    if window is None or (window >= length and not older):
         return scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=grouped
         )
     outputs = []
     for start in range(0, length, _CHUNK):
-        stop, first = min(start + _CHUNK, length), max(0, start - window + 1)
-        queries = torch.arange(start, stop, device=query.device)[:, None]
-        keys = torch.arange(first, stop, device=query.device)[None, :]
+        stop, first = min(start + _CHUNK, length), max(0, older + start - window + 1)
+        queries = torch.arange(older + start, older + stop, device=query.device)[:, None]
+        keys = torch.arange(first, older + stop, device=query.device)[None, :]
         outputs.append(
             scaled_dot_product_attention(
                 query[:, :, start:stop],
-                key[:, :, first:stop],
-                value[:, :, first:stop],
+                key[:, :, first : older + stop],
+                value[:, :, first : older + stop],
                 attn_mask=(keys <= queries) & (keys > queries - window),
                 scale=scale,
                 dropout_p=dropout,

@@ -53,6 +53,28 @@ class Documents:
             spans.append((row, first, first + stop - start))
         return tuple(spans)
 
+    def cut(self, row_length: int, start: int, stop: int) -> "Documents":
+        """The documents of tokens start .. stop - 1 of each row of `row_length` tokens, as rows of their own,
+        with bounds that the host knows. The same cut is made once."""
+        if (start, stop) == (0, row_length):
+            return self
+        place = row_length, start, stop
+        if place not in self._cuts:
+            length = stop - start
+            bounds = [
+                row * length + max(first - start, 0)
+                for row, first, last in self.spans(row_length)
+                if last > start and first < stop
+            ]
+            rows = self.bounds[-1] // row_length
+            self._cuts[place] = Documents.at([*bounds, rows * length], self.cu_seqlens.device)
+        return self._cuts[place]
+
+    @cached_property
+    def _cuts(self) -> dict[tuple[int, int, int], "Documents"]:
+        """By row length, start and stop."""
+        return {}
+
     @cached_property
     def without_first_tokens(self) -> tuple[Tensor, Tensor]:
         """Indices int64 of all tokens but the first of each document, and the cu_seqlens int32 [n + 1] of
@@ -68,7 +90,8 @@ class Documents:
 @dataclass(frozen=True, eq=False)
 class Visibility:
     """What a layer's queries see: query t sees keys t - window + 1 ..
-    t of its document, t itself unless excluded."""
+    t of its document, t itself unless excluded. Where keys are longer than queries, the queries are those of
+    the last tokens."""
 
     exclude_self: bool = False
     """Query t does not see key t: the keys of a cyclic layer do not exist yet at t."""
@@ -77,7 +100,11 @@ class Visibility:
     """W: tokens seen, the query's own place included (so W - 1 keys where it is excluded). None: all."""
 
     documents: Documents | None = None
-    """Document boundaries; None: every row is one document."""
+    """Document boundaries in rows of as many tokens as there are keys; None: every row is one document."""
+
+    def cuts(self, length: int) -> bool:
+        """Whether the window hides keys in rows of so many tokens."""
+        return self.window is not None and self.window < length
 
 
 def _move(on_host: Tensor, device: torch.device | str) -> Tensor:

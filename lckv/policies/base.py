@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lckv.attention.visibility import Documents
-from lckv.policies.config import PolicyConfig, Traits
+from lckv.policies.config import PolicyConfig, Reach, Traits
 from lckv.rope import Turn
 
 
@@ -48,6 +48,28 @@ Statistics = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
+class RowPart:
+    """Rows that are parts of longer rows, which other processes have (context parallelism).
+
+    A part has tokens of its own; in front of them and behind them are those that the policy looks at. What it
+    makes of these is dropped."""
+
+    reach: Reach
+    """How many tokens are in front and behind (`Traits.reach`)."""
+
+    begins: Tensor
+    """bool [s, b]: tokens that begin a document or the whole row, and what is not in the row."""
+
+    counted_in_row: Tensor
+    """float32 [b]: tokens of the whole row that count, at least 1."""
+
+    carried: Callable[[Tensor, Tensor], Tensor]
+    """For sums S_t = p_t S_{t-1} + x_t along the whole row: from each part's product of all its own p [b, g]
+    and its own last sum [b, g, n], begun at 0, to the sum [b, g, n] of the row in front of each part. All
+    processes that share the row call it together."""
+
+
+@dataclass(frozen=True, eq=False)
 class TokenContext:
     """What a policy may need to know of the tokens whose keys and values it is given."""
 
@@ -55,7 +77,7 @@ class TokenContext:
     """RoPE at the tokens' positions, [s, b, any heads, d] to the same."""
 
     documents: Documents | None = None
-    """Document boundaries; None: every row is one document."""
+    """Document boundaries; None: every row is one document, or a part of a row. See `begins`."""
 
     counted: Tensor | None = None
     """bool [s, b]: tokens that are not padding; None: all. Padding is never seen and does not count."""
@@ -71,6 +93,32 @@ class TokenContext:
 
     positions: Tensor | None = None
     """int64 [s, b]: the tokens' positions."""
+
+    part: RowPart | None = None
+    """Which parts of rows the tokens are; None: they are whole rows."""
+
+    def begins(self, tokens: int, rows: int, device: torch.device) -> Tensor:
+        """bool [s, b] for s `tokens` and b `rows`: the first token of each row and of each document."""
+        if self.part is not None:
+            return self.part.begins
+        begins = torch.zeros(rows, tokens, dtype=torch.bool, device=device)
+        begins[:, 0] = True
+        if self.documents is not None:
+            begins.view(-1).index_fill_(0, self.documents.cu_seqlens[:-1].long(), True)
+        return begins.transpose(0, 1)
+
+    def mean(self, numbers: Tensor) -> Tensor:
+        """Mean of `numbers` [s, b, g] over the tokens of each row that count, [b, g]; 0 for a row of padding.
+        Of a part of a row: what it adds to the mean of the row."""
+        if self.counted is not None:
+            numbers = numbers * self.counted[..., None]
+        if self.part is not None:
+            own = self.part.reach.own(numbers)
+            return own.sum(0) / self.part.counted_in_row[:, None]
+        tokens: Tensor | int = len(numbers)
+        if self.counted is not None:
+            tokens = self.counted.sum(0).clamp(min=1)[:, None]
+        return numbers.sum(0) / tokens
 
     def at(self, take: Callable[[Tensor], Tensor]) -> "TokenContext":
         """Of those tokens that `take` takes of a tensor [s, b, ...], for what looks at each token alone, and
@@ -144,6 +192,12 @@ class KVPolicy(ABC):
         """As its settings say."""
         return self.config.traits
 
+    @property
+    def token_wise(self) -> bool:
+        """Whether `keys_values` is a function of each token alone: it looks at no others, and reports
+        nothing."""
+        return self.traits.token_wise and not self.statistics
+
     # On tensors.
 
     def kernels_of_shapes(
@@ -161,7 +215,7 @@ class KVPolicy(ABC):
         return None
 
     def query(self, query: Tensor, context: TokenContext) -> Tensor:
-        """Queries [s, b, h, d] before RoPE to those that attend, [s, b, h, d + e]."""
+        """Queries [s, b, h, d] before RoPE to those that attend, [s, b, h, d + e], token by token."""
         return context.rotate(query)
 
     @abstractmethod

@@ -13,7 +13,24 @@ from lckv.attention.key_bias import KeyBias
 from lckv.errors import Problem
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lckv.policies.base import KVPolicy
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far around a token a policy looks for its key, its value and its statistics."""
+
+    before: int = 0
+    """Tokens in front of it; what `RowPart.carried` brings does not count."""
+
+    after: int = 0
+    """Tokens behind it."""
+
+    def own(self, tokens: "Tensor") -> "Tensor":
+        """Without the `before` first and the `after` last of [s, ...]."""
+        return tokens[self.before : len(tokens) - self.after]
 
 
 @dataclass(frozen=True)
@@ -30,10 +47,6 @@ class Traits:
     reads_query: bool = False
     """Whether keys and values depend on the queries of the layer that computes them."""
 
-    token_wise: bool = False
-    """Whether the key and value of a token follow from that token alone (and its position), and nothing is
-    reported."""
-
     windows: bool = True
     """Whether layers may have a sliding window."""
 
@@ -42,6 +55,15 @@ class Traits:
 
     min_head_dim: int = 2
     """Fewest channels of a head."""
+
+    reach: Reach | None = None
+    """How far around a token the policy looks. None: not known, so that rows cannot be cut into parts
+    (context parallelism)."""
+
+    @property
+    def token_wise(self) -> bool:
+        """Whether the key and value of a token follow from that token alone (and its position)."""
+        return self.reach == Reach()
 
     @property
     def extra_channels(self) -> int:

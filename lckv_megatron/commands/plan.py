@@ -133,7 +133,7 @@ def _own_parser() -> argparse.ArgumentParser:
         type=positive,
         help=(
             "processes to pretend (default: those of the launch.sh beside the settings, else one replica, "
-            "TP x PP)"
+            "TP x PP x CP)"
         ),
     )
     parser.add_argument(
@@ -174,9 +174,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns its exit status."""
     options, rest = _own_parser().parse_known_args(argv)
     run = parse_run_config(rest)
-    parallel = run.parallel
-    replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    world_size = options.world_size or launched_processes(configs_in(rest)) or max(1, replica)
+    launched = launched_processes(configs_in(rest))
+    world_size = options.world_size or launched or max(1, run.parallel.replica_size)
     try:
         dry_run.require_fitting(options, world_size)
     except ConfigError as error:

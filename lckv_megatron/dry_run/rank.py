@@ -29,6 +29,7 @@ from lckv_megatron.dry_run.world import pretended_world
 from megatron_ext.config import RunConfig, TrainConfig
 from megatron_ext.data.batch import Batch
 from megatron_ext.model.build import build_stage, wrap
+from megatron_ext.parallel.process_groups import chunks_of_rank
 from megatron_ext.schedule.ring import RingStage
 from megatron_ext.schedule.ticks import Ticks, ticks_of
 from megatron_ext.training.optimizer import build_optimizer
@@ -165,13 +166,14 @@ class _Program:
             global_batch_size=micro_batches * self._run.train.micro_batch_size * replicas,
         )
         self._recorder.work = {}
+        reach = self._run.compression.policy.traits.reach
         with self._recorder.phase("schedule"):
             train_step(
                 self.model,
                 self._optimizer,
                 self._scheduler,
                 _samples(train),
-                lambda sample: _batch(train, self._cu_seqlens),
+                lambda sample: _batch(train, self._cu_seqlens).of_rank(chunks_of_rank(), reach),
                 train,
                 progress=0.5,
             )

@@ -126,8 +126,11 @@ def search_rows(own: Plan, tried: list[Tried], machine: Machine) -> Iterator[tup
 
 def _layout(plan: Plan) -> str:
     parallel = plan.run.parallel
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    return f"TP {tensor}, PP {pipeline}, DP {plan.world_size // (tensor * pipeline)}"
+    context = f", CP {parallel.context_parallel_size}" if parallel.context_parallel_size > 1 else ""
+    return (
+        f"TP {parallel.tensor_model_parallel_size}, PP {parallel.pipeline_model_parallel_size}{context}, "
+        f"DP {plan.sizes.data_parallel_size}"
+    )
 
 
 def _verdict(tried: Tried, machine: Machine) -> str:

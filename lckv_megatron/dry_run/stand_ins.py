@@ -97,20 +97,23 @@ class FlashAttention:
         return self.flash_attn_func(*rows, **options).flatten(0, 1)
 
     def _flash_attn_forward(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Any, ...]:
-        return (*self.forward(q, k, v, options["window_size_left"]), None, q.new_empty(2))
+        attended = self.forward(q, k, v, options["window_size_left"], causal=options["causal"])
+        return (*attended, None, q.new_empty(2))
 
     def _flash_attn_backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> None:
-        self.backward(q, k, options["window_size_left"])
+        self.backward(q, k, options["window_size_left"], causal=options["causal"])
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, left: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, left: int, *, causal: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Output, and lse float32 [b, h, s]."""
         rows, tokens, heads, _ = query.shape
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
         lse = query.new_empty((rows, heads, tokens), dtype=torch.float32)
-        self._work(query, key, left, products=2, passes=2)
+        self._work(query, key, left, causal, products=2, passes=2)
         return output, lse
 
-    def backward(self, query: Tensor, key: Tensor, left: int) -> None:
+    def backward(self, query: Tensor, key: Tensor, left: int, *, causal: bool = True) -> None:
         """The working memory of the kernel: a sum in float32, and gradients of keys for every query head."""
         rows, tokens, heads, channels = query.shape
         sums = query.new_empty(query.shape, dtype=torch.float32)
@@ -118,12 +121,16 @@ class FlashAttention:
         expanded = heads != key.shape[2]
         shape = (2 * expanded, rows, key.shape[1], heads, channels)
         per_head = query.new_empty(shape)
-        self._work(query, key, left, products=5, passes=5)
+        self._work(query, key, left, causal, products=5, passes=5)
         del sums, rowwise, per_head
 
-    def _work(self, query: Tensor, key: Tensor, left: int, *, products: int, passes: int) -> None:
+    def _work(
+        self, query: Tensor, key: Tensor, left: int, causal: bool, *, products: int, passes: int
+    ) -> None:
         rows, tokens, heads, channels = query.shape
-        seen = average_keys(tokens, exclude_self=False, window=None if left < 0 else left + 1)
+        seen: float = key.shape[1]
+        if causal:
+            seen = average_keys(tokens, exclude_self=False, window=None if left < 0 else left + 1)
         pairs = rows * heads * tokens * seen
         moved = passes * query.element_size() * (query.numel() + key.numel())
         self._recorder.kernel(flops=2 * products * pairs * channels, moved_bytes=moved)

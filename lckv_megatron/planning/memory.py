@@ -185,7 +185,9 @@ def _prepared_bytes(plan: Plan, stage: int) -> int:
     ]
     if ticks is None:
         return 0
-    return ticks.ahead * sum(_payload_bytes(plan, cargo, 0) for cargo in cargoes)
+    # they wait as those of whole sequences
+    ranks = plan.run.parallel.context_parallel_size
+    return ticks.ahead * ranks * sum(_payload_bytes(plan, cargo, 0) for cargo in cargoes)
 
 
 def _payload_bytes(plan: Plan, cargo: Cargo, boundary: int) -> int:
@@ -204,5 +206,6 @@ def _payload_bytes(plan: Plan, cargo: Cargo, boundary: int) -> int:
         extra_channels=policy.traits.extra_channels,
         sum_columns=len(policy.statistics) * (ranks if policy.per_rank else 1) * reports,
     )
-    numbers = math.prod(payload.shape(train.seq_length, train.micro_batch_size))
+    shape = payload.shape(parallel.tokens_of_rank(train.seq_length), train.micro_batch_size)
+    numbers = math.prod(shape)
     return numbers * precision(train.precision).bytes

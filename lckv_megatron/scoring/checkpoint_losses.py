@@ -40,7 +40,8 @@ class CheckpointLosses:
     @property
     def has_result(self) -> bool:
         """On one process."""
-        ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_data_parallel_rank()
+        data = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        ranks = parallel_state.get_tensor_model_parallel_rank(), data
         return ranks == (0, 0) and parallel_state.is_pipeline_last_stage()
 
     def __call__(self, windows: Sequence[Window]) -> float:

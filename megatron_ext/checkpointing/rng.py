@@ -8,7 +8,6 @@ import random
 
 import numpy as np
 import torch
-from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import (
     convert_cuda_rng_state,
     get_cuda_rng_tracker,
@@ -16,6 +15,8 @@ from megatron.core.tensor_parallel.random import (
     model_parallel_cuda_manual_seed,
 )
 from torch import Tensor
+
+from megatron_ext.parallel.process_groups import seed_of_rank
 
 _TRACKER = "tracker."
 
@@ -65,8 +66,8 @@ def reseed(seed: int, iteration: int) -> None:
     """Seeds all generators from the run's seed and the iteration: other numbers than at the start, the same
     on every try."""
     mixed = int(np.random.SeedSequence([seed, iteration]).generate_state(1)[0]) >> 1
-    stage_seed = mixed + 100 * parallel_state.get_pipeline_model_parallel_rank()
-    random.seed(stage_seed)
-    np.random.seed(stage_seed)  # noqa: NPY002 - libraries use it
-    torch.manual_seed(stage_seed)
-    model_parallel_cuda_manual_seed(stage_seed)
+    own_seed = seed_of_rank(mixed)
+    random.seed(own_seed)
+    np.random.seed(own_seed)  # noqa: NPY002 - libraries use it
+    torch.manual_seed(own_seed)
+    model_parallel_cuda_manual_seed(own_seed)

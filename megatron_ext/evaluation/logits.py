@@ -8,9 +8,11 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
+from torch.nn.functional import pad
 
+from megatron_ext.data.batch import Batch
 from megatron_ext.model.gpt import SharedKVGPTModel
-from megatron_ext.model.policy_statistics import PolicyReport
+from megatron_ext.model.policy_statistics import PolicyInputs, PolicyReport
 from megatron_ext.model.stages import StageCall
 from megatron_ext.schedule.micro_batches import stage_shapes
 from megatron_ext.schedule.ring import Finished, run_ring
@@ -19,19 +21,19 @@ from megatron_ext.schedule.ticks import ticks_of
 
 @dataclass(frozen=True)
 class _Logits:
-    """What a stage does with tokens [b, s]."""
+    """What a stage does with tokens."""
 
     stage: SharedKVGPTModel
 
-    def forward(self, tokens: Tensor, call: StageCall | None = None) -> tuple[Tensor, PolicyReport]:
+    def forward(self, batch: Batch, call: StageCall | None = None) -> tuple[Tensor, PolicyReport]:
         """See `Passage`; without `call` the stage is visited once."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        output, report = self.stage(tokens, positions, call=call)
+        policy = PolicyInputs(chunk_rows=batch.chunk_rows)
+        output, report = self.stage(batch.tokens, batch.position_ids, policy=policy, call=call)
         return output, report
 
-    def finish(self, tokens: Tensor, output: Tensor, _report: PolicyReport) -> Finished:
+    def finish(self, batch: Batch, output: Tensor, _report: PolicyReport) -> Finished:
         """See `Passage`."""
-        return Finished(output, torch.zeros([], dtype=torch.int, device=tokens.device), output)
+        return Finished(output, torch.zeros([], dtype=torch.int, device=output.device), output)
 
 
 def _ignored(_report: PolicyReport) -> None:
@@ -45,17 +47,16 @@ def compute_logits(stage: SharedKVGPTModel, tokens: Tensor) -> Tensor | None:
 
     All ranks of a model call it with the same tokens; every row is one document at positions 0 .. s - 1.
     """
-    rows, length = tokens.shape
-
-    passage = _Logits(stage)
+    batch, passage = _batch(stage, tokens), _Logits(stage)
+    rows, length = batch.tokens.shape
     if stage.decoder.journey.circulates:
         ticks = ticks_of(stage.config.placed, stage.decoder.journey, 1, 1, forward_only=True)
         shape = (length, rows)
-        outputs = run_ring(stage, iter([tokens]), passage, _ignored, ticks, shape, forward_only=True)
-        return _whole(stage, outputs)
+        outputs = run_ring(stage, iter([batch]), passage, _ignored, ticks, shape, forward_only=True)
+        return _whole(stage, outputs, tokens.shape[1])
 
     def forward_step(_iterator: object, _model: SharedKVGPTModel) -> tuple[Tensor, Callable[..., Tensor]]:
-        output, _ = passage.forward(tokens)
+        output, _ = passage.forward(batch)
         return output, lambda logits, non_loss_data: logits
 
     options = {}
@@ -72,11 +73,22 @@ def compute_logits(stage: SharedKVGPTModel, tokens: Tensor) -> Tensor | None:
         collect_non_loss_data=True,
         **options,
     )
-    return _whole(stage, outputs)
+    return _whole(stage, outputs, tokens.shape[1])
 
 
-def _whole(stage: SharedKVGPTModel, outputs: list[Tensor]) -> Tensor | None:
-    """The ranks' parts of the logits put together; None before the last stage."""
+def _batch(stage: SharedKVGPTModel, tokens: Tensor) -> Batch:
+    """What this rank has of rows [b, s], which context parallelism makes longer, so that they can be cut."""
+    chunks, reach = stage.decoder.context_group.chunks, stage.config.compression.policy.traits.reach
+    length = tokens.shape[1]
+    tokens = pad(tokens, (0, -length % chunks.total))
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    whole = Batch(tokens, tokens, torch.zeros(tokens.shape, device=tokens.device), positions, None)
+    return whole.of_rank(chunks, reach)
+
+
+def _whole(stage: SharedKVGPTModel, outputs: list[Tensor], length: int) -> Tensor | None:
+    """The ranks' parts of the logits of `length` tokens put together; None before the last stage."""
     if not outputs:
         return None
-    return gather_from_tensor_model_parallel_region(outputs[0])[..., : stage.vocab_size].float()
+    own = gather_from_tensor_model_parallel_region(outputs[0])[..., : stage.vocab_size].float()
+    return stage.decoder.context_group.whole(own.transpose(0, 1)).transpose(0, 1)[:, :length]

@@ -59,7 +59,8 @@ def write_logits(stage: SharedKVGPTModel, tokens: np.ndarray, output: Path, *, r
     if dist.get_rank() == 0:
         np.lib.format.open_memmap(unfinished, "w+", np.float32, shape).flush()
     dist.barrier()
-    writes = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_context_parallel_rank()
+    writes = parallel_state.is_pipeline_last_stage() and ranks == (0, 0)
     logits = np.lib.format.open_memmap(unfinished, "r+") if writes else None
     first, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     for start in range(rows_at_once * first, len(tokens), rows_at_once * replicas):

@@ -20,8 +20,10 @@ from lckv.attention.visibility import Documents, Visibility
 from lckv.policies.base import KeyValue, Statistics, TokenContext
 from megatron_ext.mcore import name_argument
 from megatron_ext.model.attention_backend import choose_backend
+from megatron_ext.model.contexts import LayerContext, keys_values
 from megatron_ext.model.linear import QKVLinear
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
+from megatron_ext.parallel.context import ContextGroup
 
 
 class CoreAttention(MegatronModule):
@@ -43,9 +45,28 @@ class CoreAttention(MegatronModule):
         self.sight = compression.sight(layer)
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
         self.key_bias = compression.policy.traits.key_bias
+        assert pg_collection is not None
+        self.chunks = ContextGroup(pg_collection.cp).chunks
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
-        """query [s, b, h, d + e], key [s, b, g, d + e] and value [s, b, g, d] to [s, b, h * d]."""
+        """query [s, b, h, d + e], key [k, b, g, d + e] and value [k, b, g, d] to [s, b, h * d].
+
+        Keys, values and documents are those of whole rows of k tokens, of which this rank has s. Each of its
+        chunks attends to all that comes before it in its row, and to itself."""
+        bounds = self.chunks.bounds(len(key))
+        outputs = [
+            self._attend(
+                chunk,
+                key[:stop],
+                value[:stop],
+                None if documents is None else documents.cut(len(key), 0, stop),
+            )
+            for chunk, (_, stop) in zip(query.chunk(len(bounds)), bounds, strict=True)
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
+        """From the last tokens of rows to all of them."""
         backend = choose_backend(
             self.config.attention_kernel, device=query.device, dtype=query.dtype, head_dim=query.shape[-1]
         )
@@ -95,6 +116,7 @@ class SharedKVAttention(Attention):
         self.layer_type = config.layer_types[layer_number - 1]
         self.computes_kv = self.layer_type.index in config.layer_types.kv_layers
         self.policy = config.compression.policy.build()
+        self.context_group = ContextGroup(self.pg_collection.cp)
         self.head_dim = self.hidden_size_per_attention_head
         self.query_heads = config.num_attention_heads // self.world_size
         width = self.query_projection_size + (2 * self.kv_projection_size if self.computes_kv else 0)
@@ -122,7 +144,7 @@ class SharedKVAttention(Attention):
         )
 
     def forward(
-        self, hidden_states: Tensor, shared: KeyValue | None, context: TokenContext
+        self, hidden_states: Tensor, shared: KeyValue | None, context: LayerContext
     ) -> tuple[tuple[Tensor, Tensor | None], KeyValue | None, Statistics]:
         """Attend from `hidden_states` [s, b, hidden] (normalised) to `shared`, or to the layer's own keys and
         values.
@@ -134,7 +156,7 @@ class SharedKVAttention(Attention):
         query, own, statistics = self._project(hidden_states, context)
         key_value = own if shared is None else shared
         assert key_value is not None
-        output = self.attend(query, key_value, context.documents)
+        output = self.attend(query, key_value, context.tokens.documents)
         return self.linear_proj(output), own, statistics
 
     def require_source(self, shared: KeyValue | None) -> None:
@@ -146,7 +168,7 @@ class SharedKVAttention(Attention):
                 f"which were {'not ' if shared is None else ''}given to it."
             )
 
-    def keys_values(self, hidden_states: Tensor, context: TokenContext) -> tuple[KeyValue, Statistics]:
+    def keys_values(self, hidden_states: Tensor, context: LayerContext) -> tuple[KeyValue, Statistics]:
         """The layer's keys and values alone, from `hidden_states` [s, b, hidden] (normalised)."""
         *query, key, value = self.kv_heads(hidden_states)
         return self.of_policy(query[0] if query else None, key, value, context)
@@ -174,13 +196,13 @@ class SharedKVAttention(Attention):
         return self.config.num_query_groups < self.world_size
 
     def _project(
-        self, hidden_states: Tensor, context: TokenContext
+        self, hidden_states: Tensor, context: LayerContext
     ) -> tuple[Tensor, KeyValue | None, Statistics]:
         query, *key_value = self.heads(hidden_states)
         if not key_value:
-            return self.attending(query, context), None, ()
+            return self.attending(query, context.tokens), None, ()
         own, statistics = self.of_policy(query, *key_value, context)
-        return self.attending(query, context), own, statistics
+        return self.attending(query, context.tokens), own, statistics
 
     def heads(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
         """Queries [s, b, heads, d] from `hidden_states` [s, b, hidden] (normalised), and where the layer
@@ -192,15 +214,16 @@ class SharedKVAttention(Attention):
         query, key, value = self._split(self.linear_qkv(hidden_states)[0])
         return self._normalise(self.q_layernorm, query), self._normalise(self.k_layernorm, key), value
 
-    def attending(self, query: Tensor, context: TokenContext) -> Tensor:
+    def attending(self, query: Tensor, tokens: TokenContext) -> Tensor:
         """The queries of `heads` as they attend, [s, b, h, d + e]."""
-        return self.policy.query(self._of_rank(query) if self.computes_kv else query, context)
+        return self.policy.query(self._of_rank(query) if self.computes_kv else query, tokens)
 
     def of_policy(
-        self, query: Tensor | None, key: Tensor, value: Tensor, context: TokenContext
+        self, query: Tensor | None, key: Tensor, value: Tensor, context: LayerContext
     ) -> tuple[KeyValue, Statistics]:
-        """What the KV policy makes of the results of `heads` or `kv_heads`."""
-        return self.policy.keys_values(key, value, query if self.policy.traits.reads_query else None, context)
+        """What the KV policy makes of the results of `heads` or `kv_heads`, of whole rows."""
+        query = query if self.policy.traits.reads_query else None
+        return keys_values(self.policy, key, value, query, context, self.context_group)
 
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[s, b, rows of this rank] to key and value [s, b, g, d] and the query heads that belong to them."""

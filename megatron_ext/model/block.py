@@ -6,7 +6,6 @@ stage runs, `lckv.sharing.execution` runs them.
 
 import re
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,24 +17,26 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 from torch.profiler import record_function
 
-from lckv.policies.base import KeyValue, Statistics, TokenContext
+from lckv.policies.base import KeyValue, Statistics
 from lckv.sharing.execution import State
 from lckv.sharing.journey import Cargo, Visit
 from lckv.sharing.plan import Step
 from lckv.sharing.visiting import run_visit
+from megatron_ext.model.contexts import LayerContext
 from megatron_ext.model.fp8 import Fp8Passes, checkpoint
 from megatron_ext.model.layer import LayerOutput, SharedKVLayer
 from megatron_ext.model.offloaded import OffloadedLayers
 from megatron_ext.model.policy_statistics import PolicyReport, StatisticSums
 from megatron_ext.model.stages import StageCall, StageKept, step_names
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
+from megatron_ext.parallel.context import ContextGroup
 from megatron_ext.parallel.pipeline_payload import Freight, PipelinePayload
 from megatron_ext.parallel.process_groups import device_of_rank
 
 _NO_CARGO = Cargo(hidden=True, counts=False)
 
-Contexts = dict[int, TokenContext]
-"""What the KV policy knows of the tokens, by layer."""
+Contexts = dict[int, LayerContext]
+"""By layer."""
 
 
 class SharedKVBlock(TransformerBlock):
@@ -63,7 +64,9 @@ class SharedKVBlock(TransformerBlock):
         self.stage = self.pg_collection.pp.rank()
         self.journey = config.placed.journey(config.compression)
         self.fp8 = Fp8Passes(config, dict(zip(self.places, self.layers, strict=True)))
-        self.statistics = StatisticSums(config, config.compression.policy.build(), self.pg_collection.tp)
+        self.context_group = ContextGroup(self.pg_collection.cp)
+        policy = config.compression.policy.build()
+        self.statistics = StatisticSums(config, policy, self.pg_collection.tp, self.context_group)
         everything = len(self.layers) if recompute_num_layers is None else recompute_num_layers
         self.recomputed_layers = everything if config.recompute_granularity == "full" else 0
         self.offloaded = OffloadedLayers(config, config.offload, device_of_rank()) if config.offload else None
@@ -120,7 +123,7 @@ class SharedKVBlock(TransformerBlock):
     def forward(
         self,
         hidden_states: Tensor | None,
-        context: TokenContext,
+        context: LayerContext,
         row_seeds: tuple[int, ...],
         seq_length: int,
         micro_batch_size: int,
@@ -130,6 +133,7 @@ class SharedKVBlock(TransformerBlock):
 
         hidden_states: [s / shards, b, hidden] from the embedding where the micro-batch enters the model; else
         the input is in `call`, or what `set_input_tensor` got. `row_seeds` are those of `PolicyInputs`.
+        `seq_length` are the tokens of a row that this rank has.
         Returns hidden states, normalised, where the micro-batch leaves the model, and else what the next
         visit receives; and what the KV policy did in passes that count.
         """
@@ -176,7 +180,7 @@ class SharedKVBlock(TransformerBlock):
             assert hidden_states is not None
             return State(hidden_states, {}), None
         assert call.arrived is not None
-        freight = self.payload_in(call.visit).unpack(call.arrived, *shape)
+        freight = self.unload(call.visit, call.arrived, *shape)
         hidden_states, sums = freight.hidden_states, freight.sums
         if call.kept is not None:
             hidden_states, sums = call.kept.content.start, call.kept.sums
@@ -184,25 +188,31 @@ class SharedKVBlock(TransformerBlock):
         state = State(hidden_states, freight.available, handed=freight.handed, previous=freight.previous)
         return state, sums
 
+    def unload(self, visit: Visit, arrived: Tensor, seq_length: int, micro_batch_size: int) -> Freight:
+        """What `visit` gets, with keys and values of whole rows."""
+        freight = self.payload_in(visit).unpack(arrived, seq_length, micro_batch_size)
+        return freight.with_pairs(self.context_group.gather)
+
     def _leaving(self, visit: Visit, state: State[KeyValue], sums: Tensor | None) -> Tensor:
         """What a visit results in."""
         if visit.sends is not None:
             handed, previous = state.handed or {}, state.previous or {}
             freight = Freight(state.hidden_states, state.available, handed, previous, sums)
-            return self.payload_out(visit).pack(freight)
+            return self.payload_out(visit).pack(freight, self.context_group.own)
         return (
             state.hidden_states if self.final_layernorm is None else self.final_layernorm(state.hidden_states)
         )
 
     def _contexts(
-        self, context: TokenContext, row_seeds: tuple[int, ...], shape: tuple[int, int], device: torch.device
+        self, context: LayerContext, row_seeds: tuple[int, ...], shape: tuple[int, int], device: torch.device
     ) -> Contexts:
         """The context of each layer: noise is drawn once, for all passes and recomputation."""
         contexts = dict.fromkeys(self.places, context)
+        whole = shape[0] * self.context_group.chunks.ranks, shape[1]
         for index in self.layer_types.kv_layers:
             if index in contexts:
-                noise = self.statistics.noise(shape, row_seeds, index, device)
-                contexts[index] = replace(context, noise=noise)
+                noise = self.statistics.noise(whole, row_seeds, index, device)
+                contexts[index] = context.with_noise(noise, self.context_group)
         return contexts
 
     def layer(self, index: int) -> SharedKVLayer:
@@ -217,13 +227,14 @@ class SharedKVBlock(TransformerBlock):
     def zeros(self, hidden_states: Tensor) -> KeyValue:
         """Keys and values before the first pass."""
         payload = self._payload(_NO_CARGO, 0)
-        tokens, batch = hidden_states.shape[0] * payload.sequence_shards, hidden_states.shape[1]
+        shards = payload.sequence_shards * self.context_group.chunks.ranks
+        tokens, batch = hidden_states.shape[0] * shards, hidden_states.shape[1]
         return KeyValue(
             *(hidden_states.new_zeros(shape) for shape in payload.key_value_shapes(tokens, batch))
         )
 
     def call(
-        self, layer: SharedKVLayer, hidden_states: Tensor, source: KeyValue | None, context: TokenContext
+        self, layer: SharedKVLayer, hidden_states: Tensor, source: KeyValue | None, context: LayerContext
     ) -> LayerOutput:
         """The layer, recomputed in backward or offloaded where the configuration asks for it."""
         if (offloaded := self.offloading) is not None:

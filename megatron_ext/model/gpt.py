@@ -17,9 +17,10 @@ from torch import Tensor
 
 from lckv.attention.visibility import Documents
 from lckv.losses import backends as losses
-from lckv.policies.base import TokenContext
+from lckv.policies.base import RowPart, TokenContext
 from lckv.rope import Turn, rotation
 from megatron_ext.model.block import SharedKVBlock
+from megatron_ext.model.contexts import LayerContext
 from megatron_ext.model.linear import OutputLinear
 from megatron_ext.model.policy_statistics import PolicyInputs, PolicyReport
 from megatron_ext.model.stages import StageCall
@@ -94,7 +95,8 @@ class SharedKVGPTModel(LanguageModule):
         policy: PolicyInputs = _NOTHING,
         call: StageCall | None = None,
     ) -> tuple[Tensor, PolicyReport]:
-        """tokens, position_ids and labels are int64 [b, s]. `call`: one visit of several to this stage.
+        """tokens, position_ids and labels are int64 [b, s]; with context parallelism those that this rank has
+        of each row. `documents` are those of whole rows. `call`: one visit of several to this stage.
 
         Returns, with what the KV policy did: on the last stage the loss of each token, float32 [b, s] in
         nats, or without labels this rank's part of the logits [b, s, padded vocabulary / TP]; on other stages
@@ -104,15 +106,7 @@ class SharedKVGPTModel(LanguageModule):
         visit = self.decoder.visit if call is None else call.visit
         enters, leaves = visit.receives is None, visit.sends is None
         hidden_states = self.embedding(input_ids=tokens, position_ids=position_ids) if enters else None
-        angles = rotation(self._rows(position_ids), self.frequencies)
-        context = TokenContext(
-            Turn(angles),
-            documents,
-            counted=None if policy.counted is None else policy.counted.transpose(0, 1),
-            training=self.training,
-            progress=policy.progress,
-            positions=position_ids.transpose(0, 1),
-        )
+        context = self._context(position_ids, documents, policy)
         hidden_states, report = self.decoder(
             hidden_states, context, policy.row_seeds, seq_length, micro_batch_size, call
         )
@@ -124,10 +118,38 @@ class SharedKVGPTModel(LanguageModule):
             return self.logits(hidden_states).transpose(0, 1), report
         return self._loss(hidden_states, labels.transpose(0, 1).contiguous()).transpose(0, 1), report
 
-    @staticmethod
-    def _rows(position_ids: Tensor) -> Tensor:
-        """Positions as [s, b, 1], to broadcast against heads."""
-        return position_ids.transpose(0, 1)[:, :, None]
+    def _context(
+        self, position_ids: Tensor, documents: Documents | None, policy: PolicyInputs
+    ) -> LayerContext:
+        """What the layers know of the tokens at positions [b, s]."""
+        positions = position_ids.transpose(0, 1)
+        tokens = TokenContext(
+            self._rotate(positions),
+            documents,
+            counted=None if policy.counted is None else policy.counted.transpose(0, 1),
+            training=self.training,
+            progress=policy.progress,
+            positions=positions,
+        )
+        group, rows = self.decoder.context_group, policy.chunk_rows
+        if rows is None:
+            if not group.is_alone:
+                raise ValueError("policy.chunk_rows is missing; with context parallelism it must be given.")
+            return LayerContext(tokens)
+        part = RowPart(rows.reach, rows.begins, rows.counted_in_row, group.carried)
+        chunks = replace(
+            tokens,
+            rotate=self._rotate(rows.position_ids),
+            documents=None,
+            counted=rows.counted,
+            positions=rows.position_ids,
+            part=part,
+        )
+        return LayerContext(tokens, chunks)
+
+    def _rotate(self, positions: Tensor) -> Turn:
+        """RoPE at positions [s, b], of [s, b, any heads, d]."""
+        return Turn(rotation(positions[:, :, None], self.frequencies))
 
     def _loss(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of each token, float32 [s, b],

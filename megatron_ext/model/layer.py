@@ -9,7 +9,8 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
-from lckv.policies.base import KeyValue, Statistics, TokenContext
+from lckv.policies.base import KeyValue, Statistics
+from megatron_ext.model.contexts import LayerContext
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 
 
@@ -47,7 +48,7 @@ class SharedKVLayer(TransformerLayer):
         number = config.placed.layers_of(stage)[layer_number - 1] + 1
         super().__init__(config, submodules, number - added, **options)
 
-    def forward(self, hidden_states: Tensor, shared: KeyValue | None, context: TokenContext) -> LayerOutput:
+    def forward(self, hidden_states: Tensor, shared: KeyValue | None, context: LayerContext) -> LayerOutput:
         """[s, b, hidden] to the same; `shared` is given iff the layer
         reads another layer's keys and values."""
         normed = self.input_layernorm(hidden_states)
@@ -63,7 +64,7 @@ class SharedKVLayer(TransformerLayer):
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
         return self.feed_forward(add(output_with_bias, hidden_states, self.hidden_dropout))
 
-    def keys_values(self, hidden_states: Tensor, context: TokenContext) -> tuple[KeyValue, Statistics]:
+    def keys_values(self, hidden_states: Tensor, context: LayerContext) -> tuple[KeyValue, Statistics]:
         """The layer's keys and values alone, from its input [s, b, hidden]."""
         return self.self_attention.keys_values(self.input_layernorm(hidden_states), context)
 

@@ -41,6 +41,8 @@ class LayerMemory:
         self._model, self._compression, self._train, self._fused = model, compression, train, fused
         self._layer_types = compression.map(model.num_layers)
         self._bytes = precision(train.precision).bytes
+        self._context_ranks = parallel.context_parallel_size
+        self._tokens = parallel.tokens_of_rank(train.seq_length)
         self._shards = ranks if parallel.sequence_parallel else 1
         self._heads = model.num_attention_heads / ranks
         self._kv_heads = max(1.0, model.query_groups / ranks)
@@ -51,7 +53,7 @@ class LayerMemory:
     def kept(self, run: LayerRun) -> int:
         """Bytes of a micro-batch that a run which is not recomputed keeps, besides the keys and values that
         it reads."""
-        return round(self._train.seq_length * self._train.micro_batch_size * self._per_token(run))
+        return round(self._tokens * self._train.micro_batch_size * self._per_token(run))
 
     def offloaded(self, run: LayerRun, *, shared: bool) -> tuple[float, float]:
         """Bytes per token that go to the host where activations are offloaded: of all tokens, and of the
@@ -65,8 +67,9 @@ class LayerMemory:
         if not (run.computes_kv and run.part is Part.WHOLE) or shared:
             return whole, part
         key_value = self._bytes * self._kv_heads * (2 * self._model.head_dim + self._extra_channels)
-        token_wise = self._compression.policy.traits.token_wise
-        return whole + key_value * (not token_wise), part + key_value * token_wise
+        if self._compression.policy.traits.token_wise and self._context_ranks == 1:
+            return whole, part + key_value
+        return whole + key_value * self._context_ranks, part  # those of whole rows
 
     @property
     def _extra_channels(self) -> int:

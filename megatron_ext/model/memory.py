@@ -6,11 +6,12 @@ State, in bytes per parameter of the rank (data-parallel ranks share the optimiz
     fp32: weights 4, gradients 4, optimizer 8
 
 Activations that are kept for backward, for one micro-batch of b rows of s tokens:
-    inputs x s b h / T   +   shared x s b g (2 d + e)   +   what each run that is not recomputed keeps
-with h hidden size, g KV heads of the rank, d channels of a head, T tensor-parallel ranks with sequence
-parallelism, else 1. `inputs` is the number of recomputed layers, where a layer counts once for every pass
-with gradient. `shared` is the number of distinct keys and values that are kept: those that some layer reads
-from another, and those of a layer that is not recomputed; each is stored once, however many layers read it.
+    inputs x s b h / (C T)   +   shared x s b g (2 d + e)   +   what each run that is not recomputed keeps
+with h hidden size, g KV heads of the rank, d channels of a head, C context-parallel ranks, T tensor-parallel
+ranks with sequence parallelism, else 1. `inputs` is the number of recomputed layers, where a layer counts
+once for every pass with gradient. `shared` is the number of distinct keys and values that are kept: those
+that some layer reads from another, and those of a layer that is not recomputed; each is stored once, of whole
+rows, however many layers read it.
 The last term: `layer_memory.py`. The last stage adds the final norm, and logits in float32 where the loss
 takes all tokens at once.
 
@@ -133,10 +134,11 @@ def kept_bytes(
     """Of one micro-batch on one rank; `fused`: see `layer_memory.py`. Where activations go to the host, only
     keys and values that several layers read stay."""
     ranks = parallel.tensor_model_parallel_size
-    tokens = train.seq_length * train.micro_batch_size
+    tokens = parallel.tokens_of_rank(train.seq_length) * train.micro_batch_size
     hidden = tokens * model.hidden_size // (ranks if parallel.sequence_parallel else 1)
     channels = 2 * model.head_dim + kept.extra_channels
-    key_value = tokens * max(1, model.query_groups // ranks) * channels
+    # keys and values are those of whole sequences
+    key_value = train.seq_length * train.micro_batch_size * max(1, model.query_groups // ranks) * channels
     layer = LayerMemory(model, compression, parallel, train, fused=fused)
     if train.activation_offload == "token_wise":
         return precision(train.precision).bytes * kept.shared * key_value
@@ -150,7 +152,7 @@ def loss_bytes(
 ) -> tuple[int, int]:  # fmt: skip
     """What the last stage keeps of a micro-batch for the final norm and the loss, and what the loss needs
     besides while it is computed: logits in the model's precision, and their gradient in float32."""
-    tokens = train.seq_length * train.micro_batch_size
+    tokens = parallel.tokens_of_rank(train.seq_length) * train.micro_batch_size
     norm = tokens * LayerMemory(model, compression, parallel, train, fused=fused).norm
     of_token = padded_vocab / parallel.tensor_model_parallel_size
     number = precision(train.precision).bytes

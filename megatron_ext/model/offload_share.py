@@ -53,7 +53,7 @@ class OffloadShare:
         self.loads = max(loads.values(), key=lambda of_stage: host_bytes(of_stage, 1, 1.0))
         in_flight = placement.in_flight(compression, parallel.pipeline_in_flight)
         rows = min(in_flight * train.micro_batch_size, train.global_batch_size)
-        self.tokens = rows * train.seq_length
+        self.tokens = rows * parallel.tokens_of_rank(train.seq_length)
         """Between their forward and backward at once, at most."""
 
     @classmethod

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lckv.policies.base import KeyValue, Statistics, TokenContext
 from lckv.rope import Turn
+from megatron_ext.model.contexts import LayerContext
 from megatron_ext.model.layer import LayerOutput, SharedKVLayer
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 from megatron_ext.offload.host_pool import HostPool, require_host_memory
@@ -47,7 +48,7 @@ class OffloadedLayers:
         self._last = None
 
     def run(
-        self, layer: SharedKVLayer, hidden_states: Tensor, source: KeyValue | None, context: TokenContext
+        self, layer: SharedKVLayer, hidden_states: Tensor, source: KeyValue | None, context: LayerContext
     ) -> LayerOutput:
         """As the layer itself."""
         attention = layer.self_attention
@@ -60,14 +61,14 @@ class OffloadedLayers:
             if source is not None:
                 tape.keep(*source)
             with tape.whole():
-                attended = attention.attend(query, key_value, context.documents)
+                attended = attention.attend(query, key_value, context.tokens.documents)
             output = tape.token_wise(
                 lambda *inputs: (layer.after_attention(*inputs),), attended, hidden_states
             )
         return LayerOutput(output[0], own, statistics)
 
     def keys_values(
-        self, layer: SharedKVLayer, hidden_states: Tensor, context: TokenContext
+        self, layer: SharedKVLayer, hidden_states: Tensor, context: LayerContext
     ) -> tuple[KeyValue, Statistics]:
         """As the layer's."""
         with self._tape(layer, hidden_states, context) as tape:
@@ -79,7 +80,7 @@ class OffloadedLayers:
         with self._tape(layer, hidden_states, None) as tape:
             return tape.token_wise(lambda states: (layer.feed_forward(states),), hidden_states)[0]
 
-    def _tape(self, layer: SharedKVLayer, hidden_states: Tensor, context: TokenContext | None) -> Tape:
+    def _tape(self, layer: SharedKVLayer, hidden_states: Tensor, context: LayerContext | None) -> Tape:
         tokens = Tokens.of(hidden_states, shards=self._shards, share=self._settings.share)
         before = None if self._last is None else self._last()
         tape = Tape(self.storage, tokens, [*layer.parameters(), *_tensors_of(context)], before)
@@ -88,23 +89,27 @@ class OffloadedLayers:
 
     @staticmethod
     def _token_wise(
-        tape: Tape, part: Callable[..., tuple[Tensor, ...]], hidden_states: Tensor, context: TokenContext
+        tape: Tape, part: Callable[..., tuple[Tensor, ...]], hidden_states: Tensor, context: LayerContext
     ) -> tuple[Tensor, ...]:
         """`part` of a layer, a function of its input and of the context, in which tokens have places."""
-        tail = context.at(tape.tokens.tail)
+        tail = context.tokens.at(tape.tokens.tail)
         return tape.token_wise(
-            lambda states: part(states, context), hidden_states, again=lambda states: part(states, tail)
+            lambda states: part(states, context.tokens),
+            hidden_states,
+            again=lambda states: part(states, tail),
         )
 
     def _own(
-        self, tape: Tape, layer: SharedKVLayer, heads: Sequence[Tensor], context: TokenContext
+        self, tape: Tape, layer: SharedKVLayer, heads: Sequence[Tensor], context: LayerContext
     ) -> tuple[KeyValue, Statistics]:
         """The layer's keys and values and its policy's statistics, from what the token-wise part returned."""
-        if layer.self_attention.policy.traits.token_wise:
-            own, statistics = KeyValue(*heads), ()
-        else:
-            with tape.whole():
-                own, statistics = _of_policy(layer, heads, context)
+        attention = layer.self_attention
+        with tape.whole():
+            if attention.policy.token_wise:
+                own, statistics = attention.context_group.gather(KeyValue(*heads)), ()
+            else:
+                *query, key, value = heads
+                own, statistics = attention.of_policy(query[0] if query else None, key, value, context)
         if layer.layer_number - 1 in self._read_by_others:
             tape.keep(*own)
         return own, statistics
@@ -115,10 +120,10 @@ def _attending(layer: SharedKVLayer) -> Callable[..., tuple[Tensor, ...]]:
     what its KV policy makes them from."""
     attention = layer.self_attention
 
-    def part(hidden_states: Tensor, context: TokenContext) -> tuple[Tensor, ...]:
+    def part(hidden_states: Tensor, tokens: TokenContext) -> tuple[Tensor, ...]:
         heads = attention.heads(layer.input_layernorm(hidden_states))
-        query = attention.attending(heads[0], context)
-        return (query,) if len(heads) == 1 else (query, *_finished(layer, heads, context))
+        query = attention.attending(heads[0], tokens)
+        return (query,) if len(heads) == 1 else (query, *_finished(layer, heads, tokens))
 
     return part
 
@@ -126,31 +131,30 @@ def _attending(layer: SharedKVLayer) -> Callable[..., tuple[Tensor, ...]]:
 def _keys_values(layer: SharedKVLayer) -> Callable[..., tuple[Tensor, ...]]:
     """The part before attention without queries."""
 
-    def part(hidden_states: Tensor, context: TokenContext) -> tuple[Tensor, ...]:
+    def part(hidden_states: Tensor, tokens: TokenContext) -> tuple[Tensor, ...]:
         heads = layer.self_attention.kv_heads(layer.input_layernorm(hidden_states))
-        return _finished(layer, heads, context)
+        return _finished(layer, heads, tokens)
 
     return part
 
 
-def _finished(layer: SharedKVLayer, heads: Sequence[Tensor], context: TokenContext) -> Sequence[Tensor]:
-    """`heads` as they are, or keys and values where the KV policy is token-wise."""
-    return _of_policy(layer, heads, context)[0] if layer.self_attention.policy.traits.token_wise else heads
-
-
-def _of_policy(
-    layer: SharedKVLayer, heads: Sequence[Tensor], context: TokenContext
-) -> tuple[KeyValue, Statistics]:
+def _finished(layer: SharedKVLayer, heads: Sequence[Tensor], tokens: TokenContext) -> tuple[Tensor, ...]:
+    """`heads` as they are, or keys and values of these tokens where the KV policy is token-wise."""
+    policy = layer.self_attention.policy
+    if not policy.token_wise:
+        return tuple(heads)
     *query, key, value = heads
-    return layer.self_attention.of_policy(query[0] if query else None, key, value, context)
+    read = query[0] if query and policy.traits.reads_query else None
+    return policy.keys_values(key, value, read, tokens)[0]
 
 
-def _tensors_of(context: TokenContext | None) -> Iterator[Tensor]:
+def _tensors_of(context: LayerContext | None) -> Iterator[Tensor]:
     """What all layers have of a context."""
-    if context is None:
-        return
-    assert isinstance(context.rotate, Turn)
-    yield from context.rotate.angles
-    for tensor in (context.counted, context.noise, context.positions):
-        if tensor is not None:
-            yield tensor
+    for tokens in () if context is None else (context.tokens, context.chunks):
+        if tokens is None:
+            continue
+        assert isinstance(tokens.rotate, Turn)
+        yield from tokens.rotate.angles
+        for tensor in (tokens.counted, tokens.noise, tokens.positions):
+            if tensor is not None:
+                yield tensor

@@ -1,7 +1,7 @@
 """A KV policy on Megatron's ranks: its noise, and its statistics summed over heads, layers and stages.
 
-Shapes: b micro-batch, s tokens, G KV heads of the model, g those of this rank, n statistics of the policy, R
-parts of a sum (see `StatisticSums`).
+Shapes: b micro-batch, s tokens of a row, G KV heads of the model, g those of this rank, n statistics of the
+policy, R parts of a sum (see `StatisticSums`).
 """
 
 import hashlib
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from lckv.policies.base import KVPolicy, Statistics
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
+from megatron_ext.parallel.chunks import ChunkRows
+from megatron_ext.parallel.context import ContextGroup
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +28,9 @@ class PolicyInputs:
     counted: Tensor | None = None
     """bool [b, s]: tokens that are not padding; None: all."""
 
+    chunk_rows: ChunkRows | None = None
+    """With context parallelism, what the policy knows of the rank's chunks."""
+
     progress: float = 1.0
     """Share of the run that is done, 0 .. 1."""
 
@@ -35,10 +40,11 @@ class PolicyReport:
     """What the KV policy did in one micro-batch, up to and including this pipeline stage."""
 
     statistics: Mapping[int, Statistics] = field(default_factory=dict)
-    """Of each layer of this stage that computes keys and values, n tensors float32 [b, g], without graph."""
+    """Of each layer of this stage that computes keys and values, n tensors float32 [b, g], without graph.
+    With context parallelism what this rank's tokens add to those of the rows."""
 
     sums: Tensor | None = None
-    """float32 [b, n R]: differentiable sums over layers and KV heads of this and earlier stages;
+    """float32 [b, n R]: differentiable sums of them over layers and KV heads of this and earlier stages;
     None without statistics."""
 
     auxiliary_loss: Tensor | None = None
@@ -64,10 +70,14 @@ class StatisticSums:
     """
 
     def __init__(
-        self, config: SharedKVTransformerConfig, policy: KVPolicy, group: torch.distributed.ProcessGroup
+        self,
+        config: SharedKVTransformerConfig,
+        policy: KVPolicy,
+        group: torch.distributed.ProcessGroup,
+        context_group: ContextGroup,
     ) -> None:
         self.policy = policy
-        self._group = group
+        self._group, self._context_group = group, context_group
         self._heads = config.num_query_groups
         self._layers = len(config.layer_types.kv_layers)
         self._parts = group.size() if policy.per_rank else 1
@@ -107,6 +117,7 @@ class StatisticSums:
         """The policy's loss of each row [b] from the sums [b, n R] over all layers."""
         if sums is None:
             return None
+        sums = self._context_group.sum(sums)
         copies = max(1, self._group.size() // self._heads)
         heads = max(1, self._heads // self._group.size()) if self.policy.per_rank else self._heads * copies
         means = sums.unflatten(1, (-1, self._parts)) / (self._layers * heads)  # [b, n, R]

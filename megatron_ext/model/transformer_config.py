@@ -101,6 +101,7 @@ def transformer_config(
         fp8_recipe=model.fp8_recipe,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         placement=placement,
         offload=share.settings(device_peak_tflops(train.precision)) if share else None,
         pipeline_in_flight=parallel.pipeline_in_flight,

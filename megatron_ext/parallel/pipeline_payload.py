@@ -6,7 +6,7 @@ one flat tensor.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,6 +36,14 @@ class Freight(NamedTuple):
 
     sums: Tensor | None
     """float32 [b, columns]: running sums of the KV policy's statistics."""
+
+    def with_pairs(self, change: Callable[[KeyValue], KeyValue]) -> "Freight":
+        """With all keys and values changed."""
+        kinds = self.available, self.handed, self.previous
+        available, handed, previous = (
+            {layer: change(pair) for layer, pair in pairs.items()} for pairs in kinds
+        )
+        return self._replace(available=available, handed=handed, previous=previous)
 
 
 @dataclass(frozen=True)
@@ -82,13 +90,14 @@ class PipelinePayload:
         pair = [math.prod(shape) for shape in self.key_value_shapes(seq_length, micro_batch_size)]
         return [hidden, *pair * len(self._places), _PIECES * micro_batch_size * self.sum_columns]
 
-    def pack(self, freight: Freight) -> Tensor:
-        """The freight as one tensor. ValueError where keys and values are not there that travel."""
+    def pack(self, freight: Freight, part: Callable[[KeyValue], KeyValue] | None = None) -> Tensor:
+        """The freight as one tensor; of keys and values `part` travels, where it is given. ValueError where
+        keys and values are not there that travel."""
         if self._only_hidden:
             assert freight.hidden_states is not None
             return freight.hidden_states
         pairs = [pair for pairs in self._pairs(freight) for pair in pairs]
-        parts = [tensor for pair in pairs for tensor in pair]
+        parts = [tensor for pair in pairs for tensor in (pair if part is None else part(pair))]
         if self.cargo.hidden:
             assert freight.hidden_states is not None
             parts.insert(0, freight.hidden_states)

@@ -14,6 +14,7 @@ from megatron_ext import cpu
 from megatron_ext.config import ParallelConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.launch import world_size
+from megatron_ext.parallel.chunks import Chunks
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,22 @@ def device_of_rank() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+def chunks_of_rank() -> Chunks:
+    """What this process has of each row."""
+    return Chunks(
+        parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    )
+
+
+def seed_of_rank(seed: int) -> int:
+    """`seed` for what this process draws for its layers and tokens."""
+    stage, part = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_context_parallel_rank(),
+    )
+    return seed + 100 * stage + 100_000 * part
 
 
 def initialize(parallel: ParallelConfig, seed: int) -> None:
@@ -39,12 +56,13 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         num_distributed_optimizer_instances=parallel.num_distributed_optimizer_instances,
         distributed_timeout_minutes=max(1, round(minutes)),
     )
-    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
-    torch.manual_seed(stage_seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
+    own_seed = seed_of_rank(seed)
+    torch.manual_seed(own_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(own_seed)
 
 
 def end_start(parallel: ParallelConfig) -> None:

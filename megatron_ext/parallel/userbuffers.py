@@ -22,7 +22,7 @@ def userbuffers(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig
     from transformer_engine.pytorch.module import base
 
     base.initialize_ub(
-        shape=[train.seq_length * train.micro_batch_size, model.hidden_size],
+        shape=[parallel.tokens_of_rank(train.seq_length) * train.micro_batch_size, model.hidden_size],
         tp_size=parallel.tensor_model_parallel_size,
         ub_cfgs=read_overlap_settings(parallel.tp_comm_overlap_cfg),
         bootstrap_backend=parallel.tp_comm_bootstrap_backend,

@@ -35,8 +35,8 @@ def micro_batches(train: TrainConfig) -> int:
 def stage_shapes(
     model: MegatronModule, seq_length: int, micro_batch_size: int
 ) -> Callable[[Shapes, Shapes], tuple[Shapes, Shapes]]:
-    """Megatron's hook for the shapes of tensors between stages:
-    those of the payloads with shared keys and values."""
+    """Megatron's hook for the shapes of tensors between stages: those of the payloads with shared keys and
+    values, for `seq_length` tokens of a row on this rank."""
     decoder = get_attr_wrapped_model(model, "decoder")
     payloads = decoder.payload_in(decoder.visit), decoder.payload_out(decoder.visit)
     shapes = ([payload.shape(seq_length, micro_batch_size)] for payload in payloads)
@@ -58,7 +58,7 @@ class _LossOfBatch:
         bounds = None if batch.cu_seqlens is None else batch.cu_seqlens.tolist()
         documents = None if bounds is None else Documents.at(bounds, batch.tokens.device)
         seeds = () if self.forward_only else tuple(row_seed(self.train.seed, n) for n in batch.sample_ids)
-        policy = PolicyInputs(seeds, batch.counted, self.progress)
+        policy = PolicyInputs(seeds, batch.counted, batch.chunk_rows, self.progress)
         output, report = self.model(
             batch.tokens, batch.position_ids, batch.labels, documents, policy=policy, call=call
         )
@@ -83,6 +83,7 @@ def run_schedule(
     row. Empty before the last stage."""
     passage = _LossOfBatch(model, train, progress, forward_only)
     decoder = get_attr_wrapped_model(model, "decoder")
+    tokens = train.seq_length // decoder.context_group.chunks.ranks
     if decoder.journey.circulates:
         ticks = ticks_of(
             decoder.config.placed,
@@ -91,7 +92,7 @@ def run_schedule(
             decoder.config.pipeline_in_flight,
             forward_only=forward_only,
         )
-        shape = (train.seq_length, train.micro_batch_size)
+        shape = (tokens, train.micro_batch_size)
         batches = map(make_batch, samples)
         return run_ring(model, batches, passage, meter.add, ticks, shape, forward_only=forward_only)
 
@@ -103,7 +104,7 @@ def run_schedule(
 
     options = {}
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        options["adjust_tensor_shapes_fn"] = stage_shapes(model, train.seq_length, train.micro_batch_size)
+        options["adjust_tensor_shapes_fn"] = stage_shapes(model, tokens, train.micro_batch_size)
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=samples,
@@ -136,7 +137,7 @@ def mean_loss(losses: list[Tensor]) -> tuple[float, int]:
         if losses
         else torch.zeros(2, dtype=torch.float64, device=device_of_rank())
     )
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         dist.broadcast(total, last, group=parallel_state.get_pipeline_model_parallel_group())

@@ -59,7 +59,8 @@ def run_ring(
     *,
     forward_only: bool,
 ) -> list[Tensor]:
-    """Forward, and unless `forward_only` backward, of all micro-batches, whose tokens have `shape` (s, b).
+    """Forward, and unless `forward_only` backward, of all micro-batches, whose tokens have `shape` (s, b) on
+    this rank.
 
     Returns what `Finished` collects, by micro-batch, on the last stage; nothing on others. Gradients are
     summed and reduced when it ends.
@@ -213,7 +214,7 @@ class RingStage(Generic[Input]):
     def _arrive(self, flight: _InFlight[Input], visit: Visit, arrived: Tensor | None) -> None:
         """What was prepared comes to where the group begins."""
         assert visit.prepares is not None and arrived is not None
-        freight = self._decoder.payload_in(visit).unpack(arrived, *self._shape)
+        freight = self._decoder.unload(visit, arrived, *self._shape)
         flight.prepared[visit.prepares] = dict(freight.previous)
         flight.kept.pop((Work.PREPARE, visit.prepares), None)
 

@@ -96,12 +96,18 @@ class StatisticsMeter:
         # for each statistic, layer and head: sum and number of rows; then sum and number of the loss
         shape = (count, len(self._layers), self._heads)
         table = torch.zeros(2, torch.Size(shape).numel() + 1, dtype=torch.float64, device=device_of_rank())
+        has_first_chunk = parallel_state.get_context_parallel_rank() == 0
         grid = table[:, :-1].view(2, *shape)
         for place, layer in enumerate(self._layers):
             if layer in self._sums:
                 grid[0, :, place, self._mine] = self._sums[layer]
-                grid[1, :, place, self._mine] = self._rows
-        if self._loss is not None and parallel_state.get_tensor_model_parallel_rank() == 0:
+                # ranks that share rows add up to what they report of them
+                grid[1, :, place, self._mine] = self._rows if has_first_chunk else 0
+        if (
+            self._loss is not None
+            and has_first_chunk
+            and parallel_state.get_tensor_model_parallel_rank() == 0
+        ):
             table[:, -1] = self._loss
         dist.all_reduce(table)
         means = (table[0] / table[1].clamp(min=1)).cpu()

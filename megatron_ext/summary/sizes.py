@@ -36,9 +36,7 @@ class RunSizes:
     @property
     def data_parallel_size(self) -> int:
         """Replicas of the model."""
-        parallel = self.run.parallel
-        replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-        return self.world_size // replica
+        return self.world_size // self.run.parallel.replica_size
 
     @property
     def optimizer_ranks(self) -> int:
@@ -46,7 +44,8 @@ class RunSizes:
         parallel = self.run.parallel
         if not parallel.use_distributed_optimizer:
             return 1
-        return self.data_parallel_size // parallel.num_distributed_optimizer_instances
+        copies = self.data_parallel_size * parallel.context_parallel_size
+        return copies // parallel.num_distributed_optimizer_instances
 
     @property
     def micro_batches(self) -> int:

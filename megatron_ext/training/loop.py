@@ -29,7 +29,7 @@ from megatron_ext.model.architecture import ARCHITECTURE, architecture, setting_
 from megatron_ext.model.build import build_stage, wrap
 from megatron_ext.model.cost import model_shape
 from megatron_ext.model.parameters import padded_vocab_size
-from megatron_ext.parallel.process_groups import device_of_rank
+from megatron_ext.parallel.process_groups import chunks_of_rank, device_of_rank
 from megatron_ext.parallel.userbuffers import userbuffers
 from megatron_ext.training.continuation import continuation_of
 from megatron_ext.training.iteration import Position, Training, is_evaluated, iterate
@@ -82,7 +82,14 @@ def _train(run: RunConfig, start: Start, vocab_size: int, eod: int | None) -> Po
         optimizer,
         scheduler,
         _datasets(run, position, continuation, vocab_size, eod),
-        partial(make_batch, data=run.data, eod=eod, device=device_of_rank()),
+        partial(
+            make_batch,
+            data=run.data,
+            eod=eod,
+            device=device_of_rank(),
+            chunks=chunks_of_rank(),
+            reach=run.compression.policy.traits.reach,
+        ),
         {**config_to_dict(run), **defining},
         Measurements(run.compression.policy.build(), progress),
     )

@@ -81,18 +81,21 @@ def _sizes(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> 
     ranks, multiple = parallel.tensor_model_parallel_size, _NEEDS[model.fp8_recipe].multiple
     heads, groups = model.num_attention_heads, model.query_groups
     head = "model.kv_channels" if model.kv_channels else "model.hidden_size / model.num_attention_heads"
-    if min(ranks, heads, groups, model.hidden_size, train.seq_length, train.micro_batch_size) < 1:
+    sizes = train.seq_length, train.micro_batch_size, parallel.context_parallel_size
+    if min(ranks, heads, groups, model.hidden_size, *sizes) < 1:
         return  # said elsewhere
     over = f" / parallel.tensor_model_parallel_size {ranks}"
     queries = f"model.num_attention_heads {heads} * {head} {model.head_dim}"
     all_heads = f"(model.num_attention_heads {heads} + 2 * key/value heads {groups})"
+    context = parallel.context_parallel_size
+    split = f" / parallel.context_parallel_size {context}" if context > 1 else ""
     sides = {
         f"model.hidden_size {model.hidden_size}": model.hidden_size,
         f"{queries}{over}": heads * model.head_dim / ranks,
         f"{all_heads} * {head} {model.head_dim}{over}": ((heads + 2 * groups) * model.head_dim / ranks),
         f"model.ffn_hidden_size {model.ffn_size}{over}": model.ffn_size / ranks,
-        f"train.seq_length {train.seq_length} * train.micro_batch_size {train.micro_batch_size}": (
-            train.seq_length * train.micro_batch_size
+        f"train.seq_length {train.seq_length} * train.micro_batch_size {train.micro_batch_size}{split}": (
+            parallel.tokens_of_rank(train.seq_length) * train.micro_batch_size
         ),
     }
     for name, side in sides.items():

@@ -9,6 +9,7 @@ from megatron_ext.config import ModelConfig, ParallelConfig, RopeScalingConfig, 
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.placement import Placement, place
 from megatron_ext.precision import Precision, precision
+from megatron_ext.validation.context import context_problems
 from megatron_ext.validation.policy import policy_problems
 from megatron_ext.validation.rules import above_zero, at_least, fraction, multiple
 
@@ -22,6 +23,7 @@ def layout_problems(run: RunConfig) -> list[str]:
         *architecture_problems(run.model, run.compression, precision(run.train.precision)),
         *tensor_parallel_problems(run.model, run.parallel, run.train),
         *pipeline_problems(run),
+        *context_problems(run),
     ]
 
 
@@ -124,7 +126,7 @@ def tensor_parallel_problems(
             f"parallel.sequence_parallel is true and {name} is 1; raise the latter, or set the former to "
             "false."
         )
-    if parallel.sequence_parallel:
+    if parallel.sequence_parallel and parallel.context_parallel_size == 1:
         way_out = "with parallel.sequence_parallel every rank holds an equal part of the sequence"
         yield from multiple("train.seq_length", train.seq_length, name, size, way_out)
 
@@ -194,19 +196,20 @@ def _in_flight_problems(run: RunConfig, placement: Placement) -> Iterator[str]:
 
 def process_problems(parallel: ParallelConfig, world_size: int) -> Iterator[str]:
     """How `world_size` processes do not divide by the layout of a model."""
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if tensor >= 1 and pipeline >= 1 and world_size % (tensor * pipeline):
+    replica = parallel.replica_size
+    sizes = ["tensor_model_parallel_size", "pipeline_model_parallel_size"]
+    sizes += ["context_parallel_size"] * (parallel.context_parallel_size != 1)
+    if _has_sizes(parallel) and world_size % replica:
+        named = [f"parallel.{name} is {getattr(parallel, name)}" for name in sizes]
         yield (
-            f"{world_size} processes were started, parallel.tensor_model_parallel_size is {tensor} and "
-            f"parallel.pipeline_model_parallel_size is {pipeline}; the number of processes must be a "
-            f"multiple of their product {tensor * pipeline}: change one of the three (processes: torchrun "
-            "--nproc-per-node and --nnodes)."
+            f"{world_size} processes were started, {', '.join(named[:-1])} and {named[-1]}; the number of "
+            f"processes must be a multiple of their product {replica}: change one of these numbers "
+            "(processes: torchrun --nproc-per-node and --nnodes)."
         )
 
 
 def data_parallel_problems(parallel: ParallelConfig, train: TrainConfig, world_size: int) -> Iterator[str]:
     """How processes and batch do not divide, and what overlapping communication needs."""
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     if parallel.overlap_param_gather and not (
         parallel.use_distributed_optimizer and parallel.overlap_grad_reduce
     ):
@@ -217,10 +220,10 @@ def data_parallel_problems(parallel: ParallelConfig, train: TrainConfig, world_s
         )
     yield from above_zero("parallel", parallel, "distributed_timeout_minutes", "start_timeout_minutes")
     yield from at_least("parallel", parallel, 0, "flight_recorder_entries")
-    if tensor < 1 or pipeline < 1:
+    if not _has_sizes(parallel):
         return
     yield from process_problems(parallel, world_size)
-    replicas = max(1, world_size // (tensor * pipeline))
+    replicas = max(1, world_size // parallel.replica_size)
     samples, batch = train.micro_batch_size * replicas, train.global_batch_size
     if samples > 0 and batch > 0 and batch % samples:
         yield (
@@ -228,6 +231,12 @@ def data_parallel_problems(parallel: ParallelConfig, train: TrainConfig, world_s
             f"data-parallel size is {replicas}; the first must be a multiple of the others' product "
             f"{samples}, for instance {samples * math.ceil(batch / samples)}."
         )
+
+
+def _has_sizes(parallel: ParallelConfig) -> bool:
+    """Whether the sizes of the layout are sizes."""
+    sizes = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    return min(*sizes, parallel.context_parallel_size) >= 1
 
 
 def _word(value: bool) -> str:

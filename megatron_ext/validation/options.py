@@ -54,8 +54,8 @@ def _instances(parallel: ParallelConfig, checkpoint: CheckpointConfig, world_siz
     copies = world_size // ranks if ranks > 0 and world_size % ranks == 0 else 0
     if count > 1 and copies and copies % count:
         yield (
-            f"parallel.num_distributed_optimizer_instances is {count} and the data-parallel size is "
-            f"{copies}; the latter must be a multiple of the former."
+            f"parallel.num_distributed_optimizer_instances is {count} and the data-parallel size (times "
+            f"parallel.context_parallel_size) is {copies}; the latter must be a multiple of the former."
         )
     if count > 1 and checkpoint.optimizer_sharding == "dp_reshardable":
         yield (

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from lckv.policies.config import PolicyConfig, Traits
+from lckv.policies.config import PolicyConfig, Reach, Traits
 
 if TYPE_CHECKING:
     from lckv.policies.base import KVPolicy
@@ -19,7 +19,7 @@ class DenseConfig(PolicyConfig):
     @property
     def traits(self) -> Traits:
         """See `PolicyConfig`."""
-        return Traits(token_wise=True)
+        return Traits(reach=Reach())
 
     def build(self) -> "KVPolicy":
         """See `PolicyConfig`."""

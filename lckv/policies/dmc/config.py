@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lckv.attention.key_bias import KeyBias
 from lckv.errors import Problem
-from lckv.policies.config import PolicyConfig, Traits
+from lckv.policies.config import PolicyConfig, Reach, Traits
 
 if TYPE_CHECKING:
     from lckv.policies.base import KVPolicy
@@ -61,8 +61,16 @@ class DMCConfig(PolicyConfig):
     def traits(self) -> Traits:
         """See `PolicyConfig`. The last channel of queries and keys is that of the decisions."""
         if not self.decides:
-            return Traits(token_wise=True, windows=False, min_head_dim=4)
-        return Traits(KeyBias(age=1), merges=True, reads_query=True, windows=False, min_head_dim=4)
+            return Traits(windows=False, min_head_dim=4, reach=Reach())
+        return Traits(
+            KeyBias(age=1),
+            merges=True,
+            reads_query=True,
+            windows=False,
+            min_head_dim=4,
+            # the bias of a key is the decision of the next token; without a window sums are carried
+            reach=Reach(0 if self.window is None else self.window - 1, 1),
+        )
 
     def build(self) -> "KVPolicy":
         """See `PolicyConfig`."""

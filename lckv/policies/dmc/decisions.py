@@ -42,11 +42,7 @@ def forced_openings(logits: Tensor, context: TokenContext) -> Tensor:
     """bool [s, b]: tokens that open a slot whatever their decision is: the first of each document, padding,
     and what follows it."""
     tokens, rows = logits.shape[:2]
-    opens = torch.zeros(rows, tokens, dtype=torch.bool, device=logits.device)
-    opens[:, 0] = True
-    if context.documents is not None:
-        opens.view(-1).index_fill_(0, context.documents.cu_seqlens[:-1].long(), True)
-    opens = opens.transpose(0, 1)
+    opens = context.begins(tokens, rows, logits.device)
     if context.counted is not None:
         padding = ~context.counted
         opens = opens | padding | pad(padding[:-1], (0, 0, 1, 0))
@@ -75,14 +71,10 @@ def straight_through(merge: Tensor) -> Tensor:
     return (merge > 0.5).float() + (merge - merge.detach())
 
 
-def merge_rate(merge: Tensor, logits: Tensor, counted: Tensor | None) -> Tensor:
-    """[b, g]: share of the counted tokens (bool [s, b]; None: all) that are merged, differentiable in `merge`
-    [s, b, g]; NaN where one of the decision logits is not finite; 0 for a row of padding."""
-    merged = straight_through(merge)
-    tokens: Tensor | int = len(merged)
-    if counted is not None:
-        merged, tokens = merged * counted[..., None], counted.sum(0).clamp(min=1)[:, None]
-    return merged.sum(0) / tokens + (logits.detach() * 0).sum(0)
+def merge_rate(merge: Tensor, logits: Tensor, context: TokenContext) -> Tensor:
+    """[b, g]: share of the counted tokens that are merged, as `TokenContext.mean`, differentiable in `merge`
+    [s, b, g]; NaN where one of the decision logits is not finite."""
+    return context.mean(straight_through(merge) + logits.detach() * 0)
 
 
 def draw_noise(shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> Tensor:

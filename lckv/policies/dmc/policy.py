@@ -19,7 +19,7 @@ from lckv.policies.base import (
 from lckv.policies.config import PolicyConfig
 from lckv.policies.dmc import continuation, decisions, schedule
 from lckv.policies.dmc.config import DMCConfig
-from lckv.policies.dmc.pooling import pool
+from lckv.policies.dmc.pooling import pool, pool_parts
 from lckv.policies.dmc.shapes import pool_of_shapes
 
 
@@ -71,8 +71,11 @@ class DMCPolicy(KVPolicy):
             merge, bias = decisions.soft_decisions(logits, opens, context.noise, config.temperature)
         else:
             merge, bias = decisions.hard_decisions(logits, opens)
-        pooled_key, pooled_value = pool(key, value, merge, weight, config.window)
-        rate = decisions.merge_rate(merge, logits, context.counted)
+        if config.window is None and context.part is not None:
+            pooled_key, pooled_value = pool_parts(key, value, merge, weight, context.part)
+        else:
+            pooled_key, pooled_value = pool(key, value, merge, weight, config.window)
+        rate = decisions.merge_rate(merge, logits, context)
         return KeyValue(rotate_without_last(pooled_key, context, bias), pooled_value), (rate,)
 
     def extend(

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from lckv.policies.base import RowPart
+
 LARGEST_KERNEL_WINDOW = 64
 """The kernel's work on decisions grows with the square of the window."""
 
@@ -56,6 +58,22 @@ def pool_in_torch(
         return _without_window(key, value, merge, weight)
     shares = _shares(merge, weight, window)
     return _Band.apply(key, shares), _Band.apply(value, shares)
+
+
+def pool_parts(
+    key: Tensor, value: Tensor, merge: Tensor, weight: Tensor, part: RowPart
+) -> tuple[Tensor, Tensor]:
+    """`pool` without a window, for parts of rows with nothing of their neighbours in front: the sums of what
+    comes before each part are carried into it."""
+    channels, weight = key.shape[-1], weight[..., None]
+    products = torch.cat((merge[:1, ..., None], torch.zeros_like(weight[1:])))
+    # sums of keys, values and weights that begin at 0 in each part, and products of its decisions
+    terms = torch.cat((key * weight, value * weight, weight, products), -1)  # [s, b, g, 2 d + 2]
+    sums = _Recurrence.apply(terms, merge)
+    last = part.reach.own(sums)[-1]
+    sums = sums[..., :-1] + sums[..., -1:] * part.carried(last[..., -1], last[..., :-1])
+    pooled_key, pooled_value, total = sums.split((channels, channels, 1), -1)
+    return (pooled_key / total).to(key.dtype), (pooled_value / total).to(value.dtype)
 
 
 def pool_by_formula(features: Tensor, merge: Tensor, weight: Tensor, window: int | None) -> Tensor:

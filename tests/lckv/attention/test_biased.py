@@ -3,7 +3,6 @@ kernels."""
 
 import inspect
 import itertools
-import types
 from functools import partial
 
 import pytest
@@ -14,64 +13,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lckv.attention import flash, reference, sdpa
 from lckv.attention.biased import attend_biased
-from lckv.attention.flash_pairs import AtenCPU, AtenEfficient, AtenFlash, FlashAttnPair, Partial, choose_pair
+from lckv.attention.flash_pairs import AtenCPU, AtenEfficient, AtenFlash, FlashAttnPair, choose_pair
 from lckv.attention.key_bias import HIDDEN, KeyBias
 from lckv.attention.visibility import Documents, Visibility
 from lckv.errors import UnsupportedError
+from tests.lckv.attention.stand_ins import CudaStandIn, FlashAttnInterfaceStandIn, flash_attn
 from tests.ranks import run_on_ranks
 
 FRONTIER = KeyBias(age=1)
 
 
-class FlashAttnStandIn:
-    """flash-attn's two private functions, [b, s, heads, d], on PyTorch's CPU kernels."""
-
-    EXPECTED = types.MappingProxyType(
-        {
-            "dropout_p": 0.0,
-            "causal": True,
-            "window_size_left": -1,
-            "window_size_right": -1,
-            "softcap": 0.0,
-            "alibi_slopes": None,
-        }
-    )
-
-    def _flash_attn_forward(self, q, k, v, *, softmax_scale, return_softmax, **options):
-        assert options == self.EXPECTED
-        assert return_softmax is False
-        attended = AtenCPU().forward(*(tensor.transpose(1, 2) for tensor in (q, k, v)), softmax_scale)
-        return attended.output.transpose(1, 2), attended.lse, None, torch.tensor([3, 4])
-
-    def _flash_attn_backward(
-        self,
-        dout,
-        q,
-        k,
-        v,
-        *,
-        out,
-        softmax_lse,
-        dq,
-        dk,
-        dv,
-        softmax_scale,
-        deterministic,
-        rng_state,
-        **options,
-    ):
-        assert options == self.EXPECTED
-        assert deterministic is False
-        assert rng_state.tolist() == [3, 4]
-        assert softmax_lse.is_contiguous()
-        tensors = (tensor.transpose(1, 2) for tensor in (dout, q, k, v))
-        gradients = AtenCPU().backward(*tensors, Partial(out.transpose(1, 2), softmax_lse), softmax_scale)
-        for place, gradient in zip((dq, dk, dv), gradients, strict=True):
-            place.copy_(gradient.transpose(1, 2))
-
-
-PACKAGE = types.SimpleNamespace(flash_attn_interface=FlashAttnStandIn())
-BACKENDS = {"sdpa": sdpa.attend, "flash": partial(flash.attend, kernel=PACKAGE)}
+BACKENDS = {"sdpa": sdpa.attend, "flash": partial(flash.attend, kernel=flash_attn())}
 
 
 def tensors(
@@ -91,8 +43,10 @@ def tensors(
     return [tensor.permute(1, 2, 0, 3).requires_grad_() for tensor in (query, key, value)]
 
 
-def run(attend, inputs, visibility, key_bias=FRONTIER):
-    """Output and gradients."""
+def run(attend, inputs, visibility, key_bias=FRONTIER, queries=None):
+    """Output and gradients of the last queries; None: of all."""
+    last = slice(0 if queries is None else -queries, None)
+    inputs = [inputs[0][:, :, last], *inputs[1:]]
     output = attend(*inputs, visibility, scale=inputs[2].shape[-1] ** -0.5, key_bias=key_bias)
     functional = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
     return output, *torch.autograd.grad((output * functional).sum(), inputs)
@@ -195,12 +149,13 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("age", "most"), [(1, 1.0), (100, 1.2)])  # 512 tokens are 5.12 chunks of 100
-def test_nothing_of_length_times_length_is_made(age, most):
+@pytest.mark.parametrize("queries", [512, 300, 1])
+@pytest.mark.parametrize(("age", "most"), [(None, 1.0), (1, 1.0), (100, 1.2)])  # 5.12 chunks of 100
+def test_nothing_of_length_times_length_is_made(age, most, queries):
     inputs = tensors(1, 1, 2, 512, dtype=torch.float32)
     with Largest() as largest:
-        run(sdpa.attend, inputs, Visibility(), KeyBias(age))
-    assert inputs[0].numel() <= largest.numel <= most * inputs[0].numel()
+        run(sdpa.attend, inputs, Visibility(), None if age is None else KeyBias(age), queries)
+    assert inputs[1].numel() <= largest.numel <= most * inputs[0].numel()
 
 
 def test_windows_and_dropout_are_refused():
@@ -232,7 +187,7 @@ def test_the_pair_for_each_device_and_dtype():
     odd = meta(torch.bfloat16, 12)
     for refuse in (
         lambda: choose_pair(odd),
-        lambda: FlashAttnPair(FlashAttnStandIn()).forward(odd, odd, odd, 1.0),
+        lambda: FlashAttnPair(FlashAttnInterfaceStandIn()).forward(odd, odd, odd, 1.0, causal=True),
     ):
         with pytest.raises(
             UnsupportedError, match=r"heads of 12 channels .* on CUDA it must be a multiple of 8"
@@ -242,66 +197,6 @@ def test_the_pair_for_each_device_and_dtype():
         UnsupportedError, match=r"in torch.float64 cannot .*: on meta it takes float16, bfloat16"
     ):
         choose_pair(meta(torch.float64))
-
-
-class CudaStandIn:
-    """PyTorch's two CUDA kernels, with their argument orders and layouts, on its CPU kernel."""
-
-    def _scaled_dot_product_flash_attention(self, q, k, v, dropout_p, is_causal, return_debug_mask, *, scale):
-        assert (dropout_p, is_causal, return_debug_mask) == (0.0, True, False)
-        attended = AtenCPU().forward(q, k, v, scale)
-        return attended.output, attended.lse, None, None, q.shape[2], k.shape[2], "seed", "offset", None
-
-    def _scaled_dot_product_flash_attention_backward(
-        self,
-        grad,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        cum_q,
-        cum_k,
-        max_q,
-        max_k,
-        dropout_p,
-        is_causal,
-        seed,
-        offset,
-        *,
-        scale,
-    ):
-        assert (cum_q, cum_k, max_q, max_k, dropout_p, is_causal) == (
-            None,
-            None,
-            q.shape[2],
-            k.shape[2],
-            0.0,
-            True,
-        )
-        assert (seed, offset) == ("seed", "offset")
-        assert lse.is_contiguous()
-        return AtenCPU().backward(grad, q, k, v, Partial(out, lse), scale)
-
-    def _scaled_dot_product_efficient_attention(
-        self, q, k, v, bias, compute_lse, dropout_p, is_causal, *, scale
-    ):
-        assert (bias, compute_lse, dropout_p, is_causal) == (None, True, 0.0, True)
-        assert q.shape == k.shape == v.shape
-        attended = AtenCPU().forward(q, k, v, scale)
-        padded = torch.nn.functional.pad(attended.lse, (0, -q.shape[2] % 32), value=torch.inf)
-        return attended.output, padded, "seed", "offset"
-
-    def _scaled_dot_product_efficient_attention_backward(
-        self, grad, q, k, v, bias, out, lse, seed, offset, dropout_p, mask, is_causal, *, scale
-    ):
-        assert (bias, seed, offset, dropout_p, is_causal) == (None, "seed", "offset", 0.0, True)
-        assert mask == [True, True, True, False]
-        assert lse.shape[2] % 32 == 0
-        assert (lse[..., q.shape[2] :] == torch.inf).all()
-        assert lse.is_contiguous()
-        assert out.is_contiguous()
-        return *AtenCPU().backward(grad, q, k, v, Partial(out, lse[..., : q.shape[2]]), scale), None
 
 
 @pytest.mark.parametrize("pair", [AtenFlash(), AtenEfficient()], ids=["flash", "efficient"])
@@ -320,16 +215,16 @@ def test_the_pairs_of_cuda_on_a_stand_in(pair, length, key_bias, monkeypatch):
 def cuda_errors(dtype):
     """Relative errors of output and gradients against the oracle in float64."""
     errors = []
-    cases = itertools.product(
-        ((False, None), (True, None), (True, [50])), (FRONTIER, KeyBias(age=16, extra_channels=8))
-    )
-    for (exclude_self, cuts), key_bias in cases:
+    key_biases = (FRONTIER, KeyBias(age=16, extra_channels=8), None)
+    cases = itertools.product(((False, None), (True, None), (True, [50])), key_biases, (77, 30))
+    for (exclude_self, cuts), key_bias, queries in cases:
         documents = None if cuts is None else documents_of(2, 77, cuts)
         visibility = Visibility(exclude_self=exclude_self, documents=documents)
-        whole = tensors(2, 2, 2, 77, 64, extra=key_bias.extra_channels)
-        exact = run(reference.attend, whole, visibility, key_bias)
+        biases = {"extra": key_bias.extra_channels} if key_bias else {"biases": (0.0,)}
+        whole = tensors(2, 2, 2, 77, 64, **biases)
+        exact = run(reference.attend, whole, visibility, key_bias, queries)
         inputs = [tensor.detach().to("cuda", dtype).requires_grad_() for tensor in whole]
-        for actual, right in zip(run(sdpa.attend, inputs, visibility, key_bias), exact, strict=True):
+        for actual, right in zip(run(sdpa.attend, inputs, visibility, key_bias, queries), exact, strict=True):
             errors.append(float((actual.cpu().double() - right).norm() / right.norm()))
     return errors
 

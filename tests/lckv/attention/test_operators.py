@@ -34,17 +34,26 @@ class Seen(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def attend(pair: FlashPair, device: str, dtype: torch.dtype, heads: int, length: int, channels: int) -> None:
-    """Forward and backward, as in a model: rows lie [s, b, heads, d]."""
+def attend(
+    pair: FlashPair,
+    device: str,
+    dtype: torch.dtype,
+    heads: int,
+    length: int,
+    channels: int,
+    keys: int | None = None,
+) -> None:
+    """Forward and backward, as in a model: rows lie [s, b, heads, d]. Without `keys` it is causal."""
 
-    def draw(count: int) -> Tensor:
-        return torch.zeros(length, 2, count, channels, dtype=dtype, device=device).permute(1, 2, 0, 3)
+    def draw(count: int, tokens: int) -> Tensor:
+        return torch.zeros(tokens, 2, count, channels, dtype=dtype, device=device).permute(1, 2, 0, 3)
 
-    query, key, value = draw(heads), draw(2), draw(2)
-    attended = pair.forward(query, key, value, 0.25)
+    causal, keys = keys is None, keys or length
+    query, key, value = draw(heads, length), draw(2, keys), draw(2, keys)
+    attended = pair.forward(query, key, value, 0.25, causal=causal)
     assert (attended.output.shape, attended.output.dtype) == (query.shape, dtype)
     assert (attended.lse.shape, attended.lse.dtype) == (query.shape[:-1], torch.float32)
-    gradients = pair.backward(attended.output, query, key, value, attended, 0.25)
+    gradients = pair.backward(attended.output, query, key, value, attended, 0.25, causal=causal)
     for gradient, of in zip(gradients, (query, key, value), strict=True):
         assert (gradient.shape, gradient.dtype, gradient.device) == (of.shape, dtype, of.device)
 
@@ -52,11 +61,14 @@ def attend(pair: FlashPair, device: str, dtype: torch.dtype, heads: int, length:
 @pytest.mark.parametrize(
     ("heads", "length", "channels"), [(2, 1, 8), (4, 33, 64), (16, 128, 128), (6, 45, 256)]
 )
+@pytest.mark.parametrize("keys", [None, 7, 300], ids=["causal", "fewer keys", "more keys"])
 @pytest.mark.parametrize("name", PAIRS)
-def test_arguments_bind_and_shapes_are_as_expected(name: str, heads: int, length: int, channels: int) -> None:
+def test_arguments_bind_and_shapes_are_as_expected(
+    name: str, keys: int | None, heads: int, length: int, channels: int
+) -> None:
     pair, device, dtypes = PAIRS[name]
     for dtype in dtypes:
-        attend(pair, device, dtype, heads, length, channels)
+        attend(pair, device, dtype, heads, length, channels, keys)
 
 
 def test_every_operator_that_is_called_by_name_is_among_these() -> None:

@@ -314,7 +314,7 @@ def _context(start: int, stop: int) -> TokenContext:
 
 @every_policy
 def test_what_is_said_to_be_token_wise_is(policy: str) -> None:
-    """Queries always are, keys and values where the traits say so: those of the last tokens alone are the
+    """Queries always are, keys and values where the policy says so: those of the last tokens alone are the
     last ones of all."""
     built, context = policy_config(policy).build(), _context(0, 9)
     query, key, value = _heads(9)
@@ -323,7 +323,7 @@ def test_what_is_said_to_be_token_wise_is(policy: str) -> None:
         return tensor[5:]
 
     assert torch.equal(built.query(last(query), context.at(last)), last(built.query(query, context)))
-    if not built.traits.token_wise:
+    if not built.token_wise:
         return
     read = query if built.traits.reads_query else None
     whole, statistics = built.keys_values(key, value, read, context)

@@ -34,14 +34,16 @@ def test_every_layout_gives_the_same_logits(checkpoints: Path, tmp_path: Path) -
     tokens = np.random.default_rng(0).integers(97, size=(5, 11))
     np.save(tmp_path / "tokens.npy", tokens)
     found = []
-    for name, ranks, tp, pp in [
-        ("one", 1, 1, 1),
-        ("tp", 2, 2, 1),
-        ("pp", 2, 1, 2),
-        ("both", 4, 2, 2),
-        ("dp", 2, 1, 1),
+    for name, ranks, tp, pp, cp in [
+        ("one", 1, 1, 1, 1),
+        ("tp", 2, 2, 1, 1),
+        ("pp", 2, 1, 2, 1),
+        ("both", 4, 2, 2, 1),
+        ("dp", 2, 1, 1, 1),
+        ("cp", 4, 1, 1, 2),
     ]:
         layout = [f"--tensor_model_parallel_size={tp}", f"--pipeline_model_parallel_size={pp}"]
+        layout.append(f"--context_parallel_size={cp}")
         arguments = (str(checkpoints), str(tmp_path / "tokens.npy"), str(tmp_path / f"{name}.npy"), *layout)
         assert run_on_ranks(ranks, dump, *arguments) == [0] * ranks
         found.append(np.load(tmp_path / f"{name}.npy"))

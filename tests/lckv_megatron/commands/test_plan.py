@@ -135,6 +135,20 @@ def test_a_pipeline_says_how_long_it_is_idle(capsys) -> None:
     assert line(lines, "pipeline idle time").endswith("11.1 % of a step: (PP - 1) / (micro-batches + PP - 1)")
 
 
+def test_context_parallel_ranks_keep_their_tokens_and_all_keys_and_values(capsys) -> None:
+    def activations(*argv: str) -> str:
+        shared_map = ["--compression.layer_types", "0_0_0_0", "--train.recompute_granularity", "full"]
+        lines = planned(capsys, *shared_map, "--world-size", "2", *argv)
+        return re.split(r"  +", line(lines, "0  "))[6]
+
+    shared = 64 * 2 * 16 * 4  # keys and values of layer 0
+    of_tokens = 4 * 64 * 32 * 4 + 64 * (2 * 32 * 4 + 4 + 4 * 128)  # layer inputs, final norm and logits
+    assert activations() == gib(shared + of_tokens)
+    assert activations("--parallel.context_parallel_size", "2") == gib(shared + of_tokens // 2)
+    lines = planned(capsys, "--parallel.context_parallel_size", "2", "--train.global_batch_size", "1")
+    assert line(lines, "layout").endswith("2 processes: TP 1, PP 1, CP 2, DP 1")
+
+
 def test_a_ring_says_how_long_it_is_idle_and_what_it_sends(capsys) -> None:
     ring = [*PIPELINE, "--compression.layer_types", "0_2_2_3", "--parallel.pipeline_in_flight", "3"]
     lines = planned(capsys, *ring)

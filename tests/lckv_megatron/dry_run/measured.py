@@ -26,7 +26,7 @@ from megatron_ext.command_line import parse_run_config
 from megatron_ext.config import RunConfig
 from megatron_ext.data.batch import make_batch
 from megatron_ext.model.build import build_stage, wrap
-from megatron_ext.parallel.process_groups import initialize
+from megatron_ext.parallel.process_groups import chunks_of_rank, initialize
 from megatron_ext.training.optimizer import build_optimizer
 from megatron_ext.training.step import train_step
 from tests.ranks import run_on_ranks
@@ -51,12 +51,13 @@ class Case:
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
+    context: int = 1
     options: tuple[str, ...] = ()
 
     @property
     def world_size(self) -> int:
         """Processes."""
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.data * self.context
 
     @property
     def run(self) -> RunConfig:
@@ -65,7 +66,8 @@ class Case:
         layout = (
             f"--parallel.tensor_model_parallel_size {self.tensor} "
             f"--parallel.sequence_parallel {'true' if self.tensor > 1 else 'false'} "
-            f"--parallel.pipeline_model_parallel_size {self.pipeline} --train.global_batch_size {batch}"
+            f"--parallel.pipeline_model_parallel_size {self.pipeline} "
+            f"--parallel.context_parallel_size {self.context} --train.global_batch_size {batch}"
         )
         return parse_run_config(
             ["--config", str(_EXAMPLES / self.recipe), *SMALL, *layout.split(), *self.options]
@@ -177,6 +179,7 @@ def _train(run: RunConfig) -> _Issues:
     model = wrap(stage, run.parallel, run.train)
     optimizer, scheduler = build_optimizer(run.optimizer, run.parallel, run.train, model)
     samples = _samples(run, vocab_size)
+    chunks, reach = chunks_of_rank(), run.compression.policy.traits.reach
 
     def step() -> None:
         train_step(
@@ -184,7 +187,7 @@ def _train(run: RunConfig) -> _Issues:
             optimizer,
             scheduler,
             samples,
-            lambda sample: make_batch(sample, run.data, None, "cpu"),
+            lambda sample: make_batch(sample, run.data, None, "cpu", chunks, reach),
             run.train,
             progress=0.5,
         )

@@ -26,6 +26,7 @@ BOTH_SIDES = {
     "lckv, TP 2": Case("llama2_13b_lckv/pretrain.yaml", tensor=2, options=small(4, "0_2_2_3", *PASSES)),
     "shared, DP 2": Case("llama_1b_lckv/pretrain.yaml", data=2, options=small(2, "0_0")),
     "shared, PP 2": Case("llama_1b_lckv/pretrain.yaml", pipeline=2, options=small(4, "0_1_1_1")),
+    "merging, CP 2": Case("llama2_13b_dmc/retrofit.yaml", context=2, options=small(2)),
 }
 cases = pytest.mark.parametrize("name", BOTH_SIDES)
 

@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from lckv.attention import flash
+from lckv.attention.visibility import Visibility
 from lckv_megatron.dry_run.collectives import Collective, Key, Total, add_up, kind_of, link_bytes
 from lckv_megatron.dry_run.hardware import Efficiency, Machine, rates_of
 from lckv_megatron.dry_run.memory import Allocation, Phase, curve
 from lckv_megatron.dry_run.recorder import Recorder
 from lckv_megatron.dry_run.replacements import Replacement, replaced
+from lckv_megatron.dry_run.stand_ins import FlashAttention
 from lckv_megatron.dry_run.world import pretended_world
 from megatron_ext.config import ParallelConfig
 from megatron_ext.gpus import GPUS
@@ -132,3 +135,16 @@ def test_no_world_is_pretended_inside_of_another() -> None:
             raise AssertionError
     assert not torch.distributed.is_initialized()
     assert torch.nn.Module.bfloat16 is before
+
+
+def test_flash_attention_of_chunks_is_the_work_of_the_whole() -> None:
+    def work(first: int, stop: int) -> float:
+        recorder = Recorder(EXACT, fake=None)
+        query, key, value = (torch.ones(1, heads, 64, 8, requires_grad=True) for heads in (4, 2, 2))
+        kernel = FlashAttention(recorder)
+        seen = query[:, :, first:stop], key[:, :, :stop], value[:, :, :stop]
+        flash.attend(*seen, Visibility(), scale=1.0, kernel=kernel).sum().backward()
+        return recorder.current.flops
+
+    assert work(0, 64) == 7 * 2 * 8 * 4 * (64 * 65 / 2)
+    assert work(0, 24) + work(24, 64) == work(0, 64)

@@ -1,12 +1,16 @@
+from dataclasses import fields
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lckv.policies.config import Reach
 from megatron_ext.config import DataConfig
 from megatron_ext.data.batch import make_batch
 from megatron_ext.errors import ConfigError
+from megatron_ext.parallel.chunks import Chunks
 
 EOD = 0
 
@@ -91,3 +95,25 @@ def test_padding_has_no_loss() -> None:
 def test_settings_that_need_an_end_of_document(setting: str) -> None:
     with pytest.raises(ConfigError, match=rf"data\.{setting}=true needs to know the end-of-document token"):
         make_batch(samples_of([[1, 2]]), DataConfig(**{setting: True}), None, "cpu")
+
+
+def test_a_context_parallel_rank_has_its_part_of_the_whole() -> None:
+    """Masks, positions and documents are those of whole rows, cut."""
+    data = DataConfig(eod_mask_loss=True, reset_position_ids=True, reset_attention_mask=True)
+    samples = samples_of([[1, 2, 0, 3, 4, 5, 6, 0, 8], [1, 2, 3, 4, 5, -1, -1, -1, -1]])
+    whole = make_batch(samples, data, EOD, "cpu")
+    ranks = [make_batch(samples, data, EOD, "cpu", Chunks(2, rank), Reach(1, 0)) for rank in range(2)]
+    assert ranks[0].position_ids.tolist()[0] == [0, 1, 3, 4]
+    assert ranks[1].position_ids.tolist()[0] == [2, 0, 1, 2]
+    for field in fields(whole):
+        expected, parts = getattr(whole, field.name), [getattr(batch, field.name) for batch in ranks]
+        if field.name in ("cu_seqlens", "sample_ids"):
+            assert str(parts[0]) == str(parts[1]) == str(expected)
+        elif field.name != "chunk_rows":
+            first, last = (part.chunk(2, 1) for part in parts)
+            assert torch.equal(torch.cat((first[0], *last, first[1]), 1), expected), field.name
+    known = ranks[0].chunk_rows
+    assert known is not None and whole.chunk_rows is None
+    # one token in front and two own: of the first chunks of both rows, then of the last chunks
+    assert known.position_ids.T.tolist() == [[0, 0, 1], [0, 0, 1], [2, 3, 4], [5, 6, 7]]
+    assert known.begins.T.tolist() == [[True, True, False]] * 2 + [[False] * 3, [False, True, True]]

@@ -14,7 +14,7 @@ from megatron_ext.evaluation.logits import compute_logits
 from megatron_ext.model.build import build_stage, wrap
 from megatron_ext.model.gpt import SharedKVGPTModel
 from megatron_ext.model.initialization import global_parameters, shard
-from megatron_ext.parallel.process_groups import initialize
+from megatron_ext.parallel.process_groups import chunks_of_rank, initialize
 from megatron_ext.schedule.micro_batches import mean_loss, run_schedule
 from megatron_ext.schedule.statistics_meter import StatisticsMeter
 from tests.golden.lckv_models import NAMES, Golden
@@ -37,16 +37,18 @@ class Layout:
     micro_batch_size: int = 1
     overlap: bool = False
     virtual: int | None = None
+    cp: int = 1
     stages: str | None = None
 
     def __str__(self) -> str:
         words = [
             f"tp{self.tp}",
             f"pp{self.pp}",
-            f"dp{self.world_size // (self.tp * self.pp)}",
+            f"dp{self.world_size // (self.tp * self.pp * self.cp)}",
             self.recompute,
         ]
         words += [self.backend] * (self.backend != "sdpa") + ["sp"] * self.sequence_parallel
+        words += [f"cp{self.cp}"] * (self.cp > 1)
         words += [f"vpp{self.virtual}"] * (self.virtual is not None)
         words += [self.stages] * (self.stages is not None)
         words += ["overlap"] * self.overlap + list(self.modules) * (self.recompute == "selective")
@@ -77,6 +79,7 @@ ANY_MAP = [
     Layout(2, overlap=True),
     Layout(4, tp=2, sequence_parallel=True),
     Layout(4, tp=4, micro_batch_size=2),
+    Layout(2, cp=2),
 ]
 PIPELINES = [
     Layout(2, pp=2),
@@ -115,6 +118,7 @@ def errors_of(name: str, layout: Layout) -> Errors:
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.virtual,
         pipeline_model_parallel_layout=layout.stages,
+        context_parallel_size=layout.cp,
         sequence_parallel=layout.sequence_parallel,
         overlap_grad_reduce=layout.overlap,
         overlap_param_gather=layout.overlap,
@@ -131,7 +135,8 @@ def errors_of(name: str, layout: Layout) -> Errors:
     settings = golden.model.__class__(**{**vars(golden.model), "attention_backend": layout.backend})
     stage = build_stage(settings, golden.compression, parallel, train, vocab_size=settings.vocab_size)
     load(stage, golden)
-    logits_error = (error_of_logits if layout.pp == 1 else error_of_gathered_logits)(stage, golden)
+    through_schedule = layout.pp > 1 or layout.cp > 1
+    logits_error = (error_of_gathered_logits if through_schedule else error_of_logits)(stage, golden)
     model = wrap(stage, parallel, train)
     meter = StatisticsMeter(model)
     samples = rows(golden, train)
@@ -162,7 +167,8 @@ def rows(golden: Golden, train: TrainConfig) -> object:
     for start in range(first, first + 2 // parallel_state.get_data_parallel_world_size(), size):
         part = slice(start, start + size)
         labels = golden.tensors["labels"].roll(-1, 1)
-        yield Batch(ids[part], labels[part], mask[part], positions[part], None)
+        whole = Batch(ids[part], labels[part], mask[part], positions[part], None)
+        yield whole.of_rank(chunks_of_rank(), golden.compression.policy.traits.reach)
 
 
 def error_of_logits(stage: SharedKVGPTModel, golden: Golden) -> float:
@@ -178,14 +184,14 @@ def error_of_logits(stage: SharedKVGPTModel, golden: Golden) -> float:
 
 
 def error_of_gathered_logits(stage: SharedKVGPTModel, golden: Golden) -> float:
-    """Through all stages; 0 before the last one."""
+    """Through all stages and chunks; 0 before the last stage."""
     logits = compute_logits(stage, golden.tensors["input_ids"])
     return 0.0 if logits is None else (logits - golden.tensors["logits"]).abs().max().item()
 
 
 def gather_gradients(model: DistributedDataParallel) -> None:
     """After the distributed optimizer's reduce-scatter a rank holds its shard only: bring the others here."""
-    group = parallel_state.get_data_parallel_group()
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     for buffer in model.buffers:
         for bucket in buffer.buckets:
             mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()

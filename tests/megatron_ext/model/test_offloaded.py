@@ -15,6 +15,7 @@ from megatron_ext.model.offload_share import OffloadShare
 from megatron_ext.model.offloaded import OffloadedLayers
 from megatron_ext.offload.share import OffloadSettings
 from tests.megatron_ext.model.stages import EVERY_MAP, MODEL, draw_tokens, make_stage, positions_of
+from tests.megatron_ext.model.test_context_parallel import Case, batches_of, settings_of
 from tests.ranks import run_on_ranks
 
 SHARES = (0.0, 0.3, 1.0)
@@ -131,6 +132,40 @@ def pipeline_differences(name: str) -> list[str]:
     return [wrong for other in found[1:] for wrong in unequal(found[0], other)]
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("plain", "documents", cp=2),
+        Case("lckv", cp=2),
+        Case("lckv x dmc", "documents", cp=2),
+        Case("dmc", cp=2, tp=2, sequence_parallel=True),
+    ],
+    ids=str,
+)
+def test_gradients_with_context_parallelism(case: Case) -> None:
+    for wrong in run_on_ranks(case.cp * case.tp, context_differences, case):
+        assert wrong == []
+
+
+def context_differences(case: Case) -> list[str]:
+    from megatron_ext.model.build import wrap
+    from megatron_ext.schedule.micro_batches import run_schedule
+    from megatron_ext.schedule.statistics_meter import StatisticsMeter
+
+    parallel, train = settings_of(case)
+    stage = make_stage(EVERY_MAP[case.name], parallel, train)
+    model = wrap(stage, parallel, train)
+    results = []
+    for share in (None, *SHARES):
+        offload(stage, share)
+        model.zero_grad_buffer()
+        batches, meter = iter(batches_of(case)), StatisticsMeter(model)
+        run_schedule(model, batches, lambda batch: batch, train, meter, progress=0.5, forward_only=False)
+        results.append({name: parameter.main_grad.clone() for name, parameter in stage.named_parameters()})
+        assert share is None or stage.decoder.offloaded.storage.pool.allocated > 0
+    return [wrong for other in results[1:] for wrong in unequal(results[0], other)]
+
+
 def test_passes_without_gradient_and_evaluation_put_nothing_on_the_host() -> None:
     run_on_ranks(1, check_without_gradient)
 
@@ -197,9 +232,10 @@ def alive_bytes() -> int:
 def context_of(stage: SharedKVGPTModel, length: int) -> Any:
     from lckv.policies.base import TokenContext
     from lckv.rope import Turn, rotation
+    from megatron_ext.model.contexts import LayerContext
 
     positions = torch.arange(length)[:, None, None]
-    return TokenContext(Turn(rotation(positions, stage.frequencies)), training=True)
+    return LayerContext(TokenContext(Turn(rotation(positions, stage.frequencies)), training=True))
 
 
 def test_settings_reach_the_layers() -> None:

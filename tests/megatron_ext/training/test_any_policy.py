@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lckv.config import CompressionConfig
-from lckv.policies.config import PolicyConfig
+from lckv.policies.config import PolicyConfig, Traits
 from megatron_ext.config import RunConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.cost import model_shape
@@ -62,7 +62,8 @@ LAYOUTS = [
     ("reference attention", 1, {"model": {"attention_backend": "reference"}}),
 ]
 PP2 = ("pp2", 2, {"parallel": {"pipeline_model_parallel_size": 2}})
-CASES = [(name, *layout) for name in MAPS for layout in LAYOUTS] + [("cla", *PP2)]
+CP2 = ("cp2", 2, {"parallel": {"context_parallel_size": 2}})
+CASES = [(name, *layout) for name in MAPS for layout in LAYOUTS] + [("cla", *PP2), ("lckv", *CP2)]
 
 
 @pytest.mark.parametrize(("name", "layout", "ranks", "sections"), CASES, ids=lambda value: str(value)[:20])
@@ -121,6 +122,17 @@ def test_what_it_cannot_live_with() -> None:
         "compression.sliding_window is 4",
         "model.attention_dropout is 0.1, compression.policy.name is forgetful",
     ]
+
+
+def test_a_policy_that_does_not_say_how_far_it_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = forgetful_run("0_1_2_3", parallel={"context_parallel_size": 2})
+    assert problems(run, 2) == []
+    monkeypatch.setattr(type(run.compression.policy), "traits", Traits())
+    (said,) = problems(run, 2)
+    assert said.startswith(
+        "parallel.context_parallel_size is 2 and compression.policy.name is forgetful; this policy does not "
+        "say how far around a token it looks (Traits.reach)"
+    )
 
 
 def replace_age(policy: PolicyConfig, age: int) -> PolicyConfig:

@@ -68,6 +68,10 @@ RINGS = [
 CASES = [(name, *layout) for name in MAPS for layout in LAYOUTS]
 CASES += [(name, *layout) for name in ("plain", "yoco") for layout in PIPELINES]
 CASES += [("lckv", *layout) for layout in RINGS]
+CASES += [
+    ("yoco", "cp2", 2, {"parallel": {"context_parallel_size": 2}}),
+    ("lckv", "cp2 dp2", 4, {"parallel": {"context_parallel_size": 2}}),
+]
 
 
 @pytest.fixture(scope="module")

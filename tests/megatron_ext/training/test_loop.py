@@ -34,6 +34,9 @@ def parallel(tp: int = 1, pp: int = 1, **options: Any) -> dict[str, Any]:
     return {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, **options}
 
 
+_CONTEXT = parallel(context_parallel_size=2)
+
+
 @pytest.mark.parametrize(
     ("compression", "world_size", "layout", "micro_batch_size"),
     [
@@ -57,6 +60,9 @@ def parallel(tp: int = 1, pp: int = 1, **options: Any) -> dict[str, Any]:
         (LCKV, 2, parallel(1, 2, virtual_pipeline_model_parallel_size=2), 2),
         (LCKV, 2, parallel(1, 2, pipeline_model_parallel_layout="Et|t*3L"), 1),
         (YOCO, 2, parallel(1, 2, pipeline_model_parallel_layout="auto"), 1),
+        (LCKV, 2, parallel(context_parallel_size=2, overlap_grad_reduce=True, overlap_param_gather=True), 1),
+        (YOCO, 4, parallel(2, context_parallel_size=2, sequence_parallel=True), 4),
+        (TIED, 4, parallel(1, 2, context_parallel_size=2), 1),
     ],
     ids=str,
 )
@@ -83,8 +89,9 @@ def test_losses_do_not_depend_on_the_layout(
         (2, {"compression": YOCO, "model": DROPOUT, "parallel": parallel(1, 2)}),
         (2, {"compression": LCKV, "model": DROPOUT, "parallel": parallel(2, sequence_parallel=True)}),
         (2, {"compression": LCKV, "train": {"precision": "bf16"}, "parallel": parallel(1, 2)}),
+        (2, {"compression": LCKV, "model": {"hidden_dropout": 0.1}, "parallel": _CONTEXT}),
     ],
-    ids=["dp2-bf16", "pp2", "tp2-sp", "pp2-ring-bf16"],
+    ids=["dp2-bf16", "pp2", "tp2-sp", "pp2-ring-bf16", "cp2"],
 )
 @pytest.mark.parametrize("way", [{}, {"async_save": True, "optimizer_sharding": "dp_reshardable"}])
 def test_a_resumed_run_is_bit_equal(tmp_path: Path, world_size: int, settings: dict, way: dict) -> None:
@@ -132,8 +139,9 @@ _UNEVEN = parallel(1, 2, pipeline_model_parallel_layout="Ettt|tL")
         (LCKV, True, (2, _INTERLEAVED), (2, parallel(2))),
         (LCKV, False, (1, {}), (2, _UNEVEN)),
         (LCKV, False, (2, _UNEVEN), (2, _INTERLEAVED)),
+        (LCKV, False, (2, _CONTEXT), (2, parallel(2))),
     ],
-    ids=["untied", "tied", "interleaved to tp2", "one to uneven", "uneven to interleaved"],
+    ids=["untied", "tied", "interleaved to tp2", "one to uneven", "uneven to interleaved", "cp2 to tp2"],
 )
 def test_a_run_resumes_on_another_layout(
     tmp_path: Path, compression: dict, tied: bool, before: tuple[int, dict], after: tuple[int, dict]
@@ -195,8 +203,9 @@ def test_when_time_is_up_the_run_saves_and_ends(tmp_path: Path) -> None:
     assert run_on_ranks(1, train, tiny_run(checkpoint={"load": str(tmp_path)})) == [6]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run() -> None:
-    run = tiny_run(model={"init_method_std": 3e38})
+@pytest.mark.parametrize("layout", [{}, _CONTEXT], ids=["dp2", "cp2"])
+def test_a_loss_that_is_not_finite_stops_the_run(layout: dict) -> None:
+    run = tiny_run(model={"init_method_std": 3e38}, parallel=layout)
     first = r"4 of 4 samples, the first of them number 0, which begins in dataset data\.mock, document 0"
     with pytest.raises(
         NonFiniteLossError,

@@ -43,6 +43,10 @@ def p(size):
     return {"parallel.tensor_model_parallel_size": size}
 
 
+def cp(size):
+    return {"parallel.context_parallel_size": size}
+
+
 def dmc(**settings):
     return {"compression.policy": {"name": "dmc", **settings}}
 
@@ -282,6 +286,44 @@ CASES = [
         {"parallel.distributed_timeout_minutes": 0},
         1,
         "parallel.distributed_timeout_minutes is 0.0; it must be a number greater",
+    ),
+    (
+        {"parallel.context_parallel_size": 0},
+        1,
+        "parallel.context_parallel_size is 0; it must be at least 1.",
+    ),
+    (
+        cp(2) | p(2),
+        6,
+        (
+            "6 processes were started, parallel.tensor_model_parallel_size is 2, "
+            "parallel.pipeline_model_parallel_size is 1 and parallel.context_parallel_size is 2; the number "
+            "of processes must be a multiple of their product 4: change one of these numbers"
+        ),
+    ),
+    (
+        cp(3) | {"train.global_batch_size": 8},
+        3,
+        (
+            "train.seq_length is 1024 and 2 * parallel.context_parallel_size is 6; the former must be a "
+            "multiple of the latter: every rank holds two chunks"
+        ),
+    ),
+    (
+        cp(2) | p(4) | {"parallel.sequence_parallel": True, "train.seq_length": 1020},
+        8,
+        (
+            "train.seq_length / parallel.context_parallel_size is 510 and "
+            "parallel.tensor_model_parallel_size is 4; the former must be a multiple of the latter"
+        ),
+    ),
+    (
+        cp(2) | {"model.attention_dropout": 0.1},
+        2,
+        (
+            "parallel.context_parallel_size is 2 and model.attention_dropout is 0.1; attention of a chunk to "
+            "what comes before it has no dropout: set the former to 1, or the latter to 0."
+        ),
     ),
     (
         p(2) | {"parallel.pipeline_model_parallel_size": 2},

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lckv.attention.key_bias import KeyBias
 from lckv.errors import Problem
-from lckv.policies.config import PolicyConfig, Traits
+from lckv.policies.config import PolicyConfig, Reach, Traits
 
 if TYPE_CHECKING:
     from lckv.policies.base import KVPolicy
@@ -33,7 +33,7 @@ class ForgetfulConfig(PolicyConfig):
     @property
     def traits(self) -> Traits:
         """See `PolicyConfig`. No channel of a head is free for the bias."""
-        return Traits(KeyBias(max(1, self.age), extra_channels=8), windows=False)
+        return Traits(KeyBias(max(1, self.age), extra_channels=8), windows=False, reach=Reach())
 
     def build(self) -> "KVPolicy":
         """See `PolicyConfig`."""

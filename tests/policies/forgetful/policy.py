@@ -35,12 +35,8 @@ class ForgetfulPolicy(KVPolicy):
         forgotten = self._forgotten(context, key.shape[2])
         wide = pad(context.rotate(key), (0, _EXTRA))
         wide[..., -1] = forgotten * HIDDEN
-        counted = torch.ones(key.shape[:2], device=key.device)
-        if context.counted is not None:
-            counted = context.counted.float()
-        share = counted[..., None] / counted.sum(0).clamp(min=1)[:, None]  # [s, b, 1]
         size = key.float().square().mean(-1)
-        return KeyValue(wide, value), ((share * forgotten).sum(0), (share * size).sum(0))
+        return KeyValue(wide, value), (context.mean(forgotten), context.mean(size))
 
     def extend(
         self, state: Tensor | None, key: Tensor, value: Tensor, query: Tensor | None, context: TokenContext

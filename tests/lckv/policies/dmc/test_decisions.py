@@ -90,9 +90,9 @@ def test_rounding_is_straight_through():
 def test_padding_is_not_counted():
     merge = torch.tensor([0.0, 1.0, 1.0, 0.0])[:, None, None].expand(4, 2, 3)
     counted = torch.tensor([[True, True, True, False], [False] * 4]).T
-    rate = merge_rate(merge, torch.zeros(4, 2, 3), counted)
+    rate = merge_rate(merge, torch.zeros(4, 2, 3), facts(counted=counted))
     torch.testing.assert_close(rate, torch.tensor([[2 / 3] * 3, [0.0] * 3]))
-    assert torch.equal(merge_rate(merge, torch.zeros(4, 2, 3), None), torch.full((2, 3), 0.5))
+    assert torch.equal(merge_rate(merge, torch.zeros(4, 2, 3), facts()), torch.full((2, 3), 0.5))
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
@@ -102,7 +102,7 @@ def test_a_logit_that_is_not_finite_is_found_where_it_is(wrong, token):
     logits[token, 1, 2] = wrong
     opens = forced_openings(logits, facts())
     for merge, _ in (soft_decisions(logits, opens, None, 0.1), hard_decisions(logits, opens)):
-        rate = merge_rate(merge, logits, None)
+        rate = merge_rate(merge, logits, facts())
         assert (~rate.isfinite()).nonzero().tolist() == [[1, 2]]
 
 

@@ -23,6 +23,7 @@ from lckv.rope import Rotation, rotate
 
 FOLDER = Path(__file__).parents[3] / "golden" / "dmc"
 BIAS = KeyBias(age=1)
+WHOLE = TokenContext(lambda heads: heads)
 OUTPUT, TRAINING_OUTPUT, GRADIENT, LOSS = 1e-5, 2e-5, 5e-5, 1e-6
 
 
@@ -89,7 +90,7 @@ def trained(tensors, header, backend):
     return (
         leaves,
         output,
-        merge_rate(torch.sigmoid((logits + noise) / header["temp"]), logits, None),
+        merge_rate(torch.sigmoid((logits + noise) / header["temp"]), logits, WHOLE),
         key_value,
     )
 
@@ -143,7 +144,7 @@ def test_evaluation(case, backend):
     assert 1 / kept.mean() == pytest.approx(header["cr_from_lengths"], rel=1e-6)
     raw = (tensors["router_logits"] > 0).float()
     assert torch.equal(raw, tensors["decisions"])
-    close(merge_rate(raw, tensors["router_logits"], None).mean(1), tensors["sample_mean_decision_raw"], LOSS)
+    close(merge_rate(raw, tensors["router_logits"], WHOLE).mean(1), tensors["sample_mean_decision_raw"], LOSS)
 
 
 def decode(tensors, eps, sizes):
@@ -245,7 +246,7 @@ def test_loss_of_several_layers(ranks):
     probabilities = tensors["probs"].requires_grad_()
     decisions = straight_through(probabilities)
     assert torch.equal(decisions.round(), tensors["decisions"])
-    layers = torch.stack([merge_rate(layer, torch.zeros(1), None) for layer in probabilities])
+    layers = torch.stack([merge_rate(layer, torch.zeros(1), WHOLE) for layer in probabilities])
     close(1 / (1 - layers.mean()), tensors["measured_cr"], LOSS)
     close(layers.mean((0, 2)), tensors["sample_mean_decision"], LOSS)
     per_rank = layers.unflatten(2, (ranks, -1)).mean((0, 3))

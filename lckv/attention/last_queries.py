@@ -1,0 +1,48 @@
+"""Attention of the last tokens of each row to all of them: keys are longer than queries.
+
+Shapes: b rows, h query heads, g KV heads, s tokens, of which the last q < s have queries.
+"""
+
+from dataclasses import replace
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lckv.attention.causal import Causal
+from lckv.attention.flash_pairs import FlashPair
+from lckv.attention.pieces import attend_pieces, pieces_of
+from lckv.attention.visibility import Visibility
+from lckv.errors import UnsupportedError
+
+
+def attend_last(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visibility: Visibility,
+    *,
+    scale: float,
+    dropout: float,
+    pair: FlashPair,
+) -> Tensor:
+    """Same contract as `reference.attend` without bias and without a window that hides keys. Raises
+    UnsupportedError for dropout, which parts that are joined do not have."""
+    if dropout > 0:
+        asked = f"dropout of {dropout} in attention of {query.shape[2]} queries to {key.shape[2]} keys"
+        raise UnsupportedError(asked, "it must be 0 where keys are longer than queries")
+    return attend_pieces(query, key, value, list(pieces_of(query, key, visibility)), Causal(pair, scale))
+
+
+def within_window(
+    query: Tensor, key: Tensor, value: Tensor, visibility: Visibility
+) -> tuple[Tensor, Tensor, Tensor, Visibility]:
+    """The tokens that the queries see through their window, with as many queries as keys: min(window - 1, s -
+    q) zeros stand in front of the queries. Of attention to these, the last q tokens are the queries'."""
+    assert visibility.window is not None
+    length, documents = key.shape[2], visibility.documents
+    lead = min(visibility.window - 1, length - query.shape[2])
+    first = length - query.shape[2] - lead
+    if documents is not None:
+        documents = documents.cut(length, first, length)
+    seen = pad(query, (0, 0, lead, 0)), key[:, :, first:], value[:, :, first:]
+    return *seen, replace(visibility, documents=documents)

@@ -1,0 +1,55 @@
+"""What a layer knows of the tokens of a micro-batch, and how a KV policy works on the chunks of rows that a
+rank has.
+
+Shapes: as in `megatron_ext.parallel.chunks`; h query heads, g KV heads of this rank, d channels.
+"""
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from lckv.policies.base import KeyValue, KVPolicy, Statistics, TokenContext
+from megatron_ext.parallel.context import ContextGroup
+
+
+@dataclass(frozen=True, eq=False)
+class LayerContext:
+    """What a layer knows of the tokens."""
+
+    tokens: TokenContext
+    """Of those that this rank has; documents are those of whole rows."""
+
+    chunks: TokenContext | None = None
+    """With context parallelism: of the rank's chunks as rows, with the tokens around them; None: the rank has
+    whole rows."""
+
+    def with_noise(self, noise: Tensor | None, group: ContextGroup) -> "LayerContext":
+        """With the policy's `noise` for whole rows [s, b, g]."""
+        if self.chunks is None:
+            return replace(self, tokens=replace(self.tokens, noise=noise))
+        assert self.chunks.part is not None
+        rows = None if noise is None else group.chunks.rows(noise, self.chunks.part.reach)
+        return replace(self, chunks=replace(self.chunks, noise=rows))
+
+
+def keys_values(
+    policy: KVPolicy,
+    key: Tensor,
+    value: Tensor,
+    query: Tensor | None,
+    context: LayerContext,
+    group: ContextGroup,
+) -> tuple[KeyValue, Statistics]:
+    """`KVPolicy.keys_values` of whole rows, from what this rank has of them: key and value [n c, b, g, d],
+    query [n c, b, h, d]. Statistics [b, g] are what the rank's tokens add to those of the rows."""
+    if context.chunks is None:
+        return policy.keys_values(key, value, query, context.tokens)
+    assert context.chunks.part is not None
+    reach = context.chunks.part.reach
+    heads = [key, value] if query is None else [key, value, query]
+    key, value, *queries = group.rows(heads, reach)
+    rows, statistics = policy.keys_values(key, value, queries[0] if queries else None, context.chunks)
+    own = KeyValue(*(group.parts(tensor, reach) for tensor in rows))
+    chunks = len(group.chunks.numbers)
+    # [n b, g] to [n, b, g] to [b, g]
+    return group.gather(own), tuple(value.unflatten(0, (chunks, -1)).sum(0) for value in statistics)

@@ -1,0 +1,183 @@
+"""Kernels of GPUs on PyTorch's CPU kernels: with their arguments, layouts and what they do not take."""
+
+import types
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lckv.attention import reference
+from lckv.attention.flash_pairs import AtenCPU, Partial
+from lckv.attention.visibility import Visibility
+
+
+def flash_attn() -> types.SimpleNamespace:
+    """flash-attn's functions as its documentation defines them, in plain PyTorch: [.., heads, d], window
+    counted to the left of the diagonal, documents by cu_seqlens."""
+
+    def rows(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        dropout_p: float,
+        softmax_scale: float,
+        causal: bool,
+        deterministic: bool,
+        window_size: tuple,
+    ) -> Tensor:
+        assert causal
+        assert q.shape[1] == k.shape[1]
+        assert not deterministic
+        assert window_size[1] == 0
+        window = None if window_size[0] < 0 else window_size[0] + 1
+        parts = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        return reference.attend(*parts, Visibility(window=window), scale=softmax_scale).transpose(1, 2)
+
+    def packed(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        **options: object,
+    ) -> Tensor:
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+        assert cu_seqlens_q.dtype == torch.int32
+        lengths = cu_seqlens_q.diff()
+        assert lengths.max() == max_seqlen_q == max_seqlen_k
+        assert cu_seqlens_q[-1] == len(q)
+        pieces = [tensor.split(lengths.tolist()) for tensor in (q, k, v)]
+        done = [
+            rows(*(piece[None] for piece in one), **options)[0]
+            for one in zip(*pieces, strict=True)
+            if len(one[0])
+        ]
+        return torch.cat(done)
+
+    return types.SimpleNamespace(
+        flash_attn_func=rows, flash_attn_varlen_func=packed, flash_attn_interface=FlashAttnInterfaceStandIn()
+    )
+
+
+def flash_attn_3() -> types.SimpleNamespace:
+    """FlashAttention 3's: the same without dropout. The second gives two results, as older releases."""
+    two = flash_attn()
+
+    def rows(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return two.flash_attn_func(q, k, v, dropout_p=0.0, **options)
+
+    def packed(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, None]:
+        return two.flash_attn_varlen_func(q, k, v, dropout_p=0.0, **options), None
+
+    return types.SimpleNamespace(flash_attn_func=rows, flash_attn_varlen_func=packed)
+
+
+class FlashAttnInterfaceStandIn:
+    """flash-attn's two private functions, [b, s, heads, d], on PyTorch's CPU kernels."""
+
+    EXPECTED = types.MappingProxyType(
+        {
+            "dropout_p": 0.0,
+            "window_size_left": -1,
+            "window_size_right": -1,
+            "softcap": 0.0,
+            "alibi_slopes": None,
+        }
+    )
+
+    def _flash_attn_forward(self, q, k, v, *, softmax_scale, causal, return_softmax, **options):
+        assert options == self.EXPECTED
+        assert return_softmax is False
+        assert not causal or q.shape[1] == k.shape[1]
+        heads = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        attended = AtenCPU().forward(*heads, softmax_scale, causal=causal)
+        return attended.output.transpose(1, 2), attended.lse, None, torch.tensor([3, 4])
+
+    def _flash_attn_backward(
+        self,
+        dout,
+        q,
+        k,
+        v,
+        *,
+        out,
+        softmax_lse,
+        dq,
+        dk,
+        dv,
+        softmax_scale,
+        causal,
+        deterministic,
+        rng_state,
+        **options,
+    ):
+        assert options == self.EXPECTED
+        assert deterministic is False
+        assert rng_state.tolist() == [3, 4]
+        assert softmax_lse.is_contiguous()
+        tensors = (tensor.transpose(1, 2) for tensor in (dout, q, k, v))
+        whole = Partial(out.transpose(1, 2), softmax_lse)
+        gradients = AtenCPU().backward(*tensors, whole, softmax_scale, causal=causal)
+        for place, gradient in zip((dq, dk, dv), gradients, strict=True):
+            place.copy_(gradient.transpose(1, 2))
+
+
+class CudaStandIn:
+    """PyTorch's two CUDA kernels, with their argument orders and layouts, on its CPU kernel."""
+
+    def _scaled_dot_product_flash_attention(self, q, k, v, dropout_p, is_causal, return_debug_mask, *, scale):
+        assert (dropout_p, return_debug_mask) == (0.0, False)
+        assert not is_causal or q.shape[2] == k.shape[2]
+        attended = AtenCPU().forward(q, k, v, scale, causal=is_causal)
+        return attended.output, attended.lse, None, None, q.shape[2], k.shape[2], "seed", "offset", None
+
+    def _scaled_dot_product_flash_attention_backward(
+        self,
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cum_q,
+        cum_k,
+        max_q,
+        max_k,
+        dropout_p,
+        is_causal,
+        seed,
+        offset,
+        *,
+        scale,
+    ):
+        assert (cum_q, cum_k, max_q, max_k, dropout_p) == (None, None, q.shape[2], k.shape[2], 0.0)
+        assert (seed, offset) == ("seed", "offset")
+        assert lse.is_contiguous()
+        return AtenCPU().backward(grad, q, k, v, Partial(out, lse), scale, causal=is_causal)
+
+    def _scaled_dot_product_efficient_attention(
+        self, q, k, v, bias, compute_lse, dropout_p, is_causal, *, scale
+    ):
+        assert (bias, compute_lse, dropout_p) == (None, True, 0.0)
+        assert k.shape == v.shape
+        assert q.shape[:2] == k.shape[:2]
+        assert not is_causal or q.shape == k.shape
+        attended = AtenCPU().forward(q, k, v, scale, causal=is_causal)
+        padded = torch.nn.functional.pad(attended.lse, (0, -q.shape[2] % 32), value=torch.inf)
+        return attended.output, padded, "seed", "offset"
+
+    def _scaled_dot_product_efficient_attention_backward(
+        self, grad, q, k, v, bias, out, lse, seed, offset, dropout_p, mask, is_causal, *, scale
+    ):
+        assert (bias, seed, offset, dropout_p) == (None, "seed", "offset", 0.0)
+        assert mask == [True, True, True, False]
+        assert lse.shape[2] % 32 == 0
+        assert (lse[..., q.shape[2] :] == torch.inf).all()
+        assert lse.is_contiguous()
+        assert out.is_contiguous()
+        whole = Partial(out, lse[..., : q.shape[2]])
+        return *AtenCPU().backward(grad, q, k, v, whole, scale, causal=is_causal), None
