@@ -62,7 +62,7 @@ class Causal(NamedTuple):
             older = self.pair.backward(
                 gradient, query, key[:, :, :past], wide[:, :, :past], whole, self.scale, causal=False
             )
-            dq = dq + older[0]
+            dq += older[0]
             dk, dv = (torch.cat(parts, 2) for parts in zip(older[1:], (dk, dv), strict=True))
         return dq, dk, dv[..., : value.shape[-1]]
 

@@ -1,7 +1,9 @@
 """Attention of new tokens to themselves and to what a cache holds of earlier ones.
 
-Queries are walked in blocks, so nothing of size (new tokens) x (all tokens) is made. It is what decoding and
-continued prompts use; a prompt without a past is ordinary attention (`backends.py`).
+Where nothing but causality hides keys, many new tokens are the last queries of all tokens
+(`last_queries.py`), without a mask. Elsewhere queries are walked in blocks under a mask, so nothing of size
+(new tokens) x (all tokens) is made. It is what decoding and continued prompts use; a prompt without a past is
+ordinary attention (`backends.py`).
 
 Shapes: b rows, h query heads, g KV heads, s new tokens, n slots, d channels of a head.
 """
@@ -12,12 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from lckv.attention.flash_pairs import choose_pair
 from lckv.attention.key_bias import KeyBias
+from lckv.attention.last_queries import attend_last
 from lckv.attention.unbiased import without_bias
 from lckv.attention.visibility import Visibility
+from lckv.errors import UnsupportedError
 
 _BLOCK = 128
-"""Queries per block, at most."""
+"""Queries per block, at most. With fewer, nobody asks the device whether they need a mask."""
 
 _MASK = 2**24
 """Entries of the mask of a block, at most: b x g x queries x (n + s)."""
@@ -94,16 +99,18 @@ def attend_past(
     slots are shown, and a window counts tokens. Scores are float32."""
     rows, kv_heads, older, _ = past.key.shape
     new_key = new.key
+    many = query.shape[2] >= _BLOCK and not torch.compiler.is_compiling()
+    if many and dropout == 0 and visibility.window is None and key_bias is None and columns is None:
+        with torch.autocast(query.device.type, enabled=False):
+            output = _attend_unmasked(query, new, past, visibility, scale)
+        if output is not None:
+            return output.to(past.value.dtype)
     if key_bias is not None:  # what a key's last channel says is said by the mask
         query, new_key = (without_bias(heads, key_bias.extra_channels) for heads in (query, new.key))
     with torch.autocast(query.device.type, enabled=False):
-        key, value = (
-            torch.cat((past.key, new_key), 2),
-            torch.cat((past.value, new.value.to(past.value.dtype)), 2),
-        )
-        dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
-        key, value = (tensor.to(dtype).flatten(0, 1)[:, None] for tensor in (key, value))
-        heads = query.to(dtype).unflatten(1, (kv_heads, -1)).flatten(0, 1)
+        query, key, value = _of_one_dtype(query, new_key, new.value, past)
+        key, value = (tensor.flatten(0, 1)[:, None] for tensor in (key, value))
+        heads = query.unflatten(1, (kv_heads, -1)).flatten(0, 1)
         if torch.compiler.is_compiling():  # in one block: a traced length is no number to count with
             parts = [(0, heads)]
         else:
@@ -114,6 +121,35 @@ def attend_past(
             for start, part in parts
         ]
     return torch.cat(blocks, 2).unflatten(0, (rows, kv_heads)).flatten(1, 2).to(past.value.dtype)
+
+
+def _of_one_dtype(
+    query: Tensor, new_key: Tensor, new_value: Tensor, past: Past
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The queries, and all keys and values [b, g, n + s, d]."""
+    key = torch.cat((past.key, new_key), 2)
+    value = torch.cat((past.value, new_value.to(past.value.dtype)), 2)
+    dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _attend_unmasked(
+    query: Tensor, new: NewTokens, past: Past, visibility: Visibility, scale: float
+) -> Tensor | None:
+    """As `attend_past` where nothing of its own hides keys; None where that takes a mask: tokens do not
+    count, heads use different numbers of slots, or kernels without a mask do not take the heads."""
+    if new.counted is not None or new.documents is not None or new.hides is not None:
+        return None
+    fewest, most = torch.stack(past.lengths.aminmax()).tolist()
+    if fewest != most:
+        return None
+    in_use = Past(past.key[:, :, :most], past.value[:, :, :most], past.lengths)
+    query, key, value = _of_one_dtype(query, new.key, new.value, in_use)
+    try:
+        pair = choose_pair(query)
+    except UnsupportedError:
+        return None
+    return attend_last(query, key, value, visibility, scale=scale, dropout=0.0, pair=pair)
 
 
 def _attend_block(

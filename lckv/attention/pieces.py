@@ -4,7 +4,7 @@ Shapes: b rows, h query heads, g KV heads, s tokens of a row, of which the last 
 q, d + e], key [b, g, s, d + e], value [b, g, s, d], result [b, h, q, d].
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -73,31 +73,52 @@ class _Pieces(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, pieces: Sequence[Piece], attention: Attention
     ) -> Tensor:
-        output = query.new_zeros(*query.shape[:-1], value.shape[-1])
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        lse = torch.empty(query.shape[:-1], dtype=dtype, device=query.device)
+        output, lse = _Whole(query[..., : value.shape[-1]]), _Whole(query[..., 0])
         ctx.rests = []
         for piece in pieces:
             partial = attention.forward(*piece.of_queries(query), *piece.of_keys(key, value))
-            for place, result in zip(piece.of_queries(output, lse), partial[:2], strict=True):
-                place.copy_(result)
+            output.put(partial.output, piece.of_queries)
+            lse.put(partial.lse, piece.of_queries)
             ctx.rests.append(partial.rest)
-        ctx.save_for_backward(query, key, value, output, lse)
+        attended = output.tensor(), lse.tensor()
+        ctx.save_for_backward(query, key, value, *attended)
         ctx.pieces, ctx.attention = pieces, attention
-        return output
+        return attended[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, lse = ctx.saved_tensors
-        dq, dk, dv = (torch.zeros_like(tensor) for tensor in (query, key, value))
+        dq, dk, dv = (_Whole(tensor) for tensor in (query, key, value))
         for piece, rest in zip(ctx.pieces, ctx.rests, strict=True):
             of_output, q, *attended = piece.of_queries(gradient, query, output, lse)
             whole = Partial(attended[0], attended[1], rest)
             parts = ctx.attention.backward(of_output, q, *piece.of_keys(key, value), whole)
-            for place, part in zip(piece.of_queries(dq) + piece.of_keys(dk, dv), parts, strict=True):
-                place.copy_(part)
-        return dq, dk, dv, None, None
+            dq.put(parts[0], piece.of_queries)
+            dk.put(parts[1], piece.of_keys)
+            dv.put(parts[2], piece.of_keys)
+        return dq.tensor(), dk.tensor(), dv.tensor(), None, None
+
+
+class _Whole:
+    """A tensor that is put together of what pieces say; zeros elsewhere. What is the whole is not copied."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._tensor: Tensor | None = None
+
+    def put(self, part: Tensor, place: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+        """`place`: the method of the piece that finds the part's place in the whole."""
+        if part.shape == self._like.shape:
+            self._tensor = part
+            return
+        if self._tensor is None:
+            self._tensor = torch.zeros_like(self._like, dtype=part.dtype)
+        place(self._tensor)[0].copy_(part)
+
+    def tensor(self) -> Tensor:
+        """The whole."""
+        return torch.zeros_like(self._like) if self._tensor is None else self._tensor
 
 
 def grouped(heads: Tensor, like: Tensor) -> Tensor:

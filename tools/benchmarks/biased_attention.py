@@ -84,16 +84,10 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, object]]:
             }
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The program; see the module."""
+def options(description: str) -> argparse.ArgumentParser:
+    """Options of benchmarks of attention."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="Tokens per row."
-    )
-    parser.add_argument(
-        "--dense-up-to", type=int, default=4096, help="Longest rows with a dense bias, which takes gigabytes."
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--heads", type=int, default=8, help="Query heads.")
     parser.add_argument("--kv-heads", type=int, default=8, help="KV heads.")
@@ -110,19 +104,39 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda."
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def show_and_write(
+    args: argparse.Namespace,
+    measure: Callable[[argparse.Namespace], Iterator[dict[str, object]]],
+    shown: str,
+) -> None:
+    """Print each row as the format `shown` when it is measured; write them where `args` say."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     rows = []
     for row in measure(args):
         rows.append(row)
-        shown = (
-            "{length:>6} tokens  {variant:<10} {milliseconds:>9.1f} ms  {ratio_to_plain:>6.3f}x  "
-            "{peak_mebibytes:>8.1f} MiB"
-        )
         print(shown.format(**row), flush=True)
     if args.output is not None:
         write_csv(args.output, rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The program; see the module."""
+    parser = options(str(__doc__))
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="Tokens per row."
+    )
+    parser.add_argument(
+        "--dense-up-to", type=int, default=4096, help="Longest rows with a dense bias, which takes gigabytes."
+    )
+    shown = (
+        "{length:>6} tokens  {variant:<10} {milliseconds:>9.1f} ms  {ratio_to_plain:>6.3f}x  "
+        "{peak_mebibytes:>8.1f} MiB"
+    )
+    show_and_write(parser.parse_args(argv), measure, shown)
 
 
 if __name__ == "__main__":

@@ -119,6 +119,70 @@ def test_without_a_past_it_is_ordinary_attention(exclude_self: bool, key_bias: K
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+def many(length: int = 200, slots: int = 150, **changes: object) -> tuple[Tensor, NewTokens, Past]:
+    """Queries, new tokens, and a past of 120 tokens in so many slots."""
+    key, value = torch.randn(2, 2, 2, slots, 8)
+    old = Past(key, value, torch.full((2, 2), 120))
+    new = NewTokens(*torch.randn(2, 2, 2, length, 8), None, None)
+    return torch.randn(2, 4, length, 8), new._replace(**changes), old
+
+
+@pytest.mark.parametrize("exclude_self", [False, True])
+def test_many_new_tokens_take_no_mask(exclude_self: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, new, old = many()
+    expected = torch.cat(
+        [  # few enough for a mask
+            past.attend_past(
+                query[:, :, start : start + 100],
+                NewTokens(
+                    new.key[:, :, start : start + 100], new.value[:, :, start : start + 100], None, None
+                ),
+                Past(
+                    torch.cat((old.key[:, :, :120], new.key[:, :, :start]), 2),
+                    torch.cat((old.value[:, :, :120], new.value[:, :, :start]), 2),
+                    torch.full((2, 2), 120 + start),
+                ),
+                Visibility(exclude_self),
+                scale=0.3,
+            )
+            for start in (0, 100)
+        ],
+        2,
+    )
+    monkeypatch.setattr(past, "_attend_block", None)
+    output = past.attend_past(query, new, old, Visibility(exclude_self), scale=0.3)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+    assert past.attend_past(query.bfloat16(), new, old, Visibility(), scale=0.3).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "lengths", "options"),
+    [
+        ({"counted": torch.ones(2, 200, dtype=torch.bool)}, None, {}),
+        ({"documents": torch.zeros(2, 200, dtype=torch.int64)}, None, {}),
+        ({}, torch.tensor([[120, 120], [120, 119]]), {}),
+        ({}, None, {"visibility": Visibility(window=30)}),
+        ({}, None, {"dropout": 0.1}),
+        ({}, None, {"columns": past.Columns(torch.ones(2, 2, 150, dtype=torch.int64), None)}),
+        ({}, None, {"key_bias": KeyBias()}),
+    ],
+    ids=["padding", "documents", "lengths", "window", "dropout", "columns", "bias"],
+)
+def test_what_takes_a_mask(
+    changes: dict, lengths: Tensor | None, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, new, old = many(**changes)
+    if lengths is not None:
+        old = old._replace(lengths=lengths)
+    masked: list[int] = []
+    attend_block = past._attend_block
+    monkeypatch.setattr(
+        past, "_attend_block", lambda part, *args: masked.append(part.shape[2]) or attend_block(part, *args)
+    )
+    past.attend_past(query, new, old, **{"visibility": Visibility(), "scale": 0.3, **options})
+    assert sum(masked) == 200
+
+
 def test_blocks_get_smaller_as_the_past_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(past, "_MASK", 2 * 2 * 100 * 3)
     sizes: list[int] = []

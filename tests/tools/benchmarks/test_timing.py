@@ -5,7 +5,8 @@ import time
 
 import torch
 
-from tools.benchmarks import biased_attention
+from lckv.attention.key_bias import KeyBias
+from tools.benchmarks import biased_attention, partial_attention
 from tools.benchmarks.timing import median_seconds, peak_bytes, write_csv
 
 
@@ -82,3 +83,24 @@ def test_the_variants_of_biased_attention_agree():
     inputs = biased_attention.make_inputs(96, 4, 2, 16, torch.float32, "cpu")
     frontier, dense = (biased_attention.attend(variant, *inputs) for variant in ("frontier", "dense_bias"))
     torch.testing.assert_close(frontier, dense, rtol=0, atol=1e-4)
+
+
+def test_the_benchmark_of_chunks(tmp_path, capsys):
+    output = tmp_path / "partial.csv"
+    sizes = ["--length", "64", "--chunks", "2", "--heads", "2", "--kv-heads", "1", "--repeats", "1"]
+    threads = ["--threads", str(torch.get_num_threads())]
+    partial_attention.main([*sizes, *threads, "--output", str(output)])
+    rows = list(csv.DictReader(output.open()))
+    assert [(row["keys"], row["chunks"]) for row in rows] == [
+        ("dense", "1"), ("dense", "2"), ("biased", "1"), ("biased", "2"),
+    ]  # fmt: skip
+    assert [row["ratio_to_whole"] for row in rows[::2]] == ["1.0", "1.0"]
+    assert len(capsys.readouterr().out.splitlines()) == len(rows)
+
+
+def test_chunks_agree_with_the_whole():
+    inputs = biased_attention.make_inputs(96, 4, 2, 16, torch.float32, "cpu")
+    for key_bias in (None, KeyBias()):
+        whole, *others = (partial_attention.attend(inputs, chunks, key_bias) for chunks in (1, 2, 4))
+        for other in others:
+            torch.testing.assert_close(other, whole, rtol=0, atol=1e-5)
