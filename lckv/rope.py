@@ -5,6 +5,7 @@ in bfloat16 they would be off by radians at position 4095.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -69,3 +70,19 @@ def rotate(x: Tensor, angles: Rotation) -> Tensor:
     cos, sin = angles.cos.to(x.dtype), angles.sin.to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """RoPE at the positions of some tokens."""
+
+    angles: Rotation
+    """Cosines and sines [s, b, 1, D / 2]."""
+
+    def __call__(self, heads: Tensor) -> Tensor:
+        """[s, b, any heads, D] to the same."""
+        return rotate(heads, self.angles)
+
+    def at(self, take: Callable[[Tensor], Tensor]) -> "Turn":
+        """At those tokens that `take` takes of a tensor [s, b, ...]."""
+        return Turn(Rotation(take(self.angles.cos), take(self.angles.sin)))

@@ -279,6 +279,25 @@ class TrainConfig:
     recompute_num_layers: int | None = None
     """full: how many layers of each pipeline stage are recomputed, from the bottom. Default: all."""
 
+    activation_offload: Literal["none", "token_wise"] = "none"
+    """token_wise: of each layer the attention output goes to the host's memory, of its other activations the
+    first share of the tokens; the rest is computed again in backward, without attention."""
+
+    offload_fraction: float | Literal["auto"] = "auto"
+    """token_wise: the share, 0 .. 1. auto: the largest whose copies are done while a layer computes and that
+    fits into offload_host_gib."""
+
+    offload_host_gib: float = 128.0
+    """token_wise: GiB of the host's memory for each rank's activations."""
+
+    offload_tflops: float | None = None
+    """token_wise, auto: what a rank computes, 10^12 operations per second. Default: half of its GPU's
+    peak."""
+
+    offload_gigabytes_per_second: float = 20.0
+    """token_wise, auto: what a rank copies to the host, 10^9 bytes per second, while all ranks of the machine
+    do. PCIe 4 x16 has about 25 for one, PCIe 5 x16 about 50."""
+
     eval_interval: int = 0
     """Evaluate every so many iterations and at the end; 0: never."""
 

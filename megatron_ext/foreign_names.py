@@ -49,6 +49,7 @@ _NAMES = {
     "train.global_batch_size": ("batch_size", "train_batch_size", "gradient_accumulation_steps"),
     "train.micro_batch_size": ("per_device_train_batch_size",),
     "train.precision": ("bf16", "fp16", "dtype", "torch_dtype", "mixed_precision", "params_dtype"),
+    "train.activation_offload": ("fine_grained_activation_offloading", "cpu_offloading"),
     "train.recompute_granularity": ("gradient_checkpointing", "recompute_activations"),
     "train.seq_length": ("max_seq_length", "sequence_length", "seq_len", "block_size", "context_length"),
     "train.train_iters": ("max_steps", "train_samples", "max_iters", "num_train_epochs", "train_steps",

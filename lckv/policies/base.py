@@ -9,7 +9,7 @@ channels and a age of the policy's `KeyBias` (0 without one)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lckv.attention.visibility import Documents
 from lckv.policies.config import PolicyConfig, Reach, Traits
+from lckv.rope import Turn
 
 
 class KeyValue(NamedTuple):
@@ -119,6 +120,22 @@ class TokenContext:
             tokens = self.counted.sum(0).clamp(min=1)[:, None]
         return numbers.sum(0) / tokens
 
+    def at(self, take: Callable[[Tensor], Tensor]) -> "TokenContext":
+        """Of those tokens that `take` takes of a tensor [s, b, ...], for what looks at each token alone, and
+        so at no documents. `rotate` must be a `Turn`."""
+        assert isinstance(self.rotate, Turn), "a rotation that cannot be cut into tokens"
+        counted, noise, positions = (
+            None if tensor is None else take(tensor) for tensor in (self.counted, self.noise, self.positions)
+        )
+        return replace(
+            self,
+            rotate=self.rotate.at(take),
+            documents=None,
+            counted=counted,
+            noise=noise,
+            positions=positions,
+        )
+
 
 class Extension(NamedTuple):
     """What new tokens add to those that an inference cache holds.
@@ -174,6 +191,12 @@ class KVPolicy(ABC):
     def traits(self) -> Traits:
         """As its settings say."""
         return self.config.traits
+
+    @property
+    def token_wise(self) -> bool:
+        """Whether `keys_values` is a function of each token alone: it looks at no others, and reports
+        nothing."""
+        return self.traits.token_wise and not self.statistics
 
     # On tensors.
 

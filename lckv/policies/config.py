@@ -61,6 +61,11 @@ class Traits:
     (context parallelism)."""
 
     @property
+    def token_wise(self) -> bool:
+        """Whether the key and value of a token follow from that token alone (and its position)."""
+        return self.reach == Reach()
+
+    @property
     def extra_channels(self) -> int:
         """Channels that queries and keys have beyond those of values."""
         return 0 if self.key_bias is None else self.key_bias.extra_channels

@@ -61,8 +61,14 @@ def require_fitting(options: argparse.Namespace, world_size: int) -> None:
 def report(plan: Plan, options: argparse.Namespace) -> Iterator[str]:
     """The dry run's tables, a line each; draws the picture too.
 
-    Raises ConfigError where an attention backend cannot serve or the picture cannot be written.
+    Raises ConfigError where an attention backend cannot serve, the picture cannot be written, or activations
+    go to the host.
     """
+    if plan.run.train.activation_offload != "none":
+        raise ConfigError(
+            f"train.activation_offload is {plan.run.train.activation_offload} and --dry-run is given, which "
+            "knows no copies to the host; leave one of them out."
+        )
     from lckv_megatron.dry_run.report import describe
     from lckv_megatron.dry_run.stages import first_ranks, simulate_ranks
 

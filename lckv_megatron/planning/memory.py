@@ -21,6 +21,7 @@ from megatron_ext.model.memory import (
 )
 from megatron_ext.model.parameters import StageParameters
 from megatron_ext.precision import precision
+from megatron_ext.summary.lines import host_lines
 
 _NOTE = f"""\
 needed: by the stage that holds most. activations: kept for backward, of all micro-batches in flight, with
@@ -49,6 +50,7 @@ def verdict_lines(plan: Plan) -> Iterator[str]:
     """A table of all kinds of recompute: memory, whether it fits, and time."""
     yield f"on {plan.gpu.name}, {gib(usable_bytes(plan.gpu.memory_bytes))} of it usable:"
     yield from table(_per_recompute(plan))
+    yield from host_lines(plan.sizes, plan.gpu.peak_tflops(plan.run.train.precision))
     yield _NOTE
 
 
@@ -143,14 +145,18 @@ def _per_recompute(plan: Plan) -> Iterator[tuple[str, ...]]:
 def recompute_settings(train: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
     """All kinds by their names; that of the run too, where it is another."""
     settings = {
-        name: replace(train, **{"recompute_num_layers": None, **changes})  # type: ignore[arg-type]  # fields of it
+        name: replace(train, **{"recompute_num_layers": None, "activation_offload": "none", **changes})  # type: ignore[arg-type]  # fields of it
         for name, changes in _EVERY_RECOMPUTE.items()
     }
     for name, changed in settings.items():
+        if train.activation_offload != "none":
+            continue
         same = changed.recompute_granularity == train.recompute_granularity != "selective"
         if same and changed.recompute_num_layers == train.recompute_num_layers:
             settings[name] = train  # recompute_modules then say nothing
-    if train not in settings.values():
+    if train.activation_offload != "none":
+        settings[train.activation_offload] = train
+    elif train not in settings.values():
         more = train.recompute_num_layers or " ".join(train.recompute_modules)
         settings[f"{train.recompute_granularity} {more}"] = train
     yield from settings.items()

@@ -17,7 +17,7 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
 from lckv.attention.visibility import Documents, Visibility
-from lckv.policies.base import KeyValue, Statistics
+from lckv.policies.base import KeyValue, Statistics, TokenContext
 from megatron_ext.mcore import name_argument
 from megatron_ext.model.attention_backend import choose_backend
 from megatron_ext.model.contexts import LayerContext, keys_values
@@ -152,20 +152,30 @@ class SharedKVAttention(Attention):
         `shared` is given iff the layer reads another layer's. Returns Megatron's (output, bias), the layer's
         own keys and values if it computes any, and its policy's statistics, () where it computes none.
         """
+        self.require_source(shared)
+        query, own, statistics = self._project(hidden_states, context)
+        key_value = own if shared is None else shared
+        assert key_value is not None
+        output = self.attend(query, key_value, context.tokens.documents)
+        return self.linear_proj(output), own, statistics
+
+    def require_source(self, shared: KeyValue | None) -> None:
+        """Raises ValueError where keys and values of another layer are missing, or given without need."""
         reads_own = self.layer_type.source == self.layer_type.index
         if reads_own != (shared is None):
             raise ValueError(
                 f"layer {self.layer_type.index} reads the keys and values of layer {self.layer_type.source}, "
                 f"which were {'not ' if shared is None else ''}given to it."
             )
-        query, own, statistics = self._project(hidden_states, context)
-        key_value = own if shared is None else shared
-        assert key_value is not None
-        output = self._attend(query, key_value, context.tokens.documents)
-        return self.linear_proj(output), own, statistics
 
     def keys_values(self, hidden_states: Tensor, context: LayerContext) -> tuple[KeyValue, Statistics]:
         """The layer's keys and values alone, from `hidden_states` [s, b, hidden] (normalised)."""
+        *query, key, value = self.kv_heads(hidden_states)
+        return self.of_policy(query[0] if query else None, key, value, context)
+
+    def kv_heads(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """As `heads`, of a layer that computes keys and values; without queries where that is cheaper and the
+        KV policy does not read them."""
         cheap = (
             isinstance(self.linear_qkv, QKVLinear)
             and self.linear_qkv.can_project_kv_only()
@@ -173,14 +183,12 @@ class SharedKVAttention(Attention):
             and not self._groups_split_over_ranks
         )
         if not cheap:
-            _, own, statistics = self._project(hidden_states, context)
-            assert own is not None
-            return own, statistics
+            return self.heads(hidden_states)
         mixed, _ = self.linear_qkv(
             hidden_states, kv_only=(self.num_query_groups_per_partition, self.head_dim)
         )
         key, value = mixed.view(*mixed.shape[:2], -1, 2, self.head_dim).unbind(3)
-        return self._keys_values(None, key, value, context)
+        return self._normalise(self.k_layernorm, key), value
 
     @property
     def _groups_split_over_ranks(self) -> bool:
@@ -190,14 +198,32 @@ class SharedKVAttention(Attention):
     def _project(
         self, hidden_states: Tensor, context: LayerContext
     ) -> tuple[Tensor, KeyValue | None, Statistics]:
+        query, *key_value = self.heads(hidden_states)
+        if not key_value:
+            return self.attending(query, context.tokens), None, ()
+        own, statistics = self.of_policy(query, *key_value, context)
+        return self.attending(query, context.tokens), own, statistics
+
+    def heads(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """Queries [s, b, heads, d] from `hidden_states` [s, b, hidden] (normalised), and where the layer
+        computes them keys and values [s, b, g, d], as the KV policy gets them. The query heads are then all
+        those of these KV heads, of which `attending` takes this rank's."""
         if not self.computes_kv:
             query, _ = self.linear_q(hidden_states)
-            query = self._normalise(self.q_layernorm, query.unflatten(-1, (-1, self.head_dim)))
-            return self.policy.query(query, context.tokens), None, ()
+            return (self._normalise(self.q_layernorm, query.unflatten(-1, (-1, self.head_dim))),)
         query, key, value = self._split(self.linear_qkv(hidden_states)[0])
-        query = self._normalise(self.q_layernorm, query)
-        own, statistics = self._keys_values(query, key, value, context)
-        return self.policy.query(self._of_rank(query), context.tokens), own, statistics
+        return self._normalise(self.q_layernorm, query), self._normalise(self.k_layernorm, key), value
+
+    def attending(self, query: Tensor, tokens: TokenContext) -> Tensor:
+        """The queries of `heads` as they attend, [s, b, h, d + e]."""
+        return self.policy.query(self._of_rank(query) if self.computes_kv else query, tokens)
+
+    def of_policy(
+        self, query: Tensor | None, key: Tensor, value: Tensor, context: LayerContext
+    ) -> tuple[KeyValue, Statistics]:
+        """What the KV policy makes of the results of `heads` or `kv_heads`, of whole rows."""
+        query = query if self.policy.traits.reads_query else None
+        return keys_values(self.policy, key, value, query, context, self.context_group)
 
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[s, b, rows of this rank] to key and value [s, b, g, d] and the query heads that belong to them."""
@@ -218,18 +244,12 @@ class SharedKVAttention(Attention):
         ranks_per_group = self.world_size // self.config.num_query_groups
         return query.chunk(ranks_per_group, dim=2)[self.pg_collection.tp.rank() % ranks_per_group]
 
-    def _keys_values(
-        self, query: Tensor | None, key: Tensor, value: Tensor, context: LayerContext
-    ) -> tuple[KeyValue, Statistics]:
-        key = self._normalise(self.k_layernorm, key)
-        query = query if self.policy.traits.reads_query else None
-        return keys_values(self.policy, key, value, query, context, self.context_group)
-
     @staticmethod
     def _normalise(norm: torch.nn.Module | None, heads: Tensor) -> Tensor:
         return heads if norm is None else norm(heads)
 
-    def _attend(self, query: Tensor, key_value: KeyValue, documents: Documents | None) -> Tensor:
+    def attend(self, query: Tensor, key_value: KeyValue, documents: Documents | None) -> Tensor:
+        """Attention without projections: query [s, b, h, d + e] to [s, b, h * d]."""
         core = partial(self.core_attention, documents=documents)
         if self.checkpoint_core_attention and torch.is_grad_enabled():
             return tensor_parallel.checkpoint(core, False, query, key_value.key, key_value.value)

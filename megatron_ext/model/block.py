@@ -25,11 +25,13 @@ from lckv.sharing.visiting import run_visit
 from megatron_ext.model.contexts import LayerContext
 from megatron_ext.model.fp8 import Fp8Passes, checkpoint
 from megatron_ext.model.layer import LayerOutput, SharedKVLayer
+from megatron_ext.model.offloaded import OffloadedLayers
 from megatron_ext.model.policy_statistics import PolicyReport, StatisticSums
 from megatron_ext.model.stages import StageCall, StageKept, step_names
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 from megatron_ext.parallel.context import ContextGroup
 from megatron_ext.parallel.pipeline_payload import Freight, PipelinePayload
+from megatron_ext.parallel.process_groups import device_of_rank
 
 _NO_CARGO = Cargo(hidden=True, counts=False)
 
@@ -67,6 +69,7 @@ class SharedKVBlock(TransformerBlock):
         self.statistics = StatisticSums(config, policy, self.pg_collection.tp, self.context_group)
         everything = len(self.layers) if recompute_num_layers is None else recompute_num_layers
         self.recomputed_layers = everything if config.recompute_granularity == "full" else 0
+        self.offloaded = OffloadedLayers(config, config.offload, device_of_rank()) if config.offload else None
 
     @property
     def visit(self) -> Visit:
@@ -136,6 +139,8 @@ class SharedKVBlock(TransformerBlock):
         """
         call = StageCall(self.visit, self.input_tensor) if call is None else call
         visit, shape = call.visit, (seq_length, micro_batch_size)
+        if self.offloaded is not None:
+            self.offloaded.begin()
         arrived, sums = self._arrived(call, hidden_states, shape)
         contexts = self._contexts(context, row_seeds, shape, arrived.hidden_states.device)
         statistics: dict[int, Statistics] = {}
@@ -214,6 +219,11 @@ class SharedKVBlock(TransformerBlock):
         """The layer that is number `index` of the whole model."""
         return self.layers[self.places[index]]
 
+    @property
+    def offloading(self) -> OffloadedLayers | None:
+        """What runs layers now, where their activations go to the host and there will be a backward."""
+        return self.offloaded if torch.is_grad_enabled() else None
+
     def zeros(self, hidden_states: Tensor) -> KeyValue:
         """Keys and values before the first pass."""
         payload = self._payload(_NO_CARGO, 0)
@@ -226,7 +236,9 @@ class SharedKVBlock(TransformerBlock):
     def call(
         self, layer: SharedKVLayer, hidden_states: Tensor, source: KeyValue | None, context: LayerContext
     ) -> LayerOutput:
-        """The layer, recomputed in backward where the configuration asks for it."""
+        """The layer, recomputed in backward or offloaded where the configuration asks for it."""
+        if (offloaded := self.offloading) is not None:
+            return offloaded.run(layer, hidden_states, source, context)
         place = self.places[layer.layer_number - 1]
         if place >= self.recomputed_layers or not torch.is_grad_enabled():
             return layer(hidden_states, source, context)
@@ -260,12 +272,18 @@ class _StageLayers:
 
     def keys_values(self, index: int, hidden_states: Tensor) -> KeyValue:
         """The layer's keys and values alone."""
-        return self._block.layer(index).keys_values(hidden_states, self._contexts[index])[0]
+        layer, context = self._block.layer(index), self._contexts[index]
+        if (offloaded := self._block.offloading) is not None:
+            return offloaded.keys_values(layer, hidden_states, context)[0]
+        return layer.keys_values(hidden_states, context)[0]
 
     def run_without_source(self, index: int, hidden_states: Tensor) -> tuple[Tensor, KeyValue | None]:
         """Zero keys and values make attention exactly 0, so it is left out."""
         own = self.keys_values(index, hidden_states) if index in self._block.layer_types.kv_layers else None
-        return self._block.layer(index).feed_forward(hidden_states), own
+        layer = self._block.layer(index)
+        if (offloaded := self._block.offloading) is not None:
+            return offloaded.feed_forward(layer, hidden_states), own
+        return layer.feed_forward(hidden_states), own
 
     def zeros(self, hidden_states: Tensor) -> KeyValue:
         """Keys and values before the first pass."""

@@ -3,9 +3,7 @@
 Parameter names are those of Megatron's GPTModel; a plain map has exactly its parameters.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 from megatron.core import tensor_parallel
@@ -20,7 +18,7 @@ from torch import Tensor
 from lckv.attention.visibility import Documents
 from lckv.losses import backends as losses
 from lckv.policies.base import RowPart, TokenContext
-from lckv.rope import rotate, rotation
+from lckv.rope import Turn, rotation
 from megatron_ext.model.block import SharedKVBlock
 from megatron_ext.model.contexts import LayerContext
 from megatron_ext.model.linear import OutputLinear
@@ -149,9 +147,9 @@ class SharedKVGPTModel(LanguageModule):
         )
         return LayerContext(tokens, chunks)
 
-    def _rotate(self, positions: Tensor) -> Callable[[Tensor], Tensor]:
+    def _rotate(self, positions: Tensor) -> Turn:
         """RoPE at positions [s, b], of [s, b, any heads, d]."""
-        return partial(rotate, angles=rotation(positions[:, :, None], self.frequencies))
+        return Turn(rotation(positions[:, :, None], self.frequencies))
 
     def _loss(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of each token, float32 [s, b],

@@ -53,9 +53,16 @@ class SharedKVLayer(TransformerLayer):
         reads another layer's keys and values."""
         normed = self.input_layernorm(hidden_states)
         output_with_bias, own, statistics = self.self_attention(normed, shared, context)
+        return LayerOutput(self._after(output_with_bias, hidden_states), own, statistics)
+
+    def after_attention(self, attended: Tensor, hidden_states: Tensor) -> Tensor:
+        """What comes after attention, from its result [s, b, h * d] and the layer's input, to [s, b,
+        hidden]."""
+        return self._after(self.self_attention.linear_proj(attended), hidden_states)
+
+    def _after(self, output_with_bias: tuple[Tensor, Tensor | None], hidden_states: Tensor) -> Tensor:
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
-        hidden_states = add(output_with_bias, hidden_states, self.hidden_dropout)
-        return LayerOutput(self.feed_forward(hidden_states), own, statistics)
+        return self.feed_forward(add(output_with_bias, hidden_states, self.hidden_dropout))
 
     def keys_values(self, hidden_states: Tensor, context: LayerContext) -> tuple[KeyValue, Statistics]:
         """The layer's keys and values alone, from its input [s, b, hidden]."""

@@ -41,6 +41,7 @@ class LayerMemory:
         self._model, self._compression, self._train, self._fused = model, compression, train, fused
         self._layer_types = compression.map(model.num_layers)
         self._bytes = precision(train.precision).bytes
+        self._context_ranks = parallel.context_parallel_size
         self._tokens = parallel.tokens_of_rank(train.seq_length)
         self._shards = ranks if parallel.sequence_parallel else 1
         self._heads = model.num_attention_heads / ranks
@@ -53,6 +54,26 @@ class LayerMemory:
         """Bytes of a micro-batch that a run which is not recomputed keeps, besides the keys and values that
         it reads."""
         return round(self._tokens * self._train.micro_batch_size * self._per_token(run))
+
+    def offloaded(self, run: LayerRun, *, shared: bool) -> tuple[float, float]:
+        """Bytes per token that go to the host where activations are offloaded: of all tokens, and of the
+        share of them. `shared`: other layers read the layer's keys and values, which then stay."""
+        whole = self._bytes * self._model.hidden_size / self._shards  # the input, which the norm keeps too
+        if run.part is Part.WHOLE:
+            width = self._heads * self._model.head_dim
+            whole += self._bytes * width + 4 * self._heads + self._copies(run)
+            whole += self._policy(self._heads, run)
+        part = max(0.0, self._per_token(run) - whole)
+        if not (run.computes_kv and run.part is Part.WHOLE) or shared:
+            return whole, part
+        key_value = self._bytes * self._kv_heads * (2 * self._model.head_dim + self._extra_channels)
+        if self._compression.policy.traits.token_wise and self._context_ranks == 1:
+            return whole, part + key_value
+        return whole + key_value * self._context_ranks, part  # those of whole rows
+
+    @property
+    def _extra_channels(self) -> int:
+        return self._compression.policy.traits.extra_channels
 
     @property
     def norm(self) -> float:

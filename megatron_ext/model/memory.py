@@ -114,7 +114,9 @@ def kept_for_backward(
 
 
 def recomputed_of_stage(train: TrainConfig, layers: range) -> range:
-    """The layers of a stage that run again in backward."""
+    """The layers of a stage that run again in backward, as wholes or by tokens."""
+    if train.activation_offload == "token_wise":
+        return layers
     if train.recompute_granularity != "full":
         return layers[:0]
     return layers[: train.recompute_num_layers or len(layers)]
@@ -129,7 +131,8 @@ def kept_bytes(
     *,
     fused: bool = False,
 ) -> int:
-    """Of one micro-batch on one rank; `fused`: see `layer_memory.py`."""
+    """Of one micro-batch on one rank; `fused`: see `layer_memory.py`. Where activations go to the host, only
+    keys and values that several layers read stay."""
     ranks = parallel.tensor_model_parallel_size
     tokens = parallel.tokens_of_rank(train.seq_length) * train.micro_batch_size
     hidden = tokens * model.hidden_size // (ranks if parallel.sequence_parallel else 1)
@@ -137,6 +140,8 @@ def kept_bytes(
     # keys and values are those of whole sequences
     key_value = train.seq_length * train.micro_batch_size * max(1, model.query_groups // ranks) * channels
     layer = LayerMemory(model, compression, parallel, train, fused=fused)
+    if train.activation_offload == "token_wise":
+        return precision(train.precision).bytes * kept.shared * key_value
     tensors = precision(train.precision).bytes * (kept.inputs * hidden + kept.shared * key_value)
     return tensors + sum(map(layer.kept, kept.runs))
 
@@ -165,8 +170,10 @@ def layer_bytes(
     *,
     fused: bool = False,
 ) -> int:
-    """The most that one run of a layer keeps while it is recomputed, keys and values left out."""
+    """The most that one run of a layer keeps while it is recomputed, keys and values left out. Where
+    activations go to the host, three layers: two that are on their way, and one that computes."""
     nothing = replace(train, recompute_granularity="none")
+    at_once = 3 if train.activation_offload == "token_wise" else 1
     layer = LayerMemory(model, compression, parallel, nothing, fused=fused)
     steps = compression.plan(model.num_layers)
-    return max(layer.kept(run) for step in steps if step.requires_grad for run in step.runs)
+    return at_once * max(layer.kept(run) for step in steps if step.requires_grad for run in step.runs)

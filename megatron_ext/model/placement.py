@@ -55,6 +55,16 @@ class Placement:
         """The way of a micro-batch."""
         return journey(compression.plan(self.chunks[-1].stop), self.chunks, self.stages)
 
+    def in_flight(self, compression: CompressionConfig, asked: int | None) -> int:
+        """Micro-batches that are between forward and backward at once, at most; `asked`:
+        `parallel.pipeline_in_flight`."""
+        way = self.journey(compression)
+        return self.in_flight_on(way, asked) if way.circulates else self.stages
+
+    def in_flight_on(self, way: Journey, asked: int | None) -> int:
+        """The same on a way that comes to a stage several times."""
+        return asked or self.stages * (1 if way.prepare else 2)
+
     def cost(self, visit: Visit) -> float:
         """FLOPs per token of a visit's forward."""
         leaves = self.head if visit.sends is None and visit.steps else 0.0

@@ -9,8 +9,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from lckv.config import CompressionConfig
 from lckv.sharing.layer_types import LayerTypes
 from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_ext.gpus import peak_tflops
 from megatron_ext.model.implementation import accumulates_in_place, choose_implementation
+from megatron_ext.model.offload_share import OffloadShare
 from megatron_ext.model.placement import Placement, place
+from megatron_ext.offload.share import OffloadSettings
 from megatron_ext.precision import precision
 
 
@@ -34,6 +37,9 @@ class SharedKVTransformerConfig(TransformerConfig):
 
     pipeline_in_flight: int | None = None
     """parallel.pipeline_in_flight."""
+
+    offload: OffloadSettings | None = None
+    """train.activation_offload; None: activations stay on the device."""
 
     @property
     def placed(self) -> Placement:
@@ -62,6 +68,8 @@ def transformer_config(
     granularity = None if train.recompute_granularity == "none" else train.recompute_granularity
     full = granularity == "full"
     layers = choose_implementation(model.transformer_impl, train.precision)
+    offloads = train.activation_offload == "token_wise"
+    share = OffloadShare(model, compression, parallel, train, placement) if offloads else None
     return SharedKVTransformerConfig(
         compression=compression,
         attention_kernel=model.attention_backend,
@@ -95,6 +103,7 @@ def transformer_config(
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         placement=placement,
+        offload=share.settings(device_peak_tflops(train.precision)) if share else None,
         pipeline_in_flight=parallel.pipeline_in_flight,
         sequence_parallel=parallel.sequence_parallel,
         tp_comm_overlap=parallel.tp_comm_overlap,
@@ -112,7 +121,9 @@ def transformer_config(
         bias_dropout_fusion=cuda,
         bias_activation_fusion=cuda,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=accumulates_in_place(layers.name),
+        # Fused sums are asked for through attributes of the weight, which tensors that come back from hooks
+        # have not.
+        gradient_accumulation_fusion=accumulates_in_place(layers.name) and not offloads,
         # Without it Megatron tells Transformer Engine's layers which forward pass is the first, and the
         # backward of that one overwrites the gradient: a cyclic group uses a weight in several passes.
         disable_parameter_transpose_cache=True,
@@ -120,6 +131,11 @@ def transformer_config(
         hetereogenous_dist_checkpoint=True,
         deallocate_pipeline_outputs=True,
     )
+
+
+def device_peak_tflops(precision: str) -> float | None:
+    """Of this machine's GPU, 10^12 operations per second; None without one, or where it is not known."""
+    return peak_tflops(torch.cuda.get_device_name(), precision) if torch.cuda.is_available() else None
 
 
 def _keep(weight: torch.Tensor) -> None:

@@ -61,7 +61,7 @@ def restore(
     run = config_from_dict(saved)
     parallel = replace(parallel, sequence_parallel=False, tp_comm_overlap=False)
     run = replace(run, model=replace(run.model, fp8=None), parallel=parallel)
-    run = replace(run, train=replace(run.train, recompute_granularity="none"))
+    run = replace(run, train=replace(run.train, recompute_granularity="none", activation_offload="none"))
     if in_float32:  # Transformer Engine multiplies float32 matrices in TF32, and flash-attn has no float32
         model = replace(run.model, transformer_impl="local", attention_backend="auto")
         run = replace(run, model=model, train=replace(run.train, precision="fp32"))

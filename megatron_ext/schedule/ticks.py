@@ -196,7 +196,7 @@ def ticks_of(
         tuple(Leg(visit.stage, placement.cost(visit)) for visit in visits)
         for visits in (way.prepare, way.train)
     )
-    most = in_flight or placement.stages * (1 if prepare else 2)
+    most = placement.in_flight_on(way, in_flight)
     return schedule(prepare, train, micro_batches, most, forward_only=forward_only)
 
 

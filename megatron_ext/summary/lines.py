@@ -7,6 +7,7 @@ from lckv.sharing.doubts import doubts
 from lckv.sharing.picture import draw, list_steps
 from megatron_ext.data.order import SourceUse
 from megatron_ext.model.cost import policy_line
+from megatron_ext.model.offload_share import OffloadShare
 from megatron_ext.summary.sizes import RunSizes
 
 _INDENT = " " * 22
@@ -65,6 +66,20 @@ def layout_lines(sizes: RunSizes) -> Iterator[str]:
         f"global batch          {train.global_batch_size:,} sequences = {sizes.data_parallel_size} replicas "
         f"x {sizes.micro_batches} micro-batches x {train.micro_batch_size}; "
         f"{train.global_batch_size * train.seq_length:,} tokens per step"
+    )
+
+
+def host_lines(sizes: RunSizes, peak_tflops: float | None) -> Iterator[str]:
+    """What activations take of the host's memory, where they go there; `peak_tflops`: of the GPU."""
+    run = sizes.run
+    if run.train.activation_offload == "none":
+        return
+    settings = OffloadShare.of(run, vocab_size=sizes.shape.vocab_size).settings(peak_tflops)
+    chosen = " (auto)" if run.train.offload_fraction == "auto" else ""
+    needed, limit = (f"{size / 2**30:,.2f}" for size in (settings.expected_bytes, settings.host_bytes))
+    yield (
+        f"host memory           {needed} of {limit} GiB for each rank: attention outputs, and other "
+        f"activations of {settings.share:.0%} of the tokens{chosen}"
     )
 
 

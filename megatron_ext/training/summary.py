@@ -7,8 +7,9 @@ import torch
 from lckv.losses.backends import choose as choose_loss
 from megatron_ext.model.attention_backend import choose_backend
 from megatron_ext.model.implementation import choose_implementation
+from megatron_ext.model.transformer_config import device_peak_tflops
 from megatron_ext.precision import precision
-from megatron_ext.summary.lines import cost_lines, layout_lines, model_lines, picture
+from megatron_ext.summary.lines import cost_lines, host_lines, layout_lines, model_lines, picture
 from megatron_ext.summary.sizes import RunSizes
 
 
@@ -20,6 +21,7 @@ def describe(sizes: RunSizes, device: torch.device) -> Iterator[str]:
         yield f"reported as           {statistic.name}/layer_I/head_J: {statistic.text}"
     yield from cost_lines(sizes)
     yield from layout_lines(sizes)
+    yield from host_lines(sizes, device_peak_tflops(sizes.run.train.precision))
     model = sizes.run.model
     dtype = precision(sizes.run.train.precision).dtype
     attention = choose_backend(

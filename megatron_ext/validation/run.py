@@ -24,6 +24,7 @@ from megatron_ext.precision import precision
 from megatron_ext.validation.context import context_step_problems
 from megatron_ext.validation.fp8 import fp8_problems
 from megatron_ext.validation.layout import data_parallel_problems, layout_problems, recompute_problems
+from megatron_ext.validation.offload import offload_problems
 from megatron_ext.validation.options import option_problems
 from megatron_ext.validation.profile import profile_problems
 from megatron_ext.validation.rules import above_zero, at_least, fraction
@@ -68,6 +69,7 @@ def step_problems(run: RunConfig, world_size: int) -> list[str]:
         *layout_problems(run),
         *data_parallel_problems(run.parallel, run.train, world_size),
         *recompute_problems(run),
+        *offload_problems(run),
         *context_step_problems(run),
         *at_least("train", run.train, 1, *sizes),
     ]

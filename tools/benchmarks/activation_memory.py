@@ -23,6 +23,7 @@ from lckv_megatron.layouts import LAYOUTS, YOCO_WINDOW
 from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_ext.model.build import build_stage
 from megatron_ext.model.memory import kept_bytes, kept_for_backward
+from megatron_ext.model.offloaded import OffloadedLayers
 from megatron_ext.parallel.process_groups import destroy, device_of_rank, initialize
 from megatron_ext.precision import precision
 from tools.benchmarks.timing import peak_bytes, setting, write_csv
@@ -36,6 +37,9 @@ class Step:
 
     forward: Callable[[], torch.Tensor]
     parameters: Sequence[torch.nn.Parameter]
+
+    offloaded: OffloadedLayers | None = None
+    """What runs its layers where activations go to the host."""
 
     @classmethod
     def of(
@@ -56,7 +60,7 @@ class Step:
         def forward() -> torch.Tensor:
             return stage(tokens, positions, tokens)[0].mean()
 
-        step = cls(forward, list(stage.parameters()))
+        step = cls(forward, list(stage.parameters()), stage.decoder.offloaded)
         step.run()
         return step
 

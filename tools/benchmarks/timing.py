@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import date
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -45,17 +46,32 @@ def peak_bytes(function: Callable[[], object]) -> int:
         torch.cuda.reset_peak_memory_stats()
         function()
         return torch.cuda.max_memory_allocated() - before
+    return max(accumulate(_cpu_allocations(function), initial=0))
+
+
+def held_bytes(function: Callable[[], object]) -> int:
+    """Bytes of tensors that `function` leaves alive as long as its result is."""
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        result = function()
+        torch.cuda.synchronize()
+        held = torch.cuda.memory_allocated() - before
+        del result
+        return held
+    return sum(_cpu_allocations(function))
+
+
+def _cpu_allocations(function: Callable[[], object]) -> list[int]:
+    """Bytes that the CPU's memory grows by, or less than 0 where it shrinks, in order, until `function` has
+    returned its result."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell of its own start and stop
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        function()
+        result = function()
     results = profile.kineto_results
     assert results is not None
-    alive = peak = 0
-    for event in sorted(results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            alive += event.nbytes()
-            peak = max(peak, alive)
-    return peak
+    del result
+    events = sorted(results.events(), key=lambda event: event.start_ns())
+    return [event.nbytes() for event in events if event.name() == "[memory]"]
 
 
 def setting(device: str) -> dict[str, str]:

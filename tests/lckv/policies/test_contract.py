@@ -12,7 +12,7 @@ from lckv.attention.key_bias import HIDDEN
 from lckv.cache.streaming import StreamingCache
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from lckv.policies.base import TokenContext
-from lckv.rope import inverse_frequencies, rotate, rotation
+from lckv.rope import Turn, inverse_frequencies, rotation
 from tests.lckv.cache.models import (
     cache_settings,
     contiguous_cache,
@@ -309,7 +309,29 @@ def _heads(tokens: int) -> tuple[Tensor, ...]:
 def _context(start: int, stop: int) -> TokenContext:
     positions = torch.arange(start, stop)[:, None].expand(-1, 2)
     angles = rotation(positions[..., None], inverse_frequencies(8, 10000.0))
-    return TokenContext(partial(rotate, angles=angles), positions=positions)
+    return TokenContext(Turn(angles), positions=positions)
+
+
+@every_policy
+def test_what_is_said_to_be_token_wise_is(policy: str) -> None:
+    """Queries always are, keys and values where the policy says so: those of the last tokens alone are the
+    last ones of all."""
+    built, context = policy_config(policy).build(), _context(0, 9)
+    query, key, value = _heads(9)
+
+    def last(tensor: Tensor) -> Tensor:
+        return tensor[5:]
+
+    assert torch.equal(built.query(last(query), context.at(last)), last(built.query(query, context)))
+    if not built.token_wise:
+        return
+    read = query if built.traits.reads_query else None
+    whole, statistics = built.keys_values(key, value, read, context)
+    assert statistics == ()
+    part, _ = built.keys_values(
+        last(key), last(value), None if read is None else last(read), context.at(last)
+    )
+    assert torch.equal(part.key, last(whole.key)) and torch.equal(part.value, last(whole.value))
 
 
 def test_the_suite_sees_more_than_the_policies_of_the_package() -> None:

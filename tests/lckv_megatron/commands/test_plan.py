@@ -449,3 +449,10 @@ def test_a_plan_needs_neither_torch_nor_megatron() -> None:
         check=True,
     )
     assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_activations_on_the_host(capsys):
+    argv = ("--train.activation_offload", "token_wise", "--train.offload_fraction", "0.5")
+    lines = planned(capsys, *PIPELINE, *argv)
+    assert line(lines, "* token_wise")
+    assert line(lines, "host memory").endswith("of 50% of the tokens")

@@ -124,6 +124,10 @@ def test_a_search_says_what_does_not_fit_before_it_is_run(capsys) -> None:
         ),
         ("--dry-run --network FE", "argument --network: invalid choice: 'FE'"),
         (
+            "--dry-run --train.activation_offload token_wise",
+            "train.activation_offload is token_wise and --dry-run is given, which knows",
+        ),
+        (
             "--dry-run --picture nowhere/a.png",
             "--picture is nowhere/a.png; the folder nowhere is not here: make it, or give another file.",
         ),

@@ -1,0 +1,160 @@
+"""A layer as the parts of a tape (`megatron_ext.offload.tape`):
+
+    before attention    norm, projections, query and key norms, RoPE      token-wise
+    KV policy           where it looks at other tokens                    whole
+    attention                                                             whole
+    after attention     output projection, residuals, norm, MLP           token-wise
+
+Keys and values that other layers read stay on the device, once for all readers: whoever reads them next needs
+them there. Those that only their own layer reads go where the queries go.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lckv.policies.base import KeyValue, Statistics, TokenContext
+from lckv.rope import Turn
+from megatron_ext.model.contexts import LayerContext
+from megatron_ext.model.layer import LayerOutput, SharedKVLayer
+from megatron_ext.model.transformer_config import SharedKVTransformerConfig
+from megatron_ext.offload.host_pool import HostPool, require_host_memory
+from megatron_ext.offload.share import OffloadSettings
+from megatron_ext.offload.tape import Storage, Tape
+from megatron_ext.offload.tokens import Tokens
+from megatron_ext.offload.transfer import Buffers, Link
+
+
+class OffloadedLayers:
+    """Runs the layers of a pipeline stage so that their activations go to the host."""
+
+    def __init__(
+        self, config: SharedKVTransformerConfig, settings: OffloadSettings, device: torch.device
+    ) -> None:
+        self._shards = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        self._settings, self._device = settings, device
+        layers = config.layer_types
+        self._read_by_others = {layer.source for layer in layers if layer.source != layer.index}
+        require_host_memory(settings.expected_bytes)
+        link = Link(device)
+        pool = HostPool(settings.host_bytes, pinned=device.type == "cuda")
+        self.storage = Storage(pool, link, Buffers(device, link))
+        self._last: weakref.ref[Tape] | None = None
+
+    def begin(self) -> None:
+        """Another micro-batch, or another visit of one: no layer lies below the next one."""
+        self._last = None
+
+    def run(
+        self, layer: SharedKVLayer, hidden_states: Tensor, source: KeyValue | None, context: LayerContext
+    ) -> LayerOutput:
+        """As the layer itself."""
+        attention = layer.self_attention
+        attention.require_source(source)
+        with self._tape(layer, hidden_states, context) as tape:
+            query, *heads = self._token_wise(tape, _attending(layer), hidden_states, context)
+            own, statistics = self._own(tape, layer, heads, context) if heads else (None, ())
+            key_value = own if source is None else source
+            assert key_value is not None
+            if source is not None:
+                tape.keep(*source)
+            with tape.whole():
+                attended = attention.attend(query, key_value, context.tokens.documents)
+            output = tape.token_wise(
+                lambda *inputs: (layer.after_attention(*inputs),), attended, hidden_states
+            )
+        return LayerOutput(output[0], own, statistics)
+
+    def keys_values(
+        self, layer: SharedKVLayer, hidden_states: Tensor, context: LayerContext
+    ) -> tuple[KeyValue, Statistics]:
+        """As the layer's."""
+        with self._tape(layer, hidden_states, context) as tape:
+            heads = self._token_wise(tape, _keys_values(layer), hidden_states, context)
+            return self._own(tape, layer, heads, context)
+
+    def feed_forward(self, layer: SharedKVLayer, hidden_states: Tensor) -> Tensor:
+        """As the layer's."""
+        with self._tape(layer, hidden_states, None) as tape:
+            return tape.token_wise(lambda states: (layer.feed_forward(states),), hidden_states)[0]
+
+    def _tape(self, layer: SharedKVLayer, hidden_states: Tensor, context: LayerContext | None) -> Tape:
+        tokens = Tokens.of(hidden_states, shards=self._shards, share=self._settings.share)
+        before = None if self._last is None else self._last()
+        tape = Tape(self.storage, tokens, [*layer.parameters(), *_tensors_of(context)], before)
+        self._last = weakref.ref(tape)
+        return tape
+
+    @staticmethod
+    def _token_wise(
+        tape: Tape, part: Callable[..., tuple[Tensor, ...]], hidden_states: Tensor, context: LayerContext
+    ) -> tuple[Tensor, ...]:
+        """`part` of a layer, a function of its input and of the context, in which tokens have places."""
+        tail = context.tokens.at(tape.tokens.tail)
+        return tape.token_wise(
+            lambda states: part(states, context.tokens),
+            hidden_states,
+            again=lambda states: part(states, tail),
+        )
+
+    def _own(
+        self, tape: Tape, layer: SharedKVLayer, heads: Sequence[Tensor], context: LayerContext
+    ) -> tuple[KeyValue, Statistics]:
+        """The layer's keys and values and its policy's statistics, from what the token-wise part returned."""
+        attention = layer.self_attention
+        with tape.whole():
+            if attention.policy.token_wise:
+                own, statistics = attention.context_group.gather(KeyValue(*heads)), ()
+            else:
+                *query, key, value = heads
+                own, statistics = attention.of_policy(query[0] if query else None, key, value, context)
+        if layer.layer_number - 1 in self._read_by_others:
+            tape.keep(*own)
+        return own, statistics
+
+
+def _attending(layer: SharedKVLayer) -> Callable[..., tuple[Tensor, ...]]:
+    """The part before attention: queries that attend, and of a layer that computes them keys and values, or
+    what its KV policy makes them from."""
+    attention = layer.self_attention
+
+    def part(hidden_states: Tensor, tokens: TokenContext) -> tuple[Tensor, ...]:
+        heads = attention.heads(layer.input_layernorm(hidden_states))
+        query = attention.attending(heads[0], tokens)
+        return (query,) if len(heads) == 1 else (query, *_finished(layer, heads, tokens))
+
+    return part
+
+
+def _keys_values(layer: SharedKVLayer) -> Callable[..., tuple[Tensor, ...]]:
+    """The part before attention without queries."""
+
+    def part(hidden_states: Tensor, tokens: TokenContext) -> tuple[Tensor, ...]:
+        heads = layer.self_attention.kv_heads(layer.input_layernorm(hidden_states))
+        return _finished(layer, heads, tokens)
+
+    return part
+
+
+def _finished(layer: SharedKVLayer, heads: Sequence[Tensor], tokens: TokenContext) -> tuple[Tensor, ...]:
+    """`heads` as they are, or keys and values of these tokens where the KV policy is token-wise."""
+    policy = layer.self_attention.policy
+    if not policy.token_wise:
+        return tuple(heads)
+    *query, key, value = heads
+    read = query[0] if query and policy.traits.reads_query else None
+    return policy.keys_values(key, value, read, tokens)[0]
+
+
+def _tensors_of(context: LayerContext | None) -> Iterator[Tensor]:
+    """What all layers have of a context."""
+    for tokens in () if context is None else (context.tokens, context.chunks):
+        if tokens is None:
+            continue
+        assert isinstance(tokens.rotate, Turn)
+        yield from tokens.rotate.angles
+        for tensor in (tokens.counted, tokens.noise, tokens.positions):
+            if tensor is not None:
+                yield tensor
