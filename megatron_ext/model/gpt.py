@@ -19,7 +19,7 @@ from torch import Tensor
 from lckv.attention.visibility import Documents
 from lckv.losses import backends as losses
 from lckv.policies.base import TokenContext
-from lckv.rope import rotate, rotation
+from lckv.rope import RotaryEmbedding, Rotation, rotate, rotation
 from megatron_ext.model.block import SharedKVBlock
 from megatron_ext.model.linear import OutputLinear
 from megatron_ext.model.policy_statistics import PolicyInputs, PolicyReport
@@ -37,7 +37,7 @@ class SharedKVGPTModel(LanguageModule):
         config: SharedKVTransformerConfig,
         submodules: TransformerBlockSubmodules,
         *,
-        frequencies: Tensor,
+        rope: RotaryEmbedding,
         vocab_size: int,
         padded_vocab_size: int,
         pre_process: bool,
@@ -47,15 +47,16 @@ class SharedKVGPTModel(LanguageModule):
         recompute_num_layers: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
-        """`frequencies`: RoPE radians per position, float32 [D / 2]. `vocab_size` is the true one; ids from
-        it to `padded_vocab_size` are padding, which never receives probability."""
+        """`vocab_size` is the true one; ids from it to `padded_vocab_size` are padding, which never receives
+        probability."""
         super().__init__(config=config, pg_collection=pg_collection)
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process = pre_process, post_process
         self.share_embeddings_and_output_weights = share_embeddings_and_output_weights
         self.vocab_size, self.padded_vocab_size = vocab_size, padded_vocab_size
         self.loss = loss
-        self.frequencies = frequencies  # no buffer: bfloat16 conversion of the module must not reach it
+        self.rope = rope
+        self._frequencies: tuple[int, Tensor] | None = None
         if pre_process:
             self.embedding = LanguageModelEmbedding(
                 config=config,
@@ -105,7 +106,7 @@ class SharedKVGPTModel(LanguageModule):
         visit = self.decoder.visit if call is None else call.visit
         enters, leaves = visit.receives is None, visit.sends is None
         hidden_states = self.embedding(input_ids=tokens, position_ids=position_ids) if enters else None
-        angles = rotation(self._rows(position_ids), self.frequencies)
+        angles = self.angles(self._rows(position_ids), seq_length)
         context = TokenContext(
             partial(rotate, angles=angles),
             documents,
@@ -124,6 +125,16 @@ class SharedKVGPTModel(LanguageModule):
         if labels is None:
             return self.logits(hidden_states).transpose(0, 1), report
         return self._loss(hidden_states, labels.transpose(0, 1).contiguous()).transpose(0, 1), report
+
+    def angles(self, positions: Tensor, seq_length: int) -> Rotation:
+        """RoPE at `positions` of rows of `seq_length` tokens, whatever documents are in them.
+
+        Frequencies are made once for a length, since factors of a scaling come from the host. They are no
+        buffer: bfloat16 conversion of the module must not reach them.
+        """
+        if self._frequencies is None or (self.rope.follows_length and self._frequencies[0] != seq_length):
+            self._frequencies = seq_length, self.rope.frequencies(seq_length, device=positions.device)
+        return rotation(positions, self._frequencies[1], self.rope.attention_factor)
 
     @staticmethod
     def _rows(position_ids: Tensor) -> Tensor:

@@ -107,8 +107,7 @@ CASES = [
         {"model.rope_scaling.type": "llama3", "model.rope_scaling.high_freq_factor": 1},
         1,
         (
-            "model.rope_scaling.high_freq_factor is 1.0 and model.rope_scaling.low_freq_factor is 1.0; the "
-            "former must be greater"
+            "model.rope_scaling.high_freq_factor is 1.0; it must be greater than low_freq_factor, which is 1.0"
         ),
     ),
     (
