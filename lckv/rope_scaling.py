@@ -191,7 +191,7 @@ def _llama3_problems(scaling: Llama3Scaling) -> Iterator[Problem]:
 def _yarn_problems(scaling: YarnScaling, base: float) -> Iterator[Problem]:
     yield from _above_zero(scaling, "original_max_position_embeddings", "beta_fast", "beta_slow")
     fast, slow = scaling.turns
-    if fast < slow:
+    if 0 < fast < slow:
         obstacle = f"it must be at least beta_slow, which is {slow:g} (usual are 32 and 1)"
         yield Problem("beta_fast", fast, obstacle)
     for name in ("mscale", "mscale_all_dim"):

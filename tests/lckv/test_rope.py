@@ -62,9 +62,7 @@ def test_frequencies_and_rotation_are_those_of_transformers(name: str) -> None:
         assert rope.attention_factor == pytest.approx(theirs.attention_scaling, rel=1e-12)
         expected, _ = apply_rotary_pos_emb(query, query, cos, sin)
         for known in (length, torch.tensor(length)):
-            torch.testing.assert_close(
-                rope.frequencies(known), theirs.inv_freq.float(), rtol=1e-6, atol=0
-            )
+            torch.testing.assert_close(rope.frequencies(known), theirs.inv_freq.float(), rtol=1e-6, atol=0)
         for angles in (rope.rotation(positions[:, None], length), rope.rotation(positions[:, None])):
             torch.testing.assert_close(rotate(query, angles), expected, rtol=1e-5, atol=2e-5)
 

@@ -1,5 +1,5 @@
-"""RoPE that depends on the length of a text, where keys are kept rotated: it is made for the longest text that
-the cache takes, whatever the lengths of texts and pieces."""
+"""RoPE that depends on the length of a text, where keys are kept rotated: it is made for the longest text
+that the cache takes, whatever the lengths of texts and pieces."""
 
 from typing import Any
 
@@ -48,9 +48,7 @@ def logits_within(one: LCKVLlamaForCausalLM, text: list[int], length: int) -> Te
 )
 def test_engine(fields: dict[str, Any], max_tokens: int | None, made_for: int) -> None:
     one = model(**fields)
-    engines = [
-        Engine(one, EngineConfig(max_tokens=max_tokens, prefill_chunk=chunk)) for chunk in (3, 512)
-    ]
+    engines = [Engine(one, EngineConfig(max_tokens=max_tokens, prefill_chunk=chunk)) for chunk in (3, 512)]
     assert engines[0].limits.context == made_for
     answers = [engine.generate(PROMPTS, GREEDY) for engine in engines]
     for prompt, *found in zip(PROMPTS, *answers, strict=True):
@@ -77,9 +75,9 @@ def test_pieces_equal_the_whole(fields: dict[str, Any], layer_types: str | None,
     whole: Tensor | None = None
     for sizes in ((12,), (5, 1, 6), (1,) * 12):
         cache = paged_cache(one, pages=200, max_sequences=1, max_tokens=40)
-        rows, found = cache.rows([cache.open()]), []
-        for piece in embedded.split(list(sizes), dim=1):
-            found.append(one.model.run(piece, rows).last_hidden_state)
+        rows = cache.rows([cache.open()])
+        pieces = embedded.split(list(sizes), dim=1)
+        found = [one.model.run(piece, rows).last_hidden_state for piece in pieces]
         whole = torch.cat(found, 1) if whole is None else whole
         close(torch.cat(found, 1), whole, 2e-4)
 

@@ -19,8 +19,8 @@ from transformers import (
 
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from tests.lckv.models.test_modeling import padded
-from tests.lckv.rope_parameters import longrope
 from tests.lckv.models.tiny import close, config, tokens
+from tests.lckv.rope_parameters import longrope
 
 _LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
