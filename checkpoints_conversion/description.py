@@ -1,8 +1,7 @@
 """What a model is, apart from its weights and from where it is stored."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from types import NoneType
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from lckv.config import CompressionConfig
 from lckv.families.decoder import Decoder, TokenIds
 from lckv.families.lckv_llama import LCKV_LLAMA
 from lckv.reading import read
-from lckv.rope import LinearScaling, Llama3Scaling
+from lckv.rope_scaling import type_of
 from lckv.weights.tensors import TensorInfo, dtype_name, dtype_of
 from megatron_ext.config import ModelConfig, RopeScalingConfig
 from megatron_ext.validation.layout import compression_problems
@@ -89,7 +88,7 @@ class ModelDescription:
             family=self.family,
             **{theirs: getattr(model, ours) for ours, theirs in _SAME.items()},
             tie_word_embeddings=not model.untie_embeddings_and_output_weights,
-            rope_scaling=_scaling(model.rope_scaling),
+            rope_scaling=model.rope_scaling.scaling,
             compression=self.compression,
             token_ids=self.token_ids,
             dtype=self.dtype,
@@ -99,7 +98,7 @@ class ModelDescription:
     def of_decoder(cls, decoder: Decoder) -> "ModelDescription":
         """The description of any decoder; what only training knows has its default."""
         scaling = decoder.rope_scaling
-        kind = {NoneType: "none", LinearScaling: "linear", Llama3Scaling: "llama3"}[type(scaling)]
+        kind = "none" if scaling is None else type_of(scaling)
         parameters = {} if scaling is None else asdict(scaling)
         model = ModelConfig(
             **{ours: getattr(decoder, theirs) for ours, theirs in _SAME.items()},
@@ -133,11 +132,3 @@ class ModelDescription:
             dtype=dtype_of(content["dtype"], "dtype"),
             token_ids=dict(content["token_ids"]),
         )
-
-
-def _scaling(config: RopeScalingConfig) -> LinearScaling | Llama3Scaling | None:
-    kinds = {"none": None, "linear": LinearScaling, "llama3": Llama3Scaling}
-    kind = kinds[config.type]
-    return (
-        None if kind is None else kind(**{entry.name: getattr(config, entry.name) for entry in fields(kind)})
-    )

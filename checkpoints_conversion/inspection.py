@@ -9,11 +9,11 @@ from checkpoints_conversion.conversion_record import ConversionRecord
 from checkpoints_conversion.opening import OpenModel
 from lckv.cost import kv_bytes_per_token
 from lckv.families.registry import export_family
+from lckv.rope_scaling import in_words
 from lckv.sharing.doubts import doubts
 from lckv.sharing.layer_types import LayerTypes
 from lckv.sharing.picture import draw
 from lckv.weights.tensors import dtype_name
-from megatron_ext.config import RopeScalingConfig
 from megatron_ext.model.cost import model_shape
 
 
@@ -84,7 +84,7 @@ def lines(opened: OpenModel) -> Iterator[str]:
     yield f"vocabulary          {known['vocab_size']:,} tokens{stored}, {_heads(known)}"
     yield (
         f"positions           up to {known['max_position_embeddings']:,}; RoPE base {model.rotary_base:g}, "
-        f"{_scaling(model.rope_scaling)}"
+        f"{in_words(model.rope_scaling.scaling, known['max_position_embeddings'])}"
     )
     yield (
         "norms               epsilon "
@@ -127,17 +127,6 @@ _FORMATS = {
 
 def _heads(known: dict[str, Any]) -> str:
     return "one matrix for embedding and output" if known["tied_embeddings"] else "separate output layer"
-
-
-def _scaling(scaling: RopeScalingConfig) -> str:
-    if scaling.type == "none":
-        return "not scaled"
-    if scaling.type == "linear":
-        return f"scaled by {scaling.factor:g}, linear"
-    return (
-        f"scaled by {scaling.factor:g}, llama3: frequency factors {scaling.low_freq_factor:g} and "
-        f"{scaling.high_freq_factor:g}, originally {scaling.original_max_position_embeddings:,} positions"
-    )
 
 
 def _history(opened: OpenModel) -> Iterator[str]:

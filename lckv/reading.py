@@ -37,7 +37,7 @@ def describe(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
     if get_origin(hint) is tuple:
-        return "a list"
+        return "a list of numbers" if get_args(hint)[0] is float else "a list"
     return " or ".join(describe(part) for part in get_args(hint))
 
 
@@ -46,6 +46,17 @@ def is_of_kind(value: object, kind: type) -> bool:
     integer is a number."""
     accepted = (int, float) if kind is float else kind
     return isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+
+
+def fits(hint: Any, value: object) -> bool:
+    """Whether a JSON value is one of the type `hint`."""
+    if hint in _WORDS:
+        return is_of_kind(value, hint)
+    if get_origin(hint) is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, list | tuple) and all(fits(get_args(hint)[0], part) for part in value)
+    return any(fits(part, value) for part in get_args(hint))
 
 
 def unknown_field(key: str, known: Iterable[str]) -> str:
@@ -83,7 +94,7 @@ def _field_problems(entry: Field[Any], hint: Any, value: object, key: str) -> It
         yield from _variant_problems(variants, value, key)
     elif is_dataclass(hint):
         yield from _object_problems(cast(type, hint), value, key)
-    elif not _fits(hint, value):
+    elif not fits(hint, value):
         yield f"{key} is {value!r}; it must be {describe(hint)}."
 
 
@@ -103,16 +114,6 @@ def _variant_problems(variants: Mapping[str, type], value: object, key: str) -> 
         yield f"{key}.name is {name!r}; it must be one of {', '.join(variants)}."
         return
     yield from _object_problems(variants[name], value, key)
-
-
-def _fits(hint: Any, value: object) -> bool:
-    if hint in _WORDS:
-        return is_of_kind(value, hint)
-    if get_origin(hint) is Literal:
-        return any(value == choice and type(value) is type(choice) for choice in get_args(hint))
-    if get_origin(hint) is tuple:
-        return isinstance(value, list | tuple) and all(_fits(get_args(hint)[0], part) for part in value)
-    return any(_fits(part, value) for part in get_args(hint))
 
 
 def _build(kind: type, content: object) -> object:

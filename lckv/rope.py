@@ -12,42 +12,102 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Llama3Scaling:
-    """Llama 3.1's scaling: low frequencies are divided by the factor,
-    high ones kept, those between blended."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-
-@dataclass(frozen=True)
-class LinearScaling:
-    """Position interpolation (Chen et al. 2023): every frequency is divided by the factor."""
-
-    factor: float
+from lckv.rope_scaling import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    Scaling,
+    YarnScaling,
+    attention_factor,
+    follows_length,
+)
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of the angles, float32 [*P, D/2]."""
+    """Cosine and sine of the angles, times the attention factor of a scaling, float32 [*P, D/2]."""
 
     cos: Tensor
     sin: Tensor
 
 
+@dataclass(frozen=True)
+class RotaryEmbedding:
+    """That of a model."""
+
+    head_dim: int
+    base: float
+    scaling: Scaling | None
+    max_position_embeddings: int
+
+    @property
+    def follows_length(self) -> bool:
+        """Whether frequencies depend on the length of the text."""
+        return follows_length(self.scaling)
+
+    @property
+    def attention_factor(self) -> float:
+        """Of cosines and sines."""
+        return attention_factor(self.scaling, self.max_position_embeddings)
+
+    def frequencies(self, length: int | Tensor, *, device: torch.device | str = "cpu") -> Tensor:
+        """Radians per position of each channel pair for texts of `length` tokens: float32 [head_dim / 2]. A
+        `length` on the device is not brought to the host."""
+        scaling = self.scaling
+        if isinstance(scaling, DynamicScaling):
+            return self._dynamic(scaling, length, device)
+        if isinstance(scaling, LongRopeScaling):
+            is_long = length > scaling.original_max_position_embeddings
+            return _choose(
+                is_long,
+                lambda: self._divided(scaling.long_factor, device),
+                lambda: self._divided(scaling.short_factor, device),
+            )
+        return inverse_frequencies(self.head_dim, self.base, scaling, device=device)
+
+    def rotation(self, positions: Tensor, length: int | None = None) -> Rotation:
+        """Cosines and sines at integer `positions` [*P] for texts of `length` tokens; default: up to the last
+        of the positions, which asks nothing of the device."""
+        if length is None and self.follows_length:
+            frequencies = self.frequencies(positions.max() + 1, device=positions.device)
+        else:
+            frequencies = self.frequencies(length or 0, device=positions.device)
+        return rotation(positions, frequencies, self.attention_factor)
+
+    def _divided(self, factors: tuple[float, ...], device: torch.device | str) -> Tensor:
+        divisors = torch.tensor(factors, dtype=torch.float32, device=device)
+        return 1.0 / (divisors * _powers(self.head_dim, self.base, device))
+
+    def _dynamic(self, scaling: DynamicScaling, length: int | Tensor, device: torch.device | str) -> Tensor:
+        factor, context, channels = scaling.factor, self.max_position_embeddings, self.head_dim
+
+        def stretched() -> Tensor:
+            # The base with which the slowest pair turns as if positions were interpolated.
+            growth = factor * length / context - (factor - 1)
+            return 1.0 / _powers(channels, self.base * growth ** (channels / (channels - 2)), device)
+
+        return _choose(
+            length > context, stretched, lambda: inverse_frequencies(channels, self.base, device=device)
+        )
+
+
+def _choose(condition: bool | Tensor, yes: Callable[[], Tensor], no: Callable[[], Tensor]) -> Tensor:
+    """A condition on the device stays there."""
+    if isinstance(condition, Tensor):
+        return torch.where(condition, yes(), no())
+    return yes() if condition else no()
+
+
 def inverse_frequencies(
     head_dim: int,
     base: float,
-    scaling: Llama3Scaling | LinearScaling | None = None,
+    scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None,
     *,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Radians per position of each channel pair: float32 [head_dim / 2]."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    frequencies = 1.0 / base**exponents
+    powers = _powers(head_dim, base, device)
+    frequencies = 1.0 / powers
     if isinstance(scaling, LinearScaling):
         return frequencies / scaling.factor
     if isinstance(scaling, Llama3Scaling):
@@ -55,13 +115,40 @@ def inverse_frequencies(
         kept = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
         kept = kept.clamp(0, 1)
         return frequencies * (kept + (1 - kept) / scaling.factor)
+    if isinstance(scaling, YarnScaling):
+        kept = 1 - _yarn_ramp(scaling, head_dim, base, device)
+        return (1 - kept) / (scaling.factor * powers) + kept * frequencies
     return frequencies
 
 
-def rotation(positions: Tensor, frequencies: Tensor) -> Rotation:
-    """Cosines and sines at integer `positions` [*P] for `frequencies` float32 [D/2]."""
+def _powers(head_dim: int, base: float | Tensor, device: torch.device | str) -> Tensor:
+    """float32 [head_dim / 2]: positions per radian of each channel pair."""
+    return base ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+
+
+def _yarn_ramp(scaling: YarnScaling, head_dim: int, base: float, device: torch.device | str) -> Tensor:
+    """float32 [head_dim / 2]: by how much a channel pair is interpolated, from 0 to 1."""
+
+    def pair_of(turns: float) -> float:
+        """The (fractional) pair that turns so often within the original context."""
+        wavelength = scaling.original_max_position_embeddings / turns
+        return head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(base))
+
+    first, last = (pair_of(turns) for turns in scaling.turns)
+    if scaling.truncate is not False:
+        first, last = math.floor(first), math.ceil(last)
+    # As published: the bound is the number of channels, not of pairs.
+    first, last = max(first, 0), min(last, head_dim - 1)
+    pairs = torch.arange(head_dim // 2, dtype=torch.float32, device=device)
+    width = last - first if last != first else 0.001
+    return ((pairs - first) / width).clamp(0, 1)
+
+
+def rotation(positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> Rotation:
+    """`factor` times cosines and sines at integer `positions` [*P] for `frequencies` float32 [D/2]."""
     angles = positions.to(torch.float32)[..., None] * frequencies
-    return Rotation(angles.cos(), angles.sin())
+    cos, sin = angles.cos(), angles.sin()
+    return Rotation(cos, sin) if factor == 1 else Rotation(factor * cos, factor * sin)
 
 
 def rotate(x: Tensor, angles: Rotation) -> Tensor:

@@ -13,6 +13,8 @@ from megatron_ext.settings import settings_of
 if TYPE_CHECKING:
     import torch
 
+    from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -47,6 +49,7 @@ def add_engine_options(parser: argparse.ArgumentParser, *, batch_size: int) -> N
     add_setting(group, "--memory", "memory_bytes", type=memory_size, metavar="SIZE")
     add_setting(group, "--page-size", "page_size")
     add_setting(group, "--batch-size", "max_batch_size", default=batch_size)
+    add_setting(group, "--context-tokens", "max_tokens", dest="context_tokens")
     add_setting(group, "--prefill-chunk", "prefill_chunk")
     group.add_argument(
         "--no-prefix-cache",
@@ -82,11 +85,17 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         memory_bytes=options.memory_bytes,
         page_size=options.page_size,
         max_batch_size=options.max_batch_size,
+        max_tokens=options.context_tokens,
         prefix_cache=options.prefix_cache,
         prefill_chunk=options.prefill_chunk,
         prefill=options.prefill,
         prefill_tolerance=options.prefill_tolerance,
     )
+
+
+def served_context(options: argparse.Namespace, config: "LCKVLlamaConfig") -> int:
+    """Tokens of the longest text that an engine with these options takes of a model."""
+    return options.context_tokens or config.max_position_embeddings
 
 
 def placement(options: argparse.Namespace) -> "tuple[torch.device, torch.dtype | None]":
@@ -132,9 +141,16 @@ def check_models(folders: Sequence[Path]) -> None:
 
 
 def build_engine(config: EngineConfig, model: Any, tokenizer: Any) -> Any:
-    """An engine with the cache that was asked for. Raises ConfigError where memory does not suffice."""
+    """An engine with the cache that was asked for. Raises ConfigError where memory does not suffice, and for
+    texts longer than the model's context."""
     from lckv.generation.engine import Engine
 
+    longest = model.config.longest_context
+    if config.max_tokens is not None and config.max_tokens > longest:
+        raise ConfigError(
+            f"--context-tokens is {config.max_tokens}; it must be at most the model's longest context, "
+            f"{longest} tokens."
+        )
     try:
         return Engine(model, config, tokenizer=tokenizer)
     except (ValueError, RuntimeError) as error:

@@ -6,22 +6,29 @@ said by `validation.py`.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from lckv.config import CompressionConfig
+from lckv.rope_scaling import SCALINGS, LongRopeScaling, Scaling
+
+_USUAL_FACTOR = 8.0
+"""Of Llama 3.1."""
 
 
 @dataclass(frozen=True)
 class RopeScalingConfig:
     """Stretching of the rotary position embedding to contexts longer than those of pretraining."""
 
-    type: Literal["none", "linear", "llama3"] = "none"
-    """none; linear: positions are divided by the factor; llama3:
-    only low frequencies are (Llama 3.1 and later)."""
+    type: Literal["none", "linear", "llama3", "dynamic", "yarn", "longrope"] = "none"
+    """none; linear: positions are divided by the factor; llama3: only low frequencies are (Llama 3.1 and
+    later); yarn: likewise, and attention is sharpened; dynamic: the base grows with rows longer than
+    max_position_embeddings; longrope: frequencies are divided by short_factor or long_factor, as the length
+    of a row says."""
 
-    factor: float = 8.0
-    """By how much the context grows."""
+    factor: float | None = None
+    """By how much the context grows. Default: 8;
+    longrope: max_position_embeddings / original_max_position_embeddings."""
 
     low_freq_factor: float = 1.0
     """llama3: wavelengths above original_max_position_embeddings / low_freq_factor are scaled in full."""
@@ -30,7 +37,44 @@ class RopeScalingConfig:
     """llama3: wavelengths below original_max_position_embeddings / high_freq_factor are not scaled."""
 
     original_max_position_embeddings: int = 8192
-    """llama3: context of pretraining, in tokens."""
+    """llama3, yarn, longrope: context of pretraining, in tokens."""
+
+    attention_factor: float | None = None
+    """yarn, longrope: cosines and sines are multiplied by it. Default: it follows from the factor."""
+
+    beta_fast: float | None = None
+    """yarn: channels that turn more often within the original context are not scaled. Default: 32."""
+
+    beta_slow: float | None = None
+    """yarn: channels that turn less often within the original context are scaled in full. Default: 1."""
+
+    mscale: float | None = None
+    """yarn: with mscale_all_dim, the attention factor is
+    (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1)."""
+
+    mscale_all_dim: float | None = None
+    """yarn: see mscale."""
+
+    truncate: bool | None = None
+    """yarn: channels between full and no scaling are bounded by whole numbers. Default: true."""
+
+    short_factor: tuple[float, ...] = ()
+    """longrope: divisors of the frequencies, one for each pair of a head's channels, in rows of up to
+    original_max_position_embeddings tokens."""
+
+    long_factor: tuple[float, ...] = ()
+    """longrope: the same in longer rows."""
+
+    @property
+    def scaling(self) -> Scaling | None:
+        """For lckv.rope; defaults resolved."""
+        if self.type == "none":
+            return None
+        kind = SCALINGS[self.type]
+        given = {entry.name: getattr(self, entry.name) for entry in fields(kind)}
+        if given["factor"] is None and kind is not LongRopeScaling:
+            given["factor"] = _USUAL_FACTOR
+        return kind(**given)
 
 
 @dataclass(frozen=True)
@@ -63,7 +107,8 @@ class ModelConfig:
     loss and export."""
 
     max_position_embeddings: int | None = None
-    """Longest context, in tokens. Default: train.seq_length."""
+    """Longest context, in tokens; with dynamic rope_scaling, that of pretraining. Default:
+    train.seq_length."""
 
     rotary_base: float = 10000.0
     """Base of the rotary position embedding (theta)."""

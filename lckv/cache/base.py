@@ -31,6 +31,12 @@ class KVCache(Protocol):
         """int64 [b]: tokens of each row so far, which is the position of its next one."""
         ...
 
+    @property
+    def rope_length(self) -> int | None:
+        """Tokens of the text for which keys are rotated, where rotary embeddings depend on it, so that keys
+        stay as they are when a text grows; None: in each call up to the last position that comes."""
+        ...
+
     def state(self, layer: int) -> Tensor | None:
         """What the KV policy kept of `layer`, for `KVPolicy.extend`;
         None before the first token, or where it keeps nothing."""

@@ -23,6 +23,8 @@ from lckv.policies.base import Extension, KVPolicy
 class ContiguousCache:
     """Implements `KVCache`. Made empty; the first commit decides rows, heads, dtype and device."""
 
+    rope_length = None
+
     def __init__(self, layers: Iterable[int], policy: KVPolicy, windows: Mapping[int, int]) -> None:
         """`layers` compute keys and values. `windows` holds those of them that only windowed layers read,
         with the window in tokens: older tokens are dropped."""
@@ -160,6 +162,8 @@ class ContiguousCache:
 
 class _Columns:
     """A `ContiguousCache` seen as the columns of a batch. Implements `KVCache`."""
+
+    rope_length = None
 
     def __init__(self, cache: ContiguousCache, shown: Tensor | None) -> None:
         self._cache, self._shown = cache, shown

@@ -65,6 +65,11 @@ class PagedRows:
         """int64 [b]."""
         return self._memory.seen.index_select(0, self._rows)
 
+    @property
+    def rope_length(self) -> int:
+        """See `KVCache`: of the longest sequence that there can be, so that sequences can share keys."""
+        return self._memory.max_tokens
+
     def state(self, layer: int) -> Tensor | None:
         """See `KVCache`."""
         if self._memory.state is None or self.empty:

@@ -102,6 +102,11 @@ class StreamingCache:
         return self._tokens - self._start
 
     @property
+    def rope_length(self) -> int:
+        """See `KVCache`: no query sees further."""
+        return self._sinks + self._window
+
+    @property
     def num_bytes(self) -> int:
         """Bytes allocated."""
         kept = [tensor for layer in self._layers.values() for tensor in (*layer.sinks, *layer.newest)]

@@ -88,7 +88,7 @@ class Family:
         except ModelError as error:
             _raise(str(error).splitlines(), where)
             raise
-        base, scaling = rope.read_rope(config)
+        base, scaling = rope.read_rope(config, values["max_position_embeddings"])
         decoder = Decoder(
             **{**values, **self.constants},
             family=self.name,

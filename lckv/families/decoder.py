@@ -8,7 +8,7 @@ import torch
 
 from lckv.config import CompressionConfig
 from lckv.errors import ModelError
-from lckv.rope import LinearScaling, Llama3Scaling
+from lckv.rope_scaling import Scaling, scaling_problems
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TokenIds = dict[str, int | list[int] | None]
@@ -49,12 +49,12 @@ class Decoder:
     """Channels of one head."""
 
     max_position_embeddings: int
-    """Longest context, in tokens."""
+    """Longest context, in tokens; with dynamic scaling of the rotary embedding, that of pretraining."""
 
     rope_base: float = 10000.0
     """Base of the rotary position embedding (theta)."""
 
-    rope_scaling: LinearScaling | Llama3Scaling | None = None
+    rope_scaling: Scaling | None = None
     """Scaling of the rotary position embedding."""
 
     rms_norm_eps: float = 1e-6
@@ -115,19 +115,8 @@ class Decoder:
     def _rope_problems(self) -> Iterator[str]:
         if not 0 < self.rope_base < math.inf:
             yield f"rope_theta is {self.rope_base}; it must be greater than 0."
-        scaling = self.rope_scaling
-        if scaling is not None and not 1 <= scaling.factor < math.inf:
-            yield f"factor of the rotary embedding's scaling is {scaling.factor}; it must be at least 1."
-        if not isinstance(scaling, Llama3Scaling):
-            return
-        for name in ("low_freq_factor", "original_max_position_embeddings"):
-            if not getattr(scaling, name) > 0:
-                yield f"{name} is {getattr(scaling, name)}; it must be greater than 0."
-        if not scaling.low_freq_factor < scaling.high_freq_factor < math.inf:
-            yield (
-                f"high_freq_factor is {scaling.high_freq_factor} and low_freq_factor is "
-                f"{scaling.low_freq_factor}; the former must be greater (Llama 3.1 has 4 and 1)."
-            )
+        for problem in scaling_problems(self.rope_scaling, self.head_dim, self.rope_base):
+            yield str(problem.under("rope_scaling"))
 
     def _policy_problems(self) -> Iterator[str]:
         policy = self.compression.policy

@@ -22,7 +22,8 @@ class EngineConfig:
     """Most requests that wait; more are refused."""
 
     max_tokens: int | None = None
-    """Most tokens of prompt and answer together. Default: the model's context. Fewer need smaller tables."""
+    """Most tokens of prompt and answer together. Default: the model's context. Fewer need smaller tables.
+    RoPE that depends on the length of a text (longrope, dynamic) is made for so many."""
 
     max_prompt_tokens: int | None = None
     """Most tokens of a prompt. Default: what max_tokens leaves."""

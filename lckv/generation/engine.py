@@ -60,9 +60,7 @@ class Engine:
         self.model = model.eval()
         self.texts = None if tokenizer is None else TokenBytes(tokenizer)
         """What tokens are as text; None without a tokenizer."""
-        context = min(
-            model.config.max_position_embeddings, config.max_tokens or model.config.max_position_embeddings
-        )
+        context = min(model.config.longest_context, config.max_tokens or model.config.max_position_embeddings)
         self.cache = cache or paged_cache(
             model.config,
             dtype=model.dtype,

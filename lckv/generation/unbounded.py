@@ -15,7 +15,6 @@ from lckv.generation.limits import end_tokens, unknown_tokens
 from lckv.generation.sampling import SamplingParams, sample
 from lckv.generation.token_bytes import TokenBytes
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
-from lckv.rope import inverse_frequencies
 
 
 def streaming_cache(model: LCKVLlamaForCausalLM, *, sinks: int, window: int) -> StreamingCache:
@@ -23,17 +22,12 @@ def streaming_cache(model: LCKVLlamaForCausalLM, *, sinks: int, window: int) -> 
     and for more tokens than the model's context."""
     config, compression = model.config, model.config.compression_config()
     layer_types = compression.map(config.num_hidden_layers)
-    assert (
-        config.rope_parameters is not None
-        and config.num_key_value_heads is not None
-        and config.head_dim is not None
-    )
-    if sinks + window > config.max_position_embeddings:
+    assert config.num_key_value_heads is not None and config.head_dim is not None
+    if sinks + window > config.longest_context:
         raise ValueError(
             f"sinks is {sinks} and window is {window}; together they must be at most the model's context, "
-            f"{config.max_position_embeddings} tokens."
+            f"{config.longest_context} tokens."
         )
-    base, scaling = config.rope_parameters["rope_theta"], config.rope_scaling_config()
     return StreamingCache(
         layer_types.kv_layers,
         compression.policy.build(),
@@ -43,7 +37,7 @@ def streaming_cache(model: LCKVLlamaForCausalLM, *, sinks: int, window: int) -> 
         head_dim=config.head_dim,
         dtype=model.dtype,
         device=model.device,
-        frequencies=inverse_frequencies(config.head_dim, base, scaling, device=model.device),
+        frequencies=config.rotary_embedding().frequencies(sinks + window, device=model.device),
         sinks=sinks,
         window=window,
     )

@@ -15,9 +15,10 @@ from lckv.errors import ModelError
 from lckv.families.decoder import TOKEN_IDS, Decoder, default_head_dim
 from lckv.families.fields import LLAMA_FIXED
 from lckv.families.published_lckv import PUBLISHED_FIELDS, compression_of
-from lckv.families.rope import read_rope, rope_problems, write_rope
+from lckv.families.rope import ORIGINAL, read_rope, rope_problems, write_rope
 from lckv.remote_code import write_modelling_files
-from lckv.rope import LinearScaling, Llama3Scaling
+from lckv.rope import RotaryEmbedding
+from lckv.rope_scaling import Scaling, longest_context
 from lckv.weights.tensors import dtype_name
 
 _SAME = (
@@ -97,8 +98,14 @@ class LCKVLlamaConfig(PreTrainedConfig):
             kwargs.pop("auto_map", None)  # names the modelling files of the folder, which are not in use
         published = {name: kwargs.pop(name) for name in PUBLISHED_FIELDS if name in kwargs}
         self.compression = asdict(compression_of({**published, "compression": self.compression}))
+        rope = {"rope_parameters": kwargs.get("rope_scaling") or self.rope_parameters}
+        wrong_rope = list(rope_problems(rope | {ORIGINAL: kwargs[ORIGINAL]})) if ORIGINAL in kwargs else []
+        original = kwargs.pop(ORIGINAL, None)
+        if original is not None and not wrong_rope:
+            self.rope_parameters = {**rope["rope_parameters"], ORIGINAL: original}
+            kwargs.pop("rope_scaling", None)
         super().__post_init__(**kwargs)
-        wrong_rope = list(rope_problems({"rope_parameters": self.rope_parameters}))
+        wrong_rope = wrong_rope or list(rope_problems({"rope_parameters": self.rope_parameters}))
         problems += wrong_rope or self.as_decoder().problems()
         if problems:
             raise ModelError("\n".join(problems))
@@ -137,9 +144,22 @@ class LCKVLlamaConfig(PreTrainedConfig):
         """The field `compression` as the dataclass."""
         return CompressionConfig.from_dict(self.compression or {})
 
-    def rope_scaling_config(self) -> Llama3Scaling | LinearScaling | None:
+    def rope_scaling_config(self) -> Scaling | None:
         """The scaling in `rope_parameters`, for `lckv.rope`."""
-        return read_rope({"rope_parameters": self.rope_parameters})[1]
+        return self._rope()[1]
+
+    def rotary_embedding(self) -> RotaryEmbedding:
+        """What rotates queries and keys."""
+        return RotaryEmbedding(self.head_dim, *self._rope(), self.max_position_embeddings)
+
+    @property
+    def longest_context(self) -> int:
+        """Tokens of the longest text: `max_position_embeddings`, or beyond it with dynamic scaling of the
+        rotary embedding."""
+        return longest_context(self.rope_scaling_config(), self.max_position_embeddings)
+
+    def _rope(self) -> tuple[float, Scaling | None]:
+        return read_rope({"rope_parameters": self.rope_parameters}, self.max_position_embeddings)
 
     @property
     def base_model_tp_plan(self) -> dict[str, str] | None:  # type: ignore[override]
@@ -173,7 +193,7 @@ class LCKVLlamaConfig(PreTrainedConfig):
 
     def as_decoder(self) -> Decoder:
         """The model that this describes; float32 where it names no dtype."""
-        base, scaling = read_rope({"rope_parameters": self.rope_parameters})
+        base, scaling = self._rope()
         return Decoder(
             **{name: getattr(self, name) for name in _SAME},
             rope_base=base,

@@ -39,7 +39,7 @@ from lckv.models.logits import check_labels, check_targets, kept_states, share_o
 from lckv.models.outputs import LCKVModelOutput, LCKVOutput
 from lckv.models.tokens import Given, Layout, documents_of, positions
 from lckv.policies.base import Extension, TokenContext, statistics_by_name
-from lckv.rope import inverse_frequencies, rotate, rotation
+from lckv.rope import rotate
 from lckv.sharing.execution import State, run_steps
 from lckv.sharing.plan import Step, iteration_plan
 
@@ -238,7 +238,11 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
             seen = None if cache is None or cache.empty else cache.seen
             position_ids = positions(layout.counted, seen, rows, tokens, device)
         position_ids = position_ids.expand(rows, tokens)
-        angles = rotation(position_ids.transpose(0, 1)[:, :, None], self._frequencies(device))
+        # Its frequencies are float32 whatever the model's dtype, and no buffer, which loading or casting the
+        # model would spoil.
+        rope = self.config.rotary_embedding()
+        length = None if cache is None else cache.rope_length
+        angles = rope.rotation(position_ids.transpose(0, 1)[:, :, None], length)
         context = TokenContext(
             partial(rotate, angles=angles),
             layout.documents,
@@ -253,15 +257,6 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
                 shape = (tokens, rows, self.config.num_key_value_heads)
                 contexts[layer] = replace(context, noise=self.policy.draw_noise(shape, seeds, device))
         return contexts
-
-    def _frequencies(self, device: torch.device) -> Tensor:
-        """float32 whatever the model's dtype, and no buffer,
-        which loading or casting the model would spoil."""
-        config = self.config
-        assert config.rope_parameters is not None and config.head_dim is not None
-        return inverse_frequencies(
-            config.head_dim, config.rope_parameters["rope_theta"], config.rope_scaling_config(), device=device
-        )
 
 
 class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):

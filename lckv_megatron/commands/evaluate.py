@@ -29,6 +29,7 @@ from lckv_megatron.engine_options import (
     check_models,
     engine_config,
     load,
+    served_context,
 )
 from lckv_megatron.scoring.lm_eval_adapter import adapter
 from lckv_megatron.scoring.score_table import column_names, describe
@@ -132,9 +133,8 @@ def _run(folder: Path, tasks: list[str], manager: Any, options: argparse.Namespa
     from lm_eval import simple_evaluate
 
     model, tokenizer = load(options, folder)
-    longest = (
-        model.config.max_position_embeddings - 1
-    )  # the engine's texts have one token more, which is only predicted
+    # The engine's texts have one token more, which is only predicted.
+    longest = served_context(options, model.config) - 1
     lm = adapter(
         build_engine(engine_config(options), model, tokenizer),
         tokenizer,

@@ -36,6 +36,7 @@ from lckv_megatron.engine_options import (
     engine_config,
     load,
     placement,
+    served_context,
 )
 from lckv_megatron.scoring.perplexity import Cut, Measurement, Perplexity
 from lckv_megatron.scoring.text_windows import Coder, read_texts, rows_of_texts, whole_texts
@@ -128,7 +129,7 @@ def of_folder(options: argparse.Namespace) -> tuple[Perplexity, dict[str, Any]]:
             raise ConfigError(f"--model {options.model} has no tokenizer; put its files into the folder.")
     else:
         model, tokenizer = load(options)
-        longest = model.config.max_position_embeddings
+        longest = served_context(options, model.config)
         if options.through == "forward":
             losses = ParallelLosses(model, options.passes)
         else:

@@ -31,6 +31,7 @@ from lckv_megatron.engine_options import (
     build_engine,
     engine_config,
     load,
+    served_context,
 )
 from megatron_ext.arguments import ProgramParser, memory_size, positive, seconds
 from megatron_ext.console import exit_status, set_up_logging
@@ -135,7 +136,7 @@ def serve(options: argparse.Namespace) -> None:
         ) from error
     listening = _listen(options.host, options.port)
     model, tokenizer = load(options)
-    context = model.config.max_position_embeddings
+    context = served_context(options, model.config)
     limits = ServingLimits(
         context=context,
         max_prompt_tokens=_limit("--max-prompt-tokens", options.max_prompt_tokens, context),

@@ -46,6 +46,8 @@ class ParallelLosses:
     def __call__(self, windows: Sequence[Window]) -> float:
         """See `WindowLosses`; all windows at once."""
         model, device = self._model, self._model.device
+        if len(windows) > 1 and model.config.rotary_embedding().follows_length:
+            return sum(self([window]) for window in windows)  # a neighbour's length is none of theirs
         lengths = torch.tensor([len(window.tokens) - 1 for window in windows])
         tokens = torch.zeros(len(windows), int(lengths.max()) + 1, dtype=torch.int64)
         for row, window in enumerate(windows):

@@ -4,7 +4,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from lckv.config import CompressionConfig
-from megatron_ext.config import ModelConfig
+from megatron_ext.config import ModelConfig, RopeScalingConfig
 
 ARCHITECTURE = "architecture"
 """The key of what `architecture` returns, where checkpoints keep it."""
@@ -22,7 +22,7 @@ def architecture(model: ModelConfig, compression: CompressionConfig, *, vocab_si
         "kv_channels": model.head_dim,
         "vocab_size": vocab_size,
         "rotary_base": model.rotary_base,
-        "rope_scaling": asdict(model.rope_scaling) if model.rope_scaling.type != "none" else None,
+        "rope_scaling": _rope_scaling(model.rope_scaling),
         "layernorm_epsilon": model.layernorm_epsilon,
         "untie_embeddings_and_output_weights": model.untie_embeddings_and_output_weights,
         "add_qkv_bias": model.add_qkv_bias,
@@ -31,6 +31,11 @@ def architecture(model: ModelConfig, compression: CompressionConfig, *, vocab_si
         "sliding_window": compression.sliding_window,
         "force_nodiag": compression.force_nodiag,
     }
+
+
+def _rope_scaling(config: RopeScalingConfig) -> dict[str, Any] | None:
+    scaling = config.scaling
+    return None if scaling is None else {"type": config.type, **asdict(scaling)}
 
 
 def setting_of(field: str) -> str:

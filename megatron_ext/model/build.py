@@ -13,30 +13,15 @@ from megatron.core.transformer.module import MegatronModule
 
 from lckv.config import CompressionConfig
 from lckv.losses import backends as losses
-from lckv.rope import LinearScaling, Llama3Scaling, inverse_frequencies
-from megatron_ext.config import ModelConfig, ParallelConfig, RopeScalingConfig, TrainConfig
+from lckv.rope import RotaryEmbedding
+from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_ext.model.gpt import SharedKVGPTModel
 from megatron_ext.model.implementation import choose_implementation
 from megatron_ext.model.initialization import initialize_weights
 from megatron_ext.model.parameters import padded_vocab_size
 from megatron_ext.model.specs import block_submodules
 from megatron_ext.model.transformer_config import transformer_config
-from megatron_ext.parallel.process_groups import device_of_rank
 from megatron_ext.precision import precision
-
-
-def rope_scaling(config: RopeScalingConfig) -> Llama3Scaling | LinearScaling | None:
-    """`model.rope_scaling` for lckv.rope."""
-    if config.type == "linear":
-        return LinearScaling(config.factor)
-    if config.type == "llama3":
-        return Llama3Scaling(
-            config.factor,
-            config.low_freq_factor,
-            config.high_freq_factor,
-            config.original_max_position_embeddings,
-        )
-    return None
 
 
 def build_stage(
@@ -56,8 +41,11 @@ def build_stage(
     stage = SharedKVGPTModel(
         config,
         block_submodules(config.layer_types, layers, implementation.name),
-        frequencies=inverse_frequencies(
-            model.head_dim, model.rotary_base, rope_scaling(model.rope_scaling), device=device_of_rank()
+        rope=RotaryEmbedding(
+            model.head_dim,
+            model.rotary_base,
+            model.rope_scaling.scaling,
+            model.max_position_embeddings or train.seq_length,
         ),
         vocab_size=vocab_size,
         padded_vocab_size=padded_vocab_size(vocab_size, model, parallel),

@@ -18,7 +18,7 @@ from torch import Tensor
 from lckv.attention.visibility import Documents
 from lckv.losses import backends as losses
 from lckv.policies.base import RowPart, TokenContext
-from lckv.rope import Turn, rotation
+from lckv.rope import RotaryEmbedding, Rotation, Turn, rotation
 from megatron_ext.model.block import SharedKVBlock
 from megatron_ext.model.contexts import LayerContext
 from megatron_ext.model.linear import OutputLinear
@@ -37,7 +37,7 @@ class SharedKVGPTModel(LanguageModule):
         config: SharedKVTransformerConfig,
         submodules: TransformerBlockSubmodules,
         *,
-        frequencies: Tensor,
+        rope: RotaryEmbedding,
         vocab_size: int,
         padded_vocab_size: int,
         pre_process: bool,
@@ -47,15 +47,16 @@ class SharedKVGPTModel(LanguageModule):
         recompute_num_layers: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
-        """`frequencies`: RoPE radians per position, float32 [D / 2]. `vocab_size` is the true one; ids from
-        it to `padded_vocab_size` are padding, which never receives probability."""
+        """`vocab_size` is the true one; ids from it to `padded_vocab_size` are padding, which never receives
+        probability."""
         super().__init__(config=config, pg_collection=pg_collection)
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process = pre_process, post_process
         self.share_embeddings_and_output_weights = share_embeddings_and_output_weights
         self.vocab_size, self.padded_vocab_size = vocab_size, padded_vocab_size
         self.loss = loss
-        self.frequencies = frequencies  # no buffer: bfloat16 conversion of the module must not reach it
+        self.rope = rope
+        self._frequencies: tuple[int, Tensor] | None = None
         if pre_process:
             self.embedding = LanguageModelEmbedding(
                 config=config,
@@ -122,16 +123,17 @@ class SharedKVGPTModel(LanguageModule):
         self, position_ids: Tensor, documents: Documents | None, policy: PolicyInputs
     ) -> LayerContext:
         """What the layers know of the tokens at positions [b, s]."""
-        positions = position_ids.transpose(0, 1)
+        group, positions = self.decoder.context_group, position_ids.transpose(0, 1)
+        length = len(positions) * group.chunks.ranks
         tokens = TokenContext(
-            self._rotate(positions),
+            self._turn(positions, length),
             documents,
             counted=None if policy.counted is None else policy.counted.transpose(0, 1),
             training=self.training,
             progress=policy.progress,
             positions=positions,
         )
-        group, rows = self.decoder.context_group, policy.chunk_rows
+        rows = policy.chunk_rows
         if rows is None:
             if not group.is_alone:
                 raise ValueError("policy.chunk_rows is missing; with context parallelism it must be given.")
@@ -139,7 +141,7 @@ class SharedKVGPTModel(LanguageModule):
         part = RowPart(rows.reach, rows.begins, rows.counted_in_row, group.carried)
         chunks = replace(
             tokens,
-            rotate=self._rotate(rows.position_ids),
+            rotate=self._turn(rows.position_ids, length),
             documents=None,
             counted=rows.counted,
             positions=rows.position_ids,
@@ -147,9 +149,19 @@ class SharedKVGPTModel(LanguageModule):
         )
         return LayerContext(tokens, chunks)
 
-    def _rotate(self, positions: Tensor) -> Turn:
-        """RoPE at positions [s, b], of [s, b, any heads, d]."""
-        return Turn(rotation(positions[:, :, None], self.frequencies))
+    def angles(self, positions: Tensor, seq_length: int) -> Rotation:
+        """RoPE at `positions` of rows of `seq_length` tokens, whatever documents are in them.
+
+        Frequencies are made once for a length, since factors of a scaling come from the host. They are no
+        buffer: bfloat16 conversion of the module must not reach them.
+        """
+        if self._frequencies is None or (self.rope.follows_length and self._frequencies[0] != seq_length):
+            self._frequencies = seq_length, self.rope.frequencies(seq_length, device=positions.device)
+        return rotation(positions, self._frequencies[1], self.rope.attention_factor)
+
+    def _turn(self, positions: Tensor, seq_length: int) -> Turn:
+        """RoPE at positions [s, b] of rows of `seq_length` tokens, of [s, b, any heads, d]."""
+        return Turn(self.angles(positions[:, :, None], seq_length))
 
     def _loss(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of each token, float32 [s, b],

@@ -3,8 +3,10 @@ one. Neither torch nor Megatron is loaded."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from lckv.rope_scaling import follows_length, in_words
 from lckv.sharing.doubts import doubts
 from lckv.sharing.picture import draw, list_steps
+from megatron_ext.config import RunConfig
 from megatron_ext.data.order import SourceUse
 from megatron_ext.model.cost import policy_line
 from megatron_ext.model.offload_share import OffloadShare
@@ -31,7 +33,16 @@ def model_lines(sizes: RunSizes) -> Iterator[str]:
         f"KV cache              {mine:,} bytes per token in 16 bits, {plain / mine:.2f}x less than a plain "
         f"model's {plain:,}"
     )
+    yield from _rope_line(sizes.run)
     yield from policy_line(sizes.run.compression.policy, kv_bytes=mine, plain_bytes=plain)
+
+
+def _rope_line(run: RunConfig) -> Iterator[str]:
+    scaling, length = run.model.rope_scaling.scaling, run.train.seq_length
+    if scaling is not None:
+        made_for = f", for rows of {length:,} tokens" if follows_length(scaling) else ""
+        words = in_words(scaling, run.model.max_position_embeddings or length)
+        yield f"RoPE                  {words}{made_for}"
 
 
 def cost_lines(sizes: RunSizes) -> Iterator[str]:

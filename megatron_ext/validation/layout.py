@@ -5,7 +5,8 @@ import math
 from collections.abc import Iterator
 
 from lckv.config import CompressionConfig
-from megatron_ext.config import ModelConfig, ParallelConfig, RopeScalingConfig, RunConfig, TrainConfig
+from lckv.rope_scaling import scaling_problems
+from megatron_ext.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.placement import Placement, place
 from megatron_ext.precision import Precision, precision
@@ -13,6 +14,11 @@ from megatron_ext.validation.context import context_problems
 from megatron_ext.validation.policy import policy_problems
 from megatron_ext.validation.rules import above_zero, at_least, fraction, multiple
 
+_OF_ONE_SCALING = (
+    "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "short_factor",
+    "long_factor",
+)  # fmt: skip
+"""Settings of `model.rope_scaling` that have a value only where they are set."""
 RECOMPUTE_MODULES = ("core_attn", "mlp")
 
 
@@ -87,20 +93,16 @@ def rope_problems(model: ModelConfig) -> Iterator[str]:
                 "channels."
             )
     scaling = model.rope_scaling
-    if scaling.type != "none" and not 1 <= scaling.factor < math.inf:
-        yield f"model.rope_scaling.factor is {scaling.factor}; it must be a number of at least 1."
-    if scaling.type == "llama3":
-        yield from _llama3(scaling)
-
-
-def _llama3(scaling: RopeScalingConfig) -> Iterator[str]:
-    section = "model.rope_scaling"
-    yield from above_zero(section, scaling, "low_freq_factor", "original_max_position_embeddings")
-    if not scaling.low_freq_factor < scaling.high_freq_factor < math.inf:
-        yield (
-            f"{section}.high_freq_factor is {scaling.high_freq_factor} and {section}.low_freq_factor is "
-            f"{scaling.low_freq_factor}; the former must be greater than the latter (Llama 3.1 has 4 and 1)."
-        )
+    for name in _OF_ONE_SCALING:
+        value = getattr(scaling, name)
+        if value not in (None, ()) and not hasattr(scaling.scaling, name):
+            yield (
+                f"model.rope_scaling.{name} is {value}; the type {scaling.type} does not have it: leave it "
+                "out, or set model.rope_scaling.type to one that has."
+            )
+    if heads > 0:
+        problems = scaling_problems(scaling.scaling, model.head_dim, model.rotary_base)
+        yield from (str(problem.under("model.rope_scaling")) for problem in problems)
 
 
 def tensor_parallel_problems(

@@ -8,6 +8,7 @@ check trips over another's.
 import importlib.util
 from collections.abc import Iterator
 
+from lckv.rope_scaling import longest_context
 from megatron_ext.config import (
     CheckpointConfig,
     DataConfig,
@@ -82,11 +83,13 @@ def _train(model: ModelConfig, train: TrainConfig) -> Iterator[str]:
         yield from at_least("train", train, 1, "eval_iters")
     if not 0 <= train.seed <= LARGEST_SEED:
         yield f"train.seed is {train.seed}; it must be from 0 to {LARGEST_SEED}."
-    longest = model.max_position_embeddings
+    given = model.max_position_embeddings
+    longest = None if given is None else longest_context(model.rope_scaling.scaling, given)
     if longest is not None and longest < train.seq_length:
+        times = "" if longest == given else " x model.rope_scaling.factor"
         yield (
-            f"model.max_position_embeddings is {longest} and train.seq_length is {train.seq_length}; the "
-            "former must be at least the latter: raise it, or leave it out."
+            f"model.max_position_embeddings{times} is {longest} and train.seq_length is {train.seq_length}; "
+            "the former must be at least the latter: raise it, or leave it out."
         )
 
 

@@ -62,6 +62,12 @@ def shared(layer_types: str, **more: object) -> dict[str, object]:
 TIED = {"tie_word_embeddings": True}
 DMC = {"compression.policy.name": "dmc"}
 MERGING = {"name": "dmc", "stage": "finetune", "initial_decision_bias": 0.05, "window": 3}
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 5000.0, "original_max_position_embeddings": 16,
+    "short_factor": [1.0] * 8, "long_factor": [1.0 + 0.5 * pair for pair in range(8)],
+}  # fmt: skip
+"""With `TOKENS`, longer than the original context, by its long factors."""
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 3.0}
 CASES = {
     "llama MHA": Case("llama", MHA, layouts=LAYOUTS),
     "llama GQA tied": Case("llama", GQA, settings=TIED, layouts=((2, 1), (2, 2))),
@@ -100,6 +106,28 @@ CASES = {
         layouts=LAYOUTS,
     ),
 }
+CASES |= {
+    "yarn": Case(
+        "llama", GQA,
+        settings={"rope_parameters": {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0,
+                  "original_max_position_embeddings": 16}},
+        layouts=((1, 1), (2, 2)),
+    ),
+    "longrope": Case("llama", GQA, settings={"rope_parameters": LONGROPE}, layouts=((1, 1),)),
+    "dynamic": Case(
+        "qwen3", GQA, settings={"rope_parameters": DYNAMIC, "max_position_embeddings": 16},
+        layouts=((1, 1),),
+    ),
+    "longrope LCKV": Case(
+        "llama", GQA, shared("0_2_2_3") | CYCLIC, {"rope_parameters": LONGROPE}, layouts=((1, 1),)
+    ),
+    "merging dynamic": Case(
+        "lckv-llama", GQA,
+        settings={"compression": {"policy": MERGING}, "rope_parameters": DYNAMIC,
+                  "max_position_embeddings": 16},
+        layouts=((1, 2),),
+    ),
+}  # fmt: skip
 RESHARDED = ("llama MHA", "qwen2 MQA tied", "qwen3 GQA norms", "LCKV MQA biases", "merging CLA MQA")
 
 

@@ -41,7 +41,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "code of its own": {"auto_map": {"AutoModel": "x.Y"}},
     "an encoder": {"is_encoder_decoder": True},
     "heads that do not divide": {"num_key_value_heads": 3},
-    "another scaling": {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+    "another scaling": {"rope_scaling": {"rope_type": "proportional", "factor": 2.0}},
     "null fields": {
         "attention_dropout": None,
         "initializer_range": None,

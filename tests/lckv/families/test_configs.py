@@ -21,7 +21,7 @@ from lckv.families.qwen2 import QWEN2
 from lckv.families.registry import FAMILIES, PLAIN_FAMILIES, family_of
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.policies.dmc.config import DMCConfig
-from lckv.rope import Llama3Scaling
+from lckv.rope_scaling import Llama3Scaling
 from tests.lckv.families.published_configs import (
     LLAMA_2_13B,
     LLAMA_3_1_8B,
@@ -184,11 +184,9 @@ def test_software_that_knows_only_transformers_4_finds_base_and_scaling() -> Non
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; only whole heads"),
         ({"rope_scaling": 2.0}, "rope_scaling is 2.0; it must be null or a mapping"),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            "rope_scaling.rope_type is 'yarn'; it must be one of default, linear, llama3",
+            {"rope_scaling": {"rope_type": "proportional", "factor": 4.0}},
+            "rope_type is 'proportional'; it must be one of default, linear, llama3, dynamic, yarn, longrope",
         ),
-        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling.rope_type is 'dynamic'"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type is 'longrope'"),
         (
             {"rope_scaling": {"type": "linear"}},
             "rope_scaling.factor is None; rope_type linear needs a number",

@@ -128,7 +128,10 @@ def _saved(tmp_path: Path, name: str = "llama", **changes: Any) -> Path:
             "logit_softcapping is 30.0; this field of a llama model is unknown here",
         ),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; it must be 'silu'"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}, "rope_type is 'yarn'"),
+        (
+            {"rope_parameters": {"rope_type": "proportional", "factor": 2.0, "rope_theta": 1e4}},
+            "rope_type is 'proportional'",
+        ),
     ],
 )
 def test_models_that_would_not_be_computed_right_are_refused(

@@ -8,7 +8,7 @@ import torch
 from lckv.config import CompressionConfig
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.policies.dmc.config import DMCConfig
-from lckv.rope import LinearScaling, Llama3Scaling
+from lckv.rope_scaling import LinearScaling, Llama3Scaling
 
 SIZES = {"num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4}
 
@@ -124,8 +124,8 @@ DMC = {"policy": {"name": "dmc", "stage": "finetune"}}
         ),
         ({"head_dim": 7}, "head_dim is 7; it must be even"),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-            "rope_type is 'yarn'; it must be one of default, linear, llama3",
+            {"rope_scaling": {"rope_type": "proportional", "factor": 2.0}},
+            "rope_type is 'proportional'; it must be one of default, linear, llama3, dynamic, yarn, longrope",
         ),
         (
             {"rope_scaling": {"rope_type": "linear"}},

@@ -20,12 +20,19 @@ from transformers import (
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from tests.lckv.models.test_modeling import padded
 from tests.lckv.models.tiny import close, config, tokens
+from tests.lckv.rope_parameters import longrope
 
 _LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16, "rope_theta": 100.0,
 }  # fmt: skip
 _LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+_YARN = {
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 100.0,
+    "mscale": 3.0, "mscale_all_dim": 1.0,
+}  # fmt: skip
+_DYNAMIC = {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 100.0}
+"""Texts of these tests are longer than the contexts of pretraining, and begin shorter."""
 CASES: dict[str, tuple[type, type, str | None, dict[str, Any], dict[str, Any]]] = {
     # transformers' classes, the map, what both configurations have, what only ours has
     "llama": (LlamaConfig, LlamaForCausalLM, None, {}, {}),
@@ -37,6 +44,34 @@ CASES: dict[str, tuple[type, type, str | None, dict[str, Any], dict[str, Any]]] 
         {},
     ),
     "linear": (LlamaConfig, LlamaForCausalLM, None, {"rope_parameters": _LINEAR, "head_dim": 12}, {}),
+    "qwen2 yarn": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        None,
+        {"rope_parameters": _YARN, "num_key_value_heads": 4},
+        {"qkv_bias": True},
+    ),
+    "mistral longrope": (
+        MistralConfig,
+        MistralForCausalLM,
+        "0s_1s_2s",
+        {"rope_parameters": {"rope_theta": 100.0, **longrope(8, 16)}, "max_position_embeddings": 64},
+        {},
+    ),
+    "qwen3 dynamic": (
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        None,
+        {"head_dim": 16, "rope_parameters": _DYNAMIC, "max_position_embeddings": 16},
+        {"qk_norm": True},
+    ),
+    "llama longrope": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        None,
+        {"rope_parameters": {"rope_theta": 100.0, **longrope(8, 8)}, "max_position_embeddings": 32},
+        {},
+    ),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, None, {"num_key_value_heads": 4}, {"qkv_bias": True}),
     "qwen3": (
         Qwen3Config,

@@ -129,6 +129,16 @@ def test_a_plan_from_top_to_bottom(capsys) -> None:
     assert not any(text.startswith("pipeline") for text in lines)
 
 
+def test_a_scaled_rope_is_shown(capsys) -> None:
+    scaled = ("--model.rope_scaling.factor", "2", "--model.rope_scaling.type")
+    assert not any(said.startswith("RoPE") for said in planned(capsys))
+    words = "RoPE                  scaled by 2, linear"
+    assert line(planned(capsys, *scaled, "linear"), "RoPE") == words
+    length = ("--train.seq_length", "96", "--model.max_position_embeddings", "64")
+    words = "dynamic: its base grows beyond 64 positions, for rows of 96 tokens"
+    assert line(planned(capsys, *scaled, "dynamic", *length), "RoPE").endswith(words)
+
+
 def test_a_pipeline_says_how_long_it_is_idle(capsys) -> None:
     lines = planned(capsys, *PIPELINE)
     assert line(lines, "layout").endswith("4 processes: TP 2 + SP, PP 2, DP 1")

@@ -256,6 +256,14 @@ def test_sigterm_lets_running_answers_end(server: Server) -> None:
             ["--max-new-tokens", "97"],
             "--max-new-tokens is 97; it must be at most the model's context, 96 tokens",
         ),
+        (
+            ["--context-tokens", "40", "--max-new-tokens", "41"],
+            "--max-new-tokens is 41; it must be at most the model's context, 40 tokens",
+        ),
+        (
+            ["--context-tokens", "97"],
+            "--context-tokens is 97; it must be at most the model's longest context, 96 tokens",
+        ),
         (["--port", "99999"], "--host 127.0.0.1 --port 99999: cannot listen there"),
         (["--memory", "1KB"], "memory_bytes is 1000; it must be at least"),
     ],

@@ -2,14 +2,40 @@
 
 from dataclasses import replace
 
+import pytest
+
 from lckv.config import CompressionConfig
 from megatron_ext.config import ModelConfig, RopeScalingConfig, RunConfig
 from megatron_ext.model.architecture import ARCHITECTURE, architecture, setting_of
 from megatron_ext.settings import settings_of
 
 
+@pytest.mark.parametrize(
+    ("scaling", "defining"),
+    [
+        (RopeScalingConfig(), None),
+        (RopeScalingConfig("linear"), {"type": "linear", "factor": 8.0}),
+        (
+            RopeScalingConfig("llama3", 4.0),
+            {
+                "type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        ),
+        (RopeScalingConfig("dynamic", 2.0), {"type": "dynamic", "factor": 2.0}),
+    ],
+)  # fmt: skip
+def test_of_a_scaling_only_what_it_has_defines_a_model(
+    scaling: RopeScalingConfig, defining: dict[str, object] | None
+) -> None:
+    """So that checkpoints that know no other scalings are resumed."""
+    model = replace(ModelConfig(), rope_scaling=scaling)
+    assert architecture(model, CompressionConfig(), vocab_size=7)["rope_scaling"] == defining
+
+
 def test_every_field_names_the_setting_behind_it() -> None:
-    model = replace(ModelConfig(), rope_scaling=RopeScalingConfig(type="linear"))
+    longrope = RopeScalingConfig(type="longrope", short_factor=(1.0,), long_factor=(2.0,))
+    model = replace(ModelConfig(), rope_scaling=longrope)
     known = architecture(model, CompressionConfig(), vocab_size=7)
     names = [f"{ARCHITECTURE}.{name}" for name in known]
     names += [f"{ARCHITECTURE}.rope_scaling.{name}" for name in known["rope_scaling"]]

@@ -44,14 +44,14 @@ def check_keys_values(tp: int, options: dict[str, bool]) -> None:
     from functools import partial
 
     from lckv.policies.base import TokenContext
-    from lckv.rope import rotate, rotation
+    from lckv.rope import rotate
     from megatron_ext.model.contexts import LayerContext
 
     stage = make_stage(MAPS["plain"], ParallelConfig(tensor_model_parallel_size=tp), **options)
     attention = stage.decoder.layers[0].self_attention
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(3))
-    angles = rotation(torch.arange(5)[:, None, None], stage.frequencies)
+    angles = stage.angles(torch.arange(5)[:, None, None], 5)
     context = LayerContext(TokenContext(partial(rotate, angles=angles)))
     hidden = torch.randn(5, 2, 32, generator=torch.Generator().manual_seed(4))
     whole = attention._project(hidden, context)[1]

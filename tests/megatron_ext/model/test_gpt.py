@@ -226,7 +226,7 @@ def check_bfloat16() -> None:
         stage = make_stage(MAPS["lckv"], train=train, init_method_std=0.05)
         model = wrap(stage, ParallelConfig(), train)
         found.append(model(tokens, positions_of(tokens), tokens)[0])
-        assert stage.frequencies.dtype == torch.float32
+        assert stage.angles(torch.arange(16), 16).cos.dtype == torch.float32
         parallel_state.destroy_model_parallel()
     torch.testing.assert_close(found[1].float(), found[0], rtol=0.02, atol=0.02)
     assert {parameter.dtype for _, parameter in global_parameters(stage)} == {torch.bfloat16}

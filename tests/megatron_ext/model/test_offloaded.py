@@ -231,11 +231,11 @@ def alive_bytes() -> int:
 
 def context_of(stage: SharedKVGPTModel, length: int) -> Any:
     from lckv.policies.base import TokenContext
-    from lckv.rope import Turn, rotation
+    from lckv.rope import Turn
     from megatron_ext.model.contexts import LayerContext
 
     positions = torch.arange(length)[:, None, None]
-    return LayerContext(TokenContext(Turn(rotation(positions, stage.frequencies)), training=True))
+    return LayerContext(TokenContext(Turn(stage.angles(positions, length)), training=True))
 
 
 def test_settings_reach_the_layers() -> None:

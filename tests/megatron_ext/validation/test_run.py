@@ -110,15 +110,36 @@ CASES = [
     (
         {"model.rope_scaling.type": "llama3", "model.rope_scaling.high_freq_factor": 1},
         1,
-        (
-            "model.rope_scaling.high_freq_factor is 1.0 and model.rope_scaling.low_freq_factor is 1.0; the "
-            "former must be greater"
-        ),
+        ("model.rope_scaling.high_freq_factor is 1.0; it must be greater than low_freq_factor, which is 1.0"),
     ),
     (
         {"model.rope_scaling.type": "llama3", "model.rope_scaling.original_max_position_embeddings": 0},
         1,
         "model.rope_scaling.original_max_position_embeddings is 0; it must be a number greater than 0.",
+    ),
+    (
+        {"model.rope_scaling.type": "yarn", "model.rope_scaling.beta_fast": 0},
+        1,
+        "model.rope_scaling.beta_fast is 0.0; it must be a number greater than 0.",
+    ),
+    (
+        {"model.rope_scaling.type": "longrope", "model.rope_scaling.short_factor": [1.0] * 32},
+        1,
+        "model.rope_scaling.long_factor is a list of 0 numbers; it must have one for each pair of a head's",
+    ),
+    (
+        {"model.rope_scaling.type": "linear", "model.rope_scaling.mscale": 1},
+        1,
+        "model.rope_scaling.mscale is 1.0; the type linear does not have it: leave it out, or set",
+    ),
+    (
+        {
+            "model.rope_scaling.type": "dynamic",
+            "model.rope_scaling.factor": 2,
+            "model.max_position_embeddings": 511,
+        },
+        1,
+        "model.max_position_embeddings x model.rope_scaling.factor is 1022 and train.seq_length is 1024; the",
     ),
     (
         {"model.max_position_embeddings": 8},
