@@ -122,7 +122,7 @@ def read_rope(config: Mapping[str, Any], max_position_embeddings: int) -> tuple[
     given = _given(values, config.get(ORIGINAL))
     if ORIGINAL in _parameters(kind):
         given.setdefault(ORIGINAL, max_position_embeddings)
-    return base, read(SCALINGS[kind], given)  # type: ignore[type-var]
+    return base, read(SCALINGS[kind], given)
 
 
 def write_rope(base: float, scaling: Scaling | None) -> dict[str, Any]:

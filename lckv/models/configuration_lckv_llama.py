@@ -102,7 +102,7 @@ class LCKVLlamaConfig(PreTrainedConfig):
         wrong_rope = list(rope_problems(rope | {ORIGINAL: kwargs[ORIGINAL]})) if ORIGINAL in kwargs else []
         original = kwargs.pop(ORIGINAL, None)
         if original is not None and not wrong_rope:
-            self.rope_parameters = {**rope["rope_parameters"], ORIGINAL: original}
+            self.rope_parameters = {**(rope["rope_parameters"] or {}), ORIGINAL: original}
             kwargs.pop("rope_scaling", None)
         super().__post_init__(**kwargs)
         wrong_rope = wrong_rope or list(rope_problems({"rope_parameters": self.rope_parameters}))

@@ -198,10 +198,11 @@ class SharedKVAttention(Attention):
     def _project(
         self, hidden_states: Tensor, context: LayerContext
     ) -> tuple[Tensor, KeyValue | None, Statistics]:
-        query, *key_value = self.heads(hidden_states)
-        if not key_value:
+        query, *others = self.heads(hidden_states)
+        if not others:
             return self.attending(query, context.tokens), None, ()
-        own, statistics = self.of_policy(query, *key_value, context)
+        key, value = others
+        own, statistics = self.of_policy(query, key, value, context)
         return self.attending(query, context.tokens), own, statistics
 
     def heads(self, hidden_states: Tensor) -> tuple[Tensor, ...]:

@@ -104,7 +104,7 @@ def view_of(tensor: Tensor, known: Tensor, number: int) -> View | None:
         return None
     if tensor.dtype != known.dtype:
         return None
-    offset = tensor.storage_offset() - known.storage_offset()
+    offset = int(tensor.storage_offset()) - int(known.storage_offset())
     if not is_dense(known):
         same = offset == 0 and tensor.shape == known.shape and tensor.stride() == known.stride()
         return View(number, known.shape, _contiguous(known.shape), 0) if same else None

@@ -65,14 +65,14 @@ def measure(
     seconds = median_seconds(
         {name: step.run for name, step in steps.items()}, repeats=repeats, clock=_clock()
     )
-    for way, (few, many) in held.items():
+    for activations, (few, many) in held.items():
         yield {
             "map": name,
-            "activations": way,
+            "activations": activations,
             "device_bytes": round((many[0] - few[0]) / layers / tokens),
             "host_bytes": round((many[1] - few[1]) / layers / tokens),
-            "buffers_bytes": _buffers_bytes(steps[way]),
-            "time_ratio": round(seconds[way] / seconds["none"], 2),
+            "buffers_bytes": _buffers_bytes(steps[activations]),
+            "time_ratio": round(seconds[activations] / seconds["none"], 2),
         }
 
 
