@@ -81,6 +81,14 @@ class Kind:
     placement: Placement
     """Of the large requests."""
 
+    @property
+    def how(self) -> str:
+        """How it was placed, and how much lower the optimum may be."""
+        if self.peak <= self.live_peak:
+            return "live peak reached"
+        gap = f"at most {100 * (1 - self.live_peak / self.peak):.1f} % too high"
+        return f"{'first fit' if self.placement.how == 'live peak reached' else self.placement.how}, {gap}"
+
 
 @dataclass(frozen=True, eq=False)
 class StepPlacement:

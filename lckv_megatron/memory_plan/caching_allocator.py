@@ -62,6 +62,8 @@ class Block:
     pool: "_Pool"
     address: int
     bytes: int
+    used: int = 0
+    """Bytes of the request that it serves; a block that is not split has more."""
     free: bool = False
     previous: "Block | None" = None
     following: "Block | None" = None
@@ -87,13 +89,14 @@ class CachingAllocator:
         rounded = max(1, -(-number // ROUNDING)) * ROUNDING
         pool = self._small if rounded <= SMALL_REQUEST else self._large
         block = pool.allocate(rounded)
-        self.live += block.bytes
+        block.used = rounded
+        self.live += block.used
         self.most_live = max(self.most_live, self.live)
         return block
 
     def free(self, block: Block) -> None:
         """Give a block back to its pool."""
-        self.live -= block.bytes
+        self.live -= block.used
         block.pool.release(block)
 
 
