@@ -41,7 +41,7 @@ def plan_rows(plans: Sequence[RankPlan]) -> Iterator[tuple[str, ...]]:
     """A row for each rank; the first row is the head."""
     yield (
         "rank", "live", "planned", "above live", "reserved", "fragmented", "expandable", "fragmented",
-        "planning saves",
+        "saved",
     )  # fmt: skip
     for plan in plans:
         yield (

@@ -7,7 +7,7 @@ prints them, to be put into the page. test_recipes.py compares the page with wha
 
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lckv_megatron.dry_run.hardware import Machine
@@ -32,6 +32,10 @@ class Recipe:
     ranks: tuple[int, ...] = (0,)
     world_size: int | None = None
     """None: what its launch.sh starts."""
+
+    def of_ranks(self, *ranks: int) -> "Recipe":
+        """The recipe with other ranks shown."""
+        return replace(self, ranks=ranks)
 
     @property
     def run(self) -> RunConfig:

@@ -25,7 +25,7 @@ def plans_of(recipe: Recipe) -> list[RankPlan]:
 
 def rows_of(recipe: Recipe, plans: list[RankPlan]) -> list[Row]:
     """The recipe's rows of the table, below the head."""
-    return narrow(recipe, plan_rows(plans), ())
+    return narrow(recipe, plan_rows(plans), ("above live",))
 
 
 def _main(picture: str | None) -> None:

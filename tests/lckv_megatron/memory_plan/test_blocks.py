@@ -126,7 +126,7 @@ def test_the_plan_of_a_rank_is_compared_with_the_allocator() -> None:
     head, row = plan_rows([plan])
     told = dict(zip(head, row, strict=True))
     assert (told["rank"], told["above live"]) == ("5", "0.00 %")
-    assert told["planning saves"] == f"{100 * (1 - plan.peak / plan.expandable.reserved):.2f} %"
+    assert told["saved"] == f"{100 * (1 - plan.peak / plan.expandable.reserved):.2f} %"
     assert {row[0] for row in [*kind_rows(plan)][1:]} >= {"between layers"}
 
 
