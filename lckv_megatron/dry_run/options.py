@@ -1,14 +1,18 @@
 """The dry run as options of `lckv-megatron plan`. Torch is not loaded before it is asked for."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lckv_megatron.dry_run.hardware import NETWORKS, Machine, rates_of
 from lckv_megatron.planning.plan import Plan
 from lckv_megatron.tables import table
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.fit import usable_bytes
+
+if TYPE_CHECKING:
+    from lckv_megatron.dry_run.rank import RankRun
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +36,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="try other layouts on the same GPUs (TP, PP, micro-batch, recompute), minutes for large models",
     )
-    group.add_argument("--picture", type=Path, metavar="FILE", help="draw memory over a step, as PNG")
+    group.add_argument(
+        "--memory-plan",
+        action="store_true",
+        default=None,
+        help="place the storages of a step with the least peak, and compare PyTorch's allocator",
+    )
+    group.add_argument(
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        help="draw memory over a step, as PNG; with --memory-plan where storages lie",
+    )
 
 
 def require_fitting(options: argparse.Namespace, world_size: int) -> None:
@@ -40,8 +55,8 @@ def require_fitting(options: argparse.Namespace, world_size: int) -> None:
 
     Raises ConfigError for them: without --dry-run, a GPU without rates, a rank or a folder that is not there.
     """
-    for name in ("rank", "network", "search", "picture"):
-        if getattr(options, name) is not None and not options.dry_run:
+    for name in ("rank", "network", "search", "memory-plan", "picture"):
+        if getattr(options, name.replace("-", "_")) is not None and not options.dry_run:
             raise ConfigError(f"--{name} is given without --dry-run; add --dry-run, or leave --{name} out.")
     if not options.dry_run:
         return
@@ -75,15 +90,32 @@ def report(plan: Plan, options: argparse.Namespace) -> Iterator[str]:
     peak = plan.peak_tflops
     assert peak is not None  # GPUs with rates have one
     machine = Machine(options.gpu, peak, NETWORKS.get(options.network, Machine.network))
-    ranks = simulate_ranks(plan, first_ranks(plan) if options.rank is None else [options.rank], machine)
-    if options.picture is not None:
+    numbers = first_ranks(plan) if options.rank is None else [options.rank]
+    ranks = simulate_ranks(plan, numbers, machine, traced=bool(options.memory_plan))
+    if options.picture is not None and not options.memory_plan:
         from lckv_megatron.dry_run.picture import draw  # loads matplotlib: only pictures wait
 
         draw(ranks, usable_bytes(options.gpu.memory_bytes), options.picture)
     yield from describe(ranks, machine, plan.run.parallel.pipeline_model_parallel_size)
+    if options.memory_plan:
+        yield ""
+        yield from _memory_plan(ranks, options.picture)
     if options.search:
         from lckv_megatron.dry_run.search import search, search_rows
 
         yield ""
         yield f"dry run: layouts of {plan.world_size} GPUs, the shortest step first; * is this run"
         yield from table(search_rows(plan, search(plan, machine), machine))
+
+
+def _memory_plan(ranks: "Sequence[RankRun]", picture: Path | None) -> Iterator[str]:
+    """Tables of where storages lie, and the picture."""
+    from lckv_megatron.memory_plan import report
+    from lckv_megatron.memory_plan.rank import plan_rank
+
+    plans = [plan_rank(rank.rank, rank.trace) for rank in ranks if rank.trace is not None]
+    if picture is not None:
+        from lckv_megatron.memory_plan.picture import draw  # loads matplotlib: only pictures wait
+
+        draw(plans, picture)
+    yield from report.describe(plans)

@@ -21,11 +21,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lckv_megatron.dry_run.collectives import Key, Total, add_up
 from lckv_megatron.dry_run.hardware import Machine
+from lckv_megatron.dry_run.layers import LayerRuns
 from lckv_megatron.dry_run.memory import Curve, Kind, curve
 from lckv_megatron.dry_run.recorder import Recorder, Work, spanning
 from lckv_megatron.dry_run.replacements import Replacement, replaced
 from lckv_megatron.dry_run.stand_ins import gpu_kernels
 from lckv_megatron.dry_run.world import pretended_world
+from lckv_megatron.memory_plan.requests import Request
+from lckv_megatron.memory_plan.trace import Trace
 from megatron_ext.config import RunConfig, TrainConfig
 from megatron_ext.data.batch import Batch
 from megatron_ext.model.build import build_stage, wrap
@@ -60,6 +63,9 @@ class RankRun:
     ring_bubble: float | None
     """Share of a step that stages wait by the list of its work; None where Megatron's schedule runs."""
 
+    trace: Trace | None = None
+    """Where it was asked for."""
+
     @property
     def kernel_seconds(self) -> float:
         """Of the whole step."""
@@ -79,10 +85,12 @@ def simulate(
     vocab_size: int,
     machine: Machine,
     target: Target = "gpu",
+    traced: bool = False,
 ) -> RankRun:
     """Build the model of `rank` and run its steps. Needs a process without process groups.
 
-    `target`: whose kernels are pretended, a GPU's or those of the machine at hand.
+    `target`: whose kernels are pretended, a GPU's or those of the machine at hand. `traced`: keep every
+    storage and the runs of layers.
 
     Raises RuntimeError where torch.distributed runs already, and ConfigError for an attention backend that
     cannot serve.
@@ -94,7 +102,9 @@ def simulate(
         )
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         recorder = Recorder(machine, fake, granularity=512 if target == "gpu" else 1)
+        layers = LayerRuns(recorder)
         replacements = [
+            *layers.replacements(),
             Replacement(schedules, "forward_step", spanning(recorder, "forward", schedules.forward_step)),
             Replacement(schedules, "backward_step", spanning(recorder, "backward", schedules.backward_step)),
             Replacement(RingStage, "forward", spanning(recorder, "forward", RingStage.forward)),
@@ -104,10 +114,13 @@ def simulate(
         stack.enter_context(replaced(replacements))
         stack.enter_context(fake)
         stack.enter_context(recorder)
-        return _steps(_Program(run, vocab_size, recorder, cu_seqlens), run, rank, recorder)
+        program = _Program(run, vocab_size, recorder, cu_seqlens)
+        result, start = _steps(program, run, rank, recorder)
+        return replace(result, trace=_trace(recorder, layers, start)) if traced else result
 
 
-def _steps(program: "_Program", run: RunConfig, rank: int, recorder: Recorder) -> RankRun:
+def _steps(program: "_Program", run: RunConfig, rank: int, recorder: Recorder) -> tuple[RankRun, int]:
+    """What the rank does, and the event at which the second step begins."""
     replicas = parallel_state.get_data_parallel_world_size()
     wanted = run.train.global_batch_size // (run.train.micro_batch_size * replicas)
     ring = program.ticks(wanted)
@@ -120,7 +133,7 @@ def _steps(program: "_Program", run: RunConfig, rank: int, recorder: Recorder) -
     end = recorder.now
     further = max(0, wanted - few - 1) if few else 0
     phases = {name: _extrapolated(name, first.get(name), work, further) for name, work in second.items()}
-    return RankRun(
+    result = RankRun(
         rank=rank,
         stage=parallel_state.get_pipeline_model_parallel_rank(),
         micro_batches=wanted,
@@ -132,6 +145,17 @@ def _steps(program: "_Program", run: RunConfig, rank: int, recorder: Recorder) -
         micro_batch_seconds=_schedule_seconds(second) - (_schedule_seconds(first) if few else 0.0),
         ring_bubble=None if ring is None else ring.bubble,
     )
+    return result, start
+
+
+def _trace(recorder: Recorder, layers: LayerRuns, start: int) -> Trace:
+    """Of the whole program; `start` is the first event of its second step."""
+    requests = [
+        Request(storage.bytes, storage.start, recorder.now if storage.end is None else storage.end)
+        for storage in recorder.allocations
+        if storage.bytes
+    ]
+    return Trace(requests, [*layers.stretches()], start, recorder.now)
 
 
 class _Program:

@@ -14,8 +14,10 @@ def first_ranks(plan: Plan) -> list[int]:
     return [stage * plan.world_size // stages for stage in range(stages)]
 
 
-def simulate_ranks(plan: Plan, ranks: Iterable[int], machine: Machine) -> list[RankRun]:
-    """What each of `ranks` does in a step of the planned run.
+def simulate_ranks(
+    plan: Plan, ranks: Iterable[int], machine: Machine, *, traced: bool = False
+) -> list[RankRun]:
+    """What each of `ranks` does in a step of the planned run; with its trace where `traced`.
 
     Raises ConfigError as `simulate` does.
     """
@@ -30,6 +32,7 @@ def simulate_ranks(plan: Plan, ranks: Iterable[int], machine: Machine) -> list[R
                 world_size=plan.world_size,
                 vocab_size=plan.vocab_size,
                 machine=machine,
+                traced=traced,
             )
             for rank in ranks
         ]

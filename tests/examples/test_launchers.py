@@ -18,7 +18,7 @@ def run(folder: Path, command: list[str], **variables: str) -> subprocess.Comple
     """With a Python that says what it was given."""
     python = folder / "python"
     python.write_text(
-        '#!/usr/bin/env bash\nprintf "%s\\n" "$@"\nenv | grep -E "^(NCCL|GLOO|TORCH)_" | sort\n',
+        '#!/usr/bin/env bash\nprintf "%s\\n" "$@"\nenv | grep -E "^(NCCL|GLOO|TORCH|PYTORCH)_" | sort\n',
         encoding="utf-8",
     )
     python.chmod(0o755)
@@ -31,7 +31,9 @@ def started(said: str) -> tuple[dict[str, str], list[str]]:
     lines = said.splitlines()
     ours = lines.index("pretrain_lckv.py")
     assert lines[:2] == ["-m", "torch.distributed.run"]
-    options = [line for line in lines[ours + 1 :] if not line.startswith(("NCCL_", "GLOO_", "TORCH_"))]
+    options = [
+        line for line in lines[ours + 1 :] if not line.startswith(("NCCL_", "GLOO_", "TORCH_", "PYTORCH_"))
+    ]
     return dict(zip(lines[2:ours:2], lines[3:ours:2], strict=True)), options
 
 
@@ -52,7 +54,8 @@ def test_several_nodes_meet_at_the_first(tmp_path: Path) -> None:
     assert (told["--nnodes"], told["--node-rank"], told["--master-addr"]) == ("2", "1", "first")
     assert "NCCL_SOCKET_IFNAME=ib0\n" in done.stdout
     assert "GLOO_SOCKET_IFNAME=ib0\n" in done.stdout
-    assert "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0\n" in done.stdout
+    assert "\nTORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0\n" in done.stdout
+    assert "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True\n" in done.stdout
 
 
 @pytest.mark.parametrize(

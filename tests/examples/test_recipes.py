@@ -100,7 +100,8 @@ def launch(recipe: Path, folder: Path, *options: str, **variables: str) -> tuple
     """Run launch.sh on a pretended cluster: what srun was given, and what torchrun was."""
     commands = {
         "scontrol": "printf 'first\\nsecond\\n'",
-        "srun": 'while [[ $1 == --* ]]; do echo "srun $1"; shift; done; SLURM_NODEID=1 exec "$@"',
+        "srun": 'while [[ $1 == --* ]]; do echo "srun $1"; shift; done; '
+        'echo "srun allocator $PYTORCH_CUDA_ALLOC_CONF"; SLURM_NODEID=1 exec "$@"',
         "python": 'printf "python %s\\n" "$@"',
     }
     (folder / "bin").mkdir(exist_ok=True)
@@ -140,6 +141,7 @@ def test_every_node_starts_its_processes(recipe: Path, tmp_path: Path) -> None:
         "--ntasks-per-node=1",
         f"--container-workdir={ROOT}",
         f"--container-mounts={ROOT}:{ROOT},/data:/data",
+        "allocator expandable_segments:True",
     } <= set(given)
     ours = started.index("pretrain_lckv.py")
     pairs = dict(zip(started[2:ours:2], started[3:ours:2], strict=True))

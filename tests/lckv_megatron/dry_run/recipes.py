@@ -7,7 +7,7 @@ prints them, to be put into the page. test_recipes.py compares the page with wha
 
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lckv_megatron.dry_run.hardware import Machine
@@ -33,6 +33,10 @@ class Recipe:
     world_size: int | None = None
     """None: what its launch.sh starts."""
 
+    def of_ranks(self, *ranks: int) -> "Recipe":
+        """The recipe with other ranks shown."""
+        return replace(self, ranks=ranks)
+
     @property
     def run(self) -> RunConfig:
         """Its settings."""
@@ -57,8 +61,8 @@ RECIPES = (
 )
 
 
-def ranks_of(recipe: Recipe) -> list[RankRun]:
-    """What the dry run says of the ranks that are shown."""
+def ranks_of(recipe: Recipe, *, traced: bool = False) -> list[RankRun]:
+    """What the dry run says of the ranks that are shown; with their traces where `traced`."""
     run = recipe.run
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron tells what is not installed
@@ -69,6 +73,7 @@ def ranks_of(recipe: Recipe) -> list[RankRun]:
                 world_size=recipe.processes,
                 vocab_size=run.model.vocab_size or 0,
                 machine=Machine(),
+                traced=traced,
             )
             for rank in recipe.ranks
         ]
@@ -78,14 +83,14 @@ def tables_of(recipe: Recipe, ranks: list[RankRun]) -> list[list[Row]]:
     """Memory, collectives and times, each with its head; the recipe's name is the first column."""
     stages = recipe.run.parallel.pipeline_model_parallel_size
     return [
-        _narrow(recipe, memory_rows(ranks, Machine()), ("stage", "weights held", "verdict")),
-        _narrow(recipe, collective_rows(ranks), ()),
-        _narrow(recipe, time_rows(ranks, Machine(), stages), ("optimizer", "other")),
+        narrow(recipe, memory_rows(ranks, Machine()), ("stage", "weights held", "verdict")),
+        narrow(recipe, collective_rows(ranks), ()),
+        narrow(recipe, time_rows(ranks, Machine(), stages), ("optimizer", "other")),
     ]
 
 
-def _narrow(recipe: Recipe, rows: Iterable[Row], without: tuple[str, ...]) -> list[Row]:
-    """Lines of the page are short."""
+def narrow(recipe: Recipe, rows: Iterable[Row], without: tuple[str, ...]) -> list[Row]:
+    """Rows with the recipe's name, without some columns: lines of the page are short."""
     head, *others = rows
     kept = [column for column, name in enumerate(head) if name not in without]
     named = (("recipe", head), *((recipe.name, row) for row in others))

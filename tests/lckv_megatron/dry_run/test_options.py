@@ -59,6 +59,22 @@ def test_a_pipeline_from_top_to_bottom(capsys, tmp_path: Path) -> None:
     assert not dist.is_initialized()
 
 
+def test_a_memory_plan_and_its_picture(capsys, tmp_path: Path) -> None:
+    picture_file = str(tmp_path / "plan.png")
+    lines = dry_run(capsys, *PIPELINE, "--rank", "4", "--memory-plan", "--picture", picture_file)
+    row = rows(lines, "dry run: memory planned, beside PyTorch's caching allocator (simulated)")[0]
+    assert row["rank"] == "4"
+    live, told, reserved = (float(row[name].split()[0]) for name in ("live", "planned", "reserved"))
+    assert 0 < live <= told <= 1.2 * live
+    assert reserved == pytest.approx(0.002, rel=0.1)  # one small segment
+    assert any(re.fullmatch(r"Planning saves .* of what expandable segments reserve, .*", li) for li in lines)
+    blocks = rows(lines, "dry run: blocks of rank 4")
+    assert {row["how"].split(",")[0] for row in blocks} <= {"live peak reached", "first fit"}
+    picture = matplotlib.image.imread(tmp_path / "plan.png")
+    assert picture.shape[1] == 1200
+    assert len({tuple(colour) for colour in picture.reshape(-1, picture.shape[2])}) > 20
+
+
 def test_one_rank_of_many(capsys) -> None:
     lines = dry_run(capsys, "--world-size", "1024", "--rank", "513", "--train.global_batch_size", "2048")
     (memory,) = rows(lines, "dry run: memory")[:1]
@@ -112,6 +128,10 @@ def test_a_search_says_what_does_not_fit_before_it_is_run(capsys) -> None:
         ("--rank 1", "--rank is given without --dry-run; add --dry-run, or leave --rank out."),
         ("--search", "--search is given without --dry-run; add --dry-run, or leave --search out."),
         ("--network IB-200G", "--network is given without --dry-run; add --dry-run, or leave --network out."),
+        (
+            "--memory-plan",
+            "--memory-plan is given without --dry-run; add --dry-run, or leave --memory-plan out.",
+        ),
         ("--picture a.png", "--picture is given without --dry-run; add --dry-run, or leave --picture out."),
         (
             "--dry-run --rank 8 --world-size 8",
