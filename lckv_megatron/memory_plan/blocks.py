@@ -45,19 +45,16 @@ class Block:
         return [request for request in self.requests if request.start < self.forward.end < request.end]
 
     def local(self) -> list[Request]:
-        """The requests in the block's own time: forward, one moment between, backward, one moment behind."""
+        """The requests in the block's own time: forward, and backward at once behind it."""
         return [
             Request(request.bytes, self._local(request.start), self._local(request.end))
             for request in self.requests
         ]
 
     def _local(self, event: int) -> int:
-        length = self.forward.end - self.forward.start
         if self.backward is None or event < self.forward.end:
             return event - self.forward.start
-        behind = length + 2 + self.backward.end - self.backward.start
-        inside = length + 1 + max(0, event - self.backward.start)
-        return min(inside, behind)
+        return self.forward.end - self.forward.start + max(0, event - self.backward.start)
 
 
 @dataclass(frozen=True, eq=False)

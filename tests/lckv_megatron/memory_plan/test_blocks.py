@@ -2,7 +2,7 @@
 
 from itertools import combinations, pairwise
 
-from lckv_megatron.memory_plan.blocks import StepPlacement, cut, kept_sizes, place_step
+from lckv_megatron.memory_plan.blocks import StepPlacement, _place_kind, cut, kept_sizes, place_step
 from lckv_megatron.memory_plan.rank import plan_rank
 from lckv_megatron.memory_plan.report import GAINS_FROM, kind_rows, plan_rows, verdict
 from lckv_megatron.memory_plan.requests import Request, live_peak
@@ -26,7 +26,7 @@ def step(layers: int = LAYERS) -> tuple[list[Request], list[Stretch]]:
         stretches.append(Stretch("layer", layer + 1, layer, "backward", back, back + BACKWARD))
         requests += [
             Request(4 * MIB, start + 1, back + 8),
-            Request(8 * MIB, start + 2, start + 5),
+            Request(8 * MIB, start + 2, start + 9),
             Request(2 * MIB, start + 4, back + 12),
             Request(1000, start + 6, back + 9),
             Request(3 * MIB, start + 7, back - 2 if layer < layers - 1 else back + 1),
@@ -64,6 +64,30 @@ def test_layers_that_are_alike_are_of_one_kind() -> None:
     assert kind.blocks == LAYERS - 1  # the last layer's output goes in its own backward
 
 
+def test_a_block_has_its_own_time() -> None:
+    requests, stretches = step()
+    blocks, _ = cut(requests, stretches, whole=True)
+    first, _, last, between = (
+        [(request.bytes // MIB, request.start, request.end) for request in block.local()] for block in blocks
+    )
+    assert first == [(4, 1, 18), (8, 2, 9), (2, 4, 22), (0, 6, 19), (3, 7, 10), (16, 13, 20), (0, 14, 15)]
+    assert last[4] == (3, 7, 11)
+    assert between == [(30, 0, 3)]
+
+
+def test_what_outlives_its_backward_is_loose() -> None:
+    requests, stretches = step()
+    head = LAYERS * FORWARD + HEAD
+    outliving = [
+        Request(100, 2 * FORWARD + 2, head + 2 * BACKWARD + 5),  # until the backward of the first layer
+        Request(200, 2 * FORWARD + 3, 2 * FORWARD + FORWARD + 1),  # until behind the last forward
+    ]
+    for whole in (True, False):
+        blocks, loose = cut([*requests, *outliving], stretches, whole=whole)
+        assert {*outliving} < {*loose}
+        assert not {*outliving} & {request for block in blocks for request in block.requests}
+
+
 def test_the_plan_of_a_step_reaches_the_live_peak() -> None:
     requests, stretches = step()
     placed = place_step(requests, stretches)
@@ -74,14 +98,15 @@ def test_the_plan_of_a_step_reaches_the_live_peak() -> None:
     }
 
 
-def test_what_a_layer_keeps_has_no_holes() -> None:
-    requests, stretches = step()
-    blocks, _ = cut(requests, stretches, whole=True)
-    placed = place_step(requests, stretches)
-    for block in blocks:
-        lying = sorted((placed.addresses[request], request.bytes) for request in block.kept)
-        for (low, number), (above, _) in pairwise(lying):
-            assert low + number == above
+def test_what_a_layer_keeps_has_no_holes_and_lies_lowest() -> None:
+    blocks, _ = cut(*step(), whole=True)
+    for block in blocks[:LAYERS]:
+        kind, offsets = _place_kind([block], 1.0)
+        address = dict(zip(block.requests, offsets, strict=True))
+        lying = sorted((address[request], request.bytes) for request in block.kept)
+        assert lying[0][0] == 0
+        assert all(low + number == above for (low, number), (above, _) in pairwise(lying))
+        assert kind.kept == 9 * MIB + 1000 < kind.live_peak <= kind.peak
 
 
 def test_sizes_that_layers_keep() -> None:
