@@ -79,11 +79,11 @@ class Placement:
 def place(bodies: Sequence[Body], *, seconds: float = 10.0) -> Placement:
     """The best placement that is found; the integer program takes at most so many seconds."""
     bound = live_peak(request for body in bodies for request in body.requests)
-    best: _Found | None = None
+    best: _Packed | None = None
     for order in _orders(bodies):
-        found = _first_fit(bodies, order)
-        if best is None or found[1] < best[1]:
-            best = found
+        packed = _first_fit(bodies, order)
+        if best is None or packed[1] < best[1]:
+            best = packed
         if best[1] <= bound:
             return Placement(*best, bound, "live peak reached")
     assert best is not None
@@ -99,7 +99,7 @@ def first_fit(bodies: Sequence[Body]) -> tuple[int, ...]:
     return _first_fit(bodies, range(len(bodies)))[0]
 
 
-_Found = tuple[tuple[int, ...], int]
+_Packed = tuple[tuple[int, ...], int]
 """Addresses and peak."""
 
 
@@ -126,7 +126,7 @@ def _lifetime(body: Body) -> int:
     return int(body.edges[1].max() - body.edges[0].min())
 
 
-def _first_fit(bodies: Sequence[Body], order: Sequence[int]) -> _Found:
+def _first_fit(bodies: Sequence[Body], order: Sequence[int]) -> _Packed:
     """Each body at the lowest address at which it conflicts with none of those before it."""
     addresses = [0] * len(bodies)
     placed = np.empty((4, sum(len(body.requests) for body in bodies)), dtype=np.int64)
@@ -153,7 +153,7 @@ def _lowest(edges: np.ndarray, placed: np.ndarray) -> int:
     return int(reached[free.argmax()])
 
 
-def _program(bodies: Sequence[Body], known: int, bound: int, seconds: float) -> tuple[_Found | None, int]:
+def _program(bodies: Sequence[Body], known: int, bound: int, seconds: float) -> tuple[_Packed | None, int]:
     """A placement with a peak of at most `known`, and a bound that is proven; 0 where there is none."""
     if len(bodies) > MOST_BODIES:
         return None, 0
@@ -224,7 +224,7 @@ def _rows(
 
 def _lowered(
     bodies: Sequence[Body], conflicts: Sequence[_Conflict], firsts_above: np.ndarray, known: int
-) -> _Found | None:
+) -> _Packed | None:
     """Whole numbers from the program's floating ones: its order, and each body as low as that allows.
 
     None where rounding has made an order of which that is worse than `known`, or no order at all.
