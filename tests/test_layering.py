@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,7 @@ def modules_of(root: Path) -> dict[str, Path]:
     return modules
 
 
+@cache
 def imports_of(root: Path) -> list[Import]:
     """Every import of every module below `root`, those inside functions too."""
     modules = modules_of(root)
@@ -86,9 +88,10 @@ def _import_statements(node: ast.AST, at_top: bool) -> Iterator[tuple[ast.Import
         for child in node.orelse:
             yield from _import_statements(child, at_top)
     else:
-        inside = at_top and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        inside = at_top and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         for child in ast.iter_child_nodes(node):
-            yield from _import_statements(child, inside)
+            if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):  # no expression imports
+                yield from _import_statements(child, inside)
 
 
 def _targets(node: ast.Import | ast.ImportFrom, package: str, modules: dict[str, Path]) -> list[str]:
