@@ -12,6 +12,7 @@ from lckv.generation.forward import Forward
 from lckv.generation.scoring import Scores
 from tests.lckv.cache.models import CASES, model, parallel_logits, text
 from tests.lckv.generation.engines import GREEDY, empty, engine
+from tests.thinning import thinned
 
 TEXTS = [text(length, seed=length) for length in (9, 1, 17, 2, 17)]
 
@@ -118,7 +119,7 @@ CHOICES = [
 
 
 @pytest.mark.parametrize(("name", "policy"), CASES)
-@pytest.mark.parametrize("chunk", [8, 512])
+@pytest.mark.parametrize("chunk", thinned([512, 8], 2))
 def test_what_texts_begin_with_is_computed_once(name: str, policy: str, chunk: int) -> None:
     """Few-shot examples, questions and their choices: each piece of them once, but for what is shorter than a
     page of 4 tokens."""
