@@ -65,8 +65,10 @@ CASES: list[tuple[Mapping[str, Any], str]] = [
     ),
     (
         {"parallel.num_distributed_optimizer_instances": 3},
-        "parallel.num_distributed_optimizer_instances is 3 and the data-parallel size (times "
-        "parallel.context_parallel_size) is 4; the latter must",
+        (
+            "parallel.num_distributed_optimizer_instances is 3 and the data-parallel size (times "
+            "parallel.context_parallel_size) is 4; the latter must"
+        ),
     ),
     (
         {**INSTANCES, "checkpoint.optimizer_sharding": "dp_reshardable"},
