@@ -4,7 +4,7 @@ Shapes: b rows, h query heads, g KV heads, s tokens of a row, of which the last 
 q, d + e], key [b, g, s, d + e], value [b, g, s, d], result [b, h, q, d].
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -41,10 +41,20 @@ def pieces_of(query: Tensor, key: Tensor, visibility: Visibility) -> Iterator[Pi
         spans = [(slice(0, rows), 0, length)]
     else:
         spans = [(slice(row, row + 1), start, stop) for row, start, stop in documents.spans(length)]
-    for row, start, stop in spans:
+    yield from pieces_of_spans(spans, behind, older)
+
+
+Span = tuple[slice, int, int]
+"""Rows, and where their tokens that attend to each other start and stop."""
+
+
+def pieces_of_spans(spans: Iterable[Span], behind: int, older: int = 0) -> Iterator[Piece]:
+    """Of keys `older` tokens longer than the queries. A query sees the keys of its span that are `behind` or
+    more places behind it, 0 or 1."""
+    for rows, start, stop in spans:
         first = max(start + behind, older)
         if stop > first:
-            yield Piece(row, slice(first - older, stop - older), slice(start, stop - behind))
+            yield Piece(rows, slice(first - older, stop - older), slice(start, stop - behind))
 
 
 class Attention(Protocol):

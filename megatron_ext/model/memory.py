@@ -137,8 +137,8 @@ def kept_bytes(
     tokens = parallel.tokens_of_rank(train.seq_length) * train.micro_batch_size
     hidden = tokens * model.hidden_size // (ranks if parallel.sequence_parallel else 1)
     channels = 2 * model.head_dim + kept.extra_channels
-    # keys and values are those of whole sequences
-    key_value = train.seq_length * train.micro_batch_size * max(1, model.query_groups // ranks) * channels
+    key_tokens = parallel.key_tokens_of_rank(train.seq_length)
+    key_value = key_tokens * train.micro_batch_size * max(1, model.query_groups // ranks) * channels
     layer = LayerMemory(model, compression, parallel, train, fused=fused)
     if train.activation_offload == "token_wise":
         return precision(train.precision).bytes * kept.shared * key_value
