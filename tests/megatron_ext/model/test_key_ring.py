@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lckv.attention.flash_pairs import AtenCPU
+from lckv.config import CompressionConfig
+from megatron_ext.model.memory import kept_bytes, kept_for_backward, layer_bytes
 from megatron_ext.parallel.key_ring import KeyRing
 from tests.megatron_ext.model.stages import MODEL
 from tests.megatron_ext.model.test_context_parallel import (
@@ -19,6 +21,7 @@ from tests.megatron_ext.model.test_context_parallel import (
     alone,
     compare,
     sent_in,
+    settings_of,
     step_of,
 )
 from tests.ranks import run_on_ranks
@@ -72,6 +75,16 @@ def test_what_is_sent_are_parts_of_keys_and_values_and_their_gradients(case: Cas
     number = layers * hops * (forwards + 2)
     for sent in run_on_ranks(case.cp, sent_in, replace(case, micro_batch_size=1)):
         assert sent == Counter({("send", part): number, ("receive", part): number})
+
+
+def test_what_is_predicted_to_be_kept_is_a_part() -> None:
+    ring, gather = (settings_of(replace(RING, cp=2, communication=way)) for way in ("ring", "gather"))
+    plain, train = CompressionConfig(), ring[1]
+    kept = kept_for_backward(plain, MODEL.num_layers, range(MODEL.num_layers), range(0))
+    of_ring, of_gather = (kept_bytes(kept, MODEL, plain, way, train) for way, _ in (ring, gather))
+    part = TOKENS // 2 * train.micro_batch_size * MODEL.query_groups * 2 * MODEL.head_dim * 4
+    assert of_gather - of_ring == MODEL.num_layers * part
+    assert layer_bytes(MODEL, plain, ring[0], train) == layer_bytes(MODEL, plain, gather[0], train) + 6 * part
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
