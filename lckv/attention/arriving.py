@@ -19,9 +19,9 @@ extra channels of queries and keys; query [b, h, n, d + e], key [b, g, n, d + e]
 [b, h, n, d], lse [b, h, n].
 """
 
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ from torch import Tensor
 from lckv.attention.causal import Causal, Full, Rest, join
 from lckv.attention.flash_pairs import FlashPair, Partial
 from lckv.attention.frontier import add_frontier_gradients, frontier_score
-from lckv.attention.pieces import Attention, Piece, Span, grouped, pieces_of_spans
+from lckv.attention.pieces import Attention, Piece, Span, grouped, pieces_of_spans, spans_of
 from lckv.attention.visibility import Documents
 
 
@@ -41,75 +41,71 @@ class ChunkSight:
     own: tuple[int, ...]
     """Numbers of chunks, from 0, in ascending order."""
     total: int
-    exclude_self: bool
-    biased: bool
+    rows: int
+    """b."""
+    chunk: int
+    """c."""
+    exclude_self: bool = False
+    biased: bool = False
     """Whether keys carry a bias, which a query sees of all keys but its own."""
-    documents: Documents | None
+    documents: Documents | None = None
     """Of whole rows."""
 
-    def arrivals(
-        self, others: Sequence[Sequence[int]], rows: int, chunk: int, pair: FlashPair, scale: float
-    ) -> Iterator["Arrival"]:
-        """The own part, then those that have the chunks `others`; `chunk`: c."""
-        yield Arrival(self.own_pieces(rows, chunk), Causal(pair, scale))
+    def arrivals(self, others: Sequence[Sequence[int]], pair: FlashPair, scale: float) -> Iterator["Arrival"]:
+        """The own part, then those that have the chunks `others`."""
+        yield Arrival(self.own_pieces(), Causal(pair, scale))
         for keys in others:
-            yield Arrival(self.rectangles(keys, rows, chunk), Full(pair, scale))
+            yield Arrival(self.rectangles(keys), Full(pair, scale))
 
-    def own_pieces(self, rows: int, chunk: int) -> list[Piece]:
+    def own_pieces(self) -> list[Piece]:
         """Of the own part, without frontiers."""
-        behind = int(self.exclude_self or self.biased)
-        return list(pieces_of_spans(self._own_spans(rows, chunk), behind))
+        return list(pieces_of_spans(self._own_spans(), int(self.exclude_self or self.biased)))
 
-    def _own_spans(self, rows: int, chunk: int) -> Iterator[Span]:
-        """Of the documents: their tokens in the own part follow each other there."""
-        for row, start, stop in self._spans(rows, chunk):
+    def _own_spans(self) -> Iterator[Span]:
+        """Documents in the own part: their tokens follow each other there."""
+        size = self.chunk
+        for rows, start, stop in self._documents:
             inside = [
-                (
-                    place * chunk + max(start - number * chunk, 0),
-                    place * chunk + min(stop - number * chunk, chunk),
-                )
+                (place * size + max(start - number * size, 0), place * size + min(stop - number * size, size))
                 for place, number in enumerate(self.own)
-                if start < (number + 1) * chunk and stop > number * chunk
+                if start < (number + 1) * size and stop > number * size
             ]
             if inside:
-                yield row, inside[0][0], inside[-1][1]
+                yield rows, inside[0][0], inside[-1][1]
 
-    def _spans(self, rows: int, chunk: int) -> Sequence[Span]:
-        documents, length = self.documents, self.total * chunk
-        if documents is None or len(documents.bounds) - 1 == rows:
-            return [(slice(0, rows), 0, length)]
-        return [(slice(row, row + 1), start, stop) for row, start, stop in documents.spans(length)]
+    @cached_property
+    def _documents(self) -> list[Span]:
+        return spans_of(self.documents, self.rows, self.total * self.chunk)
 
-    def rectangles(self, keys: Sequence[int], rows: int, chunk: int) -> list[Piece]:
+    def rectangles(self, keys: Sequence[int]) -> list[Piece]:
         """Of the part that has the chunks `keys`, in ascending order. All queries of a piece see all of its
         keys."""
         pieces: list[Piece] = []
-        for place, number in enumerate(self.own):
-            for row, start, stop in self._documents_at(number * chunk, rows, chunk):
-                seen = [
-                    (other * chunk + max(start - before * chunk, 0), (other + 1) * chunk)
-                    for other, before in enumerate(keys)
-                    if before < number and start < (before + 1) * chunk
-                ]
-                if not seen:
-                    continue
-                end = place * chunk + min(stop - number * chunk, chunk)
-                piece = Piece(row, slice(place * chunk, end), slice(seen[0][0], seen[-1][1]))
-                if pieces and _continues(pieces[-1], piece):
-                    piece = piece._replace(queries=slice(pieces.pop().queries.start, end))
-                pieces.append(piece)
+        size = self.chunk
+        for place, number, (rows, start, stop) in self._continued:
+            seen = [
+                (other * size + max(start - before * size, 0), (other + 1) * size)
+                for other, before in enumerate(keys)
+                if before < number and start < (before + 1) * size
+            ]
+            if not seen:
+                continue
+            end = place * size + min(stop - number * size, size)
+            piece = Piece(rows, slice(place * size, end), slice(seen[0][0], seen[-1][1]))
+            if pieces and _continues(pieces[-1], piece):
+                piece = piece._replace(queries=slice(pieces.pop().queries.start, end))
+            pieces.append(piece)
         return pieces
 
-    def _documents_at(self, token: int, rows: int, chunk: int) -> Iterator[Span]:
-        """The document of each row to which its token number `token` belongs."""
-        documents, length = self.documents, self.total * chunk
-        if documents is None or len(documents.bounds) - 1 == rows:
-            yield slice(0, rows), 0, length
-            return
-        for row in range(rows):
-            number = bisect_right(documents.bounds, row * length + token)
-            start, stop = (bound - row * length for bound in documents.bounds[number - 1 : number + 1])
-            yield slice(row, row + 1), start, stop
+    @cached_property
+    def _continued(self) -> list[tuple[int, int, Span]]:
+        """Place and number of each own chunk, with each document that began before it and goes on in it."""
+        return [
+            (place, number, document)
+            for place, number in enumerate(self.own)
+            for document in self._documents
+            if document[1] < number * self.chunk < document[2]
+        ]
 
 
 def _continues(before: Piece, piece: Piece) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lckv.attention.flash_pairs import Gradients, Partial
-from lckv.attention.visibility import Visibility
+from lckv.attention.visibility import Documents, Visibility
 
 
 class Piece(NamedTuple):
@@ -32,20 +32,23 @@ class Piece(NamedTuple):
         return tuple(tensor[self.rows, :, self.keys] for tensor in tensors)
 
 
+Span = tuple[slice, int, int]
+"""Rows, and where their tokens that attend to each other start and stop."""
+
+
+def spans_of(documents: Documents | None, rows: int, length: int) -> list[Span]:
+    """Documents in rows of `length` tokens, or rows together."""
+    if documents is None or len(documents.bounds) - 1 == rows:
+        return [(slice(0, rows), 0, length)]
+    return [(slice(row, row + 1), start, stop) for row, start, stop in documents.spans(length)]
+
+
 def pieces_of(query: Tensor, key: Tensor, visibility: Visibility) -> Iterator[Piece]:
     """Documents, or rows together, windows not counted. Where queries do not see themselves, each stands in
     the place of the one before. Pieces have no tokens in common; queries that see nothing are in none."""
-    documents, behind = visibility.documents, int(visibility.exclude_self)
-    rows, length, older = key.shape[0], key.shape[2], key.shape[2] - query.shape[2]
-    if documents is None or len(documents.bounds) - 1 == rows:
-        spans = [(slice(0, rows), 0, length)]
-    else:
-        spans = [(slice(row, row + 1), start, stop) for row, start, stop in documents.spans(length)]
-    yield from pieces_of_spans(spans, behind, older)
-
-
-Span = tuple[slice, int, int]
-"""Rows, and where their tokens that attend to each other start and stop."""
+    rows, length = key.shape[0], key.shape[2]
+    spans = spans_of(visibility.documents, rows, length)
+    return pieces_of_spans(spans, int(visibility.exclude_self), length - query.shape[2])
 
 
 def pieces_of_spans(spans: Iterable[Span], behind: int, older: int = 0) -> Iterator[Piece]:

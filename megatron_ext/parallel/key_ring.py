@@ -60,7 +60,8 @@ class KeyRing:
         """[n, b, h, d], of the rank's tokens to those of whole rows, which `documents` are of. `biased`: see
         `ChunkSight`."""
         chunks = Chunks(self.ranks, self.rank)
-        sight = ChunkSight(chunks.numbers, chunks.total, exclude_self, biased, documents)
+        rows, chunk = query.shape[1], len(query) // len(chunks.numbers)
+        sight = ChunkSight(chunks.numbers, chunks.total, rows, chunk, exclude_self, biased, documents)
         return _Attend.apply(query, key, value, self, _Attention(sight, pair, scale))
 
     def round(self, own: Tensor) -> Iterator[Tensor]:
@@ -121,11 +122,10 @@ class _Attention:
     pair: FlashPair
     scale: float
 
-    def arrivals(self, ring: KeyRing, query: Tensor) -> Iterator[Arrival]:
+    def arrivals(self, ring: KeyRing) -> Iterator[Arrival]:
         """In the order in which they come."""
         others = [Chunks(ring.ranks, owner).numbers for owner in ring.owners[1:]]
-        chunk = len(query) // len(self.sight.own)
-        return self.sight.arrivals(others, query.shape[1], chunk, self.pair, self.scale)
+        return self.sight.arrivals(others, self.pair, self.scale)
 
 
 class _Attend(torch.autograd.Function):
@@ -139,7 +139,7 @@ class _Attend(torch.autograd.Function):
         sight, scale = attention.sight, attention.scale
         whole = before_arrivals(attending, *own, joined, biased=sight.biased, scale=scale)
         ctx.rests = []
-        arriving = zip(ring.round(_together(key, value)), attention.arrivals(ring, query), strict=True)
+        arriving = zip(ring.round(_together(key, value)), attention.arrivals(ring), strict=True)
         for memory, arrival in arriving:
             ctx.rests.append(arrival.join(whole, attending, *_heads(memory, key, value)))
         output = sums.to(query.dtype)
@@ -165,8 +165,8 @@ class _Attend(torch.autograd.Function):
             )  # fmt: skip
             return gradients
 
-        arrivals = attention.arrivals(ring, query)
-        coming = zip(ring.round(_together(key, value)), arrivals, ctx.rests, strict=True)
+        parts = ring.round(_together(key, value))
+        coming = zip(parts, attention.arrivals(ring), ctx.rests, strict=True)
         at_home = gradients_of(*next(coming))
         if attention.sight.biased:
             sums = _by_head(dq), *_heads(at_home, key, value)
