@@ -176,9 +176,8 @@ def test_what_context_parallel_ranks_send(capsys, options: list[str], times: int
     )
     part = 16 * 2 * 16 * 4
     how = "ring" if "ring" in options else "gather"
-    assert line(lines, "context parallelism").startswith(
-        f"{how}: each rank sends {gib(times * 3 * part)} per"
-    )
+    said = line(lines, "context parallelism").split(maxsplit=2)[2]
+    assert said.startswith(f"{how}: each rank sends {gib(times * 3 * part)} per micro-batch")
     assert ("CP 4 (ring)" in line(lines, "layout")) == (how == "ring")
 
 
