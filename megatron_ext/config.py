@@ -211,6 +211,12 @@ class ParallelConfig:
     sequence once per pass; layers that read them send nothing. train.seq_length must be a multiple of twice
     this."""
 
+    context_parallel_communication: Literal["gather", "ring"] = "gather"
+    """How ranks that split sequences get each other's keys and values. gather: those of the whole sequence,
+    once per layer that computes them. ring: part by part, while attention to the part before runs; a rank
+    then never holds more than three parts, and backward sends three times as much. ring is for maps in which
+    every layer reads its own keys and values, without windows."""
+
     sequence_parallel: bool = False
     """Split activations between tensor-parallel regions along the sequence too."""
 
@@ -290,6 +296,15 @@ class ParallelConfig:
     def tokens_of_rank(self, seq_length: int) -> int:
         """Those of a sequence that each rank works on."""
         return seq_length // self.context_parallel_size
+
+    @property
+    def sends_keys_round(self) -> bool:
+        """Whether keys and values go round the ranks that split sequences."""
+        return self.context_parallel_size > 1 and self.context_parallel_communication == "ring"
+
+    def key_tokens_of_rank(self, seq_length: int) -> int:
+        """Those of a sequence whose keys and values each rank keeps."""
+        return self.tokens_of_rank(seq_length) if self.sends_keys_round else seq_length
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ _NAMES = {
                                   "lr_warmup_fraction", "warmup_ratio"),
     "optimizer.min_lr": ("min_learning_rate",),
     "optimizer.weight_decay": ("wd",),
+    "parallel.context_parallel_communication": ("cp_comm_type",),
     "parallel.context_parallel_size": ("cp", "cp_size"),
     "parallel.pipeline_model_parallel_size": ("pp", "pp_size", "pipeline_parallel_size"),
     "parallel.sequence_parallel": ("sp",),

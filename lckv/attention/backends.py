@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from lckv.attention import flash, flash3, reference, sdpa
+from lckv.attention.flash_pairs import FlashAttnPair, FlashPair, choose_pair
 from lckv.errors import UnsupportedError
 from lckv.install import INSTALL_GPU
 
 Attend = Callable[..., Tensor]
 """attend(query, key, value, visibility, *, scale, dropout, key_bias) as in `reference.attend`."""
+
+PairFor = Callable[[Tensor], FlashPair]
+"""The kernels for parts of an attention whose queries are like the tensor."""
 
 _FLASH_FUNCTIONS = {
     "flash_attn": ("flash_attn_func", "flash_attn_varlen_func"),
@@ -36,6 +40,8 @@ class Choice:
     name: str
     reason: str
     attend: Attend
+    pair: PairFor | None = None
+    """None: it makes no part of an attention, only the whole."""
 
 
 def why_not_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -110,21 +116,28 @@ def choose(name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int
             continue
         obstacle = why_not(*tensors)
         if obstacle is None:
-            return Choice(backend, "; ".join([requested, *obstacles]), _attend_of(backend))
+            return _choice_of(backend, "; ".join([requested, *obstacles]))
         if name == backend:
             raise UnsupportedError(name, obstacle)
         if device.type == "cuda" or not obstacles:
             obstacles.append(obstacle)
     if name == "sdpa":
-        return Choice("sdpa", requested, sdpa.attend)
+        return Choice("sdpa", requested, sdpa.attend, choose_pair)
     if name == "auto":
-        return Choice("sdpa", f"{requested}: {'; '.join(obstacles)}", sdpa.attend)
+        return Choice("sdpa", f"{requested}: {'; '.join(obstacles)}", sdpa.attend, choose_pair)
     if name == "reference":
         return Choice("reference", requested, reference.attend)
     raise UnsupportedError(repr(name), f"the backends are auto, {', '.join(NAMES)}")
 
 
-def _attend_of(name: str) -> Attend:
+def _choice_of(name: str, reason: str) -> Choice:
     if name == "flash":
-        return partial(flash.attend, kernel=importlib.import_module("flash_attn"))
-    return partial(flash3.attend, kernel=importlib.import_module(_FLASH3_MODULE))
+        return flash_choice(reason, importlib.import_module("flash_attn"))
+    attend = partial(flash3.attend, kernel=importlib.import_module(_FLASH3_MODULE))
+    return Choice(name, reason, attend, choose_pair)
+
+
+def flash_choice(reason: str, kernel: flash.FlashAttn) -> Choice:
+    """flash-attn, whose module is `kernel`."""
+    attend = partial(flash.attend, kernel=kernel)
+    return Choice("flash", reason, attend, lambda query: FlashAttnPair(kernel.flash_attn_interface))

@@ -67,6 +67,28 @@ class Causal(NamedTuple):
         return dq, dk, dv[..., : value.shape[-1]]
 
 
+class Full(NamedTuple):
+    """Attention of every query to all keys, else as `Causal`."""
+
+    pair: FlashPair
+    scale: float
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Partial:
+        """Output and lse."""
+        partial = self.pair.forward(query, key, widened(value, key), self.scale, causal=False)
+        return partial._replace(output=partial.output[..., : value.shape[-1]])
+
+    def backward(
+        self, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, whole: Partial
+    ) -> Gradients:
+        """Gradients of query, key and value from that of the output of the whole softmax."""
+        whole = whole._replace(output=widened(whole.output, key))
+        dq, dk, dv = self.pair.backward(
+            widened(gradient, key), query, key, widened(value, key), whole, self.scale, causal=False
+        )
+        return dq, dk, dv[..., : value.shape[-1]]
+
+
 def join(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
     """Make `output` [..., s, d] and `lse` [..., s] those of their keys and the other's."""
     share = torch.sigmoid(other_lse - lse)[..., None].to(output.dtype)

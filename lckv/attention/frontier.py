@@ -76,10 +76,8 @@ def _forward(
         return ()
     query, output, lse, share = (tensor[:, :, first:] for tensor in (query, output, lse, share))
     partial = below.forward(query, key[:, :, :-1], value[:, :, :-1])
-    # Shapes: queries [b, g, h / g, q, ...], frontiers [b, g, 1, q, ...].
-    own_key, own_value = (tensor[:, :, None, -query.shape[2] :] for tensor in (key, value))
-    products = grouped(query, key).to(lse.dtype) * own_key
-    score = products[..., :-1].sum(-1).flatten(1, 2) * below.scale
+    score = frontier_score(query, key, below.scale, lse.dtype)
+    own_value = value[:, :, None, -query.shape[2] :]
     torch.logaddexp(partial.lse, score, out=lse)
     torch.sigmoid(score - partial.lse, out=share)
     older = grouped(partial.output, key)
@@ -116,6 +114,34 @@ def _backward(
     below_dq, below_dk, below_dv = below.backward(gradient, query, key[:, :, :-1], value[:, :, :-1], whole)
     dk[:, :, :-1] += below_dk
     dv[:, :, :-1] += below_dv
+    add_frontier_gradients(
+        gradient, query, output, share, key, value, below.scale, below_dq=below_dq, dq=dq, dk=dk, dv=dv
+    )
+
+
+def frontier_score(query: Tensor, key: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """Of queries and the last keys, as many, each query with its own: [b, h, q], without bias."""
+    # Shapes: queries [b, g, h / g, q, ...], frontiers [b, g, 1, q, ...].
+    products = grouped(query, key).to(dtype) * key[:, :, None, -query.shape[2] :]
+    return products[..., :-1].sum(-1).flatten(1, 2) * scale
+
+
+def add_frontier_gradients(
+    gradient: Tensor,
+    query: Tensor,
+    output: Tensor,
+    share: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    *,
+    below_dq: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    """Add to dk and dv what comes through the frontiers, whose part of the whole softmax is `share` [b, h,
+    q]; dq becomes `below_dq` and what comes through the frontiers. `gradient` and `output`: of the whole."""
     # The frontier's terms are added in all channels; then the last one, which it is seen without, gets its
     # own back.
     bias_gradient = dk[..., -1].clone()
@@ -124,7 +150,7 @@ def _backward(
     # Shapes: queries [b, g, h / g, q, ...], frontiers [b, g, 1, q, ...].
     gradient, query, output, share = (grouped(tensor, key) for tensor in (gradient, query, output, share))
     own_key, own_value = (tensor[:, :, None, frontier] for tensor in (key, value))
-    dscore = share * (gradient * (own_value - output)).sum(-1, dtype=share.dtype) * below.scale
+    dscore = share * (gradient * (own_value - output)).sum(-1, dtype=share.dtype) * scale
     share, dscore = (tensor[..., None].to(query.dtype) for tensor in (share, dscore))
     torch.addcmul(grouped(below_dq, dk), dscore, own_key, out=grouped(dq, dk))
     dq[..., -1] = below_dq[..., -1]

@@ -4,7 +4,7 @@ Shapes: b rows, h query heads, g KV heads, s tokens of a row, of which the last 
 q, d + e], key [b, g, s, d + e], value [b, g, s, d], result [b, h, q, d].
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lckv.attention.flash_pairs import Gradients, Partial
-from lckv.attention.visibility import Visibility
+from lckv.attention.visibility import Documents, Visibility
 
 
 class Piece(NamedTuple):
@@ -32,19 +32,32 @@ class Piece(NamedTuple):
         return tuple(tensor[self.rows, :, self.keys] for tensor in tensors)
 
 
+Span = tuple[slice, int, int]
+"""Rows, and where their tokens that attend to each other start and stop."""
+
+
+def spans_of(documents: Documents | None, rows: int, length: int) -> list[Span]:
+    """Documents in rows of `length` tokens, or rows together."""
+    if documents is None or len(documents.bounds) - 1 == rows:
+        return [(slice(0, rows), 0, length)]
+    return [(slice(row, row + 1), start, stop) for row, start, stop in documents.spans(length)]
+
+
 def pieces_of(query: Tensor, key: Tensor, visibility: Visibility) -> Iterator[Piece]:
     """Documents, or rows together, windows not counted. Where queries do not see themselves, each stands in
     the place of the one before. Pieces have no tokens in common; queries that see nothing are in none."""
-    documents, behind = visibility.documents, int(visibility.exclude_self)
-    rows, length, older = key.shape[0], key.shape[2], key.shape[2] - query.shape[2]
-    if documents is None or len(documents.bounds) - 1 == rows:
-        spans = [(slice(0, rows), 0, length)]
-    else:
-        spans = [(slice(row, row + 1), start, stop) for row, start, stop in documents.spans(length)]
-    for row, start, stop in spans:
+    rows, length = key.shape[0], key.shape[2]
+    spans = spans_of(visibility.documents, rows, length)
+    return pieces_of_spans(spans, int(visibility.exclude_self), length - query.shape[2])
+
+
+def pieces_of_spans(spans: Iterable[Span], behind: int, older: int = 0) -> Iterator[Piece]:
+    """Of keys `older` tokens longer than the queries. A query sees the keys of its span that are `behind` or
+    more places behind it, 0 or 1."""
+    for rows, start, stop in spans:
         first = max(start + behind, older)
         if stop > first:
-            yield Piece(row, slice(first - older, stop - older), slice(start, stop - behind))
+            yield Piece(rows, slice(first - older, stop - older), slice(start, stop - behind))
 
 
 class Attention(Protocol):

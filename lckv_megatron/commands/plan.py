@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from lckv.sharing.layer_types import LayerTypes
 from lckv_megatron.dry_run import options as dry_run
 from lckv_megatron.layouts import LAYOUTS, cache_bytes, compare
+from lckv_megatron.planning.context import context_lines
 from lckv_megatron.planning.inputs import configs_in, epoch_lines, launched_processes, missing_paths
 from lckv_megatron.planning.memory import checkpoint_line, stage_lines, verdict_lines
 from lckv_megatron.planning.plan import Plan
@@ -39,6 +40,7 @@ def describe(plan: Plan) -> Iterator[str]:
     yield from _length(plan)
     yield from epoch_lines(plan.run, plan.tokens)
     yield from layout_lines(sizes)
+    yield from context_lines(plan)
     yield from _idle(plan)
     yield checkpoint_line(plan)
     yield ""

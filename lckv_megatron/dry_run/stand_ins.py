@@ -17,7 +17,7 @@ import torch
 from megatron.core.transformer import mlp
 from torch import Tensor
 
-from lckv.attention import backends, flash
+from lckv.attention import backends
 from lckv.attention.backends import Choice
 from lckv.attention.visibility import Documents
 from lckv.cost import average_keys
@@ -48,13 +48,13 @@ def _with_fused_swiglu(transformer_config: Callable[..., Any]) -> Callable[..., 
 
 
 def _choose(recorder: Recorder, original: Callable[..., Choice]) -> Callable[..., Choice]:
-    attend = partial(flash.attend, kernel=cast(Any, FlashAttention(recorder)))
+    pretended = backends.flash_choice("pretended", cast(Any, FlashAttention(recorder)))
 
     def choose(name: str, *, dtype: torch.dtype, head_dim: int, **on_cpu: Any) -> Choice:
         device = torch.device("cuda")
         if name == "reference" or name == "sdpa" or backends.why_not_flash(device, dtype, head_dim):
             return original(name, device=device, dtype=dtype, head_dim=head_dim)
-        return Choice("flash", "pretended", attend)
+        return pretended
 
     return choose
 

@@ -16,6 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
+from lckv.attention.backends import Choice
 from lckv.attention.visibility import Documents, Visibility
 from lckv.policies.base import KeyValue, Statistics, TokenContext
 from megatron_ext.mcore import name_argument
@@ -24,6 +25,7 @@ from megatron_ext.model.contexts import LayerContext, keys_values
 from megatron_ext.model.linear import QKVLinear
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 from megatron_ext.parallel.context import ContextGroup
+from megatron_ext.parallel.key_ring import KeyRing
 
 
 class CoreAttention(MegatronModule):
@@ -47,12 +49,16 @@ class CoreAttention(MegatronModule):
         self.key_bias = compression.policy.traits.key_bias
         assert pg_collection is not None
         self.chunks = ContextGroup(pg_collection.cp).chunks
+        self.ring = KeyRing(pg_collection.cp) if config.sends_keys_round else None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
         """query [s, b, h, d + e], key [k, b, g, d + e] and value [k, b, g, d] to [s, b, h * d].
 
         Keys, values and documents are those of whole rows of k tokens, of which this rank has s. Each of its
-        chunks attends to all that comes before it in its row, and to itself."""
+        chunks attends to all that comes before it in its row, and to itself. Where keys and values go round,
+        key and value are the rank's part [s, ...]."""
+        if self.ring is not None:
+            return self._attend_round(self.ring, query, key, value, documents)
         bounds = self.chunks.bounds(len(key))
         outputs = [
             self._attend(
@@ -65,14 +71,33 @@ class CoreAttention(MegatronModule):
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
-        """From the last tokens of rows to all of them."""
-        backend = choose_backend(
+    def _attend_round(
+        self, ring: KeyRing, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None
+    ) -> Tensor:
+        pair_for = self._backend(query).pair
+        assert pair_for is not None
+        output = ring.attend(
+            query,
+            key,
+            value,
+            documents,
+            exclude_self=self.sight.exclude_self,
+            biased=self.key_bias is not None,
+            scale=self.scale,
+            pair=pair_for(query),
+        )
+        return output.flatten(2)
+
+    def _backend(self, query: Tensor) -> Choice:
+        return choose_backend(
             self.config.attention_kernel, device=query.device, dtype=query.dtype, head_dim=query.shape[-1]
         )
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
+        """From the last tokens of rows to all of them."""
         visibility = Visibility(*self.sight, documents)
         attend = partial(
-            backend.attend,
+            self._backend(query).attend,
             *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),
             visibility,
             scale=self.scale,
@@ -116,7 +141,7 @@ class SharedKVAttention(Attention):
         self.layer_type = config.layer_types[layer_number - 1]
         self.computes_kv = self.layer_type.index in config.layer_types.kv_layers
         self.policy = config.compression.policy.build()
-        self.context_group = ContextGroup(self.pg_collection.cp)
+        self.context_group = ContextGroup(self.pg_collection.cp, ring=config.sends_keys_round)
         self.head_dim = self.hidden_size_per_attention_head
         self.query_heads = config.num_attention_heads // self.world_size
         width = self.query_projection_size + (2 * self.kv_projection_size if self.computes_kv else 0)

@@ -52,4 +52,4 @@ def keys_values(
     own = KeyValue(*(group.parts(tensor, reach) for tensor in rows))
     chunks = len(group.chunks.numbers)
     # [n b, g] to [n, b, g] to [b, g]
-    return group.gather(own), tuple(value.unflatten(0, (chunks, -1)).sum(0) for value in statistics)
+    return group.kept(own), tuple(value.unflatten(0, (chunks, -1)).sum(0) for value in statistics)

@@ -41,8 +41,8 @@ class LayerMemory:
         self._model, self._compression, self._train, self._fused = model, compression, train, fused
         self._layer_types = compression.map(model.num_layers)
         self._bytes = precision(train.precision).bytes
-        self._context_ranks = parallel.context_parallel_size
         self._tokens = parallel.tokens_of_rank(train.seq_length)
+        self._kept_rows = parallel.key_tokens_of_rank(train.seq_length) / max(1, self._tokens)
         self._shards = ranks if parallel.sequence_parallel else 1
         self._heads = model.num_attention_heads / ranks
         self._kv_heads = max(1.0, model.query_groups / ranks)
@@ -67,9 +67,9 @@ class LayerMemory:
         if not (run.computes_kv and run.part is Part.WHOLE) or shared:
             return whole, part
         key_value = self._bytes * self._kv_heads * (2 * self._model.head_dim + self._extra_channels)
-        if self._compression.policy.traits.token_wise and self._context_ranks == 1:
+        if self._compression.policy.traits.token_wise and self._kept_rows == 1:
             return whole, part + key_value
-        return whole + key_value * self._context_ranks, part  # those of whole rows
+        return whole + key_value * self._kept_rows, part  # those of whole rows
 
     @property
     def _extra_channels(self) -> int:

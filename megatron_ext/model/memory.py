@@ -11,7 +11,7 @@ with h hidden size, g KV heads of the rank, d channels of a head, C context-para
 ranks with sequence parallelism, else 1. `inputs` is the number of recomputed layers, where a layer counts
 once for every pass with gradient. `shared` is the number of distinct keys and values that are kept: those
 that some layer reads from another, and those of a layer that is not recomputed; each is stored once, of whole
-rows, however many layers read it.
+rows, however many layers read it. Where keys and values go round the C ranks, each keeps its part: s / C.
 The last term: `layer_memory.py`. The last stage adds the final norm, and logits in float32 where the loss
 takes all tokens at once.
 
@@ -81,9 +81,6 @@ class Kept:
     shared: int
     """Keys [s, b, g, d + e] and values [s, b, g, d]."""
 
-    extra_channels: int = 0
-    """e: channels that the KV policy gives keys beyond those of values."""
-
     runs: tuple[LayerRun, ...] = ()
     """Runs of layers that are not recomputed."""
 
@@ -109,8 +106,7 @@ def kept_for_backward(
     }
     shared = {(reads.source, reads.number) for reads in read if reads.origin is not Origin.OWN}
     own = {(run.reads.source, run.reads.number) for run in whole if run.part is Part.WHOLE and run.reads}
-    extra = compression.policy.traits.extra_channels
-    return Kept(len(runs) - len(whole), len(shared | own), extra, whole)
+    return Kept(len(runs) - len(whole), len(shared | own), whole)
 
 
 def recomputed_of_stage(train: TrainConfig, layers: range) -> range:
@@ -136,14 +132,21 @@ def kept_bytes(
     ranks = parallel.tensor_model_parallel_size
     tokens = parallel.tokens_of_rank(train.seq_length) * train.micro_batch_size
     hidden = tokens * model.hidden_size // (ranks if parallel.sequence_parallel else 1)
-    channels = 2 * model.head_dim + kept.extra_channels
-    # keys and values are those of whole sequences
-    key_value = train.seq_length * train.micro_batch_size * max(1, model.query_groups // ranks) * channels
+    key_value = key_value_numbers(model, compression, parallel, train)
     layer = LayerMemory(model, compression, parallel, train, fused=fused)
     if train.activation_offload == "token_wise":
         return precision(train.precision).bytes * kept.shared * key_value
     tensors = precision(train.precision).bytes * (kept.inputs * hidden + kept.shared * key_value)
     return tensors + sum(map(layer.kept, kept.runs))
+
+
+def key_value_numbers(
+    model: ModelConfig, compression: CompressionConfig, parallel: ParallelConfig, train: TrainConfig
+) -> int:
+    """In the keys and values of a layer that a rank keeps of a micro-batch."""
+    tokens = parallel.key_tokens_of_rank(train.seq_length) * train.micro_batch_size
+    heads = max(1, model.query_groups // parallel.tensor_model_parallel_size)
+    return tokens * heads * (2 * model.head_dim + compression.policy.traits.extra_channels)
 
 
 def loss_bytes(
@@ -171,9 +174,15 @@ def layer_bytes(
     fused: bool = False,
 ) -> int:
     """The most that one run of a layer keeps while it is recomputed, keys and values left out. Where
-    activations go to the host, three layers: two that are on their way, and one that computes."""
+    activations go to the host, three layers: two that are on their way, and one that computes. Keys and
+    values that go round take six parts besides, in backward: two that are on their way, two with their
+    gradients, those of the own part, and those that a rank adds."""
     nothing = replace(train, recompute_granularity="none")
     at_once = 3 if train.activation_offload == "token_wise" else 1
     layer = LayerMemory(model, compression, parallel, nothing, fused=fused)
     steps = compression.plan(model.num_layers)
-    return at_once * max(layer.kept(run) for step in steps if step.requires_grad for run in step.runs)
+    most = max(layer.kept(run) for step in steps if step.requires_grad for run in step.runs)
+    if not parallel.sends_keys_round:
+        return at_once * most
+    part = precision(train.precision).bytes * key_value_numbers(model, compression, parallel, train)
+    return at_once * most + 6 * part

@@ -106,7 +106,7 @@ class OffloadedLayers:
         attention = layer.self_attention
         with tape.whole():
             if attention.policy.token_wise:
-                own, statistics = attention.context_group.gather(KeyValue(*heads)), ()
+                own, statistics = attention.context_group.kept(KeyValue(*heads)), ()
             else:
                 *query, key, value = heads
                 own, statistics = attention.of_policy(query[0] if query else None, key, value, context)

@@ -32,6 +32,9 @@ class SharedKVTransformerConfig(TransformerConfig):
     """model.attention_backend: the backend of lckv.attention
     (Megatron's `attention_backend` is Transformer Engine's)."""
 
+    sends_keys_round: bool = False
+    """See `ParallelConfig.sends_keys_round`."""
+
     placement: Placement | None = None
     """The layers of each pipeline stage; see `placed`."""
 
@@ -102,6 +105,7 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        sends_keys_round=parallel.sends_keys_round,
         placement=placement,
         offload=share.settings(device_peak_tflops(train.precision)) if share else None,
         pipeline_in_flight=parallel.pipeline_in_flight,

@@ -25,8 +25,9 @@ from megatron_ext.parallel.chunks import Chunks
 class ContextGroup:
     """The ranks that share rows, seen from one of them."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
+    def __init__(self, group: dist.ProcessGroup, *, ring: bool = False) -> None:
+        """`ring`: keys and values go round (`megatron_ext.parallel.key_ring`)."""
+        self._group, self._ring = group, ring
 
     @cached_property
     def chunks(self) -> Chunks:
@@ -49,6 +50,10 @@ class ContextGroup:
         if self.is_alone:
             return own
         return KeyValue(*_Gather.apply(*own, self._group, self.chunks.order))
+
+    def kept(self, own: KeyValue) -> KeyValue:
+        """What layers attend to: keys and values of whole rows, or, where those go round, the rank's part."""
+        return own if self._ring else self.gather(own)
 
     def own(self, whole: KeyValue) -> KeyValue:
         """The rank's part of keys and values of whole rows."""

@@ -67,7 +67,8 @@ def layout_lines(sizes: RunSizes) -> Iterator[str]:
     """Processes, and the batch of a step."""
     parallel, train = sizes.run.parallel, sizes.run.train
     sequence = " + SP" if parallel.sequence_parallel else ""
-    context = f", CP {parallel.context_parallel_size}" if parallel.context_parallel_size > 1 else ""
+    ring = " (ring)" if parallel.sends_keys_round else ""
+    context = f", CP {parallel.context_parallel_size}{ring}" if parallel.context_parallel_size > 1 else ""
     yield (
         f"layout                {sizes.world_size} processes: TP "
         f"{parallel.tensor_model_parallel_size}{sequence}, PP {parallel.pipeline_model_parallel_size}"

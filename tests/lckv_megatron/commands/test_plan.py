@@ -44,6 +44,7 @@ TINY += [
     "10",
 ]
 PIPELINE = ["--parallel.pipeline_model_parallel_size", "2", "--parallel.tensor_model_parallel_size", "2"]
+RING = ["--parallel.context_parallel_communication", "ring"]
 PIPELINE += ["--parallel.sequence_parallel", "true"]
 
 
@@ -157,6 +158,27 @@ def test_context_parallel_ranks_keep_their_tokens_and_all_keys_and_values(capsys
     assert activations("--parallel.context_parallel_size", "2") == gib(shared + of_tokens // 2)
     lines = planned(capsys, "--parallel.context_parallel_size", "2", "--train.global_batch_size", "1")
     assert line(lines, "layout").endswith("2 processes: TP 1, PP 1, CP 2, DP 1")
+
+
+@pytest.mark.parametrize(
+    ("options", "times"),
+    [
+        (["--compression.layer_types", "0_0_2_2"], 2 * 2),
+        (["--train.recompute_granularity", "full"], 4 * 3),
+        (["--compression.layer_types", "0_2_2_3"], 2 * 2 + 7 + 2 * 2),  # layer 2: 7 passes without gradient
+        (RING, 4 * 3),
+        ([*RING, "--train.recompute_granularity", "selective"], 4 * 4),
+    ],
+)
+def test_what_context_parallel_ranks_send(capsys, options: list[str], times: int) -> None:
+    lines = planned(
+        capsys, "--parallel.context_parallel_size", "4", "--train.global_batch_size", "1", *options
+    )
+    part = 16 * 2 * 16 * 4
+    how = "ring" if "ring" in options else "gather"
+    said = line(lines, "context parallelism").split(maxsplit=2)[2]
+    assert said.startswith(f"{how}: each rank sends {gib(times * 3 * part)} per micro-batch")
+    assert ("CP 4 (ring)" in line(lines, "layout")) == (how == "ring")
 
 
 def test_a_ring_says_how_long_it_is_idle_and_what_it_sends(capsys) -> None:

@@ -19,6 +19,7 @@ def small(layers: int, layer_types: str | None = None, *options: str) -> tuple[s
 
 
 PASSES = ("--compression.forward_passes", "2", "--compression.backward_passes", "2")
+RING = ("--parallel.context_parallel_communication", "ring")
 FULL = ("--train.recompute_granularity", "full")
 BOTH_SIDES = {
     "plain, recomputed": Case("demo/pretrain.yaml", options=small(3, "0_1_2", *FULL)),
@@ -27,6 +28,7 @@ BOTH_SIDES = {
     "shared, DP 2": Case("llama_1b_lckv/pretrain.yaml", data=2, options=small(2, "0_0")),
     "shared, PP 2": Case("llama_1b_lckv/pretrain.yaml", pipeline=2, options=small(4, "0_1_1_1")),
     "merging, CP 2": Case("llama2_13b_dmc/retrofit.yaml", context=2, options=small(2)),
+    "merging, CP 2, ring": Case("llama2_13b_dmc/retrofit.yaml", context=2, options=small(2, None, *RING)),
 }
 cases = pytest.mark.parametrize("name", BOTH_SIDES)
 

@@ -31,6 +31,7 @@ ROWS, TOKENS, EOD = 4, 32, 7
 MAPS = {
     **EVERY_MAP,
     "dmc without window": CompressionConfig(policy=replace(MERGING, window=None)),
+    "plain nodiag": CompressionConfig(force_nodiag=True),
 }
 
 
@@ -48,6 +49,7 @@ class Case:
     recompute: str = "none"
     backend: str = "sdpa"
     micro_batch_size: int = 2
+    communication: Literal["gather", "ring"] = "gather"
 
     @property
     def alone(self) -> "Case":
@@ -57,7 +59,7 @@ class Case:
     def __str__(self) -> str:
         words = [self.name.replace(" ", "-"), f"cp{self.cp}", f"tp{self.tp}", f"pp{self.pp}"]
         words += [self.documents.replace(" ", "-")] * bool(self.documents) + ["sp"] * self.sequence_parallel
-        return "-".join([*words, self.recompute, self.backend])
+        return "-".join([*words, self.recompute, self.backend] + ["ring"] * (self.communication == "ring"))
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ def settings_of(case: Case) -> tuple[ParallelConfig, TrainConfig]:
         tensor_model_parallel_size=case.tp,
         pipeline_model_parallel_size=case.pp,
         context_parallel_size=case.cp,
+        context_parallel_communication=case.communication,
         sequence_parallel=case.sequence_parallel,
         use_distributed_optimizer=False,
     )
@@ -185,7 +188,7 @@ OWNERS = {"plain": 6, "cla": 3, "lckv": 3, "lckv x dmc": 3}
 
 @pytest.mark.parametrize("name", OWNERS)
 def test_what_is_sent_are_keys_and_values_of_layers_that_compute_them(name: str) -> None:
-    for sent in run_on_ranks(2, sent_by, name):
+    for sent in run_on_ranks(2, sent_in, Case(name, cp=2, micro_batch_size=1)):
         compression = MAPS[name]
         runs = [(step, run) for step in compression.plan(6) for run in step.runs if run.computes_kv]
         assert len({run.index for _, run in runs}) == OWNERS[name]
@@ -203,11 +206,10 @@ def test_what_is_sent_are_keys_and_values_of_layers_that_compute_them(name: str)
         assert sent == expected
 
 
-def sent_by(name: str) -> Counter[tuple[str, int]]:
+def sent_in(case: Case) -> Counter[tuple[str, int]]:
     """Collectives of a forward and a backward, by kind and numbers of the whole; nothing but float32."""
-    case = Case(name, cp=2, micro_batch_size=1)
     parallel, train = settings_of(case)
-    stage = make_stage(MAPS[name], parallel, train)
+    stage = make_stage(MAPS[case.name], parallel, train)
     batch = next(batches_of(case))
     with pytest.raises(ValueError, match=r"policy\.chunk_rows is missing; with context parallelism it must"):
         stage(batch.tokens, batch.position_ids)

@@ -139,6 +139,8 @@ def pipeline_differences(name: str) -> list[str]:
         Case("lckv", cp=2),
         Case("lckv x dmc", "documents", cp=2),
         Case("dmc", cp=2, tp=2, sequence_parallel=True),
+        Case("plain", "documents", cp=2, communication="ring"),
+        Case("dmc", cp=2, communication="ring"),
     ],
     ids=str,
 )

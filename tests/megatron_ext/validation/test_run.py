@@ -47,6 +47,10 @@ def cp(size):
     return {"parallel.context_parallel_size": size}
 
 
+def ring():
+    return cp(2) | {"parallel.context_parallel_communication": "ring"}
+
+
 def dmc(**settings):
     return {"compression.policy": {"name": "dmc", **settings}}
 
@@ -344,6 +348,39 @@ CASES = [
         (
             "parallel.context_parallel_size is 2 and model.attention_dropout is 0.1; attention of a chunk to "
             "what comes before it has no dropout: set the former to 1, or the latter to 0."
+        ),
+    ),
+    (
+        ring() | {"compression.layer_types": "0_1_2_2_2_2_2_2"},
+        2,
+        (
+            "parallel.context_parallel_communication is ring and in compression.layer_types layer 3 reads "
+            "the keys and values of layer 2; a layer that others read gathers once for all of them: use "
+            "gather."
+        ),
+    ),
+    (
+        ring() | {"compression.layer_types": "0_1s_2_3_4_5_6_7", "compression.sliding_window": 64},
+        2,
+        (
+            "parallel.context_parallel_communication is ring and layer 1 has a sliding window "
+            "(compression.sliding_window is 64); windows end inside of the parts that go round"
+        ),
+    ),
+    (
+        ring() | dmc(stage="finetune") | {"compression.force_nodiag": True},
+        2,
+        (
+            "parallel.context_parallel_communication is ring, compression.policy.name is dmc and "
+            "compression.force_nodiag is true; a query then sees keys of other parts without the bias"
+        ),
+    ),
+    (
+        ring() | {"model.attention_backend": "reference"},
+        2,
+        (
+            "parallel.context_parallel_communication is ring and model.attention_backend is reference, which "
+            "attends to whole sequences only: use gather, or set the latter to auto or sdpa."
         ),
     ),
     (
