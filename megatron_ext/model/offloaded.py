@@ -43,9 +43,15 @@ class OffloadedLayers:
         self.storage = Storage(pool, link, Buffers(device, link))
         self._last: weakref.ref[Tape] | None = None
 
+    @property
+    def share(self) -> float:
+        """Of the tokens: those whose activations go to the host, 0 .. 1."""
+        return self._settings.share
+
     def begin(self) -> None:
         """Another micro-batch, or another visit of one: no layer lies below the next one."""
         self._last = None
+        self.storage.buffers.release()
 
     def run(
         self, layer: SharedKVLayer, hidden_states: Tensor, source: KeyValue | None, context: LayerContext
