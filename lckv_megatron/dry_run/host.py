@@ -46,8 +46,8 @@ class HostUse:
 def pretended_host(recorder: Recorder, train: TrainConfig, peak_tflops: float) -> Iterator[Replacement]:
     """For a GPU of that peak, whatever memory this machine has."""
     rate = train.offload_gigabytes_per_second * 1e9
-    yield Replacement(offloaded, "Link", lambda device: _Link(recorder, rate))
-    yield Replacement(offloaded, "HostPool", partial(_HostPool, recorder))
+    yield Replacement(offloaded, "Link", lambda device: PretendedLink(recorder, rate))
+    yield Replacement(offloaded, "HostPool", partial(PretendedPool, recorder))
     yield Replacement(offloaded, "require_host_memory", lambda expected_bytes: None)
     yield Replacement(transformer_config, "device_peak_tflops", lambda precision: peak_tflops)
 
@@ -65,7 +65,7 @@ def _again(recorder: Recorder, function: Callable[..., None]) -> Callable[..., N
     return call
 
 
-class _HostPool(HostPool):
+class PretendedPool(HostPool):
     """The pool of pinned memory, which no device holds."""
 
     def __init__(self, recorder: Recorder, limit: int, *, pinned: bool) -> None:
@@ -78,7 +78,7 @@ class _HostPool(HostPool):
         return memory
 
 
-class _Link(Link):
+class PretendedLink(Link):
     """Copies that are noted; moments are seconds of the record."""
 
     def __init__(self, recorder: Recorder, rate: float) -> None:

@@ -37,9 +37,7 @@ def mfu(ranks: Sequence[RankRun], machine: Machine, stages: int, model_flops: fl
     return model_flops / (seconds * machine.tflops * 1e12)
 
 
-def describe(
-    ranks: Sequence[RankRun], machine: Machine, stages: int, model_flops: float
-) -> Iterator[str]:
+def describe(ranks: Sequence[RankRun], machine: Machine, stages: int, model_flops: float) -> Iterator[str]:
     """All tables; `stages` of the pipeline, `model_flops` of a step on each device."""
     usable = usable_bytes(machine.gpu.memory_bytes)
     yield f"dry run: memory at the peak of a step, on {machine.gpu.name}, {gib(usable)} of it usable"

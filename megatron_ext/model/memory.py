@@ -171,8 +171,8 @@ def layer_bytes(
     fused: bool = False,
 ) -> int:
     """The most that one run of a layer keeps while it is recomputed, keys and values left out. Where
-    activations go to the host, three layers: two buffers, and the gradients of one layer; in forward one layer
-    that computes, and one on its way."""
+    activations go to the host, three layers: two buffers, and the gradients of a layer; in forward one that
+    computes, and one on its way."""
     nothing = replace(train, recompute_granularity="none")
     at_once = 3 if train.activation_offload == "token_wise" else 1
     layer = LayerMemory(model, compression, parallel, nothing, fused=fused)

@@ -104,6 +104,10 @@ class Tape:
         """These stay on the device; they must live until forward of the layer is over."""
         self._constants.update(map(memory_of, tensors))
 
+    def expect(self, *tensors: Tensor) -> None:
+        """Where parts of these are needed, the whole goes to the host, once, and not each part."""
+        self._alive += [_Known(tensor) for tensor in tensors]
+
     def token_wise(
         self, function: Function, *inputs: Tensor, again: Function | None = None
     ) -> tuple[Tensor, ...]:
@@ -113,7 +117,7 @@ class Tape:
         if not self.tokens.all_on_host:
             part.inputs = [(self._whole(tensor), tensor.requires_grad) for tensor in inputs]
         else:
-            self._alive += [_Known(tensor) for tensor in inputs]
+            self.expect(*inputs)
 
         def pack(tensor: Tensor) -> View | Tensor:
             packed, new = self._pack(tensor, self.tokens.split(tensor.shape))

@@ -49,7 +49,15 @@ class Link:
         if mark is None:
             return
         self._leaving.append((mark, tensors))
-        while len(self._leaving) > _IN_FLIGHT:
+        self._let_go(_IN_FLIGHT)
+
+    def settle(self) -> None:
+        """Lets go of everything; computation waits for the copies."""
+        self._let_go(0)
+
+    def _let_go(self, but: int) -> None:
+        """Of all layers but the last few."""
+        while len(self._leaving) > but:
             self.wait(self._leaving.popleft()[0])
 
 
@@ -130,6 +138,7 @@ class Buffers:
         return self._buffers[self._current].memory
 
     def _arrive(self, loadable: Loadable) -> None:
+        self._link.settle()  # what comes is behind what leaves
         self._current = 1 - self._current
         buffer, other = self._buffers[self._current], self._buffers[1 - self._current]
         if buffer.resident is not loadable:
