@@ -103,7 +103,7 @@ def tables_of(recipe: Recipe, ranks: list[RankRun]) -> list[list[Row]]:
         narrow(recipe, memory_rows(ranks, Machine()), ("stage", "weights held", "verdict")),
         narrow(recipe, collective_rows(ranks), ()),
         narrow(recipe, time_rows(ranks, Machine(), stages), ("optimizer", "other", "copies")),
-        narrow(recipe, [(*head, "MFU"), *((*row, share) for row in on_host)], ()),
+        narrow(recipe, [(*head, "MFU"), *((*row, share) for row in on_host)], ("back", "copies")),
     ]
 
 
