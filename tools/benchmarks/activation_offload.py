@@ -59,6 +59,8 @@ def measure(
             compression = CompressionConfig(layer_types=layout.layer_types(number))
             sized = replace(model, num_layers=number)
             step = Step.of(sized, compression, replace(train, **way.changes))
+            if step.offloaded is not None:
+                step.offloaded.begin()  # a step before has left its buffers
             held.setdefault(way.name, []).append((held_bytes(step.forward), _host_bytes(step)))
             if number == layers:
                 steps[way.name] = step
