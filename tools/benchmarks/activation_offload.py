@@ -11,6 +11,7 @@ no measure of what copies cost a GPU, but of what is computed again and of the c
 """
 
 import argparse
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,7 +61,8 @@ def measure(
             sized = replace(model, num_layers=number)
             step = Step.of(sized, compression, replace(train, **way.changes))
             if step.offloaded is not None:
-                step.offloaded.begin()  # a step before has left its buffers
+                gc.collect()  # the graph of a step before
+                step.offloaded.begin()  # which has left its buffers
             held.setdefault(way.name, []).append((held_bytes(step.forward), _host_bytes(step)))
             if number == layers:
                 steps[way.name] = step
