@@ -16,9 +16,12 @@ from lckv_megatron.dry_run.recorder import Recorder
 from lckv_megatron.dry_run.replacements import Replacement
 from lckv_megatron.memory_plan.trace import Stretch
 from megatron_ext.model.layer import LayerOutput, SharedKVLayer
+from megatron_ext.model.offloaded import OffloadedLayers
 
 _PARTS = {"forward": "layer", "keys_values": "keys and values", "feed_forward": "MLP"}
 """Methods of a layer, each of which is a run, and how they are told."""
+_OFFLOADED = {"run": "layer", "keys_values": "keys and values", "feed_forward": "MLP"}
+"""The same of what runs layers whose activations go to the host; the layer is the first argument."""
 
 
 @dataclass(slots=True)
@@ -42,8 +45,9 @@ class LayerRuns:
 
     def replacements(self) -> Iterator[Replacement]:
         """Of the methods of layers."""
-        for part, name in _PARTS.items():
-            yield Replacement(SharedKVLayer, part, self._noting(name, getattr(SharedKVLayer, part)))
+        for owner, parts in ((SharedKVLayer, _PARTS), (OffloadedLayers, _OFFLOADED)):
+            for part, name in parts.items():
+                yield Replacement(owner, part, self._noting(name, getattr(owner, part)))
 
     def stretches(self) -> Iterator[Stretch]:
         """Forwards and backwards of all runs so far."""
@@ -54,13 +58,14 @@ class LayerRuns:
                 yield Stretch(name, run.layer, number, "backward", run.backward_start, run.backward_end)
 
     def _noting(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(layer: SharedKVLayer, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
-            if self._inside:  # a whole layer runs its MLP
-                return function(layer, hidden_states, *args, **options)
+        def call(*args: Any, **options: Any) -> Any:
+            if self._inside or self.recorder.is_again:  # a whole layer runs its MLP
+                return function(*args, **options)
+            layer, hidden_states = args[:2] if isinstance(args[0], SharedKVLayer) else args[1:3]
             start = self.recorder.now
             self._inside = True
             try:
-                output = function(layer, hidden_states, *args, **options)
+                output = function(*args, **options)
             finally:
                 self._inside = False
             run = _Run(name, layer.layer_number, (start, self.recorder.now))

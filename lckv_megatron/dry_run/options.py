@@ -76,14 +76,9 @@ def require_fitting(options: argparse.Namespace, world_size: int) -> None:
 def report(plan: Plan, options: argparse.Namespace) -> Iterator[str]:
     """The dry run's tables, a line each; draws the picture too.
 
-    Raises ConfigError where an attention backend cannot serve, the picture cannot be written, or activations
-    go to the host.
+    Raises ConfigError where an attention backend cannot serve, the picture cannot be written, or the host's
+    memory is too small.
     """
-    if plan.run.train.activation_offload != "none":
-        raise ConfigError(
-            f"train.activation_offload is {plan.run.train.activation_offload} and --dry-run is given, which "
-            "knows no copies to the host; leave one of them out."
-        )
     from lckv_megatron.dry_run.report import describe
     from lckv_megatron.dry_run.stages import first_ranks, simulate_ranks
 
@@ -96,7 +91,7 @@ def report(plan: Plan, options: argparse.Namespace) -> Iterator[str]:
         from lckv_megatron.dry_run.picture import draw  # loads matplotlib: only pictures wait
 
         draw(ranks, usable_bytes(options.gpu.memory_bytes), options.picture)
-    yield from describe(ranks, machine, plan.run.parallel.pipeline_model_parallel_size)
+    yield from describe(ranks, machine, plan.run.parallel.pipeline_model_parallel_size, model_flops(plan))
     if options.memory_plan:
         yield ""
         yield from _memory_plan(ranks, options.picture)
@@ -106,6 +101,14 @@ def report(plan: Plan, options: argparse.Namespace) -> Iterator[str]:
         yield ""
         yield f"dry run: layouts of {plan.world_size} GPUs, the shortest step first; * is this run"
         yield from table(search_rows(plan, search(plan, machine), machine))
+
+
+def model_flops(plan: Plan) -> float:
+    """Of a step on each device: the method's own, without recomputation; of causal attention the half that is
+    seen."""
+    train = plan.run.train
+    tokens = train.global_batch_size * train.seq_length
+    return plan.sizes.cost.model_flops * tokens / plan.world_size
 
 
 def _memory_plan(ranks: "Sequence[RankRun]", picture: Path | None) -> Iterator[str]:

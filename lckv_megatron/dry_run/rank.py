@@ -7,9 +7,9 @@ of the second step: the first has no moments yet, and more micro-batches do not 
 Documents are as long as rows: their lengths are numbers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lckv_megatron.dry_run.collectives import Key, Total, add_up
 from lckv_megatron.dry_run.hardware import Machine
+from lckv_megatron.dry_run.host import HostUse, computing_again, pretended_host
 from lckv_megatron.dry_run.layers import LayerRuns
 from lckv_megatron.dry_run.memory import Curve, Kind, curve
 from lckv_megatron.dry_run.recorder import Recorder, Work, spanning
@@ -41,6 +42,7 @@ from megatron_ext.training.step import train_step
 Target = Literal["gpu", "cpu"]
 IN_SCHEDULE = ("forward", "backward", "schedule")
 """Phases of which every micro-batch adds some."""
+_NUMBERS = [entry.name for entry in fields(Work) if entry.name != "collectives"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +65,17 @@ class RankRun:
     ring_bubble: float | None
     """Share of a step that stages wait by the list of its work; None where Megatron's schedule runs."""
 
+    host: HostUse | None = None
+    """Where activations go to the host."""
+
     trace: Trace | None = None
     """Where it was asked for."""
+
+    @property
+    def busy_seconds(self) -> float:
+        """That the rank computes, sends, or waits for copies, one after the other."""
+        waited = 0.0 if self.host is None else self.host.waited_seconds
+        return self.kernel_seconds + self.collective_seconds + waited
 
     @property
     def kernel_seconds(self) -> float:
@@ -109,7 +120,8 @@ def simulate(
             Replacement(schedules, "backward_step", spanning(recorder, "backward", schedules.backward_step)),
             Replacement(RingStage, "forward", spanning(recorder, "forward", RingStage.forward)),
             Replacement(RingStage, "backward", spanning(recorder, "backward", RingStage.backward)),
-            *(gpu_kernels(recorder, run.compression.policy.build()) if target == "gpu" else ()),
+            computing_again(recorder),
+            *(_of_gpu(run, recorder, machine) if target == "gpu" else ()),
         ]
         stack.enter_context(replaced(replacements))
         stack.enter_context(fake)
@@ -117,6 +129,12 @@ def simulate(
         program = _Program(run, vocab_size, recorder, cu_seqlens)
         result, start = _steps(program, run, rank, recorder)
         return replace(result, trace=_trace(recorder, layers, start)) if traced else result
+
+
+def _of_gpu(run: RunConfig, recorder: Recorder, machine: Machine) -> Iterator[Replacement]:
+    """What a GPU and its host have in place of this machine's."""
+    yield from gpu_kernels(recorder, run.compression.policy.build())
+    yield from pretended_host(recorder, run.train, machine.tflops)
 
 
 def _steps(program: "_Program", run: RunConfig, rank: int, recorder: Recorder) -> tuple[RankRun, int]:
@@ -144,6 +162,7 @@ def _steps(program: "_Program", run: RunConfig, rank: int, recorder: Recorder) -
         parameters=program.parameters,
         micro_batch_seconds=_schedule_seconds(second) - (_schedule_seconds(first) if few else 0.0),
         ring_bubble=None if ring is None else ring.bubble,
+        host=program.host_use(phases.values()),
     )
     return result, start
 
@@ -182,6 +201,23 @@ class _Program:
             return None
         in_flight = self._run.parallel.pipeline_in_flight
         return ticks_of(decoder.config.placed, decoder.journey, micro_batches, in_flight)
+
+    def host_use(self, works: Collection[Work]) -> HostUse | None:
+        """What a step of these works takes of the host."""
+        offloaded = get_attr_wrapped_model(self.model, "decoder").offloaded
+        if offloaded is None:
+            return None
+        total = {name: sum(getattr(work, name) for work in works) for name in _NUMBERS}
+        copied = total["to_host_bytes"] + total["from_host_bytes"]
+        return HostUse(
+            share=offloaded.share,
+            pool_bytes=offloaded.storage.pool.allocated,
+            to_host=total["to_host_bytes"],
+            from_host=total["from_host_bytes"],
+            seconds=copied / (self._run.train.offload_gigabytes_per_second * 1e9),
+            waited_seconds=total["waited_seconds"],
+            again_flops=total["again_flops"],
+        )
 
     def step(self, micro_batches: int, replicas: int) -> dict[str, Work]:
         """One step of so many micro-batches; what was done, by kind of phase."""
@@ -245,7 +281,7 @@ def _extrapolated(name: str, first: Work | None, second: Work, further: int) -> 
     return Work(
         *(
             getattr(second, number) + further * (getattr(second, number) - getattr(first, number))
-            for number in ("flops", "moved_bytes", "seconds")
+            for number in _NUMBERS
         )
     )
 
@@ -253,7 +289,7 @@ def _extrapolated(name: str, first: Work | None, second: Work, further: int) -> 
 def _schedule_seconds(step: dict[str, Work]) -> float:
     of_schedule = [step[name] for name in IN_SCHEDULE if name in step]
     collectives = (collective.seconds for work in of_schedule for collective in work.collectives)
-    return sum(work.seconds for work in of_schedule) + sum(collectives)
+    return sum(work.seconds + work.waited_seconds for work in of_schedule) + sum(collectives)
 
 
 def _collectives(first: dict[str, Work], second: dict[str, Work], further: int) -> dict[Key, Total]:

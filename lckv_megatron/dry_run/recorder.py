@@ -34,6 +34,12 @@ class Work:
     moved_bytes: float = 0.0
     seconds: float = 0.0
     """Of kernels."""
+    again_flops: float = 0.0
+    """Of those, what token-wise offload computes again."""
+    to_host_bytes: float = 0.0
+    from_host_bytes: float = 0.0
+    waited_seconds: float = 0.0
+    """For copies from and to the host."""
     collectives: list[Collective] = field(default_factory=list)
 
 
@@ -48,9 +54,14 @@ class Recorder(TorchDispatchMode):
         self._groups = None if fake is None else Groups()
         self._live: dict[int, tuple[weakref.ref, Allocation]] = {}
         self._clock = 0
+        self._on_host: set[int] = set()
+        self._again = False
         self.allocations: list[Allocation] = []
         self.phases: list[Phase] = [Phase("build", 0)]
         self.seconds = 0.0
+        """Of kernels."""
+        self.now_seconds = 0.0
+        """Of kernels, collectives and waits, one after the other."""
         self.work: dict[str, Work] = {}
 
     @classmethod
@@ -91,9 +102,40 @@ class Recorder(TorchDispatchMode):
         seconds = self._machine.work_seconds(flops, moved_bytes)
         work = self.current
         work.flops += flops
+        work.again_flops += flops if self._again else 0
         work.moved_bytes += moved_bytes
         work.seconds += seconds
         self.seconds += seconds
+        self.now_seconds += seconds
+
+    def wait_until(self, moment: float) -> None:
+        """Nothing is computed before."""
+        waited = max(0.0, moment - self.now_seconds)
+        self.current.waited_seconds += waited
+        self.now_seconds += waited
+
+    @property
+    def is_again(self) -> bool:
+        """Whether what happens has happened before, and is repeated from what was kept."""
+        return self._again
+
+    @contextmanager
+    def computing_again(self) -> Iterator[None]:
+        """What happens meanwhile is done again."""
+        before, self._again = self._again, True
+        try:
+            yield
+        finally:
+            self._again = before
+
+    def put_on_host(self, tensor: Tensor) -> None:
+        """A new tensor's storage takes no memory of the device."""
+        self.allocations.remove(self.allocation(tensor))
+        self._on_host.add(tensor.untyped_storage()._cdata)
+
+    def is_on_host(self, tensor: Tensor) -> bool:
+        """Whether its storage was put there."""
+        return tensor.untyped_storage()._cdata in self._on_host
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -123,6 +165,7 @@ class Recorder(TorchDispatchMode):
         collective = read(function, args, self._groups, self._machine)
         if collective is not None:
             self.current.collectives.append(collective)
+            self.now_seconds += collective.seconds
         return results(function, args)
 
     def _count(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
@@ -147,6 +190,7 @@ class Recorder(TorchDispatchMode):
 
     def _gone(self, key: int, _storage: object) -> None:
         _, allocation = self._live.pop(key)
+        self._on_host.discard(key)
         allocation.end, allocation.end_seconds = self._clock, self.seconds
         self._clock += 1
 

@@ -13,13 +13,13 @@ def bubble_seconds(rank: RankRun, stages: int) -> float:
     """That a rank waits for other stages in a step: the time of a micro-batch for each of them, or what the
     list of the step's work says."""
     if rank.ring_bubble is not None:
-        return (rank.kernel_seconds + rank.collective_seconds) * rank.ring_bubble / (1 - rank.ring_bubble)
+        return rank.busy_seconds * rank.ring_bubble / (1 - rank.ring_bubble)
     return (stages - 1) * rank.micro_batch_seconds
 
 
 def step_seconds(rank: RankRun, stages: int) -> float:
-    """Of one step where nothing overlaps."""
-    return rank.kernel_seconds + rank.collective_seconds + bubble_seconds(rank, stages)
+    """Of one step where nothing overlaps but copies to the host."""
+    return rank.busy_seconds + bubble_seconds(rank, stages)
 
 
 def verdict(rank: RankRun, machine: Machine) -> str:
@@ -31,8 +31,14 @@ def verdict(rank: RankRun, machine: Machine) -> str:
     return f"does not fit: {gib(over)} too much; largest are {kind}, {gib(most)}"
 
 
-def describe(ranks: Sequence[RankRun], machine: Machine, stages: int) -> Iterator[str]:
-    """All tables; `stages` of the pipeline."""
+def mfu(ranks: Sequence[RankRun], machine: Machine, stages: int, model_flops: float) -> float:
+    """`model_flops` of a step on each device over what its peak could do meanwhile."""
+    seconds = max(step_seconds(rank, stages) for rank in ranks)
+    return model_flops / (seconds * machine.tflops * 1e12)
+
+
+def describe(ranks: Sequence[RankRun], machine: Machine, stages: int, model_flops: float) -> Iterator[str]:
+    """All tables; `stages` of the pipeline, `model_flops` of a step on each device."""
     usable = usable_bytes(machine.gpu.memory_bytes)
     yield f"dry run: memory at the peak of a step, on {machine.gpu.name}, {gib(usable)} of it usable"
     yield from table(memory_rows(ranks, machine))
@@ -40,6 +46,10 @@ def describe(ranks: Sequence[RankRun], machine: Machine, stages: int) -> Iterato
     yield f"dry run: collectives of a step, over {machine.network.name} between nodes"
     yield from table(collective_rows(ranks))
     yield ""
+    if any(rank.host for rank in ranks):
+        yield "dry run: activations on the host, in a step"
+        yield from table(host_rows(ranks, machine))
+        yield ""
     yield "dry run: seconds of a step"
     yield from table(time_rows(ranks, machine, stages))
     slowest = max(ranks, key=lambda rank: step_seconds(rank, stages))
@@ -48,6 +58,9 @@ def describe(ranks: Sequence[RankRun], machine: Machine, stages: int) -> Iterato
     yield "nothing overlaps, documents are as long as rows. bubble: PP - 1 micro-batches of this rank,"
     yield "or what the list of the step's work says (docs/pipelines.md)."
     yield f"share of peak: of {machine.tflops:g} TFLOP/s, recomputation counted."
+    share = 100 * mfu(ranks, machine, stages, model_flops)
+    yield f"MFU {share:.1f} %: what the method asks for, nothing that is computed again; of causal attention"
+    yield "the half that is seen, its backward twice its forward."
 
 
 def memory_rows(ranks: Sequence[RankRun], machine: Machine) -> Iterator[tuple[str, ...]]:
@@ -80,17 +93,37 @@ def collective_rows(ranks: Sequence[RankRun]) -> Iterator[tuple[str, ...]]:
             )
 
 
+def host_rows(ranks: Sequence[RankRun], machine: Machine) -> Iterator[tuple[str, ...]]:
+    """Of ranks whose activations go there, in a step; the first row is the head."""
+    yield (
+        "rank", "share", "to the host", "back", "its memory", "of a node", "computed again", "copies",
+        "waited for",
+    )  # fmt: skip
+    for rank in ranks:
+        if (host := rank.host) is not None:
+            yield (
+                str(rank.rank),
+                f"{100 * host.share:.0f} %",
+                *map(gib, (host.to_host, host.from_host, host.pool_bytes)),
+                gib(machine.gpus_per_node * host.pool_bytes),
+                f"{host.again_flops:.3e}",
+                f"{host.seconds:.3g} s",
+                f"{host.waited_seconds:.3g} s",
+            )
+
+
 def time_rows(ranks: Sequence[RankRun], machine: Machine, stages: int) -> Iterator[tuple[str, ...]]:
     """Seconds of a step; the first row is the head."""
     yield (
-        "rank", "forward", "backward", "optimizer", "other", "collectives", "bubble", "step", "FLOPs",
-        "share of peak",
+        "rank", "forward", "backward", "optimizer", "other", "collectives", "copies", "bubble", "step",
+        "FLOPs", "share of peak",
     )  # fmt: skip
     for rank in ranks:
         phases = {name: work.seconds for name, work in rank.phases.items()}
         named = [phases.pop(name, 0.0) for name in ("forward", "backward", "optimizer")]
         bubble, step = bubble_seconds(rank, stages), step_seconds(rank, stages)
-        seconds = (*named, sum(phases.values()), rank.collective_seconds, bubble, step)
+        copies = 0.0 if rank.host is None else rank.host.waited_seconds
+        seconds = (*named, sum(phases.values()), rank.collective_seconds, copies, bubble, step)
         yield (
             str(rank.rank),
             *(f"{number:.3g}" for number in seconds),

@@ -10,10 +10,10 @@ of the rank, f MLP width of the rank, T ranks that share the sequence out (1 wit
     query and key norm  2 e (a + k)                          not fused: (8 + e) (a + k)
     policy              `PolicyConfig.kept_bytes`
 
-Keys and values are counted where they are read: one copy serves all layers. Attention that leaves out a row
-or walks a window keeps its output once more. Selective recompute leaves out logsumexp and those outputs
-(`core_attn`), and the MLP (`mlp`). Fused are the kernels on a GPU, those of Transformer Engine or of
-PyTorch 2.9; not fused what runs on a CPU. Dropout is not counted.
+Keys and values are counted where they are read: one copy serves all layers. Attention that leaves out a row,
+walks a window or has several chunks of a row (context parallelism) keeps its output once more. Selective
+recompute leaves out logsumexp and those outputs (`core_attn`), and the MLP (`mlp`). Fused are the kernels on
+a GPU, those of Transformer Engine or of PyTorch 2.9; not fused what runs on a CPU. Dropout is not counted.
 """
 
 from lckv.config import CompressionConfig
@@ -69,7 +69,12 @@ class LayerMemory:
         key_value = self._bytes * self._kv_heads * (2 * self._model.head_dim + self._extra_channels)
         if self._compression.policy.traits.token_wise and self._kept_rows == 1:
             return whole, part + key_value
-        return whole + key_value * self._kept_rows, part  # those of whole rows
+        window = self._compression.sight(self._layer_types[run.index]).window
+        if self._kept_rows == 1 or window is None:
+            return whole + key_value * self._kept_rows, part  # those of whole rows
+        # of each of two chunks what its queries see, and the queries with as many zeros in front
+        seen = min(self._kept_rows, 1 + 2 * (window - 1) / self._tokens)
+        return whole + key_value * seen + self._bytes * self._heads * self._model.head_dim, part
 
     @property
     def _extra_channels(self) -> int:
@@ -123,4 +128,4 @@ class LayerMemory:
         if walks:
             width = min(self._train.seq_length, (window or 0) + _CHUNK)
             mask = self._bytes * width / self._train.micro_batch_size
-        return output * (exclude_self + walks) + mask
+        return output * (exclude_self + walks + (self._context_ranks > 1)) + mask

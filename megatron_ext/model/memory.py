@@ -174,9 +174,9 @@ def layer_bytes(
     fused: bool = False,
 ) -> int:
     """The most that one run of a layer keeps while it is recomputed, keys and values left out. Where
-    activations go to the host, three layers: two that are on their way, and one that computes. Keys and
-    values that go round take six parts besides, in backward: two that are on their way, two with their
-    gradients, those of the own part, and those that a rank adds."""
+    activations go to the host, three layers: two buffers, and the gradients of a layer; in forward one that
+    computes, and one on its way. Keys and values that go round take six parts besides, in backward: two that
+    are on their way, two with their gradients, those of the own part, and those that a rank adds."""
     nothing = replace(train, recompute_granularity="none")
     at_once = 3 if train.activation_offload == "token_wise" else 1
     layer = LayerMemory(model, compression, parallel, nothing, fused=fused)

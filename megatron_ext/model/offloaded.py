@@ -43,9 +43,15 @@ class OffloadedLayers:
         self.storage = Storage(pool, link, Buffers(device, link))
         self._last: weakref.ref[Tape] | None = None
 
+    @property
+    def share(self) -> float:
+        """Of the tokens: those whose activations go to the host, 0 .. 1."""
+        return self._settings.share
+
     def begin(self) -> None:
         """Another micro-batch, or another visit of one: no layer lies below the next one."""
         self._last = None
+        self.storage.buffers.release()
 
     def run(
         self, layer: SharedKVLayer, hidden_states: Tensor, source: KeyValue | None, context: LayerContext
@@ -92,11 +98,12 @@ class OffloadedLayers:
         tape: Tape, part: Callable[..., tuple[Tensor, ...]], hidden_states: Tensor, context: LayerContext
     ) -> tuple[Tensor, ...]:
         """`part` of a layer, a function of its input and of the context, in which tokens have places."""
-        tail = context.tokens.at(tape.tokens.tail)
+        tokens = tape.tokens
         return tape.token_wise(
             lambda states: part(states, context.tokens),
             hidden_states,
-            again=lambda states: part(states, tail),
+            # cut in backward: with several shards what is cut is a copy, which each layer would keep
+            again=lambda states: part(states, context.tokens.at(tokens.tail)),
         )
 
     def _own(
@@ -112,6 +119,8 @@ class OffloadedLayers:
                 own, statistics = attention.of_policy(query[0] if query else None, key, value, context)
         if layer.layer_number - 1 in self._read_by_others:
             tape.keep(*own)
+        elif attention.core_attention.sight.window is None:  # with one, chunks see little of whole rows
+            tape.expect(*own)
         return own, statistics
 
 

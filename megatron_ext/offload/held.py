@@ -100,7 +100,7 @@ class Held:
 
 def view_of(tensor: Tensor, known: Tensor, number: int) -> View | None:
     """How `tensor` is seen in the memory of `known`, held as `number`; None if it is not inside of it."""
-    if tensor.untyped_storage().data_ptr() != known.untyped_storage().data_ptr():
+    if memory_of(tensor) != memory_of(known):
         return None
     if tensor.dtype != known.dtype:
         return None
@@ -111,6 +111,11 @@ def view_of(tensor: Tensor, known: Tensor, number: int) -> View | None:
     if offset < 0 or offset + _extent(tensor) > known.numel():
         return None
     return View(number, tensor.shape, tensor.stride(), offset)
+
+
+def memory_of(tensor: Tensor) -> int:
+    """Which memory a living tensor is in; tensors without numbers, which have no addresses, know it too."""
+    return tensor.untyped_storage()._cdata
 
 
 def is_dense(tensor: Tensor) -> bool:

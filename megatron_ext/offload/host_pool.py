@@ -80,6 +80,10 @@ class HostPool:
                 "train.micro_batch_size, or raise train.offload_host_gib where the machine has more."
             )
         self.allocated += size
+        return self._memory(size)
+
+    def _memory(self, size: int) -> Tensor:
+        """uint8 [size]."""
         return torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from megatron_ext.offload.held import Held, View, view_of
+from megatron_ext.offload.held import Held, View, memory_of, view_of
 from megatron_ext.offload.host_pool import HostPool
 from megatron_ext.offload.tokens import Split, Tokens
 from megatron_ext.offload.transfer import Buffers, Link
@@ -102,7 +102,11 @@ class Tape:
 
     def keep(self, *tensors: Tensor) -> None:
         """These stay on the device; they must live until forward of the layer is over."""
-        self._constants.update(tensor.untyped_storage().data_ptr() for tensor in tensors)
+        self._constants.update(map(memory_of, tensors))
+
+    def expect(self, *tensors: Tensor) -> None:
+        """Where parts of these are needed, the whole goes to the host, once, and not each part."""
+        self._alive += [_Known(tensor) for tensor in tensors]
 
     def token_wise(
         self, function: Function, *inputs: Tensor, again: Function | None = None
@@ -113,7 +117,7 @@ class Tape:
         if not self.tokens.all_on_host:
             part.inputs = [(self._whole(tensor), tensor.requires_grad) for tensor in inputs]
         else:
-            self._alive += [_Known(tensor) for tensor in inputs]
+            self.expect(*inputs)
 
         def pack(tensor: Tensor) -> View | Tensor:
             packed, new = self._pack(tensor, self.tokens.split(tensor.shape))
@@ -140,7 +144,7 @@ class Tape:
 
     def _pack(self, tensor: Tensor, split: Split | None) -> tuple[View | Tensor, int | None]:
         """What is kept for `tensor`, and the number of the held tensor if it is a new one with a tail."""
-        if tensor.untyped_storage().data_ptr() in self._constants:
+        if memory_of(tensor) in self._constants:
             return tensor, None
         view = self._view(tensor)
         if view is not None:
@@ -205,10 +209,10 @@ class Tape:
         memory = self._storage.buffers.memory_of(self)
         part = self._part_of.get(packed.number)
         if part is not None and not part.done and not self.tokens.all_on_host:
-            self._compute_again(part, memory)
+            self.compute_again(part, memory)
         return packed.of(self._held[packed.number].on_device(memory))
 
-    def _compute_again(self, part: _Again, memory: Tensor) -> None:
+    def compute_again(self, part: _Again, memory: Tensor) -> None:
         """Completes what `part` holds, in `memory`."""
         inputs = [
             self.tokens.tail(self._unpack(packed)).detach().requires_grad_(gradient)

@@ -2,13 +2,17 @@
 
 import weakref
 from collections import deque
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-_IN_FLIGHT = 2
-"""Layers whose activations may be on their way to the host while the next ones are computed."""
+_IN_FLIGHT = 1
+"""Layers whose activations may be on their way to the host while the next one is computed: `auto` takes a
+share with which a layer's copies take no longer than a layer's forward."""
+
+Mark = Any
+"""A moment of a stream: an event of CUDA."""
 
 
 class Link:
@@ -17,7 +21,7 @@ class Link:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._leaving: deque[tuple[torch.cuda.Event, object]] = deque()
+        self._leaving: deque[tuple[Mark, object]] = deque()
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """`source` as it is now to `target`. Neither may be freed before the copy is done: see `release`."""
@@ -28,12 +32,11 @@ class Link:
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
 
-    def mark(self) -> torch.cuda.Event | None:
+    def mark(self) -> Mark | None:
         """The end of all copies so far, for `wait`."""
         return None if self._stream is None else self._stream.record_event()
 
-    @staticmethod
-    def wait(mark: torch.cuda.Event | None) -> None:
+    def wait(self, mark: Mark | None) -> None:
         """Computation goes on after the copies before `mark`."""
         if mark is not None:
             computation = torch.cuda.current_stream()
@@ -41,12 +44,20 @@ class Link:
 
     def release(self, tensors: object) -> None:
         """Lets go of `tensors`, whose copies have been asked for, when those are done. Computation waits
-        where more than two layers are on their way, so that they cannot fill the device."""
+        where more layers are on their way than may be, so that they cannot fill the device."""
         mark = self.mark()
         if mark is None:
             return
         self._leaving.append((mark, tensors))
-        while len(self._leaving) > _IN_FLIGHT:
+        self._let_go(_IN_FLIGHT)
+
+    def settle(self) -> None:
+        """Lets go of everything; computation waits for the copies."""
+        self._let_go(0)
+
+    def _let_go(self, but: int) -> None:
+        """Of all layers but the last few."""
+        while len(self._leaving) > but:
             self.wait(self._leaving.popleft()[0])
 
 
@@ -76,18 +87,24 @@ class _Buffer:
 
     def __init__(self) -> None:
         self.memory = torch.empty(0, dtype=torch.uint8)
-        self.mark: torch.cuda.Event | None = None
+        self.mark: Mark | None = None
         self._resident: weakref.ref[Loadable] | None = None
 
     @property
     def resident(self) -> Loadable | None:
         return None if self._resident is None else self._resident()
 
+    def empty(self, link: Link) -> None:
+        """Give the memory back, after the copies into it."""
+        if len(self.memory):
+            link.wait(link.mark())
+            self.memory = torch.empty(0, dtype=torch.uint8)
+
     def fill(self, loadable: Loadable, link: Link, device: torch.device) -> None:
         if self.resident is not None:
             self.resident.evicted()
         if len(self.memory) < loadable.device_bytes:
-            link.wait(link.mark())  # copies into the old memory, before others get it
+            self.empty(link)
             self.memory = torch.empty(loadable.device_bytes, dtype=torch.uint8, device=device)
         self._resident = weakref.ref(loadable)
         loadable.load(self.memory, link)
@@ -108,6 +125,12 @@ class Buffers:
         """Of both."""
         return sum(len(buffer.memory) for buffer in self._buffers)
 
+    def release(self) -> None:
+        """Give back the memory of layers that are gone: in forward nobody needs it."""
+        for buffer in self._buffers:
+            if buffer.resident is None:
+                buffer.empty(self._link)
+
     def memory_of(self, loadable: Loadable) -> Tensor:
         """Where `loadable` lies, uint8; computation may read it from now on."""
         if self._buffers[self._current].resident is not loadable:
@@ -115,6 +138,7 @@ class Buffers:
         return self._buffers[self._current].memory
 
     def _arrive(self, loadable: Loadable) -> None:
+        self._link.settle()  # what comes is behind what leaves
         self._current = 1 - self._current
         buffer, other = self._buffers[self._current], self._buffers[1 - self._current]
         if buffer.resident is not loadable:

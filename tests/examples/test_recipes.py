@@ -41,7 +41,12 @@ def world_size(recipe: Path) -> int:
 
 
 def test_there_are_recipes() -> None:
-    assert {recipe.name for recipe in RECIPES} >= {"llama_1b_lckv", "llama2_13b_lckv", "yoco_3b"}
+    assert {recipe.name for recipe in RECIPES} >= {
+        "llama_1b_lckv",
+        "llama2_13b_lckv",
+        "yoco_3b",
+        "long_context_7b",
+    }
 
 
 @recipes
@@ -73,7 +78,8 @@ def test_its_page_names_the_processes_that_are_launched(recipe: Path) -> None:
         int(re.search(rf"#SBATCH --{name}=(\d+)", script)[1]) for name in ("nodes", "gpus-per-node")
     )
     assert nodes * gpus == world_size(recipe)
-    assert f"{nodes} nodes of {gpus} H100 80 GB ({world_size(recipe)} processes" in page(recipe)
+    word = "node" if nodes == 1 else "nodes"
+    assert f"{nodes} {word} of {gpus} H100 80 GB ({world_size(recipe)} processes" in page(recipe)
 
 
 @recipes

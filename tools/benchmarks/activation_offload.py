@@ -11,6 +11,7 @@ no measure of what copies cost a GPU, but of what is computed again and of the c
 """
 
 import argparse
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,6 +60,9 @@ def measure(
             compression = CompressionConfig(layer_types=layout.layer_types(number))
             sized = replace(model, num_layers=number)
             step = Step.of(sized, compression, replace(train, **way.changes))
+            if step.offloaded is not None:
+                gc.collect()  # the graph of a step before
+                step.offloaded.begin()  # which has left its buffers
             held.setdefault(way.name, []).append((held_bytes(step.forward), _host_bytes(step)))
             if number == layers:
                 steps[way.name] = step

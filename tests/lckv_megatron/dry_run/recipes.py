@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lckv_megatron.dry_run.hardware import Machine
+from lckv_megatron.dry_run.options import model_flops
 from lckv_megatron.dry_run.rank import RankRun, simulate
-from lckv_megatron.dry_run.report import collective_rows, memory_rows, time_rows
+from lckv_megatron.dry_run.report import collective_rows, host_rows, memory_rows, mfu, time_rows
 from lckv_megatron.planning.inputs import launched_processes
+from lckv_megatron.planning.plan import Plan
 from lckv_megatron.tables import markdown_table
 from megatron_ext.command_line import parse_run_config
 from megatron_ext.config import RunConfig
@@ -29,6 +31,8 @@ class Recipe:
 
     name: str
     file: str = "pretrain.yaml"
+    over: str | None = None
+    """Settings on top of it."""
     ranks: tuple[int, ...] = (0,)
     world_size: int | None = None
     """None: what its launch.sh starts."""
@@ -38,11 +42,17 @@ class Recipe:
         return replace(self, ranks=ranks)
 
     @property
+    def title(self) -> str:
+        """In the tables."""
+        return self.name if self.over is None else f"{self.name}, {self.over.removesuffix('.yaml')}"
+
+    @property
     def run(self) -> RunConfig:
         """Its settings."""
         if self.name == "shared_map":
             return shared_map.run_config()
-        return parse_run_config(["--config", str(_EXAMPLES / self.name / self.file)])
+        files = [self.file] if self.over is None else [self.file, self.over]
+        return parse_run_config([f"--config={_EXAMPLES / self.name / file}" for file in files])
 
     @property
     def processes(self) -> int:
@@ -58,6 +68,8 @@ RECIPES = (
     Recipe("llama2_13b_lckv"),
     Recipe("llama2_13b_dmc", "retrofit.yaml"),
     Recipe("shared_map", "uptrain.yaml", world_size=8),
+    Recipe("long_context_7b"),
+    Recipe("long_context_7b", over="yoco.yaml"),
 )
 
 
@@ -80,12 +92,18 @@ def ranks_of(recipe: Recipe, *, traced: bool = False) -> list[RankRun]:
 
 
 def tables_of(recipe: Recipe, ranks: list[RankRun]) -> list[list[Row]]:
-    """Memory, collectives and times, each with its head; the recipe's name is the first column."""
-    stages = recipe.run.parallel.pipeline_model_parallel_size
+    """Memory, collectives, times, and what is on the host, each with its head; the recipe's name is the first
+    column."""
+    run = recipe.run
+    stages = run.parallel.pipeline_model_parallel_size
+    plan = Plan(run, recipe.processes, run.model.vocab_size or 0, utilisation=1.0)
+    share = f"{100 * mfu(ranks, Machine(), stages, model_flops(plan)):.1f} %"
+    head, *on_host = host_rows(ranks, Machine())
     return [
         narrow(recipe, memory_rows(ranks, Machine()), ("stage", "weights held", "verdict")),
         narrow(recipe, collective_rows(ranks), ()),
-        narrow(recipe, time_rows(ranks, Machine(), stages), ("optimizer", "other")),
+        narrow(recipe, time_rows(ranks, Machine(), stages), ("optimizer", "other", "copies")),
+        narrow(recipe, [(*head, "MFU"), *((*row, share) for row in on_host)], ("back", "copies")),
     ]
 
 
@@ -93,7 +111,7 @@ def narrow(recipe: Recipe, rows: Iterable[Row], without: tuple[str, ...]) -> lis
     """Rows with the recipe's name, without some columns: lines of the page are short."""
     head, *others = rows
     kept = [column for column, name in enumerate(head) if name not in without]
-    named = (("recipe", head), *((recipe.name, row) for row in others))
+    named = (("recipe", head), *((recipe.title, row) for row in others))
     return [(name, *(row[column] for column in kept)) for name, row in named]
 
 

@@ -25,10 +25,17 @@ CYCLIC = [
 ]  # fmt: skip
 
 
+OFFLOADED = [
+    "--train.activation_offload", "token_wise", "--train.offload_fraction", "0.5",
+    "--parallel.tensor_model_parallel_size", "2", "--parallel.sequence_parallel", "true",
+]  # fmt: skip
+
+
 def traced(*options: str) -> tuple[Trace, int]:
-    """The trace of a run of one process, and the peak that the dry run tells."""
+    """The trace of a run of one replica, and the peak that the dry run tells."""
     run = parse_run_config([*SIZES, *options])
-    result = simulate(run, rank=0, world_size=1, vocab_size=64, machine=Machine(), traced=True)
+    ranks = run.parallel.replica_size
+    result = simulate(run, rank=0, world_size=ranks, vocab_size=64, machine=Machine(), traced=True)
     assert result.trace is not None
     return result.trace, result.memory.peak_bytes
 
@@ -58,6 +65,21 @@ def test_layers_go_up_and_come_down(plain) -> None:
         for direction in ("forward", "backward")
     )
     assert forwards == backwards
+
+
+def test_of_layers_whose_activations_go_to_the_host_nothing_stays() -> None:
+    trace, _ = traced(*OFFLOADED)
+    in_time = sorted(trace.step_stretches(), key=lambda stretch: stretch.start)
+    assert [(stretch.name, stretch.direction, stretch.layer) for stretch in in_time] == 2 * [
+        *(("layer", "forward", layer) for layer in (1, 2, 3, 4)),
+        *(("layer", "backward", layer) for layer in (4, 3, 2, 1)),
+    ]
+    # what a layer hands on is kept until its copy has left, not until its backward
+    backward = {stretch.layer: stretch.start for stretch in in_time[4:8]}
+    first = in_time[0]
+    made = [request for request in trace.step_requests() if first.start <= request.start < first.end]
+    assert len(made) > 10
+    assert [request for request in made if request.end > backward[4] and request.bytes > 4096] == []
 
 
 def test_the_trace_has_the_bytes_of_the_dry_run(plain, cyclic) -> None:

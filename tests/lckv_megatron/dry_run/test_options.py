@@ -83,6 +83,21 @@ def test_one_rank_of_many(capsys) -> None:
     assert ranks["data"] == "1024"
 
 
+def test_activations_on_the_host(capsys) -> None:
+    lines = dry_run(capsys, "--train.activation_offload", "token_wise", "--world-size", "1")
+    (row,) = rows(lines, "dry run: activations on the host, in a step")[:1]
+    assert row["share"] == "0 %"
+    assert row["to the host"] == row["back"] != "0.00 GiB"
+    assert (row["its memory"], row["of a node"]) == ("1.00 GiB", "8.00 GiB")
+    (times,) = rows(lines, "dry run: seconds")[:1]
+    # layers of 64 tokens are computed at once
+    assert 0 < float(times["copies"]) < float(times["step"])
+    assert row["waited for"] == f"{times['copies']} s"
+    (mfu,) = [line for line in lines if line.startswith("MFU ")]
+    share = float(times["share of peak"].split()[0])
+    assert float(mfu.split()[1]) <= share
+
+
 def test_what_does_not_fit_is_said_with_the_reason(capsys) -> None:
     large = "--model.vocab_size 4000000 --model.hidden_size 64 --gpu L4 --train.seq_length 2048"
     lines = dry_run(capsys, *large.split(), "--world-size", "1")
@@ -143,10 +158,6 @@ def test_a_search_says_what_does_not_fit_before_it_is_run(capsys) -> None:
             "--gpu is '48GiB'; --dry-run estimates times and needs one of H100, H200, B200, A100",
         ),
         ("--dry-run --network FE", "argument --network: invalid choice: 'FE'"),
-        (
-            "--dry-run --train.activation_offload token_wise",
-            "train.activation_offload is token_wise and --dry-run is given, which knows",
-        ),
         (
             "--dry-run --picture nowhere/a.png",
             "--picture is nowhere/a.png; the folder nowhere is not here: make it, or give another file.",

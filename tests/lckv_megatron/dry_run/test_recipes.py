@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from _pytest.mark.structures import ParameterSet
 
 from lckv_megatron.dry_run.hardware import Machine
 from lckv_megatron.dry_run.report import verdict
@@ -35,11 +36,16 @@ def same(said: str, expected: str) -> bool:
     return unit == other_unit and float(value) == pytest.approx(float(other), rel=TOLERANCE, abs=0.01)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def at_night(recipe: Recipe) -> ParameterSet:
+    """The recipe; with settings on top of it only at night."""
+    return pytest.param(recipe, id=recipe.title, marks=[pytest.mark.nightly] if recipe.over else [])
+
+
+@pytest.mark.parametrize("recipe", [*map(at_night, RECIPES)])
 def test_the_page_says_what_the_dry_run_says(recipe: Recipe) -> None:
     ranks = ranks_of(recipe)
     said = [row for table in tables_of(recipe, ranks) for row in table[1:]]
-    expected = shown(recipe.name)
+    expected = shown(recipe.title)
     assert len(said) == len(expected) > 3
     different = [
         (row, other)
@@ -48,6 +54,21 @@ def test_the_page_says_what_the_dry_run_says(recipe: Recipe) -> None:
     ]
     assert different == []
     assert {verdict(rank, Machine()) for rank in ranks} == {"fits"}
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["plain", "yoco"])
+def test_the_page_of_a_million_tokens_says_the_same(place: int) -> None:
+    recipe = [recipe for recipe in RECIPES if recipe.name == "long_context_7b"][place]
+    rows = shown(recipe.title)
+    memory, times, *_, host = rows
+    page = (EXAMPLES / recipe.name / "README.md").read_text(encoding="utf-8")
+    cells = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in page.splitlines()]
+    said = {row[0]: row[1 + place] for row in cells if len(row) == 3}
+    assert said["peak of the device, per rank"] == memory[-1]
+    assert said["memory of the host, per rank; of the node"] == "; ".join(host[4:6])
+    assert said["to the host and back, per rank and step"] == f"{host[3]} each way"
+    assert (said["a step"], said["MFU"]) == (f"{times[-3]} s", host[-1])
+    assert float(host[-1].split()[0]) >= 48, "what the recipe is for"
 
 
 def test_every_recipe_for_a_cluster_is_among_them() -> None:

@@ -34,7 +34,7 @@ def _main(picture: str | None) -> None:
     print("\n".join(markdown_table([tables[0][0], *(row for table in tables for row in table[1:])])))
     for recipe, of_recipe in plans.items():
         for plan in of_recipe:
-            print(f"\n{recipe.name} {plan.rank}", plan.placement.placement.how, plan.placement.loose)
+            print(f"\n{recipe.title} {plan.rank}", plan.placement.placement.how, plan.placement.loose)
             print("\n".join(markdown_table(kind_rows(plan))))
         if picture is not None and recipe.name == DRAWN:
             draw(of_recipe, Path(picture))

@@ -44,4 +44,4 @@ def test_the_page_says_what_the_plan_says() -> None:
 
 def test_every_recipe_is_on_the_page() -> None:
     for recipe in RECIPES:
-        assert [row[1] for row in shown(recipe.name)[1:]] == [*map(str, recipe.ranks)]
+        assert [row[1] for row in shown(recipe.title)[1:]] == [*map(str, recipe.ranks)]
