@@ -128,4 +128,4 @@ class LayerMemory:
         if walks:
             width = min(self._train.seq_length, (window or 0) + _CHUNK)
             mask = self._bytes * width / self._train.micro_batch_size
-        return output * (exclude_self + walks + (self._context_ranks > 1)) + mask
+        return output * (exclude_self + walks + (self._kept_rows > 1)) + mask
