@@ -419,6 +419,7 @@ VALUES = {
     str: TEXTS,
     NoneType: st.none(),
     tuple[str, ...]: st.lists(TEXTS).map(tuple),
+    tuple[float, ...]: st.lists(st.floats(allow_nan=False)).map(tuple),
 }
 
 

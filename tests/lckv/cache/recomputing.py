@@ -15,6 +15,7 @@ class RecomputingCache:
     float64."""
 
     empty = False
+    rope_length = None
 
     def __init__(self, rows: int, frequencies: Tensor, sinks: int, window: int) -> None:
         self.frequencies, self.sinks, self.window = frequencies.double(), sinks, window
