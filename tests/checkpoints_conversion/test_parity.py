@@ -29,6 +29,7 @@ from megatron_ext.parallel.process_groups import initialize
 from megatron_ext.restoring.model import restore, saved_settings
 from tests.lckv.families.tiny_models import SIZES, saved_model
 from tests.ranks import run_on_ranks
+from tests.thinning import thinned
 
 MHA, GQA, MQA = 4, 2, 1
 TOKENS = np.random.default_rng(0).integers(61, size=(2, 20))
@@ -237,7 +238,7 @@ def whole(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {name: opened.read(name) for name in opened.infos()}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", thinned(CASES, 3))
 def test_there_and_back(matrix: Matrix, name: str, tmp_path: Path) -> None:
     first, back, again = matrix.checkpoint(name), tmp_path / "back", tmp_path / "again"
     megatron_to_hf(first, back, proof="never")

@@ -104,6 +104,7 @@ REPLACED = {
 TINY = {"train": {"train_iters": 4, "seq_length": 64, "eval_interval": 0, "micro_batch_size": 1}}
 
 
+@pytest.mark.timeout(600)
 def test_the_commands_of_the_page(folder: Path, tmp_path: Path) -> None:
     """From conversations to a checkpoint of Megatron's."""
     (block,) = [block for block in blocks_of(PAGE) if commands_outside_bash(block)]
@@ -112,10 +113,10 @@ def test_the_commands_of_the_page(folder: Path, tmp_path: Path) -> None:
     (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY), encoding="utf-8")
     (folder / "pretrain_lckv.py").symlink_to(PAGE.parents[1] / "pretrain_lckv.py")
     (folder / "data").mkdir()
-    with stand_ins(tmp_path, hub=tmp_path, cold=True) as environment:
+    with stand_ins(tmp_path, hub=tmp_path) as environment:
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", text],
-            cwd=folder, env=environment, capture_output=True, text=True, timeout=280,
+            cwd=folder, env=environment, capture_output=True, text=True, timeout=550,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "iteration 4/4" in done.stderr

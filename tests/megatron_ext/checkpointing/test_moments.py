@@ -11,6 +11,7 @@ from megatron_ext.checkpointing.errors import MismatchError
 from tests.megatron_ext.checkpointing import tiny_gpt
 from tests.megatron_ext.checkpointing.tiny_gpt import Case, Run
 from tests.ranks import run_on_ranks
+from tests.thinning import thinned
 
 Moments = dict[str, dict[str, torch.Tensor]]
 
@@ -42,20 +43,23 @@ OFF = {"distributed_optimizer": False}
 
 @pytest.mark.parametrize(
     ("sharding", "saved", "saved_ranks", "loaded", "loaded_ranks"),
-    [
-        (WHOLE, Case(bf16=True), 1, Case(bf16=True), 2),
-        (WHOLE, Case(bf16=True), 1, Case(bf16=True, tp=2), 2),
-        (WHOLE, Case(bf16=True), 2, Case(bf16=True, pp=2), 2),
-        (WHOLE, Case(bf16=True), 2, Case(bf16=True, overlap=True), 2),
-        (WHOLE, Case(bf16=True, **OFF), 1, Case(bf16=True, **OFF), 2),
-        (WHOLE, Case(bf16=True, **OFF), 1, Case(bf16=True, tp=2, **OFF), 2),
-        (WHOLE, Case(bf16=True, tp=2, **OFF), 2, Case(bf16=True, pp=2, **OFF), 2),
-        (PARTS, Case(bf16=True), 2, Case(bf16=True), 2),
-        (PARTS, Case(), 2, Case(), 2),
-        (PARTS, Case(overlap=True), 2, Case(overlap=True), 2),
-        (PARTS, Case(bf16=True, tp=2), 2, Case(bf16=True, tp=2), 2),
-        (PARTS, Case(bf16=True, pp=2), 2, Case(bf16=True, pp=2), 2),
-    ],
+    thinned(
+        [
+            (WHOLE, Case(bf16=True), 1, Case(bf16=True), 2),
+            (WHOLE, Case(bf16=True), 1, Case(bf16=True, tp=2), 2),
+            (WHOLE, Case(bf16=True), 2, Case(bf16=True, pp=2), 2),
+            (WHOLE, Case(bf16=True), 2, Case(bf16=True, overlap=True), 2),
+            (WHOLE, Case(bf16=True, **OFF), 1, Case(bf16=True, **OFF), 2),
+            (WHOLE, Case(bf16=True, **OFF), 1, Case(bf16=True, tp=2, **OFF), 2),
+            (WHOLE, Case(bf16=True, tp=2, **OFF), 2, Case(bf16=True, pp=2, **OFF), 2),
+            (PARTS, Case(bf16=True), 2, Case(bf16=True), 2),
+            (PARTS, Case(), 2, Case(), 2),
+            (PARTS, Case(overlap=True), 2, Case(overlap=True), 2),
+            (PARTS, Case(bf16=True, tp=2), 2, Case(bf16=True, tp=2), 2),
+            (PARTS, Case(bf16=True, pp=2), 2, Case(bf16=True, pp=2), 2),
+        ],
+        2,
+    ),
     ids=str,
 )
 def test_moments_are_equal_after_a_resume(

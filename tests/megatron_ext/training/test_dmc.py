@@ -16,6 +16,7 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.schedule.statistics_meter import NonFiniteStatisticError
 from tests.megatron_ext.training.runs import logged_to, reports, series, tiny_run, train
 from tests.ranks import run_on_ranks
+from tests.thinning import thinned
 
 MAPS = {
     "plain": CompressionConfig(),
@@ -82,7 +83,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize(
-    ("name", "layout", "world_size", "settings"), CASES, ids=lambda value: str(value)[:20]
+    ("name", "layout", "world_size", "settings"), thinned(CASES, 2), ids=lambda value: str(value)[:20]
 )
 def test_nothing_depends_on_the_layout(
     name: str, layout: str, world_size: int, settings: dict, alone: dict[str, Path], tmp_path: Path
