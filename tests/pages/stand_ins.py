@@ -45,6 +45,7 @@ def stand_ins(folder: Path, *, hub: Path, cold: bool = False) -> Iterator[dict[s
         (programs / name).chmod(0o755)
     environment = os.environ | {
         "PATH": f"{programs}:{CLUSTER}:{os.environ['PATH']}",
+        "PYTHON": str(programs / "python"),  # or scripts take that of `make PYTHON=...`
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "VENV": str(folder),

@@ -118,8 +118,10 @@ CHOICES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "policy"), CASES)
-@pytest.mark.parametrize("chunk", thinned([512, 8], 2))
+# Three and the two chunks have no common divisor: by day there are both, with both policies.
+@pytest.mark.parametrize(
+    ("name", "policy", "chunk"), thinned([(*case, chunk) for case in CASES for chunk in (8, 512)], 3)
+)
 def test_what_texts_begin_with_is_computed_once(name: str, policy: str, chunk: int) -> None:
     """Few-shot examples, questions and their choices: each piece of them once, but for what is shorter than a
     page of 4 tokens."""
