@@ -143,8 +143,8 @@ class Arrival(NamedTuple):
         """To those of query, key and value, from that of the output of the whole softmax."""
         for piece, rest in zip(self.pieces, rests, strict=True):
             of_output, q, output, lse = piece.of_queries(gradient, query, whole.output, whole.lse)
-            partial = Partial(output, lse, rest)
-            parts = self.attention.backward(of_output, q, *piece.of_keys(key, value), partial)
+            k, v = piece.of_keys(key, value)
+            parts = self.attention.backward(of_output, q, k, v, Partial(output, lse, rest))
             places = *piece.of_queries(sums[0]), *piece.of_keys(*sums[1:])
             for place, part in zip(places, parts, strict=True):
                 place += part

@@ -135,9 +135,9 @@ class _Attend(torch.autograd.Function):
     ) -> Tensor:
         dtype = torch.promote_types(query.dtype, torch.float32)
         sums = query.new_empty((*query.shape[:-1], value.shape[-1]), dtype=dtype)
-        attending, *own, joined = (_by_head(tensor) for tensor in (query, key, value, sums))
+        attending, own_key, own_value, joined = map(_by_head, (query, key, value, sums))
         sight, scale = attention.sight, attention.scale
-        whole = before_arrivals(attending, *own, joined, biased=sight.biased, scale=scale)
+        whole = before_arrivals(attending, own_key, own_value, joined, biased=sight.biased, scale=scale)
         ctx.rests = []
         arriving = zip(ring.round(_together(key, value)), attention.arrivals(ring), strict=True)
         for memory, arrival in arriving:
@@ -152,8 +152,8 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, lse = ctx.saved_tensors
         ring, attention = ctx.ring, ctx.attention
-        of_output, attending, *own, attended = map(_by_head, (gradient, query, key, value, output))
-        whole = Partial(attended, lse)
+        of_output, attending, own_key, own_value = map(_by_head, (gradient, query, key, value))
+        whole = Partial(_by_head(output), lse)
         dq = torch.zeros_like(query, dtype=lse.dtype)
 
         def gradients_of(memory: Tensor, arrival: Arrival, rests: list[Rest]) -> Tensor:
@@ -170,7 +170,9 @@ class _Attend(torch.autograd.Function):
         at_home = gradients_of(*next(coming))
         if attention.sight.biased:
             sums = _by_head(dq), *_heads(at_home, key, value)
-            add_gradients_before_arrivals(of_output, attending, *own, whole, attention.scale, sums)
+            add_gradients_before_arrivals(
+                of_output, attending, own_key, own_value, whole, attention.scale, sums
+            )
         following = _Following(ring)
         for arrived in coming:
             following.add(gradients_of(*arrived))

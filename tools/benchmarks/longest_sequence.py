@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lckv_megatron.dry_run.hardware import Machine
+from lckv_megatron.dry_run.memory import Kind
 from lckv_megatron.dry_run.rank import RankRun, simulate
 from lckv_megatron.dry_run.report import step_seconds
 from megatron_ext.command_line import parse_run_config
@@ -30,7 +31,7 @@ MULTIPLE = 8192
 _LEFT, _TRIES = 0.03, 4
 _FOLDER = Path("examples/long_context_7b")
 _MAPS = {"plain": ["pretrain.yaml"], "YOCO": ["pretrain.yaml", "yoco.yaml"]}
-_STATE = ("parameters", "gradients", "optimizer")
+_STATE: tuple[Kind, ...] = ("parameters", "gradients", "optimizer")
 
 
 def ways(run: RunConfig) -> Iterator[tuple[str, RunConfig]]:
