@@ -26,16 +26,17 @@ class Block:
 
 
 class HostPool:
-    """Blocks of a few sizes, each a 2^n / 8 x (8 .. 15), so that at most an eighth is wasted; a block that
-    came back serves the next request of its size.
+    """Blocks of a few sizes, each a 2^n / 32 x (32 .. 63), so that at most 1/32 is wasted; a block that came
+    back serves the next request of its size.
 
-    Blocks are cut out of chunks, since pinned memory is costly to allocate and PyTorch pins powers of two.
+    Blocks are cut out of chunks, since pinned memory is costly to allocate and PyTorch pins powers of two. A
+    chunk has room for eight blocks of the size that it is made for, so that at most an eighth of it is left.
     """
 
     def __init__(self, limit: int, *, pinned: bool, chunk: int | None = None) -> None:
         """`limit`: bytes of all chunks. `pinned`: for copies beside computation, CUDA only. `chunk`: bytes
-        that are allocated at a time, a power of two. Default: a GiB of pinned memory, else what is asked
-        for."""
+        that are allocated at a time, at least, a power of two; 0: what is asked for. Default: a GiB of pinned
+        memory, else 0."""
         self.limit, self._pinned = limit, pinned
         self._chunk = (2**30 if pinned else 0) if chunk is None else chunk
         self.allocated = 0
@@ -69,8 +70,10 @@ class HostPool:
     def _chunk_for(self, size: int) -> int:
         if not self._chunk:
             return size
-        chunk = max(self._chunk, 1 << (size - 1).bit_length())
-        return max(size, min(chunk, self.limit - self.allocated))
+        chunk = max(self._chunk, 1 << (8 * size - 1).bit_length())
+        while chunk > self.limit - self.allocated:
+            chunk //= 2
+        return max(size, chunk)
 
     def _allocate(self, size: int) -> Tensor:
         if self.allocated + size > self.limit:
@@ -101,5 +104,5 @@ def require_host_memory(expected_bytes: int) -> None:
 
 def size_class(size: int) -> int:
     """The smallest size of a block that has `size` bytes."""
-    step = max(_ALIGNMENT, 1 << max(0, size.bit_length() - 4))
+    step = max(_ALIGNMENT, 1 << max(0, size.bit_length() - 6))
     return max(1, -(-size // step)) * step

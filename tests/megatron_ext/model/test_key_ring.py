@@ -12,19 +12,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lckv.attention.flash_pairs import AtenCPU
 from lckv.config import CompressionConfig
+from megatron_ext.model.build import build_stage
 from megatron_ext.model.memory import kept_bytes, kept_for_backward, layer_bytes
+from megatron_ext.model.policy_statistics import PolicyInputs
 from megatron_ext.parallel.key_ring import KeyRing
-from tests.megatron_ext.model.stages import MODEL
+from megatron_ext.parallel.process_groups import initialize
+from tests.megatron_ext.model.stages import MODEL, VOCAB
 from tests.megatron_ext.model.test_context_parallel import (
     TOKENS,
     Case,
     alone,
+    batches_of,
     compare,
     sent_in,
     settings_of,
     step_of,
 )
 from tests.ranks import run_on_ranks
+from tools.benchmarks.activation_memory import Step as Kept
 
 RING = Case("plain", communication="ring")
 SPLIT = {"tp": 2, "sequence_parallel": True}
@@ -77,14 +82,54 @@ def test_what_is_sent_are_parts_of_keys_and_values_and_their_gradients(case: Cas
         assert sent == Counter({("send", part): number, ("receive", part): number})
 
 
-def test_what_is_predicted_to_be_kept_is_a_part() -> None:
+@pytest.mark.parametrize("communication", ["ring", "gather"])
+def test_what_is_predicted_to_be_kept_is(communication: str) -> None:
+    """By each further layer."""
+    case = replace(RING, cp=2, communication=communication)
+    parallel, train = settings_of(case)
+    few, many = (
+        kept_bytes(
+            kept_for_backward(CompressionConfig(), layers, range(layers), range(0)),
+            replace(MODEL, num_layers=layers), CompressionConfig(), parallel, train,
+        )
+        for layers in DEPTHS
+    )  # fmt: skip
+    for before, after in run_on_ranks(2, kept_by_depths, case):
+        assert after - before == many - few
+
+
+DEPTHS = (2, 4)
+
+
+def kept_by_depths(case: Case) -> list[int]:
+    """On every rank: bytes that models of two depths keep for backward."""
+    initialize(settings_of(case)[0], seed=1)
+    return [kept_by(case, layers) for layers in DEPTHS]
+
+
+def kept_by(case: Case, layers: int) -> int:
+    parallel, train = settings_of(case)
+    model = replace(MODEL, num_layers=layers)
+    stage = build_stage(model, CompressionConfig(), parallel, train, vocab_size=VOCAB)
+    batch = next(batches_of(case))
+    policy = PolicyInputs((), None, batch.chunk_rows, 0.0)
+
+    def forward() -> Tensor:
+        return stage(batch.tokens, batch.position_ids, batch.labels, policy=policy)[0].sum()
+
+    step = Kept(forward, list(stage.parameters()))
+    step.run()
+    return step.saved_bytes()
+
+
+def test_six_parts_are_predicted_to_go_round() -> None:
     ring, gather = (settings_of(replace(RING, cp=2, communication=way)) for way in ("ring", "gather"))
     plain, train = CompressionConfig(), ring[1]
-    kept = kept_for_backward(plain, MODEL.num_layers, range(MODEL.num_layers), range(0))
-    of_ring, of_gather = (kept_bytes(kept, MODEL, plain, way, train) for way, _ in (ring, gather))
-    part = TOKENS // 2 * train.micro_batch_size * MODEL.query_groups * 2 * MODEL.head_dim * 4
-    assert of_gather - of_ring == MODEL.num_layers * part
-    assert layer_bytes(MODEL, plain, ring[0], train) == layer_bytes(MODEL, plain, gather[0], train) + 6 * part
+    rows = TOKENS // 2 * train.micro_batch_size
+    part = rows * MODEL.query_groups * 2 * MODEL.head_dim * 4
+    joined = rows * MODEL.num_attention_heads * MODEL.head_dim * 4  # outputs of two chunks
+    of_ring, of_gather = (layer_bytes(MODEL, plain, way, train) for way, _ in (ring, gather))
+    assert of_ring == of_gather - joined + 6 * part
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
