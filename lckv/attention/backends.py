@@ -25,7 +25,10 @@ _FLASH_FUNCTIONS = {
     "flash_attn.flash_attn_interface": ("_flash_attn_forward", "_flash_attn_backward"),
 }
 """What is used of flash-attn."""
-_FLASH3_MODULE, _FLASH3_FUNCTIONS = "flash_attn_interface", ("flash_attn_func", "flash_attn_varlen_func")
+_FLASH3_MODULE = "flash_attn_interface"
+_FLASH3_FUNCTIONS = (
+    "flash_attn_func", "flash_attn_varlen_func", "_flash_attn_forward", "_flash_attn_backward"
+)  # fmt: skip
 """What is used of FlashAttention 3."""
 _HOPPER = 9
 """Compute capability of H100 and H200, the major number."""
@@ -111,7 +114,7 @@ def choose(name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int
     """
     requested, tensors = f"asked for {name}", (device, dtype, head_dim)
     obstacles: list[str] = []
-    for backend, why_not in (("flash", why_not_flash), ("flash3", why_not_flash3)):
+    for backend, why_not in (("flash3", why_not_flash3), ("flash", why_not_flash)):
         if name not in (backend, "auto"):
             continue
         obstacle = why_not(*tensors)
@@ -133,8 +136,9 @@ def choose(name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int
 def _choice_of(name: str, reason: str) -> Choice:
     if name == "flash":
         return flash_choice(reason, importlib.import_module("flash_attn"))
-    attend = partial(flash3.attend, kernel=importlib.import_module(_FLASH3_MODULE))
-    return Choice(name, reason, attend, choose_pair)
+    kernel = importlib.import_module(_FLASH3_MODULE)
+    attend = partial(flash3.attend, kernel=kernel)
+    return Choice(name, reason, attend, lambda query: flash3.FlashAttn3Pair(kernel))
 
 
 def flash_choice(reason: str, kernel: flash.FlashAttn) -> Choice:

@@ -61,7 +61,7 @@ def choose_pair(query: Tensor) -> FlashPair:
     """PyTorch's own kernels for tensors like `query`. Raises UnsupportedError where there are none."""
     if query.device.type == "cpu":
         return AtenCPU()
-    _require_fitting_heads(query)
+    require_fitting_heads(query)
     if query.dtype in (torch.float16, torch.bfloat16):
         return AtenFlash()
     if query.dtype == torch.float32:
@@ -70,7 +70,8 @@ def choose_pair(query: Tensor) -> FlashPair:
     raise UnsupportedError(f"flash attention in {query.dtype}", obstacle)
 
 
-def _require_fitting_heads(query: Tensor) -> None:
+def require_fitting_heads(query: Tensor) -> None:
+    """Raises UnsupportedError where kernels of a GPU do not take as many channels as `query` has."""
     channels = query.shape[-1]
     obstacle = obstacle_to_biased_keys(channels, float32=query.dtype == torch.float32)
     if obstacle is not None:
@@ -225,7 +226,7 @@ class FlashAttnPair:
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool) -> Partial:
         """See `FlashPair`."""
-        _require_fitting_heads(query)
+        require_fitting_heads(query)
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         output, lse, _, random_state = self._interface._flash_attn_forward(
             query, key, value, return_softmax=False, **self._options(scale, causal)

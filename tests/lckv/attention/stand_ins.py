@@ -64,7 +64,8 @@ def flash_attn() -> types.SimpleNamespace:
 
 
 def flash_attn_3() -> types.SimpleNamespace:
-    """FlashAttention 3's: the same without dropout. The second gives two results, as older releases."""
+    """FlashAttention 3's: the same without dropout. The second gives two results, as older releases,
+    and arguments of the private ones have places."""
     two = flash_attn()
 
     def rows(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -73,7 +74,35 @@ def flash_attn_3() -> types.SimpleNamespace:
     def packed(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, None]:
         return two.flash_attn_varlen_func(q, k, v, dropout_p=0.0, **options), None
 
-    return types.SimpleNamespace(flash_attn_func=rows, flash_attn_varlen_func=packed)
+    def forward(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        *not_used, scale, causal = others
+        assert not_used == [None] * 20
+        assert not causal or q.shape[1] == k.shape[1]
+        heads = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        attended = AtenCPU().forward(*heads, scale, causal=causal)
+        return attended.output.transpose(1, 2), attended.lse, torch.empty(0), torch.empty(0)
+
+    def backward(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *others: Any,
+        deterministic: bool,
+    ) -> Tensor:  # fmt: skip
+        *lengths, dq, dk, dv, scale, causal = others
+        assert lengths == [None] * 6
+        assert deterministic is False
+        assert all(tensor.is_contiguous() for tensor in (lse, dq, dk, dv))
+        tensors = (tensor.transpose(1, 2) for tensor in (dout, q, k, v))
+        whole = Partial(out.transpose(1, 2), lse)
+        gradients = AtenCPU().backward(*tensors, whole, scale, causal=causal)
+        for place, gradient in zip((dq, dk, dv), gradients, strict=True):
+            place.copy_(gradient.transpose(1, 2))
+        return torch.empty(0)
+
+    return types.SimpleNamespace(
+        flash_attn_func=rows,
+        flash_attn_varlen_func=packed,
+        _flash_attn_forward=forward,
+        _flash_attn_backward=backward,
+    )
 
 
 class FlashAttnInterfaceStandIn:

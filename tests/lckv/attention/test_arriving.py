@@ -6,14 +6,19 @@ from torch import Tensor
 
 from lckv.attention import reference
 from lckv.attention.arriving import ChunkSight, add_gradients_before_arrivals, before_arrivals
+from lckv.attention.flash3 import FlashAttn3Pair
 from lckv.attention.flash_pairs import AtenCPU, FlashAttnPair, FlashPair
 from lckv.attention.key_bias import HIDDEN, KeyBias
 from lckv.attention.visibility import Documents, Visibility
-from tests.lckv.attention.stand_ins import FlashAttnInterfaceStandIn
+from tests.lckv.attention.stand_ins import FlashAttnInterfaceStandIn, flash_attn_3
 from tests.lckv.attention.test_biased import documents_of, tensors
 
 ROWS, CHUNK, CHANNELS = 2, 3, 8
-PAIRS = {"aten": AtenCPU(), "flash-attn": FlashAttnPair(FlashAttnInterfaceStandIn())}
+PAIRS = {
+    "aten": AtenCPU(),
+    "flash-attn": FlashAttnPair(FlashAttnInterfaceStandIn()),
+    "flash-attn 3": FlashAttn3Pair(flash_attn_3()),
+}
 AS_FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
 """The score matrix is float32."""
 CUTS = {

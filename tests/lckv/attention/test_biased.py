@@ -13,11 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lckv.attention import flash, reference, sdpa
 from lckv.attention.biased import attend_biased
+from lckv.attention.flash3 import FlashAttn3Pair
 from lckv.attention.flash_pairs import AtenCPU, AtenEfficient, AtenFlash, FlashAttnPair, choose_pair
 from lckv.attention.key_bias import HIDDEN, KeyBias
 from lckv.attention.visibility import Documents, Visibility
 from lckv.errors import UnsupportedError
-from tests.lckv.attention.stand_ins import CudaStandIn, FlashAttnInterfaceStandIn, flash_attn
+from tests.lckv.attention.stand_ins import CudaStandIn, FlashAttnInterfaceStandIn, flash_attn, flash_attn_3
 from tests.ranks import run_on_ranks
 
 FRONTIER = KeyBias(age=1)
@@ -188,6 +189,7 @@ def test_the_pair_for_each_device_and_dtype():
     for refuse in (
         lambda: choose_pair(odd),
         lambda: FlashAttnPair(FlashAttnInterfaceStandIn()).forward(odd, odd, odd, 1.0, causal=True),
+        lambda: FlashAttn3Pair(flash_attn_3()).forward(odd, odd, odd, 1.0, causal=True),
     ):
         with pytest.raises(
             UnsupportedError, match=r"heads of 12 channels .* on CUDA it must be a multiple of 8"
