@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, default=262144, help="of the rows of which times are compared")
+    parser.add_argument("--tokens", type=int, default=1048576, help="of the rows of which times are compared")
     parser.add_argument("--output", type=Path, help="CSV file")
     options = parser.parse_args(argv)
     machine, rows = Machine(), []
