@@ -5,6 +5,7 @@ import io
 import json
 import lzma
 import tarfile
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import zstandard
 from megatron_ext.data.records import parse_texts
 from megatron_ext.data.sources import RecordReader, find_sources
 from megatron_ext.errors import ConfigError
+from tests.thinning import thinned
 
 LINES = b'{"text": "one"}\n{"text": "two"}\n'
 BOM = b"\xef\xbb\xbf"
@@ -25,12 +27,14 @@ def texts_of(path: Path) -> list[str]:
     ]
 
 
+NAMES = ["wiki_00", "part-0.json", "part.00", "corpus", "c4-00000-of-00002", "a.JSONL"]
+BEGINNINGS = [b"", BOM, b"\n", b" \r\n\t\n", BOM + b"\n"]
+
+
 @pytest.mark.parametrize(
-    "name", ["wiki_00", "part-0.json", "part.00", "corpus", "c4-00000-of-00002", "a.JSONL"]
+    ("inside", "pack", "before", "name"),
+    thinned(product([False, True], ["", ".gz", ".zst"], BEGINNINGS, NAMES), 7),  # by day each of a list
 )
-@pytest.mark.parametrize("before", [b"", BOM, b"\n", b" \r\n\t\n", BOM + b"\n"])
-@pytest.mark.parametrize("pack", ["", ".gz", ".zst"])
-@pytest.mark.parametrize("inside", [False, True])
 def test_json_lines_by_their_content(
     tmp_path: Path, name: str, before: bytes, pack: str, inside: bool
 ) -> None:
