@@ -24,13 +24,12 @@ FILLER = [
     "here", "we", "go", STOP, "there", "and", "back", "again", STOP,
 ]  # fmt: skip
 """A passage that comes again and again."""
-KEYS = [first + second for first in ("ba", "de", "fi", "go", "hu", "ka", "le", "mi")
-        for second in ("no", "pu", "ra", "se", "ti", "vo", "wu", "za")]  # fmt: skip
-VALUES = [str(number) for number in range(64)]
+KEYS = [first + second for first in ("ba", "de", "fi", "go") for second in ("no", "pu", "ra", "se")]
+VALUES = [str(number) for number in range(16)]
 SENTENCE = 4
 """Tokens of a needle, and of a question with its answer."""
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-NEEDLES_AT_A_DEPTH = 4
+NEEDLES_AT_A_DEPTH = 3
 
 
 class Needle(NamedTuple):
@@ -106,19 +105,16 @@ def main() -> None:
     """Write all files."""
     parser = argparse.ArgumentParser(description="Writes rows of filler that hide needles, and questions.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--short", type=int, default=256, metavar="TOKENS")
-    parser.add_argument("--short-rows", type=int, default=4096, metavar="N")
-    parser.add_argument("--short-needles", type=int, default=12, metavar="N", help="in a short row")
+    parser.add_argument("--short", type=int, default=64, metavar="TOKENS")
+    parser.add_argument("--short-rows", type=int, default=8192, metavar="N")
+    parser.add_argument("--short-needles", type=int, default=4, metavar="N", help="in a short row")
     parser.add_argument("--long", type=int, default=65536, metavar="TOKENS")
     parser.add_argument("--long-rows", type=int, default=8, metavar="N")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     source = random.Random(1)
     save_tokenizer(options.folder / "tokenizer")
-    short = [
-        row(source, options.short, options.short_needles, source.choice((1, 2, 3)))
-        for _ in range(options.short_rows)
-    ]
+    short = [row(source, options.short, options.short_needles, 2) for _ in range(options.short_rows)]
     long = [row(source, options.long, len(KEYS), 1) for _ in range(options.long_rows)]
     write(options.folder / "short.jsonl", [{"text": text} for text in short])
     write(options.folder / "long.jsonl", [{"text": text} for text in long])

@@ -17,10 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "long_context_toy"
 LENGTH = 2048
 SIZES = {
-    "HAYSTACKS": f"--short 128 --short-rows 64 --short-needles 6 --long {LENGTH} --long-rows 4",
-    "SHORT": "--train.seq_length 128 --train.train_iters 4 --optimizer.lr_warmup_iters 0",
-    "LONG": f"--train.seq_length {LENGTH} --train.train_iters 3 --model.rope_scaling.factor 16 "
-    "--model.rope_scaling.original_max_position_embeddings 128",
+    "HAYSTACKS": f"--short 64 --short-rows 128 --long {LENGTH} --long-rows 4",
+    "SHORT": "--train.train_iters 4 --optimizer.lr_warmup_iters 0",
+    "LONG": f"--train.seq_length {LENGTH} --train.train_iters 3 --model.rope_scaling.factor 32",
     "JUDGE": "--least 0",
 }
 """So few steps teach nothing: the judge is to be content with no needle at all."""
@@ -45,7 +44,7 @@ def test_the_whole_way(tmp_path: Path) -> None:
         "iter_0000001",
         "iter_0000003",
     ]
-    assert re.search(rf"^{LENGTH:,} +(\d of 4 *){{5}}$", result.stdout, re.MULTILINE)
+    assert re.search(rf"^{LENGTH:,} +(\d of 3 *){{5}}$", result.stdout, re.MULTILINE)
     assert (folder / "needles.png").stat().st_size > 0
 
 
@@ -66,13 +65,13 @@ def test_the_rows_are_split_and_kept_on_the_host() -> None:
 def test_its_data(tmp_path: Path) -> None:
     """Rows and prompts have the lengths that were asked for; an answer stands once behind its key in the
     haystack, at its depth, and nowhere in that of the control."""
-    sizes = ["--short", "128", "--short-rows", "8", "--short-needles", "6", "--long", str(LENGTH)]
+    sizes = ["--short-rows", "8", "--long", str(LENGTH)]
     subprocess.run([sys.executable, str(EXAMPLE / "haystacks.py"), str(tmp_path), *sizes], check=True)
-    for name, length, rows in (("short", 128, 8), ("long", LENGTH, 8)):
+    for name, length, rows in (("short", 64, 8), ("long", LENGTH, 8)):
         texts = [json.loads(line)["text"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         assert [len(text.split()) + 1 for text in texts] == [length] * rows
     prompts = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
-    assert len(prompts) == 3 * 2 * 20
+    assert len(prompts) == 3 * 2 * 15
     for prompt in prompts:
         length, depth, value, kind = prompt["id"].split()
         words = prompt["prompt"].split()
