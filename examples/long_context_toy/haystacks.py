@@ -3,7 +3,7 @@
 python examples/long_context_toy/haystacks.py FOLDER     --help shows the sizes
 
 A needle is `keep KEY VALUE .`, a question `find KEY`, and its answer VALUE. Every word is a token. In FOLDER:
-tokenizer/, short.jsonl and long.jsonl (rows to train on, as long as the options say), questions.jsonl
+tokenizer/, short.jsonl, middle.jsonl and long.jsonl (rows to train on), questions.jsonl
 (prompts of three lengths; all of one length have one haystack, and so have those of its control, in which
 there are no needles).
 """
@@ -26,6 +26,8 @@ FILLER = [
 """A passage that comes again and again."""
 KEYS = [first + second for first in ("ba", "de", "fi", "go") for second in ("no", "pu", "ra", "se")]
 VALUES = [str(number) for number in range(16)]
+ROWS = {"short": (8192, 64), "middle": (512, 2048), "long": (8, 65536)}
+"""Rows to train on: how many, and their tokens."""
 SENTENCE = 4
 """Tokens of a needle, and of a question with its answer."""
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -48,17 +50,18 @@ def save_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END).save_pretrained(str(folder))
 
 
-def haystack(length: int, needles: Sequence[Needle]) -> list[str]:
-    """`length` words: filler, and each needle in its place."""
-    filler = length - SENTENCE * len(needles)
-    row: list[str] = []
+def haystack(source: random.Random, length: int, needles: Sequence[Needle]) -> list[str]:
+    """`length` words: filler from any of its words on, and each needle in its place."""
+    count = length - SENTENCE * len(needles)
+    start = source.randrange(len(FILLER))
+    filler = [FILLER[(start + index) % len(FILLER)] for index in range(count)]
+    words: list[str] = []
     done = 0
     for needle in sorted(needles):
-        place = int(needle.depth * filler)
-        row += [FILLER[index % len(FILLER)] for index in range(done, place)]
-        row += [NEEDLE, needle.key, needle.value, STOP]
+        place = int(needle.depth * count)
+        words += [*filler[done:place], NEEDLE, needle.key, needle.value, STOP]
         done = place
-    return row + [FILLER[index % len(FILLER)] for index in range(done, filler)]
+    return words + filler[done:]
 
 
 def hidden(source: random.Random, count: int) -> list[Needle]:
@@ -70,7 +73,7 @@ def row(source: random.Random, length: int, count: int, times: int) -> str:
     """`length` tokens with the end: a haystack with `count` needles; then each of them is asked for, in any
     order, and so again, `times` in all."""
     needles = hidden(source, count)
-    words = haystack(length - 1 - SENTENCE * count * times, needles)
+    words = haystack(source, length - 1 - SENTENCE * count * times, needles)
     for _ in range(times):
         for needle in source.sample(needles, count):
             words += [QUESTION, needle.key, needle.value, STOP]
@@ -88,7 +91,7 @@ def questions(source: random.Random, length: int) -> list[dict[str, str]]:
     ]
     prompts = []
     for kind, needles in (("needles", [needle for _, needle in asked]), ("control", [])):
-        text = " ".join(haystack(length - 3, needles))  # question, key and answer follow
+        text = " ".join(haystack(source, length - 3, needles))  # question, key and answer follow
         prompts += [
             {"prompt": f"{text} {QUESTION} {needle.key}", "id": f"{length} {depth} {needle.value} {kind}"}
             for depth, needle in asked
@@ -105,20 +108,21 @@ def main() -> None:
     """Write all files."""
     parser = argparse.ArgumentParser(description="Writes rows of filler that hide needles, and questions.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--short", type=int, default=64, metavar="TOKENS")
-    parser.add_argument("--short-rows", type=int, default=8192, metavar="N")
-    parser.add_argument("--short-needles", type=int, default=4, metavar="N", help="in a short row")
-    parser.add_argument("--long", type=int, default=65536, metavar="TOKENS")
-    parser.add_argument("--long-rows", type=int, default=8, metavar="N")
+    for name, (rows, length) in ROWS.items():
+        parser.add_argument(
+            f"--{name}", type=int, nargs=2, default=(rows, length), metavar=("ROWS", "TOKENS")
+        )
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     source = random.Random(1)
     save_tokenizer(options.folder / "tokenizer")
-    short = [row(source, options.short, options.short_needles, 2) for _ in range(options.short_rows)]
-    long = [row(source, options.long, len(KEYS), 1) for _ in range(options.long_rows)]
-    write(options.folder / "short.jsonl", [{"text": text} for text in short])
-    write(options.folder / "long.jsonl", [{"text": text} for text in long])
-    lengths = (options.long // 16, options.long // 4, options.long)
+    for name in ROWS:
+        rows, length = getattr(options, name)
+        count, times = (4, 2) if name == "short" else (len(KEYS), 1)
+        texts = [{"text": row(source, length, count, times)} for _ in range(rows)]
+        write(options.folder / f"{name}.jsonl", texts)
+    _, longest = options.long
+    lengths = (longest // 16, longest // 4, longest)
     prompts = [prompt for length in lengths for prompt in questions(source, length)]
     write(options.folder / "questions.jsonl", prompts)
 

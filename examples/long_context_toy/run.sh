@@ -2,13 +2,14 @@
 # A tiny model learns to find needles in short rows and goes on with rows of 65,536 tokens, split over two processes, activations on the
 # host. It is stopped, goes on, is converted, and is asked for needles in 65,536 tokens. Fails where it misses one. On CPU, in minutes.
 # Usage: examples/long_context_toy/run.sh [FOLDER]     (default: runs/long_context_toy)
-# Other sizes: HAYSTACKS (options of haystacks.py), SHORT and LONG (settings of the two runs), JUDGE (options of judge.py).
+# Other sizes: HAYSTACKS (options of haystacks.py), SHORT, MIDDLE and LONG (settings of the runs), JUDGE (options of judge.py).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-runs/long_context_toy}
 python=${PYTHON:-python}
 read -ra haystacks <<<"${HAYSTACKS:-}"
 read -ra short <<<"${SHORT:-}"
+read -ra middle <<<"${MIDDLE:-}"
 read -ra long <<<"${LONG:-}"
 read -ra judge <<<"${JUDGE:-}"
 mkdir -p "$out"
@@ -26,17 +27,20 @@ train() {
 
 say "rows with needles, and questions"
 "$python" examples/long_context_toy/haystacks.py "$out" "${haystacks[@]}"
-for stage in short long; do
+for stage in short middle long; do
     "$python" -m lckv_megatron preprocess --input "$out/$stage.jsonl" --output-prefix "$out/$stage" --overwrite --append-eod \
         --tokenizer-type huggingface --tokenizer-model "$out/tokenizer"
 done
-rm -rf "$out/short-run" "$out/long-run" "$out/model" "$out/answers.jsonl"
+rm -rf "$out"/{short,middle,long}-run "$out/model" "$out/answers.jsonl"
 
 say "short rows"
 train short "${short[@]}"
 
+say "middle rows"
+train middle --config examples/long_context_toy/middle.yaml --checkpoint.load "$out/short-run/checkpoints" "${middle[@]}"
+
 say "long rows, until the first one is done"
-lengthened=(--config examples/long_context_toy/long.yaml --checkpoint.load "$out/short-run/checkpoints" "${long[@]}")
+lengthened=(--config examples/long_context_toy/long.yaml --checkpoint.load "$out/middle-run/checkpoints" "${long[@]}")
 train long "${lengthened[@]}" --train.exit_duration_minutes 0.001
 
 say "long rows, from the checkpoint"

@@ -17,8 +17,10 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "long_context_toy"
 LENGTH = 2048
 SIZES = {
-    "HAYSTACKS": f"--short 64 --short-rows 128 --long {LENGTH} --long-rows 4",
+    "HAYSTACKS": f"--short 128 64 --middle 8 256 --long 4 {LENGTH}",
     "SHORT": "--train.train_iters 4 --optimizer.lr_warmup_iters 0",
+    "MIDDLE": "--train.train_iters 1 --train.seq_length 256 --model.rope_scaling.factor 4 "
+    "--optimizer.lr_warmup_iters 0",
     "LONG": f"--train.seq_length {LENGTH} --train.train_iters 3 --model.rope_scaling.factor 32",
     "JUDGE": "--least 0",
 }
@@ -65,9 +67,9 @@ def test_the_rows_are_split_and_kept_on_the_host() -> None:
 def test_its_data(tmp_path: Path) -> None:
     """Rows and prompts have the lengths that were asked for; an answer stands once behind its key in the
     haystack, at its depth, and nowhere in that of the control."""
-    sizes = ["--short-rows", "8", "--long", str(LENGTH)]
+    sizes = f"--short 8 64 --middle 4 256 --long 2 {LENGTH}".split()
     subprocess.run([sys.executable, str(EXAMPLE / "haystacks.py"), str(tmp_path), *sizes], check=True)
-    for name, length, rows in (("short", 64, 8), ("long", LENGTH, 8)):
+    for name, length, rows in (("short", 64, 8), ("middle", 256, 4), ("long", LENGTH, 2)):
         texts = [json.loads(line)["text"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         assert [len(text.split()) + 1 for text in texts] == [length] * rows
     prompts = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
