@@ -2,7 +2,7 @@
 
 python examples/long_context_toy/judge.py FOLDER [--least SHARE]
 
-Reads FOLDER/answers.jsonl and FOLDER/long-run/metrics.jsonl, writes FOLDER/needles.png.
+Reads FOLDER/answers.jsonl and the metrics of the longest rows' run, writes FOLDER/needles.png.
 """
 
 import argparse
@@ -71,7 +71,8 @@ def main() -> int:
     parser.add_argument("--least", type=float, default=1.0, help="share that must be found (default: all)")
     options = parser.parse_args()
     kinds = read_answers(options.folder / "answers.jsonl")
-    reports = read_metrics(options.folder / "long-run" / "metrics.jsonl")
+    longest = axes_of(kinds["needles"])[0][-1]
+    reports = read_metrics(options.folder / f"{longest}-run" / "metrics.jsonl")
     print("loss of long rows:", " ".join(f"{report['lm_loss']:.4f}" for report in reports))
     print(f"needles found\n{table(kinds['needles'])}")
     picture(kinds["needles"]).savefig(options.folder / "needles.png")

@@ -17,11 +17,10 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "long_context_toy"
 LENGTH = 2048
 SIZES = {
-    "HAYSTACKS": f"--short 128 64 --middle 8 256 --long 4 {LENGTH}",
+    "ROWS": f"64x64 8x256 8x512 4x{LENGTH}",
     "SHORT": "--train.train_iters 4 --optimizer.lr_warmup_iters 0",
-    "MIDDLE": "--train.train_iters 1 --train.seq_length 256 --model.rope_scaling.factor 4 "
-    "--optimizer.lr_warmup_iters 0",
-    "LONG": f"--train.seq_length {LENGTH} --train.train_iters 3 --model.rope_scaling.factor 32",
+    "MIDDLE": "--train.train_iters 1",
+    "LONG": "--train.train_iters 3",
     "JUDGE": "--least 0",
 }
 """So few steps teach nothing: the judge is to be content with no needle at all."""
@@ -39,10 +38,10 @@ def test_the_whole_way(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
     said = result.stdout + result.stderr
     assert "train.exit_duration_minutes are over" in said  # it was stopped behind its first iteration
-    reports = read_metrics(folder / "long-run" / "metrics.jsonl")
+    reports = read_metrics(folder / f"{LENGTH}-run" / "metrics.jsonl")
     assert [report["iteration"] for report in reports] == [1, 2, 3]
     assert [report["consumed_tokens"] for report in reports] == [LENGTH, 2 * LENGTH, 3 * LENGTH]
-    assert sorted(path.name for path in (folder / "long-run" / "checkpoints").glob("iter_*")) == [
+    assert sorted(path.name for path in (folder / f"{LENGTH}-run" / "checkpoints").glob("iter_*")) == [
         "iter_0000001",
         "iter_0000003",
     ]
@@ -67,10 +66,10 @@ def test_the_rows_are_split_and_kept_on_the_host() -> None:
 def test_its_data(tmp_path: Path) -> None:
     """Rows and prompts have the lengths that were asked for; an answer stands once behind its key in the
     haystack, at its depth, and nowhere in that of the control."""
-    sizes = f"--short 8 64 --middle 4 256 --long 2 {LENGTH}".split()
+    sizes = ["8x64", "4x256", f"2x{LENGTH}"]
     subprocess.run([sys.executable, str(EXAMPLE / "haystacks.py"), str(tmp_path), *sizes], check=True)
-    for name, length, rows in (("short", 64, 8), ("middle", 256, 4), ("long", LENGTH, 2)):
-        texts = [json.loads(line)["text"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+    for length, rows in ((64, 8), (256, 4), (LENGTH, 2)):
+        texts = [json.loads(line)["text"] for line in (tmp_path / f"{length}.jsonl").read_text().splitlines()]
         assert [len(text.split()) + 1 for text in texts] == [length] * rows
     prompts = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
     assert len(prompts) == 3 * 2 * 15
