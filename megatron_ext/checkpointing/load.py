@@ -39,6 +39,8 @@ _WAY_TO_ANOTHER_MAP = (
     "--megatron-path {} --hf-path NEW, then lckv-megatron convert hf-to-megatron --hf-path NEW "
     "--megatron-path NEW2 --compression.layer_types MAP"
 )
+_POSITIONS = ("model.rotary_base", "model.rope_scaling")
+_WAY_TO_OTHER_POSITIONS = ". For longer contexts, set checkpoint.finetune to take the weights only"
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +172,8 @@ def _read_run(checkpoint: Path, expected_model: Mapping[str, Any], setting_of: C
             *(f"{setting}: {values}" for setting, values in differences.items()),
         ]
         way = _WAY_TO_ANOTHER_MAP.format(checkpoint) if _MAP in differences else ""
+        if all(setting.startswith(_POSITIONS) for setting in differences):
+            way = _WAY_TO_OTHER_POSITIONS
         raise MismatchError(
             "\n  ".join(lines) + f"\nSet these fields as in the checkpoint, or load another one{way}"
         )

@@ -1,5 +1,6 @@
 """The settings that define a model: a checkpoint of one set of them is not one of another."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -8,6 +9,8 @@ from megatron_ext.config import ModelConfig, RopeScalingConfig
 
 ARCHITECTURE = "architecture"
 """The key of what `architecture` returns, where checkpoints keep it."""
+_POSITIONS = ("rotary_base", "rope_scaling")
+"""Fields without weights, which say what positions are: longer contexts need others."""
 
 
 def architecture(model: ModelConfig, compression: CompressionConfig, *, vocab_size: int) -> dict[str, Any]:
@@ -31,6 +34,20 @@ def architecture(model: ModelConfig, compression: CompressionConfig, *, vocab_si
         "sliding_window": compression.sliding_window,
         "force_nodiag": compression.force_nodiag,
     }
+
+
+def but_positions(defining: Mapping[str, Any]) -> dict[str, Any]:
+    """What `architecture` returns without the fields that may change where a run takes only weights."""
+    return {name: value for name, value in defining.items() if name not in _POSITIONS}
+
+
+def changed_positions(before: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Those fields where two of what `architecture` returns differ, as sentences without an end."""
+    return [
+        f"{setting_of(name)} is {here[name]}, and was {before[name]} in the checkpoint"
+        for name in _POSITIONS
+        if name in before and before[name] != here[name]
+    ]
 
 
 def _rope_scaling(config: RopeScalingConfig) -> dict[str, Any] | None:

@@ -25,7 +25,13 @@ from megatron_ext.data.datasets import Datasets, build_datasets
 from megatron_ext.data.first_rank import on_first_rank
 from megatron_ext.data.order import Continuation
 from megatron_ext.errors import ConfigError
-from megatron_ext.model.architecture import ARCHITECTURE, architecture, setting_of
+from megatron_ext.model.architecture import (
+    ARCHITECTURE,
+    architecture,
+    but_positions,
+    changed_positions,
+    setting_of,
+)
 from megatron_ext.model.build import build_stage, wrap
 from megatron_ext.model.cost import model_shape
 from megatron_ext.model.parameters import padded_vocab_size
@@ -159,6 +165,7 @@ def _resume(
     checkpoint has noted: None at its beginning."""
     if start.load is None:
         return Position(), None, None
+    here = defining[ARCHITECTURE]
     with start.explained():
         loaded = load_checkpoint(
             Path(start.load),
@@ -167,7 +174,7 @@ def _resume(
             scheduler=scheduler,
             finetune=start.finetune,
             verify_hashes=run.checkpoint.verify_hashes,
-            expected_model=defining,
+            expected_model={ARCHITECTURE: but_positions(here)} if start.finetune else defining,
             setting_of=setting_of,
             seed=run.train.seed,
             timeout_minutes=run.checkpoint.load_timeout_minutes,
@@ -176,6 +183,8 @@ def _resume(
         check_succession(before, policy, finetune=start.finetune)
         check_weights(model, policy.build(), before)
         if start.finetune:
+            for change in changed_positions(loaded.config.get(ARCHITECTURE, {}), here):
+                logger.info("%s", change)
             return Position(), None, None
         position = Position(**{name: int(loaded.progress[name]) for name in asdict(Position())})
         return position, continuation_of(run, loaded.config, loaded.progress), loaded.progress

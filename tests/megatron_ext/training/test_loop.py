@@ -199,6 +199,25 @@ def test_finetuning_starts_afresh_from_the_weights(tmp_path: Path) -> None:
     assert found[0]["lm_loss"] < reports(tmp_path / "first.jsonl")[0]["lm_loss"] - 0.1
 
 
+def test_weights_alone_can_go_on_with_longer_contexts(tmp_path: Path) -> None:
+    """Positions have no weights. All else is as for any checkpoint: what the longer run saves has its own
+    positions, and a run that takes all state is refused, with the way out."""
+    run_on_ranks(1, train, tiny_run(checkpoint={"save": str(tmp_path / "short")}, train={"train_iters": 3}))
+    scaling = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}
+    longer = {"rotary_base": 50000.0, "rope_scaling": scaling}
+    load = {"load": str(tmp_path / "short")}
+    reason = (
+        r"model\.rotary_base: 10000\.0 in the checkpoint(.|\n)*model\.rope_scaling: null in the checkpoint"
+        r"(.|\n)*For longer contexts, set checkpoint\.finetune"
+    )
+    with pytest.raises(CheckpointError, match=reason):
+        run_on_ranks(1, train, tiny_run(model=longer, checkpoint=load))
+    save = {**load, "finetune": True, "save": str(tmp_path / "long")}
+    stopped = tiny_run(model=longer, checkpoint=save, train={"exit_duration_minutes": 1e-9})
+    assert run_on_ranks(1, train, stopped) == [1]
+    assert run_on_ranks(1, train, tiny_run(model=longer, checkpoint=save)) == [6]
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     run_on_ranks(
         1, train, tiny_run(compression=YOCO, checkpoint={"save": str(tmp_path)}, train={"train_iters": 3})
