@@ -65,5 +65,5 @@ say "to Hugging Face"
 
 say "questions"
 "$python" -m lckv_megatron generate --model "$out/model" --batch "$out/questions.jsonl" --output "$out/answers.jsonl" \
-    --temperature 0 --max-new-tokens 1
+    --temperature 0 --max-new-tokens 1 --batch-size 1 --prefill-chunk 2048 # one after the other: they begin alike
 "$python" examples/long_context_toy/judge.py "$out" "${judge[@]}"

@@ -40,6 +40,13 @@ class Past(NamedTuple):
     lengths: Tensor
     """int64 [b, g]: slots in use, the first ones. Under a window slots are tokens, the newest last."""
 
+    def newest(self, tokens: int) -> "Past":
+        """The slots that hold the newest `tokens` of each row, and where rows differ in length, more."""
+        start = int(self.lengths.min()) - tokens
+        if start <= 0:
+            return self
+        return Past(self.key[:, :, start:], self.value[:, :, start:], self.lengths - start)
+
 
 class NewTokens(NamedTuple):
     """Keys and values that are not in the cache yet."""
@@ -97,9 +104,11 @@ def attend_past(
     `visibility` (without documents) and `key_bias` as in `reference.attend`; the bias of a new key is added
     to its score as it is, and keys of the past have none. `columns`: for policies without bias; None: all
     slots are shown, and a window counts tokens. Scores are float32."""
+    many = query.shape[2] >= _BLOCK and not torch.compiler.is_compiling()
+    if many and visibility.window is not None and columns is None:
+        past = past.newest(visibility.window - 1)
     rows, kv_heads, older, _ = past.key.shape
     new_key = new.key
-    many = query.shape[2] >= _BLOCK and not torch.compiler.is_compiling()
     if many and dropout == 0 and visibility.window is None and key_bias is None and columns is None:
         with torch.autocast(query.device.type, enabled=False):
             output = _attend_unmasked(query, new, past, visibility, scale)

@@ -218,3 +218,17 @@ def test_half_precision_is_as_exact_as_the_fused_kernel() -> None:
     )
     assert found.dtype == torch.bfloat16
     assert (found - exact).norm() < 1.5 * (fused - exact).norm() < 0.01 * exact.norm()
+
+
+def test_under_a_window_only_slots_are_read_that_it_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, new, old = many(length=130, slots=4000)
+    old = old._replace(lengths=torch.tensor([[3000, 3000], [2990, 2990]]))
+    widths, attend = [], past.scaled_dot_product_attention
+
+    def counting(query: Tensor, key: Tensor, *others: Tensor, **options: object) -> Tensor:
+        widths.append(key.shape[2])
+        return attend(query, key, *others, **options)
+
+    monkeypatch.setattr(past, "scaled_dot_product_attention", counting)
+    past.attend_past(query, new, old, Visibility(window=64), scale=0.3)
+    assert max(widths) == 4000 - (2990 - 63) + 130
