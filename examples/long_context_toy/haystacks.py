@@ -25,7 +25,7 @@ FILLER = [
 """A passage that comes again and again."""
 KEYS = [first + second for first in ("ba", "de", "fi", "go") for second in ("no", "pu", "ra", "se")]
 VALUES = [str(number) for number in range(16)]
-ROWS = ("4096x64", "256x512", "128x4096", "32x16384", "8x65536")
+ROWS = ("8192x64", "256x512", "128x4096", "32x16384", "8x65536")
 """To train on."""
 SENTENCE = 4
 """Tokens of a needle, and of a question with its answer."""

@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-runs/long_context_toy}
 python=${PYTHON:-python}
-read -ra rows <<<"${ROWS:-4096x64 256x512 128x4096 8x65536}"
+read -ra rows <<<"${ROWS:-8192x64 256x512 128x4096 8x65536}"
 read -ra short <<<"${SHORT:-}"
 read -ra middle <<<"${MIDDLE:-}"
 read -ra long <<<"${LONG:-}"
