@@ -25,7 +25,7 @@ FILLER = [
 """A passage that comes again and again."""
 KEYS = [first + second for first in ("ba", "de", "fi", "go") for second in ("no", "pu", "ra", "se")]
 VALUES = [str(number) for number in range(16)]
-ROWS = ("8192x64", "256x512", "128x4096", "32x16384", "8x65536")
+ROWS = ("4096x64", "256x512", "128x4096", "8x65536")
 """To train on."""
 SENTENCE = 4
 """Tokens of a needle, and of a question with its answer."""
@@ -64,7 +64,7 @@ def row(source: random.Random, length: int) -> str:
     of them anywhere in the rest. Questions are many, so that there is much to learn from a row: of long ones
     every tenth token is an answer, short ones have hardly any filler."""
     sentences = (length - 1) // SENTENCE
-    needles = min(len(KEYS), max(1, sentences // 3))
+    needles = min(len(KEYS), sentences // 3)
     asked = sentences - needles if length < NO_FILLER else length // 10
     hidden = {key: source.choice(VALUES) for key in source.sample(KEYS, needles)}
     filler = filler_from(source, length - 1 - SENTENCE * (needles + asked))

@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-runs/long_context_toy}
 python=${PYTHON:-python}
-read -ra rows <<<"${ROWS:-8192x64 256x512 128x4096 8x65536}"
+read -ra rows <<<"${ROWS:-4096x64 256x512 128x4096 8x65536}"
 read -ra short <<<"${SHORT:-}"
 read -ra middle <<<"${MIDDLE:-}"
 read -ra long <<<"${LONG:-}"
@@ -18,11 +18,11 @@ first=${lengths[0]} last=${lengths[-1]}
 mkdir -p "$out"
 say() { printf '\n== %s\n' "$*"; }
 
-# train TOKENS SETTINGS: with rows of so many tokens
+# train PROCESSES TOKENS SETTINGS: with rows of so many tokens
 train() {
-    tokens=$1
-    shift
-    OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --standalone --nproc-per-node 2 pretrain_lckv.py \
+    processes=$1 tokens=$2
+    shift 2
+    OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" pretrain_lckv.py \
         --config examples/long_context_toy/short.yaml --train.seq_length "$tokens" "$@" \
         --data.data_path "$out/$tokens" --data.tokenizer_type huggingface --data.tokenizer_model "$out/tokenizer" \
         --checkpoint.save "$out/$tokens-run/checkpoints" --logging.metrics_file "$out/$tokens-run/metrics.jsonl"
@@ -32,7 +32,7 @@ train() {
 lengthen() {
     config=$1 before=$2 tokens=$3
     shift 3
-    train "$tokens" --config "examples/long_context_toy/$config.yaml" --train.seq_length "$tokens" \
+    train 2 "$tokens" --config "examples/long_context_toy/$config.yaml" --train.seq_length "$tokens" \
         --model.rope_scaling.factor $((tokens / first)) --checkpoint.load "$out/$before-run/checkpoints" "$@"
 }
 
@@ -46,7 +46,7 @@ done
 rm -rf "$out/model" "$out/answers.jsonl"
 
 say "rows of $first tokens"
-train "$first" "${short[@]}"
+train 1 "$first" "${short[@]}"
 before=$first
 for tokens in "${lengths[@]:1:${#lengths[@]}-2}"; do
     say "rows of $tokens tokens"
