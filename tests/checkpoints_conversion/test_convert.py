@@ -30,7 +30,7 @@ from megatron_ext.errors import ConfigError
 from tests.checkpoints_conversion.formats.checkpoints import whole_weights
 from tests.checkpoints_conversion.formats.test_megatron_legacy import POLICY, PUBLISHED, publish
 from tests.lckv.families.tiny_models import saved_model
-from tests.megatron_ext.data.builders import write_tokenizer_json
+from tests.lckv.tokenizer_json import write_tokenizer_json
 from tests.megatron_ext.model.stages import VOCAB
 from tests.megatron_ext.training.runs import tiny_run, train
 from tests.ranks import run_on_ranks

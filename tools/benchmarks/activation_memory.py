@@ -126,29 +126,39 @@ def measure(
         last = measured
 
 
+def add_sizes(parser: argparse.ArgumentParser, *, hidden_size: int, seq_length: int) -> None:
+    """Options of the model and of its rows, with these defaults, and where to write."""
+    parser.add_argument("--hidden-size", type=int, default=hidden_size)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--kv-heads", type=int, default=2)
+    parser.add_argument("--vocab-size", type=int, default=256)
+    parser.add_argument("--seq-length", type=int, default=seq_length)
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16"], default="bf16" if torch.cuda.is_available() else "fp32"
+    )
+    parser.add_argument("--output", type=Path, help="CSV file")
+
+
+def model_of(options: argparse.Namespace) -> ModelConfig:
+    """What `add_sizes` asks for."""
+    return ModelConfig(
+        hidden_size=options.hidden_size,
+        num_attention_heads=options.heads,
+        num_query_groups=options.kv_heads,
+        vocab_size=options.vocab_size,
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16, 32])
-    parser.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--vocab-size", type=int, default=256)
-    parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--micro-batch-size", type=int, default=2)
-    parser.add_argument(
-        "--precision", choices=["fp32", "bf16"], default="bf16" if torch.cuda.is_available() else "fp32"
-    )
-    parser.add_argument("--output", type=Path, help="CSV file")
+    add_sizes(parser, hidden_size=128, seq_length=256)
     options = parser.parse_args(argv)
-    model = ModelConfig(
-        hidden_size=options.hidden_size,
-        num_attention_heads=options.heads,
-        num_query_groups=options.kv_heads,
-        vocab_size=options.vocab_size,
-    )
+    model = model_of(options)
     sizes = {
         "tokens": f"{options.micro_batch_size}x{options.seq_length}",
         "hidden_size": options.hidden_size,

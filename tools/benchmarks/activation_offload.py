@@ -14,7 +14,6 @@ import argparse
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from lckv.config import CompressionConfig
 from lckv_megatron.layouts import LAYOUTS
 from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_ext.parallel.process_groups import destroy, device_of_rank, initialize
-from tools.benchmarks.activation_memory import Step
+from tools.benchmarks.activation_memory import Step, add_sizes, model_of
 from tools.benchmarks.timing import held_bytes, median_seconds, setting, write_csv
 
 MAPS = ("plain", "LCKV (w=2)")
@@ -104,25 +103,11 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden-size", type=int, default=256)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--vocab-size", type=int, default=256)
-    parser.add_argument("--seq-length", type=int, default=1024)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.5, 1.0])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--precision", choices=["fp32", "bf16"], default="bf16" if torch.cuda.is_available() else "fp32"
-    )
-    parser.add_argument("--output", type=Path, help="CSV file")
+    add_sizes(parser, hidden_size=256, seq_length=1024)
     options = parser.parse_args(argv)
-    model = ModelConfig(
-        num_layers=options.layers,
-        hidden_size=options.hidden_size,
-        num_attention_heads=options.heads,
-        num_query_groups=options.kv_heads,
-        vocab_size=options.vocab_size,
-    )
+    model = replace(model_of(options), num_layers=options.layers)
     train = TrainConfig(micro_batch_size=1, seq_length=options.seq_length, precision=options.precision)
     initialize(ParallelConfig(), seed=1)
     sizes = {

@@ -1,6 +1,7 @@
 """How long functions take and how much memory they need, compared fairly: in one process, in turns."""
 
 import csv
+import gc
 import os
 import platform
 import statistics
@@ -65,8 +66,15 @@ def _cpu_allocations(function: Callable[[], object]) -> list[int]:
     """Bytes that the CPU's memory grows by, or less than 0 where it shrinks, in order, until `function` has
     returned its result."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell of its own start and stop
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        result = function()
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()  # what others have left behind is not to be freed in between, and counted
+    try:
+        with torch.autograd.profiler.profile(profile_memory=True) as profile:
+            result = function()
+    finally:
+        if collects:
+            gc.enable()
     results = profile.kineto_results
     assert results is not None
     del result

@@ -15,7 +15,8 @@ from lckv.generation import sentencepiece_conversion
 from lckv.generation.loading import load_tokenizer as load_folder
 from lckv.tokenizer_files import PROBES
 from megatron_ext.data.tokenizers import Tokenizer, load_tokenizer
-from tests.megatron_ext.data.builders import train_sentencepiece, write_ranks, write_tokenizer_json
+from tests.lckv.tokenizer_json import write_tokenizer_json
+from tests.megatron_ext.data.builders import train_sentencepiece, write_ranks
 
 TEXTS = st.text(st.sampled_from(" \n\tworldhelcumnt<s>/é漢🙂▁0x1"), max_size=40)
 MAKERS = {"sentencepiece": train_sentencepiece, "tiktoken": write_ranks, "huggingface": write_tokenizer_json}

@@ -6,7 +6,7 @@ from pathlib import Path
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from lckv.policies.dmc.config import DMCConfig
 from tests.lckv.models.tiny import MERGING, PLAIN, model
-from tests.megatron_ext.data.builders import write_tokenizer_json
+from tests.lckv.tokenizer_json import write_tokenizer_json
 
 END = "<|endoftext|>"
 CHAT_TEMPLATE = (

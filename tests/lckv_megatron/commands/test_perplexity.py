@@ -15,7 +15,8 @@ from lckv_megatron.scoring import window_losses
 from lckv_megatron.scoring.text_windows import Text
 from tests.lckv.models.folders import save_folder
 from tests.lckv.models.tiny import CYCLIC, CYCLIC_WINDOWS, MERGING, PLAIN, SHARED, TWO_GROUPS, WINDOWS
-from tests.megatron_ext.data.builders import TEXTS, train_sentencepiece
+from tests.lckv.tokenizer_json import TEXTS
+from tests.megatron_ext.data.builders import train_sentencepiece
 from tests.megatron_ext.training.runs import tiny_run, train
 from tests.ranks import run_on_ranks
 

@@ -20,7 +20,8 @@ from megatron_ext.data.job import PreprocessingJob
 from megatron_ext.data.preprocessing import preprocess
 from megatron_ext.data.sources import find_sources
 from megatron_ext.data.tokenizers import load_tokenizer
-from tests.megatron_ext.data.builders import TEXTS, train_sentencepiece, write_tokenizer_json
+from tests.lckv.tokenizer_json import TEXTS, write_tokenizer_json
+from tests.megatron_ext.data.builders import train_sentencepiece
 
 pytestmark = pytest.mark.usefixtures("in_folder")
 

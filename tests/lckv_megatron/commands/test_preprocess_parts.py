@@ -7,7 +7,8 @@ import pytest
 
 from lckv_megatron.commands.preprocess import main
 from megatron_ext.data.description import read_manifest
-from tests.megatron_ext.data.builders import TEXTS, train_sentencepiece
+from tests.lckv.tokenizer_json import TEXTS
+from tests.megatron_ext.data.builders import train_sentencepiece
 
 pytestmark = pytest.mark.usefixtures("corpus")
 

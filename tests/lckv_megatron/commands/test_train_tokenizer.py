@@ -9,7 +9,8 @@ import zstandard
 from lckv_megatron.commands.train_tokenizer import TokenizerTraining, main, train
 from megatron_ext.data.sources import find_sources
 from megatron_ext.data.tokenizers import load_tokenizer
-from tests.megatron_ext.data.builders import TEXTS, train_sentencepiece
+from tests.lckv.tokenizer_json import TEXTS
+from tests.megatron_ext.data.builders import train_sentencepiece
 
 
 @pytest.fixture

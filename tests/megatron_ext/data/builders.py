@@ -12,8 +12,8 @@ import numpy as np
 from megatron_ext.data.description import DatasetManifest, write_manifest
 from megatron_ext.data.indexed import IndexedWriter, token_dtype
 from megatron_ext.data.marks import MARKED_DTYPE, marked
+from tests.lckv.tokenizer_json import TEXTS
 
-TEXTS = [f"hello world, document {number} of the corpus: {'word ' * (number % 7)}\n" for number in range(60)]
 FINGERPRINT = "0123456789abcdef"
 EOD = 0
 CHATML = (
@@ -38,24 +38,6 @@ def train_sentencepiece(path: Path, vocab_size: int = 320) -> Path:
         minloglevel=2,
     )
     path.write_bytes(model.getvalue())
-    return path
-
-
-def write_tokenizer_json(path: Path, special: Sequence[str] = ("<|endoftext|>",)) -> Path:
-    """A byte-level BPE tokenizer of the tokenizers library."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=list(special),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    tokenizer.save(str(path))
     return path
 
 

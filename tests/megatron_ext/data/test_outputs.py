@@ -18,7 +18,8 @@ from megatron_ext.data.outputs import OutputFiles
 from megatron_ext.data.preprocessing import preprocess
 from megatron_ext.data.sources import find_sources
 from megatron_ext.errors import ConfigError
-from tests.megatron_ext.data.builders import TEXTS, write_dataset
+from tests.lckv.tokenizer_json import TEXTS
+from tests.megatron_ext.data.builders import write_dataset
 from tests.megatron_ext.data.test_description import earlier
 
 LINES = b"".join(json.dumps({"text": text, "more": text}).encode() + b"\n" for text in TEXTS)

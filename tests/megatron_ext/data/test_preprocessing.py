@@ -16,7 +16,7 @@ from megatron_ext.data.job import PreprocessingJob
 from megatron_ext.data.preprocessing import preprocess
 from megatron_ext.data.sources import find_sources
 from megatron_ext.errors import ConfigError
-from tests.megatron_ext.data.builders import TEXTS, write_tokenizer_json
+from tests.lckv.tokenizer_json import TEXTS, write_tokenizer_json
 
 
 def lines(texts: list[str] = TEXTS) -> bytes:

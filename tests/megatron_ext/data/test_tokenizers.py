@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from megatron_ext.config import DataConfig
 from megatron_ext.data.tokenizers import KINDS, Tokenizer, content_of, load_tokenizer
 from megatron_ext.errors import ConfigError
-from tests.megatron_ext.data.builders import train_sentencepiece, write_ranks, write_tokenizer_json
+from tests.lckv.tokenizer_json import write_tokenizer_json
+from tests.megatron_ext.data.builders import train_sentencepiece, write_ranks
 
 SPECIAL_TEXT = "a </s> <|endoftext|> <|end_of_text|> <|begin_of_text|> b"
 

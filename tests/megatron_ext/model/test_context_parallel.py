@@ -95,6 +95,11 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_nothing_depends_on_context_parallelism(case: Case) -> None:
+    require_the_same(case)
+
+
+def require_the_same(case: Case) -> None:
+    """Losses, gradients and statistics of every rank are those of one process."""
     whole = alone(case.alone)
     for loss, worst, statistics in run_on_ranks(case.cp * case.tp * case.pp, compare, case, whole.gradients):
         assert loss == pytest.approx(whole.loss, rel=2e-6)

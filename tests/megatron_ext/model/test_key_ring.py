@@ -21,9 +21,8 @@ from tests.megatron_ext.model.stages import MODEL, VOCAB
 from tests.megatron_ext.model.test_context_parallel import (
     TOKENS,
     Case,
-    alone,
     batches_of,
-    compare,
+    require_the_same,
     sent_in,
     settings_of,
     step_of,
@@ -51,11 +50,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_ring_changes_no_number(case: Case) -> None:
-    whole = alone(case.alone)
-    for loss, worst, statistics in run_on_ranks(case.cp * case.tp * case.pp, compare, case, whole.gradients):
-        assert loss == pytest.approx(whole.loss, rel=2e-6)
-        assert statistics == pytest.approx(whole.statistics, rel=1e-5, abs=1e-7)
-        assert worst[0] < 2e-5, worst
+    require_the_same(case)
 
 
 @pytest.mark.parametrize("name", ["plain", "dmc"])

@@ -1,13 +1,14 @@
 """The shared parts of benchmarks, and a tiny run of one that uses them."""
 
 import csv
+import gc
 import time
 
 import torch
 
 from lckv.attention.key_bias import KeyBias
 from tools.benchmarks import biased_attention, partial_attention
-from tools.benchmarks.timing import median_seconds, peak_bytes, write_csv
+from tools.benchmarks.timing import held_bytes, median_seconds, peak_bytes, write_csv
 
 
 def test_functions_take_turns_and_the_median_counts():
@@ -104,3 +105,10 @@ def test_chunks_agree_with_the_whole():
         whole, *others = (partial_attention.attend(inputs, chunks, key_bias) for chunks in (1, 2, 4))
         for other in others:
             torch.testing.assert_close(other, whole, rtol=0, atol=1e-5)
+
+
+def test_no_garbage_is_collected_while_bytes_are_counted() -> None:
+    """It would count as freed."""
+    assert gc.isenabled()
+    assert held_bytes(lambda: gc.isenabled() or torch.zeros(10)) == 40
+    assert gc.isenabled()
