@@ -30,8 +30,8 @@ def page(recipe: Path) -> str:
 
 def planned(recipe: Path) -> tuple[list[str], list[str]]:
     """Arguments of the plan that the page shows, and the lines that it shows of it."""
-    (block,) = re.findall(r"```\n\$ lckv-megatron plan (.*?)```", page(recipe), re.DOTALL)
-    command, *lines = block.splitlines()
+    blocks = re.findall(r"```\n\$ lckv-megatron plan (.*?)```", page(recipe), re.DOTALL)
+    ((command, *lines),) = (block.splitlines() for block in blocks if "--world-size" in block)
     return shlex.split(command), lines
 
 
