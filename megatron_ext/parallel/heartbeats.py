@@ -7,18 +7,18 @@ takes most of the time that collectives have, and a rank whose collective has fa
 wrote.
 """
 
+import faulthandler
 import json
 import logging
 import os
 import re
-import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
@@ -34,6 +34,8 @@ _NAMED = 8
 _OURS = tuple(f"{Path(__file__).parents[2] / package}{os.sep}" for package in ("megatron_ext", "lckv"))
 _WAITING = re.compile(r"/megatron/core/(distributed/|pipeline_parallel/p2p)|/megatron_ext/schedule/mail")
 """Files of Megatron, and ours, that wait for what they have begun."""
+_CALL = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
+"""As `faulthandler` writes it."""
 _COLLECTIVE_FAILURE = re.compile(
     r"gloo|nccl|timed out|connection (closed|reset|refused)|broken pipe|socket|monitoredBarrier",
     re.IGNORECASE,
@@ -93,8 +95,7 @@ class Heartbeats:
         self._ended.set()
 
     def _sign(self) -> Sign:
-        frame = sys._current_frames().get(self._main_thread)
-        place, waits = ("nowhere", False) if frame is None else _place(frame)
+        place, waits = _place(_calls(self._main_thread))
         return Sign(self._rank, *self._at, time.time(), place, waits or self.has_lost)
 
     def describe(self) -> str:
@@ -135,21 +136,43 @@ def _key(rank: int) -> str:
     return f"heartbeats/{rank}"
 
 
-def _place(frame: FrameType) -> tuple[str, bool]:
+@dataclass(frozen=True)
+class _Call:
+    """What a thread is in."""
+
+    file: str
+    line: str
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.function} ({Path(self.file).name}:{self.line})"
+
+
+def _calls(thread: int) -> list[_Call]:
+    """The calls that a thread is in, innermost first; none of a thread that has ended.
+
+    `faulthandler` writes them in one piece. Frame objects of a thread that runs on must not be walked: with
+    Python 3.11, `f_back` has crashed the process.
+    """
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
+        faulthandler.dump_traceback(file)
+        file.seek(0)
+        stacks = file.read().split("\n\n")
+    own = next((stack for stack in stacks if f"hread 0x{thread:016x} " in stack), "")
+    return [_Call(*call) for call in _CALL.findall(own)]
+
+
+def _place(calls: list[_Call]) -> tuple[str, bool]:
     """The innermost function of a thread, with that of this package that led to it; whether the thread waits
     for other ranks."""
-    frames = [frame]
-    while (caller := frames[-1].f_back) is not None:
-        frames.append(caller)
-    waits = _WAITING.search(frame.f_code.co_filename) is not None
-    waits = waits or any("/torch/distributed/" in one.f_code.co_filename for one in frames)
-    ours = next((one for one in frames if one.f_code.co_filename.startswith(_OURS)), frame)
-    called = "" if ours is frame else f", called by {_named(ours)}"
-    return f"{_named(frame)}{called}", waits
-
-
-def _named(frame: FrameType) -> str:
-    return f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
+    if not calls:
+        return "nowhere", False
+    innermost = calls[0]
+    waits = _WAITING.search(innermost.file) is not None
+    waits = waits or any("/torch/distributed/" in call.file for call in calls)
+    ours = next((call for call in calls if call.file.startswith(_OURS)), innermost)
+    called = "" if ours is innermost else f", called by {ours}"
+    return f"{innermost}{called}", waits
 
 
 def _ignored(_iteration: int) -> None:

@@ -39,7 +39,7 @@ def test_program_says_that_training_can_run_here() -> None:
     assert report["found"]["helpers_cpp of Megatron"] == "compiled"
     assert report["paths"]["processes talk over"]["choice"] == "gloo"
     assert report["paths"]["attention"]["choice"] == "sdpa"
-    assert "flash-attn needs CUDA" in report["paths"]["attention"]["reason"]
+    assert "FlashAttention 3 needs CUDA" in report["paths"]["attention"]["reason"]
     assert report["paths"]["layers"]["choice"] == "local"
     assert set(report["paths"]) >= {"norm", "optimizer adam", "cross-entropy"}
 

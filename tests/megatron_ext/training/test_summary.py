@@ -33,7 +33,7 @@ def test_cost_and_cache_of_a_cyclic_map() -> None:
     assert (
         "192 bytes per token in 16 bits, 1.33x less than a plain model's 256" in text
     )  # 3 layers x 2 x 2 heads x 8 channels x 2 bytes
-    assert "attention             sdpa (asked for auto: flash-attn needs CUDA" in text
+    assert "attention             sdpa (asked for auto: FlashAttention 3 needs CUDA" in text
 
 
 def test_merging_is_told() -> None:

@@ -19,7 +19,9 @@ def check_rows() -> None:
     none, full, nothing, everything = measure("plain", model, train, (0.0, 1.0), repeats=1)
     assert none["time_ratio"] == 1 and none["host_bytes"] == full["host_bytes"] == 0
     layer_input = 32 * 4
-    assert full["device_bytes"] >= layer_input > nothing["device_bytes"] == everything["device_bytes"]
+    assert full["device_bytes"] >= layer_input
+    # a block of 256 bytes, that is 2 bytes per token and layer, is sometimes freed late
+    assert max(abs(row["device_bytes"]) for row in (nothing, everything)) <= 4
     # input, attention output and its logsumexp
     assert nothing["host_bytes"] == layer_input * 2 + 2 * 4
     assert none["device_bytes"] > everything["host_bytes"] > 4 * nothing["host_bytes"]
