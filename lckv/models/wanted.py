@@ -52,8 +52,9 @@ def check_needs(wanted: Tensor, *, all_tokens: bool) -> None:
     """Raises ValueError where something else needs the results of `all_tokens`."""
     if all_tokens:
         raise ValueError(
-            f"wanted is a tensor {list(wanted.shape)}, the tokens that layers above all keys and values run for; "
-            "hidden states of layers, and attention functions of others, need all tokens: leave one of them out."
+            f"wanted is a tensor {list(wanted.shape)}, the tokens that layers above all keys and values run "
+            "for; hidden states of layers, and attention functions of others, need all tokens: leave one of "
+            "them out."
         )
 
 
