@@ -18,7 +18,7 @@ from lckv.models.modeling_lckv_llama import Iteration, LCKVLlamaForCausalLM
 from lckv.sharing.plan import iteration_plan
 from tests.lckv.cache import models
 from tests.lckv.cache.models import CASES, contiguous_cache, paged_cache, text
-from tests.lckv.models.tiny import CYCLIC, MERGING, PLAIN, SHARED, TWO_GROUPS, close, tokens
+from tests.lckv.models.tiny import CYCLIC, MAPS, MERGING, PLAIN, SHARED, TWO_GROUPS, close, tokens
 from tests.lckv.models.tiny import model as tiny
 from tests.lckv.sharing.maps import sources
 
@@ -200,6 +200,28 @@ def test_what_needs_all_tokens_gets_them(name: str) -> None:
         built.model.run(
             built.model.embed_tokens(ids), wanted=torch.zeros(1, 1).long(), output_hidden_states=True
         )
+
+
+@pytest.mark.parametrize("layer_types", MAPS)
+@torch.inference_mode()
+def test_holes_hidden_columns_and_packed_sequences(layer_types: str | None) -> None:
+    built, ids = tiny(layer_types, forward_passes=1, backward_passes=1), tokens(3, 10)
+    mask = torch.tensor([[1, 1, 0, 1, 1, 0, 0, 1, 1, 1], [0, 0, 1, 1, 0, 1, 1, 1, 1, 0], [1] * 10])
+    later = mask.clone()
+    later[2, 1:3] = 0  # which the cache then holds
+    whole, narrow = [], []
+    for parts, kept in ((whole, 0), (narrow, 3)):
+        cache = LCKVCache(built.config)
+        for start, stop, shown in ((0, 6, mask), (6, 10, later)):
+            options = {"attention_mask": shown[:, :stop], "past_key_values": cache, "logits_to_keep": kept}
+            parts.append(built(ids[:, start:stop], **options).logits)
+        parts.append(
+            built(
+                ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]]), logits_to_keep=kept
+            ).logits
+        )
+    for one, other in zip(whole, narrow, strict=True):
+        close(other, one[:, -3:])
 
 
 @pytest.mark.parametrize("policy", [None, MERGING])
