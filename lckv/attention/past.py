@@ -122,34 +122,29 @@ def attend_past(
         query, key, value = _of_one_dtype(query, new_key, new.value, past)
         key, value = (tensor.flatten(0, 1)[:, None] for tensor in (key, value))
         heads = query.unflatten(1, (kv_heads, -1)).flatten(0, 1)
-        if torch.compiler.is_compiling():  # in one block: a traced length is no number to count with
-            parts = [(0, heads)]
-        else:
-            size = min(_BLOCK, max(1, _MASK // max(1, rows * kv_heads * (older + new.key.shape[2]))))
-            parts = [*zip(range(0, query.shape[2], size), heads.split(size, 2), strict=True)]
-        if places is None:
-            places = torch.arange(query.shape[2], device=query.device)[None]
-            ends = [start + part.shape[2] for start, part in parts]
-        else:
-            ends = [new.key.shape[2]] * len(parts)
+        entries = rows * kv_heads * (older + new.key.shape[2])
         blocks = [
-            _attend_block(
-                part,
-                places[:, start : start + part.shape[2]],
-                end,
-                key,
-                value,
-                new,
-                past,
-                visibility,
-                scale,
-                key_bias,
-                columns,
-                dropout,
-            )
-            for (start, part), end in zip(parts, ends, strict=True)
+            _attend_block(*block, key, value, new, past, visibility, scale, key_bias, columns, dropout)
+            for block in _blocks(heads, places, new.key.shape[2], entries)
         ]
     return torch.cat(blocks, 2).unflatten(0, (rows, kv_heads)).flatten(1, 2).to(past.value.dtype)
+
+
+def _blocks(
+    heads: Tensor, places: Tensor | None, tokens: int, entries: int
+) -> list[tuple[Tensor, Tensor, int]]:
+    """Queries [b * g, h / g, q, d] in blocks, each with the new tokens that they are those of, int64 [b or 1,
+    block], and a number that all of these are below. `places` of `attend_past`; `entries` of the mask of one
+    query."""
+    every = places is None
+    if places is None:
+        places = torch.arange(tokens, device=heads.device)[None]
+    if torch.compiler.is_compiling():  # in one block: a traced length is no number to count with
+        return [(heads, places, tokens)]
+    size = min(_BLOCK, max(1, _MASK // max(1, entries)))
+    starts = range(0, heads.shape[2], size)
+    ends = [min(start + size, tokens) if every else tokens for start in starts]
+    return [*zip(heads.split(size, 2), places.split(size, 1), ends, strict=True)]
 
 
 def _of_one_dtype(
