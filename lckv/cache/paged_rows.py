@@ -86,12 +86,13 @@ class PagedRows:
         *,
         scale: float,
         key_bias: KeyBias | None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """See `KVCache`. One token per row is attended where the slots lie;
         for more, their pages are copied together."""
         self._refresh()
         number = self._memory.number[layer]
-        if query.shape[2] == 1:
+        if len(new.key) == 1:
             return self._attend_one(number, query[:, :, 0], new, visibility, scale, key_bias)[:, :, None]
         key, value = (tensor.permute(1, 2, 0, 3) for tensor in (new.key, new.value))
         widest = int(self._columns.counts[number].max())
@@ -107,7 +108,15 @@ class PagedRows:
                 None if new.hides is None else new.hides[:, rows].permute(1, 2, 0),
             )
             older = self._gather(number, rows, widest)
-            part = past.attend_past(query[rows], fresh, older, visibility, scale=scale, key_bias=key_bias)
+            part = past.attend_past(
+                query[rows],
+                fresh,
+                older,
+                visibility,
+                scale=scale,
+                key_bias=key_bias,
+                places=None if places is None else places[rows],
+            )
             outputs.append(part)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

@@ -13,7 +13,7 @@ from lckv.cache.paged import PagedCache
 from lckv.generation.config import EngineConfig
 from lckv.generation.constraints import allowed_tokens
 from lckv.generation.following import score_prompt
-from lckv.generation.forward import Forward
+from lckv.generation.forward import Forward, Forwarded
 from lckv.generation.grammars import Grammars
 from lckv.generation.jobs import Job
 from lckv.generation.limits import Limits, end_tokens, token_ids
@@ -26,6 +26,7 @@ from lckv.generation.scoring import Scores, score
 from lckv.generation.stats import Counters, EngineStats
 from lckv.generation.token_bytes import TokenBytes
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
+from lckv.sharing.early_exit import Results
 
 logger = logging.getLogger(__name__)
 
@@ -260,23 +261,14 @@ class Engine:
         if not present:
             return events
         counts = [self._scheduler.chunk(job) for job in present]
-        chunks = [
-            job.tokens[job.computed : job.computed + count]
-            for job, count in zip(present, counts, strict=True)
-        ]
         try:
-            forwarded = self._forward([job.sequence for job in present if job.sequence is not None], chunks)
-            for row, job in enumerate(present):
-                score_prompt(job, self.model.lm_head, forwarded.hidden_states[row, : counts[row]])
-                job.computed += counts[row]
-                if forwarded.passes is not None:
-                    job.prefill_passes = max(job.prefill_passes or 0, forwarded.passes[row])
+            forwarded = self._forward_chunks(present, counts)
             ready = [row for row, job in enumerate(present) if job.computed == len(job.tokens)]
             for row in set(range(len(present))).difference(ready):
                 self._scheduler.advance(present[row], counts[row])
             if not ready:
                 return events
-            logits = self._forward.newest_logits(forwarded, ready, counts)
+            logits = self._forward.newest_logits(forwarded, ready)
             finite = logits.amax(-1).isfinite().tolist()
             rows = [present[row] for row in ready]
             constraints = [job.constraint for job in rows]
@@ -310,6 +302,21 @@ class Engine:
                 self._counters.prompt(job.prompt_tokens, job.cached_tokens or 0, job.prefill_passes)
             events.append(self._deliver(job, job.accept(choice)))
         return events
+
+    def _forward_chunks(self, jobs: Sequence[Job], counts: Sequence[int]) -> Forwarded:
+        """Compute the next `counts` tokens of some running requests."""
+        sequences = [job.sequence_number for job in jobs]
+        chunks = [
+            job.tokens[job.computed : job.computed + count] for job, count in zip(jobs, counts, strict=True)
+        ]
+        forwarded = self._forward(sequences, chunks, _wanted(jobs, counts))
+        for row, (job, count) in enumerate(zip(jobs, counts, strict=True)):
+            if forwarded.hidden_states is not None:
+                score_prompt(job, self.model.lm_head, forwarded.hidden_states[row, :count])
+            job.computed += count
+            if forwarded.passes is not None:
+                job.prefill_passes = max(job.prefill_passes or 0, forwarded.passes[row])
+        return forwarded
 
     def _out_of_pages(self, job: Job) -> TokenEvent:
         """The only request that runs has no room for one more token."""
@@ -345,3 +352,14 @@ class Engine:
                 logger.exception("on_token of request %s failed; the request is cancelled", event.request_id)
                 self.cancel(event.request_id)
         return event
+
+
+def _wanted(jobs: Sequence[Job], counts: Sequence[int]) -> Results:
+    """Of which of the next `counts` tokens of some requests logits are wanted."""
+    if any(
+        job.params.prompt_logprobs is not None and job.unscored(count)
+        for job, count in zip(jobs, counts, strict=True)
+    ):
+        return Results.ALL
+    ready = any(job.computed + count == len(job.tokens) for job, count in zip(jobs, counts, strict=True))
+    return Results.SOME if ready else Results.NONE

@@ -20,6 +20,7 @@ from lckv.errors import UnsupportedError
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.interface import OWN, AttentionFunction
 from lckv.models.tokens import Layout
+from lckv.models.wanted import Wanted
 from lckv.policies.base import Extension, Statistics, TokenContext
 
 
@@ -34,6 +35,8 @@ class Tokens:
     """Where keys and values go, if they are wanted, and those of earlier tokens."""
     function: AttentionFunction | None = None
     """Of others, for attention; None: attention is that of `lckv.attention`."""
+    wanted: Wanted | None = None
+    """Those that layers above all keys and values run for, with attention of `lckv.attention`; None: all."""
 
     @property
     def past(self) -> KVCache | None:
@@ -69,21 +72,27 @@ class LCKVLlamaAttention(nn.Module):
                 self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def forward(
-        self, hidden_states: Tensor, source: Extension | None, tokens: Tokens
+        self, hidden_states: Tensor, source: Extension | None, tokens: Tokens, wanted: Wanted | None = None
     ) -> tuple[Tensor, Extension | None, Statistics]:
         """Attend from [b, s, hidden] to `source`, or to the layer's own keys and values; they and their
-        statistics are returned."""
-        query = self._heads("q", hidden_states)
+        statistics are returned. `wanted`: attend from these tokens alone; where the layer computes no keys
+        and values, `hidden_states` are theirs, [b, q, hidden]."""
+        query = self._heads("q", hidden_states) if wanted is None else None
         own, statistics = self.keys_values(hidden_states, tokens, query) if self.computes_kv else (None, ())
+        context = tokens.contexts[self.layer_idx]
+        if wanted is not None:
+            hidden_states = wanted.of(hidden_states) if self.computes_kv else hidden_states
+            query, context = self._heads("q", hidden_states), wanted.context
         reads = own if source is None else source
         if reads is None:
             raise ValueError(
                 f"layer {self.layer_idx} reads the keys and values of layer {self.source}, which were not "
                 "given to it."
             )
-        query = self.policy.query(query, tokens.contexts[self.layer_idx]).permute(1, 2, 0, 3)
+        assert query is not None
+        query = self.policy.query(query, context).permute(1, 2, 0, 3)
         if tokens.function is None:
-            output = self._attend(query, reads, tokens).transpose(1, 2)
+            output = self._attend(query, reads, tokens, wanted).transpose(1, 2)
         else:
             # Spelt as transformers' models do: vLLM looks for this call in the source.
             attention_interface = ALL_ATTENTION_FUNCTIONS[tokens.function.name]
@@ -131,14 +140,29 @@ class LCKVLlamaAttention(nn.Module):
     def _dropout(self) -> float:
         return self.config.attention_dropout if self.training else 0.0
 
-    def _attend(self, query: Tensor, reads: Extension, tokens: Tokens) -> Tensor:
+    def _attend(self, query: Tensor, reads: Extension, tokens: Tokens, wanted: Wanted | None) -> Tensor:
         scale, key_bias, layout = self.scaling, self.policy.traits.key_bias, tokens.layout
+        places = None if wanted is None else wanted.places
         if tokens.past is not None:
             return tokens.past.attend(
-                self.source, query, reads, layout.counted, self.visibility, scale=scale, key_bias=key_bias
+                self.source,
+                query,
+                reads,
+                layout.counted,
+                self.visibility,
+                scale=scale,
+                key_bias=key_bias,
+                places=places,
             )
         backend = self._backend(query)
         key, value = (tensor.permute(1, 2, 0, 3) for tensor in (reads.key, reads.value))
+        if wanted is not None:
+            counted = layout.counted if layout.masked else None
+            new = NewTokens(key, value, counted, None, wanted.document)
+            past = nothing_before(new)
+            return attend_past(
+                query, new, past, self.visibility, scale=scale, key_bias=key_bias, places=places
+            )
         if layout.masked:
             new = NewTokens(key, value, layout.counted, None, layout.document)
             return attend_past(
@@ -203,8 +227,9 @@ class LCKVLlamaDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states: Tensor, tokens: Tokens, part: str, *source: Tensor | None) -> _Flat:
-        """`part` is "all", "keys_values" (nothing else is returned) or "without_source" (attention is left
-        out, as if it were 0). `source` are the fields of what the layer reads, if it reads another's.
+        """`part` is "all", "keys_values" (nothing else is returned), "without_source" (attention is left
+        out, as if it were 0) or "wanted" (all, but hidden states of `tokens.wanted` alone). `source` are the
+        fields of what the layer reads, if it reads another's.
         Everything goes through here, so that hooks
         on the module (sharded or offloaded weights) see every use."""
         if part == "keys_values":
@@ -212,12 +237,14 @@ class LCKVLlamaDecoderLayer(GradientCheckpointingLayer):
             return hidden_states, *own, *statistics
         own_or_none: Extension | None = None
         statistics = ()
-        if part == "all":
+        if part in ("all", "wanted"):
             reads = Extension(*source) if source else None  # type: ignore[arg-type]
+            wanted = tokens.wanted if part == "wanted" else None
             output, own_or_none, statistics = self.self_attn(
-                self.input_layernorm(hidden_states), reads, tokens
+                self.input_layernorm(hidden_states), reads, tokens, wanted
             )
-            hidden_states = hidden_states + output
+            narrows = wanted is not None and self.self_attn.computes_kv
+            hidden_states = (wanted.of(hidden_states) if narrows else hidden_states) + output
         elif self.self_attn.computes_kv:
             own_or_none, statistics = self.self_attn.keys_values(self.input_layernorm(hidden_states), tokens)
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
@@ -261,17 +288,31 @@ class PlannedLayers:
         hidden_states, own, statistics = _unflat(flat)
         if kept:
             self._hidden_states.add(hidden_states)
-        if kept and own is not None and self._tokens.cache is not None:
-            self.kept[index] = own
-        if kept and statistics:
-            self.statistics[index] = statistics
+            self._keep(index, own, statistics)
+        return hidden_states, own
+
+    def run_wanted(
+        self, index: int, hidden_states: Tensor, source: Extension | None
+    ) -> tuple[Tensor, Extension | None]:
+        """See `WantingLayers`."""
+        flat = self._layers[index](hidden_states, self._tokens, "wanted", *(source or ()))
+        hidden_states, own, statistics = _unflat(flat)
+        self._keep(index, own, statistics)
         return hidden_states, own
 
     def keys_values(self, index: int, hidden_states: Tensor) -> Extension:
         """The layer's keys and values alone."""
-        own = _unflat(self._layers[index](hidden_states, self._tokens, "keys_values"))[1]
+        flat = self._layers[index](hidden_states, self._tokens, "keys_values")
+        _, own, statistics = _unflat(flat)
         assert own is not None
+        self._keep(index, own, statistics)  # those of the last pass, which is the one that counts, stay
         return own
+
+    def _keep(self, index: int, own: Extension | None, statistics: Statistics) -> None:
+        if own is not None and self._tokens.cache is not None:
+            self.kept[index] = own
+        if statistics:
+            self.statistics[index] = statistics
 
     def run_without_source(self, index: int, hidden_states: Tensor) -> tuple[Tensor, Extension | None]:
         """Without older tokens attention to zero keys and values is exactly 0;

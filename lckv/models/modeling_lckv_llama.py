@@ -8,7 +8,6 @@ Shapes: b rows, s new tokens, g KV heads.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -38,8 +37,10 @@ from lckv.models.layers import HiddenStates, LCKVLlamaDecoderLayer, PlannedLayer
 from lckv.models.logits import check_labels, check_targets, kept_states, share_of_batch
 from lckv.models.outputs import LCKVModelOutput, LCKVOutput
 from lckv.models.tokens import Given, Layout, documents_of, positions
-from lckv.policies.base import Extension, TokenContext, statistics_by_name
-from lckv.rope import rotate
+from lckv.models.wanted import Wanted, check_needs, newest_columns, results_of
+from lckv.policies.base import Extension, Statistics, TokenContext, statistics_by_name
+from lckv.rope import Turn
+from lckv.sharing.early_exit import exit_early
 from lckv.sharing.execution import State, run_steps
 from lckv.sharing.plan import Step, iteration_plan
 
@@ -97,13 +98,15 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
+        states_to_keep: int = 0,
         **kwargs: Any,
     ) -> LCKVModelOutput | tuple[Any, ...]:
         """`input_ids` int64 [b, s] or `inputs_embeds` [b, s, hidden]; `attention_mask` [b, older + s], 0 for
         padding, which a dense model may have anywhere, also where its cache holds tokens; `position_ids`
         int64 [b, s], default the tokens' columns, where restarting from 0 begins another sequence in the
-        same row; `output_hidden_states`: all, or those at an index or list of them. Further arguments:
-        `lckv.models.arguments`.
+        same row; `output_hidden_states`: all, or those at an index or list of them; `states_to_keep`: columns
+        at the end that `last_hidden_state` is wanted of, 0 for all. In evaluation layers above all keys and
+        values run for these alone. Further arguments: `lckv.models.arguments`.
 
         Raises ValueError for what contradicts the cache, the sharing map or the KV policy, and TypeError for
         an argument of another name."""
@@ -131,6 +134,7 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
             mask = mask_for(self.config, embedded, attention_mask, position_ids)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        whole = self.training or function or chosen_states(output_hidden_states, len(self.layers) + 1)
         output = self.run(
             embedded,
             None if slots is None else slots.under(layout.shown),
@@ -138,8 +142,10 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
             position_ids=position_ids,
             output_hidden_states=output_hidden_states,
             function=None if function is None else AttentionFunction(function, mask, asked.of_attention),
+            wanted=None if whole else newest_columns(embedded, states_to_keep),
         )
         fields = {name: value for name, value in output.items() if name != "passes"}
+        fields["last_hidden_state"] = kept_states(output.last_hidden_state, states_to_keep)
         output = LCKVModelOutput(**fields, past_key_values=past_key_values)
         return output if asked.return_dict else output.to_tuple()
 
@@ -175,10 +181,15 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         iteration: Iteration | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         function: AttentionFunction | None = None,
+        wanted: Tensor | None = None,
     ) -> LCKVModelOutput:
         """Run the layers on embedded tokens [b, s, hidden] with any cache, which takes them in. `counted`
         bool [b, s]: not padding, or `layout`: all that there is to say of it; `iteration`: for maps that
-        iterate, default the configuration's m + b passes; `function`: of others, for attention."""
+        iterate, default the configuration's m + b passes; `function`: of others, for attention; `wanted`
+        int64 [b, q]: the columns that `last_hidden_state` [b, q, hidden] is wanted of, in evaluation (None:
+        all); layers above all keys and values run for these alone, and where q is 0 not at all.
+
+        Raises ValueError where rows of the batch and of the cache differ, and for what needs all tokens."""
         rows, tokens = hidden_states.shape[:2]
         if cache is not None and not cache.empty and len(cache.seen) != rows:
             raise ValueError(
@@ -189,29 +200,36 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
             begins = None if position_ids is None or (cache and not cache.empty) else position_ids == 0
             layout = Layout(counted, None if cache and not cache.empty else documents_of(counted, begins))
         contexts = self._contexts(hidden_states, cache, layout, position_ids)
-        wanted = chosen_states(output_hidden_states, len(self.layers) + 1)
-        states = HiddenStates(wanted, hidden_states)
-        context = Tokens(contexts, layout, cache, function)
+        chosen = chosen_states(output_hidden_states, len(self.layers) + 1)
+        states = HiddenStates(chosen, hidden_states)
+        of_results = None
+        if wanted is not None:
+            check_needs(wanted, all_tokens=bool(chosen) or function is not None)
+            of_results = Wanted.at(wanted, tokens, contexts[0], layout)
+        context = Tokens(contexts, layout, cache, function, of_results)
         layers = PlannedLayers(self.layers, context, states)  # type: ignore[arg-type]  # a ModuleList is one
-        steps = self._steps(tokens, iteration)
+        steps = exit_early(self._steps(tokens, iteration), results_of(wanted))
         converged = None if iteration is None else iteration.converged
         state = run_steps(steps, layers, State(hidden_states, {}), converged)
-        last = self.norm(state.hidden_states)
+        hidden_states = state.hidden_states if wanted is None else state.hidden_states[:, : wanted.shape[1]]
+        last = self.norm(hidden_states)
         if cache is not None:
             cache.commit(layers.kept, layout.counted)
         output = LCKVModelOutput(last_hidden_state=last, passes=state.passes)
-        if wanted:
+        if chosen:
             output.hidden_states = states.all(last)
         if layers.statistics:
-            of_layers = [layers.statistics[layer] for layer in self.layer_types.kv_layers]
-            # Of each statistic [KV layers, b, g].
-            statistics = [torch.stack(tensors) for tensors in zip(*of_layers, strict=True)]
-            output.statistics = dict(
-                statistics_by_name(self.policy, [tensor.detach() for tensor in statistics])
-            )
-            loss = self.policy.auxiliary_loss([tensor.mean((0, 2)) for tensor in statistics], 1.0)
-            output.auxiliary_loss = None if loss is None else loss.mean()
+            self._report(output, layers.statistics)
         return output
+
+    def _report(self, output: LCKVModelOutput, statistics: Mapping[int, Statistics]) -> None:
+        """What the KV policy says of the statistics of each layer that computes keys and values."""
+        of_layers = [statistics[layer] for layer in self.layer_types.kv_layers]
+        # Of each statistic [KV layers, b, g].
+        stacked = [torch.stack(tensors) for tensors in zip(*of_layers, strict=True)]
+        output.statistics = dict(statistics_by_name(self.policy, [tensor.detach() for tensor in stacked]))
+        loss = self.policy.auxiliary_loss([tensor.mean((0, 2)) for tensor in stacked], 1.0)
+        output.auxiliary_loss = None if loss is None else loss.mean()
 
     def iterates(self, tokens: int) -> bool:
         """Whether layers run more than once over so many new tokens. One token sees only older ones in cyclic
@@ -244,7 +262,7 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         length = None if cache is None else cache.rope_length
         angles = rope.rotation(position_ids.transpose(0, 1)[:, :, None], length)
         context = TokenContext(
-            partial(rotate, angles=angles),
+            Turn(angles),
             layout.documents,
             None if layout.counted is None else layout.counted.transpose(0, 1),
             training=self.training,
@@ -308,6 +326,7 @@ class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
             inputs_embeds,
             use_cache,
             return_dict=True,
+            states_to_keep=logits_to_keep if isinstance(logits_to_keep, int) else 0,
             **kwargs,
         )
         logits = self.lm_head(kept_states(output.last_hidden_state, logits_to_keep))

@@ -8,7 +8,7 @@ or pieces of a step, and go on elsewhere.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -44,6 +44,17 @@ class Layers(Protocol[KV]):
 
     def zeros(self, hidden_states: Tensor) -> KV:
         """Keys and values before the first pass."""
+        ...
+
+
+@runtime_checkable
+class WantingLayers(Layers[KV], Protocol[KV]):
+    """Layers that can run a plan of `lckv.sharing.early_exit`."""
+
+    def run_wanted(self, index: int, hidden_states: Tensor, source: KV | None) -> tuple[Tensor, KV | None]:
+        """The layer for the wanted tokens alone, and its keys and values, if it computes any, for all; as
+        `run` in the pass that counts. A layer that computes them is given the hidden states of all tokens,
+        and those above it of the wanted ones."""
         ...
 
 
@@ -132,8 +143,14 @@ def _run_layers(step: Step, layers: Layers[KV], state: State[KV]) -> State[KV]:
     source: KV | None
     own: KV | None
     for run in step.runs:
-        if run.part is Part.KEYS_VALUES:
+        if run.part is Part.NOTHING:
+            own = None
+        elif run.part is Part.KEYS_VALUES:
             own = layers.keys_values(run.index, hidden_states)
+        elif run.part is Part.WANTED:
+            assert isinstance(layers, WantingLayers), "the plan ends early for layers that cannot"
+            source = source_of(run, available, state.previous)
+            hidden_states, own = layers.run_wanted(run.index, hidden_states, source)
         elif run.part is Part.WITHOUT_SOURCE:
             hidden_states, own = layers.run_without_source(run.index, hidden_states)
         else:

@@ -7,7 +7,8 @@ of the previous pass (zeros before the first), every other layer those of the sa
 run once. (LCKV, Wu and Tu, ACL 2024, sections 3.1 and 3.2.)
 
 The list is the only place that knows this rule. It is executed (`lckv.sharing.execution`), priced
-(`lckv.cost`), remembered (`megatron_ext.model.memory`) and drawn (`lckv.sharing.picture`).
+(`lckv.cost`), remembered (`megatron_ext.model.memory`), drawn (`lckv.sharing.picture`) and cut short where
+not all results are wanted (`lckv.sharing.early_exit`).
 """
 
 from collections.abc import Sequence
@@ -39,6 +40,12 @@ class Part(Enum):
 
     WITHOUT_SOURCE = "without source"
     """All but attention: the keys and values that the layer reads are zeros."""
+
+    WANTED = "wanted"
+    """The layer for wanted tokens alone; its keys and values, if it computes any, for all tokens."""
+
+    NOTHING = "nothing"
+    """The layer is left out."""
 
 
 class Origin(Enum):
@@ -81,7 +88,7 @@ class LayerRun:
     part: Part
 
     reads: Read | None
-    """None where attention does not run because only keys and values are wanted."""
+    """None where attention does not run because keys and values, or nothing at all, are wanted."""
 
     computes_kv: bool
     """Whether it computes keys and values."""

@@ -57,6 +57,11 @@ def cost_lines(sizes: RunSizes) -> Iterator[str]:
     if sizes.layer_types.any_cyclic:
         steps = list_steps(compression.plan(sizes.shape.num_layers))
         yield from (f"{_INDENT if number else 'steps'.ljust(22)}{step}" for number, step in enumerate(steps))
+    all_passes = ", with all passes" if passes else ""
+    yield (
+        f"predicted prompt      {sizes.prompt.ratio:.2f}x a plain model's of {sizes.shape.seq_length:,} "
+        f"tokens{all_passes}"
+    )
     yield (
         f"FLOPs per token       {cost.model_flops:.3e} by the method, {cost.hardware_flops:.3e} with "
         "recomputation"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lckv.cost import ModelShape, TrainingCost, kv_bytes_per_token, training_cost
+from lckv.cost import ModelShape, PromptCost, TrainingCost, kv_bytes_per_token, prompt_cost, training_cost
 from lckv.sharing.layer_types import LayerTypes
 from megatron_ext.config import RunConfig
 from megatron_ext.model.placement import place
@@ -57,6 +57,11 @@ class RunSizes:
     def cost(self) -> TrainingCost:
         """Of a training step."""
         return cost_of(self.run, self.shape)
+
+    @property
+    def prompt(self) -> PromptCost:
+        """Of a prompt as long as a training sequence."""
+        return prompt_cost(self.shape, self.run.compression)
 
 
 def recomputed_layers(run: RunConfig) -> int:

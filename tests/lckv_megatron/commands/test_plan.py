@@ -118,6 +118,10 @@ def test_a_plan_from_top_to_bottom(capsys) -> None:
     assert line(lines, "predicted cost").endswith(
         "(7 passes without and 2 with gradient over each cyclic group)"
     )
+    assert re.fullmatch(
+        r"predicted prompt      \d\.\d\dx a plain model's of 64 tokens, with all passes",
+        line(lines, "predicted prompt"),
+    )
     assert line(lines, "length").startswith("length                10 steps, 5,120 tokens, ")
     assert line(lines, "time").endswith(
         "hours if every device does 40 % of 0.001 TFLOP/s (assumed, not measured)"
