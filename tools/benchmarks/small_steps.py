@@ -14,6 +14,7 @@ from itertools import repeat
 from pathlib import Path
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from lckv.config import CompressionConfig
@@ -39,15 +40,23 @@ def sizes(options: argparse.Namespace) -> ModelConfig:
     )
 
 
-def own_step(model: ModelConfig, tokens: int) -> Callable[[], object]:
-    """A step of this project's program, without its reports. Needs process groups."""
-    parallel = ParallelConfig()
+def own_step(
+    model: ModelConfig,
+    tokens: int,
+    parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 - frozen
+    compression: CompressionConfig = CompressionConfig(),  # noqa: B008 - frozen
+    *,
+    sends_to_itself: bool = False,
+) -> Callable[[], object]:
+    """A step of this project's program, without its reports. Needs process groups. `sends_to_itself`: a rank
+    without others of its data-parallel group calls Megatron's collectives nevertheless."""
     train = TrainConfig(
         seq_length=tokens, micro_batch_size=1, global_batch_size=1, train_iters=1000, precision="fp32"
     )
-    ddp = wrap(
-        build_stage(model, CompressionConfig(), parallel, train, vocab_size=VOCABULARY), parallel, train
-    )
+    ddp = wrap(build_stage(model, compression, parallel, train, vocab_size=VOCABULARY), parallel, train)
+    if sends_to_itself:
+        for name in ("start_param_sync", "start_grad_sync", "finish_grad_sync"):
+            setattr(ddp, name, partial(getattr(DistributedDataParallel, name), ddp))
     optimizer, scheduler = build_optimizer(OPTIMIZER, parallel, train, ddp)
     batch = partial(
         make_batch, data=DataConfig(), eod=None, device=device_of_rank(), chunks=chunks_of_rank(), reach=0
