@@ -12,8 +12,6 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from checkpoints_conversion.conversion_record import ConversionRecord, SourceFormat, hash_weights, read_record
 from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.errors import ConversionError
-from checkpoints_conversion.formats.megatron import MegatronCheckpoint
-from checkpoints_conversion.formats.megatron_legacy import LegacyCheckpoint
 from checkpoints_conversion.fusion import canonical_from_hf
 from lckv.families.registry import describe, family_of
 from lckv.weights.checks import CheckedSource
@@ -105,6 +103,10 @@ def open_megatron(path: Path, *, verify_hashes: bool = True) -> OpenModel:
     What a conversion knew of the model, and training does not, is taken from where training started. Raises
     ModelError or CheckpointError.
     """
+    from checkpoints_conversion.formats.megatron import (
+        MegatronCheckpoint,  # with Megatron, which takes seconds
+    )
+
     checkpoint = MegatronCheckpoint(path, verify_hashes=verify_hashes)
     record, description = checkpoint.conversion, checkpoint.description
     training = None
@@ -175,6 +177,8 @@ def open_legacy(
     go before what it says of itself. Raises ConversionError."""
     if other := explain_other_kind(path, "megatron-legacy"):
         raise ConversionError(f"{other}.")
+    from checkpoints_conversion.formats.megatron_legacy import LegacyCheckpoint
+
     checkpoint = LegacyCheckpoint(path, vocab_size=vocab_size, given=given)
     return OpenModel(
         "megatron-legacy",

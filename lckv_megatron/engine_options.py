@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lckv.generation.config import EngineConfig
+from lckv.weights.folder_kind import require_huggingface
 from megatron_ext.arguments import memory_size, positive
 from megatron_ext.errors import ConfigError
 from megatron_ext.settings import settings_of
@@ -111,12 +112,22 @@ def placement(options: argparse.Namespace) -> "tuple[torch.device, torch.dtype |
     return device, None if options.dtype is None else getattr(torch, options.dtype)
 
 
+def check_folders(folders: Sequence[Path]) -> None:
+    """Raises ConfigError for the first that is no folder of a Hugging Face model, before torch is loaded."""
+    for folder in folders:
+        try:
+            require_huggingface(folder)
+        except (OSError, ValueError) as error:
+            raise ConfigError(str(error)) from error
+
+
 def load(options: argparse.Namespace, folder: Path | None = None) -> tuple[Any, Any]:
     """The model in `folder` (default: that of --model), ready for inference, and its tokenizer. Raises
     ConfigError."""
+    folder = folder or options.model
+    check_folders([folder])
     from lckv.generation.loading import load_model
 
-    folder = folder or options.model
     device, dtype = placement(options)
     try:
         model, tokenizer = load_model(folder, dtype=dtype, device=device)
@@ -131,6 +142,7 @@ def load(options: argparse.Namespace, folder: Path | None = None) -> tuple[Any, 
 
 def check_models(folders: Sequence[Path]) -> None:
     """Looks at the configs of models before the first one is loaded. Raises ConfigError."""
+    check_folders(folders)
     from lckv.generation.loading import model_config
 
     for folder in folders:

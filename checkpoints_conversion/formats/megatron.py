@@ -39,7 +39,6 @@ from megatron_ext.checkpointing.manifest import (
     list_files,
     write_manifest,
 )
-from megatron_ext.checkpointing.state import common_file, write_common
 from megatron_ext.checkpointing.verification import CONFIG_NAME, PROGRESS_NAME, find_problems, large_files
 from megatron_ext.command_line import config_from_dict, config_to_dict
 from megatron_ext.config import RunConfig, TrainConfig
@@ -188,6 +187,11 @@ def write_checkpoint(
 
     Raises ConversionError where the folder is not empty, ModelError where tensors are missing.
     """
+    from megatron_ext.checkpointing.state import (
+        common_file,
+        write_common,
+    )  # with Megatron: reading has no need
+
     directory = Path(directory)
     if dtype is not None:
         description = replace(description, dtype=dtype)

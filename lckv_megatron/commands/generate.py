@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING
 from lckv_megatron.engine_options import (
     add_engine_options,
     add_model_options,
+    check_folders,
     load,
 )
+from lckv_megatron.unicode_text import check_text
 from megatron_ext.arguments import ProgramParser, positive
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError
@@ -145,11 +147,6 @@ def _bias(text: str) -> tuple[str, float]:
 
 def generate(options: argparse.Namespace) -> None:
     """Load the model and answer."""
-    from lckv.generation.penalties import biases_by_token
-    from lckv.generation.sampling import SamplingParams
-    from lckv_megatron.answers import answer_batch, answer_one, answer_unbounded
-    from lckv_megatron.prompts import Chat, check_text, read_batch, single
-
     if options.stream and (options.batch is not None or options.json):
         raise ConfigError("--stream prints the answer to one prompt as text; leave out --batch and --json.")
     if options.window is not None and options.batch is not None:
@@ -163,6 +160,13 @@ def generate(options: argparse.Namespace) -> None:
     check_input("--batch", options.batch)
     check_input("--json-schema", options.json_schema)
     check_output("--output", options.output)
+    check_folders([options.model])
+    # torch is loaded below only: wrong options and paths are answered at once
+    from lckv.generation.penalties import biases_by_token
+    from lckv.generation.sampling import SamplingParams
+    from lckv_megatron.answers import answer_batch, answer_one, answer_unbounded
+    from lckv_megatron.prompts import Chat, read_batch, single
+
     names = (
         "max_new_tokens",
         "temperature",
@@ -209,8 +213,6 @@ def generate(options: argparse.Namespace) -> None:
 
 def _text(options: argparse.Namespace) -> str:
     """The only prompt. Raises ConfigError where it is no text."""
-    from lckv_megatron.prompts import check_text
-
     if options.prompt is not None:
         check_text(options.prompt, "--prompt")
         return str(options.prompt)

@@ -29,6 +29,7 @@ from lckv_megatron.engine_options import (
     add_model_options,
     add_setting,
     build_engine,
+    check_folders,
     engine_config,
     load,
     served_context,
@@ -124,6 +125,7 @@ def _option(name: str) -> str:
 
 def serve(options: argparse.Namespace) -> None:
     """Load the model and serve until a signal comes."""
+    check_folders([options.model])
     try:
         import uvicorn
 

@@ -32,7 +32,7 @@ GPU-hours: recomputation of whole layers counts. * is this run."""
 
 _EVERY_RECOMPUTE: dict[str, dict[str, object]] = {
     "none": {"recompute_granularity": "none"},
-    "selective core_attn": {"recompute_granularity": "selective", "recompute_modules": ("core_attn",)},
+    "selective mlp": {"recompute_granularity": "selective", "recompute_modules": ("mlp",)},
     "selective core_attn mlp": {
         "recompute_granularity": "selective",
         "recompute_modules": ("core_attn", "mlp"),

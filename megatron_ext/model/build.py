@@ -4,7 +4,6 @@ under Megatron's DDP."""
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import (
-    DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
@@ -21,6 +20,7 @@ from megatron_ext.model.initialization import initialize_weights
 from megatron_ext.model.parameters import padded_vocab_size
 from megatron_ext.model.specs import block_submodules
 from megatron_ext.model.transformer_config import transformer_config
+from megatron_ext.parallel.lone import data_parallel_class
 from megatron_ext.precision import precision
 
 
@@ -67,7 +67,7 @@ def wrap(stage: SharedKVGPTModel, parallel: ParallelConfig, train: TrainConfig) 
     gradients are accumulated and reduced in float32."""
     config = stage.config
     module = precision(train.precision).wrap(config, stage)
-    ddp = DistributedDataParallel(
+    ddp = data_parallel_class(parallel)(
         config,
         DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,

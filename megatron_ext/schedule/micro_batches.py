@@ -137,7 +137,9 @@ def mean_loss(losses: list[Tensor]) -> tuple[float, int]:
         if losses
         else torch.zeros(2, dtype=torch.float64, device=device_of_rank())
     )
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    if group.size() > 1:
+        dist.all_reduce(total, group=group)
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         dist.broadcast(total, last, group=parallel_state.get_pipeline_model_parallel_group())

@@ -24,7 +24,7 @@ from megatron_ext.training.metrics import MetricsWriter, Value, reports_lack_val
 from megatron_ext.training.progress import Progress
 from megatron_ext.training.step import StepResult
 from megatron_ext.training.summary import describe
-from megatron_ext.training.throughput import Throughput, memory_in_use
+from megatron_ext.training.throughput import Throughput, memory
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Report:
             "consumed_samples": consumed_samples,
             "consumed_tokens": consumed_tokens,
             "iteration_seconds": seconds / self._iterations,
-            "memory_bytes": memory_in_use(),
+            **memory(),
             **self._throughput.metrics(tokens, seconds),
             **self._of_policy(result.policy, iteration),
         }

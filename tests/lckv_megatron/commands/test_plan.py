@@ -228,7 +228,7 @@ LARGE += ["--train.seq_length", "4096", "--train.precision", "bf16", "--train.mi
 
 def test_each_kind_of_recompute_has_a_verdict(capsys) -> None:
     kinds = verdicts(capsys, *LARGE, "--world-size", "2")
-    assert list(kinds)[:4] == ["* none", "selective core_attn", "selective core_attn mlp", "full"]
+    assert list(kinds)[:4] == ["* none", "selective mlp", "selective core_attn mlp", "full"]
     needed = [float(row[3].split()[0].replace(",", "")) for row in list(kinds.values())[:4]]
     assert needed == sorted(needed, reverse=True)
     for row in list(kinds.values())[:4]:
@@ -247,8 +247,19 @@ def test_the_run_s_own_kind_of_recompute_is_marked(capsys) -> None:
     assert marked("--train.recompute_granularity", "full") == ["* full"]
     some = ["--train.recompute_granularity", "full", "--train.recompute_num_layers", "2"]
     assert marked(*some) == ["* full 2"]
-    only = ["--train.recompute_granularity", "selective", "--train.recompute_modules", "mlp"]
-    assert marked(*only) == ["* selective mlp"]
+    selective = ["--train.recompute_granularity", "selective"]
+    assert marked(*selective) == ["* selective mlp"]
+    assert marked(*selective, "--train.recompute_modules", "core_attn") == ["* selective core_attn"]
+
+
+def test_selective_recompute_saves_by_default_and_core_attn_alone_does_not(capsys) -> None:
+    """Fused attention keeps its inputs and output anyway; of the scores there is the logsumexp only."""
+    only = ["--train.recompute_granularity", "selective", "--train.recompute_modules", "core_attn"]
+    kinds = verdicts(capsys, *LARGE, *only)
+    none, mlp, core = (
+        float(kinds[name][1].split()[0]) for name in ("none", "selective mlp", "* selective core_attn")
+    )
+    assert core > 0.99 * none and mlp < 0.6 * none
 
 
 def test_checkpoints_on_the_disk(capsys, tmp_path: Path) -> None:
