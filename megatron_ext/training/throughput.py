@@ -22,7 +22,8 @@ def memory() -> dict[str, int]:
     if torch.cuda.is_available():
         peak, current = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
     else:
-        peak, current = _peak_resident_bytes(), psutil.Process().memory_info().rss
+        current = psutil.Process().memory_info().rss
+        peak = max(_peak_resident_bytes(), current)  # the kernel counts its peak now and then only
     return {"peak_memory_bytes": peak, "current_memory_bytes": current}
 
 
