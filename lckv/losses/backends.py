@@ -53,7 +53,7 @@ def choose(
     device: torch.device,
     dtype: torch.dtype,
     chunk_size: int = 0,
-    terms: LossTerms = LossTerms(),  # noqa: B008 - frozen
+    terms: LossTerms = LossTerms(),
     ranks: int = 1,
 ) -> Choice:
     """The backend `name`, or for "auto" liger-kernel where it serves, else this project's own chunks.

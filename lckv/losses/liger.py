@@ -31,7 +31,12 @@ class VocabParallelCrossEntropy(Protocol):
 
 
 def chunk_loss(
-    logits: Tensor, targets: Tensor, weights: Tensor | None, terms: Terms, *, kernel: VocabParallelCrossEntropy
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    terms: Terms,
+    *,
+    kernel: VocabParallelCrossEntropy,
 ) -> ChunkLoss:
     """See `ChunkKernel`, without z-loss and soft-cap; `kernel` is liger-kernel's function."""
     assert not terms.z_loss and terms.soft_cap is None

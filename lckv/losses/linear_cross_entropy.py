@@ -27,10 +27,8 @@ import torch
 from torch import Tensor
 
 from lckv.losses import products
+from lckv.losses.chunk_size import tokens_of_chunk
 from lckv.losses.token_losses import TokenLosses, Vocabulary
-
-CHUNK_BYTES = 1 << 26
-"""Of a chunk's logits, unless a number of tokens is asked for."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def linear_cross_entropy(
     `token_weights` [n]: of each token in the total, default 1; they get no gradient. `vocabulary`: what the
     rows stand for, default: each for a token. `weight_gradient` float32 [v, h]: the gradient of the weight is
     added to it at once, in forward, and autograd gets none; the gradient of the total must then be 1, and
-    every forward counts. `chunk_size`: tokens at a time, 0: as many as have logits of `CHUNK_BYTES`.
+    every forward counts. `chunk_size`: tokens at a time, 0: see `chunk_size.py`.
 
     Under no_grad only losses are computed. A target beyond the vocabulary is an error, on CUDA one of the
     device; so is a total whose gradient is not 1 in spite of `weight_gradient`.
@@ -127,7 +125,7 @@ def linear_cross_entropy(
         token_weights = states.new_ones(len(states), dtype=wide)
     torch._assert_async((targets < vocabulary.size).all(), "a target is beyond the vocabulary")
     weights = token_weights.detach().to(wide).masked_fill(targets < 0, 0)
-    size = chunk_size or max(1, CHUNK_BYTES // (len(weight) * wide.itemsize))
+    size = tokens_of_chunk(len(weight), asked=chunk_size, number_bytes=wide.itemsize)
     plan = _Plan(Terms(vocabulary, z_loss, soft_cap), size, kernel, torch.is_grad_enabled())
     with torch.autocast(device, enabled=False):
         losses, total = _ByChunks.apply(states, weight, targets, weights, weight_gradient, plan)
@@ -163,12 +161,12 @@ class _ByChunks(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         of_states, of_weight = (plan.learns and needed for needed in ctx.needs_input_grad[:2])
         gradients = _Gradients.room(states, weight, weight_gradient, of_states, of_weight)
-        asked = weights if of_states or of_weight else None
         losses, penalty = torch.empty_like(weights), torch.zeros_like(weights)
         room = products.room_for_logits(states, weight, plan.size)
         for start in range(0, len(states), plan.size):
             part = slice(start, start + plan.size)
-            done = plan.chunk(states[part], weight, targets[part], None if asked is None else asked[part], room)
+            asked = weights[part] if of_states or of_weight else None
+            done = plan.chunk(states[part], weight, targets[part], asked, room)
             losses[part] = done.losses
             if done.penalty is not None:
                 penalty[part] = done.penalty
