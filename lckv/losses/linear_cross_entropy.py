@@ -26,8 +26,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lckv.losses import products
 from lckv.losses.chunk_size import tokens_of_chunk
+from lckv.losses.products import (
+    add_of_weight,
+    gradient_of_states,
+    logits_of,
+    room_for_logits,
+    wide_dtype,
+)
 from lckv.losses.token_losses import TokenLosses, Vocabulary
 
 
@@ -120,7 +126,7 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         states, weight = states.to(dtype), weight.to(dtype)
-    wide = products.wide_dtype(states.dtype)
+    wide = wide_dtype(states.dtype)
     if token_weights is None:
         token_weights = states.new_ones(len(states), dtype=wide)
     torch._assert_async((targets < vocabulary.size).all(), "a target is beyond the vocabulary")
@@ -145,7 +151,7 @@ class _Plan:
         self, states: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, room: Tensor | None
     ) -> ChunkLoss:
         """Of the tokens of a chunk; the gradient may lie in `room`."""
-        return self.kernel(products.logits(states, weight, room), targets, weights, self.terms)
+        return self.kernel(logits_of(states, weight, room), targets, weights, self.terms)
 
 
 class _ByChunks(torch.autograd.Function):
@@ -162,7 +168,7 @@ class _ByChunks(torch.autograd.Function):
         of_states, of_weight = (plan.learns and needed for needed in ctx.needs_input_grad[:2])
         gradients = _Gradients.room(states, weight, weight_gradient, of_states, of_weight)
         losses, penalty = torch.empty_like(weights), torch.zeros_like(weights)
-        room = products.room_for_logits(states, weight, plan.size)
+        room = room_for_logits(states, weight, plan.size)
         for start in range(0, len(states), plan.size):
             part = slice(start, start + plan.size)
             asked = weights[part] if of_states or of_weight else None
@@ -205,7 +211,7 @@ class _Gradients(NamedTuple):
         cls, states: Tensor, weight: Tensor, weight_gradient: Tensor | None, of_states: bool, of_weight: bool
     ) -> "_Gradients":
         """Where they will be."""
-        wide = products.wide_dtype(states.dtype)
+        wide = wide_dtype(states.dtype)
         # float16 has no room for the gradient of a mean before it is scaled
         kept = wide if states.dtype == torch.float16 else states.dtype
         if of_weight and weight_gradient is None:
@@ -218,6 +224,6 @@ class _Gradients(NamedTuple):
     def add(self, part: slice, gradient: Tensor, states: Tensor, weight: Tensor) -> None:
         """What a chunk adds, from its logits' gradient [c, v]."""
         if self.states is not None:
-            self.states[part] = products.of_states(gradient, weight)
+            self.states[part] = gradient_of_states(gradient, weight)
         if self.weight is not None:
-            products.add_of_weight(self.weight, gradient, states)
+            add_of_weight(self.weight, gradient, states)

@@ -33,7 +33,7 @@ def room_for_logits(states: Tensor, weight: Tensor, size: int) -> Tensor | None:
     return states.new_empty((min(size, len(states)), len(weight)), dtype=wide_dtype(states.dtype))
 
 
-def logits(states: Tensor, weight: Tensor, room: Tensor | None) -> Tensor:
+def logits_of(states: Tensor, weight: Tensor, room: Tensor | None) -> Tensor:
     """states [c, h] @ weight.t() [h, v], wide; in the first c rows of `room_for_logits`."""
     wide = wide_dtype(states.dtype)
     if room is None:
@@ -46,7 +46,7 @@ def logits(states: Tensor, weight: Tensor, room: Tensor | None) -> Tensor:
     return room
 
 
-def of_states(gradient: Tensor, weight: Tensor) -> Tensor:
+def gradient_of_states(gradient: Tensor, weight: Tensor) -> Tensor:
     """gradient [c, v], wide, @ weight [v, h]: [c, h], wide or in the weight's dtype."""
     if gives_float32(weight.device, weight.dtype):
         return torch.mm(gradient.to(weight.dtype), weight)

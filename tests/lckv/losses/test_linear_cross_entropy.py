@@ -1,5 +1,5 @@
-"""The loss from hidden states and the output weight, chunk by chunk: against the plain formula in float64, on one
-rank and on several that share the vocabulary; what it keeps in memory, and how often it multiplies."""
+"""The loss from hidden states and the output weight, chunk by chunk: against the plain formula in float64, on
+one rank and on several that share the vocabulary; what it keeps in memory, and how often it multiplies."""
 
 from collections import Counter
 from typing import Any
