@@ -185,7 +185,12 @@ class SharedKVGPTModel(LanguageModule):
                 weight_gradient=sums,
             )
 
-        done: TokenLosses = self.output_layer(hidden_states, weight=self._output_weight(), loss=loss)
+        done: TokenLosses = self.output_layer(
+            hidden_states,
+            weight=self._output_weight(),
+            loss=loss,
+            adds_gradient=self.loss.adds_weight_gradient,
+        )
         return TokenLosses(done.losses.view(length, rows).transpose(0, 1), done.total)
 
     def logits(self, hidden_states: Tensor) -> Tensor:

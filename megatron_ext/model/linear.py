@@ -72,10 +72,16 @@ class OutputLinear(ColumnParallelLinear):
         super().__init__(*arguments, config=own_config, **options)
 
     def forward(
-        self, input_: Tensor, weight: Tensor | None = None, *, loss: LossOfStates | None = None
+        self,
+        input_: Tensor,
+        weight: Tensor | None = None,
+        *,
+        loss: LossOfStates | None = None,
+        adds_gradient: bool = False,
     ) -> tuple[Tensor, Tensor | None] | TokenLosses:
         """[s / shards, b, hidden] to [s, b, vocabulary of this rank], or to what `loss` makes of it. The
-        states' gradient is summed over the ranks that share the vocabulary."""
+        states' gradient is summed over the ranks that share the vocabulary. `adds_gradient`: the loss adds
+        that of the weight to the sums of data parallelism, where there are any."""
         if loss is None:
             return super().forward(input_, weight)
         if self.sequence_parallel:
@@ -83,7 +89,7 @@ class OutputLinear(ColumnParallelLinear):
         else:
             states = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
         weight = self.weight if weight is None else weight
-        sums = gradient_sums(weight)
+        sums = gradient_sums(weight) if adds_gradient else None
         return loss(states, weight if sums is None else _SummedElsewhere.apply(weight), sums)
 
 

@@ -191,8 +191,8 @@ class Operations(TorchDispatchMode):
         output = function(*args, **(kwargs or {}))
         name = function._schema.name.split("::")[1]
         self.products.update([name] if name in ("mm", "addmm", "bmm", "baddbmm") else [])
-        if isinstance(output, Tensor) and "out" not in (kwargs or {}) and not name.endswith("_"):
-            self.largest = max(self.largest, output.untyped_storage().nbytes() // output.element_size())
+        if isinstance(output, Tensor) and function._schema.returns[0].alias_info is None:
+            self.largest = max(self.largest, output.numel())
         return output
 
 

@@ -86,8 +86,8 @@ CASES = [
         {"model.cross_entropy_backend": "liger"},
         1,
         (
-            "model.cross_entropy_backend is liger, but liger-kernel needs CUDA tensors, the model is on cpu. Set "
-            "model.cross_entropy_backend to auto or chunked."
+            "model.cross_entropy_backend is liger, but liger-kernel needs CUDA tensors, the model is on cpu. "
+            "Set model.cross_entropy_backend to auto or chunked."
         ),
     ),
     (
