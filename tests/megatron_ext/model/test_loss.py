@@ -1,6 +1,7 @@
 """The model's loss without logits: against its own logits in float64, in every layout, and its gradients
 through Megatron's data parallelism."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,11 +9,14 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from lckv.losses.backends import Choice
+from lckv.losses.cut import cut_cross_entropy
 from lckv.losses.token_losses import TokenLosses
 from megatron_ext.config import ParallelConfig, TrainConfig
 from megatron_ext.evaluation.logits import compute_logits, compute_losses
 from megatron_ext.model.build import wrap
 from megatron_ext.model.gpt import SharedKVGPTModel
+from tests.lckv.losses.test_backends import cut_kernel
 from tests.megatron_ext.model.stages import EVERY_MAP, VOCAB, draw_tokens, make_stage, positions_of
 from tests.ranks import run_on_ranks
 
@@ -131,6 +135,26 @@ def step(stage: SharedKVGPTModel, model: torch.nn.Module, seed: int) -> None:
         stage.set_input_tensor(arrived.requires_grad_())
     output, _ = model(tokens, positions_of(tokens), tokens, loss_mask=mask_of(tokens))
     (output.total if isinstance(output, TokenLosses) else output.sum()).backward()
+
+
+def test_a_backend_without_sums_goes_through_autograd() -> None:
+    """Under data parallelism."""
+    ((ours, expected),) = run_on_ranks(1, sums_by_cut_cross_entropy)
+    torch.testing.assert_close(ours, expected, rtol=2e-5, atol=2e-6)
+
+
+def sums_by_cut_cross_entropy() -> tuple[Tensor, Tensor]:
+    """Of the output weight; and those of the default backend."""
+    train, sums = TrainConfig(precision="fp32"), []
+    stage = make_stage(EVERY_MAP["plain"], train=train)
+    model = wrap(stage, ParallelConfig(), train)
+    cut = Choice("cut", "", partial(cut_cross_entropy, kernel=cut_kernel), adds_weight_gradient=False)
+    for loss in (cut, stage.loss):
+        stage.loss = loss
+        model.zero_grad_buffer()
+        step(stage, model, 0)
+        sums.append(stage.output_layer.weight.main_grad.clone())
+    return sums[0], sums[1]
 
 
 def test_a_total_that_does_not_count_once_is_refused_under_data_parallelism() -> None:
