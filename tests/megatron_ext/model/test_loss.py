@@ -175,7 +175,7 @@ def test_no_logits_of_all_tokens_are_in_memory(options: dict[str, Any]) -> None:
     assert largest < ROWS * LENGTH * WIDE
 
 
-ROWS, LENGTH, WIDE = 2, 16, 4096
+ROWS, LENGTH, WIDE = 2, 24, 4096
 
 
 def largest_tensor(options: dict[str, Any]) -> int:
