@@ -157,13 +157,17 @@ class ModelConfig:
     """Attention kernel: PyTorch's, flash-attn's, FlashAttention 3's (Hopper; dropout and biased keys go
     through PyTorch's), or the plain oracle. An explicit request never falls back."""
 
-    cross_entropy_backend: Literal["auto", "whole", "chunked"] = "auto"
-    """How the loss is computed: from the logits of all tokens, or chunk by chunk;
-    auto: as cross_entropy_chunk_size says."""
+    cross_entropy_backend: Literal["auto", "chunked", "liger", "cut", "cut_filtered"] = "auto"
+    """How the loss is computed, always without the logits of all tokens: PyTorch's operations chunk by chunk,
+    the same with liger-kernel's softmax, or cut-cross-entropy, exact or with gradients that leave out what
+    hardly counts. auto: liger-kernel where installed with CUDA. An explicit request never falls back."""
 
     cross_entropy_chunk_size: int = 0
-    """Tokens whose logits are in memory at a time;
-    logits of other chunks are recomputed in backward. 0: all at once."""
+    """Tokens of a rank whose logits are in memory at a time. 0: as many as have logits of 64 MiB."""
+
+    cross_entropy_z_loss: float = 0.0
+    """Weight of the squared logsumexp of a token's logits, which is added to its loss in training. Reported
+    losses are without it."""
 
     @property
     def head_dim(self) -> int:

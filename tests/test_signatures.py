@@ -18,7 +18,16 @@ import torch
 
 from lckv.attention import backends
 from lckv.attention.flash3 import FlashAttn3Pair
-from tests.pinned_sources import FLASH_ATTN, FLASH_ATTN_OLDEST, TRANSFORMER_ENGINE, Pin, folder_of
+from lckv.losses import cut, liger
+from tests.pinned_sources import (
+    CUT_CROSS_ENTROPY,
+    FLASH_ATTN,
+    FLASH_ATTN_OLDEST,
+    LIGER_KERNEL,
+    TRANSFORMER_ENGINE,
+    Pin,
+    folder_of,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("lckv", "megatron_ext", "lckv_megatron")
@@ -249,6 +258,38 @@ def test_transformer_engine_is_called_as_it_is() -> None:
         for call in made:  # `self` is not written where it is called
             bound = Call(call.place, call.function, call.positional + 1, call.keywords, None)
             assert bound.refusal(signature_of(methods["forward"])) is None
+
+
+def loss_calls(file: str, name: str) -> list[Call]:
+    """Of a backend's kernel, where the file calls it so."""
+    (found,) = [tree for place, tree in trees("kernel") if place == f"lckv/losses/{file}.py"]
+    made = [call for call in calls(found, file) if call.function == name]
+    assert len(made) == 1
+    return made
+
+
+def test_liger_kernel_is_called_as_it_is() -> None:
+    """Its autograd function, whose first argument is not written where it is called."""
+    path = folder_of(LIGER_KERNEL) / f"{liger.MODULE.replace('.', '/')}.py"
+    (forward,) = [
+        method
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name == liger.FUNCTION
+        for method in node.body
+        if isinstance(method, ast.FunctionDef) and method.name == "forward"
+    ]
+    own = inspect.signature(liger.VocabParallelCrossEntropy.apply)
+    assert list(own.parameters)[1:] == list(signature_of(forward).parameters)[1:]
+    for call in loss_calls("liger", "kernel.apply"):
+        bound = Call(call.place, call.function, call.positional + 1, call.keywords, None)
+        assert bound.refusal(signature_of(forward)) is None
+
+
+def test_cut_cross_entropy_is_called_as_it_is() -> None:
+    package = folder_of(CUT_CROSS_ENTROPY) / cut.MODULE
+    function = functions_of(package / "linear_cross_entropy.py")[cut.FUNCTION]
+    for call in loss_calls("cut", "kernel"):
+        assert call.refusal(signature_of(function)) is None
 
 
 def torch_calls() -> list[Call]:

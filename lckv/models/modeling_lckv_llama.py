@@ -34,7 +34,14 @@ from lckv.models.interface import (
     obstacle_to_functions,
 )
 from lckv.models.layers import HiddenStates, LCKVLlamaDecoderLayer, PlannedLayers, Tokens
-from lckv.models.logits import check_labels, check_targets, kept_states, share_of_batch
+from lckv.models.logits import (
+    check_labels,
+    check_skip_logits,
+    check_targets,
+    kept_states,
+    loss_without_logits,
+    share_of_batch,
+)
 from lckv.models.outputs import LCKVModelOutput, LCKVOutput
 from lckv.models.tokens import Given, Layout, documents_of, positions
 from lckv.models.wanted import Wanted, check_needs, newest_columns, results_of
@@ -307,14 +314,17 @@ class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Any,
     ) -> LCKVOutput | tuple[Any, ...]:
         """As `LCKVLlamaModel`; `labels` int64 [b, s] are shifted inside, -100 is ignored; `logits_to_keep`:
-        see `kept_states`. `num_items_in_batch`, `ignore_index` and `shift_labels` are those of transformers'
+        see `kept_states`; `skip_logits`: only the loss is made of labels, without logits of all tokens in
+        memory. `num_items_in_batch`, `ignore_index` and `shift_labels` are those of transformers'
         loss function."""
         given_to_loss = {name: kwargs.pop(name, None) for name in OF_LOSS}
         of_loss = {name: value for name, value in given_to_loss.items() if value is not None}
         check_labels(labels, of_loss)
+        check_skip_logits(skip_logits, labels, self.lm_head, self.config.vocab_size)
         if labels is not None and use_cache is None and past_key_values is None:
             use_cache = False
         return_dict = kwargs.pop("return_dict", None)
@@ -329,13 +339,17 @@ class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
             states_to_keep=logits_to_keep if isinstance(logits_to_keep, int) else 0,
             **kwargs,
         )
-        logits = self.lm_head(kept_states(output.last_hidden_state, logits_to_keep))
+        states = kept_states(output.last_hidden_state, logits_to_keep)
+        logits = None if skip_logits else self.lm_head(states)
         loss = None
         if labels is not None:
-            check_targets(labels, of_loss, logits)
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss
-            )
+            check_targets(labels, of_loss, states)
+            if logits is None:
+                loss = loss_without_logits(states, self.lm_head, labels, **of_loss)
+            else:
+                loss = self.loss_function(
+                    logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss
+                )
             if self.training and output.auxiliary_loss is not None:
                 loss = loss + output.auxiliary_loss * share_of_batch(labels, **of_loss)
         result = LCKVOutput(

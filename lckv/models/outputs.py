@@ -40,7 +40,7 @@ class LCKVOutput(ModelOutput):
     """float32 []: mean cross-entropy of the shifted labels in nats;
     in training with a policy that has one, plus `auxiliary_loss`."""
     logits: Tensor | None = None
-    """[b, s, vocabulary]."""
+    """[b, s, vocabulary]; None where they were to be skipped."""
     past_key_values: LCKVCache | None = None
     hidden_states: tuple[Tensor | None, ...] | None = None
     """See `LCKVModelOutput`, as all that follow."""

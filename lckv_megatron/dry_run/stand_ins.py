@@ -5,6 +5,7 @@ repeated. Here are, as shapes:
 - attention as flash-attn does it, windows inside of the kernel, grouped heads as they are;
 - RMSNorm as one kernel, which keeps its input and one number per token;
 - SwiGLU as one kernel, which keeps its input;
+- products of bfloat16 that leave their kernel in float32;
 - what the KV policy runs as one kernel.
 """
 
@@ -21,6 +22,7 @@ from lckv.attention import backends
 from lckv.attention.backends import Choice
 from lckv.attention.visibility import Documents
 from lckv.cost import average_keys
+from lckv.losses import products
 from lckv.policies.base import KVPolicy
 from lckv_megatron.dry_run.recorder import Recorder
 from lckv_megatron.dry_run.replacements import Replacement
@@ -35,6 +37,7 @@ def gpu_kernels(recorder: Recorder, policy: KVPolicy) -> Iterator[Replacement]:
     yield Replacement(attention, "choose_backend", _choose(recorder, attention.choose_backend))
     yield Replacement(torch.nn.functional, "rms_norm", partial(_rms_norm, recorder))
     yield Replacement(mlp, "bias_swiglu_impl", partial(_swiglu, recorder))
+    yield Replacement(products, "gives_float32", lambda device, dtype: dtype == torch.bfloat16)
     for kernel in policy.kernels_of_shapes(lambda moved: recorder.kernel(flops=0, moved_bytes=moved)):
         yield Replacement(*kernel)
     yield Replacement(build, "transformer_config", _with_fused_swiglu(build.transformer_config))

@@ -25,7 +25,7 @@ from megatron_ext.summary.lines import host_lines
 
 _NOTE = f"""\
 needed: by the stage that holds most. activations: kept for backward, of all micro-batches in flight, with
-fused kernels. working: logits and their gradient, or one layer. Formulas: megatron_ext/model/memory.py;
+fused kernels. working: logits of a chunk, or one layer. Formulas: megatron_ext/model/memory.py;
 dropout is not counted. fits: into the GPU's memory without {RESERVED_SHARE:.0%} for gaps and
 {RESERVED_BYTES / 2**30:g} GiB for CUDA and communication.
 GPU-hours: recomputation of whole layers counts. * is this run."""

@@ -12,16 +12,17 @@ ranks with sequence parallelism, else 1. `inputs` is the number of recomputed la
 once for every pass with gradient. `shared` is the number of distinct keys and values that are kept: those
 that some layer reads from another, and those of a layer that is not recomputed; each is stored once, of whole
 rows, however many layers read it. Where keys and values go round the C ranks, each keeps its part: s / C.
-The last term: `layer_memory.py`. The last stage adds the final norm, and logits in float32 where the loss
-takes all tokens at once.
+The last term: `layer_memory.py`. The last stage adds the final norm, and the gradient of its output, which is
+made with the loss (`lckv/losses/linear_cross_entropy.py`).
 
-Working memory is what a step needs beyond that for a while: the logits and their gradient, or the one layer
+Working memory is what a step needs beyond that for a while: the logits of a chunk of tokens, or the one layer
 that is being recomputed.
 """
 
 from dataclasses import dataclass, replace
 
 from lckv.config import CompressionConfig
+from lckv.losses.chunk_size import tokens_of_chunk
 from lckv.sharing.plan import LayerRun, Origin, Part
 from megatron_ext.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_ext.model.layer_memory import LayerMemory
@@ -154,15 +155,19 @@ def loss_bytes(
     train: TrainConfig, *, fused: bool = False,
 ) -> tuple[int, int]:  # fmt: skip
     """What the last stage keeps of a micro-batch for the final norm and the loss, and what the loss needs
-    besides while it is computed: logits in the model's precision, and their gradient in float32."""
+    besides while it is computed: the logits of a chunk in float32, their gradient in the model's precision,
+    and where sequence parallelism has gathered the states, these.
+
+    The gradient of the output weight is added to the sums that are there."""
     tokens = parallel.tokens_of_rank(train.seq_length) * train.micro_batch_size
     norm = tokens * LayerMemory(model, compression, parallel, train, fused=fused).norm
-    of_token = padded_vocab / parallel.tensor_model_parallel_size
+    rows = padded_vocab // parallel.tensor_model_parallel_size
     number = precision(train.precision).bytes
-    if chunk := model.cross_entropy_chunk_size:
-        gathered = tokens * model.hidden_size * number if parallel.sequence_parallel else 0
-        return round(norm) + gathered, round(min(tokens, chunk) * of_token * (8 + number))
-    return round(norm + 4 * tokens * of_token), round(tokens * of_token * (4 + number))
+    states = tokens * model.hidden_size * number
+    chunk = min(tokens, tokens_of_chunk(rows, asked=model.cross_entropy_chunk_size))
+    copied = number if number < 4 else 0
+    working = chunk * rows * (4 + copied) + (states if parallel.sequence_parallel else 0)
+    return round(norm) + states, working
 
 
 def layer_bytes(

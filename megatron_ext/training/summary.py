@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import torch
 
-from lckv.losses.backends import choose as choose_loss
 from megatron_ext.model.attention_backend import choose_backend
 from megatron_ext.model.implementation import choose_implementation
+from megatron_ext.model.loss_backend import choose_loss
 from megatron_ext.model.transformer_config import device_peak_tflops
 from megatron_ext.precision import precision
 from megatron_ext.summary.lines import cost_lines, host_lines, layout_lines, model_lines, picture
@@ -27,7 +27,7 @@ def describe(sizes: RunSizes, device: torch.device) -> Iterator[str]:
     attention = choose_backend(
         model.attention_backend, device=device, dtype=dtype, head_dim=sizes.shape.head_dim
     )
-    loss = choose_loss(model.cross_entropy_backend, chunk_size=model.cross_entropy_chunk_size)
+    loss = choose_loss(model, sizes.run.parallel, sizes.run.train.precision, device=device)
     layers = choose_implementation(model.transformer_impl, sizes.run.train.precision)
     yield f"attention             {attention.name} ({attention.reason})"
     yield f"layers                {layers.name} ({layers.reason})"

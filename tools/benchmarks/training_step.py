@@ -116,7 +116,7 @@ def shared_step(sizes: Sizes, compression: CompressionConfig, tokens: torch.Tens
     def step() -> None:
         losses, report = model(tokens, positions, tokens, policy=policy)
         auxiliary = 0.0 if report.auxiliary_loss is None else report.auxiliary_loss.mean()
-        (losses.mean() + auxiliary).backward()
+        (losses.total / tokens.numel() + auxiliary).backward()
 
     return step
 

@@ -222,7 +222,7 @@ def sent_in(case: Case) -> Counter[tuple[str, int]]:
     with Sent() as sent:
         losses, report = stage(batch.tokens, batch.position_ids, batch.labels, policy=policy)
         auxiliary = 0 if report.auxiliary_loss is None else report.auxiliary_loss.sum()
-        (losses.sum() + auxiliary).backward()
+        (losses.total + auxiliary).backward()
     return sent.calls
 
 

@@ -110,7 +110,7 @@ def kept_by(case: Case, layers: int) -> int:
     policy = PolicyInputs((), None, batch.chunk_rows, 0.0)
 
     def forward() -> Tensor:
-        return stage(batch.tokens, batch.position_ids, batch.labels, policy=policy)[0].sum()
+        return stage(batch.tokens, batch.position_ids, batch.labels, policy=policy)[0].total
 
     step = Kept(forward, list(stage.parameters()))
     step.run()

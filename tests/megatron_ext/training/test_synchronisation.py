@@ -37,7 +37,6 @@ ALLOWED = {
         "megatron_ext/schedule/micro_batches.py",
         "run_schedule",
     ): "megatron-core's, once a step: are there tokens",
-    ("megatron_ext/model/gpt.py", "cross_entropy"): "megatron-core's: one number under a mask is masked_fill",
     ("megatron_ext/schedule/micro_batches.py", "mean_loss"): "once a step, behind the optimizer: the loss",
     ("megatron_ext/training/step.py", "train_step"): "once a step, behind the optimizer: the gradient norm",
     ("megatron_ext/schedule/statistics_meter.py", "total"): "once a step, behind the optimizer: statistics",
