@@ -50,34 +50,54 @@ Copies = dict[tuple[str, tuple[int, ...]], Tensor]
 
 
 class HashedFile:
-    """A file that is written once, from its beginning to its end; closing it puts it on the disk."""
+    """A file that is written once, from its beginning to its end; closing it puts it on the disk.
+
+    It is hashed and written in pieces of _PIECE_BYTES that begin at a multiple of it, so that the system need
+    not join parts of its pages; only what does not fill a piece is copied before.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.bytes = 0
+        self._waiting = bytearray()
         self._digest = hashlib.sha256()
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by its owner
 
     def __enter__(self) -> "HashedFile":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         with self._file:
-            os.fsync(self._file.fileno())
+            if kind is None:
+                self._put(self._waiting)
+                os.fsync(self._file.fileno())
 
     def write(self, data: Any) -> int:
         """Appends bytes."""
         content = memoryview(data).cast("B")
-        for start in range(0, len(content), _PIECE_BYTES):
-            piece = content[start : start + _PIECE_BYTES]
-            self._digest.update(piece)
-            while piece:
-                piece = piece[self._file.write(piece) :]
         self.bytes += len(content)
-        return len(content)
+        start, end = 0, len(content)
+        while start < end:
+            stop = min(end, start + _PIECE_BYTES - len(self._waiting))
+            piece = content[start:stop]
+            if self._waiting or len(piece) < _PIECE_BYTES:
+                self._waiting += piece
+                if len(self._waiting) == _PIECE_BYTES:
+                    self._put(self._waiting)
+                    self._waiting = bytearray()
+            else:
+                self._put(piece)
+            start = stop
+        return end
+
+    def _put(self, piece: bytearray | memoryview) -> None:
+        self._digest.update(piece)
+        rest = memoryview(piece)
+        while rest:
+            rest = rest[self._file.write(rest) :]
 
     def flush(self) -> None:
-        """Nothing waits."""
+        """Nothing is gained by it: pieces are written when they are full."""
 
     def append(self, content: Any) -> _StorageInfo:
         """Appends what torch.save makes of `content`; says where it lies."""
@@ -87,7 +107,7 @@ class HashedFile:
 
     @property
     def entry(self) -> FileEntry:
-        """What is in the file."""
+        """What is in the file, when it is closed."""
         return FileEntry(self.bytes, self._digest.hexdigest())
 
 
