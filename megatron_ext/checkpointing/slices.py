@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.optimizer import DistributedOptimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
+from torch.nn import Parameter
 
 State = dict[str, Any]
 Entry = ShardedTensor | ShardedTensorFactory
@@ -40,7 +41,7 @@ class Slice(ShardedTensor):
 class Held:
     """What a rank holds of a weight's state."""
 
-    weight: torch.nn.Parameter
+    weight: Parameter
     """The model's."""
     tensors: Mapping[str, Tensor]
     """By their names, each flat: where they are the optimizer's own, or copies in float32 where it keeps
@@ -60,17 +61,21 @@ def slices_of(leaf: DistributedOptimizer, model: State, stored: Collection[str] 
     is loaded from the main weights of a checkpoint that has them: then its entry in `model` is changed.
     """
     places = {id(entry.data): (part, name) for part in model.values() for name, entry in part.items()}
+    entries = {weight: part[name] for weight in _weights(leaf) for part, name in [places[id(weight)]]}
+    if stored is not None:
+        for weight in _weights(leaf):  # on every rank the same, whatever it holds of their state
+            part, name = places[id(weight)]
+            if _is_own_main(weight, leaf) and main_key(part[name].key) in stored:
+                part[name] = replace(part[name], key=main_key(part[name].key))
     state: State = {}
     for index, (weight, first, last) in enumerate(_ranges(leaf)):
-        part, name = places[id(weight)]
-        entry = part[name]
+        entry = entries[weight]
         tensors = leaf._get_main_param_and_optimizer_states(weight)
         tensors = {kind: tensor.detach() for kind, tensor in tensors.items() if kind != _STEP}
         keys = {kind: f"optimizer.state.{kind}.{entry.key}" for kind in tensors}
-        if _is_part_of(tensors[_MAIN], weight):
+        if _is_own_main(weight, leaf):
+            assert _begin(tensors[_MAIN]) == _begin(weight), f"{entry.key} has a main weight beside it"
             del keys[_MAIN]
-            if stored is not None and main_key(entry.key) in stored:
-                part[name] = replace(entry, key=main_key(entry.key))
         elif stored is not None and keys[_MAIN] not in stored:
             keys[_MAIN] = entry.key  # saved where it was the weight itself
         blocks = {
@@ -102,7 +107,7 @@ def settings_of(leaf: DistributedOptimizer) -> State:
     return leaf.state_dict()
 
 
-def _ranges(leaf: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, int, int]]:
+def _ranges(leaf: DistributedOptimizer) -> Iterator[tuple[Parameter, int, int]]:
     """(a weight, from which to before which of its numbers this rank holds its state)."""
     for buffer in leaf.gbuf_ranges:
         for buckets in buffer.values():
@@ -111,8 +116,19 @@ def _ranges(leaf: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, in
                     yield weight, ranges["param"].start, ranges["param"].end
 
 
-def _is_part_of(tensor: Tensor, whole: Tensor) -> bool:
-    return tensor.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+def _weights(leaf: DistributedOptimizer) -> Iterator[Parameter]:
+    """All weights of which the ranks of the group hold state."""
+    for buffer in leaf.buffers:
+        yield from buffer.param_index_map
+
+
+def _is_own_main(weight: Parameter, leaf: DistributedOptimizer) -> bool:
+    return weight.dtype == torch.float32 and not leaf.config.use_precision_aware_optimizer
+
+
+def _begin(tensor: Tensor) -> int:
+    """Where the memory begins in which a tensor lies."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def _blocks(entry: Entry, held: Tensor, first: int, last: int, leaf: DistributedOptimizer) -> Iterator[Slice]:

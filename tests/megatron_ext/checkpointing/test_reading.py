@@ -91,23 +91,20 @@ def _load_evil_object(directory: Path, trap: Path) -> str:
 
     This project's models have no object shards; here the model's extra state is kept to be one.
     """
-    originals, without_extra_state = records.HashedFile.append, state._without_extra_state
-    run = Run(Case())
+    append, run = records.HashedFile.append, Run(Case())
 
     def poisoned(file: records.HashedFile, content: Any) -> Any:
-        return originals(file, [_Evil(trap)] if isinstance(content, list) else content)
+        return append(file, [_Evil(trap)] if isinstance(content, list) else content)
 
-    records.HashedFile.append, state._without_extra_state = poisoned, lambda chunk: chunk  # type: ignore
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records.HashedFile, "append", poisoned)
+        patch.setattr(state, "_without_extra_state", lambda chunk: chunk)
         path = run.save(directory, 1)
         manifest = read_manifest(path)
         assert manifest.files == hash_files(path, list_files(path))
-        run.load(path)
-    except DamagedCheckpointError as error:
-        return str(error)
-    finally:
-        records.HashedFile.append, state._without_extra_state = originals, without_extra_state  # type: ignore
-    return ""
+        with pytest.raises(DamagedCheckpointError) as refusal:
+            run.load(path)
+    return str(refusal.value)
 
 
 def test_objects_are_not_trusted(tmp_path: Path) -> None:
