@@ -3,9 +3,10 @@
     python -m tools.benchmarks.checkpoints --output tools/benchmarks/results/checkpoints.csv
 
 Each number is that of one process; with several ranks the largest of them. cpu_seconds: those in which the
-process computed, of use where other programs run meanwhile. ratio_to_torch: to what torch.save (torch.load) and
-sha256 of the file take for the same bytes, in the same round. peak_bytes: tensors that are alive at once, in
-addition to those from before. file_bytes: what the rank has written; state_bytes: the whole checkpoint.
+process computed, of use where other programs run meanwhile. ratio_to_torch: to what torch.save (torch.load)
+and sha256 of the file take for as many bytes as the rank writes, in the same round. peak_bytes: tensors that
+are alive at once, in addition to those from before. file_bytes: what the rank has written; state_bytes: the
+whole checkpoint.
 """
 
 import argparse
