@@ -37,7 +37,7 @@ def optimizer_entries(
     if metadata["distrib_optim_sharding_type"] != WHOLE or not any(map(_is_distributed, leaves)):
         return optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     if len(leaves) > 1:
-        optimizer._synchronize_steps()  # type: ignore[attr-defined]
+        optimizer._synchronize_steps()
     states = [
         {
             **settings_of(leaf),
@@ -48,7 +48,8 @@ def optimizer_entries(
         else leaf.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
         for leaf in leaves
     ]
-    return states[0] if len(states) == 1 else dict(enumerate(states))
+    by_number: dict[Any, Any] = dict(enumerate(states))
+    return states[0] if len(states) == 1 else by_number
 
 
 def _is_distributed(leaf: MegatronOptimizer) -> bool:

@@ -27,7 +27,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 State = dict[str, Any]
-Entry = ShardedTensor | ShardedTensorFactory
 
 _MAIN = "param"
 _STEP = "step"
@@ -131,9 +130,15 @@ def _begin(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _blocks(entry: Entry, held: Tensor, first: int, last: int, leaf: DistributedOptimizer) -> Iterator[Slice]:
+def _blocks(
+    entry: ShardedTensor | ShardedTensorFactory,
+    held: Tensor,
+    first: int,
+    last: int,
+    leaf: DistributedOptimizer,
+) -> Iterator[Slice]:
     """The blocks of the numbers first : last of a weight, of which `entry` says where they belong."""
-    replica = (*entry.replica_id[:2], leaf.distributed_optimizer_instance_id)  # type: ignore[index]
+    replica = (*entry.replica_id[:2], leaf.distributed_optimizer_instance_id)
     parts = nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
     for part in parts:  # of a gated MLP: the gate, and the up projection
         assert part.data.is_contiguous(), f"{part.key} does not lie in one piece of its weight"
