@@ -218,6 +218,9 @@ def _append(file: HashedFile, entry: ShardedBase) -> Iterator[Record]:
     assert isinstance(entry, ShardedTensor)
     whole = TensorInfo(tuple(entry.global_shape), entry.data.dtype)
     block = entry.data[(None,) * entry.prepend_axis_num]
+    if block.nbytes <= RECORD_BYTES:
+        yield append_block(file, entry.key, whole, entry.global_offset, block)
+        return
     for rows in row_chunks(TensorInfo(tuple(block.shape), block.dtype), RECORD_BYTES):
         start = (entry.global_offset[0] + rows.start, *entry.global_offset[1:])
         yield append_block(file, entry.key, whole, start, block[rows])

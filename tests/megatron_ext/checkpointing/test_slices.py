@@ -11,10 +11,9 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ext.checkpointing import reading, slices, writing
+from megatron_ext.checkpointing import reading, slices
 from megatron_ext.checkpointing.contents import read_contents
 from megatron_ext.checkpointing.reading import read_entries
-from megatron_ext.checkpointing.records import HashedFile
 from megatron_ext.checkpointing.slices import main_key, rectangles
 from tests.megatron_ext.checkpointing.test_moments import Moments, moments_of
 from tests.megatron_ext.checkpointing.tiny_gpt import Case, Run
@@ -245,11 +244,3 @@ def test_blocks_that_are_missing_are_an_error_of_the_save(tmp_path: Path) -> Non
         assert "the blocks of optimizer.state." in message
         assert "do not make up" in message
     assert list(tmp_path.glob("*iter*")) == []
-
-
-def test_a_file_is_hashed_as_it_lies_there(tmp_path: Path) -> None:
-    pieces = [b"a" * 3, b"b" * 2**20, b"c" * (3 * 2**20 + 5), b"", b"d"]
-    with HashedFile(tmp_path / "file") as file:
-        assert [file.write(piece) for piece in pieces] == [len(piece) for piece in pieces]
-    assert (tmp_path / "file").read_bytes() == b"".join(pieces)
-    assert file.entry == writing.hash_files(tmp_path, ["file"])["file"]
