@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from checkpoints_conversion.conversion_record import ConversionRecord, SourceFormat, hash_weights, read_record
 from checkpoints_conversion.description import ModelDescription
@@ -19,7 +19,6 @@ from lckv.weights.folder_kind import explain_other_kind, kind_of
 from lckv.weights.huggingface import CONFIG_NAME, HuggingFaceFolder, read_config_file
 from lckv.weights.json_file import read_json_object
 from lckv.weights.tensors import TensorSource
-from megatron_ext.checkpointing.contents import read_contents
 from megatron_ext.checkpointing.errors import CheckpointError
 from megatron_ext.checkpointing.folders import find_candidates
 
@@ -125,7 +124,7 @@ def open_megatron(path: Path, *, verify_hashes: bool = True) -> OpenModel:
         hashes=lambda: {
             name: entry.sha256 for name, entry in checkpoint.manifest.files.items() if name.endswith(_WEIGHTS)
         },
-        stored_vocab_size=_stored_vocab_size(checkpoint.path),
+        stored_vocab_size=_stored_vocab_size(checkpoint.contents),
         record=record,
         training=training,
         tokenizer=_tokenizer(checkpoint.settings, record),
@@ -133,8 +132,8 @@ def open_megatron(path: Path, *, verify_hashes: bool = True) -> OpenModel:
     )
 
 
-def _stored_vocab_size(checkpoint: Path) -> int | None:
-    embedding = read_contents(checkpoint).state_dict_metadata.get(_EMBEDDING)
+def _stored_vocab_size(contents: Metadata) -> int | None:
+    embedding = contents.state_dict_metadata.get(_EMBEDDING)
     return embedding.size[0] if isinstance(embedding, TensorStorageMetadata) else None
 
 

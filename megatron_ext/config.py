@@ -536,8 +536,9 @@ class CheckpointConfig:
     another copy of what it writes. One save at a time: the next, the end and a signal wait for it."""
 
     optimizer_sharding: Literal["fully_reshardable", "dp_reshardable"] = "fully_reshardable"
-    """State of the distributed optimizer. fully_reshardable: any layout can go on with it. dp_reshardable: as
-    the ranks have it, without communication; only the same layout and layers can go on with it."""
+    """State of the distributed optimizer. fully_reshardable: any layout can go on with it. dp_reshardable:
+    its buffers as they are; only the same layout and layers can go on with it. Neither is sent between
+    ranks."""
 
     keep_last: int | None = None
     """How many checkpoints to keep; older ones are deleted after a successful save. Default: all."""

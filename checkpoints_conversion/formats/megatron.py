@@ -100,9 +100,10 @@ class MegatronCheckpoint:
         )
         """Where it comes from, if a conversion has written it."""
 
-        stored = stored_tensors(
-            self.path, read_contents(self.path), lambda key: not key.startswith("optimizer.")
-        )
+        self.contents = read_contents(self.path)
+        """Which tensors it has, and where they lie."""
+
+        stored = stored_tensors(self.path, self.contents, lambda key: not key.startswith("optimizer."))
         self._stored = {canonical_name(key): entry for key, entry in stored.items()}
         expected = self.description.expected_tensors()
         infos = {name: without_padding(name, info, expected) for name, (info, _) in self._stored.items()}
