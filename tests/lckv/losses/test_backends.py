@@ -17,6 +17,7 @@ from lckv.losses.backends import LossTerms, choose, why_no_package
 from lckv.losses.cut import cut_cross_entropy
 from lckv.losses.liger import chunk_loss
 from tests.lckv.losses.test_linear_cross_entropy import EXACT, PADDED, Problem, assert_close, oracle
+from tests.ranks import run_on_ranks
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BF16 = torch.bfloat16
@@ -174,3 +175,33 @@ def test_a_package_that_does_not_serve(answer: Any, said: str, monkeypatch: pyte
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(backends.importlib, "import_module", load)
     assert said in str(why_no_package("liger-kernel"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["chunked", "liger", "cut", "cut_filtered"])
+def test_on_a_gpu(name: str) -> None:
+    """With the packages themselves, where they are installed; bfloat16."""
+    package = {"liger": "liger_kernel", "cut": cut.MODULE, "cut_filtered": cut.MODULE}.get(name, "torch")
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    run_on_ranks(1, compare_on_gpu, name, device="cuda")
+
+
+def compare_on_gpu(name: str) -> None:
+    problem = Problem(BF16, tokens=300, hidden=128, true=1000, rows=1024)
+    expected = oracle(problem)
+    for field in ("states", "weight"):
+        setattr(problem, field, getattr(problem, field).detach().cuda().requires_grad_())
+    chosen = choose(name, device=CUDA, dtype=BF16, chunk_size=0 if "cut" in name else 128)
+    done = chosen.loss(
+        problem.states,
+        problem.weight,
+        problem.targets.cuda(),
+        token_weights=problem.token_weights.cuda(),
+        vocabulary=problem.vocabulary,
+    )
+    gradients = torch.autograd.grad(done.total, (problem.states, problem.weight))
+    ours = [tensor.cpu() for tensor in (done.losses, done.total.detach(), *gradients)]
+    assert_close(tuple(ours[:2]), expected[:2], rtol=1e-3, atol=1e-3)
+    for one, other in zip(ours[2:], expected[2:], strict=True):  # rounded to bfloat16 before the products
+        assert (one.double() - other).abs().max() < 0.02 * other.abs().max()

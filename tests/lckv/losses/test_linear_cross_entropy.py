@@ -34,13 +34,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
 class Problem:
     """States, a padded weight, targets of which every fifth is ignored, and weights, some of them 0."""
 
-    def __init__(self, dtype: torch.dtype = torch.float64, seed: int = 1) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.float64,
+        seed: int = 1,
+        *,
+        tokens: int = TOKENS,
+        hidden: int = HIDDEN,
+        true: int = TRUE,
+        rows: int = ROWS,
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.states = torch.randn(TOKENS, HIDDEN, generator=generator).to(dtype).requires_grad_()
-        self.weight = torch.randn(ROWS, HIDDEN, generator=generator).to(dtype).requires_grad_()
-        self.targets = torch.randint(TRUE, (TOKENS,), generator=generator)
+        self.vocabulary = Vocabulary(true)
+        self.states = torch.randn(tokens, hidden, generator=generator).to(dtype).requires_grad_()
+        self.weight = torch.randn(rows, hidden, generator=generator).to(dtype).requires_grad_()
+        self.targets = torch.randint(true, (tokens,), generator=generator)
         self.targets[::5] = -100
-        self.token_weights = torch.rand(TOKENS, generator=generator, dtype=torch.float64).to(
+        self.token_weights = torch.rand(tokens, generator=generator, dtype=torch.float64).to(
             products.wide_dtype(dtype)
         )
         self.token_weights[1::7] = 0
@@ -63,7 +73,7 @@ def oracle(
     """`Problem.results` by the formula, in float64."""
     states = problem.states.detach().double().requires_grad_()
     weight = problem.weight.detach().double().requires_grad_()
-    logits = states @ weight[:TRUE].t()
+    logits = states @ weight[: problem.vocabulary.size].t()
     if soft_cap is not None:
         logits = soft_cap * torch.tanh(logits / soft_cap)
     counted = problem.targets >= 0
