@@ -65,7 +65,7 @@ class CoreAttention(MegatronModule):
                 chunk,
                 key[:stop],
                 value[:stop],
-                None if documents is None else documents.cut(len(key), 0, stop),
+                None if documents is None else documents.cut(len(key), (0, stop)),
             )
             for chunk, (_, stop) in zip(query.chunk(len(bounds)), bounds, strict=True)
         ]

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lckv.attention.visibility import Documents
 from lckv.config import CompressionConfig
-from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_ext.config import ParallelConfig
 from megatron_ext.model.build import build_stage
 from megatron_ext.model.policy_statistics import PolicyInputs
 from megatron_ext.parallel.process_groups import destroy, device_of_rank, initialize
