@@ -47,7 +47,8 @@ class Causal(NamedTuple):
         rests = [own.rest]
         for before in self.layout.before:
             older = self.pair.forward(self._before(before, query, key, wide))
-            join(*before.of_queries(own.output, own.lse), older.output, older.lse)
+            output, lse = before.of_queries(own.output, own.lse)
+            join(output, lse, older.output, older.lse)
             rests.append(older.rest)
         return Partial(own.output[..., : value.shape[-1]], own.lse, tuple(rests))
 
@@ -76,8 +77,8 @@ class Causal(NamedTuple):
         return Problem(query, key[:, :, keys], wide[:, :, keys], self.scale, True, sequences)
 
     def _before(self, before: Piece, query: Tensor, key: Tensor, wide: Tensor) -> Problem:
-        heads = *before.of_queries(query), *before.of_keys(key, wide)
-        return Problem(*heads, self.scale, causal=False)
+        (queries,), (keys, values) = before.of_queries(query), before.of_keys(key, wide)
+        return Problem(queries, keys, values, self.scale, causal=False)
 
 
 class Full(NamedTuple):

@@ -114,7 +114,10 @@ def backward_in_batches(pair: FlashPair, gradient: Tensor, problem: Problem, par
 def _parts(batches: Batches, problem: Problem) -> list[Problem]:
     """A problem of each batch."""
     heads = (batches.spread(tensor) for tensor in problem[:3])
-    return [Problem(*tensors, problem.scale, causal=True) for tensors in zip(*heads, strict=True)]
+    return [
+        Problem(query, key, value, problem.scale, causal=True)
+        for query, key, value in zip(*heads, strict=True)
+    ]
 
 
 def _tokens(rows: Tensor) -> Tensor:

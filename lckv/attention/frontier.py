@@ -54,10 +54,11 @@ class _Frontier(torch.autograd.Function):
         lse = frontier_score(*of_frontier[:2], below.scale, dtype)
         share = torch.ones_like(lse)
         ctx.rest = _forward(*of_frontier, key, value, output[:, :, frontier.queries], lse, share, below)
-        if frontier.sequences is not None and frontier.sequences.closed is not None:
+        closed = None if frontier.sequences is None else frontier.sequences.closed_rows(len(query))
+        if closed is not None:
             # without a frontier they have nothing below it either, and so 0 is their output
-            _close(share, frontier)
-            _close(output[:, :, frontier.queries], frontier)
+            share.masked_fill_(closed, 0)
+            output[:, :, frontier.queries].masked_fill_(closed[..., None], 0)
         ctx.save_for_backward(query, key, value, output, lse, share)
         ctx.frontier, ctx.below = frontier, below
         return output
@@ -95,13 +96,6 @@ class _Frontier(torch.autograd.Function):
 def _below(below: Causal) -> int:
     """Queries that are given to the kernel."""
     return max(0, below.layout.queries.stop - below.layout.queries.start)
-
-
-def _close(tensor: Tensor, layout: Layout) -> None:
-    """Fill [b, h, f, ...] with 0 where it is closed."""
-    assert layout.sequences is not None
-    closed = layout.sequences.closed_rows(len(tensor))
-    tensor.masked_fill_(closed.view(*closed.shape, *(1,) * (tensor.dim() - 3)), 0)
 
 
 def _forward(

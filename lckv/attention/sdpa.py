@@ -42,8 +42,10 @@ def attend(
             query, key, value, visibility, scale=scale, dropout=dropout, key_bias=key_bias, pair=pair
         )
     cuts, longer = visibility.cuts(key.shape[2]), key.shape[2] > query.shape[2]
-    packed = visibility.documents is not None and dropout == 0 and _has_pair(query)
-    if not cuts and (longer or packed):
+    # PyTorch's own function knows no documents, and on a CPU repeats the keys of grouped heads
+    by_pair = visibility.documents is not None or query.device.type == "cpu"
+    by_pair = by_pair and dropout == 0 and not torch.compiler.is_compiling() and _has_pair(query)
+    if not cuts and (longer or by_pair):
         pair = choose_pair(query)
         return attend_last(query, key, value, visibility, scale=scale, dropout=dropout, pair=pair)
     if query.is_cuda and (query.dtype == torch.float32 or visibility.window is not None):

@@ -64,11 +64,13 @@ class Sequences(Remembering):
         places = np.flatnonzero(np.repeat(self.is_closed, self.lengths))
         return to_device(torch.tensor(places.tolist(), dtype=torch.int64), self.device)
 
-    def closed_rows(self, rows: int) -> Tensor:
+    def closed_rows(self, rows: int) -> Tensor | None:
         """bool [b, 1, s] on the device: those tokens, b = `rows`."""
-        assert self.closed is not None
+        if self.closed is None:
+            return None
+        closed = self.closed
         places = torch.zeros(int(self.bounds[-1]), dtype=torch.bool, device=self.device)
-        return self.once("rows", lambda: places.index_fill_(0, self.closed, True).view(rows, 1, -1))
+        return self.once("rows", lambda: places.index_fill_(0, closed, True).view(rows, 1, -1))
 
     def close(self, tokens: Tensor, value: float) -> Tensor:
         """Fill `tokens` [b s, ...] with `value` where they are closed."""
