@@ -189,8 +189,9 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
         last = None if ctx.last is None else 0.0
-        of_x = _turned(gradient, *ctx.saved_tensors, last, back=True) if ctx.needs_input_grad[0] else None
+        of_x = _turned(gradient, cos, sin, last, back=True) if ctx.needs_input_grad[0] else None
         of_last = gradient[..., -1].to(ctx.last) if isinstance(ctx.last, torch.dtype) else None
         return of_x, None, None, of_last
 
