@@ -43,9 +43,8 @@ def attend(
         )
     cuts, longer = visibility.cuts(key.shape[2]), key.shape[2] > query.shape[2]
     # PyTorch's own function knows no documents, and on a CPU repeats the keys of grouped heads
-    by_pair = visibility.documents is not None or query.device.type == "cpu"
-    by_pair = by_pair and dropout == 0 and not torch.compiler.is_compiling() and _has_pair(query)
-    if not cuts and (longer or by_pair):
+    by_pair = (visibility.documents is not None or query.device.type == "cpu") and dropout == 0
+    if not cuts and (longer or (by_pair and _has_pair(query))):
         pair = choose_pair(query)
         return attend_last(query, key, value, visibility, scale=scale, dropout=dropout, pair=pair)
     if query.is_cuda and (query.dtype == torch.float32 or visibility.window is not None):
@@ -63,6 +62,9 @@ def attend(
 
 
 def _has_pair(query: Tensor) -> bool:
+    """Whether there is one, and it does what PyTorch's own function would do here."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(query.device.type):
+        return False
     try:
         choose_pair(query)
     except UnsupportedError:

@@ -1,7 +1,7 @@
 """What the kernels of a GPU keep and move, in place of those of the CPU.
 
-The CPU's kernels keep more than a GPU's: the norm its input in float32, grouped attention its keys and values
-repeated. Here are, as shapes:
+The CPU's kernels keep more than a GPU's: the norm its input in float32, grouped attention under a window its
+keys and values repeated. Here are, as shapes:
 - attention as flash-attn does it, windows inside of the kernel, grouped heads as they are;
 - RMSNorm as one kernel, which keeps its input and one number per token;
 - SwiGLU as one kernel, which keeps its input;

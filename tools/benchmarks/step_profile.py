@@ -10,6 +10,7 @@ Times are medians of rounds in which all kinds take turns.
 """
 
 import argparse
+import csv
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -157,6 +158,7 @@ def measure(sizes: Sizes, repeats: int, clock: str) -> Iterator[dict[str, object
             "clock": clock,
             "tokens": f"{sizes.micro_batch_size}x{sizes.seq_length}",
             **setting(device_of_rank().type),
+            "tree": "now",
         }
 
 
@@ -171,6 +173,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="Rounds.")
     parser.add_argument("--clock", default="cpu", choices=list(CLOCKS), help="cpu: for a busy machine.")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads.")
+    parser.add_argument(
+        "--before", type=Path, help="Rows that this program wrote in another tree, to stand in front."
+    )
     parser.add_argument("--output", type=Path, help="CSV file to write.")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
@@ -179,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
         options.hidden_size, heads, heads // 2, 512, options.seq_length, options.micro_batch_size, "fp32"
     )
     initialize(ParallelConfig(), seed=1)
-    rows = []
+    rows: list[dict[str, object]] = []
     for row in measure(sizes, options.repeats, options.clock):
         rows.append(row)
         print(
@@ -187,6 +192,9 @@ def main(argv: list[str] | None = None) -> None:
             "{milliseconds:>8.1f} ms".format(**row),
             flush=True,
         )
+    if options.before is not None:
+        with options.before.open(newline="", encoding="utf-8") as file:
+            rows = [{**row, "tree": "before"} for row in csv.DictReader(file)] + rows
     if options.output is not None:
         write_csv(options.output, rows)
     destroy()

@@ -175,3 +175,13 @@ def test_lengths_of_a_batch_differ_little() -> None:
     assert len(batches.token) <= 2**0.5 * bounds[-1]
     tokens = torch.arange(bounds[-1], dtype=torch.float32)[None, None, :, None]
     assert torch.equal(batches.gather(batches.spread(tokens, -1.0), 1), tokens)
+
+
+@pytest.mark.parametrize("documents", [None, packed(1, 4)], ids=["rows", "documents"])
+def test_autocast_casts_what_comes_in_different_dtypes(documents: Documents | None) -> None:
+    query, key, value = tensors(1, 1, 2, LENGTH, dtype=torch.float32, biases=(-1.0, 0.0))
+    expected = sdpa.attend(query, key, value, Visibility(documents=documents), scale=0.3)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sdpa.attend(query, key, value.bfloat16(), Visibility(documents=documents), scale=0.3)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).norm() < 2e-2 * expected.norm()
