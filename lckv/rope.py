@@ -7,10 +7,11 @@ in bfloat16 they would be off by radians at position 4095.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lckv.rope_scaling import (
     DynamicScaling,
@@ -151,12 +152,64 @@ def rotation(positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> Rot
     return Rotation(cos, sin) if factor == 1 else Rotation(factor * cos, factor * sin)
 
 
-def rotate(x: Tensor, angles: Rotation) -> Tensor:
+def rotate(x: Tensor, angles: Rotation, *, last: Tensor | float | None = None) -> Tensor:
     """Turn `x` [..., D] by `angles`, whose cos and sin
-    must broadcast against [..., D/2]; result in x's dtype."""
+    must broadcast against [..., D/2]; result in x's dtype.
+
+    With `last` [...] the last channel is turned as if it were 0, and then becomes `last`."""
+    if torch.compiler.is_compiling():  # the compiler makes one kernel of the formula
+        return rotate_by_formula(x, angles, last=last)
+    if torch.is_grad_enabled() and (x.requires_grad or (isinstance(last, Tensor) and last.requires_grad)):
+        return _Rotate.apply(x, *angles, last)
+    return _turned(x, *angles, last)
+
+
+def rotate_by_formula(x: Tensor, angles: Rotation, *, last: Tensor | float | None = None) -> Tensor:
+    """Same contract as `rotate`, whose oracle it is."""
     cos, sin = angles.cos.to(x.dtype), angles.sin.to(x.dtype)
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    if last is not None:
+        second = torch.cat((second[..., :-1], torch.zeros_like(second[..., :1])), dim=-1)
+    one, two = first * cos - second * sin, second * cos + first * sin
+    if last is not None:
+        newest = torch.as_tensor(last, dtype=x.dtype, device=x.device)[..., None]
+        two = torch.cat((two[..., :-1], newest.expand_as(two[..., :1])), dim=-1)
+    return torch.cat((one, two), dim=-1)
+
+
+class _Rotate(torch.autograd.Function):
+    """Keeps nothing of what it turns; the gradient is turned back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, last: Tensor | float | None) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.last = last.dtype if isinstance(last, Tensor) else last
+        return _turned(x, cos, sin, last)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        last = None if ctx.last is None else 0.0
+        of_x = _turned(gradient, cos, sin, last, back=True) if ctx.needs_input_grad[0] else None
+        of_last = gradient[..., -1].to(ctx.last) if isinstance(ctx.last, torch.dtype) else None
+        return of_x, None, None, of_last
+
+
+def _turned(
+    x: Tensor, cos: Tensor, sin: Tensor, last: Tensor | float | None, *, back: bool = False
+) -> Tensor:
+    """See `rotate`; `back`: by the negative angles. In four kernels, each over half of the channels."""
+    cos, sin, sign = cos.to(x.dtype), sin.to(x.dtype), -1 if back else 1
+    first, second = x.chunk(2, dim=-1)
+    turned = x.new_empty(x.shape)
+    one, two = turned.chunk(2, dim=-1)
+    torch.mul(first, cos, out=one).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=two).addcmul_(first, sin, value=sign)
+    if last is not None:
+        torch.mul(first[..., -1], cos[..., -1], out=one[..., -1])
+        two[..., -1] = last
+    return turned
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,9 +219,9 @@ class Turn:
     angles: Rotation
     """Cosines and sines [s, b, 1, D / 2]."""
 
-    def __call__(self, heads: Tensor) -> Tensor:
-        """[s, b, any heads, D] to the same."""
-        return rotate(heads, self.angles)
+    def __call__(self, heads: Tensor, *, last: Tensor | float | None = None) -> Tensor:
+        """[s, b, any heads, D] to the same; `last` [s, b, heads] as in `rotate`."""
+        return rotate(heads, self.angles, last=last)
 
     def at(self, take: Callable[[Tensor], Tensor]) -> "Turn":
         """At those tokens that `take` takes of a tensor [s, b, ...]."""

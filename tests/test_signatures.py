@@ -18,6 +18,7 @@ import torch
 
 from lckv.attention import backends
 from lckv.attention.flash3 import FlashAttn3Pair
+from lckv.attention.flash_pair import Problem
 from lckv.losses import cut, liger
 from tests.pinned_sources import (
     CUT_CROSS_ENTROPY,
@@ -225,8 +226,8 @@ def test_private_functions_of_flash_attention_3_are_called_as_they_are() -> None
     forward, backward = "_flash_attn_forward", "_flash_attn_backward"
     results = {forward: kernel(forward, heads.transpose(1, 2), heads[..., 0]), backward: kernel(backward)}
     pair = FlashAttn3Pair(SimpleNamespace(**results))
-    partial = pair.forward(heads, heads, heads, 0.5, causal=True)
-    pair.backward(heads, heads, heads, heads, partial, 0.5, causal=True)
+    problem = Problem(heads, heads, heads, 0.5, causal=True)
+    pair.backward(heads, problem, pair.forward(problem))
     of_backward = {"dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv"}
     for name, expected in ((forward, {"q", "k", "v"}), (backward, of_backward)):
         assert given[name].pop("softmax_scale") == 0.5

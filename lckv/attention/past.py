@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from lckv.attention.flash_pairs import choose_pair
+from lckv.attention.aten_pairs import choose_pair
 from lckv.attention.key_bias import KeyBias
 from lckv.attention.last_queries import attend_last
 from lckv.attention.unbiased import without_bias

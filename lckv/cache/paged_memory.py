@@ -13,7 +13,7 @@ from torch import Tensor
 from lckv.attention.pages import Pages, pages_of_a_chunk
 from lckv.cache.page_tables import Integers, PageTables
 from lckv.cache.pool import PagePool
-from lckv.policies.base import KVPolicy, TokenContext
+from lckv.policies.base import KVPolicy, TokenContext, unturned
 
 
 class PagedMemory:
@@ -84,7 +84,7 @@ class PagedMemory:
         heads, channels = self.lengths.shape[-1], self.pool.key.shape[-1]
         token = torch.zeros(1, 1, heads, channels)
         positions = torch.zeros(1, 1, dtype=torch.int64)
-        context = TokenContext(rotate=lambda heads: heads, positions=positions)
+        context = TokenContext(rotate=unturned, positions=positions)
         query = token if self.policy.traits.reads_query else None
         state = self.policy.extend(None, token, token, query, context).state
         if state is None:

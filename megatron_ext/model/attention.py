@@ -65,7 +65,7 @@ class CoreAttention(MegatronModule):
                 chunk,
                 key[:stop],
                 value[:stop],
-                None if documents is None else documents.cut(len(key), 0, stop),
+                None if documents is None else documents.cut(len(key), (0, stop)),
             )
             for chunk, (_, stop) in zip(query.chunk(len(bounds)), bounds, strict=True)
         ]
@@ -95,10 +95,13 @@ class CoreAttention(MegatronModule):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
         """From the last tokens of rows to all of them."""
-        visibility = Visibility(*self.sight, documents)
+        visibility, rows = Visibility(*self.sight, documents), query.shape[1]
+        heads = query, key, value
+        if documents is None:  # rows are alike, and stand as heads of one row, whose output is [s, 1, b h, d]
+            heads = tuple(tensor.flatten(1, 2)[:, None] for tensor in heads)
         attend = partial(
             self._backend(query).attend,
-            *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),
+            *(tensor.permute(1, 2, 0, 3) for tensor in heads),
             visibility,
             scale=self.scale,
             key_bias=self.key_bias,
@@ -109,7 +112,7 @@ class CoreAttention(MegatronModule):
         else:
             with tensor_parallel.get_cuda_rng_tracker().fork():
                 output = attend(dropout=dropout)
-        return output.permute(2, 0, 1, 3).flatten(2)  # [b, h, s, d] to [s, b, h * d]
+        return output.permute(2, 0, 1, 3).flatten(1).unflatten(1, (rows, -1))  # to [s, b, h * d]
 
 
 class SharedKVAttention(Attention):
@@ -261,7 +264,9 @@ class SharedKVAttention(Attention):
                 self.pg_collection.tp.rank() // ranks_per_group
             ]
         mixed = mixed.unflatten(-1, (groups, -1, self.head_dim))
-        return mixed[:, :, :, :-2].flatten(2, 3), mixed[:, :, :, -2], mixed[:, :, :, -1]
+        # one split, whose gradient is one copy
+        query, key, value = mixed.split((mixed.shape[3] - 2, 1, 1), 3)
+        return query.flatten(2, 3), key.squeeze(3), value.squeeze(3)
 
     def _of_rank(self, query: Tensor) -> Tensor:
         """This rank's query heads [s, b, h, d] among those of its KV heads."""

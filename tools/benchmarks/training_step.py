@@ -61,12 +61,17 @@ class Sizes:
     seq_length: int
     micro_batch_size: int
     precision: str
+    num_layers: int = 8
+
+    def with_layers(self, num_layers: int) -> "Sizes":
+        """The same with so many layers."""
+        return replace(self, num_layers=num_layers)
 
     @property
     def model(self) -> ModelConfig:
-        """Eight layers of these sizes."""
+        """Layers of these sizes."""
         return ModelConfig(
-            num_layers=8,
+            num_layers=self.num_layers,
             hidden_size=self.hidden_size,
             num_attention_heads=self.heads,
             num_query_groups=self.kv_heads,

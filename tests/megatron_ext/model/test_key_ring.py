@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lckv.attention.flash_pairs import AtenCPU
+from lckv.attention.aten_pairs import AtenCPU
 from lckv.config import CompressionConfig
 from megatron_ext.model.build import build_stage
 from megatron_ext.model.memory import kept_bytes, kept_for_backward, layer_bytes

@@ -32,7 +32,6 @@ READING = {
 ALLOWED = {
     ("megatron_ext/data/batch.py", "make_batch"): "the samples are on the host",
     ("megatron_ext/schedule/micro_batches.py", "forward"): "bounds of documents are on the host",
-    ("lckv/attention/visibility.py", "without_first_tokens"): "computed on the host, once a micro-batch",
     (
         "megatron_ext/schedule/micro_batches.py",
         "run_schedule",

@@ -1,0 +1,204 @@
+"""Operators and CPU time of a layer in a training step, for what its attention sees: plain, excluded self,
+documents, DMC, and Megatron's own GPTModel beside them.
+
+    python -m tools.benchmarks.step_profile --output tools/benchmarks/results/step_profile.csv
+
+A layer is the difference between models of four and of two layers, forward and backward. Counted by
+torch.profiler: kernels are operators that make or change tensors and call no other operator, so views are not
+among them; copies are those of them that only move, fill or join. On a GPU each kernel is about one launch.
+Times are medians of rounds in which all kinds take turns.
+"""
+
+import argparse
+import csv
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from lckv.attention.visibility import Documents
+from lckv.config import CompressionConfig
+from megatron_ext.config import ParallelConfig
+from megatron_ext.model.build import build_stage
+from megatron_ext.model.policy_statistics import PolicyInputs
+from megatron_ext.parallel.process_groups import destroy, device_of_rank, initialize
+from tools.benchmarks.policies import policy_of
+from tools.benchmarks.timing import CLOCKS, median_seconds, setting, write_csv
+from tools.benchmarks.training_step import Sizes, megatron_step
+
+COPIES = {
+    "copy_", "cat", "fill_", "zero_", "constant_pad_nd", "index_select", "index", "_index_put_impl_",
+    "flip", "clone", "stack", "index_copy_", "index_fill_",
+}  # fmt: skip
+"""Operators that compute nothing."""
+ATTENTION = ("_flash_attention_for_cpu", "_flash_attention_for_cpu_backward")
+"""Ends of the names of kernels of attention, which on a CPU call others."""
+MEGATRON = "megatron GPTModel"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is profiled."""
+
+    compression: CompressionConfig
+    documents: int = 1
+    """In each row, of lengths that differ where there are several."""
+
+
+def kinds() -> dict[str, Kind]:
+    """By name."""
+    plain, blind = CompressionConfig(), CompressionConfig(force_nodiag=True)
+    dmc = CompressionConfig(policy=policy_of("dmc:target_compression_ratio=2"))
+    return {
+        f"{name}, {documents} documents" if documents > 1 else name: Kind(compression, documents)
+        for name, compression in (("plain", plain), ("excluded self", blind), ("dmc", dmc))
+        for documents in (1, 4, 64)
+    }
+
+
+def documents_of(rows: int, length: int, count: int) -> Documents | None:
+    """`count` documents in each row, the first of a pair half as long as the second; None: whole rows."""
+    if count == 1:
+        return None
+    pair = length // (count // 2)
+    bounds = [start + shift for start in range(0, rows * length, pair) for shift in (0, pair // 3)]
+    return Documents.at([*bounds, rows * length], device_of_rank())
+
+
+def step_of(sizes: Sizes, kind: Kind, tokens: torch.Tensor) -> Callable[[], None]:
+    """Forward and backward of this project's model."""
+    model = build_stage(
+        sizes.model, kind.compression, ParallelConfig(), sizes.train, vocab_size=sizes.vocab_size
+    )
+    rows, length = tokens.shape
+    positions = torch.arange(length, device=tokens.device).expand_as(tokens)
+    policy = PolicyInputs(row_seeds=tuple(range(rows)), progress=0.5)
+
+    def step() -> None:
+        # made anew in each micro-batch, as in training
+        documents = documents_of(rows, length, kind.documents)
+        losses, report = model(tokens, positions, tokens, documents, policy)
+        auxiliary = 0.0 if report.auxiliary_loss is None else report.auxiliary_loss.mean()
+        (losses.mean() + auxiliary).backward()
+
+    return step
+
+
+def kernels_of(step: Callable[[], None]) -> Counter[str]:
+    """Kernels by the name of their operator, of the second call."""
+    step()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell of its own start and stop
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        step()
+    return Counter(name for event in seen.events() if event.cpu_parent is None for name in _kernels_in(event))
+
+
+def _kernels_in(event: Any) -> list[str]:
+    """The innermost kernels of a recorded call."""
+    if not event.name.endswith(ATTENTION) and (
+        inner := [name for child in event.cpu_children for name in _kernels_in(child)]
+    ):
+        return inner
+    is_one = event.name.startswith("aten::") and is_kernel(event.name)
+    return [event.name.removeprefix("aten::")] if is_one else []
+
+
+@cache
+def is_kernel(name: str) -> bool:
+    """Whether an operator such as aten::mul makes or changes tensors by itself."""
+    if name.startswith("aten::empty") or name in ("aten::resize_", "aten::set_"):
+        return False
+    packet = getattr(torch.ops.aten, name.removeprefix("aten::"))
+    operators = [getattr(packet, overload) for overload in packet.overloads()]
+    return not any(operator.is_view or _is_composite(operator.name()) for operator in operators)
+
+
+def _is_composite(name: str) -> bool:
+    """Whether it is written in other operators. Overloads of TorchScript are no operators."""
+    try:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+    except RuntimeError:
+        return False
+
+
+def layer_kernels(make: Callable[[Sizes], Callable[[], None]], sizes: Sizes) -> Counter[str]:
+    """Those of one layer, from models of four and two."""
+    four, two = (kernels_of(make(sizes.with_layers(layers))) for layers in (4, 2))
+    return Counter({name: (four[name] - two[name]) / 2 for name in four if four[name] != two[name]})  # type: ignore[misc]
+
+
+def measure(sizes: Sizes, repeats: int, clock: str) -> Iterator[dict[str, object]]:
+    """A row per kind."""
+    tokens = torch.randint(
+        sizes.vocab_size, (sizes.micro_batch_size, sizes.seq_length), device=device_of_rank()
+    )
+    makes: dict[str, Callable[[Sizes], Callable[[], None]]] = {
+        MEGATRON: partial(megatron_step, tokens=tokens)
+    }
+    makes |= {name: partial(step_of, kind=kind, tokens=tokens) for name, kind in kinds().items()}
+    steps = {
+        (name, layers): make(sizes.with_layers(layers)) for name, make in makes.items() for layers in (4, 2)
+    }
+    seconds = median_seconds({str(key): step for key, step in steps.items()}, repeats=repeats, clock=clock)
+    for name, make in makes.items():
+        counted = layer_kernels(make, sizes)
+        spent = (seconds[str((name, 4))] - seconds[str((name, 2))]) / 2
+        yield {
+            "kind": name,
+            "kernels": round(counted.total()),
+            "copies": round(sum(counted[copy] for copy in COPIES)),
+            "attention": round(sum(counted[name] for name in counted if name.endswith(ATTENTION))),
+            "milliseconds": round(1e3 * spent, 2),
+            "clock": clock,
+            "tokens": f"{sizes.micro_batch_size}x{sizes.seq_length}",
+            **setting(device_of_rank().type),
+            "tree": "now",
+        }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The program; see the module."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seq-length", type=int, default=2048, help="Tokens of a row.")
+    parser.add_argument("--micro-batch-size", type=int, default=1, help="Rows.")
+    parser.add_argument("--hidden-size", type=int, default=512, help="Channels; heads have 64.")
+    parser.add_argument("--repeats", type=int, default=3, help="Rounds.")
+    parser.add_argument("--clock", default="cpu", choices=list(CLOCKS), help="cpu: for a busy machine.")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads.")
+    parser.add_argument(
+        "--before", type=Path, help="Rows that this program wrote in another tree, to stand in front."
+    )
+    parser.add_argument("--output", type=Path, help="CSV file to write.")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    heads = options.hidden_size // 64
+    sizes = Sizes(
+        options.hidden_size, heads, heads // 2, 512, options.seq_length, options.micro_batch_size, "fp32"
+    )
+    initialize(ParallelConfig(), seed=1)
+    rows: list[dict[str, object]] = []
+    for row in measure(sizes, options.repeats, options.clock):
+        rows.append(row)
+        print(
+            "{kind:<28} {kernels:>6} kernels  {copies:>5} copies  {attention:>4} of attention  "
+            "{milliseconds:>8.1f} ms".format(**row),
+            flush=True,
+        )
+    if options.before is not None:
+        with options.before.open(newline="", encoding="utf-8") as file:
+            rows = [{**row, "tree": "before"} for row in csv.DictReader(file)] + rows
+    if options.output is not None:
+        write_csv(options.output, rows)
+    destroy()
+
+
+if __name__ == "__main__":
+    main()
