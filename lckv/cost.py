@@ -5,7 +5,8 @@ Formula, per token, counting a multiplication and an addition as 2 FLOPs. A laye
 with h hidden size, a = query heads x d, g KV heads, d channels of a head, f MLP width, n keys that a query
 sees on average. Backward is
 twice the forward. A step of the plan counts the parts of layers that it runs: forward and backward, or the
-forward only where it has no gradient.
+forward only where it has no gradient. A first guess costs what keys and values of its layer do, and in
+backward the same once more, since no gradient goes on from it.
 """
 
 from collections.abc import Sequence
@@ -117,7 +118,14 @@ def training_cost(
 
 def forward_flops(steps: Sequence[Step], costs: Sequence[LayerCost]) -> float:
     """FLOPs per token of the forward of some steps, for layers that cost `costs`."""
-    return sum(costs[run.index].of(run.part) for step in steps for run in step.runs)
+    return sum(costs[run.index].of(run.part) for step in steps for run in step.runs) + guess_flops(
+        steps, costs
+    )
+
+
+def guess_flops(steps: Sequence[Step], costs: Sequence[LayerCost]) -> float:
+    """FLOPs per token of the first guesses that some steps read."""
+    return sum(costs[source].keys_values for step in steps for source in step.guesses)
 
 
 def _step_flops(shape: ModelShape, compression: CompressionConfig) -> float:
@@ -125,7 +133,13 @@ def _step_flops(shape: ModelShape, compression: CompressionConfig) -> float:
     costs = layer_costs(shape, compression)
     head = 6.0 * shape.hidden_size * shape.vocab_size
     steps = compression.plan(shape.num_layers)
-    return head + sum(forward_flops([step], costs) * (3 if step.requires_grad else 1) for step in steps)
+    # of a first guess: forward, and the gradient of its weights
+    guesses = guess_flops(steps, costs)
+    passes = sum(
+        (forward_flops([step], costs) - guess_flops([step], costs)) * (3 if step.requires_grad else 1)
+        for step in steps
+    )
+    return head + passes + 2 * guesses
 
 
 def _recomputed_flops(shape: ModelShape, compression: CompressionConfig, recomputed_layers: int) -> float:

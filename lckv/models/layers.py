@@ -20,6 +20,7 @@ from lckv.errors import UnsupportedError
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.interface import OWN, AttentionFunction
 from lckv.models.tokens import Layout
+from lckv.pass_errors import PassRecord
 from lckv.policies.base import Extension, Statistics, TokenContext
 
 
@@ -63,6 +64,9 @@ class LCKVLlamaAttention(nn.Module):
             self.k_proj = nn.Linear(hidden, kv_width, bias=config.qkv_bias)
             self.v_proj = nn.Linear(hidden, kv_width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(width, hidden, bias=False)
+        if compression.first_guess and layer_idx in layer_types.cyclic_sources:
+            self.first_guess_k_proj = ZeroLinear(hidden, kv_width, bias=False)
+            self.first_guess_v_proj = ZeroLinear(hidden, kv_width, bias=False)
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
             if self.computes_kv:
@@ -121,6 +125,15 @@ class LCKVLlamaAttention(nn.Module):
         own, statistics = self.policy.keys_values(key, value, query, context)
         return Extension(*own), statistics
 
+    def first_guess(self, hidden_states: Tensor, tokens: Tokens) -> Extension:
+        """What is guessed of the layer's keys and values from the input [b, s, hidden] of its group, through
+        which no gradient flows. The map is linear in the input divided by its root mean square."""
+        normed = nn.functional.rms_norm(
+            hidden_states.detach(), hidden_states.shape[-1:], eps=self.config.rms_norm_eps
+        )
+        key, value = self._heads("first_guess_k", normed), self._heads("first_guess_v", normed)
+        return Extension(tokens.contexts[self.layer_idx].rotate(key), value)
+
     def _heads(self, name: str, hidden_states: Tensor) -> Tensor:
         """Projected (and normalised) heads [s, b, heads, d], before RoPE."""
         heads = getattr(self, f"{name}_proj")(hidden_states).unflatten(-1, (-1, self.head_dim))
@@ -156,6 +169,11 @@ class LCKVLlamaAttention(nn.Module):
             raise ValueError(
                 f"attn_implementation is {name!r}, but {error.obstacle}. Set attn_implementation to sdpa."
             ) from error
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer whose initial weights are zeros: before training, guessed keys and values are those that
+    published models begin with."""
 
 
 class LCKVLlamaMLP(nn.Module):
@@ -203,13 +221,15 @@ class LCKVLlamaDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states: Tensor, tokens: Tokens, part: str, *source: Tensor | None) -> _Flat:
-        """`part` is "all", "keys_values" (nothing else is returned) or "without_source" (attention is left
-        out, as if it were 0). `source` are the fields of what the layer reads, if it reads another's.
-        Everything goes through here, so that hooks
-        on the module (sharded or offloaded weights) see every use."""
+        """`part` is "all", "keys_values" or "first_guess" (nothing else is returned) or "without_source"
+        (attention is left out, as if it were 0). `source` are the fields of what the layer reads, if it reads
+        another's. Everything goes through here, so that hooks on the module (sharded or offloaded weights)
+        see every use."""
         if part == "keys_values":
             own, statistics = self.self_attn.keys_values(self.input_layernorm(hidden_states), tokens)
             return hidden_states, *own, *statistics
+        if part == "first_guess":
+            return hidden_states, *self.self_attn.first_guess(hidden_states, tokens)
         own_or_none: Extension | None = None
         statistics = ()
         if part == "all":
@@ -245,10 +265,16 @@ class PlannedLayers:
     """The model's layers for one forward pass, as the plan calls them."""
 
     def __init__(
-        self, layers: Sequence[LCKVLlamaDecoderLayer], tokens: Tokens, hidden_states: HiddenStates
+        self,
+        layers: Sequence[LCKVLlamaDecoderLayer],
+        tokens: Tokens,
+        hidden_states: HiddenStates,
+        record: PassRecord,
     ) -> None:
-        """Each layer's result in the pass that counts is added to `hidden_states`."""
+        """Each layer's result in the pass that counts is added to `hidden_states`; keys and values of passes
+        are compared in `record`."""
         self._layers, self._tokens, self._hidden_states = layers, tokens, hidden_states
+        self._record = record
         self.kept: dict[int, Extension] = {}
         """Keys and values of the pass that counts, if there is a cache for them."""
         self.statistics: dict[int, Statistics] = {}
@@ -263,6 +289,10 @@ class PlannedLayers:
             self._hidden_states.add(hidden_states)
         if kept and own is not None and self._tokens.cache is not None:
             self.kept[index] = own
+        if kept and own is not None and self._tokens.cache is None:
+            statistics = statistics or self._record.statistics(index, own[:2], self._counted)
+        elif own is not None:
+            self._record.passed(index, own[:2])
         if kept and statistics:
             self.statistics[index] = statistics
         return hidden_states, own
@@ -271,7 +301,20 @@ class PlannedLayers:
         """The layer's keys and values alone."""
         own = _unflat(self._layers[index](hidden_states, self._tokens, "keys_values"))[1]
         assert own is not None
+        self._record.passed(index, own[:2])
         return own
+
+    def first_guess(self, source: int, hidden_states: Tensor) -> Extension:
+        """What is guessed of the keys and values of layer `source`, for the first pass to read."""
+        guess = _unflat(self._layers[source](hidden_states, self._tokens, "first_guess"))[1]
+        assert guess is not None
+        return Extension(*self._record.guessed(source, guess[:2]))
+
+    @property
+    def _counted(self) -> Tensor | None:
+        """bool [s, b]: tokens that are not padding."""
+        counted = self._tokens.layout.counted
+        return None if counted is None else counted.transpose(0, 1)
 
     def run_without_source(self, index: int, hidden_states: Tensor) -> tuple[Tensor, Extension | None]:
         """Without older tokens attention to zero keys and values is exactly 0;

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.generation import GenerationMode
 
 from lckv.cache.base import KVCache
@@ -34,10 +34,11 @@ from lckv.models.interface import (
     mask_for,
     obstacle_to_functions,
 )
-from lckv.models.layers import HiddenStates, LCKVLlamaDecoderLayer, PlannedLayers, Tokens
+from lckv.models.layers import HiddenStates, LCKVLlamaDecoderLayer, PlannedLayers, Tokens, ZeroLinear
 from lckv.models.logits import check_labels, check_targets, kept_states, share_of_batch
 from lckv.models.outputs import LCKVModelOutput, LCKVOutput
 from lckv.models.tokens import Given, Layout, documents_of, positions
+from lckv.pass_errors import PassErrors, PassRecord, reporter_of, reporting_layers
 from lckv.policies.base import Extension, TokenContext, statistics_by_name
 from lckv.rope import rotate
 from lckv.sharing.execution import State, run_steps
@@ -51,6 +52,8 @@ class Iteration(NamedTuple):
     """At most so many."""
     converged: Callable[[Mapping[int, Extension], Mapping[int, Extension]], bool] | None = None
     """See `run_steps`."""
+    first_guess: bool = True
+    """Whether the first pass reads the learned first guess, where the model has one; else zeros."""
 
 
 class LCKVLlamaPreTrainedModel(PreTrainedModel):
@@ -66,6 +69,13 @@ class LCKVLlamaPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     """There are such models; those that no function of others can serve say so when they are made."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Called by transformers, of weights that are not loaded."""
+        if isinstance(module, ZeroLinear):
+            initialization.zeros_(module.weight)
+        else:
+            super()._init_weights(module)
 
 
 class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
@@ -83,6 +93,9 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         compression = config.compression_config()
         self.layer_types = compression.map(config.num_hidden_layers)
         self.policy = compression.policy.build()
+        self.first_guess = compression.first_guess
+        self.pass_errors, self.reporter = PassErrors(compression), reporter_of(compression)
+        self.reporting_layers = reporting_layers(compression, config.num_hidden_layers)
         self.forward_passes, self.backward_passes = compression.forward_passes, compression.backward_passes
         self.steps = compression.plan(config.num_hidden_layers)
         self.single_pass = iteration_plan(self.layer_types, 0, 1)
@@ -192,7 +205,8 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         wanted = chosen_states(output_hidden_states, len(self.layers) + 1)
         states = HiddenStates(wanted, hidden_states)
         context = Tokens(contexts, layout, cache, function)
-        layers = PlannedLayers(self.layers, context, states)  # type: ignore[arg-type]  # a ModuleList is one
+        record = PassRecord(self.pass_errors, self.layer_types.cyclic_sources)
+        layers = PlannedLayers(self.layers, context, states, record)  # type: ignore[arg-type]  # a ModuleList is one
         steps = self._steps(tokens, iteration)
         converged = None if iteration is None else iteration.converged
         state = run_steps(steps, layers, State(hidden_states, {}), converged)
@@ -203,13 +217,13 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         if wanted:
             output.hidden_states = states.all(last)
         if layers.statistics:
-            of_layers = [layers.statistics[layer] for layer in self.layer_types.kv_layers]
-            # Of each statistic [KV layers, b, g].
+            of_layers = [layers.statistics[layer] for layer in self.reporting_layers]
+            # Of each statistic [layers, b, g].
             statistics = [torch.stack(tensors) for tensors in zip(*of_layers, strict=True)]
             output.statistics = dict(
-                statistics_by_name(self.policy, [tensor.detach() for tensor in statistics])
+                statistics_by_name(self.reporter, [tensor.detach() for tensor in statistics])
             )
-            loss = self.policy.auxiliary_loss([tensor.mean((0, 2)) for tensor in statistics], 1.0)
+            loss = self.reporter.auxiliary_loss([tensor.mean((0, 2)) for tensor in statistics], 1.0)
             output.auxiliary_loss = None if loss is None else loss.mean()
         return output
 
@@ -223,7 +237,8 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
             return self.single_pass
         if iteration is None:
             return self.steps
-        return iteration_plan(self.layer_types, iteration.passes - 1, 1)
+        guesses = self.first_guess and iteration.first_guess
+        return iteration_plan(self.layer_types, iteration.passes - 1, 1, first_guess=guesses)
 
     def _contexts(
         self,
