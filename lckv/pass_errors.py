@@ -91,8 +91,6 @@ class PassRecord:
     def guessed(self, source: int, guess: Pair) -> Pair:
         """Note what was guessed of layer `source`; returns it for the passes to read, without gradient."""
         self._estimates[_GUESS, source] = guess
-        if _AGREEMENT in self._errors.coefficients:
-            self._estimates[_AGREEMENT, source] = (guess[0].detach(), guess[1].detach())
         return guess[0].detach(), guess[1].detach()
 
     def passed(self, source: int, own: Pair) -> None:

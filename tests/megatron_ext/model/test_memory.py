@@ -246,7 +246,7 @@ def test_what_is_kept_is_predicted_for_every_kind_of_recompute(parallel: Paralle
 def test_state_bytes_are_those_allocated(precision: str, distributed: bool) -> None:
     parallel = ParallelConfig(use_distributed_optimizer=distributed)
     placement = place(model(2), settings("0_0"), parallel, vocab_size=40, seq_length=TOKENS)
-    (stage,) = stage_parameters(model(2), settings("0_0").map(2), parallel, placement, vocab_size=40)
+    (stage,) = stage_parameters(model(2), settings("0_0"), parallel, placement, vocab_size=40)
     ranks = run_on_ranks(2, allocated, parallel, precision)
     predicted = state_bytes(stage.per_rank, numbers(precision), optimizer_ranks=2 if distributed else 1)
     for weights, gradients, _ in ranks:
