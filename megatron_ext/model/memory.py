@@ -151,14 +151,17 @@ def kept_bytes(
 def _compared_bytes(
     model: ModelConfig, compression: CompressionConfig, parallel: ParallelConfig, train: TrainConfig
 ) -> int:
-    """For each layer of which passes are compared: the differences, in float32, and of a first guess its
-    normalised input of whole rows, its keys and values, and the angles of their rotation."""
-    tokens = parallel.tokens_of_rank(train.seq_length) * train.micro_batch_size
+    """For each layer of which passes are compared: the differences, in float32, and the sizes that divide
+    their sums; of a first guess its normalised input, of whole rows, and the angles of its rotation."""
+    tokens, number = parallel.tokens_of_rank(train.seq_length) * train.micro_batch_size, 4
     heads = max(1, model.query_groups // parallel.tensor_model_parallel_size)
-    pair = tokens * heads * 2 * model.head_dim
     errors = compression.first_guess + (compression.agreement_loss_coefficient > 0)
-    guess = tokens * model.hidden_size + pair if compression.first_guess else 0
-    return 4 * pair * errors + precision(train.precision).bytes * guess
+    kept = number * errors * 2 * heads * (tokens * model.head_dim + train.micro_batch_size)
+    if not compression.first_guess:
+        return kept
+    number = precision(train.precision).bytes
+    angles = model.head_dim if number == 2 else 0  # cast for each rotation
+    return kept + number * tokens * (model.hidden_size + angles)
 
 
 def key_value_numbers(

@@ -64,8 +64,9 @@ def counted_flops_per_token(compression: CompressionConfig, recompute: str) -> f
     stage = build_stage(MODEL, compression, ParallelConfig(), train, vocab_size=40)
     tokens = torch.randint(0, 40, (2, 16))
     with FlopCounterMode(display=False) as counter:
-        losses, _ = stage(tokens, torch.arange(16).expand(2, -1), tokens)
-        losses.mean().backward()
+        losses, report = stage(tokens, torch.arange(16).expand(2, -1), tokens)
+        auxiliary = 0.0 if report.auxiliary_loss is None else report.auxiliary_loss.mean()
+        (losses.mean() + auxiliary).backward()
     return counter.get_total_flops() / tokens.numel()
 
 
