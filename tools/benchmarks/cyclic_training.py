@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -138,19 +138,25 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hidden-size", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--rows", type=int, default=2, help="texts of a step (default: %(default)s)")
     parser.add_argument("--length", type=int, default=256, help="bytes of each (default: %(default)s)")
+    parser.add_argument("--cells", type=int, help="train at most so many now (default: all that are left)")
     parser.add_argument("--held-out", type=int, default=24, help="texts to measure (default: %(default)s)")
     options = parser.parse_args(argv)
     sizes = Sizes(options.steps, options.hidden_size, options.rows, options.length)
     everything = b"".join(path.read_bytes() for path in options.text)
     tokens = torch.frombuffer(bytearray(everything), dtype=torch.uint8).long()
     held_out = options.held_out * options.length
-    for cell in grid():
-        key = {name: str(value) for name, value in (asdict(cell) | asdict(sizes)).items()}
-        key["steps"] = str(round(cell.share * sizes.steps))
-        if not _is_there(options.output, key):
-            row = key | trained(cell, sizes, tokens[:-held_out], tokens[-held_out:]) | setting("cpu")
-            _append(options.output, row)
-            print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+    wanted = (cell for cell in grid() if not _is_there(options.output, _key(cell, sizes)))
+    for cell in islice(wanted, options.cells):
+        measured = trained(cell, sizes, tokens[:-held_out], tokens[-held_out:])
+        row = _key(cell, sizes) | measured | setting("cpu")
+        _append(options.output, row)
+        print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+
+
+def _key(cell: Cell, sizes: Sizes) -> dict[str, str]:
+    """The columns by which the row of a cell is known."""
+    fields = asdict(cell) | asdict(sizes) | {"steps": round(cell.share * sizes.steps)}
+    return {name: str(value) for name, value in fields.items()}
 
 
 def _is_there(path: Path, key: dict[str, str]) -> bool:
