@@ -6,7 +6,8 @@ with h hidden size, a = query heads x d, g KV heads, d channels of a head, f MLP
 sees on average. Backward is
 twice the forward. A step of the plan counts the parts of layers that it runs: forward and backward, or the
 forward only where it has no gradient. Of a prompt whose last token alone has logits, the steps are those of
-`lckv.sharing.early_exit`.
+`lckv.sharing.early_exit`. A first guess costs what keys and values of its layer do, and in backward the same
+once more, since no gradient goes on from it.
 """
 
 from collections.abc import Sequence
@@ -159,7 +160,14 @@ def prompt_cost(
 
 def forward_flops(steps: Sequence[Step], costs: Sequence[LayerCost]) -> float:
     """FLOPs per token of the forward of some steps, for layers that cost `costs`."""
-    return sum(costs[run.index].of(run.part) for step in steps for run in step.runs)
+    return sum(costs[run.index].of(run.part) for step in steps for run in step.runs) + guess_flops(
+        steps, costs
+    )
+
+
+def guess_flops(steps: Sequence[Step], costs: Sequence[LayerCost]) -> float:
+    """FLOPs per token of the first guesses that some steps read."""
+    return sum(costs[source].keys_values for step in steps for source in step.guesses)
 
 
 def _step_flops(shape: ModelShape, compression: CompressionConfig) -> float:
@@ -167,13 +175,21 @@ def _step_flops(shape: ModelShape, compression: CompressionConfig) -> float:
     costs = layer_costs(shape, compression)
     head = 6.0 * shape.hidden_size * shape.vocab_size
     steps = compression.plan(shape.num_layers)
-    return head + sum(forward_flops([step], costs) * (3 if step.requires_grad else 1) for step in steps)
+    # of a first guess: forward, and the gradient of its weights
+    guesses = guess_flops(steps, costs)
+    passes = sum(
+        (forward_flops([step], costs) - guess_flops([step], costs)) * (3 if step.requires_grad else 1)
+        for step in steps
+    )
+    return head + passes + 2 * guesses
 
 
 def _prompt_flops(shape: ModelShape, compression: CompressionConfig, passes: int, results: Results) -> float:
     """Of a prompt; the language-model head runs for its last token, if that is wanted."""
     costs = layer_costs(shape, compression)
-    steps = exit_early(iteration_plan(compression.map(shape.num_layers), passes - 1, 1), results)
+    layer_types = compression.map(shape.num_layers)
+    steps = iteration_plan(layer_types, passes - 1, 1, first_guess=compression.first_guess)
+    steps = exit_early(steps, results)
     wanted = sum(costs[run.index].wanted for step in steps for run in step.runs if run.part is Part.WANTED)
     head = 0.0 if results is Results.NONE else 2.0 * shape.hidden_size * shape.vocab_size
     return forward_flops(steps, costs) * shape.seq_length + wanted + head

@@ -334,6 +334,15 @@ class TrainConfig:
     """bf16: weights and activations in bfloat16 with float32 main weights and gradients;
     fp32: everything in float32."""
 
+    forward_passes_schedule: Literal["constant", "falling", "rising", "random"] = "constant"
+    """How many passes without gradient (m) a step runs over each cyclic group. constant:
+    compression.forward_passes, as published. falling: from that to least_forward_passes, every number for
+    equally many of train_iters; rising: the other way round. random: any of these numbers, drawn from seed
+    and iteration alone. Evaluation always runs compression.forward_passes."""
+
+    least_forward_passes: int = 1
+    """Of forward_passes_schedule."""
+
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in backward: none; selective: those of recompute_modules; full: whole layers."""
 

@@ -90,6 +90,12 @@ class Forward:
         if self._tolerance == 0:
             return Iteration(self._passes), None
         settling = Settling(
-            self._tolerance, self._passes, rows, counted, key_bias=self._key_bias, device=device
+            self._tolerance,
+            self._passes,
+            rows,
+            counted,
+            key_bias=self._key_bias,
+            device=device,
+            guessed=self.model.model.first_guess,
         )
         return Iteration(self._passes, settling), settling

@@ -21,6 +21,7 @@ from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.interface import OWN, AttentionFunction
 from lckv.models.tokens import Layout
 from lckv.models.wanted import Wanted
+from lckv.pass_errors import PassRecord
 from lckv.policies.base import Extension, Statistics, TokenContext
 
 
@@ -66,6 +67,9 @@ class LCKVLlamaAttention(nn.Module):
             self.k_proj = nn.Linear(hidden, kv_width, bias=config.qkv_bias)
             self.v_proj = nn.Linear(hidden, kv_width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(width, hidden, bias=False)
+        if compression.first_guess and layer_idx in layer_types.cyclic_sources:
+            self.first_guess_k_proj = ZeroLinear(hidden, kv_width, bias=False)
+            self.first_guess_v_proj = ZeroLinear(hidden, kv_width, bias=False)
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
             if self.computes_kv:
@@ -130,6 +134,15 @@ class LCKVLlamaAttention(nn.Module):
         own, statistics = self.policy.keys_values(key, value, query, context)
         return Extension(*own), statistics
 
+    def first_guess(self, hidden_states: Tensor, tokens: Tokens) -> Extension:
+        """What is guessed of the layer's keys and values from the input [b, s, hidden] of its group, through
+        which no gradient flows. The map is linear in the input divided by its root mean square."""
+        normed = nn.functional.rms_norm(
+            hidden_states.detach(), hidden_states.shape[-1:], eps=self.config.rms_norm_eps
+        )
+        key, value = self._heads("first_guess_k", normed), self._heads("first_guess_v", normed)
+        return Extension(tokens.contexts[self.layer_idx].rotate(key), value)
+
     def _heads(self, name: str, hidden_states: Tensor) -> Tensor:
         """Projected (and normalised) heads [s, b, heads, d], before RoPE."""
         heads = getattr(self, f"{name}_proj")(hidden_states).unflatten(-1, (-1, self.head_dim))
@@ -182,6 +195,11 @@ class LCKVLlamaAttention(nn.Module):
             ) from error
 
 
+class ZeroLinear(nn.Linear):
+    """A linear layer whose initial weights are zeros: before training, guessed keys and values are those that
+    published models begin with."""
+
+
 class LCKVLlamaMLP(nn.Module):
     """SwiGLU."""
 
@@ -227,14 +245,15 @@ class LCKVLlamaDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states: Tensor, tokens: Tokens, part: str, *source: Tensor | None) -> _Flat:
-        """`part` is "all", "keys_values" (nothing else is returned), "without_source" (attention is left
-        out, as if it were 0) or "wanted" (all, but hidden states of `tokens.wanted` alone). `source` are the
-        fields of what the layer reads, if it reads another's.
-        Everything goes through here, so that hooks
-        on the module (sharded or offloaded weights) see every use."""
+        """`part` is "all", "keys_values" or "first_guess" (nothing else is returned), "without_source"
+        (attention is left out, as if it were 0) or "wanted" (all, but hidden states of `tokens.wanted`
+        alone). `source` are the fields of what the layer reads, if it reads another's. Everything goes through
+        here, so that hooks on the module (sharded or offloaded weights) see every use."""
         if part == "keys_values":
             own, statistics = self.self_attn.keys_values(self.input_layernorm(hidden_states), tokens)
             return hidden_states, *own, *statistics
+        if part == "first_guess":
+            return hidden_states, *self.self_attn.first_guess(hidden_states, tokens)
         own_or_none: Extension | None = None
         statistics = ()
         if part in ("all", "wanted"):
@@ -272,10 +291,16 @@ class PlannedLayers:
     """The model's layers for one forward pass, as the plan calls them."""
 
     def __init__(
-        self, layers: Sequence[LCKVLlamaDecoderLayer], tokens: Tokens, hidden_states: HiddenStates
+        self,
+        layers: Sequence[LCKVLlamaDecoderLayer],
+        tokens: Tokens,
+        hidden_states: HiddenStates,
+        record: PassRecord,
     ) -> None:
-        """Each layer's result in the pass that counts is added to `hidden_states`."""
+        """Each layer's result in the pass that counts is added to `hidden_states`; keys and values of passes
+        are compared in `record`."""
         self._layers, self._tokens, self._hidden_states = layers, tokens, hidden_states
+        self._record = record
         self.kept: dict[int, Extension] = {}
         """Keys and values of the pass that counts, if there is a cache for them."""
         self.statistics: dict[int, Statistics] = {}
@@ -288,7 +313,9 @@ class PlannedLayers:
         hidden_states, own, statistics = _unflat(flat)
         if kept:
             self._hidden_states.add(hidden_states)
-            self._keep(index, own, statistics)
+            self._keep(index, own, statistics or self._errors(index, own))
+        elif own is not None:
+            self._record.passed(index, own[:2])
         return hidden_states, own
 
     def run_wanted(
@@ -297,7 +324,7 @@ class PlannedLayers:
         """See `WantingLayers`."""
         flat = self._layers[index](hidden_states, self._tokens, "wanted", *(source or ()))
         hidden_states, own, statistics = _unflat(flat)
-        self._keep(index, own, statistics)
+        self._keep(index, own, statistics or self._errors(index, own))
         return hidden_states, own
 
     def keys_values(self, index: int, hidden_states: Tensor) -> Extension:
@@ -306,13 +333,27 @@ class PlannedLayers:
         _, own, statistics = _unflat(flat)
         assert own is not None
         self._keep(index, own, statistics)  # those of the last pass, which is the one that counts, stay
+        self._record.passed(index, own[:2])
         return own
+
+    def first_guess(self, source: int, hidden_states: Tensor) -> Extension:
+        """What is guessed of the keys and values of layer `source`, for the first pass to read."""
+        guess = _unflat(self._layers[source](hidden_states, self._tokens, "first_guess"))[1]
+        assert guess is not None
+        return Extension(*self._record.guessed(source, guess[:2]))
 
     def _keep(self, index: int, own: Extension | None, statistics: Statistics) -> None:
         if own is not None and self._tokens.cache is not None:
             self.kept[index] = own
         if statistics:
             self.statistics[index] = statistics
+
+    def _errors(self, index: int, own: Extension | None) -> Statistics:
+        """Of passes before the one that counts, where there is no cache."""
+        if own is None or self._tokens.cache is not None:
+            return ()
+        counted = self._tokens.layout.counted
+        return self._record.statistics(index, own[:2], None if counted is None else counted.transpose(0, 1))
 
     def run_without_source(self, index: int, hidden_states: Tensor) -> tuple[Tensor, Extension | None]:
         """Without older tokens attention to zero keys and values is exactly 0;

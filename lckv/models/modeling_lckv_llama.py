@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.generation import GenerationMode
 
 from lckv.cache.base import KVCache
@@ -33,7 +33,7 @@ from lckv.models.interface import (
     mask_for,
     obstacle_to_functions,
 )
-from lckv.models.layers import HiddenStates, LCKVLlamaDecoderLayer, PlannedLayers, Tokens
+from lckv.models.layers import HiddenStates, LCKVLlamaDecoderLayer, PlannedLayers, Tokens, ZeroLinear
 from lckv.models.logits import (
     check_labels,
     check_skip_logits,
@@ -45,6 +45,7 @@ from lckv.models.logits import (
 from lckv.models.outputs import LCKVModelOutput, LCKVOutput
 from lckv.models.tokens import Given, Layout, documents_of, positions
 from lckv.models.wanted import Wanted, check_needs, newest_columns, results_of
+from lckv.pass_errors import PassErrors, PassRecord, reporter_of, reporting_layers
 from lckv.policies.base import Extension, Statistics, TokenContext, statistics_by_name
 from lckv.rope import Turn
 from lckv.sharing.early_exit import exit_early
@@ -59,6 +60,8 @@ class Iteration(NamedTuple):
     """At most so many."""
     converged: Callable[[Mapping[int, Extension], Mapping[int, Extension]], bool] | None = None
     """See `run_steps`."""
+    first_guess: bool = True
+    """Whether the first pass reads the learned first guess, where the model has one; else zeros."""
 
 
 class LCKVLlamaPreTrainedModel(PreTrainedModel):
@@ -74,6 +77,13 @@ class LCKVLlamaPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     """There are such models; those that no function of others can serve say so when they are made."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Called by transformers, of weights that are not loaded."""
+        if isinstance(module, ZeroLinear):
+            initialization.zeros_(module.weight)
+        else:
+            super()._init_weights(module)
 
 
 class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
@@ -91,6 +101,9 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         compression = config.compression_config()
         self.layer_types = compression.map(config.num_hidden_layers)
         self.policy = compression.policy.build()
+        self.first_guess = compression.first_guess
+        self.pass_errors, self.reporter = PassErrors(compression), reporter_of(compression)
+        self.reporting_layers = reporting_layers(compression, config.num_hidden_layers)
         self.forward_passes, self.backward_passes = compression.forward_passes, compression.backward_passes
         self.steps = compression.plan(config.num_hidden_layers)
         self.single_pass = iteration_plan(self.layer_types, 0, 1)
@@ -214,7 +227,8 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
             check_needs(wanted, all_tokens=bool(chosen) or function is not None)
             of_results = Wanted.at(wanted, tokens, contexts[0], layout)
         context = Tokens(contexts, layout, cache, function, of_results)
-        layers = PlannedLayers(self.layers, context, states)  # type: ignore[arg-type]  # a ModuleList is one
+        record = PassRecord(self.pass_errors, self.layer_types.cyclic_sources)
+        layers = PlannedLayers(self.layers, context, states, record)  # type: ignore[arg-type]  # a ModuleList is one
         steps = exit_early(self._steps(tokens, iteration), results_of(wanted))
         converged = None if iteration is None else iteration.converged
         state = run_steps(steps, layers, State(hidden_states, {}), converged)
@@ -230,12 +244,12 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         return output
 
     def _report(self, output: LCKVModelOutput, statistics: Mapping[int, Statistics]) -> None:
-        """What the KV policy says of the statistics of each layer that computes keys and values."""
-        of_layers = [statistics[layer] for layer in self.layer_types.kv_layers]
-        # Of each statistic [KV layers, b, g].
+        """What the KV policy, or errors between passes, say of the statistics of each layer that reports."""
+        of_layers = [statistics[layer] for layer in self.reporting_layers]
+        # Of each statistic [layers, b, g].
         stacked = [torch.stack(tensors) for tensors in zip(*of_layers, strict=True)]
-        output.statistics = dict(statistics_by_name(self.policy, [tensor.detach() for tensor in stacked]))
-        loss = self.policy.auxiliary_loss([tensor.mean((0, 2)) for tensor in stacked], 1.0)
+        output.statistics = dict(statistics_by_name(self.reporter, [tensor.detach() for tensor in stacked]))
+        loss = self.reporter.auxiliary_loss([tensor.mean((0, 2)) for tensor in stacked], 1.0)
         output.auxiliary_loss = None if loss is None else loss.mean()
 
     def iterates(self, tokens: int) -> bool:
@@ -248,7 +262,8 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
             return self.single_pass
         if iteration is None:
             return self.steps
-        return iteration_plan(self.layer_types, iteration.passes - 1, 1)
+        guesses = self.first_guess and iteration.first_guess
+        return iteration_plan(self.layer_types, iteration.passes - 1, 1, first_guess=guesses)
 
     def _contexts(
         self,

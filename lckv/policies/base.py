@@ -279,6 +279,15 @@ class KVPolicy(ABC):
         return None
 
 
-def statistics_by_name(policy: KVPolicy, values: Sequence[Any]) -> Mapping[str, Any]:
-    """One value for each statistic of `policy`, by the statistic's name."""
-    return {statistic.name: value for statistic, value in zip(policy.statistics, values, strict=True)}
+class Reports(Protocol):
+    """What has statistics: a KV policy, or another."""
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        """What is reported, in this order."""
+        ...
+
+
+def statistics_by_name(reporter: Reports, values: Sequence[Any]) -> Mapping[str, Any]:
+    """One value for each statistic of `reporter`, by the statistic's name."""
+    return {statistic.name: value for statistic, value in zip(reporter.statistics, values, strict=True)}

@@ -46,6 +46,11 @@ class Layers(Protocol[KV]):
         """Keys and values before the first pass."""
         ...
 
+    def first_guess(self, source: int, hidden_states: Tensor) -> KV:
+        """In place of zeros, where the plan says so: what is guessed of the keys and values of layer `source`
+        from the input states of its group. The passes send no gradient into it."""
+        ...
+
 
 @runtime_checkable
 class WantingLayers(Layers[KV], Protocol[KV]):
@@ -75,7 +80,8 @@ class State(NamedTuple, Generic[KV]):
     """What the running pass has computed for the next one, by the layer that computed it."""
 
     previous: Mapping[int, KV] | None = None
-    """What the pass before handed on, by the layer that computed it; None before the first."""
+    """What the pass before handed on, by the layer that computed it; before the first pass what was guessed,
+    or None."""
 
     prepared: int = 0
     """Passes that have been run over the group that is being iterated."""
@@ -103,6 +109,9 @@ def run_steps(
 
 
 def _run_step(step: Step, layers: Layers[KV], state: State[KV], converged: Converged[KV] | None) -> State[KV]:
+    if step.begins and step.guesses:  # with gradient, whatever the pass has: guesses are trained
+        guesses = {source: layers.first_guess(source, state.hidden_states) for source in step.guesses}
+        state = state._replace(previous=guesses)
     with nullcontext() if step.requires_grad else torch.no_grad():
         if step.begins and step.group.iterated:
             state = _begun(step, state)

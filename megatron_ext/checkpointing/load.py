@@ -212,7 +212,7 @@ def _differences(expected: Any, stored: Any, field: str) -> Iterator[tuple[str, 
             name = f"{field}.{key}" if field else key
             if key in stored:
                 yield from _differences(value, stored[key], name)
-            else:
+            elif value is not False:  # what came later, and is off here, was not there
                 logger.warning(
                     "the checkpoint does not say what %s was; this run has %s", name, json.dumps(value)
                 )

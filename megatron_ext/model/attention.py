@@ -22,7 +22,7 @@ from lckv.policies.base import KeyValue, Statistics, TokenContext
 from megatron_ext.mcore import name_argument
 from megatron_ext.model.attention_backend import choose_backend
 from megatron_ext.model.contexts import LayerContext, keys_values
-from megatron_ext.model.linear import QKVLinear
+from megatron_ext.model.linear import FirstGuessLinear, QKVLinear
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 from megatron_ext.parallel.context import ContextGroup
 from megatron_ext.parallel.key_ring import KeyRing
@@ -161,6 +161,10 @@ class SharedKVAttention(Attention):
             tp_group=self.pg_collection.tp,
         )
         setattr(self, "linear_qkv" if self.computes_kv else "linear_q", projection)
+        if config.compression.first_guess and self.layer_type.index in config.layer_types.cyclic_sources:
+            self.linear_first_guess = FirstGuessLinear(
+                config, config.hidden_size, 2 * self.kv_projection_size, self.pg_collection.tp
+            )
         self.q_layernorm = self._head_norm(submodules.q_layernorm)
         self.k_layernorm = self._head_norm(submodules.k_layernorm) if self.computes_kv else None
 
@@ -200,6 +204,18 @@ class SharedKVAttention(Attention):
         """The layer's keys and values alone, from `hidden_states` [s, b, hidden] (normalised)."""
         *query, key, value = self.kv_heads(hidden_states)
         return self.of_policy(query[0] if query else None, key, value, context)
+
+    def first_guess(self, hidden_states: Tensor, tokens: TokenContext) -> KeyValue:
+        """What is guessed of the layer's keys and values, of the rank's part of rows, from the input states
+        of its group [s / shards, b, hidden], through which no gradient flows.
+
+        The map is linear in the input divided by its root mean square: the weights of a norm would be part of
+        it anyway, and those of the group's lowest layer lie within its projection where layers are fused."""
+        normed = torch.nn.functional.rms_norm(
+            hidden_states.detach(), hidden_states.shape[-1:], eps=self.config.layernorm_epsilon
+        )
+        key, value = self.linear_first_guess(normed).unflatten(-1, (-1, 2, self.head_dim)).unbind(3)
+        return KeyValue(tokens.rotate(key), value)
 
     def kv_heads(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
         """As `heads`, of a layer that computes keys and values; without queries where that is cheaper and the

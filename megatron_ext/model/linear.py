@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from lckv.losses.token_losses import TokenLosses
 from megatron_ext.model.implementation import has_fused_gradients
@@ -119,6 +120,35 @@ class _SummedElsewhere(torch.autograd.Function):
         weight.grad_added_to_main_grad = True
         is_shared = getattr(weight, "zero_out_wgrad", False)
         return torch.zeros_like(weight) if is_shared else torch.empty_like(weight)
+
+
+class FirstGuessLinear(ColumnParallelLinear):
+    """The first guess of a layer's keys and values. Rows of each KV head: its key, then its value.
+
+    Its input has no gradient, so that none is computed, and none summed over ranks.
+    """
+
+    def __init__(
+        self, config: ModelParallelConfig, input_size: int, output_size: int, group: ProcessGroup
+    ) -> None:
+        own_config = copy.copy(config)
+        own_config.gradient_accumulation_fusion = has_fused_gradients()
+        super().__init__(
+            input_size,
+            output_size,
+            config=own_config,
+            init_method=config.init_method,
+            bias=False,
+            gather_output=False,
+            skip_bias_add=False,
+            tp_group=group,
+        )
+
+    def forward(self, input_: Tensor) -> Tensor:
+        """[s / shards, b, hidden] without gradient to [s, b, rows of this rank]."""
+        if self.sequence_parallel:
+            input_ = gather_from_sequence_parallel_region(input_, group=self.tp_group)
+        return torch.nn.functional.linear(input_, self.weight)
 
 
 def _kv_rows(rows: Tensor, heads: int, head_dim: int) -> Tensor:

@@ -85,6 +85,9 @@ class Kept:
     runs: tuple[LayerRun, ...] = ()
     """Runs of layers that are not recomputed."""
 
+    compared: int = 0
+    """Layers whose keys and values of passes are compared (`lckv.pass_errors`)."""
+
 
 def kept_for_backward(
     compression: CompressionConfig, num_layers: int, layers: range, recomputed: range | None = None
@@ -107,7 +110,11 @@ def kept_for_backward(
     }
     shared = {(reads.source, reads.number) for reads in read if reads.origin is not Origin.OWN}
     own = {(run.reads.source, run.reads.number) for run in whole if run.part is Part.WHOLE and run.reads}
-    return Kept(len(runs) - len(whole), len(shared | own), whole)
+    compares = compression.first_guess or compression.agreement_loss_coefficient
+    sources = compression.map(num_layers).cyclic_sources if compares else ()
+    return Kept(
+        len(runs) - len(whole), len(shared | own), whole, len([index for index in sources if index in layers])
+    )
 
 
 def recomputed_of_stage(train: TrainConfig, layers: range) -> range:
@@ -138,7 +145,24 @@ def kept_bytes(
     if train.activation_offload == "token_wise":
         return precision(train.precision).bytes * kept.shared * key_value
     tensors = precision(train.precision).bytes * (kept.inputs * hidden + kept.shared * key_value)
-    return tensors + sum(map(layer.kept, kept.runs))
+    compared = _compared_bytes(model, compression, parallel, train)
+    return tensors + sum(map(layer.kept, kept.runs)) + kept.compared * compared
+
+
+def _compared_bytes(
+    model: ModelConfig, compression: CompressionConfig, parallel: ParallelConfig, train: TrainConfig
+) -> int:
+    """For each layer of which passes are compared: the differences, in float32, and the sizes that divide
+    their sums; of a first guess its normalised input, of whole rows, and the angles of its rotation."""
+    tokens, number = parallel.tokens_of_rank(train.seq_length) * train.micro_batch_size, 4
+    heads = max(1, model.query_groups // parallel.tensor_model_parallel_size)
+    errors = compression.first_guess + (compression.agreement_loss_coefficient > 0)
+    kept = number * errors * 2 * heads * (tokens * model.head_dim + train.micro_batch_size)
+    if not compression.first_guess:
+        return kept
+    number = precision(train.precision).bytes
+    angles = model.head_dim if number == 2 else 0  # cast for each rotation
+    return kept + number * tokens * (model.hidden_size + angles)
 
 
 def key_value_numbers(

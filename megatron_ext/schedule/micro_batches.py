@@ -87,11 +87,15 @@ def run_schedule(
     *,
     progress: float,
     forward_only: bool,
+    forward_passes: int | None = None,
 ) -> list[Tensor]:
-    """Losses of this rank's micro-batches, float64 [2 + b] each: sum, number of tokens, and the sum of each
-    row. Empty before the last stage."""
+    """Run the micro-batches of a step or an evaluation, with m = `forward_passes`; None: as configured.
+
+    Returns losses of this rank's micro-batches, float64 [2 + b] each: sum, number of tokens, and the sum of
+    each row. Empty before the last stage."""
     passage = _LossOfBatch(model, train, progress, forward_only)
     decoder = get_attr_wrapped_model(model, "decoder")
+    decoder.take_passes(forward_passes)
     tokens = train.seq_length // decoder.context_group.chunks.ranks
     if decoder.journey.circulates:
         ticks = ticks_of(

@@ -10,7 +10,7 @@ from megatron_ext.config import RunConfig
 from megatron_ext.data.order import SourceUse
 from megatron_ext.model.cost import policy_line
 from megatron_ext.model.offload_share import OffloadShare
-from megatron_ext.summary.sizes import RunSizes
+from megatron_ext.summary.sizes import RunSizes, forward_passes_of
 
 _INDENT = " " * 22
 _SHOWN_SOURCES = 10
@@ -49,9 +49,12 @@ def cost_lines(sizes: RunSizes) -> Iterator[str]:
     """Operations of a training step, and the steps of the plan where layers are iterated."""
     compression, cost, passes = sizes.run.compression, sizes.cost, ""
     if sizes.layer_types.any_cyclic:
+        numbers, schedule = forward_passes_of(sizes.run), sizes.run.train.forward_passes_schedule
+        without = f"{numbers[0]} to {numbers[-1]} ({schedule})" if len(numbers) > 1 else f"{numbers[0]}"
+        guess = ", from a learned first guess" if compression.first_guess else ""
         passes = (
-            f" ({compression.forward_passes} passes without and {compression.backward_passes} with gradient "
-            "over each cyclic group)"
+            f" ({without} passes without and {compression.backward_passes} with gradient over each cyclic "
+            f"group{guess})"
         )
     yield f"predicted cost        {cost.ratio:.2f}x a plain model's step{passes}"
     if sizes.layer_types.any_cyclic:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
+from lckv.pass_errors import reporter_of
 from megatron_ext.model.attention_backend import choose_backend
 from megatron_ext.model.implementation import choose_implementation
 from megatron_ext.model.loss_backend import choose_loss
@@ -17,7 +18,7 @@ def describe(sizes: RunSizes, device: torch.device) -> Iterator[str]:
     """The run's summary, a line each."""
     yield picture(sizes)
     yield from model_lines(sizes)
-    for statistic in sizes.run.compression.policy.build().statistics:
+    for statistic in reporter_of(sizes.run.compression).statistics:
         yield f"reported as           {statistic.name}/layer_I/head_J: {statistic.text}"
     yield from cost_lines(sizes)
     yield from layout_lines(sizes)

@@ -11,6 +11,7 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.model.placement import Placement, place
 from megatron_ext.precision import Precision, precision
 from megatron_ext.validation.context import context_problems
+from megatron_ext.validation.passes import pass_problems
 from megatron_ext.validation.policy import policy_problems
 from megatron_ext.validation.rules import above_zero, at_least, fraction, multiple
 
@@ -30,6 +31,7 @@ def layout_problems(run: RunConfig) -> list[str]:
         *tensor_parallel_problems(run.model, run.parallel, run.train),
         *pipeline_problems(run),
         *context_problems(run),
+        *pass_problems(run),
     ]
 
 

@@ -38,9 +38,12 @@ MAPS = [
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("layer_types", MAPS)
+@pytest.mark.parametrize("layer_types", [*MAPS, "0_4_4_4_4_5 guess"])
 def test_counted_operations(layer_types: str, recompute: str) -> None:
-    compression = CompressionConfig(layer_types=layer_types, forward_passes=3, backward_passes=2)
+    layer_types, _, guess = layer_types.partition(" ")
+    compression = CompressionConfig(
+        layer_types=layer_types, forward_passes=3, backward_passes=2, first_guess=bool(guess)
+    )
     (counted,) = run_on_ranks(1, counted_flops_per_token, compression, recompute)
     cost = training_cost(SHAPE, compression, recomputed_layers=6 if recompute == "full" else 0)
     # the counter does not know PyTorch's attention on CPU: leave attention out on both sides
@@ -109,8 +112,9 @@ def counted_flops_per_token(compression: CompressionConfig, recompute: str) -> f
     stage = build_stage(MODEL, compression, ParallelConfig(), train, vocab_size=40)
     tokens = torch.randint(0, 40, (2, 16))
     with FlopCounterMode(display=False) as counter:
-        losses, _ = stage(tokens, torch.arange(16).expand(2, -1), tokens)
-        losses.mean().backward()
+        losses, report = stage(tokens, torch.arange(16).expand(2, -1), tokens)
+        auxiliary = 0.0 if report.auxiliary_loss is None else report.auxiliary_loss.mean()
+        (losses.mean() + auxiliary).backward()
     return counter.get_total_flops() / tokens.numel()
 
 
