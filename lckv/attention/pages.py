@@ -17,6 +17,8 @@ from torch import Tensor
 
 _SLOTS_OF_A_CHUNK = {"cpu": 64}
 _SLOTS_OF_A_CHUNK_ELSEWHERE = 256
+_MOST_COPIED = 1.25
+"""So many times the pages that are seen may be copied to attend to as many of every head."""
 _SLOTS_OF_A_STEP = 64
 _LEAST = 16
 """Smallest size of a matrix that the tensor cores take."""
@@ -55,6 +57,19 @@ class Work(NamedTuple):
 
     bounds: Tensor
     """[b * g + 1]: where each head's chunks begin in this list, and w at the end."""
+
+
+class CopiedPages(NamedTuple):
+    """What one query per head sees of as many pages of every head, copied side by side."""
+
+    slots: int
+    """Of a head, all its pages together."""
+
+    mask: Tensor | None
+    """[b * g or 1, 1, 1, slots], in the dtype of queries: -inf where a slot is not seen; None: all are."""
+
+    place: Tensor
+    """int64 [b * g]: where each head's new key goes in the copies, one head's slots behind the other's."""
 
 
 class PagesAttended(NamedTuple):
@@ -122,3 +137,37 @@ def list_work(
     block = table_row[head] * (columns // pages) + chunk
     flat = torch.from_numpy(np.concatenate((head, chunk * (pages * page_size), block, bounds))).to(device)
     return Work(*flat.split((len(head), len(head), len(head), len(bounds))))
+
+
+def copy_evenly(
+    first: NDArray[np.int64],
+    stop: NDArray[np.int64],
+    *,
+    own: bool,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[NDArray[np.int64], CopiedPages] | None:
+    """How to attend to slots `first` .. `stop` - 1 of each head [b * g], and to one more key behind them if
+    `own`: the columns of the table to copy, [b * g, columns], and what is seen of them. None where heads have
+    so different numbers of slots that copies would be much larger than what is seen, or where a head would
+    see nothing."""
+    end = stop + int(own)
+    begin = first // page_size
+    columns = -(-end // page_size) - begin
+    widest = int(columns.max())
+    if (end <= first).any() or widest * len(columns) > _MOST_COPIED * (columns.sum() + len(columns)):
+        return None
+    slots = widest * page_size
+    offset = begin * page_size
+    place = torch.from_numpy(np.arange(len(stop)) * slots + np.minimum(stop - offset, slots - 1)).to(device)
+    lowest, highest = (first - offset)[:, None], (end - offset)[:, None]
+    if (lowest == lowest[0]).all() and (highest == highest[0]).all():
+        lowest, highest = lowest[:1], highest[:1]
+    mask = None
+    if (lowest > 0).any() or (highest < slots).any():
+        numbers = np.arange(slots)
+        hidden = torch.from_numpy((numbers < lowest) | (numbers >= highest)).to(device)
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+        mask = mask[:, None, None]
+    return begin[:, None] + np.arange(widest), CopiedPages(slots, mask, place)

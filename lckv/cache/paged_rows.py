@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lckv.attention import paged, past
 from lckv.attention.key_bias import KeyBias
-from lckv.attention.pages import PagesAttended, Work, list_work
+from lckv.attention.pages import CopiedPages, PagesAttended, Work, copy_evenly, list_work
 from lckv.attention.visibility import Visibility
 from lckv.cache.edits import Edit, edit_of, newest_slots, stored_key
 from lckv.cache.page_tables import Integers
@@ -53,6 +53,7 @@ class PagedRows:
         self._table_rows = (sequences[:, None] * heads + np.arange(heads)).ravel()
         self._version = -1
         self._work: dict[tuple[bytes, int | None], Work] = {}
+        self._copies: dict[tuple[bytes, int | None, bool], tuple[Tensor, CopiedPages] | None] = {}
 
     @property
     def empty(self) -> bool:
@@ -191,6 +192,7 @@ class PagedRows:
         self._host_lengths = self._memory.tables.lengths[:, self._sequences]
         self._columns = self._memory.tables.owned(self._sequences)
         self._work.clear()
+        self._copies.clear()
 
     def _attend_one(
         self,
@@ -203,6 +205,11 @@ class PagedRows:
     ) -> Tensor:
         """`query` [b, h, d + e], result [b, h, d]."""
         channels = new.value.shape[-1]
+        if key_bias is None and paged.why_not_kernel_for(query, new.value) is not None:
+            copies = self._copies_of(number, visibility, query.dtype)
+            if copies is not None:
+                own = None if visibility.exclude_self else (new.key[0], new.value[0])
+                return paged.attend_copied(query, self._memory.pages_of(number), *copies, own, scale=scale)
         attended = self._attend_older(number, query[..., :channels], new, visibility, scale, key_bias)
         if visibility.exclude_self:
             return attended.output.to(query.dtype)
@@ -258,6 +265,31 @@ class PagedRows:
                 device=self._rows.device,
             )
         return self._work[name]
+
+    def _copies_of(
+        self, number: int, visibility: Visibility, dtype: torch.dtype
+    ) -> tuple[Tensor, CopiedPages] | None:
+        """Pages int32 [b * g, columns] of a layer, and what one token per row sees of copies of them; None:
+        see `copy_evenly`. Layers of equal lengths share the latter."""
+        lengths, own = self._host_lengths[number].ravel(), not visibility.exclude_self
+        name = lengths.tobytes(), visibility.window, own
+        if name not in self._copies:
+            first = np.zeros_like(lengths)
+            if visibility.window is not None:
+                first = np.maximum(lengths - (visibility.window - 1), 0)
+            self._copies[name] = self._plan_copies(first, lengths, own, dtype)
+        plan = self._copies[name]
+        return None if plan is None else (plan[0][number], plan[1])
+
+    def _plan_copies(
+        self, first: Integers, stop: Integers, own: bool, dtype: torch.dtype
+    ) -> tuple[Tensor, CopiedPages] | None:
+        memory, device = self._memory, self._rows.device
+        plan = copy_evenly(first, stop, own=own, page_size=memory.page_size, dtype=dtype, device=device)
+        if plan is None:
+            return None
+        columns, copied = plan
+        return torch.from_numpy(memory.tables.pages_at(self._sequences, columns)).to(device), copied
 
     def _gather(self, number: int, rows: slice, width: int) -> past.Past:
         """A copy of the slots of some rows, `width` pages of each head from the first one that it owns."""
