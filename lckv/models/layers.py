@@ -247,8 +247,8 @@ class LCKVLlamaDecoderLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: Tensor, tokens: Tokens, part: str, *source: Tensor | None) -> _Flat:
         """`part` is "all", "keys_values" or "first_guess" (nothing else is returned), "without_source"
         (attention is left out, as if it were 0) or "wanted" (all, but hidden states of `tokens.wanted`
-        alone). `source` are the fields of what the layer reads, if it reads another's. Everything goes through
-        here, so that hooks on the module (sharded or offloaded weights) see every use."""
+        alone). `source` are the fields of what the layer reads, if it reads another's. Everything goes
+        through here, so that hooks on the module (sharded or offloaded weights) see every use."""
         if part == "keys_values":
             own, statistics = self.self_attn.keys_values(self.input_layernorm(hidden_states), tokens)
             return hidden_states, *own, *statistics
