@@ -46,6 +46,10 @@ class NarrowingLayers:
     def zeros(self, hidden_states: Tensor) -> Tensor:
         return torch.zeros_like(hidden_states)
 
+    def first_guess(self, source: int, hidden_states: Tensor) -> Tensor:
+        assert len(hidden_states) == TOKENS
+        return torch.cos(hidden_states * self.weights[0, source])
+
     def _own(self, index: int, hidden_states: Tensor) -> Tensor | None:
         return self.keys_values(index, hidden_states) if index in self.layer_types.kv_layers else None
 
@@ -56,11 +60,11 @@ class NarrowingLayers:
         return hidden_states + torch.tanh(hidden_states * self.weights[2, index])
 
 
-@given(maps(9), st.integers(0, 2), st.integers(1, 2))
+@given(maps(9), st.integers(0, 2), st.integers(1, 2), st.booleans())
 def test_results_and_what_is_kept_are_those_of_the_whole_plan(
-    layer_types: LayerTypes, m: int, b: int
+    layer_types: LayerTypes, m: int, b: int, first_guess: bool
 ) -> None:
-    steps = iteration_plan(layer_types, m, b)
+    steps = iteration_plan(layer_types, m, b, first_guess=first_guess)
     whole = NarrowingLayers(layer_types)
     start = State(torch.randn(TOKENS, dtype=torch.float64), {})
     expected = run_steps(steps, whole, start)
