@@ -56,9 +56,9 @@ def attend(
         return attend_rows(query, key, value)
     if not longer:
         return attend_in_batches(attend_rows, query, key, value, visibility.documents)
-    *seen, of_seen = within_window(query, key, value, visibility)
+    queries, keys, values, of_seen = within_window(query, key, value, visibility)
     assert of_seen.documents is not None
-    return attend_in_batches(attend_rows, *seen, of_seen.documents)[:, :, -query.shape[2] :]
+    return attend_in_batches(attend_rows, queries, keys, values, of_seen.documents)[:, :, -query.shape[2] :]
 
 
 def _has_pair(query: Tensor) -> bool:

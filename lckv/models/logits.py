@@ -80,7 +80,7 @@ def check_skip_logits(skip_logits: bool, labels: Tensor | None, head: nn.Module,
 
 def loss_without_logits(
     states: Tensor,
-    head: nn.Module,
+    head: nn.Linear,
     labels: Tensor,
     num_items_in_batch: Tensor | int | None = None,
     ignore_index: int = -100,

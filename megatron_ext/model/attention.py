@@ -96,7 +96,7 @@ class CoreAttention(MegatronModule):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
         """From the last tokens of rows to all of them."""
         visibility, rows = Visibility(*self.sight, documents), query.shape[1]
-        heads = query, key, value
+        heads: tuple[Tensor, ...] = query, key, value
         if documents is None:  # rows are alike, and stand as heads of one row, whose output is [s, 1, b h, d]
             heads = tuple(tensor.flatten(1, 2)[:, None] for tensor in heads)
         attend = partial(

@@ -99,7 +99,7 @@ def gradient_sums(weight: Tensor) -> Tensor | None:
     None where autograd is to bring them."""
     if not (torch.is_grad_enabled() and weight.requires_grad and hasattr(weight, "grad_added_to_main_grad")):
         return None
-    sums: Tensor = weight.main_grad
+    sums: Tensor = weight.main_grad  # type: ignore[attr-defined]  # Megatron's
     return sums if sums.dtype == torch.float32 else None
 
 

@@ -1,5 +1,7 @@
 """Which backend of the loss a run's model.cross_entropy_backend means."""
 
+from typing import Literal
+
 import torch
 
 from lckv.errors import UnsupportedError
@@ -10,7 +12,11 @@ from megatron_ext.precision import precision
 
 
 def choose_loss(
-    model: ModelConfig, parallel: ParallelConfig, precision_name: str, *, device: torch.device | None = None
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision_name: Literal["fp32", "bf16"],
+    *,
+    device: torch.device | None = None,
 ) -> Choice:
     """For `train.precision` and a model on `device`; default: the GPU if there is one.
     Raises ConfigError where what is asked for cannot serve."""

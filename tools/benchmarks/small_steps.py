@@ -58,9 +58,7 @@ def own_step(
         for name in ("start_param_sync", "start_grad_sync", "finish_grad_sync"):
             setattr(ddp, name, partial(getattr(DistributedDataParallel, name), ddp))
     optimizer, scheduler = build_optimizer(OPTIMIZER, parallel, train, ddp)
-    batch = partial(
-        make_batch, data=DataConfig(), eod=None, device=device_of_rank(), chunks=chunks_of_rank(), reach=0
-    )
+    batch = partial(make_batch, data=DataConfig(), eod=None, device=device_of_rank(), chunks=chunks_of_rank())
     samples = _samples(tokens)
     return lambda: train_step(ddp, optimizer, scheduler, samples, batch, train, progress=0.5)
 
@@ -87,7 +85,8 @@ def transformers_step(model: ModelConfig, tokens: int) -> Callable[[], object]:
             max_position_embeddings=tokens,
             use_cache=False,
         )
-    ).to(device_of_rank())
+    )
+    llama.to(device_of_rank())  # type: ignore[arg-type]  # transformers' annotation
     optimizer = torch.optim.AdamW(
         llama.parameters(), lr=OPTIMIZER.lr, betas=(OPTIMIZER.adam_beta1, OPTIMIZER.adam_beta2), fused=True
     )

@@ -130,7 +130,7 @@ def _is_composite(name: str) -> bool:
 def layer_kernels(make: Callable[[Sizes], Callable[[], None]], sizes: Sizes) -> Counter[str]:
     """Those of one layer, from models of four and two."""
     four, two = (kernels_of(make(sizes.with_layers(layers))) for layers in (4, 2))
-    return Counter({name: (four[name] - two[name]) / 2 for name in four if four[name] != two[name]})  # type: ignore[misc]
+    return Counter({name: (four[name] - two[name]) / 2 for name in four if four[name] != two[name]})
 
 
 def measure(sizes: Sizes, repeats: int, clock: str) -> Iterator[dict[str, object]]:
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
         rows.append(row)
         print(
             "{kind:<28} {kernels:>6} kernels  {copies:>5} copies  {attention:>4} of attention  "
-            "{milliseconds:>8.1f} ms".format(**row),
+            "{milliseconds:>8.1f} ms".format_map(row),
             flush=True,
         )
     if options.before is not None:
