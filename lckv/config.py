@@ -41,6 +41,16 @@ class CompressionConfig:
     backward_passes: int = 2
     """b: passes with gradient over each cyclic group of layers (LCKV, section 3.2)."""
 
+    sliding_window: int | None = None
+    """W: tokens that a layer marked "s" sees, its own included.
+    Required iff the map marks a layer with "s"."""
+
+    force_nodiag: bool = False
+    """Hide the query's own position in every layer, not only in cyclic ones."""
+
+    policy: PolicyConfig = field(default_factory=DenseConfig, metadata={"variants": config_classes})
+    """What is kept along the sequence."""
+
     first_guess: bool = False
     """Passes over a cyclic group begin with keys and values that a learned linear map guesses from the
     group's input states; false: with zeros (as published). The map adds weights to each layer that a layer
@@ -53,16 +63,6 @@ class CompressionConfig:
     agreement_loss_coefficient: float = 0.0
     """Weight, in the loss, of the relative squared difference between the shared keys and values of the last
     pass and of the one before. 0: none (as published)."""
-
-    sliding_window: int | None = None
-    """W: tokens that a layer marked "s" sees, its own included.
-    Required iff the map marks a layer with "s"."""
-
-    force_nodiag: bool = False
-    """Hide the query's own position in every layer, not only in cyclic ones."""
-
-    policy: PolicyConfig = field(default_factory=DenseConfig, metadata={"variants": config_classes})
-    """What is kept along the sequence."""
 
     @classmethod
     def from_dict(cls, content: object) -> "CompressionConfig":

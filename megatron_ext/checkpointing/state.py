@@ -42,7 +42,7 @@ from megatron_ext.checkpointing.optimizer_state import (
     states_of_leaves,
 )
 from megatron_ext.checkpointing.reading import State, read_common, read_entries
-from megatron_ext.checkpointing.records import Shards
+from megatron_ext.checkpointing.shards import Shards
 from megatron_ext.checkpointing.shares import entries_to_read, entries_to_write, send_around
 from megatron_ext.checkpointing.slices import main_key
 from megatron_ext.mcore import keep_settings

@@ -43,8 +43,9 @@ from megatron_ext.checkpointing.manifest import (
     write_manifest,
 )
 from megatron_ext.checkpointing.reading import State
-from megatron_ext.checkpointing.records import Copies, Record, Shards, write_contents
+from megatron_ext.checkpointing.records import Record, write_contents
 from megatron_ext.checkpointing.rng import rng_states
+from megatron_ext.checkpointing.shards import Copies, Shards
 from megatron_ext.checkpointing.state import (
     bytes_to_write,
     common_file,

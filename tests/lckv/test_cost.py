@@ -114,7 +114,7 @@ def counted_flops_per_token(compression: CompressionConfig, recompute: str) -> f
     with FlopCounterMode(display=False) as counter:
         losses, report = stage(tokens, torch.arange(16).expand(2, -1), tokens)
         auxiliary = 0.0 if report.auxiliary_loss is None else report.auxiliary_loss.mean()
-        (losses.mean() + auxiliary).backward()
+        (losses.total + auxiliary).backward()
     return counter.get_total_flops() / tokens.numel()
 
 

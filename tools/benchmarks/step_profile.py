@@ -85,7 +85,7 @@ def step_of(sizes: Sizes, kind: Kind, tokens: torch.Tensor) -> Callable[[], None
         documents = documents_of(rows, length, kind.documents)
         losses, report = model(tokens, positions, tokens, documents, policy)
         auxiliary = 0.0 if report.auxiliary_loss is None else report.auxiliary_loss.mean()
-        (losses.mean() + auxiliary).backward()
+        (losses.total + auxiliary).backward()
 
     return step
 

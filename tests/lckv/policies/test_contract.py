@@ -69,7 +69,8 @@ def test_attention_is_that_of_the_oracle(policy: str, name: str) -> None:
     gradients = []
     ids = torch.tensor([text(24, 2), text(24, 3)])
     for implementation in ("sdpa", "eager"):
-        built = fresh_model(policy, name, attn_implementation=implementation).train()
+        # a decision at a low temperature makes of rounding in float32 what is seen in gradients
+        built = fresh_model(policy, name, attn_implementation=implementation).train().double()
         mask = torch.ones(2, 24, dtype=torch.int64)
         mask[1, :5] = 0
         position_ids = torch.stack((torch.arange(24) % 13, (torch.arange(24) - 5).clamp(min=0)))
@@ -80,7 +81,7 @@ def test_attention_is_that_of_the_oracle(policy: str, name: str) -> None:
     for key, gradient in gradients[0].items():
         assert gradient is not None and gradient.count_nonzero() > 0, key
         scale = max(1.0, float(gradients[1][key].abs().max()))
-        close(gradient, gradients[1][key], 1e-4 * scale)
+        close(gradient, gradients[1][key], 2e-4 * scale)
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")

@@ -6,15 +6,16 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from megatron_ext.checkpointing import records
+from megatron_ext.checkpointing import shards
 from megatron_ext.checkpointing.contents import read_contents
 from megatron_ext.checkpointing.manifest import hash_files
 from megatron_ext.checkpointing.reading import read_entries
-from megatron_ext.checkpointing.records import HashedFile, Shards, write_contents
+from megatron_ext.checkpointing.records import HashedFile, write_contents
+from megatron_ext.checkpointing.shards import Shards
 
 
 def test_tensors_of_any_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "RECORD_BYTES", 100)
+    monkeypatch.setattr(shards, "RECORD_BYTES", 100)
     whole = torch.arange(60, dtype=torch.float32).view(10, 6)
     tensors = {
         "scalar": torch.tensor(3.0),

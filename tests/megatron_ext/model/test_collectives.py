@@ -29,7 +29,7 @@ def _sent(parallel: ParallelConfig, compression: CompressionConfig) -> tuple[Cou
     model = build_stage(MODEL, compression, parallel, train, vocab_size=64)
     tokens = torch.arange(16)[None]
     losses: list[Tensor] = []
-    forward = _counted(lambda: losses.append(model(tokens, tokens, tokens)[0].sum()))
+    forward = _counted(lambda: losses.append(model(tokens, tokens, tokens)[0].total))
     return forward, _counted(losses[0].backward)
 
 
