@@ -38,7 +38,7 @@ def with_sources(layer_types: LayerTypes, wanted: Iterable[int]) -> tuple[int, .
     """The layers `wanted` and all whose keys and values they need, ascending.
 
     A layer with weights for keys and values keeps a layer that reads them, or they would be left out; one
-    that a layer below it reads keeps the lowest of these, with which it is iterated.
+    that a layer below it reads keeps one of these, with which it is iterated.
     """
     chosen: set[int] = set()
     missing = set(wanted)
@@ -46,8 +46,10 @@ def with_sources(layer_types: LayerTypes, wanted: Iterable[int]) -> tuple[int, .
         chosen |= missing
         missing = {layer_types[layer].source for layer in chosen} - chosen
         unread = {layer for layer in layer_types.kv_layers if chosen.isdisjoint(layer_types.readers(layer))}
-        alone = unread | set(layer_types.cyclic_sources)
-        missing |= {layer_types.readers(layer)[0] for layer in chosen & alone} - chosen
+        for source in layer_types.cyclic_sources:
+            if not any(reader < source for reader in chosen.intersection(layer_types.readers(source))):
+                unread.add(source)
+        missing |= {layer_types.readers(layer)[0] for layer in chosen & unread}
     return tuple(sorted(chosen))
 
 

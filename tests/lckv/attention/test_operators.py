@@ -95,7 +95,8 @@ def test_every_operator_that_is_called_by_name_is_among_these() -> None:
             attend(pair, device, dtypes[0], 4, 33, 64, sequences=sequences)
     named = operators_called_by_name()
     assert len(named) >= 6
-    assert named <= seen.names
+    asked_for = {"mm"}  # by lckv/losses: whether it takes out_dtype
+    assert named - asked_for <= seen.names
 
 
 def operators_called_by_name() -> set[str]:

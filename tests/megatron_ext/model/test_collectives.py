@@ -18,8 +18,10 @@ from tests.ranks import run_on_ranks
 MODEL = ModelConfig(num_layers=5, hidden_size=32, num_attention_heads=4, vocab_size=64)
 KINDS = {"allreduce": "all-reduce", "allgather": "gather", "reduce_scatter": "scatter"}
 PLAIN, CYCLIC = CompressionConfig(), partial(CompressionConfig, layer_types="0_3_3_3_4")
-AROUND = 1 + 3
-"""All-reduces of the embedding, and of the loss: the largest logit, the target's, the sum."""
+AROUND = 1
+"""All-reduces of the embedding."""
+LOSS = {"gather": 1}
+"""Of each chunk of the loss: the largest logit, the sum and the target's, together."""
 
 
 def _sent(parallel: ParallelConfig, compression: CompressionConfig) -> tuple[Counter[str], Counter[str]]:
@@ -64,6 +66,7 @@ def test_a_pass_sends_for_whole_layers_alone(passes: tuple[int, int]) -> None:
     kept = with_gradient - 1  # passes with gradient that only serve the next one
     assert forward == {
         "all-reduce": AROUND + outside + first + (without - 1 + kept) * further + last,
+        **LOSS,
     }
     keys_alone = 1  # the gradient of what keys and values are made of, summed over their heads
     assert backward == {"all-reduce": 1 + outside + last + kept * (further + keys_alone)}
