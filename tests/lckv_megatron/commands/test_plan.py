@@ -209,7 +209,7 @@ def test_the_first_stage_keeps_activations_of_all_micro_batches_in_flight(capsys
         return [re.split(r"  +", line(lines, start))[6] for start in ("0  ", "1  ")]
 
     layer_inputs = 2 * 64 * 32 * 4 // 2  # of the 2 layers of a stage, shared out over 2 ranks
-    of_loss = 64 * (2 * 32 * 4 // 2 + 2) + 4 * 64 * 256 // 2  # the final norm, and logits
+    of_loss = 64 * (2 * 32 * 4 // 2 + 2) + 64 * 32 * 4  # the final norm, and its output's gradient
     last = gib(layer_inputs + of_loss)
     assert activations() == [gib(2 * layer_inputs), last]
     assert activations("--train.global_batch_size", "1") == [gib(layer_inputs), last]
