@@ -13,7 +13,7 @@ import argparse
 import csv
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from lckv.attention.visibility import Documents
 from lckv.config import CompressionConfig
 from megatron_ext.config import ParallelConfig
 from megatron_ext.model.build import build_stage
 from megatron_ext.model.policy_statistics import PolicyInputs
 from megatron_ext.parallel.process_groups import destroy, device_of_rank, initialize
+from tools.benchmarks.packed_attention import documents_of
 from tools.benchmarks.policies import policy_of
 from tools.benchmarks.timing import CLOCKS, median_seconds, setting, write_csv
 from tools.benchmarks.training_step import Sizes, megatron_step
@@ -62,15 +62,6 @@ def kinds() -> dict[str, Kind]:
     }
 
 
-def documents_of(rows: int, length: int, count: int) -> Documents | None:
-    """`count` documents in each row, the first of a pair half as long as the second; None: whole rows."""
-    if count == 1:
-        return None
-    pair = length // (count // 2)
-    bounds = [start + shift for start in range(0, rows * length, pair) for shift in (0, pair // 3)]
-    return Documents.at([*bounds, rows * length], device_of_rank())
-
-
 def step_of(sizes: Sizes, kind: Kind, tokens: torch.Tensor) -> Callable[[], None]:
     """Forward and backward of this project's model."""
     model = build_stage(
@@ -82,7 +73,7 @@ def step_of(sizes: Sizes, kind: Kind, tokens: torch.Tensor) -> Callable[[], None
 
     def step() -> None:
         # made anew in each micro-batch, as in training
-        documents = documents_of(rows, length, kind.documents)
+        documents = documents_of(rows, length, kind.documents, tokens.device)
         losses, report = model(tokens, positions, tokens, documents, policy)
         auxiliary = 0.0 if report.auxiliary_loss is None else report.auxiliary_loss.mean()
         (losses.total + auxiliary).backward()
@@ -133,6 +124,19 @@ def layer_kernels(make: Callable[[Sizes], Callable[[], None]], sizes: Sizes) -> 
     return Counter({name: (four[name] - two[name]) / 2 for name in four if four[name] != two[name]})
 
 
+def _seconds(
+    makes: Mapping[str, Callable[[Sizes], Callable[[], None]]], sizes: Sizes, repeats: int, clock: str
+) -> dict[str, float]:
+    """Of a layer."""
+    steps = {
+        f"{layers} {name}": make(sizes.with_layers(layers))
+        for name, make in makes.items()
+        for layers in (4, 2)
+    }
+    seconds = median_seconds(steps, repeats=repeats, clock=clock)
+    return {name: (seconds[f"4 {name}"] - seconds[f"2 {name}"]) / 2 for name in makes}
+
+
 def measure(sizes: Sizes, repeats: int, clock: str) -> Iterator[dict[str, object]]:
     """A row per kind."""
     tokens = torch.randint(
@@ -142,19 +146,15 @@ def measure(sizes: Sizes, repeats: int, clock: str) -> Iterator[dict[str, object
         MEGATRON: partial(megatron_step, tokens=tokens)
     }
     makes |= {name: partial(step_of, kind=kind, tokens=tokens) for name, kind in kinds().items()}
-    steps = {
-        (name, layers): make(sizes.with_layers(layers)) for name, make in makes.items() for layers in (4, 2)
-    }
-    seconds = median_seconds({str(key): step for key, step in steps.items()}, repeats=repeats, clock=clock)
+    seconds = _seconds(makes, sizes, repeats, clock) if repeats else {}
     for name, make in makes.items():
         counted = layer_kernels(make, sizes)
-        spent = (seconds[str((name, 4))] - seconds[str((name, 2))]) / 2
         yield {
             "kind": name,
             "kernels": round(counted.total()),
             "copies": round(sum(counted[copy] for copy in COPIES)),
             "attention": round(sum(counted[name] for name in counted if name.endswith(ATTENTION))),
-            "milliseconds": round(1e3 * spent, 2),
+            "milliseconds": round(1e3 * seconds[name], 2) if repeats else "",
             "clock": clock,
             "tokens": f"{sizes.micro_batch_size}x{sizes.seq_length}",
             **setting(device_of_rank().type),
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seq-length", type=int, default=2048, help="Tokens of a row.")
     parser.add_argument("--micro-batch-size", type=int, default=1, help="Rows.")
     parser.add_argument("--hidden-size", type=int, default=512, help="Channels; heads have 64.")
-    parser.add_argument("--repeats", type=int, default=3, help="Rounds.")
+    parser.add_argument("--repeats", type=int, default=3, help="Rounds; 0: no times, only counts.")
     parser.add_argument("--clock", default="cpu", choices=list(CLOCKS), help="cpu: for a busy machine.")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads.")
     parser.add_argument(
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
         rows.append(row)
         print(
             "{kind:<28} {kernels:>6} kernels  {copies:>5} copies  {attention:>4} of attention  "
-            "{milliseconds:>8.1f} ms".format_map(row),
+            "{milliseconds:>8} ms".format_map(row),
             flush=True,
         )
     if options.before is not None:
