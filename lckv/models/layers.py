@@ -243,8 +243,9 @@ class LCKVLlamaDecoderLayer(GradientCheckpointingLayer):
             output, own_or_none, statistics = self.self_attn(
                 self.input_layernorm(hidden_states), reads, tokens, wanted
             )
-            narrows = wanted is not None and self.self_attn.computes_kv
-            hidden_states = (wanted.of(hidden_states) if narrows else hidden_states) + output
+            if wanted is not None and self.self_attn.computes_kv:
+                hidden_states = wanted.of(hidden_states)
+            hidden_states = hidden_states + output
         elif self.self_attn.computes_kv:
             own_or_none, statistics = self.self_attn.keys_values(self.input_layernorm(hidden_states), tokens)
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
