@@ -165,8 +165,7 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
             wanted=None if whole else newest_columns(embedded, states_to_keep),
         )
         fields = {name: value for name, value in output.items() if name != "passes"}
-        assert output.last_hidden_state is not None
-        fields["last_hidden_state"] = kept_states(output.last_hidden_state, states_to_keep)
+        fields["last_hidden_state"] = kept_states(fields["last_hidden_state"], states_to_keep)
         output = LCKVModelOutput(**fields, past_key_values=past_key_values)
         return output if asked.return_dict else output.to_tuple()
 
