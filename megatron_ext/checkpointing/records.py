@@ -153,7 +153,8 @@ def write_contents(checkpoint: Path, records: Sequence[Record]) -> None:
         )
         for record in records
     ]
-    dcp.FileSystemWriter(checkpoint).finish(Metadata(entries), [results])
+    writer = dcp.FileSystemWriter(checkpoint)
+    writer.finish(Metadata(entries), [results])
 
 
 def _described(key: str, blocks: Sequence[Record]) -> TensorStorageMetadata | BytesStorageMetadata:

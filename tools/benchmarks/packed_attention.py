@@ -33,7 +33,11 @@ def one_by_one(query: Tensor, key: Tensor, value: Tensor, documents: Documents) 
     return torch.cat(
         [
             scaled_dot_product_attention(
-                *(tensor[:, :, start:stop] for tensor in (query, key, value)), is_causal=True, enable_gqa=True
+                query[:, :, start:stop],
+                key[:, :, start:stop],
+                value[:, :, start:stop],
+                is_causal=True,
+                enable_gqa=True,
             )
             for _, start, stop in documents.spans(query.shape[2])
         ],
