@@ -146,6 +146,7 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         raise KeyboardInterrupt
 
     monkeypatch.setattr(convert, "megatron_to_hf", stopped)
+    monkeypatch.setattr(program, "check_export", lambda *places: None)
     assert program.main(["megatron-to-hf", "--megatron-path", "a", "--hf-path", "b"]) == 130
     assert "stopped by SIGINT; nothing was written" in capsys.readouterr().err
 

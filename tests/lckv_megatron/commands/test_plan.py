@@ -157,7 +157,7 @@ def test_context_parallel_ranks_keep_their_tokens_and_all_keys_and_values(capsys
         return re.split(r"  +", line(lines, "0  "))[6]
 
     shared = 64 * 2 * 16 * 4  # keys and values of layer 0
-    of_tokens = 4 * 64 * 32 * 4 + 64 * (2 * 32 * 4 + 4 + 4 * 128)  # layer inputs, final norm and logits
+    of_tokens = 4 * 64 * 32 * 4 + 64 * (3 * 32 * 4 + 4)  # layer inputs, final norm, gradient of the states
     assert activations() == gib(shared + of_tokens)
     assert activations("--parallel.context_parallel_size", "2") == gib(shared + of_tokens // 2)
     lines = planned(capsys, "--parallel.context_parallel_size", "2", "--train.global_batch_size", "1")
@@ -171,7 +171,10 @@ def test_context_parallel_ranks_keep_their_tokens_and_all_keys_and_values(capsys
         (["--train.recompute_granularity", "full"], 4 * 3),
         (["--compression.layer_types", "0_2_2_3"], 2 * 2 + 7 + 2 * 2),  # layer 2: 7 passes without gradient
         (RING, 4 * 3),
-        ([*RING, "--train.recompute_granularity", "selective"], 4 * 4),
+        (
+            [*RING, "--train.recompute_granularity", "selective", "--train.recompute_modules", "[core_attn]"],
+            4 * 4,
+        ),
     ],
 )
 def test_what_context_parallel_ranks_send(capsys, options: list[str], times: int) -> None:
