@@ -6,7 +6,6 @@ LOWEST ?= .venv-lowest
 PYTEST_ARGS ?=
 # Files of tests that run at once: one per core, from 2 to 6; 0: in this process, as debuggers want it.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 2 ? 2 : n > 6 ? 6 : n)))
-BENCHMARKS ?= $(basename $(notdir $(filter-out %/__init__.py,$(wildcard tools/benchmarks/*.py))))
 BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -59,9 +58,8 @@ lint: $(STAMP) ## Check style, formatting and types
 typecheck: $(STAMP) ## Check types only
 	$(BIN)/mypy
 
-bench: $(STAMP) ## Measure speed and memory (BENCHMARKS="NAME ..." BENCH_ARGS="...")
-	@set -e; for name in $(BENCHMARKS); do \
-	    echo "== $$name"; $(BIN)/python -m tools.benchmarks.$$name $(BENCH_ARGS); done
+bench: $(STAMP) ## Measure speed and memory again, and print the table of the README (BENCHMARKS="NAME ..." BENCH_ARGS="...")
+	$(BIN)/python -m tools.benchmarks.speed $(BENCHMARKS) $(BENCH_ARGS)
 
 clean: ## Remove .venv, caches and build products; runs and datasets stay
 	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -5,15 +5,21 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import yaml
 
 from checkpoints_conversion.compression_options import given_changes
+from checkpoints_conversion.hub import local_folder
 from checkpoints_conversion.options import build_parser
+from checkpoints_conversion.places import check_export, check_huggingface, check_legacy
+from checkpoints_conversion.staging import check_free
+from megatron_ext.checkpointing.folders import find_candidates
 from megatron_ext.config import ParallelConfig
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError
+from megatron_ext.files import check_input
 
 if TYPE_CHECKING:
     import torch
@@ -31,10 +37,12 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m checkpoint
     return exit_status(lambda: _RUN[options.command](options), on_stop="; nothing was written")
 
 
-# torch and Megatron are loaded below only: --help and bad options are answered at once.
+# torch and Megatron are loaded below only: --help, bad options and wrong paths are answered at once.
 
 
 def _run_hf_to_megatron(options: argparse.Namespace) -> None:
+    check_free(options.megatron_path)
+    check_huggingface(options.hf_path)
     from checkpoints_conversion.convert import hf_to_megatron
 
     hf_to_megatron(
@@ -49,6 +57,7 @@ def _run_hf_to_megatron(options: argparse.Namespace) -> None:
 
 
 def _run_megatron_to_hf(options: argparse.Namespace) -> None:
+    check_export(options.megatron_path, options.hf_path, options.tokenizer)
     from checkpoints_conversion.convert import megatron_to_hf
 
     megatron_to_hf(
@@ -64,6 +73,7 @@ def _run_megatron_to_hf(options: argparse.Namespace) -> None:
 
 
 def _run_legacy_to_megatron(options: argparse.Namespace) -> None:
+    check_legacy(options.legacy_path, options.megatron_path, options.tokenizer)
     from checkpoints_conversion.convert import legacy_to_megatron
 
     legacy_to_megatron(
@@ -78,11 +88,6 @@ def _run_legacy_to_megatron(options: argparse.Namespace) -> None:
 
 
 def _run_verify(options: argparse.Namespace) -> None:
-    from checkpoints_conversion.hub import local_folder
-    from checkpoints_conversion.opening import open_megatron, open_model
-    from checkpoints_conversion.verify import ProofError, Tolerance, compare, random_tokens
-    from megatron_ext.evaluation.logits_file import read_tokens
-
     parallel = ParallelConfig(
         tensor_model_parallel_size=options.tensor, pipeline_model_parallel_size=options.pipeline
     )
@@ -97,8 +102,15 @@ def _run_verify(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"--rows is {options.rows} and --seq-length {options.seq_length}; they must be at least 1."
         )
+    check_input("--tokens", options.tokens)
+    find_candidates(options.megatron_path)
+    folder = local_folder(options.hf_path)
+    from checkpoints_conversion.opening import open_megatron, open_model
+    from checkpoints_conversion.verify import ProofError, Tolerance, compare, random_tokens
+    from megatron_ext.evaluation.logits_file import read_tokens
+
     original = open_model(
-        local_folder(options.hf_path),
+        folder,
         allow_pickle=options.allow_pickle,
         vocab_size=options.vocab_size,
         given=dict(map(_argument, options.argument)),
@@ -136,23 +148,25 @@ def _parts(options: argparse.Namespace, description: "ModelDescription") -> Iter
     """The layers to compare, one comparison after the other; None: the whole models."""
     from checkpoints_conversion.layer_subset import parse_layers, runs_of_layers, with_sources
 
-    layer_types = description.compression.map(description.model.num_layers)
+    compression = description.compression
+    layer_types = compression.map(description.model.num_layers)
+    with_what_they_read = partial(with_sources, layer_types, first_guess=compression.first_guess)
     if options.layers is not None:
-        yield with_sources(layer_types, parse_layers(options.layers, len(layer_types)))
+        yield with_what_they_read(parse_layers(options.layers, len(layer_types)))
     elif options.layers_at_once is not None and options.layers_at_once < len(layer_types):
         for layers in runs_of_layers(len(layer_types), options.layers_at_once):
-            yield with_sources(layer_types, layers)
+            yield with_what_they_read(layers)
     else:
         yield None
 
 
 def _run_inspect(options: argparse.Namespace) -> None:
-    from checkpoints_conversion.hub import local_folder
+    folder = local_folder(options.path)
     from checkpoints_conversion.inspection import facts, lines
     from checkpoints_conversion.opening import open_model
 
     opened = open_model(
-        local_folder(options.path),
+        folder,
         allow_pickle=True,
         vocab_size=options.vocab_size,
         given=dict(map(_argument, options.argument)),

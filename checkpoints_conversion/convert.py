@@ -11,15 +11,14 @@ import torch
 from checkpoints_conversion.compression_options import changed_compression
 from checkpoints_conversion.conversion_record import ConversionRecord, ConversionSource, write_record
 from checkpoints_conversion.description import ModelDescription
-from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.export.extras import existing_tokenizer, export_extras
 from checkpoints_conversion.export.measured import measured_in
 from checkpoints_conversion.export.tokenizer import has_tokenizer
 from checkpoints_conversion.formats.huggingface import MAX_SHARD_BYTES
 from checkpoints_conversion.formats.megatron import write_checkpoint
-from checkpoints_conversion.hub import local_folder
 from checkpoints_conversion.initialization import initialize
 from checkpoints_conversion.opening import OpenModel, open_huggingface, open_legacy, open_megatron
+from checkpoints_conversion.places import NO_TOKENIZER, check_export, check_huggingface, check_legacy
 from checkpoints_conversion.source_card import card_facts
 from checkpoints_conversion.staging import check_free, staged
 from checkpoints_conversion.streams import CastSource, model_bytes, shown_progress
@@ -31,9 +30,6 @@ from lckv.weights.tensors import TensorSource
 
 ProofMode = Literal["auto", "always", "never"]
 """auto: conversions of models that fit into the memory and are not very large end with a proof."""
-
-NO_TOKENIZER = Path("none")
-"""Given as the tokenizer of an export: there shall be none."""
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +54,7 @@ def hf_to_megatron(
     Raises ConversionError, CheckpointError, ProofError; then nothing is left in or beside `target`.
     """
     check_free(target)
-    folder = local_folder(hf)
+    folder = check_huggingface(hf)
     model = open_huggingface(folder, allow_pickle=allow_pickle)
     name = hf if not Path(hf).exists() else str(folder.absolute())
     tokenizer = model.tokenizer if has_tokenizer(folder) else None
@@ -123,8 +119,7 @@ def legacy_to_megatron(
     `vocab_size`, the true one, and the arguments `given` by name go before what the checkpoint says of
     itself. Otherwise as `hf_to_megatron`.
     """
-    check_free(target)
-    _check_tokenizer(tokenizer)
+    check_legacy(legacy, target, tokenizer)
     model = open_legacy(legacy, vocab_size=vocab_size, given=given)
     return to_megatron(
         model,
@@ -160,9 +155,7 @@ def megatron_to_hf(
 
     Raises ConversionError, CheckpointError, ProofError; then nothing is left in or beside `target`.
     """
-    check_free(target)
-    if tokenizer != NO_TOKENIZER:
-        _check_tokenizer(tokenizer)
+    check_export(megatron, target, tokenizer)
     model = open_megatron(megatron)
     place = _tokenizer_place(tokenizer, model)
     source = model.source if dtype is None else CastSource(model.source, dtype)
@@ -187,13 +180,6 @@ def megatron_to_hf(
             prove(open_huggingface(staging), model, _unless_all(layers, description))
     logger.info("wrote %s", target)
     return description
-
-
-def _check_tokenizer(path: Path | None) -> None:
-    if path is not None and not path.exists():
-        raise ConversionError(
-            f"--tokenizer {path} does not exist; give the folder or file of the model's tokenizer."
-        )
 
 
 def _layers_to_prove(

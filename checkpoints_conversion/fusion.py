@@ -12,6 +12,8 @@ the true vocabulary size:
         key and of the value
     decoder.layers.N.self_attention.linear_q.weight [a d, h], .bias
         where the layer only reads those of another one
+    decoder.layers.N.self_attention.linear_first_guess.weight [2 g d, h]
+        of a first guess: for each key/value head the rows of the key and of the value
     decoder.layers.N.self_attention.{q,k}_layernorm.weight [d]
     decoder.layers.N.self_attention.linear_proj.weight [h, a d]
     decoder.layers.N.mlp.linear_fc1.weight [2 f, h], gate above up
@@ -38,7 +40,9 @@ from lckv.weights.checks import check_tensors
 from lckv.weights.tensors import CHUNK_BYTES, TensorInfo, TensorSource, dtype_name
 
 _LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
-_QKV, _QUERY_ONLY = (f"decoder.layers.{{}}.self_attention.linear_{name}" for name in ("qkv", "q"))
+_QKV, _QUERY_ONLY, _GUESS = (
+    f"decoder.layers.{{}}.self_attention.linear_{name}" for name in ("qkv", "q", "first_guess")
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ def _canonical_modules(names: WeightNames) -> dict[str, tuple[str, ...]]:
         f"{layer}input_layernorm": (names.input_norm,),
         _QKV: (names.query, names.key, names.value),
         _QUERY_ONLY: (names.query,),
+        _GUESS: (names.guessed_key, names.guessed_value),
         f"{layer}self_attention.q_layernorm": (names.query_norm,),
         f"{layer}self_attention.k_layernorm": (names.key_norm,),
         f"{layer}self_attention.linear_proj": (names.output,),
@@ -105,7 +110,7 @@ def fusions_of(decoder: Decoder, family: Family) -> dict[str, Fusion]:
         if target == _QKV and f"{family.names.key.format(layer)}.{kind}" not in infos:
             target = _QUERY_ONLY
         parts = [f"{part.format(layer)}.{kind}" for part in modules[target]]
-        groups = decoder.num_key_value_heads if target == _QKV else 1
+        groups = decoder.num_key_value_heads if target in (_QKV, _GUESS) else 1
         fusions[f"{target.format(layer)}.{kind}"] = Fusion(
             tuple(Part(part, infos[part].shape[0] // groups) for part in parts), groups
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.errors import ConversionError
+from checkpoints_conversion.first_guess import with_first_guess
 from lckv.config import CompressionConfig
 from lckv.sharing.doubts import doubts
 from lckv.sharing.initialization import Initialization, initial_kv_weight
@@ -40,7 +41,7 @@ def initialize(
 
     A map can be given to a model whose layers all read their own keys and values, and a KV policy, where it
     has no obstacle, to one that keeps every token. A model that has a map or a policy already keeps it; how
-    often its plan iterates may change. Raises ConversionError.
+    often its plan iterates, and from which first guess, may change. Raises ConversionError.
     """
     layers = description.model.num_layers
     if problems := [*compression_problems(compression, layers)]:
@@ -48,6 +49,7 @@ def initialize(
     _check_policy(description, compression)
     old, new = description.compression.map(layers), compression.map(layers)
     changed = replace(description, compression=compression)
+    source = with_first_guess(source, description, compression)
     if old.kv_layers != tuple(range(layers)):
         _check_same_map(description.compression, compression, old, new)
         return source, changed, None

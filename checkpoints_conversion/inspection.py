@@ -99,6 +99,7 @@ def lines(opened: OpenModel) -> Iterator[str]:
     if layer_types.any_cyclic:
         passes = (
             f"{compression.forward_passes} passes without and {compression.backward_passes} with gradient"
+            + (", from a learned first guess" if compression.first_guess else "")
         )
         yield f"iteration           {passes}"
     yield f"policy              {compression.policy.describe()}"

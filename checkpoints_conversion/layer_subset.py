@@ -34,10 +34,13 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
     return tuple(sorted(layers))
 
 
-def with_sources(layer_types: LayerTypes, wanted: Iterable[int]) -> tuple[int, ...]:
+def with_sources(
+    layer_types: LayerTypes, wanted: Iterable[int], *, first_guess: bool = False
+) -> tuple[int, ...]:
     """The layers `wanted` and all whose keys and values they need, ascending.
 
-    A layer with weights for keys and values keeps a layer that reads them, or they would be left out.
+    A layer with weights for keys and values keeps a layer that reads them, or they would be left out. With a
+    first guess, one that a layer below it reads keeps one of these, or it would have no guess.
     """
     chosen: set[int] = set()
     missing = set(wanted)
@@ -45,6 +48,9 @@ def with_sources(layer_types: LayerTypes, wanted: Iterable[int]) -> tuple[int, .
         chosen |= missing
         missing = {layer_types[layer].source for layer in chosen} - chosen
         unread = {layer for layer in layer_types.kv_layers if chosen.isdisjoint(layer_types.readers(layer))}
+        for source in layer_types.cyclic_sources if first_guess else ():
+            if not any(reader < source for reader in chosen.intersection(layer_types.readers(source))):
+                unread.add(source)
         missing |= {layer_types.readers(layer)[0] for layer in chosen & unread}
     return tuple(sorted(chosen))
 
@@ -76,6 +82,8 @@ def cut_description(description: ModelDescription, layers: tuple[int, ...]) -> M
         layer_types=str(kept),
         sliding_window=description.compression.sliding_window if kept.any_sliding else None,
     )
+    if not kept.any_cyclic:
+        compression = replace(compression, first_guess=False, agreement_loss_coefficient=0.0)
     model = replace(description.model, num_layers=len(layers))
     return replace(description, model=model, compression=compression)
 

@@ -7,13 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from checkpoints_conversion.conversion_record import ConversionRecord, SourceFormat, hash_weights, read_record
 from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.errors import ConversionError
-from checkpoints_conversion.formats.megatron import MegatronCheckpoint
-from checkpoints_conversion.formats.megatron_legacy import LegacyCheckpoint
 from checkpoints_conversion.fusion import canonical_from_hf
 from lckv.families.registry import describe, family_of
 from lckv.weights.checks import CheckedSource
@@ -21,7 +19,6 @@ from lckv.weights.folder_kind import explain_other_kind, kind_of
 from lckv.weights.huggingface import CONFIG_NAME, HuggingFaceFolder, read_config_file
 from lckv.weights.json_file import read_json_object
 from lckv.weights.tensors import TensorSource
-from megatron_ext.checkpointing.contents import read_contents
 from megatron_ext.checkpointing.errors import CheckpointError
 from megatron_ext.checkpointing.folders import find_candidates
 
@@ -105,6 +102,10 @@ def open_megatron(path: Path, *, verify_hashes: bool = True) -> OpenModel:
     What a conversion knew of the model, and training does not, is taken from where training started. Raises
     ModelError or CheckpointError.
     """
+    from checkpoints_conversion.formats.megatron import (
+        MegatronCheckpoint,  # with Megatron, which takes seconds
+    )
+
     checkpoint = MegatronCheckpoint(path, verify_hashes=verify_hashes)
     record, description = checkpoint.conversion, checkpoint.description
     training = None
@@ -123,7 +124,7 @@ def open_megatron(path: Path, *, verify_hashes: bool = True) -> OpenModel:
         hashes=lambda: {
             name: entry.sha256 for name, entry in checkpoint.manifest.files.items() if name.endswith(_WEIGHTS)
         },
-        stored_vocab_size=_stored_vocab_size(checkpoint.path),
+        stored_vocab_size=_stored_vocab_size(checkpoint.contents),
         record=record,
         training=training,
         tokenizer=_tokenizer(checkpoint.settings, record),
@@ -131,8 +132,8 @@ def open_megatron(path: Path, *, verify_hashes: bool = True) -> OpenModel:
     )
 
 
-def _stored_vocab_size(checkpoint: Path) -> int | None:
-    embedding = read_contents(checkpoint).state_dict_metadata.get(_EMBEDDING)
+def _stored_vocab_size(contents: Metadata) -> int | None:
+    embedding = contents.state_dict_metadata.get(_EMBEDDING)
     return embedding.size[0] if isinstance(embedding, TensorStorageMetadata) else None
 
 
@@ -175,6 +176,8 @@ def open_legacy(
     go before what it says of itself. Raises ConversionError."""
     if other := explain_other_kind(path, "megatron-legacy"):
         raise ConversionError(f"{other}.")
+    from checkpoints_conversion.formats.megatron_legacy import LegacyCheckpoint
+
     checkpoint = LegacyCheckpoint(path, vocab_size=vocab_size, given=given)
     return OpenModel(
         "megatron-legacy",

@@ -149,9 +149,11 @@ def layers_to_prove(source: TensorSource, description: ModelDescription) -> tupl
 
     `source` holds the weights of the model `description`.
     """
-    layer_types = description.compression.map(description.model.num_layers)
+    compression = description.compression
+    layer_types = compression.map(description.model.num_layers)
     some = spread_layers(len(layer_types), _SAMPLED_LAYERS)
-    for layers in (tuple(range(len(layer_types))), with_sources(layer_types, some)):
+    few = with_sources(layer_types, some, first_guess=compression.first_guess)
+    for layers in (tuple(range(len(layer_types))), few):
         infos = LayerSubset(source, layers).infos().values()
         parameters = sum(math.prod(info.shape) for info in infos)
         fits = 4 * _ROOM * parameters < psutil.virtual_memory().available

@@ -1,5 +1,6 @@
 """What makes a model's KV cache small: the sharing map, its iteration plan, the window and the KV policy."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -50,6 +51,19 @@ class CompressionConfig:
     policy: PolicyConfig = field(default_factory=DenseConfig, metadata={"variants": config_classes})
     """What is kept along the sequence."""
 
+    first_guess: bool = False
+    """Passes over a cyclic group begin with keys and values that a learned linear map guesses from the
+    group's input states; false: with zeros (as published). The map adds weights to each layer that a layer
+    below it reads, begins at zero, and is trained on the last pass's keys and values alone."""
+
+    first_guess_loss_coefficient: float = 0.1
+    """Weight of the first guess's relative squared error in the loss. It trains the guess and nothing
+    else."""
+
+    agreement_loss_coefficient: float = 0.0
+    """Weight, in the loss, of the relative squared difference between the shared keys and values of the last
+    pass and of the one before. 0: none (as published)."""
+
     @classmethod
     def from_dict(cls, content: object) -> "CompressionConfig":
         """From what `dataclasses.asdict` makes of one, or a JSON file holds, with defaults for what is
@@ -67,7 +81,9 @@ class CompressionConfig:
     def plan(self, num_layers: int) -> tuple[Step, ...]:
         """The steps of a training step of a model with `num_layers` layers; raises ValueError where the map
         does not fit."""
-        return iteration_plan(self.map(num_layers), self.forward_passes, self.backward_passes)
+        return iteration_plan(
+            self.map(num_layers), self.forward_passes, self.backward_passes, first_guess=self.first_guess
+        )
 
     def sight(self, layer: LayerType) -> Sight:
         """What the queries of a layer of the map see."""
@@ -93,7 +109,12 @@ class CompressionConfig:
             layer_types = self.map(num_layers)
         except SettingError as error:
             return [*problems, *error.problems]
-        return [*problems, *self._window_problems(layer_types), *self._policy_problems(layer_types)]
+        return [
+            *problems,
+            *self._window_problems(layer_types),
+            *self._policy_problems(layer_types),
+            *self._iteration_problems(layer_types),
+        ]
 
     def _window_problems(self, layer_types: LayerTypes) -> Iterator[Problem]:
         if layer_types.any_sliding and self.sliding_window is None:
@@ -126,3 +147,32 @@ class CompressionConfig:
                 "another one"
             )
             yield Problem("layer_types", layer_types, obstacle)
+
+    def _iteration_problems(self, layer_types: LayerTypes) -> Iterator[Problem]:
+        """Settings of the passes that nothing would read, or that contradict each other."""
+        for name in ("first_guess_loss_coefficient", "agreement_loss_coefficient"):
+            if not 0 <= getattr(self, name) < math.inf:
+                yield Problem(name, getattr(self, name), "it must be at least 0, and finite")
+        on = [name for name in ("first_guess", "agreement_loss_coefficient") if getattr(self, name)]
+        for name in on:
+            if not layer_types.any_cyclic:
+                yield Problem(
+                    name,
+                    getattr(self, name),
+                    f"no layer of {layer_types} reads a layer above itself, so that nothing is iterated: "
+                    "leave it out, or choose a map with cyclic layers",
+                )
+            if not self.policy.traits.keeps_every_token:
+                yield Problem(
+                    name,
+                    getattr(self, name),
+                    f"the policy {self.policy.name} does not keep every token, and what it decides cannot be "
+                    "guessed or compared as numbers: leave one of them out",
+                )
+        if self.agreement_loss_coefficient and self.forward_passes + self.backward_passes < 2:
+            yield Problem(
+                "agreement_loss_coefficient",
+                self.agreement_loss_coefficient,
+                "there is one pass, so that none is before the last: raise forward_passes or "
+                "backward_passes, or set it to 0",
+            )

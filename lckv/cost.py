@@ -1,19 +1,22 @@
-"""What a sharing map costs and saves: operations of training, bytes of KV cache.
+"""What a sharing map costs and saves: operations of training and of prompts, bytes of KV cache.
 
 Formula, per token, counting a multiplication and an addition as 2 FLOPs. A layer's forward is
     query 2 h a + output 2 a h + keys and values 2 h 2 g d (if it computes any) + attention 4 a n + MLP 6 h f
 with h hidden size, a = query heads x d, g KV heads, d channels of a head, f MLP width, n keys that a query
 sees on average. Backward is
 twice the forward. A step of the plan counts the parts of layers that it runs: forward and backward, or the
-forward only where it has no gradient.
+forward only where it has no gradient. Of a prompt whose last token alone has logits, the steps are those of
+`lckv.sharing.early_exit`. A first guess costs what keys and values of its layer do, and in backward the same
+once more, since no gradient goes on from it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lckv.config import CompressionConfig
+from lckv.sharing.early_exit import Results, exit_early
 from lckv.sharing.layer_types import LayerTypes
-from lckv.sharing.plan import Part, Step
+from lckv.sharing.plan import Part, Step, iteration_plan
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class ModelShape:
     vocab_size: int
     """As computed with, padding included."""
     seq_length: int
-    """Tokens of a training sequence."""
+    """Tokens of a training sequence, or of a prompt."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class LayerCost:
     keys_values: float
     attention: float
     feed_forward: float
+    newest_attention: float
+    """Of the last token, not the average one."""
 
     @property
     def forward(self) -> float:
@@ -47,12 +52,19 @@ class LayerCost:
         return self.of(Part.WHOLE)
 
     def of(self, part: Part) -> float:
-        """What a step of the plan runs of it."""
-        if part is Part.KEYS_VALUES:
+        """What a step of the plan runs of it for each token; of WANTED, for those that are not wanted."""
+        if part is Part.NOTHING:
+            return 0.0
+        if part in (Part.KEYS_VALUES, Part.WANTED):
             return self.keys_values
         if part is Part.WITHOUT_SOURCE:
             return self.keys_values + self.feed_forward
         return self.query_and_output + self.keys_values + self.attention + self.feed_forward
+
+    @property
+    def wanted(self) -> float:
+        """What a step runs for the last token alone where it is the wanted one, besides `of`."""
+        return self.query_and_output + self.newest_attention + self.feed_forward
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,21 @@ class TrainingCost:
         return self.model_flops / self.plain_flops
 
 
+@dataclass(frozen=True)
+class PromptCost:
+    """FLOPs of a prompt up to the logits of its last token."""
+
+    flops: float
+
+    plain_flops: float
+    """A plain model of the same sizes."""
+
+    @property
+    def ratio(self) -> float:
+        """Predicted time relative to the plain model of the same sizes."""
+        return self.flops / self.plain_flops
+
+
 def average_keys(seq_length: int, *, exclude_self: bool, window: int | None) -> float:
     """n: keys that a query of a row of `seq_length` tokens sees on average."""
     seen = min(window or seq_length, seq_length) - exclude_self
@@ -89,10 +116,9 @@ def layer_costs(shape: ModelShape, compression: CompressionConfig) -> tuple[Laye
     width = shape.query_heads * shape.head_dim
     costs = []
     for layer in layer_types:
-        keys = average_keys(
-            shape.seq_length,
-            **compression.sight(layer)._asdict(),
-        )
+        sight = compression.sight(layer)
+        keys = average_keys(shape.seq_length, **sight._asdict())
+        newest_keys = min(sight.window or shape.seq_length, shape.seq_length) - sight.exclude_self
         owns = layer.index in layer_types.kv_layers
         costs.append(
             LayerCost(
@@ -100,6 +126,7 @@ def layer_costs(shape: ModelShape, compression: CompressionConfig) -> tuple[Laye
                 keys_values=4.0 * shape.hidden_size * shape.kv_heads * shape.head_dim * owns,
                 attention=4.0 * width * keys,
                 feed_forward=6.0 * shape.hidden_size * shape.ffn_size,
+                newest_attention=4.0 * width * newest_keys,
             )
         )
     return tuple(costs)
@@ -115,9 +142,32 @@ def training_cost(
     return TrainingCost(mine, mine + again, _step_flops(shape, CompressionConfig()))
 
 
+def prompt_cost(
+    shape: ModelShape,
+    compression: CompressionConfig,
+    *,
+    passes: int | None = None,
+    results: Results = Results.SOME,
+) -> PromptCost:
+    """FLOPs of a prompt of `shape.seq_length` tokens, of which the last one's logits are wanted (SOME), or
+    none; ALL: every layer runs for every token. `passes` over iterated layers, default m + b."""
+    passes = compression.forward_passes + compression.backward_passes if passes is None else passes
+    return PromptCost(
+        _prompt_flops(shape, compression, passes, results),
+        _prompt_flops(shape, CompressionConfig(), 1, results),
+    )
+
+
 def forward_flops(steps: Sequence[Step], costs: Sequence[LayerCost]) -> float:
     """FLOPs per token of the forward of some steps, for layers that cost `costs`."""
-    return sum(costs[run.index].of(run.part) for step in steps for run in step.runs)
+    return sum(costs[run.index].of(run.part) for step in steps for run in step.runs) + guess_flops(
+        steps, costs
+    )
+
+
+def guess_flops(steps: Sequence[Step], costs: Sequence[LayerCost]) -> float:
+    """FLOPs per token of the first guesses that some steps read."""
+    return sum(costs[source].keys_values for step in steps for source in step.guesses)
 
 
 def _step_flops(shape: ModelShape, compression: CompressionConfig) -> float:
@@ -125,7 +175,24 @@ def _step_flops(shape: ModelShape, compression: CompressionConfig) -> float:
     costs = layer_costs(shape, compression)
     head = 6.0 * shape.hidden_size * shape.vocab_size
     steps = compression.plan(shape.num_layers)
-    return head + sum(forward_flops([step], costs) * (3 if step.requires_grad else 1) for step in steps)
+    # of a first guess: forward, and the gradient of its weights
+    guesses = guess_flops(steps, costs)
+    passes = sum(
+        (forward_flops([step], costs) - guess_flops([step], costs)) * (3 if step.requires_grad else 1)
+        for step in steps
+    )
+    return head + passes + 2 * guesses
+
+
+def _prompt_flops(shape: ModelShape, compression: CompressionConfig, passes: int, results: Results) -> float:
+    """Of a prompt; the language-model head runs for its last token, if that is wanted."""
+    costs = layer_costs(shape, compression)
+    layer_types = compression.map(shape.num_layers)
+    steps = iteration_plan(layer_types, passes - 1, 1, first_guess=compression.first_guess)
+    steps = exit_early(steps, results)
+    wanted = sum(costs[run.index].wanted for step in steps for run in step.runs if run.part is Part.WANTED)
+    head = 0.0 if results is Results.NONE else 2.0 * shape.hidden_size * shape.vocab_size
+    return forward_flops(steps, costs) * shape.seq_length + wanted + head
 
 
 def _recomputed_flops(shape: ModelShape, compression: CompressionConfig, recomputed_layers: int) -> float:

@@ -6,11 +6,12 @@ in bfloat16 they would be off by radians at position 4095.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lckv.rope_scaling import (
     DynamicScaling,
@@ -151,12 +152,77 @@ def rotation(positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> Rot
     return Rotation(cos, sin) if factor == 1 else Rotation(factor * cos, factor * sin)
 
 
-def rotate(x: Tensor, angles: Rotation) -> Tensor:
+class Turned(Protocol):
+    """`rotate` without a gradient."""
+
+    def __call__(
+        self, x: Tensor, cos: Tensor, sin: Tensor, last: Tensor | float | None, /, *, back: bool = False
+    ) -> Tensor:
+        """Cos and sin float32 as those of angles; `back`: turn by the negative angles."""
+        ...
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor, last: Tensor | float | None, *, back: bool = False) -> Tensor:
+    """See `Turned`. In four kernels, each over half of the channels."""
+    cos, sin, sign = cos.to(x.dtype), sin.to(x.dtype), -1 if back else 1
+    first, second = x.chunk(2, dim=-1)
+    result = x.new_empty(x.shape)
+    one, two = result.chunk(2, dim=-1)
+    torch.mul(first, cos, out=one).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=two).addcmul_(first, sin, value=sign)
+    if last is not None:
+        torch.mul(first[..., -1], cos[..., -1], out=one[..., -1])
+        two[..., -1] = last
+    return result
+
+
+def rotate(
+    x: Tensor, angles: Rotation, *, last: Tensor | float | None = None, kernel: Turned = turned
+) -> Tensor:
     """Turn `x` [..., D] by `angles`, whose cos and sin
-    must broadcast against [..., D/2]; result in x's dtype."""
+    must broadcast against [..., D/2]; result in x's dtype.
+
+    With `last` [...] the last channel is turned as if it were 0, and then becomes `last`. `kernel` computes
+    forward and backward."""
+    if torch.compiler.is_compiling():  # the compiler makes one kernel of the formula
+        return rotate_by_formula(x, angles, last=last)
+    if torch.is_grad_enabled() and (x.requires_grad or (isinstance(last, Tensor) and last.requires_grad)):
+        return _Rotate.apply(x, *angles, last, kernel)
+    return kernel(x, *angles, last)
+
+
+def rotate_by_formula(x: Tensor, angles: Rotation, *, last: Tensor | float | None = None) -> Tensor:
+    """Same contract as `rotate`, whose oracle it is."""
     cos, sin = angles.cos.to(x.dtype), angles.sin.to(x.dtype)
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    if last is not None:
+        second = torch.cat((second[..., :-1], torch.zeros_like(second[..., :1])), dim=-1)
+    one, two = first * cos - second * sin, second * cos + first * sin
+    if last is not None:
+        newest = torch.as_tensor(last, dtype=x.dtype, device=x.device)[..., None]
+        two = torch.cat((two[..., :-1], newest.expand_as(two[..., :1])), dim=-1)
+    return torch.cat((one, two), dim=-1)
+
+
+class _Rotate(torch.autograd.Function):
+    """Keeps nothing of what it turns; the gradient is turned back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, last: Tensor | float | None, kernel: Turned
+    ) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.last, ctx.kernel = last.dtype if isinstance(last, Tensor) else last, kernel
+        return kernel(x, cos, sin, last)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        last = None if ctx.last is None else 0.0
+        of_x = ctx.kernel(gradient, cos, sin, last, back=True) if ctx.needs_input_grad[0] else None
+        of_last = gradient[..., -1].to(ctx.last) if isinstance(ctx.last, torch.dtype) else None
+        return of_x, None, None, of_last, None
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,10 +232,41 @@ class Turn:
     angles: Rotation
     """Cosines and sines [s, b, 1, D / 2]."""
 
-    def __call__(self, heads: Tensor) -> Tensor:
-        """[s, b, any heads, D] to the same."""
-        return rotate(heads, self.angles)
+    kernel: Turned = turned
+    """What turns forward and backward."""
+
+    def __call__(self, heads: Tensor, *, last: Tensor | float | None = None) -> Tensor:
+        """[s, b, any heads, D] to the same; `last` [s, b, heads] as in `rotate`."""
+        return rotate(heads, self.angles, last=last, kernel=self.kernel)
 
     def at(self, take: Callable[[Tensor], Tensor]) -> "Turn":
         """At those tokens that `take` takes of a tensor [s, b, ...]."""
-        return Turn(Rotation(take(self.angles.cos), take(self.angles.sin)))
+        return replace(self, angles=Rotation(take(self.angles.cos), take(self.angles.sin)))
+
+
+@dataclass(frozen=True, eq=False)
+class SmallTurn:
+    """As `Turn`, for few tokens and without gradient: in three kernels over all channels, of which one
+    copies, where `Turn` takes four over half of them. The numbers are the same."""
+
+    cos: Tensor
+    """[s, b, 1, D], in the dtype of heads."""
+
+    sin: Tensor
+    """The same; of the first half of the channels negative."""
+
+    @classmethod
+    def of(cls, angles: Rotation, dtype: torch.dtype) -> "SmallTurn":
+        """`angles` are [s, b, D / 2]."""
+        cos, sin = (part[:, :, None].to(dtype) for part in angles)
+        return cls(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
+
+    def __call__(self, heads: Tensor, *, last: Tensor | float | None = None) -> Tensor:
+        """[s, b, any heads, D] to the same; `last` [s, b, heads] as in `rotate`."""
+        half = heads.shape[-1] // 2
+        swapped = heads.view(*heads.shape[:-1], 2, half).flip(-2).reshape(heads.shape)
+        result = torch.mul(heads, self.cos).addcmul_(swapped, self.sin)
+        if last is not None:
+            torch.mul(heads[..., half - 1], self.cos[..., half - 1], out=result[..., half - 1])
+            result[..., -1] = last
+        return result

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from lckv.generation.answering import answers
 from lckv.generation.requests import Completion
+from lckv.generation.stats import EngineStats
 from lckv.generation.unbounded import Continuation, streaming_cache
 from lckv_megatron.cache_facts import CacheFacts
 from lckv_megatron.engine_options import build_engine, engine_config
@@ -33,7 +34,7 @@ def answer_one(options: argparse.Namespace, model: Any, tokenizer: Any, prompt: 
         print(answer_line(prompt, completion))
     else:
         print("" if options.stream else completion.text)
-    report(facts, len(completion.token_ids), options)
+    report(facts, len(completion.token_ids), options, engine.stats())
 
 
 def answer_batch(options: argparse.Namespace, model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> None:
@@ -53,7 +54,7 @@ def answer_batch(options: argparse.Namespace, model: Any, tokenizer: Any, prompt
             print(lines.pop(), flush=True)
     if options.output is not None:
         write_file(options.output, "".join(f"{line}\n" for line in lines).encode())
-    report(facts, engine.stats().generated_tokens, options)
+    report(facts, engine.stats().generated_tokens, options, engine.stats())
     if failed:
         raise ConfigError(
             f"{failed} of {len(prompts)} prompts could not be answered; their lines say why under error."
@@ -132,14 +133,18 @@ def answer_line(prompt: Prompt, completion: Completion | ValueError) -> str:
     )
 
 
-def report(facts: CacheFacts, tokens: int, options: argparse.Namespace) -> None:
+def report(facts: CacheFacts, tokens: int, options: argparse.Namespace, stats: EngineStats) -> None:
     """What generating took, on standard error."""
     seconds = facts.seconds
+    drafted, accepted = stats.drafted_tokens, stats.accepted_tokens
     if options.json:
-        content = {"new_tokens": tokens, "seconds": seconds, **facts.as_dict()}
+        drafts = {"drafted_tokens": drafted, "accepted_tokens": accepted} if drafted else {}
+        content = {"new_tokens": tokens, "seconds": seconds, **drafts, **facts.as_dict()}
         print(json.dumps(content), file=sys.stderr)
     else:
+        drafts_line = f" {accepted:,} of {drafted:,} guessed tokens came." if drafted else ""
         print(
-            f"{tokens:,} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s). {facts.line()}",
+            f"{tokens:,} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s).{drafts_line} "
+            f"{facts.line()}",
             file=sys.stderr,
         )

@@ -3,17 +3,18 @@
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lckv.generation.engine import Engine
-from lckv.generation.memory import cache_model
 from lckv_megatron.tables import size
+
+if TYPE_CHECKING:
+    from lckv.generation.engine import Engine
 
 
 class CacheFacts:
     """Numbers of an engine's cache, from looking at it again and again."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: "Engine") -> None:
         self._engine = engine
         self._most_pages = 0
         self._slots = self._tokens = 0.0
@@ -38,6 +39,8 @@ class CacheFacts:
 
     def as_dict(self) -> dict[str, Any]:
         """Bytes, pages, and tokens per slot as measured."""
+        from lckv.generation.memory import cache_model
+
         engine, cache = self._engine, self._engine.cache
         ratio = self.compression_ratio
         dtype = str(engine.model.dtype).removeprefix("torch.")

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_ext.checkpointing.folders import find_candidates
 from megatron_ext.config import DataConfig, ParallelConfig
 from megatron_ext.errors import ConfigError
 
@@ -17,6 +18,11 @@ def add_load_option(parser: Any) -> None:
     parser.add_argument(
         "--load", type=Path, required=True, metavar="DIR", help="directory of checkpoints, or one checkpoint"
     )
+
+
+def check_checkpoint(path: Path) -> None:
+    """Raises CheckpointError where there is no checkpoint to load at `path`, before Megatron is loaded."""
+    find_candidates(path)
 
 
 def add_tokenizer_options(parser: Any) -> None:

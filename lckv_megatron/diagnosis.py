@@ -21,6 +21,8 @@ DISTRIBUTION = "lckv-megatron"
 OPTIONAL = {
     "transformer-engine": ("transformer_engine.pytorch", "fused layers and fp32 main weights on GPU", "gpu"),
     "flash-attn": ("flash_attn", "flash attention on GPU", "gpu"),
+    "liger-kernel": ("liger_kernel.ops", "RMSNorm, SwiGLU and the loss's softmax on GPU", "gpu"),
+    "cut-cross-entropy": ("cut_cross_entropy", "model.cross_entropy_backend: cut", "gpu"),
     "triton": ("triton", "kernels on GPU; torch's CUDA builds bring it", "gpu"),
     "wandb": ("wandb", "logging.wandb_project", "wandb"),
     "lm-eval": ("lm_eval", "evaluation on common benchmarks", "eval"),
@@ -232,12 +234,13 @@ def _paths(report: Report) -> None:
     report.paths["processes talk over"] = OperationPath("nccl" if gpu else "gloo", why)
     report.paths["attention"] = attention_backend()
     report.paths["layers"] = layers = layer_implementation()
-    fused = layers.choice == "transformer_engine"
-    norm = "Transformer Engine, fused with the linear layer behind it" if fused else "torch.nn.RMSNorm"
-    report.paths["norm"] = OperationPath(norm, f"layers are {layers.choice}")
+    operators = layer_operators()
+    if layers.choice == "transformer_engine":
+        norm = "Transformer Engine, fused with the linear layer behind it"
+        operators["RMSNorm"] = OperationPath(norm, f"layers are {layers.choice}")
+    report.paths |= operators
     report.paths["optimizer adam"] = adam_implementation()
-    chunks = "model.cross_entropy_chunk_size is 0; above 0 only so many tokens' logits are in memory"
-    report.paths["cross-entropy"] = OperationPath("vocabulary-parallel, all logits at once", chunks)
+    report.paths["cross-entropy"] = loss_backend()
 
 
 def attention_backend() -> OperationPath:
@@ -249,6 +252,30 @@ def attention_backend() -> OperationPath:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     choice = choose("auto", device=device, dtype=torch.bfloat16, head_dim=128)
     return OperationPath(choice.name, choice.reason)
+
+
+def loss_backend() -> OperationPath:
+    """What `model.cross_entropy_backend: auto` becomes here for bfloat16."""
+    import torch
+
+    from lckv.losses.backends import choose
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    choice = choose("auto", device=device, dtype=torch.bfloat16)
+    return OperationPath(choice.name, choice.reason)
+
+
+def layer_operators() -> dict[str, OperationPath]:
+    """What `model.operator_backend: auto` becomes here, for layers of the default size."""
+    from megatron_ext.config import ModelConfig, ParallelConfig
+    from megatron_ext.model.operators import choose_operators
+
+    chosen = choose_operators(ModelConfig(), ParallelConfig())
+    return {
+        "RMSNorm": OperationPath(chosen.rms_norm.name, chosen.rms_norm.reason),
+        "SwiGLU": OperationPath(chosen.swiglu.name, chosen.swiglu.reason),
+        "RoPE": OperationPath(chosen.rope.name, chosen.rope.reason),
+    }
 
 
 def layer_implementation() -> OperationPath:

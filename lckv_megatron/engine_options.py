@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lckv.generation.config import EngineConfig
+from lckv.weights.folder_kind import require_huggingface
 from megatron_ext.arguments import memory_size, positive
 from megatron_ext.errors import ConfigError
 from megatron_ext.settings import settings_of
@@ -57,6 +58,8 @@ def add_engine_options(parser: argparse.ArgumentParser, *, batch_size: int) -> N
         action="store_false",
         help="compute every prompt from its first token on, also where an earlier request began alike",
     )
+    (of_graphs,) = settings_of(EngineConfig)["cuda_graphs"]
+    group.add_argument("--cuda-graphs", action="store_true", help=of_graphs.text)
     prefill = group.add_mutually_exclusive_group()
     add_setting(prefill, "--prefill-tolerance", "prefill_tolerance", type=float, metavar="X")
     prefill.add_argument(
@@ -67,6 +70,21 @@ def add_engine_options(parser: argparse.ArgumentParser, *, batch_size: int) -> N
         default=EngineConfig.prefill,
         help="run prompts token by token: exact for maps that iterate, and slow",
     )
+
+
+def add_speculation_options(parser: argparse.ArgumentParser) -> None:
+    """Whether tokens of answers are guessed ahead, of programs that write answers."""
+    group = parser.add_argument_group("speculative decoding")
+    add_setting(
+        group,
+        "--speculation",
+        "speculation",
+        type=str,
+        choices=("none", "prompt_lookup"),
+        metavar=None,
+    )
+    add_setting(group, "--speculation-tokens", "speculation_tokens")
+    add_setting(group, "--speculation-match", "speculation_match")
 
 
 def add_setting(group: Any, option: str, field: str, *, config: type = EngineConfig, **settings: Any) -> None:
@@ -80,8 +98,11 @@ def add_setting(group: Any, option: str, field: str, *, config: type = EngineCon
 
 
 def engine_config(options: argparse.Namespace) -> EngineConfig:
-    """What the options of `add_engine_options` say; other settings have their defaults."""
+    """What the options of `add_engine_options` say, and those of `add_speculation_options` where they are
+    there; other settings have their defaults."""
+    speculation = ("speculation", "speculation_tokens", "speculation_match")
     return EngineConfig(
+        **{name: getattr(options, name) for name in speculation if hasattr(options, name)},
         memory_bytes=options.memory_bytes,
         page_size=options.page_size,
         max_batch_size=options.max_batch_size,
@@ -90,6 +111,7 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         prefill_chunk=options.prefill_chunk,
         prefill=options.prefill,
         prefill_tolerance=options.prefill_tolerance,
+        cuda_graphs=options.cuda_graphs,
     )
 
 
@@ -111,12 +133,22 @@ def placement(options: argparse.Namespace) -> "tuple[torch.device, torch.dtype |
     return device, None if options.dtype is None else getattr(torch, options.dtype)
 
 
+def check_folders(folders: Sequence[Path]) -> None:
+    """Raises ConfigError for the first that is no folder of a Hugging Face model, before torch is loaded."""
+    for folder in folders:
+        try:
+            require_huggingface(folder)
+        except (OSError, ValueError) as error:
+            raise ConfigError(str(error)) from error
+
+
 def load(options: argparse.Namespace, folder: Path | None = None) -> tuple[Any, Any]:
     """The model in `folder` (default: that of --model), ready for inference, and its tokenizer. Raises
     ConfigError."""
+    folder = folder or options.model
+    check_folders([folder])
     from lckv.generation.loading import load_model
 
-    folder = folder or options.model
     device, dtype = placement(options)
     try:
         model, tokenizer = load_model(folder, dtype=dtype, device=device)
@@ -131,6 +163,7 @@ def load(options: argparse.Namespace, folder: Path | None = None) -> tuple[Any, 
 
 def check_models(folders: Sequence[Path]) -> None:
     """Looks at the configs of models before the first one is loaded. Raises ConfigError."""
+    check_folders(folders)
     from lckv.generation.loading import model_config
 
     for folder in folders:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from lckv.config import CompressionConfig
-from lckv.cost import ModelShape, kv_bytes_per_token, training_cost
+from lckv.cost import ModelShape, kv_bytes_per_token, prompt_cost, training_cost
 from lckv.sharing.layer_types import LayerTypes
 from lckv_megatron.tables import gib, table
 
@@ -84,7 +84,7 @@ def compare(
     window = compression.sliding_window or YOCO_WINDOW
     known = {layout.name.split()[0].lower(): layout for layout in LAYOUTS}
     rows: list[tuple[str, ...]] = [
-        ("map", "KV layers", "KV bytes/token", f"{context:,} tokens", "step cost", "when")
+        ("map", "KV layers", "KV bytes/token", f"{context:,} tokens", "step cost", "prompt cost", "when")
     ]
     legend = []
     for number, entry in enumerate(maps or known, 1):
@@ -101,7 +101,7 @@ def compare(
     yield (
         f"Sliding layers see {window:,} tokens, cyclic groups run {compression.forward_passes} + "
         f"{compression.backward_passes} passes. "
-        "step cost: relative to a plain model."
+        f"step cost, and prompt cost of {shape.seq_length:,} tokens: relative to a plain model."
     )
     yield from legend
 
@@ -113,4 +113,5 @@ def _compared(shape: ModelShape, compression: CompressionConfig, context: int) -
         f"{kv_bytes_per_token(shape, layer_types):,}",
         gib(cache_bytes(shape, layer_types, window=compression.sliding_window, tokens=context)),
         f"{training_cost(shape, compression).ratio:.2f}x",
+        f"{prompt_cost(shape, compression).ratio:.2f}x",
     )

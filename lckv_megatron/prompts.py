@@ -9,7 +9,7 @@ from typing import Any
 
 from lckv.generation.penalties import biases_by_token
 from lckv.generation.sampling import SamplingParams
-from lckv.surrogates import lone_surrogate
+from lckv_megatron.unicode_text import check_text
 from megatron_ext.errors import ConfigError
 
 _SETTINGS = tuple(field.name for field in fields(SamplingParams) if field.name != "grammar")
@@ -51,13 +51,6 @@ class Chat:
                 f"{where}: the tokenizer's chat template refuses the messages: {error}"
             ) from error
         return list(encoded["input_ids"])
-
-
-def check_text(text: str, where: str) -> None:
-    """Raises ConfigError, which names `where`, for what is no Unicode text: no tokenizer takes it."""
-    problem = lone_surrogate(text)
-    if problem is not None:
-        raise ConfigError(f"{where}: {problem}. Is the text encoded in UTF-8?")
 
 
 def single(text: str, tokenizer: Any, params: SamplingParams, chat: Chat | None) -> Prompt:

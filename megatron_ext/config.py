@@ -157,13 +157,22 @@ class ModelConfig:
     """Attention kernel: PyTorch's, flash-attn's, FlashAttention 3's (Hopper; dropout and biased keys go
     through PyTorch's), or the plain oracle. An explicit request never falls back."""
 
-    cross_entropy_backend: Literal["auto", "whole", "chunked"] = "auto"
-    """How the loss is computed: from the logits of all tokens, or chunk by chunk;
-    auto: as cross_entropy_chunk_size says."""
+    operator_backend: Literal["auto", "torch", "triton"] = "auto"
+    """Kernels of RMSNorm, SwiGLU and the rotary embedding: PyTorch's operations, or one Triton kernel each,
+    the first two liger-kernel's. auto: of each the kernel, where it serves with CUDA. Norms of Transformer
+    Engine's layers are its own. An explicit request never falls back."""
+
+    cross_entropy_backend: Literal["auto", "chunked", "liger", "cut", "cut_filtered"] = "auto"
+    """How the loss is computed, always without the logits of all tokens: PyTorch's operations chunk by chunk,
+    the same with liger-kernel's softmax, or cut-cross-entropy, exact or with gradients that leave out what
+    hardly counts. auto: liger-kernel where installed with CUDA. An explicit request never falls back."""
 
     cross_entropy_chunk_size: int = 0
-    """Tokens whose logits are in memory at a time;
-    logits of other chunks are recomputed in backward. 0: all at once."""
+    """Tokens of a rank whose logits are in memory at a time. 0: as many as have logits of 64 MiB."""
+
+    cross_entropy_z_loss: float = 0.0
+    """Weight of the squared logsumexp of a token's logits, which is added to its loss in training. Reported
+    losses are without it."""
 
     @property
     def head_dim(self) -> int:
@@ -330,11 +339,22 @@ class TrainConfig:
     """bf16: weights and activations in bfloat16 with float32 main weights and gradients;
     fp32: everything in float32."""
 
+    forward_passes_schedule: Literal["constant", "falling", "rising", "random"] = "constant"
+    """How many passes without gradient (m) a step runs over each cyclic group. constant:
+    compression.forward_passes, as published. falling: from that to least_forward_passes, every number for
+    equally many of train_iters; rising: the other way round. random: any of these numbers, drawn from seed
+    and iteration alone. Evaluation always runs compression.forward_passes."""
+
+    least_forward_passes: int = 1
+    """Of forward_passes_schedule."""
+
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in backward: none; selective: those of recompute_modules; full: whole layers."""
 
-    recompute_modules: tuple[str, ...] = ("core_attn",)
-    """What selective recomputes: core_attn (attention without its projections), mlp."""
+    recompute_modules: tuple[str, ...] = ("mlp",)
+    """What selective recomputes: mlp, the largest part of a layer; core_attn, attention without its
+    projections. Attention's kernels keep no scores, so core_attn saves next to nothing (4 bytes per head and
+    token, and outputs kept twice: maps that exclude a token itself, context parallelism)."""
 
     recompute_num_layers: int | None = None
     """full: how many layers of each pipeline stage are recomputed, from the bottom. Default: all."""
@@ -530,8 +550,9 @@ class CheckpointConfig:
     another copy of what it writes. One save at a time: the next, the end and a signal wait for it."""
 
     optimizer_sharding: Literal["fully_reshardable", "dp_reshardable"] = "fully_reshardable"
-    """State of the distributed optimizer. fully_reshardable: any layout can go on with it. dp_reshardable: as
-    the ranks have it, without communication; only the same layout and layers can go on with it."""
+    """State of the distributed optimizer. fully_reshardable: any layout can go on with it. dp_reshardable:
+    its buffers as they are; only the same layout and layers can go on with it. Neither is sent between
+    ranks."""
 
     keep_last: int | None = None
     """How many checkpoints to keep; older ones are deleted after a successful save. Default: all."""

@@ -88,6 +88,7 @@ def installed() -> Iterator[None]:
 
 def bridges() -> list[Bridge]:
     """All bridges, installed or not."""
+    from megatron.core.optimizer import clip_grads
     from megatron.core.tensor_parallel import random as tensor_parallel_random
 
     cpu = torch.device("cpu")
@@ -109,6 +110,7 @@ def bridges() -> list[Bridge]:
         Bridge(torch.cuda.nvtx, "range_pop", _returning(None)),
         Bridge(tensor_parallel_random, "_get_cuda_rng_state", _without_arguments(torch.get_rng_state)),
         Bridge(tensor_parallel_random, "_set_cuda_rng_state", _ignoring_device(torch.set_rng_state)),
+        Bridge(clip_grads, "multi_tensor_scale_impl", _scaling_in_place),
         Bridge(torch.Tensor, "cuda", lambda original: lambda tensor, *args, **kwargs: tensor),
         Bridge(torch.Tensor, "type", _type_named_after_cuda),
         *(Bridge(torch, name, _factory_on_cpu) for name in _FACTORIES),
@@ -176,6 +178,19 @@ def _type_named_after_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return type_
+
+
+def _scaling_in_place(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What clips gradients writes their products into tensors of their own first, and copies them then."""
+
+    def scale(chunk: int, flag: torch.Tensor, lists: list[list[torch.Tensor]], factor: float) -> None:
+        sources, targets = lists
+        if all(source is target for source, target in zip(sources, targets, strict=True)):
+            torch._foreach_mul_(targets, factor)
+        else:
+            original(chunk, flag, lists, factor)
+
+    return scale
 
 
 def _keep_record(record: logging.LogRecord) -> bool:

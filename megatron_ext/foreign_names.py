@@ -26,6 +26,7 @@ _NAMES = {
     "model.num_attention_heads": ("n_head", "n_heads", "num_heads"),
     "model.num_layers": ("num_hidden_layers", "n_layer", "n_layers"),
     "model.num_query_groups": ("num_key_value_heads", "n_kv_heads", "num_kv_heads"),
+    "model.operator_backend": ("use_liger_kernel", "apply_rope_fusion", "bias_swiglu_fusion"),
     "model.qk_layernorm": ("qk_norm",),
     "model.rotary_base": ("rope_theta",),
     "model.untie_embeddings_and_output_weights": ("tie_word_embeddings",),

@@ -5,16 +5,9 @@ version. Which versions were tried, and with which result: docs/engines.md.
 """
 
 import inspect
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelLoadStrategyWrapper,
-    FullyParallelSaveStrategyWrapper,
-)
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -37,48 +30,6 @@ def mlp(submodules: MLPSubmodules) -> Any:
     """
     build = getattr(MLP, "as_mlp_submodule", None)
     return ModuleSpec(MLP, submodules=submodules) if build is None else partial(build, submodules=submodules)
-
-
-def save_in_parallel(
-    save: Callable[[State, Path], None], state: State, checkpoint: Path, group: dist.ProcessGroup
-) -> None:
-    """Calls `save` with a sharded state in which this rank owns its share of what `group` has copies of.
-
-    Collective over all ranks: checks that the shards cover the whole.
-    """
-    FullyParallelSaveStrategyWrapper(_Saving(save), group).save(state, checkpoint)
-
-
-def load_in_parallel(
-    load: Callable[[State, Path], State], state: State, checkpoint: Path, group: dist.ProcessGroup
-) -> State:
-    """A sharded state with its tensors. Each rank of `group` reads a share with `load` and sends it around.
-
-    Collective over all ranks.
-    """
-    return FullyParallelLoadStrategyWrapper(_Loading(load), group).load(state, checkpoint)
-
-
-class _Saving:
-    """What Megatron's wrapper takes for a strategy of its own.
-    That of 0.16.1 reads name and version of the format."""
-
-    backend, version = "torch_dist", 1
-
-    def __init__(self, save: Callable[[State, Path], None]) -> None:
-        self.save = save
-
-
-class _Loading:
-    """What Megatron's wrapper takes for a strategy of its own. That of 0.19 adds who wrote the checkpoint in
-    the background; the files do not depend on it."""
-
-    def __init__(self, load: Callable[[State, Path], State]) -> None:
-        self._load = load
-
-    def load(self, state: State, checkpoint: Path, async_strategy: str = "mcore") -> State:
-        del async_strategy
-        return self._load(state, checkpoint)
 
 
 def keep_settings(saved: State, optimizer: MegatronOptimizer) -> None:

@@ -45,6 +45,12 @@ FLASH_ATTN = Pin(
 FLASH_ATTN_OLDEST = Pin(
     "flash-attn", "2.7.0.post2", "62244de20dabad9a42d0636f6b2ea4c051d33df179a0b3bea4352502ebca1466", False
 )
+LIGER_KERNEL = Pin(
+    "liger-kernel", "0.8.5", "60789cd576af073ab9b192b570d2597fd0cdad489cd62fb44fb16256d43754c9", True
+)
+CUT_CROSS_ENTROPY = Pin(
+    "cut-cross-entropy", "25.1.1", "e46f26d348f6a67927d17e65c5a212e795be13dcad5b10a77a200d6b8102d9d1", True
+)
 
 
 def folder_of(pin: Pin) -> Path:

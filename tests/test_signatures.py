@@ -18,7 +18,18 @@ import torch
 
 from lckv.attention import backends
 from lckv.attention.flash3 import FlashAttn3Pair
-from tests.pinned_sources import FLASH_ATTN, FLASH_ATTN_OLDEST, TRANSFORMER_ENGINE, Pin, folder_of
+from lckv.attention.flash_pair import Problem
+from lckv.losses import cut, liger
+from megatron_ext.model import operators
+from tests.pinned_sources import (
+    CUT_CROSS_ENTROPY,
+    FLASH_ATTN,
+    FLASH_ATTN_OLDEST,
+    LIGER_KERNEL,
+    TRANSFORMER_ENGINE,
+    Pin,
+    folder_of,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("lckv", "megatron_ext", "lckv_megatron")
@@ -216,8 +227,8 @@ def test_private_functions_of_flash_attention_3_are_called_as_they_are() -> None
     forward, backward = "_flash_attn_forward", "_flash_attn_backward"
     results = {forward: kernel(forward, heads.transpose(1, 2), heads[..., 0]), backward: kernel(backward)}
     pair = FlashAttn3Pair(SimpleNamespace(**results))
-    partial = pair.forward(heads, heads, heads, 0.5, causal=True)
-    pair.backward(heads, heads, heads, heads, partial, 0.5, causal=True)
+    problem = Problem(heads, heads, heads, 0.5, causal=True)
+    pair.backward(heads, problem, pair.forward(problem))
     of_backward = {"dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv"}
     for name, expected in ((forward, {"q", "k", "v"}), (backward, of_backward)):
         assert given[name].pop("softmax_scale") == 0.5
@@ -249,6 +260,67 @@ def test_transformer_engine_is_called_as_it_is() -> None:
         for call in made:  # `self` is not written where it is called
             bound = Call(call.place, call.function, call.positional + 1, call.keywords, None)
             assert bound.refusal(signature_of(methods["forward"])) is None
+
+
+def loss_calls(file: str, name: str) -> list[Call]:
+    """Of a backend's kernel, where the file calls it so."""
+    (found,) = [tree for place, tree in trees("kernel") if place == f"lckv/losses/{file}.py"]
+    made = [call for call in calls(found, file) if call.function == name]
+    assert len(made) == 1
+    return made
+
+
+def test_liger_kernel_is_called_as_it_is() -> None:
+    """Its autograd function, whose first argument is not written where it is called."""
+    path = folder_of(LIGER_KERNEL) / f"{liger.MODULE.replace('.', '/')}.py"
+    (forward,) = [
+        method
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name == liger.FUNCTION
+        for method in node.body
+        if isinstance(method, ast.FunctionDef) and method.name == "forward"
+    ]
+    own = inspect.signature(liger.VocabParallelCrossEntropy.apply)
+    assert list(own.parameters)[1:] == list(signature_of(forward).parameters)[1:]
+    for call in loss_calls("liger", "kernel.apply"):
+        bound = Call(call.place, call.function, call.positional + 1, call.keywords, None)
+        assert bound.refusal(signature_of(forward)) is None
+
+
+@pytest.mark.parametrize(
+    ("used", "protocol", "line"),
+    [
+        (operators.LIGER_NORM, operators.LigerNormFunction, "liger_norm"),
+        (operators.LIGER_SWIGLU, operators.LigerSwiGLUFunction, "liger_swiglu"),
+    ],
+)
+def test_operators_of_liger_kernel_are_called_as_they_are(
+    used: tuple[str, str], protocol: type, line: str
+) -> None:
+    module, function = used
+    path = folder_of(LIGER_KERNEL) / f"{module.replace('.', '/')}.py"
+    (forward,) = [
+        method
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name == function
+        for method in node.body
+        if isinstance(method, ast.FunctionDef) and method.name == "forward"
+    ]
+    theirs, own = signature_of(forward), inspect.signature(protocol.apply)  # type: ignore[attr-defined]
+    # the first is not written where it is called, and what may be left out is at the end
+    assert list(own.parameters)[1:] == list(theirs.parameters)[1 : len(own.parameters)]
+    (tree,) = [tree for place, tree in trees("kernel") if place == "megatron_ext/model/operators.py"]
+    (caller,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == line]
+    (call,) = [call for call in calls(caller, line) if call.function == "kernel.apply"]
+    bound = Call(call.place, call.function, call.positional + 1, call.keywords, None)
+    assert bound.refusal(theirs) is None
+
+
+def test_cut_cross_entropy_is_called_as_it_is() -> None:
+    package = folder_of(CUT_CROSS_ENTROPY) / cut.MODULE
+    function = functions_of(package / "linear_cross_entropy.py")[cut.FUNCTION]
+    for call in loss_calls("cut", "kernel"):
+        assert call.refusal(signature_of(function)) is None
 
 
 def torch_calls() -> list[Call]:

@@ -93,6 +93,8 @@ def _sharing(description: ModelDescription) -> Iterator[str]:
             f"once, in training and for a prompt: {compression.forward_passes} passes without and "
             f"{compression.backward_passes} with gradient. Generating a token takes one pass."
         )
+    if compression.first_guess:
+        yield "\nThe first pass reads keys and values that a learned linear map guesses."
     if compression.sliding_window is not None:
         yield f"\nLayers marked `s` see the newest {compression.sliding_window:,} tokens."
     if compression.force_nodiag:

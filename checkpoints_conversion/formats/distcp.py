@@ -3,30 +3,24 @@ other, each a block of a tensor, and `.metadata`, the table of contents.
 
 PyTorch's own reader takes whole records into memory, and unpickles them; here any of their rows are read
 (`lckv/weights/pickled_file.py`). Its writer (2.13) keeps
-all tensors of a file in memory until the file is written; here each is forgotten at once.
+all tensors of a file in memory until the file is written; here each is forgotten at once
+(`megatron_ext/checkpointing/records.py`).
 """
 
-import hashlib
-import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.storage import WriteResult
 
 from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.formats.pieces import Piece, cover
@@ -35,6 +29,7 @@ from lckv.weights.pickled_file import READING_ERRORS, read_torch_file
 from lckv.weights.pickled_tensor import PickledTensor
 from lckv.weights.tensors import TensorInfo, row_chunks
 from megatron_ext.checkpointing.manifest import FileEntry
+from megatron_ext.checkpointing.records import HashedFile, Record, append_block, write_contents
 
 FILE_BYTES = 4 * 2**30
 """A file is full from here on: ranks that load share the checking of hashes file by file."""
@@ -109,64 +104,14 @@ def write_tensors(
 ) -> dict[str, FileEntry]:
     """Writes the tensors `infos`, and .metadata, into a folder. `read(key, rows)` is called for rows of about
     CHUNK_BYTES at a time, in order. Returns size and sha256 of the files with tensors."""
-    contents: dict[str, Any] = {}
-    records: list[WriteResult] = []
+    records: list[Record] = []
     with ExitStack() as stack:
-        files = [stack.enter_context(_HashedFile(folder / "__0_0.distcp"))]
+        files = [stack.enter_context(HashedFile(folder / "__0_0.distcp"))]
         for key, info in infos.items():
-            chunks = []
             for rows in row_chunks(info):
                 if files[-1].bytes >= FILE_BYTES:
-                    files.append(stack.enter_context(_HashedFile(folder / f"__{len(files)}_0.distcp")))
-                shape = (rows.stop - rows.start, *info.shape[1:])
-                chunk = ChunkStorageMetadata(
-                    torch.Size((rows.start, *[0] * len(shape[1:]))), torch.Size(shape)
-                )
-                records.append(_append(files[-1], MetadataIndex(key, chunk.offsets), read(key, rows)))
-                chunks.append(chunk)
-            contents[key] = TensorStorageMetadata(
-                TensorProperties(info.dtype), torch.Size(info.shape), chunks
-            )
-    dcp.FileSystemWriter(folder).finish(Metadata(contents), [records])
+                    files.append(stack.enter_context(HashedFile(folder / f"__{len(files)}_0.distcp")))
+                offsets = (rows.start, *[0] * (len(info.shape) - 1))
+                records.append(append_block(files[-1], key, info, offsets, read(key, rows)))
+    write_contents(folder, records)
     return {file.path.name: file.entry for file in files}
-
-
-def _append(file: "_HashedFile", index: MetadataIndex, rows: Tensor) -> WriteResult:
-    start = file.bytes
-    alone = rows.untyped_storage().nbytes() == rows.nbytes and rows.is_contiguous()
-    if not alone:  # of a view, torch saves all that it is a view of
-        rows = rows.clone(memory_format=torch.contiguous_format)
-    torch.save(rows, cast(BinaryIO, file))
-    length = file.bytes - start
-    return WriteResult(index, length, _StorageInfo(file.path.name, start, length))
-
-
-class _HashedFile:
-    """A file that is written once, from its beginning to its end; closing it puts it on the disk."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.bytes = 0
-        self._digest = hashlib.sha256()
-        self._file = open(path, "wb")  # noqa: SIM115 - closed by its owner
-
-    def __enter__(self) -> "_HashedFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._file:
-            self.flush()
-            os.fsync(self._file.fileno())
-
-    def write(self, data: Any) -> int:
-        self._digest.update(data)
-        self.bytes += memoryview(data).nbytes
-        return self._file.write(data)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    @property
-    def entry(self) -> FileEntry:
-        """What is in the file."""
-        return FileEntry(self.bytes, self._digest.hexdigest())

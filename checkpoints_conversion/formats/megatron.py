@@ -39,7 +39,6 @@ from megatron_ext.checkpointing.manifest import (
     list_files,
     write_manifest,
 )
-from megatron_ext.checkpointing.state import common_file, write_common
 from megatron_ext.checkpointing.verification import CONFIG_NAME, PROGRESS_NAME, find_problems, large_files
 from megatron_ext.command_line import config_from_dict, config_to_dict
 from megatron_ext.config import RunConfig, TrainConfig
@@ -101,9 +100,10 @@ class MegatronCheckpoint:
         )
         """Where it comes from, if a conversion has written it."""
 
-        stored = stored_tensors(
-            self.path, read_contents(self.path), lambda key: not key.startswith("optimizer.")
-        )
+        self.contents = read_contents(self.path)
+        """Which tensors it has, and where they lie."""
+
+        stored = stored_tensors(self.path, self.contents, lambda key: not key.startswith("optimizer."))
         self._stored = {canonical_name(key): entry for key, entry in stored.items()}
         expected = self.description.expected_tensors()
         infos = {name: without_padding(name, info, expected) for name, (info, _) in self._stored.items()}
@@ -188,6 +188,11 @@ def write_checkpoint(
 
     Raises ConversionError where the folder is not empty, ModelError where tensors are missing.
     """
+    from megatron_ext.checkpointing.state import (
+        common_file,
+        write_common,
+    )  # with Megatron: reading has no need
+
     directory = Path(directory)
     if dtype is not None:
         description = replace(description, dtype=dtype)

@@ -21,16 +21,16 @@ extra channels of queries and keys; query [b, h, n, d + e], key [b, g, n, d + e]
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lckv.attention.causal import Causal, Full, Rest, join
-from lckv.attention.flash_pairs import FlashPair, Partial
-from lckv.attention.frontier import add_frontier_gradients, frontier_score
-from lckv.attention.pieces import Attention, Piece, Span, grouped, pieces_of_spans, spans_of
+from lckv.attention.flash_pair import FlashPair, Partial
+from lckv.attention.frontier import add_frontier_gradients, frontier_score, grouped
+from lckv.attention.pieces import Attention
+from lckv.attention.sequences import Layout, Piece, layout_of
 from lckv.attention.visibility import Documents
 
 
@@ -53,36 +53,26 @@ class ChunkSight:
 
     def arrivals(self, others: Sequence[Sequence[int]], pair: FlashPair, scale: float) -> Iterator["Arrival"]:
         """The own part, then those that have the chunks `others`."""
-        yield Arrival(self.own_pieces(), Causal(pair, scale))
+        own = self.own_layout()
+        seeing = [] if own.is_empty else [Piece(slice(0, self.rows), own.queries, slice(None))]
+        yield Arrival(seeing, Causal(pair, scale, own))
         for keys in others:
             yield Arrival(self.rectangles(keys), Full(pair, scale))
 
-    def own_pieces(self) -> list[Piece]:
-        """Of the own part, without frontiers."""
-        return list(pieces_of_spans(self._own_spans(), int(self.exclude_self or self.biased)))
-
-    def _own_spans(self) -> Iterator[Span]:
-        """Documents in the own part: their tokens follow each other there."""
-        size = self.chunk
-        for rows, start, stop in self._documents:
-            inside = [
-                (place * size + max(start - number * size, 0), place * size + min(stop - number * size, size))
-                for place, number in enumerate(self.own)
-                if start < (number + 1) * size and stop > number * size
-            ]
-            if inside:
-                yield rows, inside[0][0], inside[-1][1]
-
-    @cached_property
-    def _documents(self) -> list[Span]:
-        return spans_of(self.documents, self.rows, self.total * self.chunk)
+    def own_layout(self) -> Layout:
+        """Of the own part, without frontiers: its tokens follow each other there."""
+        tokens, documents = len(self.own) * self.chunk, self.documents
+        if documents is not None:
+            ranges = ((number * self.chunk, (number + 1) * self.chunk) for number in self.own)
+            documents = documents.cut(self.total * self.chunk, *ranges)
+        return layout_of(documents, self.rows, tokens, tokens, int(self.exclude_self or self.biased))
 
     def rectangles(self, keys: Sequence[int]) -> list[Piece]:
         """Of the part that has the chunks `keys`, in ascending order. All queries of a piece see all of its
         keys."""
         pieces: list[Piece] = []
         size = self.chunk
-        for place, number, (rows, start, stop) in self._continued:
+        for place, number, rows, start, stop in self._continued():
             seen = [
                 (other * size + max(start - before * size, 0), (other + 1) * size)
                 for other, before in enumerate(keys)
@@ -97,15 +87,21 @@ class ChunkSight:
             pieces.append(piece)
         return pieces
 
-    @cached_property
-    def _continued(self) -> list[tuple[int, int, Span]]:
-        """Place and number of each own chunk, with each document that began before it and goes on in it."""
-        return [
-            (place, number, document)
-            for place, number in enumerate(self.own)
-            for document in self._documents
-            if document[1] < number * self.chunk < document[2]
-        ]
+    def _continued(self) -> Iterator[tuple[int, int, slice, int, int]]:
+        """Place and number of each own chunk, with rows, start and stop of each document that began before it
+        and goes on in it."""
+        length = self.total * self.chunk
+        for place, number in enumerate(self.own):
+            if self.documents is None:
+                yield place, number, slice(0, self.rows), 0, length
+                continue
+            for row in range(self.rows):
+                yield (
+                    place,
+                    number,
+                    slice(row, row + 1),
+                    *self.documents.around(length, row, number * self.chunk),
+                )
 
 
 def _continues(before: Piece, piece: Piece) -> bool:

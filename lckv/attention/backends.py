@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from lckv.attention import flash, flash3, reference, sdpa
-from lckv.attention.flash_pairs import FlashAttnPair, FlashPair, choose_pair
+from lckv.attention.aten_pairs import choose_pair
+from lckv.attention.flash_attn_pair import FlashAttnPair
+from lckv.attention.flash_pair import FlashPair
 from lckv.errors import UnsupportedError
 from lckv.install import INSTALL_GPU
 
@@ -22,8 +24,11 @@ PairFor = Callable[[Tensor], FlashPair]
 
 _FLASH_FUNCTIONS = {
     "flash_attn": ("flash_attn_func", "flash_attn_varlen_func"),
-    "flash_attn.flash_attn_interface": ("_flash_attn_forward", "_flash_attn_backward"),
-}
+    "flash_attn.flash_attn_interface": (
+        "_flash_attn_forward", "_flash_attn_backward",
+        "_flash_attn_varlen_forward", "_flash_attn_varlen_backward",
+    ),
+}  # fmt: skip
 """What is used of flash-attn."""
 _FLASH3_MODULE = "flash_attn_interface"
 _FLASH3_FUNCTIONS = (

@@ -32,17 +32,26 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lckv.attention.causal import Causal, Rest, join
-from lckv.attention.flash_pairs import FlashPair, Gradients, Partial
-from lckv.attention.pieces import Piece, attend_pieces
+from lckv.attention.flash_pair import FlashPair, Gradients, Partial, Problem
+from lckv.attention.pieces import attend_pieces, pieces_of
+from lckv.attention.sequences import layout_of
 from lckv.attention.unbiased import without_bias
+from lckv.attention.visibility import Visibility
 
 
 def attend_with_band(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, width: int, pieces: list[Piece], pair: FlashPair
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visibility: Visibility,
+    scale: float,
+    width: int,
+    pair: FlashPair,
 ) -> Tensor:
-    """[b, h, q, d]; 0 for queries that are in no piece. `width`:
-    w >= 2, newest keys that are seen without bias."""
-    return attend_pieces(query, key, value, pieces, _Banded(width, Causal(pair, scale)))
+    """[b, h, q, d]; 0 for queries that see nothing. `width`: w >= 2, newest keys that are seen without bias.
+    Documents are attended one by one."""
+    pieces = list(pieces_of(query, key, visibility))
+    return attend_pieces(query, key, value, pieces, _Banded(width, pair, scale))
 
 
 class _Rests(NamedTuple):
@@ -57,24 +66,26 @@ class _Banded(NamedTuple):
     """A `pieces.Attention`: `width` newest keys without bias, those below with theirs."""
 
     width: int
-    below: Causal
+    pair: FlashPair
+    scale: float
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Partial:
         """Output and lse of the whole."""
-        band, pair, scale = _Band(self.width, query, key), self.below.pair, self.below.scale
+        band = _Band(self.width, query, key)
         chunks = band.chunks(query, key, value)
-        own = pair.forward(*band.own(*chunks), scale, causal=True)
+        own = self.pair.forward(self._causal(*band.own(*chunks)))
         rests = _Rests(own.rest, None, None)
         output, lse = (band.from_own(tensor) for tensor in own[:2])
         if band.count > 1:
-            before = pair.forward(*band.before(*chunks), scale, causal=True)
+            before = self.pair.forward(self._causal(*band.before(*chunks)))
             place = band.second(output), band.second(lse)
             join(*place, band.from_before(before.output), band.from_before(before.lse))
             rests = rests._replace(before=before.rest)
         output, lse = band.of_queries(output), band.of_queries(lse)
         if band.below is not None:
             queries, keys = band.below
-            older = self.below.forward(query[:, :, queries], key[:, :, keys], value[:, :, keys])
+            late = query[:, :, queries], key[:, :, keys], value[:, :, keys]
+            older = self._below(*late[:2]).forward(*late)
             join(output[:, :, queries], lse[:, :, queries], older.output, older.lse)
             rests = rests._replace(below=older.rest)
         return Partial(output, lse, rests)
@@ -94,7 +105,9 @@ class _Banded(NamedTuple):
             queries, keys = band.below
             late, late_query = gradient[:, :, queries], query[:, :, queries]
             late_whole = Partial(whole.output[:, :, queries], whole.lse[:, :, queries], below_rest)
-            parts = self.below.backward(late, late_query, key[:, :, keys], value[:, :, keys], late_whole)
+            older = key[:, :, keys], value[:, :, keys]
+            below = self._below(late_query, older[0])
+            parts = below.backward(late, late_query, *older, late_whole)
             places = dq[:, :, queries], dk[:, :, keys], dv[:, :, keys]
             for place, part in zip(places, parts, strict=True):
                 place += part
@@ -103,23 +116,32 @@ class _Banded(NamedTuple):
     def _backward_of_band(
         self, band: "_Band", gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, whole: Partial
     ) -> Gradients:
-        pair, scale = self.below.pair, self.below.scale
         own_rest, before_rest, _ = whole.rest
         chunks = band.chunks(query, key, value)
         gradient, output, lse = (band.chunked_queries(tensor) for tensor in (gradient, *whole[:2]))
         own = Partial(band.to_own(output), band.to_own(lse), own_rest)
-        parts = pair.backward(band.to_own(gradient), *band.own(*chunks), own, scale, causal=True)
+        problem = self._causal(*band.own(*chunks))
+        parts = self.pair.backward(band.to_own(gradient), problem, own)
         dq, dk, dv = (band.from_own(part) for part in parts)
         if before_rest is not None:
             late, late_output, late_lse = (
                 band.to_before(band.second(tensor)) for tensor in (gradient, output, lse)
             )
             before = Partial(late_output, late_lse, before_rest)
-            parts = pair.backward(late, *band.before(*chunks), before, scale, causal=True)
+            parts = self.pair.backward(late, self._causal(*band.before(*chunks)), before)
             places = band.second(dq), band.first(dk), band.first(dv)
             for place, part in zip(places, parts, strict=True):
                 place += band.from_before(part)
         return band.of_queries(dq), band.whole(dk), band.whole(dv)
+
+    def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Problem:
+        return Problem(query, key, value, self.scale, causal=True)
+
+    def _below(self, query: Tensor, key: Tensor) -> Causal:
+        """Of the last queries to these keys."""
+        return Causal(
+            self.pair, self.scale, layout_of(None, len(key), key.shape[2], query.shape[2], behind=0)
+        )
 
 
 class _Band:

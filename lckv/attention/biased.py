@@ -24,13 +24,16 @@ The newest keys: one (w = 1) is a dot product for each query (`frontier.py`), mo
 Shapes: b rows, h query heads, g KV heads, s tokens, q <= s queries, d channels of a value, e extra channels
 of queries and keys; query [b, h, q, d + e], key [b, g, s, d + e], value [b, g, s, d]."""
 
+from dataclasses import replace
+from functools import partial
+
 from torch import Tensor
 
 from lckv.attention.band import attend_with_band
-from lckv.attention.flash_pairs import FlashPair
+from lckv.attention.document_batches import attend_in_batches
+from lckv.attention.flash_pair import FlashPair
 from lckv.attention.frontier import attend_with_frontier
 from lckv.attention.key_bias import KeyBias
-from lckv.attention.pieces import pieces_of
 from lckv.attention.visibility import Visibility
 from lckv.errors import UnsupportedError
 
@@ -54,7 +57,11 @@ def attend_biased(
     if dropout > 0:
         asked = f"dropout of {dropout} in attention to keys that carry a bias"
         raise UnsupportedError(asked, "it must be 0, or choose a KV policy without such keys")
-    pieces = list(pieces_of(query, key, visibility))
     if key_bias.age == 1:
-        return attend_with_frontier(query, key, value, scale, pieces, pair)
-    return attend_with_band(query, key, value, scale, key_bias.age, pieces, pair)
+        return attend_with_frontier(query, key, value, visibility, scale, pair)
+    documents = visibility.documents
+    if documents is None or query.shape[2] < key.shape[2]:
+        return attend_with_band(query, key, value, visibility, scale, key_bias.age, pair)
+    rows = replace(visibility, documents=None)
+    attend = partial(attend_with_band, visibility=rows, scale=scale, width=key_bias.age, pair=pair)
+    return attend_in_batches(attend, query, key, value, documents)

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lckv.attention.biased import attend_biased
-from lckv.attention.flash_pairs import FlashAttnInterface, FlashAttnPair
+from lckv.attention.flash_attn_pair import FlashAttnInterface, FlashAttnPair
 from lckv.attention.key_bias import KeyBias
 from lckv.attention.last_queries import attend_last, within_window
+from lckv.attention.sequences import sequences_of
 from lckv.attention.visibility import Documents, Visibility
 
 
@@ -111,28 +112,24 @@ def _documents(
     kernel: FlashAttn,
     options: dict[str, object],
 ) -> Tensor:
-    """[b, s, heads, d] in and out. Excluding self: each document without its first query and its last key."""
-    shape = query.shape
+    """[b, s, heads, d] in and out. Excluding self, each query stands in the place of the one before."""
+    rows, length = query.shape[:2]
+    # all rows as one, so that the first query of a row stands in the place of the last of the row before
     query, key, value = (tensor.flatten(0, 1) for tensor in (query, key, value))
-    cu_seqlens, longest, later = documents.cu_seqlens, documents.max_length, None
-    if exclude_self:
-        later, cu_seqlens = documents.without_first_tokens
-        longest -= 1
-        if longest == 0:
-            return torch.zeros(shape, dtype=query.dtype, device=query.device)
-        query, key, value = query[later], key[later - 1], value[later - 1]
+    behind = int(exclude_self)
+    sequences = sequences_of(documents, len(query), behind)
     output = kernel.flash_attn_varlen_func(
-        query,
-        key,
-        value,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
+        query[behind:],
+        key[: len(key) - behind],
+        value[: len(key) - behind],
+        cu_seqlens_q=sequences.cu_seqlens,
+        cu_seqlens_k=sequences.cu_seqlens,
+        max_seqlen_q=sequences.longest,
+        max_seqlen_k=sequences.longest,
         **options,  # type: ignore[arg-type]
     )
-    if later is not None:
-        output = torch.zeros(
-            shape[0] * shape[1], *shape[2:], dtype=output.dtype, device=output.device
-        ).index_copy(0, later, output)
-    return output.view(shape)
+    if sequences.closed is not None:
+        output = output.index_fill(0, sequences.closed, 0.0)
+    if behind:
+        output = pad(output, (0, 0, 0, 0, behind, 0))
+    return output.unflatten(0, (rows, length))

@@ -1,6 +1,7 @@
 """Attention on FlashAttention 3 (Hopper, float16 and bfloat16), whose functions are like those of flash-attn
 2 without dropout; with dropout PyTorch's own kernels attend."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -8,9 +9,11 @@ from torch import Tensor
 
 from lckv.attention import flash, sdpa
 from lckv.attention.biased import attend_biased
-from lckv.attention.flash_pairs import FlashAttnInterface, Gradients, Partial, require_fitting_heads
+from lckv.attention.flash_attn_pair import FlashAttnInterface
+from lckv.attention.flash_pair import Gradients, Partial, Problem, require_fitting_heads
 from lckv.attention.key_bias import KeyBias
 from lckv.attention.last_queries import attend_last
+from lckv.attention.packed import Bounds, Packed
 from lckv.attention.visibility import Visibility
 
 
@@ -81,10 +84,17 @@ def attend(
     return flash.attend(query, key, value, visibility, scale=scale, kernel=_AsFlashAttn2(kernel))
 
 
-_NOT_USED = (None,) * 20
-"""Of the forward: new keys and values, the place of the output, lengths, pages, rotation, scales of FP8."""
-_ROWS = (None,) * 6
-"""Of the backward: lengths of sequences that follow each other."""
+def _of_forward(bounds: Bounds | None) -> tuple[Any, ...]:
+    """Arguments 4 to 23: new keys and values, the place of the output, bounds of sequences, their longest,
+    pages, rotation, scales of FP8."""
+    if bounds is None:
+        return (None,) * 20
+    return (*(None,) * 4, *bounds[:2], *(None,) * 3, *bounds[2:], *(None,) * 9)
+
+
+def _of_backward(bounds: Bounds | None) -> tuple[Any, ...]:
+    """Arguments 7 to 12: bounds of sequences, their lengths where these are less, their longest."""
+    return (None,) * 6 if bounds is None else (*bounds[:2], None, None, *bounds[2:])
 
 
 class FlashAttn3Pair:
@@ -94,38 +104,54 @@ class FlashAttn3Pair:
     def __init__(self, kernel: FlashAttn3) -> None:
         self._kernel = kernel
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool) -> Partial:
+    def forward(self, problem: Problem) -> Partial:
         """See `FlashPair`."""
-        require_fitting_heads(query)
-        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        output, lse, *_ = self._kernel._flash_attn_forward(query, key, value, *_NOT_USED, scale, causal)
+        require_fitting_heads(problem.query)
+        if problem.sequences is not None:
+            packed = Packed(problem)
+            output, lse, *_ = self._kernel._flash_attn_forward(
+                *packed.heads, *_of_forward(packed.bounds), problem.scale, True
+            )
+            return packed.partial(output, lse, ())
+        heads = (tensor.transpose(1, 2) for tensor in problem[:3])
+        output, lse, *_ = self._kernel._flash_attn_forward(
+            *heads, *_of_forward(None), problem.scale, problem.causal
+        )
         return Partial(output.transpose(1, 2), lse)
 
-    def backward(
+    def backward(self, gradient: Tensor, problem: Problem, partial: Partial) -> Gradients:
+        """See `FlashPair`."""
+        if problem.sequences is not None:
+            packed = Packed(problem)
+            of_output, output, lse = packed.of_backward(gradient, partial)
+            return packed.gradients(
+                self._backward(of_output, packed.heads, output, lse, packed.bounds, problem.scale, True)
+            )
+        of_output, output, *heads = (
+            tensor.transpose(1, 2) for tensor in (gradient, partial.output, *problem[:3])
+        )
+        lse = partial.lse.contiguous()
+        parts = self._backward(of_output, heads, output, lse, None, problem.scale, problem.causal)
+        dq, dk, dv = (part.transpose(1, 2) for part in parts)
+        return dq, dk, dv
+
+    def _backward(
         self,
         gradient: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        partial: Partial,
+        heads: Sequence[Tensor],
+        output: Tensor,
+        lse: Tensor,
+        bounds: Bounds | None,
         scale: float,
-        *,
         causal: bool,
     ) -> Gradients:
-        """See `FlashPair`."""
-        gradient, query, key, value, output = (
-            tensor.transpose(1, 2) for tensor in (gradient, query, key, value, partial.output)
-        )
-        # each laid out as [b, s, heads, d], which the kernel fills
-        gradients = [
-            torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-            for tensor in (query, key, value)
-        ]
+        """In the kernel's layout."""
+        # the kernel fills what is laid out as [b, s, heads, d]
+        dq, dk, dv = (torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in heads)
         self._kernel._flash_attn_backward(
-            gradient, query, key, value, output, partial.lse.contiguous(), *_ROWS, *gradients, scale, causal,
+            gradient, *heads, output, lse, *_of_backward(bounds), dq, dk, dv, scale, causal,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
-        dq, dk, dv = (tensor.transpose(1, 2) for tensor in gradients)
         return dq, dk, dv
 
 

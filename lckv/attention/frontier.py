@@ -9,9 +9,12 @@
     query 4  b b b b F
 
 Of s^2 / 2 products of a query and a key, the kernel makes all but s, and the frontier these. Where keys are n
-longer than queries, query i has its frontier at key n + i, and query 0 has keys below it, too.
+longer than queries, query i has its frontier at key n + i, and query 0 has keys below it, too. The first
+query of a document has none below it: it is closed for the kernel (`sequences.py`), and its softmax is its
+frontier's.
 
-Shapes: as in `lckv.attention.biased`; here q are the queries of a piece and s = n + q its keys.
+Shapes: as in `lckv.attention.biased`; here f are the queries that have a frontier, and of these n <= f, the
+last ones, are given to the kernel.
 """
 
 from typing import Any
@@ -20,103 +23,115 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lckv.attention.causal import Causal, Rest
-from lckv.attention.flash_pairs import FlashPair, Partial
-from lckv.attention.pieces import Piece, grouped
+from lckv.attention.causal import Causal, Rest, attend_causal
+from lckv.attention.flash_pair import FlashPair, Partial
+from lckv.attention.sequences import Layout, layout_of
+from lckv.attention.visibility import Visibility
 
 
 def attend_with_frontier(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, pieces: list[Piece], pair: FlashPair
+    query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, scale: float, pair: FlashPair
 ) -> Tensor:
-    """[b, h, q, d]; 0 for queries that are in no piece."""
-    return _Frontier.apply(query, key, value, pieces, Causal(pair, scale))
+    """[b, h, q, d]; 0 for queries that see nothing."""
+    behind, sizes = int(visibility.exclude_self), (len(key), key.shape[2], query.shape[2])
+    frontier, below = (layout_of(visibility.documents, *sizes, age) for age in (behind, behind + 1))
+    if frontier.is_empty:
+        return attend_causal(query, key, value, Causal(pair, scale, frontier))
+    return _Frontier.apply(query, key, value, frontier, Causal(pair, scale, below))
 
 
 class _Frontier(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, pieces: list[Piece], below: Causal
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, frontier: Layout, below: Causal
     ) -> Tensor:
-        output = query.new_zeros(*query.shape[:-1], value.shape[-1])
+        output = torch.empty_like(query[..., : value.shape[-1]])
+        blind = output[:, :, : frontier.queries.start]
+        if blind.shape[2]:
+            blind.zero_()
+        of_frontier = query[:, :, frontier.queries], key[:, :, frontier.keys], value[:, :, frontier.keys]
         dtype = torch.promote_types(query.dtype, torch.float32)
-        lse, share = (torch.empty(query.shape[:-1], dtype=dtype, device=query.device) for _ in range(2))
-        ctx.rests = []
-        for piece in pieces:
-            q, *results = piece.of_queries(query, output, lse, share)
-            ctx.rests.append(_forward(q, *piece.of_keys(key, value), *results, below=below))
+        lse = frontier_score(*of_frontier[:2], below.scale, dtype)
+        share = torch.ones_like(lse)
+        ctx.rest = _forward(*of_frontier, key, value, output[:, :, frontier.queries], lse, share, below)
+        closed = None if frontier.sequences is None else frontier.sequences.closed_rows(len(query))
+        if closed is not None:
+            # without a frontier they have nothing below it either, and so 0 is their output
+            share.masked_fill_(closed, 0)
+            output[:, :, frontier.queries].masked_fill_(closed[..., None], 0)
         ctx.save_for_backward(query, key, value, output, lse, share)
-        ctx.pieces, ctx.below = pieces, below
+        ctx.frontier, ctx.below = frontier, below
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, lse, share = ctx.saved_tensors
-        dq, dk, dv = (torch.zeros_like(tensor) for tensor in (query, key, value))
-        for piece, rest in zip(ctx.pieces, ctx.rests, strict=True):
-            of_queries = piece.of_queries(gradient, query, output, lse, share, dq)
-            _backward(*of_queries, *piece.of_keys(key, value, dk, dv), rest=rest, below=ctx.below)
+        frontier, below = ctx.frontier, ctx.below
+        queries, keys = frontier.queries, frontier.keys
+        dq = torch.empty_like(query)
+        dq[:, :, : query.shape[2] - _below(below)] = 0
+        gradient, query, output = (tensor[:, :, queries] for tensor in (gradient, query, output))
+        if below.layout.is_empty:
+            dk, dv = torch.zeros_like(key), torch.zeros_like(value)
+        else:
+            last = slice(-_below(below), None)
+            q, share_below = query[:, :, last], share[:, :, last]
+            of_output, attended = gradient[:, :, last], output[:, :, last]
+            whole = Partial(attended, lse[:, :, last], ctx.rest)
+            below_dq, dk, dv = below.backward(of_output, q, key, value, whole)
+            add_frontier_gradients(
+                of_output, q, attended, share_below,
+                key[:, :, keys][:, :, last], value[:, :, keys][:, :, last], below.scale, below_dq=below_dq,
+                dq=dq[:, :, last], dk=dk[:, :, keys][:, :, last], dv=dv[:, :, keys][:, :, last],
+            )  # fmt: skip
+        alone = share.shape[2] - _below(below)
+        if alone:  # their output is the value of their frontier
+            of_values = dv[:, :, keys][:, :, :alone]
+            shared = gradient[:, :, :alone] * share[:, :, :alone, None].to(gradient.dtype)  # 0 where closed
+            of_values += grouped(shared, dv).sum(2)
         return dq, dk, dv, None, None
 
 
-def _first_below(query: Tensor, key: Tensor) -> int:
-    """The first query that has keys below its frontier."""
-    return int(query.shape[2] == key.shape[2])
+def _below(below: Causal) -> int:
+    """Queries that are given to the kernel."""
+    return max(0, below.layout.queries.stop - below.layout.queries.start)
 
 
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, share: Tensor, *, below: Causal
-) -> Rest:
-    """Fills `output` and, for queries that have keys below their frontier, `lse` and `share` [b, h, q], the
-    frontier's part of the softmax. Returns what the backward of the part below wants back."""
-    first = _first_below(query, key)
-    if first:
-        grouped(output, key)[:, :, :, 0] = value[:, :, None, 0]
-    if first == query.shape[2]:
-        return ()
-    query, output, lse, share = (tensor[:, :, first:] for tensor in (query, output, lse, share))
-    partial = below.forward(query, key[:, :, :-1], value[:, :, :-1])
-    score = frontier_score(query, key, below.scale, lse.dtype)
-    own_value = value[:, :, None, -query.shape[2] :]
-    torch.logaddexp(partial.lse, score, out=lse)
-    torch.sigmoid(score - partial.lse, out=share)
-    older = grouped(partial.output, key)
-    weight = grouped(share, key)[..., None].to(older.dtype)
-    torch.lerp(older, own_value.expand_as(older), weight, out=grouped(output, key))
-    return partial.rest
-
-
-def _backward(
-    gradient: Tensor,
     query: Tensor,
+    frontier: Tensor,
+    own_value: Tensor,
+    key: Tensor,
+    value: Tensor,
     output: Tensor,
     lse: Tensor,
     share: Tensor,
-    dq: Tensor,
-    key: Tensor,
-    value: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    *,
-    rest: Rest,
     below: Causal,
-) -> None:
-    """Fills dq, dk and dv, which are zeros."""
-    first = _first_below(query, key)
-    if first:
-        dv[:, :, 0] = grouped(gradient, key)[:, :, :, 0].sum(2)
-    if first == query.shape[2]:
-        return
-    gradient, query, output, lse, share, dq = (
-        tensor[:, :, first:] for tensor in (gradient, query, output, lse, share, dq)
+) -> Rest:
+    """Fills `output` of queries with a frontier. `lse` [b, h, f], at first the scores of frontiers, becomes
+    that of the whole softmax, and `share` the frontier's part of it, which is 1 at first. Returns what the
+    backward of the part below wants back."""
+    alone = query.shape[2] - _below(below)
+    if alone:
+        grouped(output, key)[:, :, :, :alone] = own_value[:, :, None, :alone]
+    if below.layout.is_empty:
+        return ()
+    query, own_value, output, score, share = (
+        tensor[:, :, alone:] for tensor in (query, own_value, output, lse, share)
     )
-    whole = Partial(output, lse, rest)
-    below_dq, below_dk, below_dv = below.backward(gradient, query, key[:, :, :-1], value[:, :, :-1], whole)
-    dk[:, :, :-1] += below_dk
-    dv[:, :, :-1] += below_dv
-    add_frontier_gradients(
-        gradient, query, output, share, key, value, below.scale, below_dq=below_dq, dq=dq, dk=dk, dv=dv
-    )
+    partial = below.forward(query, key, value)
+    torch.sigmoid(score - partial.lse, out=share)
+    torch.logaddexp(partial.lse, score, out=score)
+    older = grouped(partial.output, key)
+    weight = grouped(share, key)[..., None].to(older.dtype)
+    torch.lerp(older, own_value[:, :, None].expand_as(older), weight, out=grouped(output, key))
+    return partial.rest
+
+
+def grouped(heads: Tensor, like: Tensor) -> Tensor:
+    """[b, h, ...] to [b, g, h / g, ...], g as in `like` [b, g, ...]."""
+    return heads.unflatten(1, (like.shape[1], -1))
 
 
 def frontier_score(query: Tensor, key: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

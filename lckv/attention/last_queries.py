@@ -8,9 +8,9 @@ from dataclasses import replace
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lckv.attention.causal import Causal
-from lckv.attention.flash_pairs import FlashPair
-from lckv.attention.pieces import attend_pieces, pieces_of
+from lckv.attention.causal import Causal, attend_causal
+from lckv.attention.flash_pair import FlashPair
+from lckv.attention.sequences import layout_of
 from lckv.attention.visibility import Visibility
 from lckv.errors import UnsupportedError
 
@@ -25,12 +25,14 @@ def attend_last(
     dropout: float,
     pair: FlashPair,
 ) -> Tensor:
-    """Same contract as `reference.attend` without bias and without a window that hides keys. Raises
-    UnsupportedError for dropout, which parts that are joined do not have."""
+    """Same contract as `reference.attend` without bias and without a window that hides keys, also for as many
+    queries as keys. Raises UnsupportedError for dropout, which parts that are joined do not have."""
     if dropout > 0:
         asked = f"dropout of {dropout} in attention of {query.shape[2]} queries to {key.shape[2]} keys"
         raise UnsupportedError(asked, "it must be 0 where keys are longer than queries")
-    return attend_pieces(query, key, value, list(pieces_of(query, key, visibility)), Causal(pair, scale))
+    sizes, behind = (len(key), key.shape[2], query.shape[2]), int(visibility.exclude_self)
+    layout = layout_of(visibility.documents, *sizes, behind)
+    return attend_causal(query, key, value, Causal(pair, scale, layout))
 
 
 def within_window(
@@ -43,6 +45,6 @@ def within_window(
     lead = min(visibility.window - 1, length - query.shape[2])
     first = length - query.shape[2] - lead
     if documents is not None:
-        documents = documents.cut(length, first, length)
+        documents = documents.cut(length, (first, length))
     seen = pad(query, (0, 0, lead, 0)), key[:, :, first:], value[:, :, first:]
     return *seen, replace(visibility, documents=documents)

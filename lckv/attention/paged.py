@@ -2,7 +2,8 @@
 `kernels.paged` and its twin here.
 
 Every chunk of the list of work is attended by itself, and what comes of a head's chunks is merged by the
-logsumexp of their scores.
+logsumexp of their scores. Where there is no kernel and heads have about as many slots, it takes fewer
+operations to copy as many pages of every head side by side: `attend_copied`.
 
 Shapes: as in `lckv.attention.pages`.
 """
@@ -12,12 +13,22 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
-from lckv.attention.pages import Pages, PagesAttended, Work, pages_of_a_chunk, tiles_of_the_kernel
+from lckv.attention.pages import (
+    CopiedPages,
+    Pages,
+    PagesAttended,
+    Work,
+    pages_of_a_chunk,
+    tiles_of_the_kernel,
+)
 
 _BYTES_AT_ONCE = 2**20
 """Keys, and as many values, that the twin copies out of their pages at once: what stays in the cache of a CPU
 core is read back at little cost."""
+_COPIED_AT_ONCE = 2**19
+"""The same of `attend_copied`, which reads them in one more operation."""
 
 
 @cache
@@ -36,6 +47,12 @@ def why_not_kernel(device_type: str, dtype: torch.dtype, group: int, channels: i
             "kernel's shared memory holds"
         )
     return None
+
+
+def why_not_kernel_for(query: Tensor, value: Tensor) -> str | None:
+    """The same for `query` [b, h, ...] and values [..., g, d]."""
+    group = query.shape[1] // value.shape[-2]
+    return why_not_kernel(query.device.type, query.dtype, group, value.shape[-1])
 
 
 def attend_paged(
@@ -79,6 +96,57 @@ def attend_in_torch(
     output, total, peak = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
     merged = _merge(output, total, peak, work)
     return PagesAttended(merged.output.view(query.shape), merged.lse.view(query.shape[:-1]))
+
+
+def attend_copied(
+    query: Tensor,
+    pages: Pages,
+    owned: Tensor,
+    copied: CopiedPages,
+    new: tuple[Tensor, Tensor] | None,
+    *,
+    scale: float,
+) -> Tensor:
+    """softmax(scale * query key^T) value over the slots of each head that `copied` shows, and over the key
+    and value in `new`, both [b, g, d], if there are any. `query` [b, h, d] and the result; `owned` int32
+    [b * g * columns]: the pages of each head. Every head sees at least one key."""
+    heads, channels = copied.place.shape[0], query.shape[-1]
+    grouped = query.reshape(heads, 1, -1, channels)
+    new = None if new is None else (new[0].reshape(heads, channels), new[1].reshape(heads, channels))
+    at_once = max(1, _COPIED_AT_ONCE // (copied.slots * channels * query.element_size()))
+    if heads <= at_once:
+        return _attend_copies(grouped, pages, owned, copied, new, scale).reshape(query.shape)
+    outputs, columns = [], len(owned) // heads
+    for start in range(0, heads, at_once):
+        part = slice(start, start + at_once)
+        mask = None if copied.mask is None else copied.mask[part]
+        of_part = CopiedPages(copied.slots, mask, copied.place[part] - start * copied.slots, copied.seen)
+        new_part = None if new is None else (new[0][part], new[1][part])
+        owned_part = owned[start * columns : (start + at_once) * columns]
+        outputs.append(_attend_copies(grouped[part], pages, owned_part, of_part, new_part, scale))
+    return torch.cat(outputs).reshape(query.shape)
+
+
+def _attend_copies(
+    query: Tensor,
+    pages: Pages,
+    owned: Tensor,
+    copied: CopiedPages,
+    new: tuple[Tensor, Tensor] | None,
+    scale: float,
+) -> Tensor:
+    """Of heads [n, 1, h / g, d]."""
+    heads, channels = query.shape[0], query.shape[-1]
+    # Of pages, [n * columns, slots of a page, d].
+    key, value = pages.key.index_select(0, owned), pages.value.index_select(0, owned)
+    if new is not None:
+        key.view(-1, channels).index_copy_(0, copied.place, new[0])
+        value.view(-1, channels).index_copy_(0, copied.place, new[1])
+    key, value = (tensor.view(heads, 1, copied.slots, channels) for tensor in (key, value))
+    if copied.seen is not None:
+        first, count = copied.seen.start, copied.seen.stop - copied.seen.start
+        key, value = key.narrow(2, first, count), value.narrow(2, first, count)
+    return scaled_dot_product_attention(query, key, value, attn_mask=copied.mask, scale=scale)
 
 
 def _merge(output: Tensor, total: Tensor, peak: Tensor, work: Work) -> PagesAttended:

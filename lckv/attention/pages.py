@@ -17,7 +17,11 @@ from torch import Tensor
 
 _SLOTS_OF_A_CHUNK = {"cpu": 64}
 _SLOTS_OF_A_CHUNK_ELSEWHERE = 256
+_MOST_COPIED = 1.25
+"""So many times the pages that are seen may be copied to attend to as many of every head."""
 _SLOTS_OF_A_STEP = 64
+_NO_SLOT = 2**40
+"""Where a chunk begins that holds nothing."""
 _LEAST = 16
 """Smallest size of a matrix that the tensor cores take."""
 _SHARED_BYTES = 96 * 2**10
@@ -54,7 +58,24 @@ class Work(NamedTuple):
     """[w]: where its pages stand in the table, in units of c columns."""
 
     bounds: Tensor
-    """[b * g + 1]: where each head's chunks begin in this list, and w at the end."""
+    """[b * g + 1]: where each head's chunks begin in this list, and how many there are at the end: w, or
+    fewer where the list has room for more."""
+
+
+class CopiedPages(NamedTuple):
+    """What one query per head sees of as many pages of every head, copied side by side."""
+
+    slots: int
+    """Of a head, all its pages together."""
+
+    mask: Tensor | None
+    """[b * g, 1, 1, slots], in the dtype of queries: -inf where a slot is not seen; None: see `seen`."""
+
+    place: Tensor
+    """int64 [b * g]: where each head's new key goes in the copies, one head's slots behind the other's."""
+
+    seen: slice | None = None
+    """The slots that are seen, where they are the same of every head, and `mask` is None."""
 
 
 class PagesAttended(NamedTuple):
@@ -102,6 +123,35 @@ def pages_of_a_chunk(page_size: int, device_type: str) -> int:
     return max(1, _SLOTS_OF_A_CHUNK.get(device_type, _SLOTS_OF_A_CHUNK_ELSEWHERE) // page_size)
 
 
+class WorkOnHost(NamedTuple):
+    """`Work` as the host makes it."""
+
+    head: NDArray[np.int64]
+    first_slot: NDArray[np.int64]
+    block: NDArray[np.int64]
+    bounds: NDArray[np.int64]
+
+
+def work_on_host(
+    first: NDArray[np.int64],
+    stop: NDArray[np.int64],
+    table_row: NDArray[np.int64],
+    *,
+    page_size: int,
+    columns: int,
+    device_type: str,
+) -> WorkOnHost:
+    """See `list_work`."""
+    pages = pages_of_a_chunk(page_size, device_type)
+    begin, end = first // (pages * page_size), -(-stop // (pages * page_size))
+    counts = np.maximum(end - begin, 0)
+    bounds = np.concatenate(([0], counts.cumsum()))
+    head = np.repeat(np.arange(len(counts)), counts)
+    chunk = np.arange(bounds[-1]) - (bounds[:-1] - begin)[head]
+    block = table_row[head] * (columns // pages) + chunk
+    return WorkOnHost(head, chunk * (pages * page_size), block, bounds)
+
+
 def list_work(
     first: NDArray[np.int64],
     stop: NDArray[np.int64],
@@ -113,12 +163,72 @@ def list_work(
 ) -> Work:
     """The chunks that hold slots `first` .. `stop` - 1 of each head; all [b * g]. `table_row` is the head's
     row in a table of `columns` columns."""
-    pages = pages_of_a_chunk(page_size, device.type)
-    begin, end = first // (pages * page_size), -(-stop // (pages * page_size))
-    counts = np.maximum(end - begin, 0)
-    bounds = np.concatenate(([0], counts.cumsum()))
-    head = np.repeat(np.arange(len(counts)), counts)
-    chunk = np.arange(bounds[-1]) - (bounds[:-1] - begin)[head]
-    block = table_row[head] * (columns // pages) + chunk
-    flat = torch.from_numpy(np.concatenate((head, chunk * (pages * page_size), block, bounds))).to(device)
-    return Work(*flat.split((len(head), len(head), len(head), len(bounds))))
+    work = work_on_host(first, stop, table_row, page_size=page_size, columns=columns, device_type=device.type)
+    flat = torch.from_numpy(np.concatenate(work)).to(device)
+    return Work(*flat.split([len(part) for part in work]))
+
+
+class PaddedWork:
+    """A list of work in memory that stays where it is, with room for more: what a step reads that is launched
+    again and again as it was captured.
+
+    Of its `capacity` entries those that the last of `bounds` counts are work; the others hold no slots of
+    anybody."""
+
+    def __init__(self, heads: int, capacity: int, device: torch.device) -> None:
+        self.capacity = capacity
+        sizes = [capacity, capacity, capacity, heads + 1]
+        self._host = torch.zeros(sum(sizes), dtype=torch.int64)
+        self._flat = self._host if device.type == "cpu" else self._host.to(device)
+        self._parts = WorkOnHost(*(part.numpy() for part in self._host.split(sizes)))
+        self._parts.first_slot[:] = _NO_SLOT
+        self.work = Work(*self._flat.split(sizes))
+
+    def fill(self, work: WorkOnHost) -> None:
+        """Let it be this work, of at most `capacity` entries."""
+        if self._is(work):
+            return
+        count = len(work.head)
+        for own, new, nothing in zip(self._parts[:3], work[:3], (0, _NO_SLOT, 0), strict=True):
+            own[:count], own[count:] = new, nothing
+        self._parts.bounds[:] = work.bounds
+        if self._flat is not self._host:
+            self._flat.copy_(self._host)
+
+    def _is(self, work: WorkOnHost) -> bool:
+        """Whether it is this work already."""
+        count = self._parts.bounds[-1]
+        parts = (*(part[:count] for part in self._parts[:3]), self._parts.bounds)
+        return all(np.array_equal(own, new) for own, new in zip(parts, work, strict=True))
+
+
+def copy_evenly(
+    first: NDArray[np.int64],
+    stop: NDArray[np.int64],
+    *,
+    own: bool,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[NDArray[np.int64], CopiedPages] | None:
+    """How to attend to slots `first` .. `stop` - 1 of each head [b * g], and to one more key behind them if
+    `own`: the columns of the table to copy, [b * g, columns], and what is seen of them. None where heads have
+    so different numbers of slots that copies would be much larger than what is seen, or where a head would
+    see nothing."""
+    end = stop + int(own)
+    begin = first // page_size
+    columns = -(-end // page_size) - begin
+    widest = int(columns.max())
+    if (end <= first).any() or widest * len(columns) > _MOST_COPIED * (columns.sum() + len(columns)):
+        return None
+    slots = widest * page_size
+    offset = begin * page_size
+    place = torch.from_numpy(np.arange(len(stop)) * slots + np.minimum(stop - offset, slots - 1)).to(device)
+    lowest, highest = first - offset, end - offset
+    copied = begin[:, None] + np.arange(widest)
+    if (lowest == lowest[0]).all() and (highest == highest[0]).all():
+        return copied, CopiedPages(slots, None, place, slice(int(lowest[0]), int(highest[0])))
+    numbers = np.arange(slots)
+    hidden = torch.from_numpy((numbers < lowest[:, None]) | (numbers >= highest[:, None])).to(device)
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+    return copied, CopiedPages(slots, mask[:, None, None], place)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from lckv.attention.flash_pairs import choose_pair
+from lckv.attention.aten_pairs import choose_pair
 from lckv.attention.key_bias import KeyBias
 from lckv.attention.last_queries import attend_last
 from lckv.attention.unbiased import without_bias
@@ -96,6 +96,7 @@ def attend_past(
     scale: float,
     key_bias: KeyBias | None = None,
     columns: Columns | None = None,
+    places: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """softmax(scale * query key^T) value over the visible keys, 0 for a query that sees none; query [b, h, s,
@@ -103,8 +104,9 @@ def attend_past(
 
     `visibility` (without documents) and `key_bias` as in `reference.attend`; the bias of a new key is added
     to its score as it is, and keys of the past have none. `columns`: for policies without bias; None: all
-    slots are shown, and a window counts tokens. Scores are float32."""
-    many = query.shape[2] >= _BLOCK and not torch.compiler.is_compiling()
+    slots are shown, and a window counts tokens. `places` int64 [b, q]: the new tokens of each row that have
+    queries, [b, h, q, d + e], at least one; None: all. Scores are float32."""
+    many = query.shape[2] >= _BLOCK and places is None and not torch.compiler.is_compiling()
     if many and visibility.window is not None and columns is None:
         past = past.newest(visibility.window - 1)
     rows, kv_heads, older, _ = past.key.shape
@@ -120,24 +122,38 @@ def attend_past(
         query, key, value = _of_one_dtype(query, new_key, new.value, past)
         key, value = (tensor.flatten(0, 1)[:, None] for tensor in (key, value))
         heads = query.unflatten(1, (kv_heads, -1)).flatten(0, 1)
-        if torch.compiler.is_compiling():  # in one block: a traced length is no number to count with
-            parts = [(0, heads)]
-        else:
-            size = min(_BLOCK, max(1, _MASK // max(1, rows * kv_heads * (older + new.key.shape[2]))))
-            parts = [*zip(range(0, query.shape[2], size), heads.split(size, 2), strict=True)]
+        entries = rows * kv_heads * (older + new.key.shape[2])
         blocks = [
-            _attend_block(part, start, key, value, new, past, visibility, scale, key_bias, columns, dropout)
-            for start, part in parts
+            _attend_block(*block, key, value, new, past, visibility, scale, key_bias, columns, dropout)
+            for block in _blocks(heads, places, new.key.shape[2], entries)
         ]
     return torch.cat(blocks, 2).unflatten(0, (rows, kv_heads)).flatten(1, 2).to(past.value.dtype)
+
+
+def _blocks(
+    heads: Tensor, places: Tensor | None, tokens: int, entries: int
+) -> list[tuple[Tensor, Tensor, int]]:
+    """Queries [b * g, h / g, q, d] in blocks, each with the new tokens that they are those of, int64 [b or 1,
+    block], and a number that all of these are below. `places` of `attend_past`; `entries` of the mask of one
+    query."""
+    every = places is None
+    if places is None:
+        places = torch.arange(tokens, device=heads.device)[None]
+    if torch.compiler.is_compiling():  # in one block: a traced length is no number to count with
+        return [(heads, places, tokens)]
+    size = min(_BLOCK, max(1, _MASK // max(1, entries)))
+    starts = range(0, heads.shape[2], size)
+    ends = [min(start + size, tokens) if every else tokens for start in starts]
+    return [*zip(heads.split(size, 2), places.split(size, 1), ends, strict=True)]
 
 
 def _of_one_dtype(
     query: Tensor, new_key: Tensor, new_value: Tensor, past: Past
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The queries, and all keys and values [b, g, n + s, d]."""
-    key = torch.cat((past.key, new_key), 2)
-    value = torch.cat((past.value, new_value.to(past.value.dtype)), 2)
+    key, value = new_key, new_value.to(past.value.dtype)
+    if past.key.shape[2]:
+        key, value = torch.cat((past.key, key), 2), torch.cat((past.value, value), 2)
     dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
@@ -163,7 +179,8 @@ def _attend_unmasked(
 
 def _attend_block(
     query: Tensor,
-    start: int,
+    queries: Tensor,
+    end: int,
     key: Tensor,
     value: Tensor,
     new: NewTokens,
@@ -174,20 +191,20 @@ def _attend_block(
     columns: Columns | None,
     dropout: float,
 ) -> Tensor:
-    """Queries start .. of [b * g, h / g, q, d] on all keys and values [b * g, 1, n + s, d]."""
-    queries = torch.arange(start, start + query.shape[2], device=query.device)
+    """Some of the queries, [b * g, h / g, q, d], which are those of new tokens `queries` (int64 [b or 1, q],
+    all below `end`), on all keys and values [b * g, 1, n + s, d]."""
     # The newest new key that any of these queries may see comes last.
-    width = start + query.shape[2] - int(visibility.exclude_self)
+    width = end - int(visibility.exclude_self)
     if past.key.shape[2] + width == 0:
         return torch.zeros_like(query)
-    one = queries.shape[0] == 1
+    one = queries.shape[1] == 1
     if one:  # the heads of a group see the same keys then: as queries of one head they cost less
         query = query.transpose(1, 2)
     key, value = (
         tensor[:, :, : past.key.shape[2] + width].expand(-1, query.shape[1], -1, -1)
         for tensor in (key, value)
     )
-    shape = (*past.lengths.shape, queries.shape[0], -1)
+    shape = (*past.lengths.shape, queries.shape[1], -1)
     of_new = _visible_new(queries, width, new, visibility).expand(*shape[:3], width)
     first_biased = None if key_bias is None else key_bias.first_biased(exclude_self=visibility.exclude_self)
     of_past = _visible_past(queries, new, past, visibility, first_biased, columns).expand(shape)
@@ -208,21 +225,23 @@ def _attend_block(
 def _bias(key: Tensor, queries: Tensor, first_biased: int) -> Tensor:
     """[b, g, q, keys]: the last channel of the keys, 0 for those that are too young for a query."""
     keys = torch.arange(key.shape[2], device=key.device)
-    return key[:, :, None, :, -1].masked_fill(queries[:, None] - keys < first_biased, 0.0)
+    young = queries[..., None] - keys < first_biased
+    return key[:, :, None, :, -1].masked_fill(young[:, None], 0.0)
 
 
 def _visible_new(queries: Tensor, width: int, new: NewTokens, visibility: Visibility) -> Tensor:
     """bool, broadcasts to [b, g, q, width]."""
     keys = torch.arange(width, device=queries.device)
-    distance = queries[:, None] - keys
+    distance = queries[..., None] - keys
     seen = distance >= int(visibility.exclude_self)
     if visibility.window is not None:
         seen = seen & (distance < visibility.window)
     if new.counted is not None:
-        seen = seen & new.counted[:, None, None, :width]
+        seen = seen & new.counted[:, None, :width]
     if new.documents is not None:
-        seen = seen & (new.documents[:, queries, None] == new.documents[:, None, :width])[:, None]
-    return seen
+        own = new.documents.gather(1, queries.expand(len(new.documents), -1))
+        seen = seen & (own[..., None] == new.documents[:, None, :width])
+    return seen[:, None]
 
 
 def _visible_past(
@@ -241,13 +260,16 @@ def _visible_past(
         if columns.shown is not None:
             seen = seen & columns.shown[:, :, None]
         if visibility.window is not None:
-            distance = columns.distance[:, :, None] + queries[:, None]
+            distance = columns.distance[:, :, None] + queries[:, None, :, None]
             seen = seen & (distance < visibility.window)
         return seen
     if visibility.window is None and new.hides is None:
         return seen
     # Counted tokens between the past and each query.
-    ahead = queries[None] if new.counted is None else (new.counted.cumsum(1) - new.counted.long())[:, queries]
+    ahead = queries
+    if new.counted is not None:
+        before = new.counted.cumsum(1) - new.counted.long()
+        ahead = before.gather(1, queries.expand(len(before), -1))
     distance = lengths - slots + ahead[:, None, :, None]
     if visibility.window is not None:
         seen = seen & (distance < visibility.window)

@@ -4,60 +4,36 @@ Shapes: b rows, h query heads, g KV heads, s tokens of a row, of which the last 
 q, d + e], key [b, g, s, d + e], value [b, g, s, d], result [b, h, q, d].
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lckv.attention.flash_pairs import Gradients, Partial
+from lckv.attention.flash_pair import Gradients, Partial
+from lckv.attention.sequences import Piece
 from lckv.attention.visibility import Documents, Visibility
-
-
-class Piece(NamedTuple):
-    """Tokens that attend to each other: query i of `queries` sees keys 0 .. n + i of `keys`, which are n >= 0
-    more than the queries."""
-
-    rows: slice
-    queries: slice
-    keys: slice
-
-    def of_queries(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The piece's part [rows, h, queries, ...] of tensors [b, h, q, ...]."""
-        return tuple(tensor[self.rows, :, self.queries] for tensor in tensors)
-
-    def of_keys(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The piece's part [rows, g, keys, ...] of tensors [b, g, s, ...]."""
-        return tuple(tensor[self.rows, :, self.keys] for tensor in tensors)
-
-
-Span = tuple[slice, int, int]
-"""Rows, and where their tokens that attend to each other start and stop."""
-
-
-def spans_of(documents: Documents | None, rows: int, length: int) -> list[Span]:
-    """Documents in rows of `length` tokens, or rows together."""
-    if documents is None or len(documents.bounds) - 1 == rows:
-        return [(slice(0, rows), 0, length)]
-    return [(slice(row, row + 1), start, stop) for row, start, stop in documents.spans(length)]
 
 
 def pieces_of(query: Tensor, key: Tensor, visibility: Visibility) -> Iterator[Piece]:
     """Documents, or rows together, windows not counted. Where queries do not see themselves, each stands in
     the place of the one before. Pieces have no tokens in common; queries that see nothing are in none."""
-    rows, length = key.shape[0], key.shape[2]
-    spans = spans_of(visibility.documents, rows, length)
-    return pieces_of_spans(spans, int(visibility.exclude_self), length - query.shape[2])
-
-
-def pieces_of_spans(spans: Iterable[Span], behind: int, older: int = 0) -> Iterator[Piece]:
-    """Of keys `older` tokens longer than the queries. A query sees the keys of its span that are `behind` or
-    more places behind it, 0 or 1."""
-    for rows, start, stop in spans:
+    rows, length, behind = key.shape[0], key.shape[2], int(visibility.exclude_self)
+    older = length - query.shape[2]
+    for of_rows, start, stop in _spans(visibility.documents, rows, length):
         first = max(start + behind, older)
         if stop > first:
-            yield Piece(rows, slice(first - older, stop - older), slice(start, stop - behind))
+            yield Piece(of_rows, slice(first - older, stop - older), slice(start, stop - behind))
+
+
+def _spans(documents: Documents | None, rows: int, length: int) -> Iterator[tuple[slice, int, int]]:
+    """Rows, and where their tokens that attend to each other start and stop."""
+    if documents is None or len(documents.bounds) - 1 == rows:
+        yield slice(0, rows), 0, length
+        return
+    for row, start, stop in documents.spans(length):
+        yield slice(row, row + 1), start, stop
 
 
 class Attention(Protocol):
@@ -132,8 +108,3 @@ class _Whole:
     def tensor(self) -> Tensor:
         """The whole."""
         return torch.zeros_like(self._like) if self._tensor is None else self._tensor
-
-
-def grouped(heads: Tensor, like: Tensor) -> Tensor:
-    """[b, h, ...] to [b, g, h / g, ...], g as in `like` [b, g, ...]."""
-    return heads.unflatten(1, (like.shape[1], -1))

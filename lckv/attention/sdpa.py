@@ -2,19 +2,24 @@
 
 Nothing of size length x length is made. A query that must not see itself is one row further down: dropping
 the first query and the last key turns "keys < t" into plain causality. A window is walked in chunks of
-queries against the slice of keys they can see. Documents are attended one by one.
+queries against the slice of keys they can see. Documents are attended together: by kernels that know their
+bounds, or in batches of about the same length (`document_batches`).
 Keys with a bias: `lckv.attention.biased`; more keys than queries, without window: `last_queries`.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from lckv.attention.aten_pairs import choose_pair
 from lckv.attention.biased import attend_biased
-from lckv.attention.flash_pairs import choose_pair
+from lckv.attention.document_batches import attend_in_batches
 from lckv.attention.key_bias import KeyBias
-from lckv.attention.last_queries import attend_last
+from lckv.attention.last_queries import attend_last, within_window
 from lckv.attention.visibility import Visibility
+from lckv.errors import UnsupportedError
 
 _CHUNK = 256
 """Queries per chunk under a window: a mask has _CHUNK x (window + _CHUNK) entries."""
@@ -36,23 +41,37 @@ def attend(
         return attend_biased(
             query, key, value, visibility, scale=scale, dropout=dropout, key_bias=key_bias, pair=pair
         )
-    if key.shape[2] > query.shape[2] and not visibility.cuts(key.shape[2]):
+    cuts, longer = visibility.cuts(key.shape[2]), key.shape[2] > query.shape[2]
+    # PyTorch's own function knows no documents, keeps the output twice where the first query sees nothing,
+    # and on a CPU repeats the keys of grouped heads
+    needs_pair = visibility.documents is not None or visibility.exclude_self or query.device.type == "cpu"
+    by_pair = needs_pair and dropout == 0
+    if not cuts and (longer or (by_pair and _has_pair(query))):
         pair = choose_pair(query)
         return attend_last(query, key, value, visibility, scale=scale, dropout=dropout, pair=pair)
     if query.is_cuda and (query.dtype == torch.float32 or visibility.window is not None):
         # no fused CUDA kernel takes grouped heads in float32 or under a mask
         group = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    documents, length, older = visibility.documents, key.shape[2], key.shape[2] - query.shape[2]
-    if documents is None or len(documents.bounds) - 1 == query.shape[0]:
-        return _one_document(query, key, value, visibility, scale, dropout)
-    rows: list[list[Tensor]] = [[] for _ in range(query.shape[0])]
-    for row, start, stop in documents.spans(length):
-        if stop > older:
-            q = query[row : row + 1, :, max(start - older, 0) : stop - older]
-            k, v = (tensor[row : row + 1, :, start:stop] for tensor in (key, value))
-            rows[row].append(_one_document(q, k, v, visibility, scale, dropout))
-    return torch.cat([torch.cat(parts, dim=2) for parts in rows])
+    attend_rows = partial(_one_document, visibility=visibility, scale=scale, dropout=dropout)
+    if visibility.documents is None:
+        return attend_rows(query, key, value)
+    if not longer:
+        return attend_in_batches(attend_rows, query, key, value, visibility.documents)
+    queries, keys, values, of_seen = within_window(query, key, value, visibility)
+    assert of_seen.documents is not None
+    return attend_in_batches(attend_rows, queries, keys, values, of_seen.documents)[:, :, -query.shape[2] :]
+
+
+def _has_pair(query: Tensor) -> bool:
+    """Whether there is one, and it does what PyTorch's own function would do here."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(query.device.type):
+        return False
+    try:
+        choose_pair(query)
+    except UnsupportedError:
+        return False
+    return True
 
 
 def _one_document(

@@ -4,16 +4,35 @@ boundaries.
 Shapes: b batch rows, s tokens of a row, n documents in the batch.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
+
+
+class Remembering:
+    """What keeps what is made of it."""
+
+    def once(self, name: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returns, made once under this `name`."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    @cached_property
+    def _made(self) -> dict[Hashable, Any]:
+        return {}
+
 
 @dataclass(frozen=True, eq=False)
-class Documents:
+class Documents(Remembering):
     """Documents packed into the rows of a batch. A query sees no key of another document."""
 
     cu_seqlens: Tensor
@@ -27,7 +46,7 @@ class Documents:
     def at(cls, bounds: Sequence[int], device: torch.device | str) -> "Documents":
         """Documents whose bounds the host knows."""
         on_host = torch.tensor(bounds, dtype=torch.int32)
-        return cls(_move(on_host, device), tuple(bounds))
+        return cls(to_device(on_host, device), tuple(bounds))
 
     @cached_property
     def bounds(self) -> tuple[int, ...]:
@@ -53,38 +72,25 @@ class Documents:
             spans.append((row, first, first + stop - start))
         return tuple(spans)
 
-    def cut(self, row_length: int, start: int, stop: int) -> "Documents":
-        """The documents of tokens start .. stop - 1 of each row of `row_length` tokens, as rows of their own,
-        with bounds that the host knows. The same cut is made once."""
-        if (start, stop) == (0, row_length):
+    def around(self, row_length: int, row: int, token: int) -> tuple[int, int]:
+        """Start and stop, in rows of `row_length` tokens, of the document of `token` of `row`."""
+        place = bisect_right(self.bounds, row * row_length + token)
+        return self.bounds[place - 1] - row * row_length, self.bounds[place] - row * row_length
+
+    def cut(self, row_length: int, *ranges: tuple[int, int]) -> "Documents":
+        """The documents of the tokens start .. stop - 1 of each of `ranges` of each row of `row_length`
+        tokens, one range after the other, as rows of their own, with bounds that the host knows. The same cut
+        is made once."""
+        if ranges == ((0, row_length),):
             return self
-        place = row_length, start, stop
-        if place not in self._cuts:
-            length = stop - start
-            bounds = [
-                row * length + max(first - start, 0)
-                for row, first, last in self.spans(row_length)
-                if last > start and first < stop
-            ]
-            rows = self.bounds[-1] // row_length
-            self._cuts[place] = Documents.at([*bounds, rows * length], self.cu_seqlens.device)
-        return self._cuts[place]
+        return self.once(("cut", row_length, ranges), lambda: self._cut(row_length, ranges))
 
-    @cached_property
-    def _cuts(self) -> dict[tuple[int, int, int], "Documents"]:
-        """By row length, start and stop."""
-        return {}
-
-    @cached_property
-    def without_first_tokens(self) -> tuple[Tensor, Tensor]:
-        """Indices int64 of all tokens but the first of each document, and the cu_seqlens int32 [n + 1] of
-        what is left."""
-        bounds = torch.tensor(self.bounds)
-        kept = torch.ones(self.bounds[-1], dtype=torch.bool)
-        kept[bounds[:-1]] = False
-        shrunk = (bounds - torch.arange(len(bounds))).to(torch.int32)
-        device = self.cu_seqlens.device
-        return _move(kept.nonzero().squeeze(1), device), _move(shrunk, device)
+    def _cut(self, row_length: int, ranges: Sequence[tuple[int, int]]) -> "Documents":
+        bounds = np.asarray(self.bounds)
+        document = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds)).reshape(-1, row_length)
+        kept = np.concatenate([document[:, start:stop] for start, stop in ranges], 1).reshape(-1)
+        starts = np.flatnonzero(np.diff(kept, prepend=-1))
+        return Documents.at([*starts.tolist(), len(kept)], self.cu_seqlens.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,8 +113,8 @@ class Visibility:
         return self.window is not None and self.window < length
 
 
-def _move(on_host: Tensor, device: torch.device | str) -> Tensor:
-    """To `device`, without waiting for it."""
+def to_device(on_host: Tensor, device: torch.device | str) -> Tensor:
+    """`on_host` on `device`, which is not waited for."""
     if torch.device(device).type != "cuda":
         return on_host.to(device)
     return on_host.pin_memory().to(device, non_blocking=True)

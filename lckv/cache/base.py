@@ -52,9 +52,11 @@ class KVCache(Protocol):
         *,
         scale: float,
         key_bias: KeyBias | None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """Attention of `query` [b, h, s, d] to what `layer` has made of earlier tokens
-        and to `new`; the same shape."""
+        and to `new`; the same shape. `places` int64 [b, q]: the new tokens of each row that have queries,
+        [b, h, q, d]; None: all."""
         ...
 
     def commit(self, extensions: Mapping[int, Extension], counted: Tensor | None) -> None:

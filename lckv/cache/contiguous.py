@@ -71,6 +71,7 @@ class ContiguousCache:
         *,
         scale: float,
         key_bias: KeyBias | None,
+        places: Tensor | None = None,
         columns: past.Columns | None = None,
     ) -> Tensor:
         """See `KVCache`. A window counts tokens, or with `columns` columns."""
@@ -82,7 +83,7 @@ class ContiguousCache:
         )
         older = self._layers[layer].past
         return past.attend_past(
-            query, tokens, older, visibility, scale=scale, key_bias=key_bias, columns=columns
+            query, tokens, older, visibility, scale=scale, key_bias=key_bias, columns=columns, places=places
         )
 
     def under(self, shown: Tensor | None) -> KVCache:
@@ -189,11 +190,20 @@ class _Columns:
         *,
         scale: float,
         key_bias: KeyBias | None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """See `KVCache`."""
         columns = None
         if self._shown is not None or visibility.window is not None:
             columns = self._cache.columns_of(layer, self._shown)
         return self._cache.attend(
-            layer, query, new, counted, visibility, scale=scale, key_bias=key_bias, columns=columns
+            layer,
+            query,
+            new,
+            counted,
+            visibility,
+            scale=scale,
+            key_bias=key_bias,
+            places=places,
+            columns=columns,
         )

@@ -57,7 +57,9 @@ class Growth(NamedTuple):
     copied: Integers
     """[n]: where in the flattened table pages stand that are written and that others hold too."""
 
-    taken: Columns
+    taken: Integers
+    """[n]: where in the flattened table pages are missing."""
+
     given_back: Integers
     """[n]: where in the flattened table pages stand that a window has left behind, or that are not needed
     because there are fewer slots than before."""
@@ -102,6 +104,19 @@ class PageTables:
         """[l, b, g]: where each head's columns begin in the flattened table."""
         return self._begin[:, sequences]
 
+    def pages_at(self, sequences: Integers, columns: Integers) -> Pages:
+        """[l, b * g, n]: the pages of every layer at `columns` [b * g, n] of its heads; the last column's
+        where there are not so many columns."""
+        owned = self._host[:, sequences]
+        owned = owned.reshape(len(owned), -1, owned.shape[-1])
+        heads = np.arange(owned.shape[1])[:, None]
+        return owned[:, heads, np.minimum(columns, owned.shape[-1] - 1)]
+
+    def places(self, sequences: Integers, slots: Integers) -> Integers:
+        """[l, b, g]: where `slots` [l, b, g] lie in the pool, counted in slots."""
+        pages = self._pages[self.begin(sequences) + slots // self._page_size]
+        return pages * self._page_size + slots % self._page_size
+
     def owned(self, sequences: Integers) -> Columns:
         """Columns [l, b, g] that hold pages."""
         return self._columns(self.lengths[:, sequences])
@@ -110,7 +125,14 @@ class PageTables:
         """What it means that `sequences` have `lengths` [l, b, g], longer or shorter than before. What a
         window has dropped does not come back: see `loses`. `written`: new tokens are written."""
         old, new = self.owned(sequences), self._columns(lengths)
-        taken = Columns(np.maximum(old.stop, new.first), new.stop)
+        if (
+            self._shared.isdisjoint(sequences.tolist())
+            and np.array_equal(old.stop, new.stop)
+            and np.array_equal(old.first, new.first)
+        ):
+            return Growth(0, sequences, lengths, _NOWHERE, _NOWHERE, _NOWHERE)
+        taken = self._positions(sequences, Columns(np.maximum(old.stop, new.first), new.stop))
+        taken = taken[self._pages[taken] == 0]  # others were reserved
         outrun = Columns(old.first, np.minimum(old.stop, new.first))
         cut = Columns(np.maximum(old.first, new.stop), old.stop)
         given_back = np.concatenate([self._positions(sequences, columns) for columns in (outrun, cut)])
@@ -121,7 +143,7 @@ class PageTables:
             first = np.maximum(np.maximum(old.first, new.first), first)
             copied = self._positions(sequences, Columns(first, np.minimum(old.stop, new.stop)))
             copied = copied[self._is_shared(copied)]
-        pages = int(taken.counts.sum()) + len(copied) - freed
+        pages = len(taken) + len(copied) - freed
         return Growth(pages, sequences, lengths, copied, taken, given_back)
 
     def loses(self, sequences: Integers, lengths: Integers) -> NDArray[np.bool_]:
@@ -132,19 +154,41 @@ class PageTables:
 
     def apply(self, growth: Growth) -> None:
         """Take the pages from the pool, which has enough, and give back what is not needed any more."""
-        if len(growth.given_back):
-            self._pool.give_back(self._pages[growth.given_back])
-            self._write(growth.given_back, np.zeros(len(growth.given_back), np.int32))
+        self._give_back(growth.given_back)
+        self._take(growth)
+        self._now_long(growth)
+
+    def reserve(self, growth: Growth) -> bool:
+        """Take the pages that are missing, before the tokens come that fill them; lengths stay. False, with
+        nothing taken, if the pool has not enough of them as long as nothing is given back."""
+        if len(growth.taken) + len(growth.copied) > self._pool.free:
+            return False
+        self._take(growth)
+        return True
+
+    def fill_reserved(self, growth: Growth) -> None:
+        """The tokens have come."""
+        self._give_back(growth.given_back)
+        self._now_long(growth)
+
+    def _take(self, growth: Growth) -> None:
         if len(growth.copied):
             others = self._pages[growth.copied]
             self._write(growth.copied, self._pool.copy(others))
             self._pool.give_back(others)
-        taken = self._positions(growth.sequences, growth.taken)
-        if len(taken):
-            self._write(taken, self._pool.take(len(taken)))
-        # Where a head has fewer slots now, the next tokens may be written to older pages than these were.
-        grown = (growth.lengths >= self.lengths[:, growth.sequences]).all((0, 2))
-        self._shared.difference_update(growth.sequences[grown].tolist())
+        if len(growth.taken):
+            self._write(growth.taken, self._pool.take(len(growth.taken)))
+
+    def _give_back(self, positions: Integers) -> None:
+        if len(positions):
+            self._pool.give_back(self._pages[positions])
+            self._write(positions, np.zeros(len(positions), np.int32))
+
+    def _now_long(self, growth: Growth) -> None:
+        if self._shared:
+            # Where a head has fewer slots now, the next tokens may be written to older pages than these were.
+            grown = (growth.lengths >= self.lengths[:, growth.sequences]).all((0, 2))
+            self._shared.difference_update(growth.sequences[grown].tolist())
         self.lengths[:, growth.sequences] = growth.lengths
 
     def cut(self, sequences: Integers, lengths: Integers) -> None:

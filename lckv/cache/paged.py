@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lckv.cache.paged_memory import PagedMemory
 from lckv.cache.paged_rows import PagedRows
+from lckv.cache.paged_step import PagedStep
 from lckv.cache.pool import OutOfPagesError, PagePool
 from lckv.cache.snapshots import Snapshot, drop_snapshot, fill_from, take_snapshot
 from lckv.policies.base import KVPolicy
@@ -162,6 +163,10 @@ class PagedCache:
         if len(set(sequences)) < max(1, len(sequences)):
             raise ValueError(f"sequences is {list(sequences)}; give at least one, and each only once.")
         return PagedRows(self._memory, np.array(sequences, np.int64))
+
+    def step(self, rows: int, *, fixed: bool = False) -> PagedStep:
+        """Steps in which each of up to `rows` sequences gets one more token; see `PagedStep`."""
+        return PagedStep(self._memory, rows, fixed=fixed)
 
     def pages_needed(self, sequences: Sequence[int], new_tokens: int | Sequence[int]) -> int:
         """By how many `pages_free` shrinks when each of `sequences` takes in so many tokens; at most, since a

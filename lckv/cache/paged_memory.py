@@ -13,7 +13,7 @@ from torch import Tensor
 from lckv.attention.pages import Pages, pages_of_a_chunk
 from lckv.cache.page_tables import Integers, PageTables
 from lckv.cache.pool import PagePool
-from lckv.policies.base import KVPolicy, TokenContext
+from lckv.policies.base import KVPolicy, TokenContext, unturned
 
 
 class PagedMemory:
@@ -56,6 +56,7 @@ class PagedMemory:
         policy keeps nothing."""
         self.keeps_every_token = policy.traits.keeps_every_token and self.state is None
         """Whether nothing but the newest slots has to be forgotten to forget the newest tokens."""
+        self._pages = [Pages(pool.key, pool.value, table.flatten(0, 1)) for table in self.tables.table]
         self.version = 0
         """Changes whenever something is taken in or forgotten."""
 
@@ -68,7 +69,7 @@ class PagedMemory:
 
     def pages_of(self, number: int) -> Pages:
         """What a layer keeps; the table has a row for each head of each sequence."""
-        return Pages(self.pool.key, self.pool.value, self.tables.table[number].flatten(0, 1))
+        return self._pages[number]
 
     def forget(self, sequence: int) -> None:
         """Make a sequence empty; its pages are free."""
@@ -84,7 +85,7 @@ class PagedMemory:
         heads, channels = self.lengths.shape[-1], self.pool.key.shape[-1]
         token = torch.zeros(1, 1, heads, channels)
         positions = torch.zeros(1, 1, dtype=torch.int64)
-        context = TokenContext(rotate=lambda heads: heads, positions=positions)
+        context = TokenContext(rotate=unturned, positions=positions)
         query = token if self.policy.traits.reads_query else None
         state = self.policy.extend(None, token, token, query, context).state
         if state is None:

@@ -126,9 +126,10 @@ class StreamingCache:
         *,
         scale: float,
         key_bias: KeyBias | None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """See `KVCache`."""
-        kept, tokens = self._layers[layer], query.shape[2]
+        kept, tokens = self._layers[layer], len(new.key)
         window, sinks = kept.window, self._sinks
         if visibility.window is not None and visibility.window <= window:
             window, sinks = visibility.window, 0
@@ -136,14 +137,18 @@ class StreamingCache:
         key, value = (tensor.permute(1, 2, 0, 3) for tensor in (new.key, new.value))
         # Padding is a token that no query sees.
         fresh = token if counted is None else token.masked_fill(~counted, -1)
+        if places is not None:
+            token = token.gather(1, places)
         older = _tokens_in(kept.newest[0].shape[2], self._tokens)
         if sinks:
             sink_key, sink_value = self._sinks_with(kept, key, value, counted)
             sink = torch.arange(sinks, device=query.device).expand(len(query), -1)
             turned = self._within_cache(query, token)
         outputs = []
-        for start in range(0, tokens, _QUERIES):
-            block, near = slice(start, start + _QUERIES), slice(max(0, start - window + 1), start + _QUERIES)
+        for start in range(0, query.shape[2], _QUERIES):
+            block, near = slice(start, start + _QUERIES), slice(None)
+            if places is None:
+                near = slice(max(0, start - window + 1), start + _QUERIES)
             newest = token[:, block] - int(visibility.exclude_self)
             oldest = (token[:, block] - window + 1).clamp(min=0)
             groups = [

@@ -19,6 +19,8 @@ class WeightNames:
     value: str = "model.layers.{}.self_attn.v_proj"
     query_norm: str = "model.layers.{}.self_attn.q_norm"
     key_norm: str = "model.layers.{}.self_attn.k_norm"
+    guessed_key: str = "model.layers.{}.self_attn.first_guess_k_proj"
+    guessed_value: str = "model.layers.{}.self_attn.first_guess_v_proj"
     output: str = "model.layers.{}.self_attn.o_proj"
     mlp_norm: str = "model.layers.{}.post_attention_layernorm"
     gate: str = "model.layers.{}.mlp.gate_proj"
@@ -38,15 +40,23 @@ def is_passed_over(name: str) -> bool:
 def weights_of(decoder: Decoder, names: WeightNames) -> dict[str, TensorInfo]:
     """The tensors of the decoder by their names, from the embedding to the output layer.
 
-    Layers that only read the keys and values of another one have neither k_proj, v_proj nor k_norm. A tied
-    model has no tensor of the head.
+    Layers that only read the keys and values of another one have neither k_proj, v_proj nor k_norm; only
+    layers that a layer below them reads have a first guess, if there is one. A tied model has no tensor of
+    the head.
     """
     hidden, width = decoder.hidden_size, decoder.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {f"{names.embedding}.weight": (decoder.vocab_size, hidden)}
-    kv_layers = decoder.compression.map(decoder.num_hidden_layers).kv_layers
+    layer_types = decoder.compression.map(decoder.num_hidden_layers)
+    guessed = layer_types.cyclic_sources if decoder.compression.first_guess else ()
     for index in range(decoder.num_hidden_layers):
         shapes[f"{names.input_norm.format(index)}.weight"] = (hidden,)
-        shapes |= _attention(decoder, names, index, computes_kv=index in kv_layers)
+        shapes |= _attention(decoder, names, index, computes_kv=index in layer_types.kv_layers)
+        if index in guessed:
+            rows = decoder.num_key_value_heads * decoder.head_dim
+            shapes |= {
+                f"{name.format(index)}.weight": (rows, hidden)
+                for name in (names.guessed_key, names.guessed_value)
+            }
         shapes[f"{names.mlp_norm.format(index)}.weight"] = (hidden,)
         shapes[f"{names.gate.format(index)}.weight"] = (width, hidden)
         shapes[f"{names.up.format(index)}.weight"] = (width, hidden)

@@ -45,6 +45,19 @@ class EngineConfig:
     # 0.05 changes perplexity by less than 0.1 %: by 0.03 and 0.08 % in
     # tools/benchmarks/results/prefill_passes.csv, where all 9 passes change it by 0.01 and 0.07 %.
 
+    cuda_graphs: bool = False
+    """Launch a step of all answers as a whole, as a CUDA graph of a bucket of requests; needs a GPU."""
+
+    speculation: Literal["none", "prompt_lookup"] = "none"
+    """Guess tokens of answers ahead and check them all at once: prompt_lookup copies them from earlier places
+    of prompt and answer. Answers stay the same, sampled ones too."""
+
+    speculation_tokens: int = 8
+    """Most tokens guessed ahead at once."""
+
+    speculation_match: int = 3
+    """Newest tokens that an earlier place must have in common with the text to be copied from."""
+
     def problems(self) -> list[str]:
         """Everything that makes no sense, a sentence each."""
         counts = {
@@ -54,6 +67,8 @@ class EngineConfig:
             "max_tokens": 2,
             "max_prompt_tokens": 1,
             "prefill_chunk": 1,
+            "speculation_tokens": 1,
+            "speculation_match": 1,
         }
         values = {name: getattr(self, name) for name in counts}
         wrong = [
@@ -63,6 +78,8 @@ class EngineConfig:
         ]
         if self.prefill not in ("parallel", "exact"):
             wrong.append(f"prefill is {self.prefill!r}; it must be 'parallel' or 'exact'.")
+        if self.speculation not in ("none", "prompt_lookup"):
+            wrong.append(f"speculation is {self.speculation!r}; it must be 'none' or 'prompt_lookup'.")
         if not 0 <= self.prefill_tolerance < 1:
             wrong.append(
                 f"prefill_tolerance is {self.prefill_tolerance}; it must be at least 0 (all passes) and "

@@ -3,7 +3,7 @@
 Shapes: b rows, r of them with a grammar, V tokens of the vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,19 @@ class Constraint:
     def problem(self) -> str | None:
         """Why the grammar cannot be followed any more."""
         return self._matcher.get_error().partition("\n")[0] if self._matcher.is_error() else None
+
+    def fitting(self, tokens: Sequence[int]) -> int:
+        """How many of `tokens` the answer could go on with."""
+        return int(self._matcher.validate_tokens(list(tokens)))
+
+    def along(self, tokens: Sequence[int]) -> Iterator["Constraint"]:
+        """Where the answer is, and where it would be after each of `tokens`, which fit."""
+        matcher = self._matcher
+        yield self
+        for token in tokens:
+            matcher = matcher.deep_copy()
+            matcher.consume_token(token)
+            yield Constraint(matcher)
 
     def advance(self, token: int) -> bool:
         """Take the answer's next token; whether the answer is complete and cannot go on."""

@@ -4,30 +4,37 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from lckv.cache.paged import PagedCache
 from lckv.generation.config import EngineConfig
-from lckv.generation.constraints import allowed_tokens
+from lckv.generation.drafting import PromptLookup
 from lckv.generation.following import score_prompt
-from lckv.generation.forward import Forward
+from lckv.generation.forward import Forward, Forwarded
 from lckv.generation.grammars import Grammars
 from lckv.generation.jobs import Job
 from lckv.generation.limits import Limits, end_tokens, token_ids
 from lckv.generation.memory import longest_sequence, paged_cache
 from lckv.generation.prefixes import Prefixes
 from lckv.generation.requests import Completion, QueueFullError, Request, TokenEvent
-from lckv.generation.sampling import SamplingParams, sample
+from lckv.generation.sampling import SamplingParams
 from lckv.generation.scheduler import Scheduler
 from lckv.generation.scoring import Scores, score
 from lckv.generation.stats import Counters, EngineStats
+from lckv.generation.step_graphs import cuda_graph
 from lckv.generation.token_bytes import TokenBytes
+from lckv.generation.verification import Verified, verify
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
+from lckv.sharing.early_exit import Results
 
 logger = logging.getLogger(__name__)
+
+
+_Outcome = tuple[Job, int, Verified]
+"""Of a step for a request: the request, the tokens that the cache has taken in, and what the request gets."""
 
 
 class Engine:
@@ -57,6 +64,11 @@ class Engine:
         config = config or EngineConfig()
         if config.problems():
             raise ValueError("\n".join(config.problems()))
+        if config.cuda_graphs and model.device.type != "cuda":
+            raise ValueError(
+                f"cuda_graphs is set, but the model is on {model.device.type}; move it to a GPU, or leave "
+                "cuda_graphs out."
+            )
         self.model = model.eval()
         self.texts = None if tokenizer is None else TokenBytes(tokenizer)
         """What tokens are as text; None without a tokenizer."""
@@ -89,7 +101,14 @@ class Engine:
         )
         """What answers can be held to; None without a tokenizer."""
         self._prefill_chunk = config.prefill_chunk
-        self._forward = Forward(model, self.cache, tolerance=config.prefill_tolerance)
+        self._draft_tokens = 0 if config.speculation == "none" else config.speculation_tokens
+        self._match = config.speculation_match
+        self._forward = Forward(
+            model,
+            self.cache,
+            tolerance=config.prefill_tolerance,
+            capture=cuda_graph if config.cuda_graphs else None,
+        )
         self._prefixes = Prefixes(self.cache, enabled=config.prefix_cache)
         self._scheduler = Scheduler(
             self.cache,
@@ -128,6 +147,8 @@ class Engine:
         ends = frozenset((*params.stop_token_ids, *(() if params.ignore_eos else self._ends)))
         most = min(self.limits.context, len(prompt) + params.max_new_tokens)
         job = Job(request, self.texts, ends=ends, max_tokens=most)
+        if self._draft_tokens:
+            job.drafter = PromptLookup(self._match)
         if params.grammar is not None and self.grammars is not None:
             job.constraint = self.grammars.compile(params.grammar).begin()
         with self._lock:
@@ -253,63 +274,91 @@ class Engine:
         return self._counters.stats(self._scheduler, self.cache, self._forward.compression_ratio)
 
     def _compute(self, jobs: Sequence[Job]) -> list[TokenEvent]:
-        """Compute the next chunk of some running requests,
-        and a token for each whose tokens are all computed then."""
+        """Compute the next chunk of some running requests, and a token for each whose tokens are all computed
+        then; several for those whose drafts are right."""
         present = self._scheduler.make_room(jobs)
         events = [self._out_of_pages(job) for job in jobs if job.sequence is not None and job not in present]
-        if not present:
-            return events
-        counts = [self._scheduler.chunk(job) for job in present]
-        chunks = [
-            job.tokens[job.computed : job.computed + count]
-            for job, count in zip(present, counts, strict=True)
-        ]
+        drafts = self._drafts(present)
+        present = [job for job in present if job not in drafts]
+        if drafts:
+            events += self._finish(list(drafts), lambda: self._verify(drafts))
+        if present:
+            events += self._finish(present, lambda: self._choose(present))
+        return events
+
+    def _finish(self, jobs: Sequence[Job], compute: Callable[[], list[_Outcome]]) -> list[TokenEvent]:
+        """Do `compute` for some running requests, and hand out what comes of it."""
         try:
-            forwarded = self._forward([job.sequence for job in present if job.sequence is not None], chunks)
-            for row, job in enumerate(present):
-                score_prompt(job, self.model.lm_head, forwarded.hidden_states[row, : counts[row]])
-                job.computed += counts[row]
-                if forwarded.passes is not None:
-                    job.prefill_passes = max(job.prefill_passes or 0, forwarded.passes[row])
-            ready = [row for row, job in enumerate(present) if job.computed == len(job.tokens)]
-            for row in set(range(len(present))).difference(ready):
-                self._scheduler.advance(present[row], counts[row])
-            if not ready:
-                return events
-            logits = self._forward.newest_logits(forwarded, ready, counts)
-            finite = logits.amax(-1).isfinite().tolist()
-            rows = [present[row] for row in ready]
-            constraints = [job.constraint for job in rows]
-            allowed, problems = allowed_tokens(constraints, logits.shape[1], logits.device)
-            choices = sample(
-                logits if all(finite) else logits.nan_to_num(),
-                [job.params for job in rows],
-                [job.generator for job in rows],
-                [job.tokens for job in rows],
-                [job.answered for job in rows],
-                allowed,
-            )
+            outcomes = compute()
         except Exception as error:  # whatever it is, the other requests go on
-            logger.exception("the model failed on %d requests", len(present))
-            return [
-                *events,
-                *(self._fail(job, f"the model failed: {type(error).__name__}: {error}") for job in present),
-            ]
+            logger.exception("the model failed on %d requests", len(jobs))
+            problem = f"the model failed: {type(error).__name__}: {error}"
+            return [self._fail(job, problem) for job in jobs]
         except BaseException:  # an interrupt; what the cache has taken in is not known for sure
             self._scheduler.preempt_all(keep=False)
+            for job in jobs:
+                if job.finish_reason is not None:
+                    self._fail(job, "the step was interrupted before it handed out the end of the answer")
             raise
-        for place, (row, choice, right) in enumerate(zip(ready, choices, finite, strict=True)):
-            job = present[row]
-            if not (right and job.prompt_is_finite):
-                problems[place] = "the model's logits are not finite; are its weights and dtype right?"
-            if place in problems:
-                events.append(self._fail(job, problems[place]))
+        events = []
+        for job, count, result in outcomes:
+            if result.problem is not None:
+                events.append(self._fail(job, result.problem))
                 continue
-            self._scheduler.advance(job, counts[row])
-            if len(job.tokens) == job.prompt_tokens:
+            self._scheduler.advance(job, count)
+            if result.events and job.computed == job.prompt_tokens:
                 self._counters.prompt(job.prompt_tokens, job.cached_tokens or 0, job.prefill_passes)
-            events.append(self._deliver(job, job.accept(choice)))
+            events += [self._deliver(job, event) for event in result.events]
         return events
+
+    def _choose(self, jobs: Sequence[Job]) -> list[_Outcome]:
+        """Compute the next chunk of requests, and choose a token for each whose tokens are all computed."""
+        counts = [self._scheduler.chunk(job) for job in jobs]
+        forwarded = self._forward_chunks(jobs, counts)
+        results = dict.fromkeys(jobs, Verified([], 0, None))
+        ready = [row for row, job in enumerate(jobs) if job.computed == len(job.tokens)]
+        if ready:
+            logits = self._forward.newest_logits(forwarded, ready)
+            of_ready = [jobs[row] for row in ready]
+            results |= zip(of_ready, verify(dict.fromkeys(of_ready, ()), logits), strict=True)
+        return [(job, count, results[job]) for job, count in zip(jobs, counts, strict=True)]
+
+    def _drafts(self, jobs: Sequence[Job]) -> dict[Job, list[int]]:
+        """Guesses for those requests that answer, as long as there is room for them; none of all if nobody
+        has an idea."""
+        if self._draft_tokens == 0:
+            return {}
+        drafts = {job: job.draft(self._draft_tokens) for job in jobs if job.answers}
+        counts = [1 + len(drafts[job]) if job in drafts else self._scheduler.chunk(job) for job in jobs]
+        return drafts if any(drafts.values()) and self._scheduler.has_room(jobs, counts) else {}
+
+    def _verify(self, drafts: Mapping[Job, Sequence[int]]) -> list[_Outcome]:
+        """Compute requests' newest tokens and drafts together, and take in what is right of them."""
+        sequences = [job.sequence_number for job in drafts]
+        chunks = [[job.tokens[-1], *draft] for job, draft in drafts.items()]
+        forwarded = self._forward.verifiable(sequences, chunks)
+        verified = verify(drafts, self.model.lm_head(forwarded.hidden_states))
+        counts = [len(result.events) for result in verified]
+        self._forward.take_in(forwarded, counts)
+        for (job, draft), result, count in zip(drafts.items(), verified, counts, strict=True):
+            job.computed += count
+            self._counters.draft(len(draft), result.accepted)
+        return list(zip(drafts, counts, verified, strict=True))
+
+    def _forward_chunks(self, jobs: Sequence[Job], counts: Sequence[int]) -> Forwarded:
+        """Compute the next `counts` tokens of some running requests."""
+        sequences = [job.sequence_number for job in jobs]
+        chunks = [
+            job.tokens[job.computed : job.computed + count] for job, count in zip(jobs, counts, strict=True)
+        ]
+        forwarded = self._forward(sequences, chunks, _wanted(jobs, counts))
+        for row, (job, count) in enumerate(zip(jobs, counts, strict=True)):
+            if forwarded.hidden_states is not None:
+                score_prompt(job, self.model.lm_head, forwarded.hidden_states[row, :count])
+            job.computed += count
+            if forwarded.passes is not None:
+                job.prefill_passes = max(job.prefill_passes or 0, forwarded.passes[row])
+        return forwarded
 
     def _out_of_pages(self, job: Job) -> TokenEvent:
         """The only request that runs has no room for one more token."""
@@ -345,3 +394,14 @@ class Engine:
                 logger.exception("on_token of request %s failed; the request is cancelled", event.request_id)
                 self.cancel(event.request_id)
         return event
+
+
+def _wanted(jobs: Sequence[Job], counts: Sequence[int]) -> Results:
+    """Of which of the next `counts` tokens of some requests logits are wanted."""
+    if any(
+        job.params.prompt_logprobs is not None and job.unscored(count)
+        for job, count in zip(jobs, counts, strict=True)
+    ):
+        return Results.ALL
+    ready = any(job.computed + count == len(job.tokens) for job, count in zip(jobs, counts, strict=True))
+    return Results.SOME if ready else Results.NONE

@@ -2,11 +2,12 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from random import Random
 from typing import Any
 
 from lckv.generation.constraints import Constraint
 from lckv.generation.detokenize import AnswerText, TokenTexts
+from lckv.generation.drafting import Drafter
+from lckv.generation.draws import Draws
 from lckv.generation.requests import Completion, FinishReason, Request, TokenEvent
 from lckv.generation.sampling import Choice
 
@@ -45,9 +46,10 @@ class Job:
         self.preemptions = 0
         self.prefill_passes: int | None = None
         self.finish_reason: FinishReason | None = None
-        seed = request.params.seed
-        # As a text, because integers lose their sign.
-        self.generator = Random() if seed is None else Random(str(seed))
+        self.draws = Draws(request.params.seed)
+        """Of its tokens, unless it is greedy."""
+        self.drafter: Drafter | None = None
+        """Guesses its next tokens; None: nobody does."""
         self._ends, self._max_tokens = ends, max_tokens
         self._text = None if texts is None else self._answer_text(texts)
         self._texts: list[str] = []
@@ -86,9 +88,25 @@ class Job:
             self.cached_tokens = tokens
 
     def preempt(self) -> None:
-        """Forget what was computed; tokens and generator stay."""
+        """Forget what was computed; tokens, random numbers and drafter stay."""
         self.sequence, self.computed, self.kept, self.one_by_one = None, 0, 0, False
         self.preemptions += 1
+
+    @property
+    def answers(self) -> bool:
+        """Whether nothing but its newest token, which is one of the answer, is to be computed."""
+        return self.prompt_tokens <= self.computed == len(self.tokens) - 1
+
+    def draft(self, most: int) -> list[int]:
+        """Guesses of its next tokens that it could get, and not as the last ones; at most `most`."""
+        room = min(most, self._max_tokens - len(self.tokens) - 1)
+        if self.drafter is None or room < 1:
+            return []
+        drafted = self.drafter.draft(self.tokens, room)
+        stop = next((place for place, token in enumerate(drafted) if token in self._ends), len(drafted))
+        if self.constraint is not None:
+            stop = min(stop, self.constraint.fitting(drafted[:stop]))
+        return drafted[:stop]
 
     def unscored(self, count: int) -> range:
         """Places, among the next `count` tokens to compute, that a token of the prompt follows whose

@@ -19,7 +19,7 @@ from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from lckv.tokenizer_files import MODEL_NAME, check_folder, is_only_sentencepiece
 from lckv.weights.checks import CheckedSource
-from lckv.weights.folder_kind import explain_other_kind
+from lckv.weights.folder_kind import require_huggingface
 from lckv.weights.huggingface import CONFIG_NAME, HuggingFaceFolder, read_config_file
 from lckv.weights.tensors import TensorSource, row_chunks
 
@@ -47,10 +47,8 @@ def load_model(
     superfluous, pickled or not finite; and for what another program made, with the converter.
     """
     folder = Path(path)
-    _require_huggingface(folder)
-    if folder.is_dir():
-        check_folder(folder)
-    _require_config(folder)
+    require_huggingface(folder)
+    check_folder(folder)
     weights = HuggingFaceFolder(folder)
     decoder = describe(read_config_file(folder), weights.infos(), folder / CONFIG_NAME)
     family_of(decoder.family).check_weights(weights, decoder, folder)
@@ -77,18 +75,6 @@ def _generation_config(folder: Path) -> GenerationConfig:
 
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
-
-
-def _require_huggingface(folder: Path) -> None:
-    if other := explain_other_kind(folder, "huggingface"):
-        raise ModelError(f"{other}.")
-
-
-def _require_config(folder: Path) -> None:
-    if not (folder / CONFIG_NAME).exists():
-        raise FileNotFoundError(
-            f"{folder}/config.json does not exist; give the folder of a model in Hugging Face's format."
-        )
 
 
 @torch.no_grad()
@@ -126,6 +112,5 @@ def model_config(folder: Path) -> LCKVLlamaConfig:
     Raises FileNotFoundError for a folder without config.json, and ModelError with every field that means
     nothing here, and for folders of another format.
     """
-    _require_huggingface(folder)
-    _require_config(folder)
+    require_huggingface(folder)
     return LCKVLlamaConfig.from_decoder(describe(read_config_file(folder), {}, folder / CONFIG_NAME))

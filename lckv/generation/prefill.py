@@ -33,17 +33,19 @@ class Settling:
         *,
         key_bias: KeyBias | None,
         device: torch.device,
+        guessed: bool = False,
     ) -> None:
         """`tolerance`: the largest relative change (of the root mean square over a row's tokens, of the keys
         or the values of any shared layer) that counts as none. `passes`: at most so many. `counted` bool [b,
         s]: tokens that are not padding; None: all. `key_bias`: the last channel of keys is a bias of
-        hard decisions, which have to be the same."""
+        hard decisions, which have to be the same. `guessed`: the first pass reads a learned first guess, with
+        which its keys and values are compared."""
         self._tolerance, self._biased = tolerance, key_bias is not None
         self._counted = None if counted is None else counted.transpose(0, 1)[:, :, None, None]
         self._layers: tuple[int, ...] = ()
         self._settled = torch.zeros(rows, dtype=torch.bool, device=device)
         self._any_settled = False
-        self._pass = 0
+        self._pass, self._first = 0, 0 if guessed else 1
         self.passes = torch.full((rows,), min(2, passes), dtype=torch.int64, device=device)
         """int64 [b]: passes that each row needed: those until its keys and values settled, and one that reads
         them. Where several groups of layers are iterated, of the group that took the most."""
@@ -51,7 +53,7 @@ class Settling:
     def __call__(self, previous: Mapping[int, Extension], current: Mapping[int, Extension]) -> bool:
         """Compare the keys and values of two passes; True where all rows have settled."""
         if tuple(current) != self._layers:
-            self._layers, self._pass = tuple(current), 1
+            self._layers, self._pass = tuple(current), self._first
             self._settled, self._any_settled = torch.zeros_like(self._settled), False
         self._pass += 1
         if self._any_settled:

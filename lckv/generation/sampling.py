@@ -9,13 +9,13 @@ Shapes: b rows, V tokens of the vocabulary.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from random import Random
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lckv.generation.constraints import AllowedTokens
+from lckv.generation.draws import Uniform
 from lckv.generation.grammar import Grammar
 from lckv.generation.penalties import (
     MOST_BIAS,
@@ -179,7 +179,7 @@ class Choice(NamedTuple):
 def sample(
     logits: Tensor,
     params: Sequence[SamplingParams],
-    generators: Sequence[Random],
+    generators: Sequence[Uniform],
     previous: Sequence[Sequence[int]],
     answered: Sequence[Mapping[int, int]] | None = None,
     allowed: AllowedTokens | None = None,

@@ -117,7 +117,7 @@ class Scheduler:
 
     def chunk(self, job: Job) -> int:
         """Tokens that a request computes next."""
-        if self._exact or job.one_by_one:
+        if self._exact or job.one_by_one or job.computed == len(job.tokens) - 1:
             return 1
         parallel = job.prompt_tokens if self._iterated else len(job.tokens)
         if not self._cache.snapshots_shorten:
@@ -150,6 +150,12 @@ class Scheduler:
             else:
                 return []
         return jobs
+
+    def has_room(self, jobs: Sequence[Job], tokens: Sequence[int]) -> bool:
+        """Whether some running requests can take in so many tokens each without another one's making room;
+        beginnings that are kept are forgotten for it."""
+        needed = self._pages_needed(jobs, tokens)
+        return needed <= self._cache.pages_free + self._cache.pages_kept and self._prefixes.make_room(needed)
 
     def preempt_all(self, *, keep: bool) -> None:
         """Give all pages back. `keep`: keep what was computed, as long as nobody needs the pages."""

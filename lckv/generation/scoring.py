@@ -210,6 +210,7 @@ class _Scoring:
                 if piece.tokens > start
             ]
             hidden_states = self._forward(sequences[: len(chunks)], chunks).hidden_states
+            assert hidden_states is not None
             for row, tokens in enumerate(chunks):
                 logits = self._forward.model.lm_head(hidden_states[row, : len(tokens)]).float()
                 first = pieces[row].start + start + 1

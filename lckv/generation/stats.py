@@ -50,6 +50,15 @@ class EngineStats:
     """Tokens per slot of the cache over layers, KV heads and all sequences that ran in the newest step (or
     were scored last); 1 before there was any."""
 
+    drafted_tokens: int
+    """Guessed ahead by speculative decoding, and checked."""
+
+    accepted_tokens: int
+    """Of these, tokens that came."""
+
+    draft_acceptance: float
+    """Their share; 0 before there were any."""
+
     prefill_passes: float
     """Passes over iterated layers that a prompt took, the mean over prompts; 0 where nothing is iterated."""
 
@@ -59,6 +68,7 @@ class Counters:
 
     def __init__(self) -> None:
         self.generated_tokens = self.prompt_tokens = self.cached_prompt_tokens = 0
+        self.drafted_tokens = self.accepted_tokens = 0
         self.finished = self.cancelled = self.failed = 0
         self._passes = self._prompts = 0
         self._steps: deque[tuple[float, int]] = deque(maxlen=_STEPS)
@@ -82,6 +92,11 @@ class Counters:
             self._passes += passes
             self._prompts += 1
 
+    def draft(self, drafted: int, accepted: int) -> None:
+        """A request's `drafted` tokens were checked, of which `accepted` came."""
+        self.drafted_tokens += drafted
+        self.accepted_tokens += accepted
+
     def stats(self, scheduler: Scheduler, cache: PagedCache, compression_ratio: float) -> EngineStats:
         """The numbers now."""
         steps = tuple(self._steps)
@@ -102,5 +117,8 @@ class Counters:
             pages_free=cache.pages_free,
             prefixes=scheduler.prefixes,
             compression_ratio=compression_ratio,
+            drafted_tokens=self.drafted_tokens,
+            accepted_tokens=self.accepted_tokens,
+            draft_acceptance=self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else 0.0,
             prefill_passes=self._passes / self._prompts if self._prompts else 0.0,
         )

@@ -108,13 +108,22 @@ class Continuation:
 
     def _prefill(self) -> Tensor:
         """[1, V]: logits after the prompt."""
-        for start in range(0, len(self._prompt), self._prefill_chunk):
-            logits = self._forward(self._prompt[start : start + self._prefill_chunk])
-        return logits
+        last = (len(self._prompt) - 1) // self._prefill_chunk * self._prefill_chunk
+        for start in range(0, last, self._prefill_chunk):
+            self._run(self._prompt[start : start + self._prefill_chunk], newest=0)
+        return self._forward(self._prompt[last:])
 
     def _forward(self, tokens: Sequence[int]) -> Tensor:
-        model = self._model
-        embedded = model.model.embed_tokens(torch.tensor([tokens], device=model.device))
-        output = model.model.run(embedded, self._cache)
+        """[1, V]: logits after the next tokens."""
+        return self._model.lm_head(self._run(tokens, newest=1)[:, -1])
+
+    def _run(self, tokens: Sequence[int], *, newest: int) -> Tensor:
+        """Hidden states [1, newest, hidden] of so many of the next tokens, at the end."""
+        decoder, device = self._model.model, self._model.device
+        embedded = decoder.embed_tokens(torch.tensor([tokens], device=device))
+        wanted = None
+        if newest < len(tokens):
+            wanted = torch.arange(len(tokens) - newest, len(tokens), device=device)[None]
+        output = decoder.run(embedded, self._cache, wanted=wanted)
         assert output.last_hidden_state is not None
-        return model.lm_head(output.last_hidden_state[:, -1])
+        return output.last_hidden_state

@@ -116,7 +116,8 @@ def chosen_states(output_hidden_states: Any, count: int) -> frozenset[int]:
 def _names() -> Iterator[str]:
     yield from ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
     yield from ("labels (with a head)", "use_cache", "logits_to_keep (with a head)", "output_hidden_states")
-    yield from ("return_dict", "cache_position", *OF_LOSS, *_PACKING, *_REFUSED)
+    yield from ("states_to_keep (without a head)", "return_dict", "cache_position")
+    yield from (*OF_LOSS, *_PACKING, *_REFUSED)
 
 
 def _shown(value: Any) -> str:

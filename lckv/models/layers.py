@@ -16,10 +16,13 @@ from lckv.attention.backends import Attend, choose
 from lckv.attention.past import NewTokens, attend_past, nothing_before
 from lckv.attention.visibility import Visibility
 from lckv.cache.base import KVCache
+from lckv.cache.undecided import Projected, UndecidedCache
 from lckv.errors import UnsupportedError
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.interface import OWN, AttentionFunction
 from lckv.models.tokens import Layout
+from lckv.models.wanted import Wanted
+from lckv.pass_errors import PassRecord
 from lckv.policies.base import Extension, Statistics, TokenContext
 
 
@@ -34,6 +37,8 @@ class Tokens:
     """Where keys and values go, if they are wanted, and those of earlier tokens."""
     function: AttentionFunction | None = None
     """Of others, for attention; None: attention is that of `lckv.attention`."""
+    wanted: Wanted | None = None
+    """Those that layers above all keys and values run for, with attention of `lckv.attention`; None: all."""
 
     @property
     def past(self) -> KVCache | None:
@@ -63,27 +68,36 @@ class LCKVLlamaAttention(nn.Module):
             self.k_proj = nn.Linear(hidden, kv_width, bias=config.qkv_bias)
             self.v_proj = nn.Linear(hidden, kv_width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(width, hidden, bias=False)
+        if compression.first_guess and layer_idx in layer_types.cyclic_sources:
+            self.first_guess_k_proj = ZeroLinear(hidden, kv_width, bias=False)
+            self.first_guess_v_proj = ZeroLinear(hidden, kv_width, bias=False)
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
             if self.computes_kv:
                 self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def forward(
-        self, hidden_states: Tensor, source: Extension | None, tokens: Tokens
+        self, hidden_states: Tensor, source: Extension | None, tokens: Tokens, wanted: Wanted | None = None
     ) -> tuple[Tensor, Extension | None, Statistics]:
         """Attend from [b, s, hidden] to `source`, or to the layer's own keys and values; they and their
-        statistics are returned."""
-        query = self._heads("q", hidden_states)
+        statistics are returned. `wanted`: attend from these tokens alone; where the layer computes no keys
+        and values, `hidden_states` are theirs, [b, q, hidden]."""
+        query = self._heads("q", hidden_states) if wanted is None else None
         own, statistics = self.keys_values(hidden_states, tokens, query) if self.computes_kv else (None, ())
+        context = tokens.contexts[self.layer_idx]
+        if wanted is not None:
+            hidden_states = wanted.of(hidden_states) if self.computes_kv else hidden_states
+            query, context = self._heads("q", hidden_states), wanted.context
         reads = own if source is None else source
         if reads is None:
             raise ValueError(
                 f"layer {self.layer_idx} reads the keys and values of layer {self.source}, which were not "
                 "given to it."
             )
-        query = self.policy.query(query, tokens.contexts[self.layer_idx]).permute(1, 2, 0, 3)
+        assert query is not None
+        query = self.policy.query(query, context).permute(1, 2, 0, 3)
         if tokens.function is None:
-            output = self._attend(query, reads, tokens).transpose(1, 2)
+            output = self._attend(query, reads, tokens, wanted).transpose(1, 2)
         else:
             # Spelt as transformers' models do: vLLM looks for this call in the source.
             attention_interface = ALL_ATTENTION_FUNCTIONS[tokens.function.name]
@@ -117,9 +131,22 @@ class LCKVLlamaAttention(nn.Module):
         query = query if reads_query else None
         if tokens.cache is not None:
             state = None if tokens.past is None else tokens.past.state(self.layer_idx)
-            return self.policy.extend(state, key, value, query, context), ()
+            extension = self.policy.extend(state, key, value, query, context)
+            if isinstance(tokens.cache, UndecidedCache):
+                projected = Projected(self.policy, state, key, value, query, context)
+                tokens.cache.note(self.layer_idx, extension, projected)
+            return extension, ()
         own, statistics = self.policy.keys_values(key, value, query, context)
         return Extension(*own), statistics
+
+    def first_guess(self, hidden_states: Tensor, tokens: Tokens) -> Extension:
+        """What is guessed of the layer's keys and values from the input [b, s, hidden] of its group, through
+        which no gradient flows. The map is linear in the input divided by its root mean square."""
+        normed = nn.functional.rms_norm(
+            hidden_states.detach(), hidden_states.shape[-1:], eps=self.config.rms_norm_eps
+        )
+        key, value = self._heads("first_guess_k", normed), self._heads("first_guess_v", normed)
+        return Extension(tokens.contexts[self.layer_idx].rotate(key), value)
 
     def _heads(self, name: str, hidden_states: Tensor) -> Tensor:
         """Projected (and normalised) heads [s, b, heads, d], before RoPE."""
@@ -131,14 +158,29 @@ class LCKVLlamaAttention(nn.Module):
     def _dropout(self) -> float:
         return self.config.attention_dropout if self.training else 0.0
 
-    def _attend(self, query: Tensor, reads: Extension, tokens: Tokens) -> Tensor:
+    def _attend(self, query: Tensor, reads: Extension, tokens: Tokens, wanted: Wanted | None) -> Tensor:
         scale, key_bias, layout = self.scaling, self.policy.traits.key_bias, tokens.layout
+        places = None if wanted is None else wanted.places
         if tokens.past is not None:
             return tokens.past.attend(
-                self.source, query, reads, layout.counted, self.visibility, scale=scale, key_bias=key_bias
+                self.source,
+                query,
+                reads,
+                layout.counted,
+                self.visibility,
+                scale=scale,
+                key_bias=key_bias,
+                places=places,
             )
         backend = self._backend(query)
         key, value = (tensor.permute(1, 2, 0, 3) for tensor in (reads.key, reads.value))
+        if wanted is not None:
+            counted = layout.counted if layout.masked else None
+            new = NewTokens(key, value, counted, None, wanted.document)
+            past = nothing_before(new)
+            return attend_past(
+                query, new, past, self.visibility, scale=scale, key_bias=key_bias, places=places
+            )
         if layout.masked:
             new = NewTokens(key, value, layout.counted, None, layout.document)
             return attend_past(
@@ -156,6 +198,11 @@ class LCKVLlamaAttention(nn.Module):
             raise ValueError(
                 f"attn_implementation is {name!r}, but {error.obstacle}. Set attn_implementation to sdpa."
             ) from error
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer whose initial weights are zeros: before training, guessed keys and values are those that
+    published models begin with."""
 
 
 class LCKVLlamaMLP(nn.Module):
@@ -203,20 +250,25 @@ class LCKVLlamaDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states: Tensor, tokens: Tokens, part: str, *source: Tensor | None) -> _Flat:
-        """`part` is "all", "keys_values" (nothing else is returned) or "without_source" (attention is left
-        out, as if it were 0). `source` are the fields of what the layer reads, if it reads another's.
-        Everything goes through here, so that hooks
-        on the module (sharded or offloaded weights) see every use."""
+        """`part` is "all", "keys_values" or "first_guess" (nothing else is returned), "without_source"
+        (attention is left out, as if it were 0) or "wanted" (all, but hidden states of `tokens.wanted`
+        alone). `source` are the fields of what the layer reads, if it reads another's. Everything goes
+        through here, so that hooks on the module (sharded or offloaded weights) see every use."""
         if part == "keys_values":
             own, statistics = self.self_attn.keys_values(self.input_layernorm(hidden_states), tokens)
             return hidden_states, *own, *statistics
+        if part == "first_guess":
+            return hidden_states, *self.self_attn.first_guess(hidden_states, tokens)
         own_or_none: Extension | None = None
         statistics = ()
-        if part == "all":
+        if part in ("all", "wanted"):
             reads = Extension(*source) if source else None  # type: ignore[arg-type]
+            wanted = tokens.wanted if part == "wanted" else None
             output, own_or_none, statistics = self.self_attn(
-                self.input_layernorm(hidden_states), reads, tokens
+                self.input_layernorm(hidden_states), reads, tokens, wanted
             )
+            if wanted is not None and self.self_attn.computes_kv:
+                hidden_states = wanted.of(hidden_states)
             hidden_states = hidden_states + output
         elif self.self_attn.computes_kv:
             own_or_none, statistics = self.self_attn.keys_values(self.input_layernorm(hidden_states), tokens)
@@ -245,10 +297,16 @@ class PlannedLayers:
     """The model's layers for one forward pass, as the plan calls them."""
 
     def __init__(
-        self, layers: Sequence[LCKVLlamaDecoderLayer], tokens: Tokens, hidden_states: HiddenStates
+        self,
+        layers: Sequence[LCKVLlamaDecoderLayer],
+        tokens: Tokens,
+        hidden_states: HiddenStates,
+        record: PassRecord,
     ) -> None:
-        """Each layer's result in the pass that counts is added to `hidden_states`."""
+        """Each layer's result in the pass that counts is added to `hidden_states`; keys and values of passes
+        are compared in `record`."""
         self._layers, self._tokens, self._hidden_states = layers, tokens, hidden_states
+        self._record = record
         self.kept: dict[int, Extension] = {}
         """Keys and values of the pass that counts, if there is a cache for them."""
         self.statistics: dict[int, Statistics] = {}
@@ -261,17 +319,47 @@ class PlannedLayers:
         hidden_states, own, statistics = _unflat(flat)
         if kept:
             self._hidden_states.add(hidden_states)
-        if kept and own is not None and self._tokens.cache is not None:
-            self.kept[index] = own
-        if kept and statistics:
-            self.statistics[index] = statistics
+            self._keep(index, own, statistics or self._errors(index, own))
+        elif own is not None:
+            self._record.passed(index, own[:2])
+        return hidden_states, own
+
+    def run_wanted(
+        self, index: int, hidden_states: Tensor, source: Extension | None
+    ) -> tuple[Tensor, Extension | None]:
+        """See `WantingLayers`."""
+        flat = self._layers[index](hidden_states, self._tokens, "wanted", *(source or ()))
+        hidden_states, own, statistics = _unflat(flat)
+        self._keep(index, own, statistics or self._errors(index, own))
         return hidden_states, own
 
     def keys_values(self, index: int, hidden_states: Tensor) -> Extension:
         """The layer's keys and values alone."""
-        own = _unflat(self._layers[index](hidden_states, self._tokens, "keys_values"))[1]
+        flat = self._layers[index](hidden_states, self._tokens, "keys_values")
+        _, own, statistics = _unflat(flat)
         assert own is not None
+        self._keep(index, own, statistics)  # those of the last pass, which is the one that counts, stay
+        self._record.passed(index, own[:2])
         return own
+
+    def first_guess(self, source: int, hidden_states: Tensor) -> Extension:
+        """What is guessed of the keys and values of layer `source`, for the first pass to read."""
+        guess = _unflat(self._layers[source](hidden_states, self._tokens, "first_guess"))[1]
+        assert guess is not None
+        return Extension(*self._record.guessed(source, guess[:2]))
+
+    def _keep(self, index: int, own: Extension | None, statistics: Statistics) -> None:
+        if own is not None and self._tokens.cache is not None:
+            self.kept[index] = own
+        if statistics:
+            self.statistics[index] = statistics
+
+    def _errors(self, index: int, own: Extension | None) -> Statistics:
+        """Of passes before the one that counts, where there is no cache."""
+        if own is None or self._tokens.cache is not None:
+            return ()
+        counted = self._tokens.layout.counted
+        return self._record.statistics(index, own[:2], None if counted is None else counted.transpose(0, 1))
 
     def run_without_source(self, index: int, hidden_states: Tensor) -> tuple[Tensor, Extension | None]:
         """Without older tokens attention to zero keys and values is exactly 0;

@@ -1,4 +1,4 @@
-"""Which tokens get logits, and what of labels goes into the loss.
+"""Which tokens get logits, and what of labels goes into the loss; the loss without logits.
 
 Shapes: b rows, s tokens.
 """
@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from lckv.losses.linear_cross_entropy import linear_cross_entropy
 
 
 def kept_states(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
@@ -49,14 +52,49 @@ def check_labels(labels: Tensor | None, of_loss: Mapping[str, Any]) -> None:
             )
 
 
-def check_targets(labels: Tensor, of_loss: Mapping[str, Any], logits: Tensor) -> None:
-    """Raises ValueError unless there is a label for each of `logits` [..., vocabulary]."""
+def check_targets(labels: Tensor, of_loss: Mapping[str, Any], states: Tensor) -> None:
+    """Raises ValueError unless there is a label for each of `states` [..., hidden]."""
     for name, targets in (("labels", labels), ("shift_labels", of_loss.get("shift_labels"))):
-        if targets is not None and targets.shape != logits.shape[:-1]:
+        if targets is not None and targets.shape != states.shape[:-1]:
             raise ValueError(
-                f"{name} has shape {list(targets.shape)}; it must be {list(logits.shape[:-1])}, one for each "
+                f"{name} has shape {list(targets.shape)}; it must be {list(states.shape[:-1])}, one for each "
                 "token that has logits (see logits_to_keep)."
             )
+
+
+def check_skip_logits(skip_logits: bool, labels: Tensor | None, head: nn.Module, vocab_size: int) -> None:
+    """Raises ValueError where logits are to be left out and there is no loss instead, or the head is more
+    than its weight: an adapter's, quantised, or spread over devices."""
+    if not skip_logits:
+        return
+    if labels is None:
+        raise ValueError("skip_logits is true, and there are no labels: give labels, or leave it out.")
+    weight = getattr(head, "weight", None)
+    is_plain = type(head) is nn.Linear and type(weight) is nn.Parameter and head.bias is None
+    if weight is None or not is_plain or len(weight) != vocab_size:
+        raise ValueError(
+            f"skip_logits is true, and lm_head is {type(head).__name__} with the weight "
+            f"{type(weight).__name__}{list(getattr(weight, 'shape', ()))}: the loss needs a plain Linear of "
+            f"{vocab_size} rows on this device. Leave skip_logits out."
+        )
+
+
+def loss_without_logits(
+    states: Tensor,
+    head: nn.Linear,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+) -> Tensor:
+    """transformers' loss of language models, float32 [], of states [..., hidden] and labels int64 [...]:
+    cross-entropy of the shifted labels, summed, by `num_items_in_batch` or by the number of targets."""
+    shifted = pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
+    targets = shifted.flatten()
+    ignored = targets == ignore_index
+    torch._assert_async(((targets >= 0) | ignored).all(), "a label is negative and not ignore_index")
+    total = linear_cross_entropy(states.flatten(0, -2), head.weight, targets.masked_fill(ignored, -1)).total
+    return total / ((~ignored).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def share_of_batch(

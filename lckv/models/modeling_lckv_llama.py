@@ -8,12 +8,11 @@ Shapes: b rows, s new tokens, g KV heads.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.generation import GenerationMode
 
 from lckv.cache.base import KVCache
@@ -34,12 +33,22 @@ from lckv.models.interface import (
     mask_for,
     obstacle_to_functions,
 )
-from lckv.models.layers import HiddenStates, LCKVLlamaDecoderLayer, PlannedLayers, Tokens
-from lckv.models.logits import check_labels, check_targets, kept_states, share_of_batch
+from lckv.models.layers import HiddenStates, LCKVLlamaDecoderLayer, PlannedLayers, Tokens, ZeroLinear
+from lckv.models.logits import (
+    check_labels,
+    check_skip_logits,
+    check_targets,
+    kept_states,
+    loss_without_logits,
+    share_of_batch,
+)
 from lckv.models.outputs import LCKVModelOutput, LCKVOutput
 from lckv.models.tokens import Given, Layout, documents_of, positions
-from lckv.policies.base import Extension, TokenContext, statistics_by_name
-from lckv.rope import rotate
+from lckv.models.wanted import Wanted, check_needs, newest_columns, results_of
+from lckv.pass_errors import PassErrors, PassRecord, reporter_of, reporting_layers
+from lckv.policies.base import Extension, Statistics, TokenContext, statistics_by_name
+from lckv.rope import Turn
+from lckv.sharing.early_exit import exit_early
 from lckv.sharing.execution import State, run_steps
 from lckv.sharing.plan import Step, iteration_plan
 
@@ -51,6 +60,8 @@ class Iteration(NamedTuple):
     """At most so many."""
     converged: Callable[[Mapping[int, Extension], Mapping[int, Extension]], bool] | None = None
     """See `run_steps`."""
+    first_guess: bool = True
+    """Whether the first pass reads the learned first guess, where the model has one; else zeros."""
 
 
 class LCKVLlamaPreTrainedModel(PreTrainedModel):
@@ -66,6 +77,13 @@ class LCKVLlamaPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     """There are such models; those that no function of others can serve say so when they are made."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Called by transformers, of weights that are not loaded."""
+        if isinstance(module, ZeroLinear):
+            initialization.zeros_(module.weight)
+        else:
+            super()._init_weights(module)
 
 
 class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
@@ -83,6 +101,9 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         compression = config.compression_config()
         self.layer_types = compression.map(config.num_hidden_layers)
         self.policy = compression.policy.build()
+        self.first_guess = compression.first_guess
+        self.pass_errors, self.reporter = PassErrors(compression), reporter_of(compression)
+        self.reporting_layers = reporting_layers(compression, config.num_hidden_layers)
         self.forward_passes, self.backward_passes = compression.forward_passes, compression.backward_passes
         self.steps = compression.plan(config.num_hidden_layers)
         self.single_pass = iteration_plan(self.layer_types, 0, 1)
@@ -97,13 +118,15 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
+        states_to_keep: int = 0,
         **kwargs: Any,
     ) -> LCKVModelOutput | tuple[Any, ...]:
         """`input_ids` int64 [b, s] or `inputs_embeds` [b, s, hidden]; `attention_mask` [b, older + s], 0 for
         padding, which a dense model may have anywhere, also where its cache holds tokens; `position_ids`
         int64 [b, s], default the tokens' columns, where restarting from 0 begins another sequence in the
-        same row; `output_hidden_states`: all, or those at an index or list of them. Further arguments:
-        `lckv.models.arguments`.
+        same row; `output_hidden_states`: all, or those at an index or list of them; `states_to_keep`: columns
+        at the end that `last_hidden_state` is wanted of, 0 for all. In evaluation layers above all keys and
+        values run for these alone. Further arguments: `lckv.models.arguments`.
 
         Raises ValueError for what contradicts the cache, the sharing map or the KV policy, and TypeError for
         an argument of another name."""
@@ -131,6 +154,7 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
             mask = mask_for(self.config, embedded, attention_mask, position_ids)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        whole = self.training or function or chosen_states(output_hidden_states, len(self.layers) + 1)
         output = self.run(
             embedded,
             None if slots is None else slots.under(layout.shown),
@@ -138,8 +162,10 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
             position_ids=position_ids,
             output_hidden_states=output_hidden_states,
             function=None if function is None else AttentionFunction(function, mask, asked.of_attention),
+            wanted=None if whole else newest_columns(embedded, states_to_keep),
         )
         fields = {name: value for name, value in output.items() if name != "passes"}
+        fields["last_hidden_state"] = kept_states(fields["last_hidden_state"], states_to_keep)
         output = LCKVModelOutput(**fields, past_key_values=past_key_values)
         return output if asked.return_dict else output.to_tuple()
 
@@ -175,10 +201,15 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         iteration: Iteration | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         function: AttentionFunction | None = None,
+        wanted: Tensor | None = None,
     ) -> LCKVModelOutput:
         """Run the layers on embedded tokens [b, s, hidden] with any cache, which takes them in. `counted`
         bool [b, s]: not padding, or `layout`: all that there is to say of it; `iteration`: for maps that
-        iterate, default the configuration's m + b passes; `function`: of others, for attention."""
+        iterate, default the configuration's m + b passes; `function`: of others, for attention; `wanted`
+        int64 [b, q]: the columns that `last_hidden_state` [b, q, hidden] is wanted of, in evaluation (None:
+        all); layers above all keys and values run for these alone, and where q is 0 not at all.
+
+        Raises ValueError where rows of the batch and of the cache differ, and for what needs all tokens."""
         rows, tokens = hidden_states.shape[:2]
         if cache is not None and not cache.empty and len(cache.seen) != rows:
             raise ValueError(
@@ -189,29 +220,37 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
             begins = None if position_ids is None or (cache and not cache.empty) else position_ids == 0
             layout = Layout(counted, None if cache and not cache.empty else documents_of(counted, begins))
         contexts = self._contexts(hidden_states, cache, layout, position_ids)
-        wanted = chosen_states(output_hidden_states, len(self.layers) + 1)
-        states = HiddenStates(wanted, hidden_states)
-        context = Tokens(contexts, layout, cache, function)
-        layers = PlannedLayers(self.layers, context, states)  # type: ignore[arg-type]  # a ModuleList is one
-        steps = self._steps(tokens, iteration)
+        chosen = chosen_states(output_hidden_states, len(self.layers) + 1)
+        states = HiddenStates(chosen, hidden_states)
+        of_results = None
+        if wanted is not None:
+            check_needs(wanted, all_tokens=bool(chosen) or function is not None)
+            of_results = Wanted.at(wanted, tokens, contexts[0], layout)
+        context = Tokens(contexts, layout, cache, function, of_results)
+        record = PassRecord(self.pass_errors, self.layer_types.cyclic_sources)
+        layers = PlannedLayers(self.layers, context, states, record)  # type: ignore[arg-type]  # a ModuleList is one
+        steps = exit_early(self._steps(tokens, iteration), results_of(wanted))
         converged = None if iteration is None else iteration.converged
         state = run_steps(steps, layers, State(hidden_states, {}), converged)
-        last = self.norm(state.hidden_states)
+        hidden_states = state.hidden_states if wanted is None else state.hidden_states[:, : wanted.shape[1]]
+        last = self.norm(hidden_states)
         if cache is not None:
             cache.commit(layers.kept, layout.counted)
         output = LCKVModelOutput(last_hidden_state=last, passes=state.passes)
-        if wanted:
+        if chosen:
             output.hidden_states = states.all(last)
         if layers.statistics:
-            of_layers = [layers.statistics[layer] for layer in self.layer_types.kv_layers]
-            # Of each statistic [KV layers, b, g].
-            statistics = [torch.stack(tensors) for tensors in zip(*of_layers, strict=True)]
-            output.statistics = dict(
-                statistics_by_name(self.policy, [tensor.detach() for tensor in statistics])
-            )
-            loss = self.policy.auxiliary_loss([tensor.mean((0, 2)) for tensor in statistics], 1.0)
-            output.auxiliary_loss = None if loss is None else loss.mean()
+            self._report(output, layers.statistics)
         return output
+
+    def _report(self, output: LCKVModelOutput, statistics: Mapping[int, Statistics]) -> None:
+        """What the KV policy, or errors between passes, say of the statistics of each layer that reports."""
+        of_layers = [statistics[layer] for layer in self.reporting_layers]
+        # Of each statistic [layers, b, g].
+        stacked = [torch.stack(tensors) for tensors in zip(*of_layers, strict=True)]
+        output.statistics = dict(statistics_by_name(self.reporter, [tensor.detach() for tensor in stacked]))
+        loss = self.reporter.auxiliary_loss([tensor.mean((0, 2)) for tensor in stacked], 1.0)
+        output.auxiliary_loss = None if loss is None else loss.mean()
 
     def iterates(self, tokens: int) -> bool:
         """Whether layers run more than once over so many new tokens. One token sees only older ones in cyclic
@@ -223,7 +262,8 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
             return self.single_pass
         if iteration is None:
             return self.steps
-        return iteration_plan(self.layer_types, iteration.passes - 1, 1)
+        guesses = self.first_guess and iteration.first_guess
+        return iteration_plan(self.layer_types, iteration.passes - 1, 1, first_guess=guesses)
 
     def _contexts(
         self,
@@ -244,7 +284,7 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         length = None if cache is None else cache.rope_length
         angles = rope.rotation(position_ids.transpose(0, 1)[:, :, None], length)
         context = TokenContext(
-            partial(rotate, angles=angles),
+            Turn(angles),
             layout.documents,
             None if layout.counted is None else layout.counted.transpose(0, 1),
             training=self.training,
@@ -289,14 +329,17 @@ class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Any,
     ) -> LCKVOutput | tuple[Any, ...]:
         """As `LCKVLlamaModel`; `labels` int64 [b, s] are shifted inside, -100 is ignored; `logits_to_keep`:
-        see `kept_states`. `num_items_in_batch`, `ignore_index` and `shift_labels` are those of transformers'
+        see `kept_states`; `skip_logits`: only the loss is made of labels, without logits of all tokens in
+        memory. `num_items_in_batch`, `ignore_index` and `shift_labels` are those of transformers'
         loss function."""
         given_to_loss = {name: kwargs.pop(name, None) for name in OF_LOSS}
         of_loss = {name: value for name, value in given_to_loss.items() if value is not None}
         check_labels(labels, of_loss)
+        check_skip_logits(skip_logits, labels, self.lm_head, self.config.vocab_size)
         if labels is not None and use_cache is None and past_key_values is None:
             use_cache = False
         return_dict = kwargs.pop("return_dict", None)
@@ -308,15 +351,20 @@ class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
             inputs_embeds,
             use_cache,
             return_dict=True,
+            states_to_keep=logits_to_keep if isinstance(logits_to_keep, int) else 0,
             **kwargs,
         )
-        logits = self.lm_head(kept_states(output.last_hidden_state, logits_to_keep))
+        states = kept_states(output.last_hidden_state, logits_to_keep)
+        logits = None if skip_logits else self.lm_head(states)
         loss = None
         if labels is not None:
-            check_targets(labels, of_loss, logits)
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss
-            )
+            check_targets(labels, of_loss, states)
+            if logits is None:
+                loss = loss_without_logits(states, self.lm_head, labels, **of_loss)
+            else:
+                loss = self.loss_function(
+                    logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss
+                )
             if self.training and output.auxiliary_loss is not None:
                 loss = loss + output.auxiliary_loss * share_of_batch(labels, **of_loss)
         result = LCKVOutput(

@@ -24,10 +24,11 @@ class LCKVModelOutput(ModelOutput):
     attentions: None = None
     """Never: attention weights are not in memory as a whole."""
     auxiliary_loss: Tensor | None = None
-    """float32 []: the KV policy's, mean over rows."""
+    """float32 []: the KV policy's, or that of errors between passes (`lckv.pass_errors`), mean over rows."""
     statistics: dict[str, Tensor] | None = None
-    """What the KV policy reports, by name: each float32 [layers that compute keys and values, b, g]. None
-    where it reports nothing, and with a cache."""
+    """What the KV policy reports, by name: each float32 [layers that compute keys and values, b, g]; or
+    errors between passes, of layers that a layer below them reads. None where there is nothing to report, and
+    with a cache."""
     passes: int | None = None
     """Passes that were run over the iterated groups of layers; given by `run` only."""
 
@@ -40,7 +41,7 @@ class LCKVOutput(ModelOutput):
     """float32 []: mean cross-entropy of the shifted labels in nats;
     in training with a policy that has one, plus `auxiliary_loss`."""
     logits: Tensor | None = None
-    """[b, s, vocabulary]."""
+    """[b, s, vocabulary]; None where they were to be skipped."""
     past_key_values: LCKVCache | None = None
     hidden_states: tuple[Tensor | None, ...] | None = None
     """See `LCKVModelOutput`, as all that follow."""

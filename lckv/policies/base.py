@@ -69,12 +69,30 @@ class RowPart:
     processes that share the row call it together."""
 
 
+class Rotate(Protocol):
+    """RoPE at some positions."""
+
+    def __call__(self, heads: Tensor, *, last: Tensor | float | None = None) -> Tensor:
+        """[s, b, any heads, d] to the same. With `last` [s, b, any heads] the last channel is turned as if it
+        were 0, and then becomes `last`."""
+        ...
+
+
+def unturned(heads: Tensor, *, last: Tensor | float | None = None) -> Tensor:
+    """`Rotate` by angles of 0."""
+    if last is None:
+        return heads
+    heads = heads.clone()
+    heads[..., -1] = last
+    return heads
+
+
 @dataclass(frozen=True, eq=False)
 class TokenContext:
     """What a policy may need to know of the tokens whose keys and values it is given."""
 
-    rotate: Callable[[Tensor], Tensor]
-    """RoPE at the tokens' positions, [s, b, any heads, d] to the same."""
+    rotate: Rotate
+    """RoPE at the tokens' positions."""
 
     documents: Documents | None = None
     """Document boundaries; None: every row is one document, or a part of a row. See `begins`."""
@@ -261,6 +279,15 @@ class KVPolicy(ABC):
         return None
 
 
-def statistics_by_name(policy: KVPolicy, values: Sequence[Any]) -> Mapping[str, Any]:
-    """One value for each statistic of `policy`, by the statistic's name."""
-    return {statistic.name: value for statistic, value in zip(policy.statistics, values, strict=True)}
+class Reports(Protocol):
+    """What has statistics: a KV policy, or another."""
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        """What is reported, in this order."""
+        ...
+
+
+def statistics_by_name(reporter: Reports, values: Sequence[Any]) -> Mapping[str, Any]:
+    """One value for each statistic of `reporter`, by the statistic's name."""
+    return {statistic.name: value for statistic, value in zip(reporter.statistics, values, strict=True)}

@@ -15,6 +15,8 @@ _COUNTERS = {
     "cached_prompt_tokens": "Tokens of prompts that earlier requests had computed",
     "finished": "Requests that were answered",
     "cancelled": "Requests that were cancelled",
+    "drafted_tokens": "Tokens guessed ahead by speculative decoding",
+    "accepted_tokens": "Guessed tokens that came",
     "preemptions": "Times that a request gave its pages to others",
 }
 _GAUGES = {
@@ -25,6 +27,7 @@ _GAUGES = {
     "pages_kept": "Pages of the KV cache that only beginnings kept for later requests hold",
     "prefixes": "Beginnings that are kept for later requests",
     "pages_free": "Pages of the KV cache that are free",
+    "draft_acceptance": "Share of guessed tokens that came",
     "compression_ratio": "Tokens per slot of the KV cache, measured over what is in it",
 }
 

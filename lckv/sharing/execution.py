@@ -8,7 +8,7 @@ or pieces of a step, and go on elsewhere.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -46,6 +46,22 @@ class Layers(Protocol[KV]):
         """Keys and values before the first pass."""
         ...
 
+    def first_guess(self, source: int, hidden_states: Tensor) -> KV:
+        """In place of zeros, where the plan says so: what is guessed of the keys and values of layer `source`
+        from the input states of its group. The passes send no gradient into it."""
+        ...
+
+
+@runtime_checkable
+class WantingLayers(Layers[KV], Protocol[KV]):
+    """Layers that can run a plan of `lckv.sharing.early_exit`."""
+
+    def run_wanted(self, index: int, hidden_states: Tensor, source: KV | None) -> tuple[Tensor, KV | None]:
+        """The layer for the wanted tokens alone, and its keys and values, if it computes any, for all; as
+        `run` in the pass that counts. A layer that computes them is given the hidden states of all tokens,
+        and those above it of the wanted ones."""
+        ...
+
 
 class State(NamedTuple, Generic[KV]):
     """Everything that the remaining steps of a list need to know of those before."""
@@ -64,7 +80,8 @@ class State(NamedTuple, Generic[KV]):
     """What the running pass has computed for the next one, by the layer that computed it."""
 
     previous: Mapping[int, KV] | None = None
-    """What the pass before handed on, by the layer that computed it; None before the first."""
+    """What the pass before handed on, by the layer that computed it; before the first pass what was guessed,
+    or None."""
 
     prepared: int = 0
     """Passes that have been run over the group that is being iterated."""
@@ -92,6 +109,9 @@ def run_steps(
 
 
 def _run_step(step: Step, layers: Layers[KV], state: State[KV], converged: Converged[KV] | None) -> State[KV]:
+    if step.begins and step.guesses:  # with gradient, whatever the pass has: guesses are trained
+        guesses = {source: layers.first_guess(source, state.hidden_states) for source in step.guesses}
+        state = state._replace(previous=guesses)
     with nullcontext() if step.requires_grad else torch.no_grad():
         if step.begins and step.group.iterated:
             state = _begun(step, state)
@@ -132,8 +152,14 @@ def _run_layers(step: Step, layers: Layers[KV], state: State[KV]) -> State[KV]:
     source: KV | None
     own: KV | None
     for run in step.runs:
-        if run.part is Part.KEYS_VALUES:
+        if run.part is Part.NOTHING:
+            own = None
+        elif run.part is Part.KEYS_VALUES:
             own = layers.keys_values(run.index, hidden_states)
+        elif run.part is Part.WANTED:
+            assert isinstance(layers, WantingLayers), "the plan ends early for layers that cannot"
+            source = source_of(run, available, state.previous)
+            hidden_states, own = layers.run_wanted(run.index, hidden_states, source)
         elif run.part is Part.WITHOUT_SOURCE:
             hidden_states, own = layers.run_without_source(run.index, hidden_states)
         else:

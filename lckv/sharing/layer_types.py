@@ -105,6 +105,11 @@ class LayerTypes:
         """Whether some layer reads a layer above itself, so that training iterates."""
         return any(layer.cyclic for layer in self.layers)
 
+    @cached_property
+    def cyclic_sources(self) -> tuple[int, ...]:
+        """Layers that a layer below them reads, ascending: their keys and values go from pass to pass."""
+        return tuple(sorted({layer.source for layer in self.layers if layer.cyclic}))
+
     @property
     def any_sliding(self) -> bool:
         """Whether some layer sees only a window."""

@@ -3,11 +3,12 @@
 Layers run from the bottom. A cyclic layer reads keys and values that a layer above it has yet to compute, so
 it begins a group that extends to the highest layer referenced inside it. A group runs m passes without
 gradient, then b with gradient, each from the group's input states: a cyclic layer reads the keys and values
-of the previous pass (zeros before the first), every other layer those of the same pass. Layers outside groups
-run once. (LCKV, Wu and Tu, ACL 2024, sections 3.1 and 3.2.)
+of the previous pass (zeros, or a learned first guess, before the first), every other layer those of the same
+pass. Layers outside groups run once. (LCKV, Wu and Tu, ACL 2024, sections 3.1 and 3.2.)
 
 The list is the only place that knows this rule. It is executed (`lckv.sharing.execution`), priced
-(`lckv.cost`), remembered (`megatron_ext.model.memory`) and drawn (`lckv.sharing.picture`).
+(`lckv.cost`), remembered (`megatron_ext.model.memory`), drawn (`lckv.sharing.picture`) and cut short where
+not all results are wanted (`lckv.sharing.early_exit`).
 """
 
 from collections.abc import Sequence
@@ -40,6 +41,12 @@ class Part(Enum):
     WITHOUT_SOURCE = "without source"
     """All but attention: the keys and values that the layer reads are zeros."""
 
+    WANTED = "wanted"
+    """The layer for wanted tokens alone; its keys and values, if it computes any, for all tokens."""
+
+    NOTHING = "nothing"
+    """The layer is left out."""
+
 
 class Origin(Enum):
     """Where the keys and values come from that a layer reads."""
@@ -51,7 +58,7 @@ class Origin(Enum):
     """A layer below it in its group, in this pass."""
 
     PREVIOUS_PASS = "previous pass"
-    """A layer above it in its group, in the pass before."""
+    """A layer above it in its group, in the pass before; before the first pass the learned first guess."""
 
     BELOW = "below"
     """A layer below its group, in the pass that counts."""
@@ -69,7 +76,7 @@ class Read(NamedTuple):
     """The layer that they belong to."""
 
     number: int
-    """The pass over that layer's group that computes them, from 0; -1 for zeros."""
+    """The pass over that layer's group that computes them, from 0; -1 for zeros and for the first guess."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ class LayerRun:
     part: Part
 
     reads: Read | None
-    """None where attention does not run because only keys and values are wanted."""
+    """None where attention does not run because keys and values, or nothing at all, are wanted."""
 
     computes_kv: bool
     """Whether it computes keys and values."""
@@ -118,6 +125,10 @@ class Step:
     runs: tuple[LayerRun, ...]
     """What is done with each layer, from the bottom."""
 
+    guesses: tuple[int, ...] = ()
+    """Layers whose keys and values are guessed from the group's input states before this pass, the first,
+    ascending; none where it reads zeros."""
+
     @property
     def hands(self) -> tuple[int, ...]:
         """Layers whose keys and values go from this step to the next pass, ascending; none if it counts."""
@@ -135,9 +146,9 @@ class Step:
 
     @property
     def compared(self) -> bool:
-        """Whether the keys and values that the step hands on can be compared with those of the pass before.
+        """Whether the keys and values that the step hands on can be compared with those that it has read.
         Where they have converged, all steps up to the one that counts may be skipped."""
-        return self.ends and not self.update and self.number > 0
+        return self.ends and not self.update and (self.number > 0 or bool(self.guesses))
 
     def crossing(self, boundary: int) -> tuple[int, ...]:
         """Layers below `boundary` whose keys and values the step's layers
@@ -181,8 +192,11 @@ def layer_groups(layer_types: LayerTypes) -> tuple[LayerGroup, ...]:
     return tuple(groups)
 
 
-def iteration_plan(layer_types: LayerTypes, forward_passes: int, backward_passes: int) -> tuple[Step, ...]:
-    """All steps of a map in order, for m = `forward_passes` and b = `backward_passes`.
+def iteration_plan(
+    layer_types: LayerTypes, forward_passes: int, backward_passes: int, *, first_guess: bool = False
+) -> tuple[Step, ...]:
+    """All steps of a map in order, for m = `forward_passes` and b = `backward_passes`. With `first_guess` the
+    first pass over a group reads guessed keys and values, else zeros.
 
     Raises ValueError for m < 0 or b < 1.
     """
@@ -196,7 +210,7 @@ def iteration_plan(layer_types: LayerTypes, forward_passes: int, backward_passes
     for group in layer_groups(layer_types):
         last = forward_passes + backward_passes - 1 if group.iterated else 0
         kept_pass.update(dict.fromkeys(range(group.start, group.stop), last))
-        walk = _GroupWalk(layer_types, group, last, kept_pass)
+        walk = _GroupWalk(layer_types, group, last, kept_pass, first_guess=first_guess)
         steps += [
             walk.step(number, requires_grad=number >= forward_passes or not group.iterated)
             for number in range(last + 1)
@@ -208,13 +222,20 @@ class _GroupWalk:
     """The steps of one group."""
 
     def __init__(
-        self, layer_types: LayerTypes, group: LayerGroup, last: int, kept_pass: dict[int, int]
+        self,
+        layer_types: LayerTypes,
+        group: LayerGroup,
+        last: int,
+        kept_pass: dict[int, int],
+        *,
+        first_guess: bool,
     ) -> None:
         """`last`: number of the pass that counts; `kept_pass`:
         the same of each layer up to the group's top."""
         self._layer_types, self._group, self._last, self._kept_pass = layer_types, group, last, kept_pass
         self._layers = layer_types.layers[group.start : group.stop]
         self._hands = {layer.source for layer in self._layers if layer.cyclic}
+        self._guesses = tuple(sorted(self._hands)) if first_guess else ()
         self._drops = {update: self._dropped(update=update) for update in (False, True)}
 
     def step(self, number: int, *, requires_grad: bool) -> Step:
@@ -228,6 +249,7 @@ class _GroupWalk:
             requires_grad,
             update,
             tuple(self._run(layer, number) for layer in self._layers),
+            () if number else self._guesses,
         )
 
     def _run(self, layer: LayerType, number: int) -> LayerRun:
@@ -235,7 +257,7 @@ class _GroupWalk:
         part = Part.WHOLE
         if not update and layer.index == self._group.stop - 1:
             part = Part.KEYS_VALUES
-        elif not update and layer.cyclic and number == 0:
+        elif not update and layer.cyclic and self._reads_zeros(number):
             part = Part.WITHOUT_SOURCE
         return LayerRun(
             layer.index,
@@ -250,10 +272,14 @@ class _GroupWalk:
         if layer.source == layer.index:
             return Read(Origin.OWN, layer.source, number)
         if layer.cyclic:
-            return Read(Origin.PREVIOUS_PASS if number else Origin.ZEROS, layer.source, number - 1)
+            origin = Origin.ZEROS if self._reads_zeros(number) else Origin.PREVIOUS_PASS
+            return Read(origin, layer.source, number - 1)
         if layer.source < self._group.start:
             return Read(Origin.BELOW, layer.source, self._kept_pass[layer.source])
         return Read(Origin.THIS_PASS, layer.source, number)
+
+    def _reads_zeros(self, number: int) -> bool:
+        return number == 0 and not self._guesses
 
     def _dropped(self, *, update: bool) -> dict[int, list[int]]:
         """By layer, whose keys and values a pass drops after it: in a pass that counts what no layer above

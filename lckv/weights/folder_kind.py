@@ -1,15 +1,18 @@
 """What kind of model a path holds, as far as names of files tell, and the program that makes another kind.
 
-No file is opened.
+No file is opened, and torch is not loaded: programs say what is wrong with a path before they load anything.
 """
 
 from pathlib import Path
 from typing import Literal
 
+from lckv.errors import ModelError
+
 Kind = Literal["huggingface", "megatron", "megatron-legacy", "megatron-core", "gguf"]
 """Of folders but for gguf: Hugging Face's format; this project's checkpoints, one or a directory of them;
 Megatron's older layout; what Megatron-LM saves now; a GGUF file."""
 
+_CONFIG = "config.json"
 _MANIFEST = "manifest.json"
 _RANK = "mp_rank_*"
 _ITERATION = "iter_*"
@@ -51,7 +54,7 @@ def kind_of(path: Path) -> Kind | None:
         return "megatron-core"
     if _any(path, _ITERATION, ".metadata"):
         return "megatron"
-    return "huggingface" if (path / "config.json").exists() else None
+    return "huggingface" if (path / _CONFIG).exists() else None
 
 
 def explain_other_kind(path: Path, wanted: Kind) -> str | None:
@@ -74,6 +77,17 @@ def explain_other_kind(path: Path, wanted: Kind) -> str | None:
         for program, source, target in zip(programs, places[:-1], places[1:], strict=True)
     ]
     return f"{said}. Convert it, into new folders: {', then '.join(commands)}"
+
+
+def require_huggingface(folder: Path) -> None:
+    """Raises ModelError where `folder` holds a model of another kind, with the program that converts it, and
+    FileNotFoundError where it has no config.json."""
+    if other := explain_other_kind(folder, "huggingface"):
+        raise ModelError(f"{other}.")
+    if not (folder / _CONFIG).exists():
+        raise FileNotFoundError(
+            f"{folder}/{_CONFIG} does not exist; give the folder of a model in Hugging Face's format."
+        )
 
 
 def _any(path: Path, *patterns: str) -> bool:

@@ -1,7 +1,9 @@
 """A tensor in a file of torch.save, of which nothing is read yet."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product, zip_longest
 from pathlib import Path
 from typing import BinaryIO
 
@@ -40,30 +42,47 @@ class PickledTensor:
 
     def copy_rows(self, start: int, stop: int, target: Tensor) -> None:
         """Reads rows start:stop into `target`, which has their shape. Raises OSError and EOFError."""
+        del stop  # target says it
+        self.copy_block((start, *[0] * (target.dim() - 1)) if target.dim() else (), target)
+
+    def copy_block(self, offsets: Sequence[int], target: Tensor) -> None:
+        """Reads the block that begins at `offsets` and has the shape of `target` into it, whatever the dtype
+        and the device of `target`. Nothing else is read. Raises OSError and EOFError."""
         with open_plain(self.path, buffering=0) as file:
-            if self._row_by_row:
-                self._copy_contiguous(file, start, stop, target)
-                return
-            numbers = torch.empty(self.span, dtype=self.info.dtype)
-            file.seek(self.first_byte)
-            fill(file, numbers)
-            whole = numbers.as_strided(self.info.shape, self.strides)
-            target.copy_(whole if not self.info.shape else whole[start:stop])
+            if self.strides != contiguous_strides(self.info.shape):
+                numbers = torch.empty(self.span, dtype=self.info.dtype)
+                file.seek(self.first_byte)
+                fill(file, numbers)
+                whole = numbers.as_strided(self.info.shape, self.strides)
+                target.copy_(whole[_place(offsets, target.shape)])
+            elif target.is_contiguous() and target.dtype == self.info.dtype and target.device.type == "cpu":
+                self._fill(file, offsets, target)
+            elif not target.dim():
+                target.copy_(self.read())
+            else:
+                for rows in row_chunks(TensorInfo(tuple(target.shape), self.info.dtype)):
+                    part = torch.empty((rows.stop - rows.start, *target.shape[1:]), dtype=self.info.dtype)
+                    self._fill(file, (offsets[0] + rows.start, *offsets[1:]), part)
+                    target[rows] = part
 
-    @property
-    def _row_by_row(self) -> bool:
-        return self.strides == contiguous_strides(self.info.shape)
-
-    def _copy_contiguous(self, file: BinaryIO, start: int, stop: int, target: Tensor) -> None:
-        below = self.info.shape[1:]
-        file.seek(self.first_byte + start * math.prod(below) * self.info.dtype.itemsize)
-        if target.is_contiguous() and target.dtype == self.info.dtype:
-            fill(file, target)
+    def _fill(self, file: BinaryIO, offsets: Sequence[int], target: Tensor) -> None:
+        """Reads a block into a contiguous tensor of the file's dtype, in stretches that lie in one piece in
+        the file, too: from the last axis on of which only a part is wanted."""
+        if not target.numel():
             return
-        for rows in row_chunks(TensorInfo((stop - start, *below), self.info.dtype)):
-            part = torch.empty((rows.stop - rows.start, *below), dtype=self.info.dtype)
-            fill(file, part)
-            target[rows] = part
+        sizes = target.shape
+        parts = [axis for axis, size in enumerate(sizes) if size != self.info.shape[axis]]
+        axis = parts[-1] if parts else 0
+        stretches = target.reshape(math.prod(sizes[:axis]), -1)
+        for stretch, place in zip(stretches, product(*map(range, sizes[:axis])), strict=True):
+            first = [offset + step for offset, step in zip_longest(offsets, place, fillvalue=0)]
+            number = sum(index * stride for index, stride in zip(first, self.strides, strict=True))
+            file.seek(self.first_byte + number * self.info.dtype.itemsize)
+            fill(file, stretch)
+
+
+def _place(offsets: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(start, start + size) for start, size in zip(offsets, shape, strict=True))
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

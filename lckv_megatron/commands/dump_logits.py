@@ -13,9 +13,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lckv_megatron.checkpoint_options import add_layout_options, add_load_option, layout
+from lckv_megatron.checkpoint_options import add_layout_options, add_load_option, check_checkpoint, layout
 from megatron_ext.arguments import ProgramParser
 from megatron_ext.console import exit_status, set_up_logging
+from megatron_ext.files import check_input, check_output
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def dump(options: argparse.Namespace) -> None:
-    """torch and Megatron are loaded here, when logging is set up."""
+    """torch and Megatron are loaded here, when logging is set up and the files are there."""
+    check_output("--output", options.output)
+    check_input("--tokens", options.tokens)
+    check_checkpoint(options.load)
     from megatron_ext.evaluation.logits_file import dump_logits
 
     dump_logits(options.load, options.tokens, options.output, layout(options), options.rows_at_once)

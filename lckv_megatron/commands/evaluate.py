@@ -26,12 +26,12 @@ from lckv_megatron.engine_options import (
     add_engine_options,
     add_model_options,
     build_engine,
+    check_folders,
     check_models,
     engine_config,
     load,
     served_context,
 )
-from lckv_megatron.scoring.lm_eval_adapter import adapter
 from lckv_megatron.scoring.score_table import column_names, describe
 from megatron_ext.arguments import ProgramParser, positive
 from megatron_ext.atomic import write_file
@@ -86,14 +86,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_include_path(path: Path | None) -> None:
+    """Raises ConfigError where --include-path is given and is no folder."""
+    if path is not None and not path.is_dir():
+        raise ConfigError(f"--include-path {path} is no folder.")
+
+
 def task_manager(names: Sequence[str], include_path: Path | None) -> Any:
     """lm-eval's index of tasks, which takes long to make and is left out where all tasks are in
     `include_path`. Raises ConfigError for a name that stands for nothing."""
     from lm_eval.tasks import TaskManager
 
     if include_path is not None:
-        if not include_path.is_dir():
-            raise ConfigError(f"--include-path {include_path} is no folder.")
         manager = TaskManager(include_path=include_path, include_defaults=False)
         if all(manager.match_tasks([name]) for name in names):
             return manager
@@ -108,12 +112,14 @@ def task_manager(names: Sequence[str], include_path: Path | None) -> Any:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Run the tasks on each model and show the results, also where a later model fails."""
+    check_output("--output", options.output)
+    check_include_path(options.include_path)
+    check_folders(options.model)
     try:
         import lm_eval  # noqa: F401 - whether it is there
     except ImportError as error:
         raise ConfigError(f"lm-eval is not installed ({error}): pip install 'lm-eval>=0.4.9'.") from error
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    check_output("--output", options.output)
     names = [name.strip() for name in options.tasks.split(",") if name.strip()]
     manager = task_manager(names, options.include_path)
     check_models(options.model)
@@ -131,6 +137,8 @@ def evaluate(options: argparse.Namespace) -> None:
 def _run(folder: Path, tasks: list[str], manager: Any, options: argparse.Namespace) -> dict[str, Any]:
     """lm-eval's results of one model, and `cache`, what its cache cost. The model's memory is free again."""
     from lm_eval import simple_evaluate
+
+    from lckv_megatron.scoring.lm_eval_adapter import adapter
 
     model, tokenizer = load(options, folder)
     # The engine's texts have one token more, which is only predicted.

@@ -21,8 +21,11 @@ from typing import TYPE_CHECKING
 from lckv_megatron.engine_options import (
     add_engine_options,
     add_model_options,
+    add_speculation_options,
+    check_folders,
     load,
 )
+from lckv_megatron.unicode_text import check_text
 from megatron_ext.arguments import ProgramParser, positive
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError
@@ -112,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sampling.add_argument("--ignore-eos", action="store_true", help="go on behind the end of a document")
     add_engine_options(parser, batch_size=32)
+    add_speculation_options(parser)
     streaming = parser.add_argument_group("unbounded generation (StreamingLLM): memory that does not grow")
     streaming.add_argument(
         "--window", type=positive, metavar="N", help="keep the newest N tokens only, and the first ones"
@@ -145,17 +149,16 @@ def _bias(text: str) -> tuple[str, float]:
 
 def generate(options: argparse.Namespace) -> None:
     """Load the model and answer."""
-    from lckv.generation.penalties import biases_by_token
-    from lckv.generation.sampling import SamplingParams
-    from lckv_megatron.answers import answer_batch, answer_one, answer_unbounded
-    from lckv_megatron.prompts import Chat, check_text, read_batch, single
-
     if options.stream and (options.batch is not None or options.json):
         raise ConfigError("--stream prints the answer to one prompt as text; leave out --batch and --json.")
     if options.window is not None and options.batch is not None:
         raise ConfigError("--window generates from one prompt; leave out --batch.")
     if options.window is not None and options.json_schema is not None:
         raise ConfigError("--json-schema is for answers that end; leave out --window.")
+    if options.window is not None and options.speculation != "none":
+        raise ConfigError(
+            f"--speculation is {options.speculation}, but --window generates token by token; leave one out."
+        )
     if options.output is not None and options.batch is None:
         raise ConfigError("--output is for the answers of a --batch.")
     if options.system is not None and not options.chat:
@@ -163,6 +166,13 @@ def generate(options: argparse.Namespace) -> None:
     check_input("--batch", options.batch)
     check_input("--json-schema", options.json_schema)
     check_output("--output", options.output)
+    check_folders([options.model])
+    # torch is loaded below only: wrong options and paths are answered at once
+    from lckv.generation.penalties import biases_by_token
+    from lckv.generation.sampling import SamplingParams
+    from lckv_megatron.answers import answer_batch, answer_one, answer_unbounded
+    from lckv_megatron.prompts import Chat, read_batch, single
+
     names = (
         "max_new_tokens",
         "temperature",
@@ -209,8 +219,6 @@ def generate(options: argparse.Namespace) -> None:
 
 def _text(options: argparse.Namespace) -> str:
     """The only prompt. Raises ConfigError where it is no text."""
-    from lckv_megatron.prompts import check_text
-
     if options.prompt is not None:
         check_text(options.prompt, "--prompt")
         return str(options.prompt)

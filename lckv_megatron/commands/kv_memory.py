@@ -23,6 +23,7 @@ from pathlib import Path
 
 from lckv.cache.cost import CacheModel, largest_batch, longest_context
 from lckv.precision import DTYPE_NAMES
+from lckv_megatron.engine_options import check_folders
 from lckv_megatron.tables import size, table
 from megatron_ext.arguments import ProgramParser, memory_size, positive
 from megatron_ext.command_line import parse_run_config
@@ -51,11 +52,12 @@ def model_of_run(run: RunConfig, dtype: str | None, page_size: int) -> CacheMode
 def model_of_folder(folder: Path, dtype: str | None, page_size: int) -> tuple[CacheModel, int]:
     """Of a Hugging Face folder, and its longest context in tokens; raises ConfigError where it is none that
     can be loaded."""
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"--model {folder} is not a Hugging Face folder: it has no config.json.")
+    check_folders([folder])
     from lckv.generation.loading import model_config  # transformers takes seconds: only folders wait
     from lckv.generation.memory import cache_model
 
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"--model {folder} is not a Hugging Face folder: it has no config.json.")
     try:
         config = model_config(folder)
     except (OSError, ValueError) as error:

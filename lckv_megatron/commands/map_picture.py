@@ -12,12 +12,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
-
-from lckv_megatron.pictures.files import write_picture
-from lckv_megatron.pictures.sharing_maps import FONT, draw, parse
 from megatron_ext.arguments import ProgramParser
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help='how often iterated layers run, such as "7 + 2" (default: %(default)s)',
     )
     options = parser.parse_args(argv)
+    from lckv_megatron.pictures.files import write_picture  # with matplotlib: --help does not wait for it
+    from lckv_megatron.pictures.sharing_maps import FONT
+
     try:
         write_picture(lambda: _picture(options), FONT, options.output)
     except ValueError as error:
@@ -42,8 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _picture(options: argparse.Namespace) -> Figure:
+def _picture(options: argparse.Namespace) -> "Figure":
     """The maps that were asked for; the folder of the file is made."""
+    from lckv_megatron.pictures.sharing_maps import draw, parse
+
     maps = [parse(text) for text in options.maps]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     return draw(maps, passes=options.passes)

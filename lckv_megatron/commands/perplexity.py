@@ -28,11 +28,12 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from lckv_megatron.checkpoint_options import add_layout_options, add_tokenizer_options
+from lckv_megatron.checkpoint_options import add_layout_options, add_tokenizer_options, check_checkpoint
 from lckv_megatron.engine_options import (
     add_engine_options,
     add_model_options,
     build_engine,
+    check_folders,
     engine_config,
     load,
     placement,
@@ -108,15 +109,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def of_folder(options: argparse.Namespace) -> tuple[Perplexity, dict[str, Any]]:
     """Of a model in Hugging Face's format, and facts of how it was computed."""
-    from lckv.generation.loading import load_tokenizer
-    from lckv_megatron.scoring.window_losses import CachedLosses, ParallelLosses, TransformersLosses
-
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("--model runs on one process; start it without torchrun.")
     if options.passes is not None and options.through != "forward":
         raise ConfigError("--passes is for --through forward.")
     if not (options.model / "config.json").is_file():
         raise ConfigError(f"--model {options.model} is not a Hugging Face folder: it has no config.json.")
+    check_folders([options.model])
+    # torch is loaded below only: wrong options and paths are answered at once
+    from lckv.generation.loading import load_tokenizer
+    from lckv_megatron.scoring.window_losses import CachedLosses, ParallelLosses, TransformersLosses
+
     losses: WindowLosses
     if options.through == "transformers":
         device, dtype = placement(options)
@@ -144,12 +147,13 @@ def of_folder(options: argparse.Namespace) -> tuple[Perplexity, dict[str, Any]]:
 def of_checkpoint(options: argparse.Namespace) -> tuple[Perplexity, dict[str, Any]] | None:
     """Of the newest good checkpoint in `options.load`, in the precision of its run;
     None except on one process."""
-    from lckv_megatron.scoring.checkpoint_losses import CheckpointLosses
-
     if options.through != "forward" or options.passes is not None:
         raise ConfigError(
             "--through and --passes are for --model; convert the checkpoint, or leave them out."
         )
+    check_checkpoint(options.load)
+    from lckv_megatron.scoring.checkpoint_losses import CheckpointLosses
+
     with CheckpointLosses(options) as losses:
         result = measured(options, losses.coder, losses.context, losses)
         return result if losses.has_result else None

@@ -11,8 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lckv_megatron.pictures.curves import LOOK, METRICS_NAME, X_LABELS, Style, plot, read_runs
-from lckv_megatron.pictures.files import write_picture
+from lckv_megatron.pictures.runs import METRICS_NAME, X_LABELS, read_runs
 from megatron_ext.arguments import ProgramParser
 from megatron_ext.errors import ConfigError
 
@@ -48,12 +47,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def draw(options: argparse.Namespace) -> None:
+    """Read the runs, then draw them. Raises ConfigError."""
+    runs = read_runs(options.runs)
+    from lckv_megatron.pictures.curves import LOOK, Style, plot  # with matplotlib: only where there are runs
+    from lckv_megatron.pictures.files import write_picture
+
+    style = Style(options.x, options.smoothing, options.start)
+    write_picture(lambda: plot(runs, style), LOOK, options.output)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns its exit status."""
     options = _parser().parse_args(argv)
-    style = Style(options.x, options.smoothing, options.start)
     try:
-        write_picture(lambda: plot(read_runs(options.runs), style), LOOK, options.output)
+        draw(options)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -14,10 +14,11 @@ from lckv_megatron.checkpoint_options import (
     add_layout_options,
     add_load_option,
     add_tokenizer_options,
+    check_checkpoint,
     layout,
     tokenizer_of_run,
 )
-from lckv_megatron.prompts import check_text
+from lckv_megatron.unicode_text import check_text
 from megatron_ext.arguments import ProgramParser
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError
@@ -53,7 +54,8 @@ def sample(options: argparse.Namespace) -> None:
             f"{options.new_tokens}; they must be at least 0, 0 and 1."
         )
     check_text(options.prompt, "--prompt")
-    # torch and Megatron are loaded here, when logging is set up
+    check_checkpoint(options.load)
+    # torch and Megatron are loaded here, when logging is set up and the checkpoint is there
     import torch.distributed as dist
 
     from megatron_ext.evaluation.sampling import continue_tokens

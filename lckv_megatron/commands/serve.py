@@ -28,7 +28,9 @@ from lckv_megatron.engine_options import (
     add_engine_options,
     add_model_options,
     add_setting,
+    add_speculation_options,
     build_engine,
+    check_folders,
     engine_config,
     load,
     served_context,
@@ -76,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
     made = ProgramParser("serve", __doc__)
     add_model_options(made)
     add_engine_options(made, batch_size=32)
+    add_speculation_options(made)
     group = made.add_argument_group("server")
     group.add_argument(
         "--served-model-name", metavar="NAME", help="what clients call it (default: the folder's name)"
@@ -124,6 +127,7 @@ def _option(name: str) -> str:
 
 def serve(options: argparse.Namespace) -> None:
     """Load the model and serve until a signal comes."""
+    check_folders([options.model])
     try:
         import uvicorn
 

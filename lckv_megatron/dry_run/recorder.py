@@ -172,7 +172,9 @@ class Recorder(TorchDispatchMode):
         flops = 0
         rule = flop_registry.get(function._overloadpacket)
         if rule is not None:
-            flops = rule(*args, **kwargs, out_val=output)
+            # torch's rule of addmm takes the dtype of the result for a shape
+            shaped = [value for value in args if not isinstance(value, torch.dtype)]
+            flops = rule(*shaped, **kwargs, out_val=output)
         moved = _extent(args) + _extent(kwargs.values()) + _extent((output,))
         self.kernel(flops=flops, moved_bytes=moved)
 

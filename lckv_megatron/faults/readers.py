@@ -18,7 +18,7 @@ from lckv.weights.tensors import TensorSource
 from lckv_megatron.__main__ import main as run_program
 from lckv_megatron.faults.materials import VOCABULARY
 from lckv_megatron.faults.training import settings, train
-from megatron_ext.checkpointing.strategies import read_common
+from megatron_ext.checkpointing.reading import read_common
 from megatron_ext.command_line import parse_run_config
 from megatron_ext.data import description, indexed
 from megatron_ext.data.tokenizers import load_tokenizer

@@ -3,8 +3,6 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -13,11 +11,10 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from lckv_megatron.pictures.end_labels import EndLabel, add_end_labels
 from lckv_megatron.pictures.heat_map import Cells, draw_heat_map, last_statistics
+from lckv_megatron.pictures.runs import X_LABELS, Run
 from lckv_megatron.pictures.smoothing import FEWEST_POINTS, exponential, trend
 from megatron_ext.errors import ConfigError
-from megatron_ext.training.metrics import read_metrics
 
-METRICS_NAME = "metrics.jsonl"
 LOOK: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.formatter.min_exponent": 3,  # logarithmic axes say 0.5 and 20, not powers of ten
@@ -26,56 +23,8 @@ LOOK: dict[Any, Any] = {
     "axes.spines.top": False,
     "grid.color": "0.9",
 }
-_SPEEDS = ("model_tflops_per_device", "tokens_per_second_per_device")
 FEW_POINTS = 20
 """Curves of fewer points show them; one point is no line."""
-X_LABELS = {
-    "iteration": "iteration",
-    "consumed_tokens": "tokens trained on",
-    "flops": "floating-point operations of the model",
-}
-
-
-@dataclass(frozen=True)
-class Run:
-    """The reports of one run."""
-
-    name: str
-    reports: list[dict[str, Any]]
-
-    def series(self, value: str, x: str, start: float = 0) -> tuple[list[float], list[float]]:
-        """Abscissas from `start` and ordinates of the reports that have `value`;
-        a value that was not finite is nan."""
-        # A validation report need not repeat what the step's report says of the same iteration.
-        places = self._flops if x == "flops" else self._places(x)
-        points = [
-            (places[report["iteration"]], math.nan if report[value] is None else report[value])
-            for report in self.reports
-            if value in report and places.get(report["iteration"], -math.inf) >= start
-        ]
-        return [place for place, _ in points], [ordinate for _, ordinate in points]
-
-    def _places(self, x: str) -> dict[int, float]:
-        return {report["iteration"]: report[x] for report in self.reports if report.get(x) is not None}
-
-    @cached_property
-    def _flops(self) -> dict[int, float]:
-        """Operations until each iteration, from tokens and the operations per token that the speed tells: a
-        stage may need others than the one before. Computing again in backward is not counted."""
-        flops, tokens, places = 0.0, 0, {}
-        for report in self.reports:
-            speed, per_second = (report.get(name) for name in _SPEEDS)
-            if not speed or not per_second or report.get("consumed_tokens") is None:
-                continue
-            flops += (report["consumed_tokens"] - tokens) * speed * 1e12 / per_second
-            tokens = report["consumed_tokens"]
-            places[report["iteration"]] = flops
-        return places
-
-    def last(self, value: str, style: "Style") -> float | None:
-        """Where the curve of `value` ends, smoothed as the style says; None where there is none."""
-        ordinates = style.smooth(self.series(value, style.x, style.start)[1])
-        return next((ordinate for ordinate in reversed(ordinates) if not math.isnan(ordinate)), None)
 
 
 @dataclass(frozen=True)
@@ -101,6 +50,11 @@ class Style:
         if not self.smooths(len(ordinates)):
             return list(ordinates)
         return trend(ordinates) if self.smoothing is None else exponential(ordinates, self.smoothing)
+
+    def last(self, run: Run, value: str) -> float | None:
+        """Where the curve of `value` ends; None where there is none."""
+        ordinates = self.smooth(run.series(value, self.x, self.start)[1])
+        return next((ordinate for ordinate in reversed(ordinates) if not math.isnan(ordinate)), None)
 
 
 @dataclass(frozen=True)
@@ -171,6 +125,19 @@ def draw_tokens_per_second(axes: Axes, runs: Sequence[Run], style: Style) -> Non
     axes.set_ylabel("tokens per second")
 
 
+def draw_memory(axes: Axes, runs: Sequence[Run], style: Style) -> None:
+    """Memory in use when a step was reported as a line, the most so far as dots."""
+    peak: dict[str, Any] = {"linestyle": ":", "marker": ""}
+    draw_curves(axes, runs, replace(style, smoothing=0), "current_memory_bytes")
+    draw_curves(axes, runs, replace(style, smoothing=0), "peak_memory_bytes", **peak)
+    axes.plot([], [], color="0.3", label="in use")
+    axes.plot([], [], color="0.3", label="peak", **peak)
+    axes.legend(frameon=False)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(lambda value, _place: f"{value / 2**30:.3g}")
+    axes.set_ylabel("memory of rank 0 (GiB)")
+
+
 def draw_compression_ratio(axes: Axes, runs: Sequence[Run], style: Style) -> None:
     """Tokens per slot in training as a line, what is asked for as dashes, in evaluation as rings."""
     target: dict[str, Any] = {"linestyle": ":", "marker": ""}
@@ -204,6 +171,7 @@ PANELS = (
     Panel("Learning rate", ("learning_rate",), draw_learning_rate),
     Panel("Gradient norm", ("grad_norm",), draw_grad_norm),
     Panel("Speed", ("tokens_per_second",), draw_tokens_per_second, labelled=("tokens_per_second",)),
+    Panel("Memory", ("peak_memory_bytes",), draw_memory),
     Panel(
         "Compression",
         ("compression_ratio",),
@@ -211,40 +179,6 @@ PANELS = (
         labelled=("validation_compression_ratio", "compression_ratio"),
     ),
 )
-
-
-def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs at `paths`, named by their directories;
-    raises ConfigError naming the file that cannot be drawn."""
-    files = [path / METRICS_NAME if path.is_dir() else path for path in paths]
-    runs = []
-    for file, name in zip(files, _names(files), strict=True):
-        try:
-            reports = read_metrics(file)
-        except OSError as error:
-            raise ConfigError(
-                f"{file} cannot be read: {error.strerror}; give a metrics file (logging.metrics_file of the "
-                f"run) or a directory with {METRICS_NAME} in it."
-            ) from error
-        if not reports:
-            raise ConfigError(
-                f"{file} has no reports yet; the run writes one every logging.log_interval iterations."
-            )
-        runs.append(Run(name, reports))
-    return runs
-
-
-def _names(files: Sequence[Path]) -> list[str]:
-    """A short name for each file: as many of its last directories as tell it from the others."""
-    parts = [file.resolve().parts[:-1] for file in files]
-    if any(file.name != METRICS_NAME for file in files):
-        parts = [file.resolve().with_suffix("").parts for file in files]
-    longest = max(map(len, parts))
-    for length in range(1, longest + 1):
-        names = ["/".join(part[-length:]) for part in parts]
-        if len(set(names)) == len(set(parts)):
-            break
-    return names
 
 
 def plot(runs: Sequence[Run], style: Style) -> Figure:
@@ -280,7 +214,7 @@ def plot(runs: Sequence[Run], style: Style) -> Figure:
 def _end_labels(axes: Axes, panel: Panel, runs: Sequence[Run], style: Style) -> Iterator[EndLabel]:
     for index, run in enumerate(runs):
         ends = [
-            run.last(value, replace(style, smoothing=0) if value.startswith("validation") else style)
+            (replace(style, smoothing=0) if value.startswith("validation") else style).last(run, value)
             for value in panel.labelled
         ]
         end = next((end for end in ends if end is not None and math.isfinite(end)), None)

@@ -25,14 +25,14 @@ from megatron_ext.summary.lines import host_lines
 
 _NOTE = f"""\
 needed: by the stage that holds most. activations: kept for backward, of all micro-batches in flight, with
-fused kernels. working: logits and their gradient, or one layer. Formulas: megatron_ext/model/memory.py;
+fused kernels. working: logits of a chunk, or one layer. Formulas: megatron_ext/model/memory.py;
 dropout is not counted. fits: into the GPU's memory without {RESERVED_SHARE:.0%} for gaps and
 {RESERVED_BYTES / 2**30:g} GiB for CUDA and communication.
 GPU-hours: recomputation of whole layers counts. * is this run."""
 
 _EVERY_RECOMPUTE: dict[str, dict[str, object]] = {
     "none": {"recompute_granularity": "none"},
-    "selective core_attn": {"recompute_granularity": "selective", "recompute_modules": ("core_attn",)},
+    "selective mlp": {"recompute_granularity": "selective", "recompute_modules": ("mlp",)},
     "selective core_attn mlp": {
         "recompute_granularity": "selective",
         "recompute_modules": ("core_attn", "mlp"),
@@ -192,19 +192,22 @@ def _prepared_bytes(plan: Plan, stage: int) -> int:
 
 def _payload_bytes(plan: Plan, cargo: Cargo, boundary: int) -> int:
     """What each rank below layer `boundary` sends with `cargo`."""
-    from megatron_ext.parallel.pipeline_payload import PipelinePayload  # loads torch: only pipelines wait
+    # these load torch: only pipelines wait
+    from lckv.pass_errors import reporter_of, reporting_layers
+    from megatron_ext.parallel.pipeline_payload import PipelinePayload
 
     model, parallel, train = plan.run.model, plan.run.parallel, plan.run.train
-    ranks, policy = parallel.tensor_model_parallel_size, plan.run.compression.policy.build()
-    reports = cargo.counts and any(layer < boundary for layer in plan.layer_types.kv_layers)
+    compression, ranks = plan.run.compression, parallel.tensor_model_parallel_size
+    reporter, reporting = reporter_of(compression), reporting_layers(compression, model.num_layers)
+    reports = cargo.counts and any(layer < boundary for layer in reporting)
     payload = PipelinePayload(
         cargo=cargo,
         hidden_size=model.hidden_size,
         sequence_shards=ranks if parallel.sequence_parallel else 1,
         kv_heads=max(1, model.query_groups // ranks),
         head_dim=model.head_dim,
-        extra_channels=policy.traits.extra_channels,
-        sum_columns=len(policy.statistics) * (ranks if policy.per_rank else 1) * reports,
+        extra_channels=compression.policy.traits.extra_channels,
+        sum_columns=len(reporter.statistics) * (ranks if reporter.per_rank else 1) * reports,
     )
     shape = payload.shape(parallel.tokens_of_rank(train.seq_length), train.micro_batch_size)
     numbers = math.prod(shape)

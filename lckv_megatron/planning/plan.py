@@ -88,7 +88,7 @@ class Plan:
         """Parameters of the pipeline stages."""
         return stage_parameters(
             self.run.model,
-            self.layer_types,
+            self.run.compression,
             self.run.parallel,
             self.placement,
             vocab_size=self.vocab_size,

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from torch.nn.functional import cross_entropy
 
 from lckv_megatron.checkpoint_options import layout, tokenizer_of_run
 from lckv_megatron.scoring.text_windows import Coder, Window
-from megatron_ext.evaluation.logits import compute_logits
+from megatron_ext.evaluation.logits import compute_losses
 from megatron_ext.parallel.process_groups import destroy, device_of_rank, initialize
 from megatron_ext.restoring.model import restore
 
@@ -54,8 +53,5 @@ class CheckpointLosses:
 
     def _loss(self, window: Window) -> float:
         tokens = torch.tensor(window.tokens, device=device_of_rank())
-        logits = compute_logits(self._stage, tokens[None, :-1])
-        if logits is None:
-            return 0.0
-        of_predicted, predicted = logits[0, -window.predicted :], tokens[-window.predicted :]
-        return cross_entropy(of_predicted, predicted, reduction="none").double().sum().item()
+        losses = compute_losses(self._stage, tokens[None, :-1], tokens[None, 1:])
+        return 0.0 if losses is None else losses[0, -window.predicted :].double().sum().item()

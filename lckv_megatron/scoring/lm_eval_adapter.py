@@ -14,7 +14,7 @@ from lckv.generation.answering import answers
 from lckv.generation.engine import Engine
 from lckv.generation.sampling import SamplingParams
 from lckv_megatron.cache_facts import CacheFacts
-from lckv_megatron.prompts import check_text
+from lckv_megatron.unicode_text import check_text
 from megatron_ext.errors import ConfigError
 
 DEFAULT_NEW_TOKENS = 256

@@ -13,12 +13,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lckv.generation.engine import Engine
+from lckv.losses.linear_cross_entropy import linear_cross_entropy
 from lckv.models.modeling_lckv_llama import Iteration, LCKVLlamaForCausalLM
 from lckv_megatron.cache_facts import CacheFacts
 from lckv_megatron.scoring.text_windows import Window
-
-_LOGITS_AT_ONCE = 1 << 24
-"""Numbers of float32 logits in memory at a time."""
 
 
 class WindowLosses(Protocol):
@@ -81,14 +79,9 @@ class ParallelLosses:
 
 
 def summed_loss(model: LCKVLlamaForCausalLM, hidden_states: Tensor, targets: Tensor) -> float:
-    """Cross-entropy in nats of `targets` int64 [n] after `hidden_states` [n, hidden], summed. Logits are made
-    for a part at a time."""
-    part = max(1, _LOGITS_AT_ONCE // model.config.vocab_size)
-    losses = (
-        cross_entropy(model.lm_head(states).float(), following, reduction="none").double().sum().item()
-        for states, following in zip(hidden_states.split(part), targets.split(part), strict=True)
-    )
-    return math.fsum(losses)
+    """Cross-entropy in nats of `targets` int64 [n] after `hidden_states` [n, hidden], summed."""
+    done = linear_cross_entropy(hidden_states, model.lm_head.weight, targets)
+    return done.losses.double().sum().item()
 
 
 class TransformersLosses:

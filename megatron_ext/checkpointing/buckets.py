@@ -3,23 +3,19 @@ run with the same buffers can take."""
 
 import re
 import zlib
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
 from megatron.core.dist_checkpointing import LocalNonpersistentObject, ShardedTensor
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
-
-from megatron_ext.checkpointing.agreement import Agreement
-from megatron_ext.checkpointing.contents import read_contents
 
 _IN_BUCKETS = "optimizer.distributed."
 _BUCKET = re.compile(r"\.gbuf_idx_(\d+)\..*\.bucket_idx_(\d+)")
 _SIZES = ("per_bucket_numel", "per_bucket_numel_unpadded")
 
 Sharding = Literal["fully_reshardable", "dp_reshardable"]
-"""State of the distributed optimizer: one tensor per weight, so that it can be cut for any layout; or the
-parts of its buffers as each rank has them, which needs no communication."""
+"""State of the distributed optimizer: as parts of one tensor per weight, which any layout can load; or as the
+buffers in which each rank has them."""
 
 
 def is_in_buckets(key: str) -> bool:
@@ -27,14 +23,9 @@ def is_in_buckets(key: str) -> bool:
     return key.startswith(_IN_BUCKETS)
 
 
-def sharding_of(ranks: Agreement, checkpoint: Path) -> Sharding:
-    """How the state of the distributed optimizer is cut in a checkpoint."""
-
-    def look() -> Sharding:
-        names = read_contents(checkpoint).state_dict_metadata
-        return "dp_reshardable" if any(map(is_in_buckets, names)) else "fully_reshardable"
-
-    return ranks.on_first("look how the optimizer is saved", look)
+def sharding_of(stored: Collection[str]) -> Sharding:
+    """How the state of the distributed optimizer is cut in a checkpoint with these keys."""
+    return "dp_reshardable" if any(map(is_in_buckets, stored)) else "fully_reshardable"
 
 
 def tidy_buckets(leaf_state: Any, leaf: MegatronOptimizer, names: Mapping[int, str]) -> None:

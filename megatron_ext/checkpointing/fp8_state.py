@@ -8,7 +8,7 @@ in vain: without it, scales begin afresh.
 """
 
 import pickle
-from pathlib import Path
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -16,8 +16,6 @@ from megatron.core import fp8_utils
 from megatron.core.dist_checkpointing import ShardedObject
 from torch import Tensor
 
-from megatron_ext.checkpointing.agreement import Agreement
-from megatron_ext.checkpointing.contents import read_contents
 from megatron_ext.checkpointing.errors import DamagedCheckpointError
 
 State = dict[str, Any]
@@ -61,18 +59,13 @@ def _as_tensors(extra_state: object) -> State:
     return {**{name: content[name] for name in _TENSORS}, _VARIABLES: variables}
 
 
-def leave_out_unsaved(ranks: Agreement, checkpoint: Path, state: State) -> None:
-    """Takes out of what is to be loaded the entries of delayed scaling that `checkpoint` does not have. All
-    ranks call it together."""
-
-    def stored() -> set[str]:
-        return {key for key in read_contents(checkpoint).state_dict_metadata if EXTRA_STATE in key}
-
-    saved = ranks.on_first("look for FP8 scaling", stored)
+def leave_out_unsaved(stored: Collection[str], state: State) -> None:
+    """Takes out of what is to be loaded the entries of delayed scaling that a checkpoint with the keys
+    `stored` does not have."""
     for entries in state.values():
         for key, entry in list(entries.items()):
             is_scaling = key.endswith(EXTRA_STATE) and isinstance(entry, ShardedObject)
-            if is_scaling and entry.unique_key not in saved:
+            if is_scaling and entry.unique_key not in stored:
                 del entries[key]
 
 

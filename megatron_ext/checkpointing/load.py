@@ -18,6 +18,7 @@ from lckv.plain_files import read_plain
 from lckv.weights.json_file import read_json_object
 from megatron_ext.checkpointing.agreement import Agreement, agreement
 from megatron_ext.checkpointing.buckets import sharding_of
+from megatron_ext.checkpointing.contents import read_contents
 from megatron_ext.checkpointing.errors import DamagedCheckpointError, MismatchError
 from megatron_ext.checkpointing.folders import choose_checkpoint, find_candidates
 from megatron_ext.checkpointing.fp8_state import leave_out_unsaved
@@ -108,18 +109,20 @@ def load_checkpoint(
         here = current_layout(model)
         same_layout = manifest.layout == here
 
-        sharding = sharding_of(ranks, checkpoint)
+        contents = ranks.everywhere("read the table of contents", lambda: read_contents(checkpoint))
+        stored = contents.state_dict_metadata.keys()
+        sharding = sharding_of(stored)
         if sharding == "dp_reshardable" and not weights_only:
             _check_buckets(checkpoint, manifest.layout, here)
         state = ranks.everywhere(
             "prepare loading",
             lambda: sharded_state(
-                model, None if weights_only else optimizer, is_loading=True, sharding=sharding
+                model, None if weights_only else optimizer, stored=stored, sharding=sharding
             ),
         )
-        leave_out_unsaved(ranks, checkpoint, state)
-        check_fit(ranks, checkpoint, state)
-        state = read_state(ranks, checkpoint, state)
+        leave_out_unsaved(stored, state)
+        check_fit(ranks, checkpoint, contents, state)
+        state = read_state(ranks, checkpoint, contents, state)
 
         def apply() -> None:
             apply_state(state, model, None if weights_only else optimizer)
@@ -209,7 +212,7 @@ def _differences(expected: Any, stored: Any, field: str) -> Iterator[tuple[str, 
             name = f"{field}.{key}" if field else key
             if key in stored:
                 yield from _differences(value, stored[key], name)
-            else:
+            elif value is not False:  # what came later, and is off here, was not there
                 logger.warning(
                     "the checkpoint does not say what %s was; this run has %s", name, json.dumps(value)
                 )

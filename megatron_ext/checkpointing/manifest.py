@@ -5,7 +5,7 @@ sha256 of every other file; a hash of its own content comes last. A folder witho
 checkpoint.
 
 The hashes find damage, not malice: who can change a file can change the manifest. Reading is safe all the
-same, see `strategies.py`.
+same, see `reading.py`.
 """
 
 import dataclasses

@@ -1,16 +1,19 @@
 """The state of an optimizer where Megatron does not bring it from one step to the next by itself: before the
 first step, and in loading."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
+from megatron_ext.checkpointing.slices import settings_of, slices_of, take_slices
 from megatron_ext.mcore import start_precision_aware_state
 
 State = dict[str, Any]
+WHOLE = "fully_reshardable"
+"""Megatron's name of the format in which the state of each weight is one tensor."""
 
 
 def leaves_of(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
@@ -22,6 +25,35 @@ def states_of_leaves(state: Any, optimizer: MegatronOptimizer) -> list[tuple[Sta
     """Each single optimizer with its part of the state."""
     leaves = leaves_of(optimizer)
     return [(state if len(leaves) == 1 else state[i], leaf) for i, leaf in enumerate(leaves)]
+
+
+def optimizer_entries(
+    optimizer: MegatronOptimizer, model: State, stored: Collection[str] | None, metadata: State
+) -> State:
+    """What of an optimizer is saved, or loaded from a checkpoint with the keys `stored`.
+
+    `model` is the sharded state of its model; `metadata` says which of its formats Megatron is to use."""
+    leaves, is_loading = leaves_of(optimizer), stored is not None
+    if metadata["distrib_optim_sharding_type"] != WHOLE or not any(map(_is_distributed, leaves)):
+        return optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+    if len(leaves) > 1:
+        optimizer._synchronize_steps()
+    states = [
+        {
+            **settings_of(leaf),
+            "param_state": slices_of(leaf, model, stored),
+            "param_state_sharding_type": WHOLE,
+        }
+        if isinstance(leaf, DistributedOptimizer)
+        else leaf.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+        for leaf in leaves
+    ]
+    by_number: dict[Any, Any] = dict(enumerate(states))
+    return states[0] if len(states) == 1 else by_number
+
+
+def _is_distributed(leaf: MegatronOptimizer) -> bool:
+    return isinstance(leaf, DistributedOptimizer)
 
 
 _SETTINGS_OF_ADAM = ("lr", "weight_decay", "betas", "eps")
@@ -75,7 +107,7 @@ def load_distributed_optimizer(optimizer: DistributedOptimizer, state: State) ->
     It then asks for a `step` among the tensors, where there is none, and it gives all weights one and the
     same step tensor: each would advance the step of all others.
     """
-    tensors = state["param_state"]
+    tensors = state.get("param_state", {})  # none where all of this rank's range is padding
     optimizer.load_state_dict(
         {key: value for key, value in state.items() if not key.startswith("param_state")}
     )
@@ -83,11 +115,11 @@ def load_distributed_optimizer(optimizer: DistributedOptimizer, state: State) ->
     steps = {
         parameter: inner.pop("step").clone() for parameter, inner in inner_states.items() if "step" in inner
     }
-    if state["param_state_sharding_type"] == "dp_reshardable":
-        with torch.no_grad():  # in float32 the main weights are the model's own
+    with torch.no_grad():  # in float32 the main weights are the model's own
+        if state["param_state_sharding_type"] == WHOLE:
+            take_slices(optimizer, tensors)
+        else:
             optimizer.load_parameter_state_from_dp_reshardable(tensors)
-    else:
-        optimizer.load_parameter_state_from_fully_reshardable(tensors)
     for parameter, step in steps.items():
         inner_states[parameter]["step"] = step
 

@@ -26,7 +26,7 @@ from megatron_ext.checkpointing.agreement import Agreement, agreement
 from megatron_ext.checkpointing.buckets import Sharding
 from megatron_ext.checkpointing.folders import checkpoint_name
 from megatron_ext.checkpointing.lock import FolderLock
-from megatron_ext.checkpointing.strategies import Copies
+from megatron_ext.checkpointing.shards import Copies
 from megatron_ext.checkpointing.writing import OpenSave, RunState, Written
 from megatron_ext.errors import ConfigError
 

@@ -2,9 +2,8 @@
 each rank holds."""
 
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge, nested_values
 from megatron.core.dist_checkpointing.mapping import (
+    ShardedBase,
     ShardedTensorFactory,
     apply_factory_merges,
     is_main_replica,
@@ -24,24 +24,28 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 from megatron.core.utils import unwrap_model
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_ext.atomic import write_file
 from megatron_ext.checkpointing.agreement import Agreement
 from megatron_ext.checkpointing.buckets import Sharding, is_in_buckets, tidy_buckets
-from megatron_ext.checkpointing.contents import read_contents
 from megatron_ext.checkpointing.errors import MismatchError
 from megatron_ext.checkpointing.fp8_state import EXTRA_STATE, give_back, scaling_states
 from megatron_ext.checkpointing.optimizer_state import (
     fill_missing_state,
     leave_out_places,
     load_distributed_optimizer,
+    optimizer_entries,
     place_step,
     put_places,
     states_of_leaves,
 )
-from megatron_ext.checkpointing.strategies import Shards, State, plan_shards, read_common, read_shards
-from megatron_ext.mcore import keep_settings, load_in_parallel, save_in_parallel
+from megatron_ext.checkpointing.reading import State, read_common, read_entries
+from megatron_ext.checkpointing.shards import Shards
+from megatron_ext.checkpointing.shares import entries_to_read, entries_to_write, send_around
+from megatron_ext.checkpointing.slices import main_key
+from megatron_ext.mcore import keep_settings
 
 _BYTES_PER_ENTRY = 4096
 """Zip header, padding and table of contents of one tensor; generous."""
@@ -52,22 +56,22 @@ def sharded_state(
     model: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer | None,
     *,
-    is_loading: bool,
+    stored: Collection[str] | None = None,
     sharding: Sharding = "fully_reshardable",
 ) -> State:
-    """What Megatron's distributed checkpoint saves, or fills. Collective: the distributed optimizer gathers
-    its state, unless it is sharded as dp_reshardable."""
+    """What a checkpoint saves, or what is filled from one with the keys `stored`. Tensors are where model and
+    optimizer have them. No state is sent between ranks."""
     finish_parameter_gather(model)
     chunks = unwrap_model(list(model))
     metadata = _metadata(sharding)
     state: State = {}
     for i, chunk in enumerate(chunks):
         entries = chunk.sharded_state_dict(metadata=metadata)
-        scaling = scaling_states(chunk, entries, is_loading=is_loading)
+        scaling = scaling_states(chunk, entries, is_loading=stored is not None)
         state[_chunk_name(i, chunks)] = {**_without_extra_state(entries), **scaling}
     if optimizer is not None and not getattr(optimizer, "is_stub_optimizer", False):
         fill_missing_state(optimizer)
-        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+        state["optimizer"] = optimizer_entries(optimizer, state, stored, metadata)
         names = {
             entry.data.data_ptr(): entry.key
             for name, chunk in state.items()
@@ -88,9 +92,8 @@ def _without_extra_state(chunk: State) -> State:
 
 
 def split_for_saving(state: State) -> tuple[State, State]:
-    """(tensors and objects that are sharded, what is equal on all ranks). Collective: checks that the shards
-    cover the whole."""
-    return save_preprocess(state)
+    """(tensors and objects that are sharded, what is equal on all ranks)."""
+    return save_preprocess(state, validate_access_integrity=False)  # the table of contents is checked instead
 
 
 def bytes_to_write(sharded: State) -> int:
@@ -104,12 +107,7 @@ def bytes_to_write(sharded: State) -> int:
 
 def plan_writing(ranks: Agreement, checkpoint: Path, sharded: State) -> Shards:
     """What this rank will write of a sharded state. Data-parallel ranks share what they hold copies of."""
-
-    def divide() -> None:
-        save_in_parallel(lambda state, folder: None, sharded, checkpoint, _data_group())
-
-    ranks.everywhere("divide the writing", divide)
-    return plan_shards(ranks, sharded, checkpoint)
+    return Shards(entries_to_write(list(nested_values(sharded)), _data_group()), checkpoint, ranks.rank)
 
 
 def common_file(common: State) -> bytes:
@@ -125,22 +123,50 @@ def write_common(checkpoint: Path, content: bytes) -> None:
     save_config(CheckpointingConfig("torch_dist", 1), str(checkpoint))
 
 
-def read_state(ranks: Agreement, checkpoint: Path, state: State) -> State:
+def read_state(ranks: Agreement, checkpoint: Path, contents: Metadata, state: State) -> State:
     """Fills the tensors of `state` from a checkpoint, whatever layout it was saved from, and returns it with
-    the common part."""
+    the common part. Ranks share the reading of what they hold copies of."""
 
-    def read() -> State:
+    def read() -> tuple[State, State, State]:
+        dict_list_map_inplace(_merged_in_place, state)
         sharded, plain, factories = load_preprocess(state)
         sharded, _ = extract_sharded_base(sharded)
+        read_entries(entries_to_read(list(nested_values(sharded)), _data_group()), checkpoint, contents)
+        return sharded, plain, factories
+
+    sharded, plain, factories = ranks.everywhere("read tensors", read)
+    ranks.everywhere("send tensors around", lambda: send_around(list(nested_values(sharded)), _data_group()))
+
+    def join() -> State:
         whole = read_common(checkpoint)
         merge(whole, plain)
-        merge(
-            whole,
-            load_in_parallel(partial(read_shards, group=ranks.group), sharded, checkpoint, _data_group()),
-        )
+        dict_list_map_inplace(_value, sharded)
+        merge(whole, sharded)
         return apply_factory_merges(whole, factories)
 
-    return ranks.everywhere("read tensors", read)
+    return ranks.everywhere("join what was read", join)
+
+
+def _value(entry: ShardedBase) -> Any:
+    return entry.data.detach() if isinstance(entry, ShardedTensor) else entry.data
+
+
+def _merged_in_place(entry: Any) -> Any:
+    """The same entry. Where a factory's parts are views of its tensor, that is what they are merged to."""
+    if not isinstance(entry, ShardedTensorFactory):
+        return entry
+    whole, merge_parts = entry.data.detach(), entry.merge_fn
+
+    def merged(parts: State) -> Tensor:
+        of_one = all(_begin(part) == _begin(whole) for part in nested_values(parts))
+        return whole if of_one else merge_parts(parts)
+
+    return replace(entry, merge_fn=merged)
+
+
+def _begin(tensor: Tensor) -> int:
+    """Where the memory begins in which a tensor lies."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def apply_state(state: State, model: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None) -> None:
@@ -148,12 +174,7 @@ def apply_state(state: State, model: Sequence[torch.nn.Module], optimizer: Megat
     chunks = unwrap_model(list(model))
     for i, chunk in enumerate(chunks):
         give_back(chunk, state[_chunk_name(i, chunks)])
-        missing, unexpected = chunk.load_state_dict(state[_chunk_name(i, chunks)], strict=False)
-        wrong = [key for key in (*missing, *unexpected) if not key.endswith(EXTRA_STATE)]
-        if wrong:
-            raise MismatchError(
-                f"the model and what was read have different names: {', '.join(wrong[:_SHOWN])}"
-            )
+        _apply_to_model(state[_chunk_name(i, chunks)], chunk)
     if "optimizer" in state and optimizer is not None:
         put_places(state["optimizer"], optimizer)
         for leaf_state, leaf in states_of_leaves(state["optimizer"], optimizer):
@@ -165,17 +186,35 @@ def apply_state(state: State, model: Sequence[torch.nn.Module], optimizer: Megat
                 leaf.load_state_dict(leaf_state)
 
 
-def check_fit(ranks: Agreement, checkpoint: Path, state: State) -> None:
+def _apply_to_model(state: State, chunk: torch.nn.Module) -> None:
+    own = chunk.state_dict(keep_vars=True)
+    names = state.keys() ^ own.keys()
+    wrong = [name for name in sorted(names) if not name.endswith(EXTRA_STATE)]
+    if wrong:
+        raise MismatchError(f"the model and what was read have different names: {', '.join(wrong[:_SHOWN])}")
+    # Weights have been read to where the model has them.
+    rest = {
+        name: value
+        for name, value in state.items()
+        if not (isinstance(value, Tensor) and isinstance(own.get(name), Tensor))
+        or _begin(value) != _begin(own[name])
+    }
+    chunk.load_state_dict(rest, strict=False)
+
+
+def check_fit(ranks: Agreement, checkpoint: Path, contents: Metadata, state: State) -> None:
     """Compares names and shapes of what is to be loaded with what a checkpoint holds, over all ranks.
 
     Without the optimizer in `state`, the one in the checkpoint does not matter.
     Raises MismatchError with all differences.
     """
-    wanted_by_rank = ranks.gather("list tensors", lambda: _wanted(state))
+    wanted_by_rank = ranks.to_first("list tensors", lambda: _wanted(state))
     wanted = {key: entry for entries in wanted_by_rank for key, entry in entries.items()}
 
     def compare() -> None:
-        stored = read_contents(checkpoint).state_dict_metadata
+        if "optimizer" in state:
+            _check_kind(checkpoint, state["optimizer"])
+        stored = contents.state_dict_metadata
         shapes = {
             key: tuple(entry.size)
             for key, entry in stored.items()
@@ -185,7 +224,9 @@ def check_fit(ranks: Agreement, checkpoint: Path, state: State) -> None:
         extra = sorted(
             key
             for key in stored.keys() - wanted.keys()
-            if EXTRA_STATE not in key and ("optimizer" in state or not _of_optimizer(key))
+            if EXTRA_STATE not in key
+            and main_key(key) not in wanted
+            and ("optimizer" in state or not _of_optimizer(key))
         )
         other = [
             key for key, entry in sorted(wanted.items()) if key in shapes and not entry.accepts(shapes[key])
@@ -204,6 +245,21 @@ def check_fit(ranks: Agreement, checkpoint: Path, state: State) -> None:
             raise MismatchError(_explain_misfit(checkpoint, parts, only_optimizer))
 
     ranks.on_first("compare tensors", compare)
+
+
+def _check_kind(checkpoint: Path, optimizer: State) -> None:
+    """In float32 the tensors of a distributed and of another optimizer are the same, but not what is beside
+    them."""
+    saved = read_common(checkpoint).get("optimizer")
+    if saved is not None and _is_distributed(saved) != _is_distributed(optimizer):
+        there, here = map(_is_distributed, (saved, optimizer))
+        difference = {"the distributed optimizer": [f"there {there}, here {here}"]}
+        raise MismatchError(_explain_misfit(checkpoint, difference, only_optimizer=True))
+
+
+def _is_distributed(optimizer: State) -> bool:
+    kind = "param_state_sharding_type"
+    return kind in optimizer or any(kind in part for part in optimizer.values() if isinstance(part, dict))
 
 
 @dataclass(frozen=True)
@@ -242,7 +298,7 @@ def _explain_misfit(checkpoint: Path, parts: dict[str, list[str]], only_optimize
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             lines.append(f"  {title}: {', '.join(names[:_SHOWN])}{more}")
-    if all(any(map(is_in_buckets, parts[title])) for title in ("missing there", "only there")):
+    if all(any(map(is_in_buckets, parts.get(title, []))) for title in ("missing there", "only there")):
         lines.append(
             "With checkpoint.optimizer_sharding dp_reshardable the weights must lie in the same buffers: "
             "what model.transformer_impl and parallel.overlap_grad_reduce were, or became where they are "

@@ -6,8 +6,6 @@ hashed on request; all others always are.
 
 from pathlib import Path
 
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
-
 from lckv.errors import ModelError
 from lckv.weights.json_file import read_json_object
 from megatron_ext.checkpointing.contents import CONTENTS_NAME, files_named, read_contents
@@ -23,8 +21,10 @@ from megatron_ext.checkpointing.manifest import (
 CONFIG_NAME = "config.json"
 PROGRESS_NAME = "progress.json"
 SCHEDULER_NAME = "scheduler.json"
+COMMON_NAME = "common.pt"
+"""Megatron's COMMON_STATE_FNAME. Megatron takes seconds to load, and looking at files does not need it."""
 
-_NEEDED = (CONTENTS_NAME, COMMON_STATE_FNAME, CONFIG_NAME, PROGRESS_NAME)
+_NEEDED = (CONTENTS_NAME, COMMON_NAME, CONFIG_NAME, PROGRESS_NAME)
 _JSON = (CONFIG_NAME, PROGRESS_NAME, SCHEDULER_NAME)
 _LARGE = ".distcp"
 

@@ -14,7 +14,7 @@ A checkpoint's folder:
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,6 @@ from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAM
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
-from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_ext.atomic import sync_file, write_file
 from megatron_ext.checkpointing import folders
@@ -43,7 +42,10 @@ from megatron_ext.checkpointing.manifest import (
     list_files,
     write_manifest,
 )
+from megatron_ext.checkpointing.reading import State
+from megatron_ext.checkpointing.records import Record, write_contents
 from megatron_ext.checkpointing.rng import rng_states
+from megatron_ext.checkpointing.shards import Copies, Shards
 from megatron_ext.checkpointing.state import (
     bytes_to_write,
     common_file,
@@ -52,7 +54,6 @@ from megatron_ext.checkpointing.state import (
     split_for_saving,
     write_common,
 )
-from megatron_ext.checkpointing.strategies import Copies, Shards, State
 from megatron_ext.checkpointing.verification import CONFIG_NAME, PROGRESS_NAME, SCHEDULER_NAME
 
 _FILE_OF_RANK = re.compile(r"(?:__|rng/rank_)(\d+)[_.].*")
@@ -90,7 +91,7 @@ class OpenSave:
 class Written:
     """What one rank has written."""
 
-    shards: list[WriteResult]
+    records: list[Record]
     files: dict[str, FileEntry]
 
 
@@ -106,9 +107,7 @@ def open_save(
     """Collects the state of all ranks, and makes a temporary folder for it. Collective."""
 
     def collect() -> tuple[State, State]:
-        return split_for_saving(
-            sharded_state(state.model, state.optimizer, is_loading=False, sharding=sharding)
-        )
+        return split_for_saving(sharded_state(state.model, state.optimizer, sharding=sharding))
 
     sharded, common = ranks.everywhere("collect state", collect)
     needed_bytes = sum(ranks.gather("measure state", lambda: bytes_to_write(sharded)))
@@ -133,7 +132,7 @@ def write_state(save: OpenSave, rank: int) -> Written:
     """Writes the files of this rank, and makes them durable. No collective."""
     shards = save.shards.write()
     _write_files(save.staging, save.files)
-    return Written(shards, _hash_files(save.staging, rank))
+    return Written(shards.records, {**shards.files, **_hash_files(save.staging, rank, shards.files)})
 
 
 def publish(
@@ -150,7 +149,7 @@ def publish(
         parts = ranks.to_first("write files", written)
 
         def complete() -> Manifest:
-            save.shards.finish([part.shards for part in parts])
+            write_contents(staging, [record for part in parts for record in part.records])
             sync_file(staging / "rng")  # the other folder by the manifest
             files = _hash_files(staging, None)
             for part in parts:
@@ -238,10 +237,10 @@ def _write_files(staging: Path, files: Mapping[str, bytes]) -> None:
             write_file(staging / name, content)
 
 
-def _hash_files(staging: Path, rank: int | None) -> dict[str, FileEntry]:
-    """Size and hash of the files of a rank's own, read from its node's memory; with None, of those that are
-    the whole checkpoint's. Makes them durable."""
-    own = [name for name in list_files(staging) if _rank_of(name) == rank]
+def _hash_files(staging: Path, rank: int | None, known: Collection[str] = ()) -> dict[str, FileEntry]:
+    """Size and hash of the files of a rank's own, but for those that are `known`; with None, of those that
+    are the whole checkpoint's. Makes them durable."""
+    own = [name for name in list_files(staging) if _rank_of(name) == rank and name not in known]
     for name in own:
         sync_file(staging / name)
     return hash_files(staging, own)

@@ -23,6 +23,7 @@ from megatron_ext.data.blends import (
 from megatron_ext.data.checks import check_data
 from megatron_ext.data.first_rank import on_first_rank
 from megatron_ext.data.mock import MockSamples
+from megatron_ext.data.open_file import OpenFiles, open_limit
 from megatron_ext.data.order import Continuation, Source, SourceUse, TrainingOrder, continue_order
 from megatron_ext.data.packed_samples import PackedSamples
 from megatron_ext.data.samples import (
@@ -39,6 +40,8 @@ logger = logging.getLogger(__name__)
 _MOCK_SAMPLES = 1000
 _MOCK_EPOCH = 1 << 40
 """Mock documents never repeat."""
+_FILES_OF_SOURCE = 5
+"""Three of its index, and .bin and .idx."""
 _SHARED_STORAGE_SECONDS = 30.0
 """How long a new file may take to be seen on another node."""
 
@@ -154,6 +157,7 @@ def _open(
     for path in [split["blend"], *(source["directory"] for source in split["sources"])]:
         if path is not None:
             _wait_until_seen(Path(path))
+    files = OpenFiles()
     kind: Callable[..., SampleDataset] = (
         partial(PackedSamples, seed=seed) if data.format == "chat" else EpochSamples
     )
@@ -164,12 +168,26 @@ def _open(
             length=source["length"],
             seq_length=seq_length,
             vocab_size=vocab_size,
+            files=files,
         )
         for source in split["sources"]
     )
-    samples = sources[0] if split["blend"] is None else BlendedSamples(sources, split["blend"])
+    _say_limit(len(sources), files)
+    samples = sources[0] if split["blend"] is None else BlendedSamples(sources, split["blend"], files)
     first, inner = split["order"]["first_sample"], split["inner"]
     return samples if first == inner == 0 else ShiftedSamples(samples, first=first, inner=inner)
+
+
+def _say_limit(datasets: int, files: OpenFiles) -> None:
+    speaks = not dist.is_initialized() or dist.get_rank() == 0
+    if speaks and _FILES_OF_SOURCE * datasets > files.limit:
+        logger.info(
+            "a blend of %d datasets: each process has at most %d of their files open at a time, and may have "
+            "%d open in all (ulimit -n)",
+            datasets,
+            files.limit,
+            open_limit(),
+        )
 
 
 def _wait_until_seen(directory: Path) -> None:

@@ -6,23 +6,27 @@ checked before it is used again.
 """
 
 import hashlib
+import io
 import json
 import math
 import os
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_ext.data.open_file import OpenFile
+from megatron_ext.data.open_file import OpenFile, OpenFiles, too_many_files
 from megatron_ext.errors import ConfigError
 
 CACHE_NAME = "index_cache"
 _LABEL_NAME = "index.json"
 _HEADER_VERSION = (2, 0)
+_HEADER_BYTES = 4096
+"""More than the headers of `ArrayFile` have."""
 
 
 def cache_parent(data_cache_path: str | None, prefix: str) -> Path:
@@ -51,7 +55,7 @@ def cached_directory(
         (unfinished / _LABEL_NAME).write_text(json.dumps(label, indent=1), encoding="utf-8")
         _rename(unfinished, directory)
     except OSError as error:
-        raise ConfigError(
+        raise too_many_files(directory, error) or ConfigError(
             f"cannot write the sample indices into {parent} ({error}). Set data.data_cache_path to a "
             "directory that can be written, has space, and is seen by every node."
         ) from error
@@ -73,7 +77,9 @@ def _check_contents(directory: Path) -> None:
     try:
         expected, present = json.loads(label.read_bytes())["contents"], _hashes(directory)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{label}: cannot be read ({error}). {_remedy(directory)}") from error
+        raise too_many_files(label, error) or ConfigError(
+            f"{label}: cannot be read ({error}). {_remedy(directory)}"
+        ) from error
     if expected != present:
         names = [name for name in {**expected, **present} if expected.get(name) != present.get(name)]
         raise ConfigError(
@@ -94,8 +100,9 @@ def _rename(unfinished: Path, directory: Path) -> None:
 
 
 class ArrayFile:
-    """Writes a .npy file block by block, with an ordinary error
-    on a full disk (a memory map would kill the process)."""
+    """Writes a .npy file block by block, with an ordinary error on a full disk (a memory map would kill the
+    process). It is not forced onto the disk: a directory's hashes tell what a power cut has damaged, and
+    blends have thousands of files."""
 
     def __init__(self, path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
         self._dtype = dtype
@@ -108,9 +115,7 @@ class ArrayFile:
         self._file.write(np.ascontiguousarray(block, self._dtype).data)
 
     def close(self) -> None:
-        """Put all on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """No more follows. Raises OSError where something could not be written."""
         self._file.close()
 
 
@@ -122,30 +127,43 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 class StoredArray:
-    """A .npy file of whole numbers, read piece by piece."""
+    """A .npy file of whole numbers, read piece by piece. Its header is read when it is needed first."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises ConfigError if the file is missing, or not as long as its header says."""
-        self._file = OpenFile(path, _remedy(path.parent))
+    def __init__(self, path: Path, files: OpenFiles | None = None) -> None:
+        """`files`: with which others it shares descriptors. Raises ConfigError if the file is missing."""
+        self._file = OpenFile(path, _remedy(path.parent), files)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Raises ConfigError if the file is not as long as its header says."""
+        return self._header[0]
+
+    @cached_property
+    def _header(self) -> tuple[tuple[int, ...], np.dtype, int]:
+        """Shape, type, and the byte at which the numbers begin."""
+        size = self._file.size
         try:
-            with path.open("rb") as file:
-                version = np.lib.format.read_magic(file)
-                if version != _HEADER_VERSION:
-                    raise ValueError(f"version {version} of the format")
-                self.shape, by_column, self._dtype = np.lib.format.read_array_header_2_0(file)
-                self._begin = file.tell()
+            file = io.BytesIO(self._file.read(0, min(size, _HEADER_BYTES)))
+            version = np.lib.format.read_magic(file)
+            if version != _HEADER_VERSION:
+                raise ValueError(f"version {version} of the format")
+            shape, by_column, dtype = np.lib.format.read_array_header_2_0(file)
+        except ConfigError:
+            raise
         except Exception as error:  # numpy reads the header as Python, and raises whatever that raises
             raise self._file.damaged(f"cannot be read ({error})") from error
-        needed = self._begin + math.prod(self.shape) * self._dtype.itemsize
-        whole = self._dtype.kind in "iu" and not by_column and min(self.shape, default=0) >= 0
-        if not whole or needed != self._file.size:
-            raise self._file.damaged(f"{self._file.size} bytes, but its header calls for {needed}")
+        needed = file.tell() + math.prod(shape) * dtype.itemsize
+        whole = dtype.kind in "iu" and not by_column and min(shape, default=0) >= 0
+        if not whole or needed != size:
+            raise self._file.damaged(f"{size} bytes, but its header calls for {needed}")
+        return shape, dtype, file.tell()
 
     def read(self, first: int, count: int) -> np.ndarray:
         """Elements `first` to `first + count` (exclusive), counted row by row; [count], of the file's type.
         Raises ConfigError where there are fewer."""
-        data = self._file.read(self._begin + first * self._dtype.itemsize, count * self._dtype.itemsize)
-        return np.frombuffer(data, self._dtype)
+        _, dtype, begin = self._header
+        data = self._file.read(begin + first * dtype.itemsize, count * dtype.itemsize)
+        return np.frombuffer(data, dtype)
 
     def damaged(self, reason: str) -> ConfigError:
         """The error for contents that cannot be."""

@@ -8,7 +8,7 @@ first does not depend on how many are drawn. What a row has left is padding.
 
 import logging
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from megatron_ext.data.documents import DocumentReader
 from megatron_ext.data.index_cache import StoredArray, cached_directory, file_states, save_array
 from megatron_ext.data.indexed import index_lengths, outside_vocabulary
 from megatron_ext.data.marks import unmarked
+from megatron_ext.data.open_file import OpenFiles
 from megatron_ext.data.packing import pack
 from megatron_ext.data.samples import document_range
 from megatron_ext.errors import ConfigError
@@ -156,11 +157,19 @@ class _PackedRows:
     """`conversations.npy` int64 [conversations], row by row, and `rows.npy` int64 [rows + 1], where each row
     begins in it."""
 
-    def __init__(self, directory: Path) -> None:
-        self._conversations = StoredArray(directory / "conversations.npy")
-        self._bounds = StoredArray(directory / "rows.npy")
-        self.conversations = self._conversations.shape[0]
-        self.count = self._bounds.shape[0] - 1
+    def __init__(self, directory: Path, files: OpenFiles | None = None) -> None:
+        self._conversations = StoredArray(directory / "conversations.npy", files)
+        self._bounds = StoredArray(directory / "rows.npy", files)
+
+    @property
+    def conversations(self) -> int:
+        """How many there are in all rows."""
+        return self._conversations.shape[0]
+
+    @property
+    def count(self) -> int:
+        """How many rows there are."""
+        return self._bounds.shape[0] - 1
 
     def of(self, row: int) -> list[int]:
         """Numbers of the conversations of a row."""
@@ -188,20 +197,23 @@ class PackedSamples(torch.utils.data.Dataset):
         seq_length: int,
         vocab_size: int,
         seed: tuple[int, ...],
+        files: OpenFiles | None = None,
     ) -> None:
+        """`files`: with which other datasets it shares descriptors."""
+        self._files = OpenFiles() if files is None else files
         self._prefix = prefix
         self._directory = directory
         self._length = length
         self._seq_length = seq_length
         self._vocab_size = vocab_size
         self._seed = seed
-        self._rows = _PackedRows(Path(directory))
-        self._reader = DocumentReader(prefix)
-        self._order = lru_cache(maxsize=1)(partial(permutation, self._rows.count, (*seed, 1)))
+        self._rows = _PackedRows(Path(directory), self._files)
+        self._reader = DocumentReader(prefix, self._files)
+        self._shuffled = (-1, np.empty(0, np.int64))
 
     def __reduce__(self) -> Any:
         """Workers open the files themselves."""
-        names = ("length", "seq_length", "vocab_size", "seed")
+        names = ("length", "seq_length", "vocab_size", "seed", "files")
         settings = {name: getattr(self, f"_{name}") for name in names}
         return partial(PackedSamples, **settings), (self._prefix, self._directory)
 
@@ -236,6 +248,11 @@ class PackedSamples(torch.utils.data.Dataset):
             raise IndexError(f"sample {index} of {self._length} of {self._prefix}")
         epoch, place = divmod(index, self._rows.count)
         return self._rows.of(int(self._order(epoch)[place]))
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self._shuffled[0] != epoch:
+            self._shuffled = epoch, permutation(self._rows.count, (*self._seed, 1), epoch)
+        return self._shuffled[1]
 
     def _check_vocabulary(self, highest: int) -> None:
         if highest >= self._vocab_size:

@@ -25,7 +25,7 @@ from torch import Tensor
 from megatron_ext.data.documents import DocumentReader
 from megatron_ext.data.index_cache import ArrayFile, StoredArray, cached_directory, file_states
 from megatron_ext.data.indexed import REMEDY, index_lengths, outside_vocabulary, read_index
-from megatron_ext.data.open_file import OpenFile
+from megatron_ext.data.open_file import OpenFile, OpenFiles
 from megatron_ext.errors import ConfigError
 
 _PROBES = 64
@@ -159,20 +159,34 @@ def _write_epochs(
 class EpochSamples(torch.utils.data.Dataset):
     """The samples of one dataset, by an index that `build_epochs` has built: the first `length` of them."""
 
-    def __init__(self, prefix: str, directory: str, *, length: int, seq_length: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        prefix: str,
+        directory: str,
+        *,
+        length: int,
+        seq_length: int,
+        vocab_size: int,
+        files: OpenFiles | None = None,
+    ) -> None:
+        """`files`: with which other datasets it shares descriptors."""
+        self._files = OpenFiles() if files is None else files
         self._prefix = prefix
         self._directory = directory
         self._length = length
         self._seq_length = seq_length
         self._vocab_size = vocab_size
         self._documents, self._starts, self._order = (
-            StoredArray(Path(directory) / f"{name}.npy") for name in ("documents", "starts", "order")
+            StoredArray(Path(directory) / f"{name}.npy", self._files)
+            for name in ("documents", "starts", "order")
         )
-        self._reader = DocumentReader(prefix)
+        self._reader = DocumentReader(prefix, self._files)
 
     def __reduce__(self) -> Any:
         """Workers open the files themselves."""
-        settings = {name: getattr(self, f"_{name}") for name in ("length", "seq_length", "vocab_size")}
+        settings = {
+            name: getattr(self, f"_{name}") for name in ("length", "seq_length", "vocab_size", "files")
+        }
         return partial(EpochSamples, **settings), (self._prefix, self._directory)
 
     def __len__(self) -> int:
@@ -227,14 +241,18 @@ class EpochSamples(torch.utils.data.Dataset):
 class BlendedSamples(torch.utils.data.Dataset):
     """Samples of several datasets, dealt out by `source.npy` and `number.npy` (see `blends`)."""
 
-    def __init__(self, sources: tuple[SampleDataset, ...], directory: str) -> None:
+    def __init__(
+        self, sources: tuple[SampleDataset, ...], directory: str, files: OpenFiles | None = None
+    ) -> None:
+        """`files`: with which other datasets it shares descriptors."""
+        self._files = OpenFiles() if files is None else files
         self._sources = sources
         self._directory = directory
-        self._source = StoredArray(Path(directory) / "source.npy")
-        self._number = StoredArray(Path(directory) / "number.npy")
+        self._source = StoredArray(Path(directory) / "source.npy", self._files)
+        self._number = StoredArray(Path(directory) / "number.npy", self._files)
 
     def __reduce__(self) -> Any:
-        return BlendedSamples, (self._sources, self._directory)
+        return BlendedSamples, (self._sources, self._directory, self._files)
 
     def __len__(self) -> int:
         return self._source.shape[0]

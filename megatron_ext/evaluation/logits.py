@@ -1,4 +1,4 @@
-"""Logits of given tokens, from a model on any layout."""
+"""Logits and losses of given tokens, from a model on any layout."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lckv.losses.token_losses import TokenLosses
 from megatron_ext.data.batch import Batch
 from megatron_ext.model.gpt import SharedKVGPTModel
 from megatron_ext.model.policy_statistics import PolicyInputs, PolicyReport
@@ -20,20 +21,26 @@ from megatron_ext.schedule.ticks import ticks_of
 
 
 @dataclass(frozen=True)
-class _Logits:
+class _Reading:
     """What a stage does with tokens."""
 
     stage: SharedKVGPTModel
+    losses: bool
+    """Whether they have labels, whose losses are wanted; else logits are."""
 
-    def forward(self, batch: Batch, call: StageCall | None = None) -> tuple[Tensor, PolicyReport]:
+    def forward(
+        self, batch: Batch, call: StageCall | None = None
+    ) -> tuple[Tensor | TokenLosses, PolicyReport]:
         """See `Passage`; without `call` the stage is visited once."""
         policy = PolicyInputs(chunk_rows=batch.chunk_rows)
-        output, report = self.stage(batch.tokens, batch.position_ids, policy=policy, call=call)
+        labels = batch.labels if self.losses else None
+        output, report = self.stage(batch.tokens, batch.position_ids, labels, policy=policy, call=call)
         return output, report
 
-    def finish(self, batch: Batch, output: Tensor, _report: PolicyReport) -> Finished:
+    def finish(self, batch: Batch, output: Tensor | TokenLosses, _report: PolicyReport) -> Finished:
         """See `Passage`."""
-        return Finished(output, torch.zeros([], dtype=torch.int, device=output.device), output)
+        tensor = output.losses if isinstance(output, TokenLosses) else output
+        return Finished(tensor, torch.zeros([], dtype=torch.int, device=tensor.device), tensor)
 
 
 def _ignored(_report: PolicyReport) -> None:
@@ -47,22 +54,38 @@ def compute_logits(stage: SharedKVGPTModel, tokens: Tensor) -> Tensor | None:
 
     All ranks of a model call it with the same tokens; every row is one document at positions 0 .. s - 1.
     """
-    batch, passage = _batch(stage, tokens), _Logits(stage)
+    outputs = _outputs(_Reading(stage, losses=False), _batch(stage, tokens, tokens))
+    if not outputs:
+        return None
+    own = gather_from_tensor_model_parallel_region(outputs[0])[..., : stage.vocab_size].float()
+    return _whole(stage, own, tokens.shape[1])
+
+
+@torch.no_grad()
+def compute_losses(stage: SharedKVGPTModel, tokens: Tensor, labels: Tensor) -> Tensor | None:
+    """Cross-entropies float32 [b, s], in nats, of `labels` int64 [b, s] behind `tokens` int64 [b, s], without
+    their logits in memory. Where and how: see `compute_logits`."""
+    outputs = _outputs(_Reading(stage, losses=True), _batch(stage, tokens, labels))
+    return _whole(stage, outputs[0], tokens.shape[1]) if outputs else None
+
+
+def _outputs(passage: _Reading, batch: Batch) -> list[Tensor]:
+    """What the last stage has of a batch; nothing on others."""
+    stage = passage.stage
     rows, length = batch.tokens.shape
     if stage.decoder.journey.circulates:
         ticks = ticks_of(stage.config.placed, stage.decoder.journey, 1, 1, forward_only=True)
         shape = (length, rows)
-        outputs = run_ring(stage, iter([batch]), passage, _ignored, ticks, shape, forward_only=True)
-        return _whole(stage, outputs, tokens.shape[1])
+        return run_ring(stage, iter([batch]), passage, _ignored, ticks, shape, forward_only=True)
 
-    def forward_step(_iterator: object, _model: SharedKVGPTModel) -> tuple[Tensor, Callable[..., Tensor]]:
-        output, _ = passage.forward(batch)
-        return output, lambda logits, non_loss_data: logits
+    def forward_step(_iterator: object, _model: SharedKVGPTModel) -> tuple[object, Callable[..., Tensor]]:
+        output, report = passage.forward(batch)
+        return output, lambda output, non_loss_data: passage.finish(batch, output, report).collected
 
     options = {}
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         options["adjust_tensor_shapes_fn"] = stage_shapes(stage, length, rows)
-    outputs = get_forward_backward_func()(
+    outputs: list[Tensor] = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=None,
         model=[stage],
@@ -73,22 +96,19 @@ def compute_logits(stage: SharedKVGPTModel, tokens: Tensor) -> Tensor | None:
         collect_non_loss_data=True,
         **options,
     )
-    return _whole(stage, outputs, tokens.shape[1])
+    return outputs
 
 
-def _batch(stage: SharedKVGPTModel, tokens: Tensor) -> Batch:
+def _batch(stage: SharedKVGPTModel, tokens: Tensor, labels: Tensor) -> Batch:
     """What this rank has of rows [b, s], which context parallelism makes longer, so that they can be cut."""
     chunks, reach = stage.decoder.context_group.chunks, stage.config.compression.policy.traits.reach
-    length = tokens.shape[1]
-    tokens = pad(tokens, (0, -length % chunks.total))
+    longer = (0, -tokens.shape[1] % chunks.total)
+    tokens, labels = pad(tokens, longer), pad(labels, longer)
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    whole = Batch(tokens, tokens, torch.zeros(tokens.shape, device=tokens.device), positions, None)
+    whole = Batch(tokens, labels, torch.zeros(tokens.shape, device=tokens.device), positions, None)
     return whole.of_rank(chunks, reach)
 
 
-def _whole(stage: SharedKVGPTModel, outputs: list[Tensor], length: int) -> Tensor | None:
-    """The ranks' parts of the logits of `length` tokens put together; None before the last stage."""
-    if not outputs:
-        return None
-    own = gather_from_tensor_model_parallel_region(outputs[0])[..., : stage.vocab_size].float()
+def _whole(stage: SharedKVGPTModel, own: Tensor, length: int) -> Tensor:
+    """The ranks' parts [b, s / CP, ...] of `length` tokens put together."""
     return stage.decoder.context_group.whole(own.transpose(0, 1)).transpose(0, 1)[:, :length]

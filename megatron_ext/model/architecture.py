@@ -33,6 +33,7 @@ def architecture(model: ModelConfig, compression: CompressionConfig, *, vocab_si
         "layer_types": str(compression.map(model.num_layers)),
         "sliding_window": compression.sliding_window,
         "force_nodiag": compression.force_nodiag,
+        "first_guess": compression.first_guess,
     }
 
 

@@ -22,7 +22,7 @@ from lckv.policies.base import KeyValue, Statistics, TokenContext
 from megatron_ext.mcore import name_argument
 from megatron_ext.model.attention_backend import choose_backend
 from megatron_ext.model.contexts import LayerContext, keys_values
-from megatron_ext.model.linear import QKVLinear
+from megatron_ext.model.linear import FirstGuessLinear, QKVLinear
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 from megatron_ext.parallel.context import ContextGroup
 from megatron_ext.parallel.key_ring import KeyRing
@@ -65,7 +65,7 @@ class CoreAttention(MegatronModule):
                 chunk,
                 key[:stop],
                 value[:stop],
-                None if documents is None else documents.cut(len(key), 0, stop),
+                None if documents is None else documents.cut(len(key), (0, stop)),
             )
             for chunk, (_, stop) in zip(query.chunk(len(bounds)), bounds, strict=True)
         ]
@@ -95,10 +95,13 @@ class CoreAttention(MegatronModule):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
         """From the last tokens of rows to all of them."""
-        visibility = Visibility(*self.sight, documents)
+        visibility, rows = Visibility(*self.sight, documents), query.shape[1]
+        heads: tuple[Tensor, ...] = query, key, value
+        if documents is None:  # rows are alike, and stand as heads of one row, whose output is [s, 1, b h, d]
+            heads = tuple(tensor.flatten(1, 2)[:, None] for tensor in heads)
         attend = partial(
             self._backend(query).attend,
-            *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),
+            *(tensor.permute(1, 2, 0, 3) for tensor in heads),
             visibility,
             scale=self.scale,
             key_bias=self.key_bias,
@@ -109,7 +112,7 @@ class CoreAttention(MegatronModule):
         else:
             with tensor_parallel.get_cuda_rng_tracker().fork():
                 output = attend(dropout=dropout)
-        return output.permute(2, 0, 1, 3).flatten(2)  # [b, h, s, d] to [s, b, h * d]
+        return output.permute(2, 0, 1, 3).flatten(1).unflatten(1, (rows, -1))  # to [s, b, h * d]
 
 
 class SharedKVAttention(Attention):
@@ -158,6 +161,10 @@ class SharedKVAttention(Attention):
             tp_group=self.pg_collection.tp,
         )
         setattr(self, "linear_qkv" if self.computes_kv else "linear_q", projection)
+        if config.compression.first_guess and self.layer_type.index in config.layer_types.cyclic_sources:
+            self.linear_first_guess = FirstGuessLinear(
+                config, config.hidden_size, 2 * self.kv_projection_size, self.pg_collection.tp
+            )
         self.q_layernorm = self._head_norm(submodules.q_layernorm)
         self.k_layernorm = self._head_norm(submodules.k_layernorm) if self.computes_kv else None
 
@@ -197,6 +204,18 @@ class SharedKVAttention(Attention):
         """The layer's keys and values alone, from `hidden_states` [s, b, hidden] (normalised)."""
         *query, key, value = self.kv_heads(hidden_states)
         return self.of_policy(query[0] if query else None, key, value, context)
+
+    def first_guess(self, hidden_states: Tensor, tokens: TokenContext) -> KeyValue:
+        """What is guessed of the layer's keys and values, of the rank's part of rows, from the input states
+        of its group [s / shards, b, hidden], through which no gradient flows.
+
+        The map is linear in the input divided by its root mean square: the weights of a norm would be part of
+        it anyway, and those of the group's lowest layer lie within its projection where layers are fused."""
+        normed = torch.nn.functional.rms_norm(
+            hidden_states.detach(), hidden_states.shape[-1:], eps=self.config.layernorm_epsilon
+        )
+        key, value = self.linear_first_guess(normed).unflatten(-1, (-1, 2, self.head_dim)).unbind(3)
+        return KeyValue(tokens.rotate(key), value)
 
     def kv_heads(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
         """As `heads`, of a layer that computes keys and values; without queries where that is cheaper and the
@@ -261,7 +280,9 @@ class SharedKVAttention(Attention):
                 self.pg_collection.tp.rank() // ranks_per_group
             ]
         mixed = mixed.unflatten(-1, (groups, -1, self.head_dim))
-        return mixed[:, :, :, :-2].flatten(2, 3), mixed[:, :, :, -2], mixed[:, :, :, -1]
+        # one split, whose gradient is one copy
+        query, key, value = mixed.split((mixed.shape[3] - 2, 1, 1), 3)
+        return query.flatten(2, 3), key.squeeze(3), value.squeeze(3)
 
     def _of_rank(self, query: Tensor) -> Tensor:
         """This rank's query heads [s, b, h, d] among those of its KV heads."""

@@ -6,6 +6,7 @@ stage runs, `lckv.sharing.execution` runs them.
 
 import re
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 from torch.profiler import record_function
 
+from lckv.pass_errors import PassErrors, PassRecord
 from lckv.policies.base import KeyValue, Statistics
 from lckv.sharing.execution import State
 from lckv.sharing.journey import Cargo, Visit
@@ -60,16 +62,24 @@ class SharedKVBlock(TransformerBlock):
         )
         self.layer_types = config.layer_types
         self.places = {layer.layer_number - 1: place for place, layer in enumerate(self.layers)}
-        self.plan = config.compression.plan(len(self.layer_types))
         self.stage = self.pg_collection.pp.rank()
-        self.journey = config.placed.journey(config.compression)
+        self.take_passes(None)
         self.fp8 = Fp8Passes(config, dict(zip(self.places, self.layers, strict=True)))
         self.context_group = ContextGroup(self.pg_collection.cp)
-        policy = config.compression.policy.build()
-        self.statistics = StatisticSums(config, policy, self.pg_collection.tp, self.context_group)
+        self.statistics = StatisticSums(config, self.pg_collection.tp, self.context_group)
+        self.pass_errors = PassErrors(config.compression)
         everything = len(self.layers) if recompute_num_layers is None else recompute_num_layers
         self.recomputed_layers = everything if config.recompute_granularity == "full" else 0
         self.offloaded = OffloadedLayers(config, config.offload, device_of_rank()) if config.offload else None
+
+    def take_passes(self, forward_passes: int | None) -> None:
+        """Run so many passes without gradient from now on; None: those of the configuration. All stages are
+        told the same between steps, when no micro-batch is on its way."""
+        compression = self.config.compression
+        if forward_passes is not None:
+            compression = replace(compression, forward_passes=forward_passes)
+        self.plan = compression.plan(len(self.layer_types))
+        self.journey = self.config.placed.journey(compression)
 
     @property
     def visit(self) -> Visit:
@@ -109,7 +119,7 @@ class SharedKVBlock(TransformerBlock):
     def _payload(self, cargo: Cargo, boundary: int) -> PipelinePayload:
         """`cargo` from below layer `boundary`."""
         ranks = self.pg_collection.tp.size()
-        reports = cargo.counts and any(layer < boundary for layer in self.layer_types.kv_layers)
+        reports = cargo.counts and any(layer < boundary for layer in self.statistics.layers)
         return PipelinePayload(
             cargo=cargo,
             hidden_size=self.config.hidden_size,
@@ -260,14 +270,22 @@ class _StageLayers:
     def __init__(self, block: SharedKVBlock, contexts: Contexts, statistics: dict[int, Statistics]) -> None:
         """`statistics` receives those of the pass that counts."""
         self._block, self._contexts, self._statistics = block, contexts, statistics
+        self._record = PassRecord(block.pass_errors, block.layer_types.cyclic_sources)
 
     def run(
         self, index: int, hidden_states: Tensor, source: KeyValue | None, *, kept: bool
     ) -> tuple[Tensor, KeyValue | None]:
         """The whole layer."""
-        output = self._block.call(self._block.layer(index), hidden_states, source, self._contexts[index])
-        if kept and output.statistics:
-            self._statistics[index] = output.statistics
+        context, group = self._contexts[index], self._block.context_group
+        output = self._block.call(self._block.layer(index), hidden_states, source, context)
+        statistics = output.statistics
+        if kept and output.own is not None and not statistics:
+            part = group.own(output.own)
+            statistics = self._record.statistics(index, part, context.tokens.counted, group.sum)
+        if kept and statistics:
+            self._statistics[index] = statistics
+        if not kept and output.own is not None:
+            self._record.passed(index, group.own(output.own))
         return output.hidden_states, output.own
 
     def keys_values(self, index: int, hidden_states: Tensor) -> KeyValue:
@@ -275,7 +293,14 @@ class _StageLayers:
         layer, context = self._block.layer(index), self._contexts[index]
         if (offloaded := self._block.offloading) is not None:
             return offloaded.keys_values(layer, hidden_states, context)[0]
-        return layer.keys_values(hidden_states, context)[0]
+        own = layer.keys_values(hidden_states, context)[0]
+        self._record.passed(index, self._block.context_group.own(own))
+        return own
+
+    def first_guess(self, source: int, hidden_states: Tensor) -> KeyValue:
+        """What is guessed of the keys and values of layer `source`, for the first pass to read."""
+        guess = self._block.layer(source).first_guess(hidden_states, self._contexts[source].tokens)
+        return self._block.context_group.gather(KeyValue(*self._record.guessed(source, guess)))
 
     def run_without_source(self, index: int, hidden_states: Tensor) -> tuple[Tensor, KeyValue | None]:
         """Zero keys and values make attention exactly 0, so it is left out."""

@@ -4,7 +4,6 @@ under Megatron's DDP."""
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import (
-    DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
@@ -12,15 +11,16 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 
 from lckv.config import CompressionConfig
-from lckv.losses import backends as losses
 from lckv.rope import RotaryEmbedding
 from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_ext.model.gpt import SharedKVGPTModel
 from megatron_ext.model.implementation import choose_implementation
 from megatron_ext.model.initialization import initialize_weights
+from megatron_ext.model.loss_backend import choose_loss
 from megatron_ext.model.parameters import padded_vocab_size
 from megatron_ext.model.specs import block_submodules
 from megatron_ext.model.transformer_config import transformer_config
+from megatron_ext.parallel.lone import data_parallel_class
 from megatron_ext.precision import precision
 
 
@@ -52,7 +52,7 @@ def build_stage(
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
-        loss=losses.choose(model.cross_entropy_backend, chunk_size=model.cross_entropy_chunk_size),
+        loss=choose_loss(model, parallel, train.precision),
         recompute_num_layers=train.recompute_num_layers,
         pg_collection=groups,
     )
@@ -67,7 +67,7 @@ def wrap(stage: SharedKVGPTModel, parallel: ParallelConfig, train: TrainConfig) 
     gradients are accumulated and reduced in float32."""
     config = stage.config
     module = precision(train.precision).wrap(config, stage)
-    ddp = DistributedDataParallel(
+    ddp = data_parallel_class(parallel)(
         config,
         DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,

@@ -6,17 +6,16 @@ Parameter names are those of Megatron's GPTModel; a plain map has exactly its pa
 from dataclasses import replace
 
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
 from lckv.attention.visibility import Documents
-from lckv.losses import backends as losses
+from lckv.losses.backends import Choice as LossChoice
+from lckv.losses.token_losses import TokenLosses, Vocabulary
 from lckv.policies.base import RowPart, TokenContext
 from lckv.rope import RotaryEmbedding, Rotation, Turn, rotation
 from megatron_ext.model.block import SharedKVBlock
@@ -43,7 +42,7 @@ class SharedKVGPTModel(LanguageModule):
         pre_process: bool,
         post_process: bool,
         share_embeddings_and_output_weights: bool,
-        loss: losses.Choice,
+        loss: LossChoice,
         recompute_num_layers: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
@@ -95,13 +94,19 @@ class SharedKVGPTModel(LanguageModule):
         documents: Documents | None = None,
         policy: PolicyInputs = _NOTHING,
         call: StageCall | None = None,
-    ) -> tuple[Tensor, PolicyReport]:
+        *,
+        loss_mask: Tensor | None = None,
+    ) -> tuple[Tensor | TokenLosses, PolicyReport]:
         """tokens, position_ids and labels are int64 [b, s]; with context parallelism those that this rank has
         of each row. `documents` are those of whole rows. `call`: one visit of several to this stage.
+        `loss_mask` float [b, s]: the weight of each token in the total loss; default: 1.
 
-        Returns, with what the KV policy did: on the last stage the loss of each token, float32 [b, s] in
-        nats, or without labels this rank's part of the logits [b, s, padded vocabulary / TP]; on other stages
-        what the next stage receives.
+        Returns, with what the KV policy did: on the last stage the losses of tokens, float32 [b, s] in nats,
+        and their total, through which gradients go, or without labels this rank's part of the logits [b, s,
+        padded vocabulary / TP]; on other stages what the next stage receives.
+
+        Under Megatron's data parallelism a forward with gradients adds that of the output weight to its sums
+        at once: the total's gradient must be 1.
         """
         micro_batch_size, seq_length = tokens.shape
         visit = self.decoder.visit if call is None else call.visit
@@ -117,7 +122,7 @@ class SharedKVGPTModel(LanguageModule):
         report = replace(report, auxiliary_loss=auxiliary)
         if labels is None:
             return self.logits(hidden_states).transpose(0, 1), report
-        return self._loss(hidden_states, labels.transpose(0, 1).contiguous()).transpose(0, 1), report
+        return self._loss(hidden_states, labels, loss_mask), report
 
     def _context(
         self, position_ids: Tensor, documents: Documents | None, policy: PolicyInputs
@@ -161,42 +166,43 @@ class SharedKVGPTModel(LanguageModule):
 
     def _turn(self, positions: Tensor, seq_length: int) -> Turn:
         """RoPE at positions [s, b] of rows of `seq_length` tokens, of [s, b, any heads, d]."""
-        return Turn(self.angles(positions[:, :, None], seq_length))
+        return Turn(self.angles(positions[:, :, None], seq_length), self.config.operators.rope.function)
 
-    def _loss(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of each token, float32 [s, b],
-        of hidden states [s / shards, b, hidden] and labels [s, b]."""
-        gathered = self.loss.name != "whole" and self.config.sequence_parallel
-        if gathered:  # once, not chunk by chunk
-            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.pg_collection.tp)
-        return self.loss.token_loss(_Head(self, gathered), hidden_states, labels)
+    def _loss(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor | None) -> TokenLosses:
+        """Of hidden states [s / shards, b, hidden], labels and mask [b, s]: losses [b, s] and their total."""
+        rows, length = labels.shape
+        targets = labels.transpose(0, 1).flatten()
+        token_weights = None if loss_mask is None else loss_mask.transpose(0, 1).flatten()
 
-    def logits(self, hidden_states: Tensor, *, gathered: bool = False) -> Tensor:
-        """This rank's part of the logits, [s, b, padded vocabulary / TP], of hidden states
-        [s / shards, b, hidden], or [s, b, hidden] if they are `gathered` already;
-        padding is as low as the dtype goes."""
-        weight = (
-            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        def loss(states: Tensor, weight: Tensor, sums: Tensor | None) -> TokenLosses:
+            group = self.pg_collection.tp
+            return self.loss.loss(
+                states.flatten(0, 1),
+                weight,
+                targets,
+                token_weights=token_weights,
+                vocabulary=Vocabulary(self.vocab_size, group.rank() * len(weight), group),
+                weight_gradient=sums,
+            )
+
+        done: TokenLosses = self.output_layer(
+            hidden_states,
+            weight=self._output_weight(),
+            loss=loss,
+            adds_gradient=self.loss.adds_weight_gradient,
         )
-        logits, _ = self.output_layer(hidden_states, weight=weight, gathered=gathered)
+        return TokenLosses(done.losses.view(length, rows).transpose(0, 1), done.total)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """This rank's part of the logits, [s, b, padded vocabulary / TP], of hidden states
+        [s / shards, b, hidden]; padding is as low as the dtype goes."""
+        logits, _ = self.output_layer(hidden_states, weight=self._output_weight())
         first = self.pg_collection.tp.rank() * logits.shape[-1]
         true = min(max(self.vocab_size - first, 0), logits.shape[-1])
         if true < logits.shape[-1]:
             logits[..., true:] = torch.finfo(logits.dtype).min
         return logits
 
-
-class _Head:
-    """The model's output layer for `lckv.losses`; the vocabulary is split over the tensor-parallel ranks."""
-
-    def __init__(self, model: SharedKVGPTModel, gathered: bool) -> None:
-        """`gathered`: hidden states come whole, not split along the sequence."""
-        self._model, self._gathered = model, gathered
-
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """See `OutputHead`."""
-        return self._model.logits(hidden_states, gathered=self._gathered)
-
-    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """See `OutputHead`."""
-        return tensor_parallel.vocab_parallel_cross_entropy(logits, targets)
+    def _output_weight(self) -> Tensor | None:
+        """That of the embedding, where they share it; None: the output layer's own."""
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None

@@ -16,6 +16,7 @@ from megatron_ext.model.gpt import SharedKVGPTModel
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EMBEDDING = "embedding.word_embeddings.weight"
 _OUTPUT = "output_layer.weight"
+_GUESS = "linear_first_guess.weight"
 
 
 def global_parameters(model: SharedKVGPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -30,10 +31,14 @@ def global_parameters(model: SharedKVGPTModel) -> Iterator[tuple[str, torch.nn.P
 @torch.no_grad()
 def initialize_weights(model: SharedKVGPTModel, *, seed: int, std: float) -> None:
     """Fill all parameters in place: matrices from N(0, std^2), those that write to the residual stream with
-    std divided by sqrt(2 * num_layers) (GPT-2); norms 1, biases 0, rows of vocabulary padding 0."""
+    std divided by sqrt(2 * num_layers) (GPT-2); norms 1, biases 0, rows of vocabulary padding 0, first
+    guesses 0."""
     for name, parameter in global_parameters(model):
         if parameter.dim() == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            continue
+        if name.endswith(_GUESS):
+            parameter.fill_(0.0)  # keys and values that published models begin with
             continue
         residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
         scale = std / (2 * model.config.num_layers) ** 0.5 if residual else std
@@ -67,6 +72,6 @@ def shard(model: SharedKVGPTModel, name: str, whole: Tensor) -> Tensor:
         return torch.cat([half.chunk(ranks)[rank] for half in whole.chunk(2)])
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         return whole.chunk(ranks, dim=1)[rank]
-    if name.endswith(("linear_qkv.weight", "linear_qkv.bias", "linear_q.weight", "linear_q.bias")):
+    if name.endswith(("linear_qkv.weight", "linear_qkv.bias", "linear_q.weight", "linear_q.bias", _GUESS)):
         return whole.chunk(ranks)[rank]
     return whole

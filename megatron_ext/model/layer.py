@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
-from lckv.policies.base import KeyValue, Statistics
+from lckv.policies.base import KeyValue, Statistics, TokenContext
 from megatron_ext.model.contexts import LayerContext
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 
@@ -67,6 +67,11 @@ class SharedKVLayer(TransformerLayer):
     def keys_values(self, hidden_states: Tensor, context: LayerContext) -> tuple[KeyValue, Statistics]:
         """The layer's keys and values alone, from its input [s, b, hidden]."""
         return self.self_attention.keys_values(self.input_layernorm(hidden_states), context)
+
+    def first_guess(self, hidden_states: Tensor, tokens: TokenContext) -> KeyValue:
+        """What is guessed of the layer's keys and values from the input states of its group, of the rank's
+        part of rows."""
+        return self.self_attention.first_guess(hidden_states, tokens)
 
     def feed_forward(self, hidden_states: Tensor) -> Tensor:
         """The second half of the layer: [s, b, hidden] to the same."""

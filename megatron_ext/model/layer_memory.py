@@ -6,14 +6,15 @@ of the rank, f MLP width of the rank, T ranks that share the sequence out (1 wit
 
     each of two norms   input and output: 2 e h / T          not fused: (8 + e) h / T, in float32
     attention           query, output: 2 e a; logsumexp: 4 per query head
-    MLP                 both halves of its first layer, their product: 3 e f        not fused: 5 e f
-    query and key norm  2 e (a + k)                          not fused: (8 + e) (a + k)
+    MLP                 both halves of its first layer, their product: 3 e f        not fused: 4 e f
+    query and key norm  input: e (a + k), 4 per head         not fused: 8 (a + k), 4 per head
     policy              `PolicyConfig.kept_bytes`
 
-Keys and values are counted where they are read: one copy serves all layers. Attention that leaves out a row,
-walks a window or has several chunks of a row (context parallelism) keeps its output once more. Selective
-recompute leaves out logsumexp and those outputs (`core_attn`), and the MLP (`mlp`). Fused are the kernels on
-a GPU, those of Transformer Engine or of PyTorch 2.9; not fused what runs on a CPU. Dropout is not counted.
+Keys and values are counted where they are read: one copy serves all layers. Attention that leaves out a
+query's own token (where fused, or under a window), walks a window or has several chunks of a row (context
+parallelism) keeps its output once more. Selective recompute leaves out logsumexp and those outputs
+(`core_attn`), and the MLP (`mlp`). Fused are the kernels on a GPU, those of Transformer Engine, liger-kernel
+or PyTorch 2.9, and flash-attn; not fused what runs on a CPU. Dropout is not counted.
 """
 
 from lckv.config import CompressionConfig
@@ -89,7 +90,7 @@ class LayerMemory:
     def _per_token(self, run: LayerRun) -> float:
         if run.part is Part.KEYS_VALUES:
             return self.norm + self._policy(0, run)
-        mlp = self.norm + (0 if "mlp" in self._again else (3 if self._fused else 5) * self._bytes * self._ffn)
+        mlp = self.norm + (0 if "mlp" in self._again else (3 if self._fused else 4) * self._bytes * self._ffn)
         if run.part is Part.WITHOUT_SOURCE:
             return mlp + (self.norm if run.computes_kv else 0)
         return self.norm + self._attention(run) + mlp
@@ -106,9 +107,8 @@ class LayerMemory:
         if "core_attn" not in self._again:
             kept += 4 * self._heads + self._copies(run)
         if self._model.qk_layernorm:
-            kept += self._norm_bytes * (queries + keys)
-        if self._bytes == 2:
-            kept += self._bytes * head_dim * (1 + run.computes_kv)  # angles of rotation, cast for each layer
+            heads = self._heads + self._kv_heads * run.computes_kv
+            kept += (self._bytes if self._fused else 8) * (queries + keys) + 4 * heads
         return kept + self._policy(self._heads, run)
 
     def _policy(self, query_heads: float, run: LayerRun) -> float:
@@ -123,9 +123,10 @@ class LayerMemory:
         """What attention keeps beyond a plain layer's."""
         exclude_self, window = self._compression.sight(self._layer_types[run.index])
         output = self._bytes * self._heads * self._model.head_dim
-        walks = window is not None and window < self._train.seq_length and not self._fused
+        hides = window is not None and window < self._train.seq_length
+        walks = hides and not self._fused
         mask = 0.0
         if walks:
             width = min(self._train.seq_length, (window or 0) + _CHUNK)
             mask = self._bytes * width / self._train.micro_batch_size
-        return output * (exclude_self + walks + (self._kept_rows > 1)) + mask
+        return output * ((exclude_self and (hides or self._fused)) + walks + (self._kept_rows > 1)) + mask

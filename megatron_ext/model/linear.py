@@ -1,6 +1,8 @@
-"""The fused projection of queries, keys and values, which can also compute keys and values alone."""
+"""The fused projection of queries, keys and values, which can also compute keys and values alone; the output
+layer, which can also compute the loss alone."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,9 +11,14 @@ from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     linear_with_grad_accumulation_and_async_allreduce,
 )
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from lckv.losses.token_losses import TokenLosses
 from megatron_ext.model.implementation import has_fused_gradients
 
 
@@ -48,10 +55,14 @@ class QKVLinear(ColumnParallelLinear):
         return not (self.gradient_accumulation_fusion and torch.is_grad_enabled())
 
 
-class OutputLinear(ColumnParallelLinear):
-    """Megatron's output layer, which also takes hidden states that sequence parallelism has gathered already.
+LossOfStates = Callable[[Tensor, Tensor, Tensor | None], TokenLosses]
+"""loss(states [s, b, hidden], weight [rows of this rank, hidden], where its gradient is added up)."""
 
-    The gather's backward then sums their gradient over ranks, so the projection must not.
+
+class OutputLinear(ColumnParallelLinear):
+    """Megatron's output layer, which can also hand its weight to a loss that makes no logits.
+
+    Weights are read inside `forward`, after the hooks of overlapped weight gathering.
     """
 
     def __init__(self, *arguments: Any, config: ModelParallelConfig, **options: Any) -> None:
@@ -62,12 +73,82 @@ class OutputLinear(ColumnParallelLinear):
         super().__init__(*arguments, config=own_config, **options)
 
     def forward(
-        self, input_: Tensor, weight: Tensor | None = None, *, gathered: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """[s / shards, b, hidden] (or [s, b, hidden], if `gathered`) to [s, b, vocabulary of this rank]."""
-        if not gathered:
+        self,
+        input_: Tensor,
+        weight: Tensor | None = None,
+        *,
+        loss: LossOfStates | None = None,
+        adds_gradient: bool = False,
+    ) -> tuple[Tensor, Tensor | None] | TokenLosses:
+        """[s / shards, b, hidden] to [s, b, vocabulary of this rank], or to what `loss` makes of it. The
+        states' gradient is summed over the ranks that share the vocabulary. `adds_gradient`: the loss adds
+        that of the weight to the sums of data parallelism, where there are any."""
+        if loss is None:
             return super().forward(input_, weight)
-        return torch.nn.functional.linear(input_, self.weight if weight is None else weight), None
+        if self.sequence_parallel:
+            states = gather_from_sequence_parallel_region(input_, group=self.tp_group)
+        else:
+            states = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
+        weight = self.weight if weight is None else weight
+        sums = gradient_sums(weight) if adds_gradient else None
+        return loss(states, weight if sums is None else _SummedElsewhere.apply(weight), sums)
+
+
+def gradient_sums(weight: Tensor) -> Tensor | None:
+    """Where Megatron's data parallelism lets gradients of a weight be added by the layer: its float32 sums;
+    None where autograd is to bring them."""
+    if not (torch.is_grad_enabled() and weight.requires_grad and hasattr(weight, "grad_added_to_main_grad")):
+        return None
+    sums: Tensor = weight.main_grad  # type: ignore[attr-defined]  # Megatron's
+    return sums if sums.dtype == torch.float32 else None
+
+
+class _SummedElsewhere(torch.autograd.Function):
+    """A weight whose gradient goes to its `main_grad` by another way. Its hooks must run all the same, and
+    want a gradient; what that says counts only where `zero_out_wgrad` tells that others add to it, as in
+    Megatron's own layers (megatron/core/tensor_parallel/layers.py)."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        ctx.set_materialize_grads(False)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, _nothing: None) -> Tensor:
+        weight = ctx.weight
+        weight.grad_added_to_main_grad = True
+        is_shared = getattr(weight, "zero_out_wgrad", False)
+        return torch.zeros_like(weight) if is_shared else torch.empty_like(weight)
+
+
+class FirstGuessLinear(ColumnParallelLinear):
+    """The first guess of a layer's keys and values. Rows of each KV head: its key, then its value.
+
+    Its input has no gradient, so that none is computed, and none summed over ranks.
+    """
+
+    def __init__(
+        self, config: ModelParallelConfig, input_size: int, output_size: int, group: ProcessGroup
+    ) -> None:
+        own_config = copy.copy(config)
+        own_config.gradient_accumulation_fusion = has_fused_gradients()
+        super().__init__(
+            input_size,
+            output_size,
+            config=own_config,
+            init_method=config.init_method,
+            bias=False,
+            gather_output=False,
+            skip_bias_add=False,
+            tp_group=group,
+        )
+
+    def forward(self, input_: Tensor) -> Tensor:
+        """[s / shards, b, hidden] without gradient to [s, b, rows of this rank]."""
+        if self.sequence_parallel:
+            input_ = gather_from_sequence_parallel_region(input_, group=self.tp_group)
+        return torch.nn.functional.linear(input_, self.weight)
 
 
 def _kv_rows(rows: Tensor, heads: int, head_dim: int) -> Tensor:

@@ -12,16 +12,17 @@ ranks with sequence parallelism, else 1. `inputs` is the number of recomputed la
 once for every pass with gradient. `shared` is the number of distinct keys and values that are kept: those
 that some layer reads from another, and those of a layer that is not recomputed; each is stored once, of whole
 rows, however many layers read it. Where keys and values go round the C ranks, each keeps its part: s / C.
-The last term: `layer_memory.py`. The last stage adds the final norm, and logits in float32 where the loss
-takes all tokens at once.
+The last term: `layer_memory.py`. The last stage adds the final norm, and the gradient of its output, which is
+made with the loss (`lckv/losses/linear_cross_entropy.py`).
 
-Working memory is what a step needs beyond that for a while: the logits and their gradient, or the one layer
+Working memory is what a step needs beyond that for a while: the logits of a chunk of tokens, or the one layer
 that is being recomputed.
 """
 
 from dataclasses import dataclass, replace
 
 from lckv.config import CompressionConfig
+from lckv.losses.chunk_size import tokens_of_chunk
 from lckv.sharing.plan import LayerRun, Origin, Part
 from megatron_ext.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_ext.model.layer_memory import LayerMemory
@@ -84,6 +85,9 @@ class Kept:
     runs: tuple[LayerRun, ...] = ()
     """Runs of layers that are not recomputed."""
 
+    compared: int = 0
+    """Layers whose keys and values of passes are compared (`lckv.pass_errors`)."""
+
 
 def kept_for_backward(
     compression: CompressionConfig, num_layers: int, layers: range, recomputed: range | None = None
@@ -106,7 +110,11 @@ def kept_for_backward(
     }
     shared = {(reads.source, reads.number) for reads in read if reads.origin is not Origin.OWN}
     own = {(run.reads.source, run.reads.number) for run in whole if run.part is Part.WHOLE and run.reads}
-    return Kept(len(runs) - len(whole), len(shared | own), whole)
+    compares = compression.first_guess or compression.agreement_loss_coefficient
+    sources = compression.map(num_layers).cyclic_sources if compares else ()
+    return Kept(
+        len(runs) - len(whole), len(shared | own), whole, len([index for index in sources if index in layers])
+    )
 
 
 def recomputed_of_stage(train: TrainConfig, layers: range) -> range:
@@ -137,7 +145,22 @@ def kept_bytes(
     if train.activation_offload == "token_wise":
         return precision(train.precision).bytes * kept.shared * key_value
     tensors = precision(train.precision).bytes * (kept.inputs * hidden + kept.shared * key_value)
-    return tensors + sum(map(layer.kept, kept.runs))
+    compared = _compared_bytes(model, compression, parallel, train)
+    return tensors + sum(map(layer.kept, kept.runs)) + kept.compared * compared
+
+
+def _compared_bytes(
+    model: ModelConfig, compression: CompressionConfig, parallel: ParallelConfig, train: TrainConfig
+) -> int:
+    """For each layer of which passes are compared: the differences, in float32, and the sizes that divide
+    their sums; of a first guess its normalised input, of whole rows."""
+    tokens, number = parallel.tokens_of_rank(train.seq_length) * train.micro_batch_size, 4
+    heads = max(1, model.query_groups // parallel.tensor_model_parallel_size)
+    errors = compression.first_guess + (compression.agreement_loss_coefficient > 0)
+    kept = number * errors * 2 * heads * (tokens * model.head_dim + train.micro_batch_size)
+    if not compression.first_guess:
+        return kept
+    return kept + precision(train.precision).bytes * tokens * model.hidden_size
 
 
 def key_value_numbers(
@@ -154,15 +177,19 @@ def loss_bytes(
     train: TrainConfig, *, fused: bool = False,
 ) -> tuple[int, int]:  # fmt: skip
     """What the last stage keeps of a micro-batch for the final norm and the loss, and what the loss needs
-    besides while it is computed: logits in the model's precision, and their gradient in float32."""
+    besides while it is computed: the logits of a chunk in float32, their gradient in the model's precision,
+    and where sequence parallelism has gathered the states, these.
+
+    The gradient of the output weight is added to the sums that are there."""
     tokens = parallel.tokens_of_rank(train.seq_length) * train.micro_batch_size
     norm = tokens * LayerMemory(model, compression, parallel, train, fused=fused).norm
-    of_token = padded_vocab / parallel.tensor_model_parallel_size
+    rows = padded_vocab // parallel.tensor_model_parallel_size
     number = precision(train.precision).bytes
-    if chunk := model.cross_entropy_chunk_size:
-        gathered = tokens * model.hidden_size * number if parallel.sequence_parallel else 0
-        return round(norm) + gathered, round(min(tokens, chunk) * of_token * (8 + number))
-    return round(norm + 4 * tokens * of_token), round(tokens * of_token * (4 + number))
+    states = tokens * model.hidden_size * number
+    chunk = min(tokens, tokens_of_chunk(rows, asked=model.cross_entropy_chunk_size))
+    copied = number if number < 4 else 0
+    working = chunk * rows * (4 + copied) + (states if parallel.sequence_parallel else 0)
+    return round(norm) + states, working
 
 
 def layer_bytes(

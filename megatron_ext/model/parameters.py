@@ -3,6 +3,7 @@ is loaded.
 
 Per layer, with h hidden size, a = query heads x d, g KV heads, d channels of a head, f MLP width:
     query and output 2 h a + keys and values 2 h g d (if it computes any) + MLP 3 h f + norms 2 h
+    + first guess 2 h g d (if there is one, and a layer below reads it)
 and biases (a + 2 g d) and norms of heads (2 d) where the model has them; a layer that only reads keys and
 values has neither for
 them. Around the layers: embedding and output layer, padded vocabulary x h each, and the final norm, h.
@@ -11,7 +12,7 @@ them. Around the layers: embedding and output layer, padded vocabulary x h each,
 import math
 from dataclasses import dataclass
 
-from lckv.sharing.layer_types import LayerTypes
+from lckv.config import CompressionConfig
 from megatron_ext.config import ModelConfig, ParallelConfig
 from megatron_ext.model.placement import Placement
 
@@ -46,7 +47,7 @@ def padded_vocab_size(vocab_size: int, model: ModelConfig, parallel: ParallelCon
 
 def stage_parameters(
     model: ModelConfig,
-    layer_types: LayerTypes,
+    compression: CompressionConfig,
     parallel: ParallelConfig,
     placement: Placement,
     *,
@@ -56,15 +57,20 @@ def stage_parameters(
     stages, ranks = placement.stages, parallel.tensor_model_parallel_size
     matrix = padded_vocab_size(vocab_size, model, parallel) * model.hidden_size // ranks
     tied = not model.untie_embeddings_and_output_weights
+    layer_types = compression.map(model.num_layers)
+    guessed = layer_types.cyclic_sources if compression.first_guess else ()
+    guess = 2 * model.query_groups * model.head_dim * model.hidden_size
     counts = []
     for stage in range(stages):
         first, last = stage == 0, stage == stages - 1
-        computes_kv = [index in layer_types.kv_layers for index in placement.layers_of(stage)]
+        layers = placement.layers_of(stage)
+        computes_kv = [index in layer_types.kv_layers for index in layers]
+        guesses = guess * sum(index in guessed for index in layers)
         counts.append(
             StageParameters(
                 chunks=placement.of_stage(stage),
                 split=matrix * (first + (last and not tied))
-                + sum(_split(model, kv) for kv in computes_kv) // ranks,
+                + (sum(_split(model, kv) for kv in computes_kv) + guesses) // ranks,
                 copied=sum(_norms(model, kv) for kv in computes_kv) + model.hidden_size * last,
                 tied_copy=matrix * (last and tied and not first),
             )

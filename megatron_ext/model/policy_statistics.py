@@ -1,4 +1,5 @@
-"""A KV policy on Megatron's ranks: its noise, and its statistics summed over heads, layers and stages.
+"""A KV policy on Megatron's ranks: its noise, and its statistics (or the errors of passes) summed over heads,
+layers and stages.
 
 Shapes: b micro-batch, s tokens of a row, G KV heads of the model, g those of this rank, n statistics of the
 policy, R parts of a sum (see `StatisticSums`).
@@ -12,7 +13,8 @@ import torch
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
-from lckv.policies.base import KVPolicy, Statistics
+from lckv.pass_errors import reporter_of, reporting_layers
+from lckv.policies.base import Statistics
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 from megatron_ext.parallel.chunks import ChunkRows
 from megatron_ext.parallel.context import ContextGroup
@@ -63,7 +65,7 @@ def _seed(*numbers: int) -> int:
 
 
 class StatisticSums:
-    """Sums a policy's statistics over the KV heads of all ranks and the layers of a model.
+    """Sums what layers report over the KV heads of all ranks and the layers of a model.
 
     A sum has one part, over all KV heads. Where the policy's loss is computed per tensor-parallel rank, it
     has a part for every rank: part r is the sum over the heads of rank r.
@@ -72,16 +74,18 @@ class StatisticSums:
     def __init__(
         self,
         config: SharedKVTransformerConfig,
-        policy: KVPolicy,
         group: torch.distributed.ProcessGroup,
         context_group: ContextGroup,
     ) -> None:
-        self.policy = policy
+        self._policy = config.compression.policy.build()
+        self.reporter = reporter_of(config.compression)
+        """Who says what the statistics are."""
+        self.layers = reporting_layers(config.compression, len(config.layer_types))
+        """The layers that have them."""
         self._group, self._context_group = group, context_group
         self._heads = config.num_query_groups
-        self._layers = len(config.layer_types.kv_layers)
-        self._parts = group.size() if policy.per_rank else 1
-        self.columns = len(policy.statistics) * self._parts
+        self._parts = group.size() if self.reporter.per_rank else 1
+        self.columns = len(self.reporter.statistics) * self._parts
         """n R."""
 
     def local_heads(self) -> slice:
@@ -98,7 +102,7 @@ class StatisticSums:
         if not row_seeds:
             return None
         seeds = [_seed(seed, layer) for seed in row_seeds]
-        noise = self.policy.draw_noise((*shape, self._heads), seeds, device)
+        noise = self._policy.draw_noise((*shape, self._heads), seeds, device)
         return None if noise is None else noise[..., self.local_heads()]
 
     def add(self, earlier: Tensor | None, statistics: Mapping[int, Statistics]) -> Tensor | None:
@@ -107,10 +111,11 @@ class StatisticSums:
             return earlier
         # layers x n x [b, g] to [b, n, 1]
         local = torch.stack([torch.stack(values) for values in statistics.values()]).sum((0, 3)).T[:, :, None]
-        if self.policy.per_rank:
+        if self.reporter.per_rank:
             part = torch.arange(self._parts, device=local.device) == self._group.rank()
             local = local * part  # [b, n, R]
-        summed = reduce_from_tensor_model_parallel_region(local.flatten(1), group=self._group)
+        # contiguous: of others Megatron reduces a copy, and returns what it was given
+        summed = reduce_from_tensor_model_parallel_region(local.flatten(1).contiguous(), group=self._group)
         return summed if earlier is None else earlier + summed
 
     def auxiliary_loss(self, sums: Tensor | None, progress: float) -> Tensor | None:
@@ -119,8 +124,8 @@ class StatisticSums:
             return None
         sums = self._context_group.sum(sums)
         copies = max(1, self._group.size() // self._heads)
-        heads = max(1, self._heads // self._group.size()) if self.policy.per_rank else self._heads * copies
-        means = sums.unflatten(1, (-1, self._parts)) / (self._layers * heads)  # [b, n, R]
-        return self.policy.auxiliary_loss(
-            (means if self.policy.per_rank else means[..., 0]).unbind(1), progress
+        heads = max(1, self._heads // self._group.size()) if self.reporter.per_rank else self._heads * copies
+        means = sums.unflatten(1, (-1, self._parts)) / (len(self.layers) * heads)  # [b, n, R]
+        return self.reporter.auxiliary_loss(
+            (means if self.reporter.per_rank else means[..., 0]).unbind(1), progress
         )

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from lckv.sharing.layer_types import LayerTypes
 from megatron_ext.mcore import mlp
+from megatron_ext.model.activation import SwiGLU
 from megatron_ext.model.attention import CoreAttention, SharedKVAttention
 from megatron_ext.model.layer import SharedKVLayer
 from megatron_ext.model.linear import QKVLinear
@@ -65,7 +66,11 @@ def layer_spec(modules: _Modules, *, computes_kv: bool) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=mlp(MLPSubmodules(linear_fc1=modules.linear_fc1, linear_fc2=modules.row_linear)),
+            mlp=mlp(
+                MLPSubmodules(
+                    linear_fc1=modules.linear_fc1, activation_func=SwiGLU, linear_fc2=modules.row_linear
+                )
+            ),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={}
             if modules.fused_norms

@@ -1,6 +1,7 @@
 """From the run's sections to Megatron's TransformerConfig."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_ext.gpus import peak_tflops
 from megatron_ext.model.implementation import accumulates_in_place, choose_implementation
 from megatron_ext.model.offload_share import OffloadShare
+from megatron_ext.model.operators import Operators, choose, choose_operators
 from megatron_ext.model.placement import Placement, place
 from megatron_ext.offload.share import OffloadSettings
 from megatron_ext.precision import precision
@@ -31,6 +33,11 @@ class SharedKVTransformerConfig(TransformerConfig):
     attention_kernel: str = "auto"
     """model.attention_backend: the backend of lckv.attention
     (Megatron's `attention_backend` is Transformer Engine's)."""
+
+    operators: Operators = field(
+        default_factory=partial(choose, "torch", device=torch.device("cpu"), widest=0)
+    )
+    """What computes RMSNorm, SwiGLU and RoPE: model.operator_backend."""
 
     sends_keys_round: bool = False
     """See `ParallelConfig.sends_keys_round`."""
@@ -76,6 +83,7 @@ def transformer_config(
     return SharedKVTransformerConfig(
         compression=compression,
         attention_kernel=model.attention_backend,
+        operators=choose_operators(model, parallel),
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_size,
@@ -123,7 +131,7 @@ def transformer_config(
         recompute_num_layers=1 if full else None,
         recompute_modules=list(train.recompute_modules) if granularity == "selective" else None,
         bias_dropout_fusion=cuda,
-        bias_activation_fusion=cuda,
+        use_te_activation_func=True,  # the MLP calls the activation that `specs.py` gives it
         masked_softmax_fusion=False,
         # Fused sums are asked for through attributes of the weight, which tensors that come back from hooks
         # have not.

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from lckv.attention.arriving import Arrival, ChunkSight, add_gradients_before_arrivals, before_arrivals
 from lckv.attention.causal import Rest
-from lckv.attention.flash_pairs import FlashPair, Partial
+from lckv.attention.flash_pair import FlashPair, Partial
 from lckv.attention.visibility import Documents
 from megatron_ext.parallel.chunks import Chunks
 

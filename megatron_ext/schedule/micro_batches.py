@@ -13,6 +13,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from lckv.attention.visibility import Documents
+from lckv.losses.token_losses import TokenLosses
 from megatron_ext.config import TrainConfig
 from megatron_ext.data.batch import Batch
 from megatron_ext.model.policy_statistics import PolicyInputs, PolicyReport, row_seed
@@ -53,18 +54,26 @@ class _LossOfBatch:
     progress: float
     forward_only: bool
 
-    def forward(self, batch: Batch, call: StageCall | None = None) -> tuple[Tensor, PolicyReport]:
+    def forward(
+        self, batch: Batch, call: StageCall | None = None
+    ) -> tuple[Tensor | TokenLosses, PolicyReport]:
         """See `Passage`; without `call` the stage is visited once."""
         bounds = None if batch.cu_seqlens is None else batch.cu_seqlens.tolist()
         documents = None if bounds is None else Documents.at(bounds, batch.tokens.device)
         seeds = () if self.forward_only else tuple(row_seed(self.train.seed, n) for n in batch.sample_ids)
         policy = PolicyInputs(seeds, batch.counted, batch.chunk_rows, self.progress)
         output, report = self.model(
-            batch.tokens, batch.position_ids, batch.labels, documents, policy=policy, call=call
+            batch.tokens,
+            batch.position_ids,
+            batch.labels,
+            documents,
+            policy=policy,
+            call=call,
+            loss_mask=batch.loss_mask,
         )
         return output, report
 
-    def finish(self, batch: Batch, output: Tensor, report: PolicyReport) -> Finished:
+    def finish(self, batch: Batch, output: TokenLosses, report: PolicyReport) -> Finished:
         """See `Passage`."""
         return Finished(*token_loss(batch.loss_mask, report.auxiliary_loss, output))
 
@@ -78,11 +87,15 @@ def run_schedule(
     *,
     progress: float,
     forward_only: bool,
+    forward_passes: int | None = None,
 ) -> list[Tensor]:
-    """Losses of this rank's micro-batches, float64 [2 + b] each: sum, number of tokens, and the sum of each
-    row. Empty before the last stage."""
+    """Run the micro-batches of a step or an evaluation, with m = `forward_passes`; None: as configured.
+
+    Returns losses of this rank's micro-batches, float64 [2 + b] each: sum, number of tokens, and the sum of
+    each row. Empty before the last stage."""
     passage = _LossOfBatch(model, train, progress, forward_only)
     decoder = get_attr_wrapped_model(model, "decoder")
+    decoder.take_passes(forward_passes)
     tokens = train.seq_length // decoder.context_group.chunks.ranks
     if decoder.journey.circulates:
         ticks = ticks_of(
@@ -96,7 +109,9 @@ def run_schedule(
         batches = map(make_batch, samples)
         return run_ring(model, batches, passage, meter.add, ticks, shape, forward_only=forward_only)
 
-    def forward_step(iterator: Samples, _stage: MegatronModule) -> tuple[Tensor, Callable[..., object]]:
+    def forward_step(
+        iterator: Samples, _stage: MegatronModule
+    ) -> tuple[Tensor | TokenLosses, Callable[..., object]]:
         batch = make_batch(next(iterator))
         output, report = passage.forward(batch)
         meter.add(report)
@@ -117,14 +132,16 @@ def run_schedule(
     )
 
 
-def token_loss(loss_mask: Tensor, auxiliary: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What is differentiated: the sum of the losses [b, s] of tokens with `loss_mask` [b, s], each with its
-    row's auxiliary loss [b] added; the number of tokens; and for reporting, float64 [2 + b], the sum without
-    auxiliary loss, the number, and the sums of the rows."""
+def token_loss(
+    loss_mask: Tensor, auxiliary: Tensor | None, output: TokenLosses
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is differentiated: the total of the tokens with `loss_mask` [b, s], each with its row's auxiliary
+    loss [b] added; the number of tokens; and for reporting, float64 [2 + b], the sum of the cross-entropies
+    alone, the number, and the sums of the rows."""
     count = loss_mask.sum()
-    counted = losses.float() * loss_mask
-    total = counted.sum()
-    reported = torch.cat((torch.stack((total.detach(), count)), counted.detach().sum(1))).double()
+    counted = output.losses.float() * loss_mask
+    total = output.total
+    reported = torch.cat((torch.stack((counted.sum(), count)), counted.sum(1))).double()
     if auxiliary is not None:
         total = total + (auxiliary * loss_mask.sum(1)).sum()
     return total, count.to(torch.int), reported
@@ -137,7 +154,9 @@ def mean_loss(losses: list[Tensor]) -> tuple[float, int]:
         if losses
         else torch.zeros(2, dtype=torch.float64, device=device_of_rank())
     )
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    if group.size() > 1:
+        dist.all_reduce(total, group=group)
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         dist.broadcast(total, last, group=parallel_state.get_pipeline_model_parallel_group())

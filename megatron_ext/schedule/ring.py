@@ -4,7 +4,7 @@ rank's stage."""
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from megatron.core.transformer.module import MegatronModule
@@ -40,11 +40,11 @@ class Finished(NamedTuple):
 class Passage(Protocol[Visited]):
     """What a stage does with its micro-batches."""
 
-    def forward(self, micro_batch: Visited, call: StageCall) -> tuple[Tensor, PolicyReport]:
-        """The model, for one visit."""
+    def forward(self, micro_batch: Visited, call: StageCall) -> tuple[Any, PolicyReport]:
+        """The model, for one visit: what the next visit gets, or what `finish` takes."""
         ...
 
-    def finish(self, micro_batch: Visited, output: Tensor, report: PolicyReport) -> Finished:
+    def finish(self, micro_batch: Visited, output: Any, report: PolicyReport) -> Finished:
         """Of a micro-batch that leaves the model."""
         ...
 

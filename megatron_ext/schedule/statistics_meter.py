@@ -10,7 +10,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
-from lckv.policies.base import KVPolicy, statistics_by_name
+from lckv.pass_errors import Reporter
+from lckv.policies.base import statistics_by_name
 from megatron_ext.model.policy_statistics import PolicyReport
 from megatron_ext.parallel.process_groups import device_of_rank
 
@@ -27,7 +28,7 @@ class PolicyMeans:
     """What a policy did in some micro-batches of all ranks; the same on every rank."""
 
     layers: tuple[int, ...]
-    """Layers that compute keys and values, ascending."""
+    """Layers that report, ascending."""
 
     means: Mapping[str, Tensor]
     """Mean over rows of each statistic by its name, float64 [layers, KV heads of the model], on the CPU."""
@@ -35,9 +36,9 @@ class PolicyMeans:
     auxiliary_loss: float
     """Mean over rows of the policy's loss."""
 
-    def report(self, policy: KVPolicy, progress: float | None) -> dict[str, float]:
-        """The numbers that `policy` makes of it; `progress` as in `KVPolicy.report`."""
-        return policy.report(tuple(self.means.values()), self.auxiliary_loss, progress)
+    def report(self, reporter: Reporter, progress: float | None) -> dict[str, float]:
+        """The numbers that `reporter` makes of it; `progress` as in `KVPolicy.report`."""
+        return reporter.report(tuple(self.means.values()), self.auxiliary_loss, progress)
 
     def by_head(self) -> dict[str, float]:
         """Every mean as NAME/layer_0/head_0."""
@@ -69,8 +70,8 @@ class StatisticsMeter:
 
     def __init__(self, model: MegatronModule) -> None:
         decoder = get_attr_wrapped_model(model, "decoder")
-        self._policy: KVPolicy = decoder.statistics.policy
-        self._layers: tuple[int, ...] = decoder.layer_types.kv_layers
+        self._reporter: Reporter = decoder.statistics.reporter
+        self._layers: tuple[int, ...] = decoder.statistics.layers
         self._heads: int = decoder.config.num_query_groups
         self._mine: slice = decoder.statistics.local_heads()
         self._sums: dict[int, Tensor] = {}
@@ -90,7 +91,7 @@ class StatisticsMeter:
 
     def total(self) -> PolicyMeans | None:
         """Collective over all ranks; None for a policy without statistics."""
-        count = len(self._policy.statistics)
+        count = len(self._reporter.statistics)
         if not count:
             return None
         # for each statistic, layer and head: sum and number of rows; then sum and number of the loss
@@ -111,5 +112,5 @@ class StatisticsMeter:
             table[:, -1] = self._loss
         dist.all_reduce(table)
         means = (table[0] / table[1].clamp(min=1)).cpu()
-        named = statistics_by_name(self._policy, means[:-1].view(shape).unbind())
+        named = statistics_by_name(self._reporter, means[:-1].view(shape).unbind())
         return PolicyMeans(self._layers, named, means[-1].item())

@@ -10,7 +10,7 @@ from megatron_ext.config import RunConfig
 from megatron_ext.data.order import SourceUse
 from megatron_ext.model.cost import policy_line
 from megatron_ext.model.offload_share import OffloadShare
-from megatron_ext.summary.sizes import RunSizes
+from megatron_ext.summary.sizes import RunSizes, forward_passes_of
 
 _INDENT = " " * 22
 _SHOWN_SOURCES = 10
@@ -49,14 +49,22 @@ def cost_lines(sizes: RunSizes) -> Iterator[str]:
     """Operations of a training step, and the steps of the plan where layers are iterated."""
     compression, cost, passes = sizes.run.compression, sizes.cost, ""
     if sizes.layer_types.any_cyclic:
+        numbers, schedule = forward_passes_of(sizes.run), sizes.run.train.forward_passes_schedule
+        without = f"{numbers[0]} to {numbers[-1]} ({schedule})" if len(numbers) > 1 else f"{numbers[0]}"
+        guess = ", from a learned first guess" if compression.first_guess else ""
         passes = (
-            f" ({compression.forward_passes} passes without and {compression.backward_passes} with gradient "
-            "over each cyclic group)"
+            f" ({without} passes without and {compression.backward_passes} with gradient over each cyclic "
+            f"group{guess})"
         )
     yield f"predicted cost        {cost.ratio:.2f}x a plain model's step{passes}"
     if sizes.layer_types.any_cyclic:
         steps = list_steps(compression.plan(sizes.shape.num_layers))
         yield from (f"{_INDENT if number else 'steps'.ljust(22)}{step}" for number, step in enumerate(steps))
+    all_passes = ", with all passes" if passes else ""
+    yield (
+        f"predicted prompt      {sizes.prompt.ratio:.2f}x a plain model's of {sizes.shape.seq_length:,} "
+        f"tokens{all_passes}"
+    )
     yield (
         f"FLOPs per token       {cost.model_flops:.3e} by the method, {cost.hardware_flops:.3e} with "
         "recomputation"

@@ -1,8 +1,8 @@
 """The sizes of a run, computed from its settings. Neither torch nor Megatron is loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from lckv.cost import ModelShape, TrainingCost, kv_bytes_per_token, training_cost
+from lckv.cost import ModelShape, PromptCost, TrainingCost, kv_bytes_per_token, prompt_cost, training_cost
 from lckv.sharing.layer_types import LayerTypes
 from megatron_ext.config import RunConfig
 from megatron_ext.model.placement import place
@@ -58,6 +58,11 @@ class RunSizes:
         """Of a training step."""
         return cost_of(self.run, self.shape)
 
+    @property
+    def prompt(self) -> PromptCost:
+        """Of a prompt as long as a training sequence."""
+        return prompt_cost(self.shape, self.run.compression)
+
 
 def recomputed_layers(run: RunConfig) -> int:
     """Layers, over all stages, whose forward runs again in backward."""
@@ -69,6 +74,21 @@ def recomputed_layers(run: RunConfig) -> int:
 
 
 def cost_of(run: RunConfig, shape: ModelShape) -> TrainingCost:
-    """Predicted FLOPs per token of a training step. Recomputation counts where whole layers are recomputed;
-    that of selective recompute and of a loss in chunks is left out."""
-    return training_cost(shape, run.compression, recomputed_layers=recomputed_layers(run))
+    """Predicted FLOPs per token of a training step, or their mean where steps differ. Recomputation counts
+    where whole layers are recomputed; that of selective recompute and of a loss in chunks is left out."""
+    layers = recomputed_layers(run)
+    costs = [
+        training_cost(shape, replace(run.compression, forward_passes=passes), recomputed_layers=layers)
+        for passes in forward_passes_of(run)
+    ]
+    model, hardware = (
+        sum(getattr(cost, name) for cost in costs) / len(costs) for name in ("model_flops", "hardware_flops")
+    )
+    return TrainingCost(model, hardware, costs[0].plain_flops)
+
+
+def forward_passes_of(run: RunConfig) -> range:
+    """The numbers of passes without gradient of a run's steps, of which each is equally frequent."""
+    most = run.compression.forward_passes
+    constant = run.train.forward_passes_schedule == "constant"
+    return range(most if constant else run.train.least_forward_passes, most + 1)

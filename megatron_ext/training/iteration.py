@@ -28,6 +28,7 @@ from megatron_ext.signals import Interrupted
 from megatron_ext.training.around_steps import Around, around_steps
 from megatron_ext.training.continuation import ORDER_KEY
 from megatron_ext.training.measured import MEASURED_KEY, Measurements
+from megatron_ext.training.passes import passes_of_step
 from megatron_ext.training.report import Report
 from megatron_ext.training.signs_of_life import Beat, signs_of_life
 from megatron_ext.training.step import require_finite, train_step
@@ -142,6 +143,7 @@ def _train(
                     training.make_batch,
                     run.train,
                     progress=position.progress(run.train),
+                    forward_passes=passes_of_step(run.compression, run.train, position.iteration),
                 )
             position = position.after_step(run.train.global_batch_size, run.train.seq_length)
             if saving is not None and saving.in_flight:

@@ -15,6 +15,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
+from lckv.pass_errors import reporter_of
 from lckv.precision import exact_products
 from megatron_ext.checkpointing.load import load_checkpoint
 from megatron_ext.command_line import config_to_dict
@@ -97,7 +98,7 @@ def _train(run: RunConfig, start: Start, vocab_size: int, eod: int | None) -> Po
             reach=run.compression.policy.traits.reach,
         ),
         {**config_to_dict(run), **defining},
-        Measurements(run.compression.policy.build(), progress),
+        Measurements(reporter_of(run.compression), progress),
     )
     write_settings(run)
     padded = padded_vocab_size(vocab_size, run.model, run.parallel)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lckv.policies.base import KVPolicy
+from lckv.pass_errors import Reporter
 from megatron_ext.evaluation.loss import Evaluation
 from megatron_ext.schedule.statistics_meter import PolicyMeans
 from megatron_ext.training.step import StepResult
@@ -19,9 +19,9 @@ slot)."""
 class Measurements:
     """The newest numbers of training and of validation."""
 
-    def __init__(self, policy: KVPolicy, before: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, reporter: Reporter, before: Mapping[str, Any] | None = None) -> None:
         """`before`: progress of the checkpoint that the run goes on from."""
-        self._policy = policy
+        self._reporter = reporter
         self._evaluation: dict[str, Any] | None = (before or {}).get(MEASURED_KEY, {}).get("validation")
         self._step: tuple[int, StepResult] | None = None
 
@@ -42,6 +42,6 @@ class Measurements:
         return {name: values for name, values in facts.items() if values is not None}
 
     def _facts(self, iteration: int, loss: float, means: PolicyMeans | None) -> dict[str, Any]:
-        reported = {} if means is None else means.report(self._policy, None)
+        reported = {} if means is None else means.report(self._reporter, None)
         finite = {name: value for name, value in {"loss": loss, **reported}.items() if math.isfinite(value)}
         return {"iteration": iteration, **finite}

@@ -42,7 +42,28 @@ def build_optimizer(
         overlap_cpu_optimizer_d2h_h2d=optimizer.overlap_cpu_optimizer_d2h_h2d,
     )
     built = get_megatron_optimizer(config, [model])
+    _fuse_on_cpu(built)
     return built, _scheduler(built, optimizer, train)
+
+
+def _fuse_on_cpu(built: MegatronOptimizer) -> None:
+    """Lets torch's AdamW, which Megatron takes where there is no CUDA, update each parameter in one pass over
+    its numbers. It is told so only while it steps: the settings that checkpoints keep are those of any other
+    machine.
+    """
+    for part in getattr(built, "chained_optimizers", [built]):
+        adam = part.optimizer
+        on_cpu = isinstance(adam, torch.optim.AdamW) and all(
+            parameter.device.type == "cpu" for group in adam.param_groups for parameter in group["params"]
+        )
+        if on_cpu:
+            adam.register_step_pre_hook(lambda stepping, *_: _set_fused(stepping, True))
+            adam.register_step_post_hook(lambda stepping, *_: _set_fused(stepping, None))
+
+
+def _set_fused(adam: torch.optim.Optimizer, fused: bool | None) -> None:
+    for group in adam.param_groups:
+        group["fused"] = fused
 
 
 def _scheduler(

@@ -31,10 +31,11 @@ _SHOWN: dict[str, Callable[[float], str]] = {
     "grad_norm": lambda value: f"gradient norm {value:.3f}",
     "tokens_per_second": lambda value: f"{si(value)} tokens/s",
     "mfu": lambda value: f"MFU {100 * value:.1f} %",
-    "memory_bytes": lambda value: f"memory {value / 2**30:.2f} GiB",
+    "current_memory_bytes": lambda value: f"memory {value / 2**30:.2f} GiB",
+    "peak_memory_bytes": lambda value: f"peak {value / 2**30:.2f} GiB",
     "save_stall_seconds": lambda value: f"stood still for saves {value:.2f} s",
 }
-_IN_BAR = ("lm_loss", "tokens_per_second", "mfu", "memory_bytes")
+_IN_BAR = ("lm_loss", "tokens_per_second", "mfu", "current_memory_bytes", "peak_memory_bytes")
 
 
 def step_line(values: Mapping[str, Value], names: tuple[str, ...] = tuple(_SHOWN)) -> str:

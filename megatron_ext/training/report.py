@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from lckv.cost import ModelShape
+from lckv.pass_errors import reporter_of
 from megatron_ext.command_line import config_to_dict
 from megatron_ext.config import LoggingConfig, RunConfig
 from megatron_ext.data.order import SourceUse
@@ -24,7 +25,7 @@ from megatron_ext.training.metrics import MetricsWriter, Value, reports_lack_val
 from megatron_ext.training.progress import Progress
 from megatron_ext.training.step import StepResult
 from megatron_ext.training.summary import describe
-from megatron_ext.training.throughput import Throughput, memory_in_use
+from megatron_ext.training.throughput import Throughput, memory
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class Report:
         self, run: RunConfig, throughput: Throughput, writer: MetricsWriter | None, progress: Progress | None
     ) -> None:
         self._run, self._throughput, self._writer, self._progress = run, throughput, writer, progress
-        self._policy = run.compression.policy.build()
+        self._reporter = reporter_of(run.compression)
         self._iterations = 0
         self._since = time.perf_counter()
         self._stalled = 0.0
@@ -55,7 +56,7 @@ class Report:
             "consumed_samples": consumed_samples,
             "consumed_tokens": consumed_tokens,
             "iteration_seconds": seconds / self._iterations,
-            "memory_bytes": memory_in_use(),
+            **memory(),
             **self._throughput.metrics(tokens, seconds),
             **self._of_policy(result.policy, iteration),
         }
@@ -74,7 +75,7 @@ class Report:
             "consumed_tokens": consumed_tokens,
         }
         if evaluation.policy is not None:
-            reported = evaluation.policy.report(self._policy, None)
+            reported = evaluation.policy.report(self._reporter, None)
             values |= {f"validation_{name}": value for name, value in reported.items()}
         self._write(iteration, values)
         self.restart_clock()
@@ -84,7 +85,7 @@ class Report:
         if means is None:
             return {}
         before = (iteration - 1) / self._run.train.train_iters
-        return {**means.report(self._policy, before), **means.by_head()}
+        return {**means.report(self._reporter, before), **means.by_head()}
 
     def stood_still(self, seconds: float) -> None:
         """The run has waited for a save: that is reported, and is no time of training."""

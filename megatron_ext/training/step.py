@@ -51,11 +51,13 @@ def train_step(
     train: TrainConfig,
     *,
     progress: float,
+    forward_passes: int | None = None,
 ) -> StepResult:
     """Forward and backward of the global batch's micro-batches on this rank, gradient reduction, and the
     update.
 
-    `progress` is the share of the run that is done before this step, 0 .. 1.
+    `progress` is the share of the run that is done before this step, 0 .. 1; `forward_passes` is m of this
+    step, None: that of the configuration.
     """
     model.zero_grad_buffer()
     optimizer.zero_grad()
@@ -64,7 +66,16 @@ def train_step(
     read = _noting_numbers(samples, numbers)
     if model.ddp_config.align_param_gather:
         model.start_param_sync()
-    losses = run_schedule(model, read, make_batch, train, meter, progress=progress, forward_only=False)
+    losses = run_schedule(
+        model,
+        read,
+        make_batch,
+        train,
+        meter,
+        progress=progress,
+        forward_only=False,
+        forward_passes=forward_passes,
+    )
     learning_rate = optimizer.param_groups[0]["lr"]
     _, grad_norm, _ = optimizer.step()
     scheduler.step(increment=1)

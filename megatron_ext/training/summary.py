@@ -4,9 +4,11 @@ from collections.abc import Iterator
 
 import torch
 
-from lckv.losses.backends import choose as choose_loss
+from lckv.pass_errors import reporter_of
 from megatron_ext.model.attention_backend import choose_backend
 from megatron_ext.model.implementation import choose_implementation
+from megatron_ext.model.loss_backend import choose_loss
+from megatron_ext.model.operators import choose_operators
 from megatron_ext.model.transformer_config import device_peak_tflops
 from megatron_ext.precision import precision
 from megatron_ext.summary.lines import cost_lines, host_lines, layout_lines, model_lines, picture
@@ -17,7 +19,7 @@ def describe(sizes: RunSizes, device: torch.device) -> Iterator[str]:
     """The run's summary, a line each."""
     yield picture(sizes)
     yield from model_lines(sizes)
-    for statistic in sizes.run.compression.policy.build().statistics:
+    for statistic in reporter_of(sizes.run.compression).statistics:
         yield f"reported as           {statistic.name}/layer_I/head_J: {statistic.text}"
     yield from cost_lines(sizes)
     yield from layout_lines(sizes)
@@ -27,8 +29,13 @@ def describe(sizes: RunSizes, device: torch.device) -> Iterator[str]:
     attention = choose_backend(
         model.attention_backend, device=device, dtype=dtype, head_dim=sizes.shape.head_dim
     )
-    loss = choose_loss(model.cross_entropy_backend, chunk_size=model.cross_entropy_chunk_size)
+    loss = choose_loss(model, sizes.run.parallel, sizes.run.train.precision, device=device)
     layers = choose_implementation(model.transformer_impl, sizes.run.train.precision)
     yield f"attention             {attention.name} ({attention.reason})"
     yield f"layers                {layers.name} ({layers.reason})"
+    operators = choose_operators(model, sizes.run.parallel, device=device)
+    if layers.name == "local":
+        yield f"RMSNorm               {operators.rms_norm.name} ({operators.rms_norm.reason})"
+    yield f"SwiGLU                {operators.swiglu.name} ({operators.swiglu.reason})"
+    yield f"RoPE                  {operators.rope.name} ({operators.rope.reason})"
     yield f"loss                  {loss.name} ({loss.reason})"

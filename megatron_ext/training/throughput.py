@@ -12,15 +12,19 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 
-def memory_in_use() -> int:
-    """Largest memory so far, in bytes: allocated on this process's CUDA device,
-    or resident in this process without CUDA."""
+def memory() -> dict[str, int]:
+    """Bytes allocated on this process's CUDA device, or resident in this process without CUDA: now, and the
+    most since the process began, under the names that reports have them by."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return _peak_resident_bytes()
+        peak, current = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+    else:
+        current = psutil.Process().memory_info().rss
+        peak = max(_peak_resident_bytes(), current)  # the kernel counts its peak now and then only
+    return {"peak_memory_bytes": peak, "current_memory_bytes": current}
 
 
 def _peak_resident_bytes() -> int:

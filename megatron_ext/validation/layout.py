@@ -11,6 +11,7 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.model.placement import Placement, place
 from megatron_ext.precision import Precision, precision
 from megatron_ext.validation.context import context_problems
+from megatron_ext.validation.passes import pass_problems
 from megatron_ext.validation.policy import policy_problems
 from megatron_ext.validation.rules import above_zero, at_least, fraction, multiple
 
@@ -30,6 +31,7 @@ def layout_problems(run: RunConfig) -> list[str]:
         *tensor_parallel_problems(run.model, run.parallel, run.train),
         *pipeline_problems(run),
         *context_problems(run),
+        *pass_problems(run),
     ]
 
 
@@ -55,8 +57,7 @@ def model_problems(model: ModelConfig) -> Iterator[str]:
         "num_query_groups", "kv_channels", "vocab_size", "make_vocab_size_divisible_by",
         "max_position_embeddings",
     )  # fmt: skip
-    yield from at_least("model", model, 0, "cross_entropy_chunk_size")
-    yield from _loss_problems(model)
+    yield from at_least("model", model, 0, "cross_entropy_chunk_size", "cross_entropy_z_loss")
     yield from above_zero("model", model, "rotary_base", "layernorm_epsilon", "init_method_std")
     yield from fraction("model", model, "attention_dropout", "hidden_dropout")
     heads = model.num_attention_heads
@@ -69,17 +70,6 @@ def model_problems(model: ModelConfig) -> Iterator[str]:
         way_out = "every key/value head serves equally many query heads"
         groups = model.num_query_groups
         yield from multiple("model.num_attention_heads", heads, "model.num_query_groups", groups, way_out)
-
-
-def _loss_problems(model: ModelConfig) -> Iterator[str]:
-    """A backend of the loss and a size of chunks that contradict each other."""
-    backend, size = model.cross_entropy_backend, model.cross_entropy_chunk_size
-    if (backend == "whole" and size > 0) or (backend == "chunked" and size == 0):
-        required = "0" if backend == "whole" else "at least 1"
-        yield (
-            f"model.cross_entropy_backend is {backend} and model.cross_entropy_chunk_size is {size}; with "
-            f"this backend the latter must be {required}: change one of them, or leave the former out."
-        )
 
 
 def rope_problems(model: ModelConfig) -> Iterator[str]:

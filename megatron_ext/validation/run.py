@@ -256,6 +256,10 @@ def _optional_packages(run: RunConfig) -> Iterator[str]:
         model.kv_channels or model.num_attention_heads > 0
     ):
         yield from _refusal_of_flash(run)
+    if model.operator_backend == "triton" and model.num_attention_heads > 0:
+        yield from _refusal_of_operators(run)
+    if model.cross_entropy_backend not in ("auto", "chunked"):
+        yield from _refusal_of_loss(run)
 
 
 # Torch and Megatron are imported below only: whoever asks for none of this gets the answer in milliseconds.
@@ -266,6 +270,24 @@ def _refusal_of_transformer_engine(precision: str) -> Iterator[str]:
 
     try:
         choose_implementation("transformer_engine", precision)
+    except ConfigError as error:
+        yield str(error)
+
+
+def _refusal_of_loss(run: RunConfig) -> Iterator[str]:
+    from megatron_ext.model.loss_backend import choose_loss
+
+    try:
+        choose_loss(run.model, run.parallel, run.train.precision)
+    except ConfigError as error:
+        yield str(error)
+
+
+def _refusal_of_operators(run: RunConfig) -> Iterator[str]:
+    from megatron_ext.model.operators import choose_operators
+
+    try:
+        choose_operators(run.model, run.parallel)
     except ConfigError as error:
         yield str(error)
 

@@ -23,6 +23,7 @@ from checkpoints_conversion.convert import hf_to_megatron, legacy_to_megatron, m
 from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.formats.megatron import MegatronCheckpoint, write_checkpoint
 from checkpoints_conversion.megatron_logits import write_logits
+from checkpoints_conversion.places import NO_TOKENIZER
 from checkpoints_conversion.verify import ProofError
 from lckv.errors import ModelError
 from lckv.weights.tensors import MemorySource, TensorSource
@@ -462,7 +463,7 @@ def test_an_origin_that_was_moved(
         export("gone")
     assert export("found", tmp_path / "moved" / "tokenizer.json") == "True True"
     assert f"{copy}, from which the model comes, is not there any more" in caplog.text
-    assert export("without", convert.NO_TOKENIZER) == "True False"
+    assert export("without", NO_TOKENIZER) == "True False"
 
 
 def test_a_legacy_checkpoint(tmp_path: Path, llama: Path) -> None:

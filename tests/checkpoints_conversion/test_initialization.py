@@ -54,6 +54,21 @@ def split(fused: Tensor, model: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
     return heads[:, :-2].flatten(0, 2), heads[:, -2].flatten(0, 1), heads[:, -1].flatten(0, 1)
 
 
+def test_a_first_guess_is_added_as_zeros_and_left_out_again() -> None:
+    plain = description_of(MODEL)
+    weights = random_weights(plain)
+    guessing = replace(LCKV, first_guess=True)
+    source, description, _ = initialize(MemorySource(weights), plain, guessing, "copy")
+    check_tensors(source.infos(), description.expected_tensors(), "the converted model")
+    name = "decoder.layers.2.self_attention.linear_first_guess.weight"
+    assert [key for key in source.infos() if "guess" in key] == [name]
+    assert torch.equal(source.read(name), torch.zeros(8, 6))
+    assert source.read(name, slice(1, 4)).shape == (3, 6)
+    without, description, how = initialize(source, description, LCKV, "copy")
+    assert how is None
+    check_tensors(without.infos(), description.expected_tensors(), "the model without it")
+
+
 @dataclass
 class Watched:
     """Remembers the most rows read at once."""

@@ -67,6 +67,20 @@ def test_tensors_are_those_of_the_layers() -> None:
     assert subset.read("decoder.final_layernorm.weight").tolist() == [1.0] * 3
 
 
+@given(maps_and_layers())
+def test_a_model_with_a_first_guess_can_be_cut(case: tuple[str, set[int]]) -> None:
+    text, wanted = case
+    before = LayerTypes.parse(text, text.count("_") + 1)
+    if not before.any_cyclic:
+        return
+    whole = description(text, first_guess=True)
+    layers = with_sources(before, wanted, first_guess=True)
+    cut = cut_description(whole, layers)
+    names = whole.expected_tensors()
+    subset = LayerSubset(MemorySource({name: torch.zeros(1) for name in names}), layers)
+    assert set(cut.expected_tensors()) == set(subset.infos())
+
+
 def test_a_window_goes_with_the_last_layer_that_has_it() -> None:
     whole = description("0s_1_1", sliding_window=4)
     assert cut_description(whole, (0, 1)).compression.sliding_window == 4

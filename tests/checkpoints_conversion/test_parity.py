@@ -113,6 +113,11 @@ CASES |= {
                   "original_max_position_embeddings": 16}},
         layouts=((1, 1), (2, 2)),
     ),
+    "guess": Case(
+        "lckv-llama", GQA,
+        settings={"compression": {"layer_types": "0_2_2_3", "first_guess": True, "forward_passes": 1}},
+        layouts=((1, 1), (2, 1)),
+    ),
     "longrope": Case("llama", GQA, settings={"rope_parameters": LONGROPE}, layouts=((1, 1),)),
     "dynamic": Case(
         "qwen3", GQA, settings={"rope_parameters": DYNAMIC, "max_position_embeddings": 16},

@@ -56,6 +56,8 @@ def called(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     for name in ("hf_to_megatron", "megatron_to_hf", "legacy_to_megatron"):
         monkeypatch.setattr(convert, name, note)
+    for name in ("check_free", "check_huggingface", "check_export", "check_legacy"):
+        monkeypatch.setattr(program, name, lambda *places: None)
     return found
 
 
@@ -144,6 +146,7 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         raise KeyboardInterrupt
 
     monkeypatch.setattr(convert, "megatron_to_hf", stopped)
+    monkeypatch.setattr(program, "check_export", lambda *places: None)
     assert program.main(["megatron-to-hf", "--megatron-path", "a", "--hf-path", "b"]) == 130
     assert "stopped by SIGINT; nothing was written" in capsys.readouterr().err
 

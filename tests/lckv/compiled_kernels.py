@@ -21,14 +21,17 @@ from triton.backends.compiler import GPUTarget
 
 from lckv.attention import pages
 from lckv.attention.kernels import paged
+from lckv.kernels import rope
 from lckv.policies.dmc.kernels import pooling
 from lckv.policies.dmc.pooling import LARGEST_KERNEL_WINDOW
+from lckv.rope import Rotation, rotate
 
 TARGETS = (80, 90)
 """Compute capabilities: A100 and H100."""
 LAUNCHED = {
     pooling: ("_forward", "_backward_features", "_backward_normalisation", "_backward_decisions"),
     paged: ("_attend_chunk", "_merge"),
+    rope: ("_turn",),
 }
 """The kernels that are launched; the other functions for Triton are called by them."""
 
@@ -133,13 +136,37 @@ class Paged:
             )
 
 
-CASES: tuple[Pool | Paged, ...] = (
+@dataclass(frozen=True)
+class Rope:
+    """`heads` heads of `channels`, a part of what a projection makes; `last`: with the channel of DMC."""
+
+    dtype: torch.dtype
+    channels: int
+    heads: int
+    last: bool = False
+
+    module = rope
+
+    def launch(self) -> None:
+        """Forward and backward."""
+        angles = Rotation(*torch.zeros(2, 16, 2, 1, self.channels // 2))
+        projected = torch.zeros(16, 2, self.heads, 3 * self.channels, dtype=self.dtype, requires_grad=True)
+        last = torch.zeros(16, 2, self.heads, dtype=self.dtype, requires_grad=True) if self.last else None
+        turned = rotate(projected[..., : self.channels], angles, last=last, kernel=rope.turned)
+        turned.sum().backward()
+
+
+CASES: tuple[Pool | Paged | Rope, ...] = (
     Pool(torch.bfloat16, 128, 12),
     Pool(torch.float32, 256, LARGEST_KERNEL_WINDOW),
     Paged(torch.bfloat16, 128, 1, window=True),
     Paged(torch.bfloat16, 256, 32),
     Paged(torch.float16, 80, 8, page_size=1, window=True),
     Paged(torch.float32, 256, 32),
+    Rope(torch.bfloat16, 128, 32),
+    Rope(torch.bfloat16, 128, 1, last=True),
+    Rope(torch.float16, 80, 3),
+    Rope(torch.float32, 256, 64, last=True),
 )
 """Every kernel, each dtype, the sizes of known models, and the largest that are launched."""
 

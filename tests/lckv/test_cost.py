@@ -6,7 +6,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lckv.config import CompressionConfig
-from lckv.cost import ModelShape, average_keys, kv_bytes_per_token, layer_costs, training_cost
+from lckv.cost import ModelShape, average_keys, kv_bytes_per_token, layer_costs, prompt_cost, training_cost
+from lckv.models.cache import LCKVCache
+from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
+from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
+from lckv.sharing.early_exit import Results
 from lckv.sharing.layer_types import LayerTypes
 from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_ext.model.build import build_stage
@@ -34,9 +38,12 @@ MAPS = [
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("layer_types", MAPS)
+@pytest.mark.parametrize("layer_types", [*MAPS, "0_4_4_4_4_5 guess"])
 def test_counted_operations(layer_types: str, recompute: str) -> None:
-    compression = CompressionConfig(layer_types=layer_types, forward_passes=3, backward_passes=2)
+    layer_types, _, guess = layer_types.partition(" ")
+    compression = CompressionConfig(
+        layer_types=layer_types, forward_passes=3, backward_passes=2, first_guess=bool(guess)
+    )
     (counted,) = run_on_ranks(1, counted_flops_per_token, compression, recompute)
     cost = training_cost(SHAPE, compression, recomputed_layers=6 if recompute == "full" else 0)
     # the counter does not know PyTorch's attention on CPU: leave attention out on both sides
@@ -46,13 +53,57 @@ def test_counted_operations(layer_types: str, recompute: str) -> None:
 
 
 def training_cost_without_attention(compression: CompressionConfig, recomputed_layers: int) -> float:
-    """The FLOPs that the cost model gives where queries see no keys (a window of 1 that excludes the query's
-    own position)."""
+    """The FLOPs that the cost model gives where queries see no keys."""
+    return training_cost(SHAPE, blinded(compression), recomputed_layers=recomputed_layers).hardware_flops
+
+
+def blinded(compression: CompressionConfig) -> CompressionConfig:
+    """The same with a window of 1 that excludes the query's own position."""
     blind = "_".join(f"{layer.source}s" for layer in compression.map(6))
     settings = {**vars(compression), "layer_types": blind, "sliding_window": 1, "force_nodiag": True}
-    return training_cost(
-        SHAPE, CompressionConfig(**settings), recomputed_layers=recomputed_layers
-    ).hardware_flops
+    return CompressionConfig(**settings)
+
+
+@pytest.mark.parametrize("results", Results)
+@pytest.mark.parametrize("layer_types", MAPS)
+def test_counted_operations_of_prompts(layer_types: str, results: Results) -> None:
+    """The counter does not know attention on CPU: it is left out on both sides."""
+    compression = CompressionConfig(layer_types=layer_types, forward_passes=2, backward_passes=2)
+    config = LCKVLlamaConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=96,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        compression={"layer_types": layer_types, "forward_passes": 2, "backward_passes": 2},
+    )
+    model, tokens = LCKVLlamaForCausalLM(config).eval(), torch.ones(1, 16, dtype=torch.int64)
+    places = {Results.ALL: None, Results.SOME: torch.tensor([[15]]), Results.NONE: torch.empty(1, 0).long()}
+    cache = LCKVCache(config).slots
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        output = model.model.run(model.model.embed_tokens(tokens), cache, wanted=places[results])
+        model.lm_head(output.last_hidden_state[:, -1:])
+    assert counter.get_total_flops() == prompt_cost(SHAPE, blinded(compression), results=results).flops
+    seeing = prompt_cost(SHAPE, compression, results=results)
+    assert seeing.flops > counter.get_total_flops()
+    fewer = prompt_cost(SHAPE, compression, passes=2, results=results)
+    assert (fewer.flops < seeing.flops) == compression.map(6).any_cyclic
+
+
+def test_a_prompt_of_a_map_whose_upper_half_computes_no_keys_costs_about_half() -> None:
+    shape = ModelShape(32, 2048, 5632, 16, 4, 128, vocab_size=32000, seq_length=2048)
+    lower = "_".join(map(str, range(16)))
+    assert prompt_cost(shape, CompressionConfig(layer_types=f"{lower}{'_15' * 16}")).ratio < 0.5
+    assert prompt_cost(shape, CompressionConfig()).ratio == 1.0
+    plain, whole = (
+        prompt_cost(shape, CompressionConfig(), results=one).flops for one in (Results.SOME, Results.ALL)
+    )
+    assert 30.9 / 32 < plain / whole < 31.5 / 32
+    # The newest token sees all keys, where the average one sees half of them.
+    costs = layer_costs(SHAPE, CompressionConfig(layer_types="0s_1s_3_3_4_5", sliding_window=5))
+    seen = [cost.newest_attention / (4 * 32) for cost in costs]
+    assert seen == [5, 5, 15, 16, 16, 16]
 
 
 def counted_flops_per_token(compression: CompressionConfig, recompute: str) -> float:
@@ -61,8 +112,9 @@ def counted_flops_per_token(compression: CompressionConfig, recompute: str) -> f
     stage = build_stage(MODEL, compression, ParallelConfig(), train, vocab_size=40)
     tokens = torch.randint(0, 40, (2, 16))
     with FlopCounterMode(display=False) as counter:
-        losses, _ = stage(tokens, torch.arange(16).expand(2, -1), tokens)
-        losses.mean().backward()
+        losses, report = stage(tokens, torch.arange(16).expand(2, -1), tokens)
+        auxiliary = 0.0 if report.auxiliary_loss is None else report.auxiliary_loss.mean()
+        (losses.total + auxiliary).backward()
     return counter.get_total_flops() / tokens.numel()
 
 

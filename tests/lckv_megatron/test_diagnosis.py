@@ -41,7 +41,7 @@ def test_program_says_that_training_can_run_here() -> None:
     assert report["paths"]["attention"]["choice"] == "sdpa"
     assert "FlashAttention 3 needs CUDA" in report["paths"]["attention"]["reason"]
     assert report["paths"]["layers"]["choice"] == "local"
-    assert set(report["paths"]) >= {"norm", "optimizer adam", "cross-entropy"}
+    assert set(report["paths"]) >= {"RMSNorm", "SwiGLU", "RoPE", "optimizer adam", "cross-entropy"}
 
 
 @pytest.mark.parametrize(("prevents", "status"), [(True, 1), (False, 0)])

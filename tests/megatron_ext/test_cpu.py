@@ -130,3 +130,19 @@ def test_a_device_context_still_reaches_the_factories() -> None:
         "assert {tensor.device.type for tensor in made} == {'meta'}, made"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_gradients_are_clipped_in_place_with_the_same_numbers() -> None:
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.utils import local_multi_tensor_scale
+
+    flag, gradients = torch.zeros(1, dtype=torch.int), [torch.randn(5, 3), torch.randn(7)]
+    expected = [gradient.clone() for gradient in gradients]
+    local_multi_tensor_scale(1, flag, [expected, expected], 0.37)
+    with torch.profiler.profile() as profile:
+        clip_grads.multi_tensor_scale_impl(1, flag, [gradients, gradients], 0.37)
+    assert all(map(torch.equal, gradients, expected))
+    assert "aten::_foreach_mul_" in {event.key for event in profile.key_averages()}
+    others = [torch.zeros_like(gradient) for gradient in gradients]
+    clip_grads.multi_tensor_scale_impl(1, flag, [gradients, others], 2.0)
+    assert all(torch.equal(other, 2 * gradient) for other, gradient in zip(others, gradients, strict=True))

@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_ext.config import OptimizerConfig
-from megatron_ext.mcore import load_in_parallel, name_argument, save_in_parallel, start_precision_aware_state
+from megatron_ext.mcore import name_argument, start_precision_aware_state
 from megatron_ext.model.attention import SharedKVAttention
 from megatron_ext.model.build import build_stage
 from megatron_ext.parallel.process_groups import initialize
@@ -51,56 +49,6 @@ def test_layers_have_megatrons_mlp_without_a_remark() -> None:
     ((are_mlps, messages),) = run_on_ranks(1, _build_layers)
     assert are_mlps == [True] * 4
     assert messages == []
-
-
-NAMES = ("a", "b", "c", "d")
-
-
-def _copies(values: dict[str, float]) -> dict[str, ShardedTensor]:
-    """Tensors of which every rank has a copy, owned by rank 0."""
-    rank = dist.get_rank()
-    tensors = {name: torch.full((2, 3), value) for name, value in values.items()}
-    return {
-        name: ShardedTensor.from_rank_offsets(name, tensor, replica_id=rank)
-        for name, tensor in tensors.items()
-    }
-
-
-def _save_shares(checkpoint: Path) -> list[str]:
-    initialize(tiny_run().parallel, seed=1)
-    calls: list[tuple[dict[str, Any], Path]] = []
-    save = lambda state, path: calls.append((state, path))  # noqa: E731 - a recorder
-    save_in_parallel(save, _copies(dict.fromkeys(NAMES, 0.0)), checkpoint, dist.group.WORLD)
-    ((state, path),) = calls
-    assert path == checkpoint
-    return [name for name, entry in state.items() if entry.replica_id == 0]
-
-
-def test_ranks_share_what_they_write(tmp_path: Path) -> None:
-    first, second = run_on_ranks(2, _save_shares, tmp_path)
-    assert len(first) == len(second) == 2
-    assert {*first, *second} == {*NAMES}
-
-
-def _load_shares(checkpoint: Path) -> tuple[int, dict[str, torch.Tensor]]:
-    initialize(tiny_run().parallel, seed=1)
-    names = []
-
-    def load(state: dict[Any, ShardedTensor], path: Path) -> dict[Any, torch.Tensor]:
-        assert path == checkpoint
-        names.extend(entry.key for entry in state.values())
-        return {key: torch.full((2, 3), float(NAMES.index(entry.key))) for key, entry in state.items()}
-
-    loaded = load_in_parallel(load, _copies(dict.fromkeys(NAMES, -1.0)), checkpoint, dist.group.WORLD)
-    return len(names), loaded
-
-
-def test_ranks_share_what_they_read(tmp_path: Path) -> None:
-    for count, loaded in run_on_ranks(2, _load_shares, tmp_path):
-        assert count == 2
-        assert {name: tensor.unique().tolist() for name, tensor in loaded.items()} == {
-            name: [index] for index, name in enumerate(NAMES)
-        }
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ class Step:
         positions = torch.arange(train.seq_length, device=tokens.device).expand_as(tokens)
 
         def forward() -> torch.Tensor:
-            return stage(tokens, positions, tokens)[0].mean()
+            return stage(tokens, positions, tokens)[0].total / tokens.numel()
 
         step = cls(forward, list(stage.parameters()), stage.decoder.offloaded)
         step.run()

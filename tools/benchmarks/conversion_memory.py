@@ -4,17 +4,20 @@
 
 peak_bytes: by how much the resident memory of the converting process grows (Linux), mapped files included.
 allowed_bytes: 1.3 times the largest tensor and 64 MiB. cpu_seconds: those in which the process computed; of
-use where other programs run meanwhile. Models are Llamas in bfloat16 with random weights; what is measured is
+use where other programs run meanwhile. ratio_to_copy: to those of reading the weights, hashing and writing
+them, by the same process. Models are Llamas in bfloat16 with random weights; what is measured is
 reading, mapping, writing and hashing, without the proof at the end.
 """
 
 import argparse
+import hashlib
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 
 import torch
 from torch import Tensor
@@ -23,11 +26,15 @@ from checkpoints_conversion.convert import hf_to_megatron, megatron_to_hf
 from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.writing import write_huggingface
 from lckv.config import CompressionConfig
+from lckv.weights.huggingface import SAFETENSORS_NAME
 from lckv.weights.tensors import TensorInfo
 from megatron_ext.config import ModelConfig
 from tools.benchmarks.timing import setting, write_csv
 
 CONSTANT_BYTES = 64 * 2**20
+_PIECE_BYTES = 2**20
+_COPIES = 3
+"""The fastest counts: the first waits for memory."""
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -91,6 +98,7 @@ def write_source(description: ModelDescription, folder: Path) -> None:
 def measure(name: str, description: ModelDescription, folder: Path) -> dict[str, object]:
     """One of `conversions`, by the process that calls."""
     sizes = [info.nbytes for info in description.expected_tensors().values()]
+    copying = min(_copy_seconds(folder / "source" / SAFETENSORS_NAME) for _ in range(_COPIES))
     _CLEAR.write_text("5")  # the peak starts anew
     before, start, computing = _status("VmRSS"), time.perf_counter(), time.process_time()
     conversions(description, folder)[name]()
@@ -103,7 +111,19 @@ def measure(name: str, description: ModelDescription, folder: Path) -> dict[str,
         "allowed_bytes": round(1.3 * max(sizes)) + CONSTANT_BYTES,
         "seconds": round(seconds, 2),
         "cpu_seconds": round(computing, 2),
+        "ratio_to_copy": round(computing / copying, 2),
     }
+
+
+def _copy_seconds(path: Path) -> float:
+    """Seconds in which this process computes to read a file, hash it, and write it."""
+    start, digest = time.process_time(), hashlib.sha256()
+    with path.open("rb", buffering=0) as source, TemporaryFile(dir=path.parent, buffering=0) as target:
+        while piece := source.read(_PIECE_BYTES):
+            digest.update(piece)
+            target.write(piece)
+        os.fsync(target.fileno())
+        return time.process_time() - start
 
 
 def _lckv(description: ModelDescription) -> str:

@@ -2,8 +2,14 @@
 
 from lckv.config import CompressionConfig
 from lckv.policies.config import PolicyConfig
+from lckv.policies.registry import config_classes
 from megatron_ext.errors import ConfigError
 from megatron_ext.settings import read
+
+
+def merging_policies() -> tuple[str, ...]:
+    """Names of all KV policies but a plain transformer's."""
+    return tuple(name for name in config_classes() if name != CompressionConfig().policy.name)
 
 
 def policy_of(text: str) -> PolicyConfig:

@@ -67,8 +67,9 @@ class Trained:
         self.optimizer.zero_grad()
         positions = torch.arange(self._tokens.shape[1], device=self._tokens.device)[None]
         policy = PolicyInputs(row_seeds=(0,), progress=0.5)
-        losses, _ = self.model(self._tokens, positions, self._tokens, policy=policy)
-        losses.mean().backward()
+        mean = torch.full(self._tokens.shape, 1 / self._tokens.numel(), device=self._tokens.device)
+        losses, _ = self.model(self._tokens, positions, self._tokens, policy=policy, loss_mask=mean)
+        losses.total.backward()
         self.model.finish_grad_sync()
         self.optimizer.step()
 

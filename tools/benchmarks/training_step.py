@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -26,7 +27,7 @@ from megatron_ext.model.policy_statistics import PolicyInputs
 from megatron_ext.model.transformer_config import transformer_config
 from megatron_ext.parallel.process_groups import destroy, device_of_rank, initialize
 from tools.benchmarks.policies import policy_of
-from tools.benchmarks.timing import median_seconds, setting, write_csv
+from tools.benchmarks.timing import CLOCKS, median_seconds, setting, write_csv
 
 MAPS = {
     "plain": CompressionConfig(),
@@ -61,12 +62,17 @@ class Sizes:
     seq_length: int
     micro_batch_size: int
     precision: str
+    num_layers: int = 8
+
+    def with_layers(self, num_layers: int) -> "Sizes":
+        """The same with so many layers."""
+        return replace(self, num_layers=num_layers)
 
     @property
     def model(self) -> ModelConfig:
-        """Eight layers of these sizes."""
+        """Layers of these sizes."""
         return ModelConfig(
-            num_layers=8,
+            num_layers=self.num_layers,
             hidden_size=self.hidden_size,
             num_attention_heads=self.heads,
             num_query_groups=self.kv_heads,
@@ -84,6 +90,9 @@ def megatron_step(sizes: Sizes, tokens: torch.Tensor) -> Callable[[], None]:
     config = transformer_config(
         sizes.model, CompressionConfig(), ParallelConfig(), sizes.train, vocab_size=sizes.vocab_size
     )
+    on_gpu = device_of_rank().type == "cuda"
+    own_activation: dict[str, Any] = {"use_te_activation_func": False, "bias_activation_fusion": on_gpu}
+    config = replace(config, **own_activation)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
     model = GPTModel(
@@ -116,7 +125,7 @@ def shared_step(sizes: Sizes, compression: CompressionConfig, tokens: torch.Tens
     def step() -> None:
         losses, report = model(tokens, positions, tokens, policy=policy)
         auxiliary = 0.0 if report.auxiliary_loss is None else report.auxiliary_loss.mean()
-        (losses.mean() + auxiliary).backward()
+        (losses.total / tokens.numel() + auxiliary).backward()
 
     return step
 
@@ -139,6 +148,9 @@ def main(argv: list[str] | None = None) -> None:
         "--policies", nargs="+", default=[], metavar="NAME[:FIELD=VALUE...]", help="KV policies to time too"
     )
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--clock", default="wall", choices=list(CLOCKS), help="cpu: on a busy machine, with one thread."
+    )
     parser.add_argument("--output", type=Path, help="CSV file")
     options = parser.parse_args(argv)
     sizes = Sizes(
@@ -157,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     steps = {"megatron GPTModel": megatron_step(sizes, tokens)}
     kinds = kinds_of(options.policies)
     steps |= {name: shared_step(sizes, compression, tokens) for name, compression in kinds.items()}
-    measured = median_seconds(steps, repeats=options.repeats)
+    measured = median_seconds(steps, repeats=options.repeats, clock=options.clock)
     shape = model_shape(sizes.model, vocab_size=sizes.vocab_size, seq_length=sizes.seq_length)
     rows = []
     for name, seconds in measured.items():

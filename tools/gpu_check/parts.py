@@ -120,7 +120,7 @@ def recipe(check: Check) -> Figures:
     steps = [json.loads(line) for line in lines][2:]  # the first ones compile and warm up
     names = ("iteration_seconds", "tokens_per_second", "model_tflops_per_device", "mfu", "hfu")
     figures = {name: statistics.median(step[name] for step in steps) for name in names if name in steps[0]}
-    figures["memory_bytes"] = max(step["memory_bytes"] for step in steps)
+    figures["peak_memory_bytes"] = max(step["peak_memory_bytes"] for step in steps)
     return {**figures, "plan": planned.splitlines()}
 
 

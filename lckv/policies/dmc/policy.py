@@ -53,7 +53,7 @@ class DMCPolicy(KVPolicy):
         """RoPE, without the last channel or with what is left of it."""
         if not self.config.decides:
             return self._fade(query, context)
-        return rotate_without_last(query, context, query.shape[-1] ** 0.5)
+        return context.rotate(query, last=query.shape[-1] ** 0.5)
 
     def keys_values(
         self, key: Tensor, value: Tensor, query: Tensor | None, context: TokenContext
@@ -76,7 +76,7 @@ class DMCPolicy(KVPolicy):
         else:
             pooled_key, pooled_value = pool(key, value, merge, weight, config.window)
         rate = decisions.merge_rate(merge, logits, context)
-        return KeyValue(rotate_without_last(pooled_key, context, bias), pooled_value), (rate,)
+        return KeyValue(context.rotate(pooled_key, last=bias), pooled_value), (rate,)
 
     def extend(
         self, state: Tensor | None, key: Tensor, value: Tensor, query: Tensor | None, context: TokenContext
@@ -96,7 +96,7 @@ class DMCPolicy(KVPolicy):
         pooled_key, pooled_value, state = continuation.advance(
             state, key, value, merge, weight, None if counted is None else turn.there(counted), config.window
         )
-        rotated = rotate_without_last(turn.back(pooled_key), context, turn.back(bias))
+        rotated = context.rotate(turn.back(pooled_key), last=turn.back(bias))
         return Extension(rotated, turn.back(pooled_value), merge[:1].bool(), state)
 
     def importance(self, query: Tensor, kv_heads: int) -> Tensor:
@@ -165,13 +165,6 @@ class DMCPolicy(KVPolicy):
 def _decision_rows(rows: ChannelRows) -> Iterator[Tensor]:
     yield from rows("query", -1)
     yield from rows("key", -1)
-
-
-def rotate_without_last(heads: Tensor, context: TokenContext, last: Tensor | float) -> Tensor:
-    """RoPE of `heads` [s, b, n, d] as if the last channel were 0, which then becomes `last` [s, b, n]."""
-    rotated = context.rotate(_scale_last(heads, 0.0))
-    rotated[..., -1] = last
-    return rotated
 
 
 def _scale_last(heads: Tensor, factor: float) -> Tensor:

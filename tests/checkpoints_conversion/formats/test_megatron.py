@@ -358,7 +358,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(distcp._HashedFile, "write", write_a_little)
+        patched.setattr(distcp.HashedFile, "write", write_a_little)
         full = pytest.raises(ConversionError, match=r"No space left on device.*Nothing is left")
         with full, staged(tmp_path / "model") as folder:
             write(folder, CASES["plain"])

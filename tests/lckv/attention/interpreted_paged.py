@@ -7,6 +7,7 @@ runs this file in a process of its own, with TRITON_INTERPRET=1.
 import pytest
 import torch
 
+from lckv.attention.kernels import paged
 from lckv.attention.kernels.paged import attend_paged
 from lckv.attention.paged import attend_in_torch
 from tests.lckv.attention.paged_slots import Slots
@@ -30,3 +31,15 @@ def test_equals_the_twin(lengths, page_size, group, channels, window, dtype):
     torch.testing.assert_close(found.output, expected.output, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(found.lse, expected.lse, rtol=tolerance, atol=tolerance)
     assert found.output.dtype == found.lse.dtype == torch.float32
+
+
+def test_a_list_with_room_for_more(monkeypatch):
+    """The kernel stops where the number on the device says, whatever stands behind it; and there are fewer
+    programs than chunks."""
+    slots = Slots(torch.tensor([[200, 65], [0, 300]]), 16, 2, 8)
+    expected = slots.attend(attend_paged)
+    slots.work = slots.padded(32).work
+    slots.work.head[-4:] = 10**6
+    monkeypatch.setattr(paged, "_MOST_PROGRAMS", 3)
+    for one, other in zip(slots.attend(attend_paged), expected, strict=True):
+        assert torch.equal(one, other)

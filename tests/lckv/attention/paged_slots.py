@@ -5,7 +5,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lckv.attention.pages import Pages, PagesAttended, Work, list_work, pages_of_a_chunk
+from lckv.attention.pages import (
+    PaddedWork,
+    Pages,
+    PagesAttended,
+    Work,
+    WorkOnHost,
+    list_work,
+    pages_of_a_chunk,
+)
 
 
 class Slots:
@@ -51,6 +59,12 @@ class Slots:
             columns=columns,
             device=torch.device(device),
         )
+
+    def padded(self, capacity: int) -> PaddedWork:
+        """The work in a list with room for so much."""
+        padded = PaddedWork(self.lengths.numel(), capacity, self.query.device)
+        padded.fill(WorkOnHost(*(part.cpu().numpy() for part in self.work)))
+        return padded
 
     def attend(self, function: Callable[..., PagesAttended]) -> PagesAttended:
         device = self.query.device

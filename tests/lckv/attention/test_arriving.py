@@ -6,9 +6,12 @@ from torch import Tensor
 
 from lckv.attention import reference
 from lckv.attention.arriving import ChunkSight, add_gradients_before_arrivals, before_arrivals
+from lckv.attention.aten_pairs import AtenCPU
 from lckv.attention.flash3 import FlashAttn3Pair
-from lckv.attention.flash_pairs import AtenCPU, FlashAttnPair, FlashPair
+from lckv.attention.flash_attn_pair import FlashAttnPair
+from lckv.attention.flash_pair import FlashPair
 from lckv.attention.key_bias import HIDDEN, KeyBias
+from lckv.attention.sequences import Layout
 from lckv.attention.visibility import Documents, Visibility
 from tests.lckv.attention.stand_ins import FlashAttnInterfaceStandIn, flash_attn_3
 from tests.lckv.attention.test_biased import documents_of, tensors
@@ -93,15 +96,18 @@ def test_without_documents_a_part_is_one_rectangle() -> None:
     """So that a kernel is called once for each part."""
     for own in owned(4):
         sight = ChunkSight(own, total=8, rows=1, chunk=5)
+        assert sight.own_layout() == Layout(slice(0, 10), slice(0, 10), None, ())
         for keys in owned(4):
-            pieces = sight.own_pieces() if keys == own else sight.rectangles(keys)
-            (piece,) = pieces
-            queries, seen = (part.stop - part.start for part in (piece.queries, piece.keys))
-            assert (queries, seen) in ([(10, 10)] if keys == own else [(10, 5), (5, 10)])
+            if keys != own:
+                (piece,) = sight.rectangles(keys)
+                queries, seen = (part.stop - part.start for part in (piece.queries, piece.keys))
+                assert (queries, seen) in [(10, 5), (5, 10)]
 
 
 def test_nothing_is_computed_of_parts_that_no_document_reaches() -> None:
     documents = Documents.at((0, 10, 20, 30, 40), "cpu")
     first, second = (ChunkSight(own, 4, rows=1, chunk=10, documents=documents) for own in owned(2))
     assert first.rectangles((1, 2)) == second.rectangles((0, 3)) == []
-    assert len(first.own_pieces()) == 2
+    sequences = first.own_layout().sequences
+    assert sequences is not None
+    assert sequences.bounds.tolist() == [0, 10, 20]

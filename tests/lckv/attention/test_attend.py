@@ -137,7 +137,12 @@ class TestChoice:
             (
                 {
                     "flash_attn": ["flash_attn_func", "flash_attn_varlen_func"],
-                    "flash_attn.flash_attn_interface": ["_flash_attn_forward", "_flash_attn_backward"],
+                    "flash_attn.flash_attn_interface": [
+                        "_flash_attn_forward",
+                        "_flash_attn_backward",
+                        "_flash_attn_varlen_forward",
+                        "_flash_attn_varlen_backward",
+                    ],
                 },
                 None,
             ),

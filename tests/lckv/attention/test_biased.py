@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lckv.attention import flash, reference, sdpa
+from lckv.attention.aten_pairs import AtenCPU, AtenEfficient, AtenFlash, choose_pair
 from lckv.attention.biased import attend_biased
 from lckv.attention.flash3 import FlashAttn3Pair
-from lckv.attention.flash_pairs import AtenCPU, AtenEfficient, AtenFlash, FlashAttnPair, choose_pair
+from lckv.attention.flash_attn_pair import FlashAttnPair
+from lckv.attention.flash_pair import Problem
 from lckv.attention.key_bias import HIDDEN, KeyBias
 from lckv.attention.visibility import Documents, Visibility
 from lckv.errors import UnsupportedError
@@ -188,8 +190,8 @@ def test_the_pair_for_each_device_and_dtype():
     odd = meta(torch.bfloat16, 12)
     for refuse in (
         lambda: choose_pair(odd),
-        lambda: FlashAttnPair(FlashAttnInterfaceStandIn()).forward(odd, odd, odd, 1.0, causal=True),
-        lambda: FlashAttn3Pair(flash_attn_3()).forward(odd, odd, odd, 1.0, causal=True),
+        lambda: FlashAttnPair(FlashAttnInterfaceStandIn()).forward(Problem(odd, odd, odd, 1.0, causal=True)),
+        lambda: FlashAttn3Pair(flash_attn_3()).forward(Problem(odd, odd, odd, 1.0, causal=True)),
     ):
         with pytest.raises(
             UnsupportedError, match=r"heads of 12 channels .* on CUDA it must be a multiple of 8"

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lckv.attention import flash, flash3, reference, sdpa
+from lckv.attention.aten_pairs import AtenEfficient, AtenFlash
 from lckv.attention.biased import attend_biased
-from lckv.attention.flash_pairs import AtenEfficient, AtenFlash, FlashPair
+from lckv.attention.flash_pair import FlashPair
 from lckv.attention.key_bias import HIDDEN, KeyBias
 from lckv.attention.last_queries import attend_last
 from lckv.attention.visibility import Documents, Visibility
@@ -73,7 +74,7 @@ def run(attend: Any, inputs: list[Tensor], chunks: list[int], **options: Any) ->
     start, outputs = length - sum(chunks), []
     for chunk in chunks:
         stop = start + chunk
-        documents = visibility.documents and visibility.documents.cut(length, 0, stop)
+        documents = visibility.documents and visibility.documents.cut(length, (0, stop))
         seen = Visibility(visibility.exclude_self, visibility.window, documents)
         outputs.append(attend(query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop], seen, **options))
         start = stop
@@ -214,7 +215,7 @@ class TestDocumentsOfARange:
         stop = min(start + place[1], length)
         starts = {row * length for row in range(rows + 1)} | {cut for cut in cuts if cut < rows * length}
         documents = Documents.at(sorted(starts), "cpu")
-        part = documents.cut(length, start, stop)
+        part = documents.cut(length, (start, stop))
         whole_row, part_row = (
             reference.visible(tokens, rows, Visibility(documents=of), torch.device("cpu"))
             for tokens, of in ((length, documents), (stop - start, part))
@@ -225,7 +226,7 @@ class TestDocumentsOfARange:
 
     def test_are_made_once(self) -> None:
         documents = Documents.at([0, 3, 8, 16], "cpu")
-        assert documents.cut(8, 0, 8) is documents
-        assert documents.cut(8, 2, 8) is documents.cut(8, 2, 8)
-        assert documents.cut(8, 2, 8).bounds == (0, 1, 6, 12)
-        assert documents.cut(8, 0, 4).bounds == (0, 3, 4, 8)
+        assert documents.cut(8, (0, 8)) is documents
+        assert documents.cut(8, (2, 8)) is documents.cut(8, (2, 8))
+        assert documents.cut(8, (2, 8)).bounds == (0, 1, 6, 12)
+        assert documents.cut(8, (0, 4)).bounds == (0, 3, 4, 8)

@@ -12,7 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lckv
 import megatron_ext
-from lckv.attention.flash_pairs import AtenCPU, AtenEfficient, AtenFlash, FlashPair
+from lckv.attention.aten_pairs import AtenCPU, AtenEfficient, AtenFlash
+from lckv.attention.flash_pair import FlashPair, Problem
+from lckv.attention.sequences import Sequences, layout_of
+from lckv.attention.visibility import Documents
 
 PAIRS: dict[str, tuple[FlashPair, str, tuple[torch.dtype, ...]]] = {
     "cpu": (AtenCPU(), "cpu", (torch.float32, torch.bfloat16)),
@@ -42,6 +45,7 @@ def attend(
     length: int,
     channels: int,
     keys: int | None = None,
+    sequences: Sequences | None = None,
 ) -> None:
     """Forward and backward, as in a model: rows lie [s, b, heads, d]. Without `keys` it is causal."""
 
@@ -50,10 +54,11 @@ def attend(
 
     causal, keys = keys is None, keys or length
     query, key, value = draw(heads, length), draw(2, keys), draw(2, keys)
-    attended = pair.forward(query, key, value, 0.25, causal=causal)
+    problem = Problem(query, key, value, 0.25, causal, sequences)
+    attended = pair.forward(problem)
     assert (attended.output.shape, attended.output.dtype) == (query.shape, dtype)
     assert (attended.lse.shape, attended.lse.dtype) == (query.shape[:-1], torch.float32)
-    gradients = pair.backward(attended.output, query, key, value, attended, 0.25, causal=causal)
+    gradients = pair.backward(attended.output, problem, attended)
     for gradient, of in zip(gradients, (query, key, value), strict=True):
         assert (gradient.shape, gradient.dtype, gradient.device) == (of.shape, dtype, of.device)
 
@@ -71,13 +76,27 @@ def test_arguments_bind_and_shapes_are_as_expected(
         attend(pair, device, dtype, heads, length, channels, keys)
 
 
+@pytest.mark.parametrize("behind", [0, 1])
+@pytest.mark.parametrize("name", PAIRS)
+def test_arguments_bind_with_sequences(name: str, behind: int) -> None:
+    pair, device, dtypes = PAIRS[name]
+    documents = Documents.at((0, 5, 33, 40, 66), device)
+    layout = layout_of(documents, 2, 33, 33, behind)
+    assert layout.sequences is not None
+    for dtype in dtypes:
+        attend(pair, device, dtype, 4, 33 - behind, 64, sequences=layout.sequences)
+
+
 def test_every_operator_that_is_called_by_name_is_among_these() -> None:
     with Seen() as seen:
         for pair, device, dtypes in PAIRS.values():
             attend(pair, device, dtypes[0], 4, 33, 64)
+            sequences = layout_of(Documents.at((0, 5, 66), device), 1, 66, 66, 0).sequences
+            attend(pair, device, dtypes[0], 4, 33, 64, sequences=sequences)
     named = operators_called_by_name()
     assert len(named) >= 6
-    assert named <= seen.names
+    asked_for = {"mm"}  # by lckv/losses: whether it takes out_dtype
+    assert named - asked_for <= seen.names
 
 
 def operators_called_by_name() -> set[str]:

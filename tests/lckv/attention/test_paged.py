@@ -7,6 +7,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from lckv.attention import paged
 from lckv.attention.paged import attend_in_torch, attend_paged, join, joined, why_not_kernel
-from lckv.attention.pages import PagesAttended, tiles_of_the_kernel
+from lckv.attention.pages import PagesAttended, WorkOnHost, tiles_of_the_kernel
 from tests.lckv.attention.paged_slots import Slots
 from tests.ranks import run_on_ranks
 
@@ -45,6 +46,19 @@ def test_slots_that_the_work_covers_are_not_all_seen() -> None:
     found = slots.attend(attend_paged)
     close(found, slots.by_formula(), 1e-5)
     assert (found.lse[0, 2:] == -torch.inf).all() and (found.output[0, 2:] == 0).all()
+
+
+@pytest.mark.parametrize("window", [False, True])
+def test_a_list_with_room_for_more(window: bool) -> None:
+    """What is behind the work adds zeros; filled again, nothing of the old list is left."""
+    slots = Slots(torch.tensor([[200, 65], [0, 300]]), 16, 2, 8, window=window)
+    expected = slots.attend(attend_in_torch)
+    padded = slots.padded(32)
+    padded.fill(WorkOnHost(np.array([3, 3]), np.array([0, 64]), np.array([1, 2]), np.array([0, 0, 0, 0, 2])))
+    padded.fill(WorkOnHost(*(part.numpy() for part in slots.work)))
+    slots.work = padded.work
+    for one, other in zip(slots.attend(attend_in_torch), expected, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_memory_of_the_twin_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +133,7 @@ def test_kernel_interpreted(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     cases = str(Path(__file__).with_name("interpreted_paged.py"))
     said = in_new_process(tmp_path, "-m", "pytest", "-q", cases, TRITON_INTERPRET="1")
-    assert "6 passed" in said
+    assert "7 passed" in said
 
 
 def cuda_errors(dtype: torch.dtype, page_size: int) -> list[float]:

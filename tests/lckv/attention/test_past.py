@@ -93,15 +93,20 @@ def test_equals_the_plain_computation(
     query = random(rows, kv_heads * group, length, wide)
     output = _in_blocks(block, query, new, old, visibility, key_bias=key_bias)
     expected = plain(query, new, old, visibility, key_bias)
+    places = integers(0, length, rows, int(integers(1, length + 1, 1)))
+    row = torch.arange(rows)[:, None]
+    some = query[row, :, places].transpose(1, 2)
+    narrowed = _in_blocks(block, some, new, old, visibility, key_bias=key_bias, places=places)
+    torch.testing.assert_close(narrowed, output[row, :, places].transpose(1, 2), rtol=0, atol=1e-5)
     if counted is not None:
         output = output * counted[:, None, :, None]
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
 
 
-def _in_blocks(block: int, *args: object, key_bias: KeyBias | None) -> Tensor:
+def _in_blocks(block: int, *args: object, **options: object) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(past, "_BLOCK", block)
-        return past.attend_past(*args, scale=0.3, key_bias=key_bias)
+        return past.attend_past(*args, scale=0.3, **options)
 
 
 @pytest.mark.parametrize("key_bias", [None, KeyBias(), KeyBias(age=5)], ids=str)

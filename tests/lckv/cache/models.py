@@ -42,6 +42,9 @@ CASES = [
 
 
 @cache
+@torch.inference_mode(
+    False
+)  # a test may be the first that asks for it in that mode, and others need gradients
 def model(name: str, policy: str = "dense", dtype: torch.dtype = torch.float32) -> LCKVLlamaForCausalLM:
     """A random model; about half of the tokens are merged, and no decision is close."""
     torch.manual_seed(0)

@@ -32,7 +32,9 @@ def extend(policy: KVPolicy, cache: ContiguousCache, tensors: list[Tensor], fact
 
 def facts_at(positions: Tensor, counted: Tensor) -> TokenContext:
     """Of tokens at positions [s, b], of which those in `counted` [s, b] are no padding."""
-    return TokenContext(lambda heads: rotate(heads, angles(positions, heads.shape[-1])), counted=counted)
+    return TokenContext(
+        lambda heads, last=None: rotate(heads, angles(positions, heads.shape[-1]), last=last), counted=counted
+    )
 
 
 @given(

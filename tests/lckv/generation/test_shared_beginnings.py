@@ -35,9 +35,9 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     call = Forward.__call__
 
-    def watched(self: Forward, sequences: Sequence[int], tokens: Sequence[Sequence[int]]) -> Any:
+    def watched(self: Forward, sequences: Sequence[int], tokens: Sequence[Sequence[int]], *more: Any) -> Any:
         counts.extend(map(len, tokens))
-        return call(self, sequences, tokens)
+        return call(self, sequences, tokens, *more)
 
     monkeypatch.setattr(Forward, "__call__", watched)
     return counts

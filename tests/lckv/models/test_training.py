@@ -112,6 +112,39 @@ def test_auxiliary_loss_of_accumulated_micro_batches() -> None:
         close(found, expected)
 
 
+@pytest.mark.parametrize("of_loss", [{}, {"num_items_in_batch": 17}, {"ignore_index": 3}], ids=str)
+@pytest.mark.parametrize("shifted", [False, True])
+def test_the_loss_without_logits_is_the_loss(of_loss: dict[str, int], shifted: bool) -> None:
+    """Gradients included, and the policy's auxiliary loss."""
+    ids = tokens(2, 12)
+    labels = ids.clone()
+    labels[1, 7:] = of_loss.get("ignore_index", -100)
+    given = {**of_loss, **({"shift_labels": labels.roll(-1, 1)} if shifted else {})}
+    found = []
+    for skip in (False, True):
+        one = model(SHARED, MERGING).train()
+        torch.manual_seed(1)
+        output = one(ids, labels=labels, skip_logits=skip, **given)
+        assert (output.logits is None) == skip
+        output.loss.backward()
+        found.append((output.loss, {name: each.grad for name, each in one.named_parameters()}))
+    (expected, gradients), (loss, same) = found
+    close(loss, expected)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(same[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_logits_are_skipped_for_a_loss_of_a_plain_head_only() -> None:
+    one, ids = model(SHARED), tokens(1, 6)
+    with pytest.raises(ValueError, match="skip_logits is true, and there are no labels"):
+        one(ids, skip_logits=True)
+    with pytest.raises(RuntimeError, match="a label is negative and not ignore_index"):
+        one(ids, labels=ids - 50, skip_logits=True)
+    one.lm_head = torch.nn.Sequential(one.lm_head)  # as an adapter's
+    with pytest.raises(ValueError, match="skip_logits is true, and lm_head is Sequential"):
+        one(ids, labels=ids, skip_logits=True)
+
+
 def test_zero_out_is_a_plain_model_without_the_last_channel() -> None:
     """Its fading is over here: training from transformers has no schedule."""
     one, plain = model(SHARED, DMCConfig(stage="zero_out")), model(SHARED)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lckv.attention.key_bias import HIDDEN
 from lckv.cache.streaming import StreamingCache
+from lckv.cache.undecided import UndecidedCache
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from lckv.policies.base import TokenContext
 from lckv.rope import Turn, inverse_frequencies, rotation
@@ -69,7 +70,8 @@ def test_attention_is_that_of_the_oracle(policy: str, name: str) -> None:
     gradients = []
     ids = torch.tensor([text(24, 2), text(24, 3)])
     for implementation in ("sdpa", "eager"):
-        built = fresh_model(policy, name, attn_implementation=implementation).train()
+        # a decision at a low temperature makes of rounding in float32 what is seen in gradients
+        built = fresh_model(policy, name, attn_implementation=implementation).train().double()
         mask = torch.ones(2, 24, dtype=torch.int64)
         mask[1, :5] = 0
         position_ids = torch.stack((torch.arange(24) % 13, (torch.arange(24) - 5).clamp(min=0)))
@@ -80,7 +82,7 @@ def test_attention_is_that_of_the_oracle(policy: str, name: str) -> None:
     for key, gradient in gradients[0].items():
         assert gradient is not None and gradient.count_nonzero() > 0, key
         scale = max(1.0, float(gradients[1][key].abs().max()))
-        close(gradient, gradients[1][key], 1e-4 * scale)
+        close(gradient, gradients[1][key], 2e-4 * scale)
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
@@ -278,6 +280,43 @@ def test_a_hidden_token_of_a_batch_goes_when_its_own_row_is_that_far(policy: str
         close(torch.cat(said[row]), logits(built, [tokens], alone.rows([single]))[0])
         for layer in range(3):
             assert torch.equal(paged.lengths(sequences[row], layer), alone.lengths(single, layer))
+
+
+@every_case
+def test_drafts_of_which_some_are_taken_in_leave_no_trace(policy: str, name: str) -> None:
+    """Of chunks that end in wrong tokens the right ones are kept, of each row another number; logits and
+    slots are those of a text without them."""
+    built, texts = model(policy, name), [text(24, 1), text(24, 2)]
+    expected = [parallel_logits(built, tokens) for tokens in texts]
+    paged, alone = paged_cache(built), paged_cache(built)
+    sequences, single = [paged.open(), paged.open()], alone.open()
+    view, used = paged.rows(sequences), [5, 9]
+    logits(built, [tokens[:count] for tokens, count in zip(texts, used, strict=True)], view)
+    for taken, wrong in (
+        ((3, 1), (2, 4)),
+        ((1, 2), (0, 0)),
+        ((2, 6), (9, 0)),
+        ((4, 1), (1, 1)),
+        ((0, 1), (3, 2)),
+    ):
+        undecided, free = UndecidedCache(view), paged.pages_free
+        right = [
+            tokens[start : start + count] for tokens, start, count in zip(texts, used, taken, strict=True)
+        ]
+        said = logits(
+            built, [[*part, *[7] * more] for part, more in zip(right, wrong, strict=True)], undecided
+        )
+        assert paged.pages_free == free
+        for row, (start, count) in enumerate(zip(used, taken, strict=True)):
+            close(said[row][:count], expected[row][start : start + count])
+        undecided.take_in(taken)
+        used = [start + count for start, count in zip(used, taken, strict=True)]
+    rest = [tokens[count:] for tokens, count in zip(texts, used, strict=True)]
+    for row, part in enumerate(logits(built, rest, view)):
+        close(part, expected[row][used[row] :])
+    logits(built, [texts[0]], alone.rows([single]))
+    for layer in built.model.layer_types.kv_layers:
+        assert torch.equal(paged.lengths(sequences[0], layer), alone.lengths(single, layer))
 
 
 @every_policy

@@ -359,6 +359,7 @@ def test_models_health_and_metrics(client: TestClient) -> None:
     assert values["lckv_generated_tokens_total"] >= 12
     assert values["lckv_pages_free"] > 0
     assert {"lckv_pages_in_use", "lckv_compression_ratio", "lckv_tokens_per_second"} < set(values)
+    assert {"lckv_drafted_tokens_total", "lckv_accepted_tokens_total", "lckv_draft_acceptance"} < set(values)
     assert values['lckv_http_responses_total{path="/v1/completions",status="200"}'] >= 1
 
 

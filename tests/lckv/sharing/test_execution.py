@@ -66,6 +66,42 @@ def test_passes_before_the_last_stop_at_the_keys_and_values() -> None:
     assert outcome.available == {}
 
 
+class Guesser(Recorder):
+    """Guesses a number by which a layer is known."""
+
+    def first_guess(self, source: int, hidden_states: Tensor) -> Tensor:
+        self.calls.append((source, "guess", torch.is_grad_enabled()))
+        return hidden_states + 100 * source
+
+
+def test_the_first_pass_reads_the_guess() -> None:
+    """It is made once, with gradient, from the group's input, and read by attention in a whole layer."""
+    layer_types = LayerTypes.parse("0_2_2_3", 4)
+    layers = Guesser(layer_types)
+    steps = iteration_plan(layer_types, 1, 1, first_guess=True)
+    run_steps(steps, layers, State(torch.ones(1), {}))
+    first = [(2, "guess", True), (1, "run", False), (2, "keys_values", False)]
+    assert layers.calls[1:6] == [*first, (1, "kept", True), (2, "kept", True)]
+    alone = Guesser(layer_types)
+    (_, one, _) = iteration_plan(layer_types, 0, 1, first_guess=True)
+    state = run_steps([one], alone, State(torch.ones(1), {}))
+    # layer 1 adds its number and a tenth of the guess, layer 2 the same of its own, its input
+    assert state.hidden_states.item() == pytest.approx((1 + 1 + 0.1 * 201) * 1.1 + 2)
+
+
+def test_a_good_guess_can_settle_in_one_pass() -> None:
+    layer_types = LayerTypes.parse("0_2_2_3", 4)
+    asked: list[tuple[int, ...]] = []
+
+    def converged(before, after) -> bool:
+        asked.append((*before, *after))
+        return True
+
+    steps = iteration_plan(layer_types, 5, 1, first_guess=True)
+    assert run_steps(steps, Guesser(layer_types), State(torch.ones(1), {}), converged).passes == 2
+    assert asked == [(2, 2)]
+
+
 def test_one_pass_reads_zeros() -> None:
     outcome, calls = run("1_1", 0, 1)
     assert calls == [(0, "kept", True), (1, "kept", True)]

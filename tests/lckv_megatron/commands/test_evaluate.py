@@ -340,7 +340,7 @@ def test_bad_input(options: list[str], said: str, tasks: Path, capfd: pytest.Cap
 
 
 def test_unknown_tasks_are_named(
-    monkeypatch: pytest.MonkeyPatch, tasks: Path, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tasks: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     from lm_eval.tasks import TaskManager
 
@@ -349,7 +349,8 @@ def test_unknown_tasks_are_named(
     monkeypatch.setattr(
         TaskManager, "__init__", lambda self, **given: made(self, **{**given, "include_defaults": False})
     )
-    assert main(["--model", "nowhere", "--tasks", "tiny_choice", "--include-path", str(tasks)]) == 2
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    assert main(["--model", str(tmp_path), "--tasks", "tiny_choice", "--include-path", str(tasks)]) == 2
     assert (
         "'tiny_choice' is no task, group or pattern that lm-eval knows. Did you mean tiny_choices"
         in capfd.readouterr().err
@@ -357,8 +358,9 @@ def test_unknown_tasks_are_named(
 
 
 def test_it_says_that_lm_eval_is_missing(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    assert main(["--model", "nowhere", "--tasks", "x"]) == 2
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    assert main(["--model", str(tmp_path), "--tasks", "x"]) == 2
     assert "lm-eval is not installed" in capfd.readouterr().err

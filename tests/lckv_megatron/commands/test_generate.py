@@ -65,6 +65,20 @@ def test_one_prompt(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["most_pages_in_use"] * facts["page_bytes"] <= facts["cache_bytes"]
 
 
+def test_speculation(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["--prompt", "ab" * 9, "--max-new-tokens", "30", "--seed", "1", "--ignore-eos"]
+    guessing = ["--speculation", "prompt_lookup", "--speculation-match", "1", "--speculation-tokens", "3"]
+    assert run(folder, *settings) == 0
+    plain = capsys.readouterr()
+    assert run(folder, *settings, *guessing) == 0
+    shown = capsys.readouterr()
+    assert shown.out == plain.out
+    assert " guessed tokens came. KV cache" in shown.err and "guessed" not in plain.err
+    assert run(folder, *settings, *guessing, "--json") == 0
+    facts = json.loads(capsys.readouterr().err.splitlines()[-1])
+    assert f" {facts['accepted_tokens']} of {facts['drafted_tokens']} guessed" in shown.err
+
+
 def test_penalties_and_biases(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--temperature", "0", "--max-new-tokens", "12", "--presence-penalty", "1"]
     options += ["--frequency-penalty", "0.5", "--logit-bias", "7=3", "--logit-bias", "9=-100"]
@@ -222,6 +236,10 @@ def test_bad_batches(
         (["--prompt", "a", "--output", "x"], "--output is for the answers of a --batch"),
         (["--prompt", "a", "--system", "x"], "--system is a message of a chat: add --chat"),
         (["--batch", "x", "--window", "8"], "--window generates from one prompt; leave out --batch"),
+        (
+            ["--prompt", "a", "--window", "8", "--speculation", "prompt_lookup"],
+            "--speculation is prompt_lookup, but --window generates token by token; leave one out",
+        ),
         (["--prompt", "a", "--memory", "1KiB"], "the cache cannot be made: memory_bytes is 1024"),
         (["--prompt", "a\udcff"], "--prompt: character 1 is U+DCFF, half of a surrogate pair"),
         (["--prompt", "a", "--chat", "--system", "\udcff"], "--system: character 0 is U+DCFF"),

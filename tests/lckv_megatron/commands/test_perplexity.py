@@ -10,8 +10,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lckv.generation.loading import load_model, load_tokenizer
+from lckv.losses import chunk_size
 from lckv_megatron.commands.perplexity import main
-from lckv_megatron.scoring import window_losses
 from lckv_megatron.scoring.text_windows import Text
 from tests.lckv.models.folders import save_folder
 from tests.lckv.models.tiny import CYCLIC, CYCLIC_WINDOWS, MERGING, PLAIN, SHARED, TWO_GROUPS, WINDOWS
@@ -117,7 +117,7 @@ def test_windows_of_texts(
     found = measured(tmp_path / "model", path, capsys, *sizes, "--max-tokens", "40", "--batch-size", "3")
     assert found["tokens"] == predicted == 40
     assert found["loss"] == pytest.approx(nats / predicted, abs=1e-5)
-    monkeypatch.setattr(window_losses, "_LOGITS_AT_ONCE", 700)
+    monkeypatch.setattr(chunk_size, "CHUNK_BYTES", 2800)
     again = measured(tmp_path / "model", path, capsys, *sizes, "--max-tokens", "40", "--batch-size", "1")
     assert again["loss"] == pytest.approx(found["loss"], abs=1e-6)
     assert again["compression_ratio"] == pytest.approx(found["compression_ratio"])

@@ -118,6 +118,10 @@ def test_a_plan_from_top_to_bottom(capsys) -> None:
     assert line(lines, "predicted cost").endswith(
         "(7 passes without and 2 with gradient over each cyclic group)"
     )
+    assert re.fullmatch(
+        r"predicted prompt      \d\.\d\dx a plain model's of 64 tokens, with all passes",
+        line(lines, "predicted prompt"),
+    )
     assert line(lines, "length").startswith("length                10 steps, 5,120 tokens, ")
     assert line(lines, "time").endswith(
         "hours if every device does 40 % of 0.001 TFLOP/s (assumed, not measured)"
@@ -153,7 +157,7 @@ def test_context_parallel_ranks_keep_their_tokens_and_all_keys_and_values(capsys
         return re.split(r"  +", line(lines, "0  "))[6]
 
     shared = 64 * 2 * 16 * 4  # keys and values of layer 0
-    of_tokens = 4 * 64 * 32 * 4 + 64 * (2 * 32 * 4 + 4 + 4 * 128)  # layer inputs, final norm and logits
+    of_tokens = 4 * 64 * 32 * 4 + 64 * (3 * 32 * 4 + 4)  # layer inputs, final norm, gradient of the states
     assert activations() == gib(shared + of_tokens)
     assert activations("--parallel.context_parallel_size", "2") == gib(shared + of_tokens // 2)
     lines = planned(capsys, "--parallel.context_parallel_size", "2", "--train.global_batch_size", "1")
@@ -167,7 +171,10 @@ def test_context_parallel_ranks_keep_their_tokens_and_all_keys_and_values(capsys
         (["--train.recompute_granularity", "full"], 4 * 3),
         (["--compression.layer_types", "0_2_2_3"], 2 * 2 + 7 + 2 * 2),  # layer 2: 7 passes without gradient
         (RING, 4 * 3),
-        ([*RING, "--train.recompute_granularity", "selective"], 4 * 4),
+        (
+            [*RING, "--train.recompute_granularity", "selective", "--train.recompute_modules", "[core_attn]"],
+            4 * 4,
+        ),
     ],
 )
 def test_what_context_parallel_ranks_send(capsys, options: list[str], times: int) -> None:
@@ -205,7 +212,7 @@ def test_the_first_stage_keeps_activations_of_all_micro_batches_in_flight(capsys
         return [re.split(r"  +", line(lines, start))[6] for start in ("0  ", "1  ")]
 
     layer_inputs = 2 * 64 * 32 * 4 // 2  # of the 2 layers of a stage, shared out over 2 ranks
-    of_loss = 64 * (2 * 32 * 4 // 2 + 2) + 4 * 64 * 256 // 2  # the final norm, and logits
+    of_loss = 64 * (2 * 32 * 4 // 2 + 2) + 64 * 32 * 4  # the final norm, and its output's gradient
     last = gib(layer_inputs + of_loss)
     assert activations() == [gib(2 * layer_inputs), last]
     assert activations("--train.global_batch_size", "1") == [gib(layer_inputs), last]
@@ -224,7 +231,7 @@ LARGE += ["--train.seq_length", "4096", "--train.precision", "bf16", "--train.mi
 
 def test_each_kind_of_recompute_has_a_verdict(capsys) -> None:
     kinds = verdicts(capsys, *LARGE, "--world-size", "2")
-    assert list(kinds)[:4] == ["* none", "selective core_attn", "selective core_attn mlp", "full"]
+    assert list(kinds)[:4] == ["* none", "selective mlp", "selective core_attn mlp", "full"]
     needed = [float(row[3].split()[0].replace(",", "")) for row in list(kinds.values())[:4]]
     assert needed == sorted(needed, reverse=True)
     for row in list(kinds.values())[:4]:
@@ -243,8 +250,19 @@ def test_the_run_s_own_kind_of_recompute_is_marked(capsys) -> None:
     assert marked("--train.recompute_granularity", "full") == ["* full"]
     some = ["--train.recompute_granularity", "full", "--train.recompute_num_layers", "2"]
     assert marked(*some) == ["* full 2"]
-    only = ["--train.recompute_granularity", "selective", "--train.recompute_modules", "mlp"]
-    assert marked(*only) == ["* selective mlp"]
+    selective = ["--train.recompute_granularity", "selective"]
+    assert marked(*selective) == ["* selective mlp"]
+    assert marked(*selective, "--train.recompute_modules", "core_attn") == ["* selective core_attn"]
+
+
+def test_selective_recompute_saves_by_default_and_core_attn_alone_does_not(capsys) -> None:
+    """Fused attention keeps its inputs and output anyway; of the scores there is the logsumexp only."""
+    only = ["--train.recompute_granularity", "selective", "--train.recompute_modules", "core_attn"]
+    kinds = verdicts(capsys, *LARGE, *only)
+    none, mlp, core = (
+        float(kinds[name][1].split()[0]) for name in ("none", "selective mlp", "* selective core_attn")
+    )
+    assert core > 0.99 * none and mlp < 0.6 * none
 
 
 def test_checkpoints_on_the_disk(capsys, tmp_path: Path) -> None:

@@ -297,6 +297,7 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded(
 
     monkeypatch.setattr(serve, "load", load)
     monkeypatch.setattr(serve, "set_up_logging", lambda: None)  # it would take caplog's handler away
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
         assert serve.main(["--model", str(tmp_path), "--port", port]) == 2

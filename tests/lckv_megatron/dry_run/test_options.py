@@ -99,7 +99,7 @@ def test_activations_on_the_host(capsys) -> None:
 
 
 def test_what_does_not_fit_is_said_with_the_reason(capsys) -> None:
-    large = "--model.vocab_size 4000000 --model.hidden_size 64 --gpu L4 --train.seq_length 2048"
+    large = "--model.ffn_hidden_size 200000 --model.hidden_size 1024 --gpu L4 --train.seq_length 2048"
     lines = dry_run(capsys, *large.split(), "--world-size", "1")
     (row,) = rows(lines, "dry run: memory")[:1]
     too_much, kind, most = re.fullmatch(
@@ -127,7 +127,7 @@ def test_layouts_are_searched(capsys) -> None:
 
 
 def test_a_search_says_what_does_not_fit_before_it_is_run(capsys) -> None:
-    large = "--model.vocab_size 8000000 --model.hidden_size 64 --gpu L4 --train.global_batch_size 1"
+    large = "--model.ffn_hidden_size 400000 --model.hidden_size 1024 --gpu L4 --train.global_batch_size 1"
     lines = dry_run(capsys, *large.split(), "--world-size", "1", "--search")
     found = rows(lines, "dry run: layouts of 1 GPUs")
     # the run's own kind, and the one that needs least

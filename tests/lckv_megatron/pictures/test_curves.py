@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lckv_megatron.commands.plot import main
-from lckv_megatron.pictures.curves import Run, Style, plot, read_runs
+from lckv_megatron.pictures.curves import Style, plot
 from lckv_megatron.pictures.end_labels import spread
 from lckv_megatron.pictures.heat_map import last_statistics
+from lckv_megatron.pictures.runs import Run, read_runs
 from lckv_megatron.pictures.smoothing import exponential
 from megatron_ext.errors import ConfigError
 from megatron_ext.training.metrics import json_line
@@ -84,6 +85,18 @@ def test_panels_without_values_are_left_out(tmp_path):
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["training"]
 
 
+def test_memory_is_that_in_use_and_its_peak(tmp_path):
+    sizes = ((1, 2**30, 2**31), (2, 3 * 2**30, 2**32))
+    lines = [
+        json_line(step, {"current_memory_bytes": now, "peak_memory_bytes": most}) for step, now, most in sizes
+    ]
+    (axes,) = plot(read_runs([make_run(tmp_path / "a", lines)]), STYLE).axes
+    assert axes.get_title() == "Memory"
+    curves = [line.get_ydata().tolist() for line in axes.lines if len(line.get_ydata())]
+    assert curves == [[2**30, 3 * 2**30], [2**31, 2**32]]
+    assert axes.yaxis.get_major_formatter()(3 * 2**29) == "1.5"
+
+
 def test_validation_is_placed_by_the_tokens_of_its_iteration(tmp_path):
     (run,) = read_runs([make_run(tmp_path / "a")])
     assert run.series("validation_loss", "consumed_tokens") == ([128, 256], [5.5, 2.75])
@@ -144,7 +157,7 @@ def test_long_curves_are_smoothed_unless_the_style_says_otherwise(tmp_path):
 
     points = run.series("lm_loss", "iteration")[1]
     behind, smoothed = drawn(Style("iteration"))
-    assert behind == points and run.last("lm_loss", Style("iteration")) == smoothed[-1]
+    assert behind == points and Style("iteration").last(run, "lm_loss") == smoothed[-1]
     assert max(abs(value - (3 - i / 200)) for i, value in enumerate(smoothed)) < 0.06  # of 0.1
     assert drawn(Style("iteration", 0.0)) == [points]
     assert len(drawn(Style("iteration", 0.5))) == 2

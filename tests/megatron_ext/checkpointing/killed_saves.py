@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import torch
 
 from megatron_ext import atomic
-from megatron_ext.checkpointing import folders, strategies, writing
+from megatron_ext.checkpointing import folders, shards, writing
 from megatron_ext.checkpointing.save import saves
 from tests.megatron_ext.checkpointing.tiny_gpt import Case, Run
 
@@ -31,15 +31,14 @@ def die(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 def in_the_middle_of_a_file() -> None:
-    write_data = strategies._Writer.write_data
+    write = shards.Shards.write
 
-    def write_half(writer: Any, plan: Any, planner: Any) -> Any:
-        write_data(writer, plan, planner)
-        path = Path(writer.path) / "__0_0.distcp"
-        os.truncate(path, path.stat().st_size // 2)
+    def write_half(written: Any) -> Any:
+        write(written)
+        os.truncate(written._path, written._path.stat().st_size // 2)
         die()
 
-    strategies._Writer.write_data = write_half  # type: ignore[method-assign, assignment]
+    shards.Shards.write = write_half  # type: ignore[method-assign]
 
 
 def in_the_rename_of(name: str) -> Callable[[], None]:
@@ -74,7 +73,7 @@ PLACES: dict[str, Callable[[], None]] = {
     "in the middle of a file": in_the_middle_of_a_file,
     "after half of the files": instead_of(writing, "_write_files"),
     "before the hashes": instead_of(writing, "_hash_files"),
-    "before the table of contents": instead_of(strategies.Shards, "finish"),
+    "before the table of contents": instead_of(writing, "write_contents"),
     "before the manifest": instead_of(writing, "write_manifest"),
     "in the manifest": in_the_rename_of("manifest.json"),
     "before the rename": instead_of(folders, "publish"),

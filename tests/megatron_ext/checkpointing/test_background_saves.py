@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_ext.checkpointing import strategies, writing
+from megatron_ext.checkpointing import shards, writing
 from megatron_ext.checkpointing.save import Saves, saves
 from tests.megatron_ext.checkpointing.tiny_gpt import Case, Run
 from tests.ranks import run_on_ranks
@@ -182,7 +182,7 @@ def test_an_error_of_the_run_leaves_nothing_of_a_save_in_flight(tmp_path: Path) 
 
 def _copies(directory: Path) -> tuple[list[int], int]:
     """(bytes of the copies of each of two saves that are new, size of this rank's file)."""
-    new, copy = [0, 0], strategies._copied
+    new, copy = [0, 0], shards._copied
 
     def count(tensor: torch.Tensor, memory: torch.Tensor | None) -> torch.Tensor:
         made = copy(tensor, memory)
@@ -191,7 +191,7 @@ def _copies(directory: Path) -> tuple[list[int], int]:
 
     run = Run(Case(bf16=True, hidden_size=256))
     with pytest.MonkeyPatch.context() as patch, saves(directory, in_background=True) as made:
-        patch.setattr(strategies, "_copied", count)
+        patch.setattr(shards, "_copied", count)
         for number in (0, 1):
             made.save(1 + number, run.state(1 + number))
     return new, (directory / "iter_0000002" / f"__{dist.get_rank()}_0.distcp").stat().st_size

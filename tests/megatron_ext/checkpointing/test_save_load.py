@@ -319,7 +319,7 @@ def _snapshot_of_weights(run: Run) -> Tensors:
             {},
             [
                 "does not fit this run's optimizer",
-                "only there: optimizer.state.param.",
+                "the distributed optimizer: there True, here False",
                 "parallel.use_distributed_optimizer",
             ],
         ),

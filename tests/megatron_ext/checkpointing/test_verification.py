@@ -17,12 +17,18 @@ from megatron_ext.checkpointing.contents import read_contents
 from megatron_ext.checkpointing.errors import DamagedCheckpointError
 from megatron_ext.checkpointing.folders import list_checkpoints, read_pointer
 from megatron_ext.checkpointing.manifest import Layout, Manifest, hash_files, list_files, write_manifest
-from megatron_ext.checkpointing.verification import find_problems, large_files
+from megatron_ext.checkpointing.verification import COMMON_NAME, find_problems, large_files
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 LAYOUT = Layout(device="cpu", world_size=1, tensor=1, pipeline=1, context=1, data=1)
 DEEP = b"[" * 100_000
+
+
+def test_the_common_file_is_called_as_megatron_calls_it() -> None:
+    from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+
+    assert COMMON_NAME == COMMON_STATE_FNAME
 
 
 def sign(checkpoint: Path) -> None:

@@ -47,6 +47,7 @@ class Case:
     vocabulary: int = VOCABULARY
     dropout: float = 0.1
     train_iters: int = 10
+    padded_buckets: bool = False
 
     def __str__(self) -> str:
         """The fields that are not at their defaults, as the name of a test case."""
@@ -89,6 +90,7 @@ class Run:
             use_distributed_optimizer=sharded,
             overlap_grad_reduce=case.overlap,
             overlap_param_gather=case.overlap,
+            pad_buckets_for_high_nccl_busbw=case.padded_buckets,
         )
         self.model = [DistributedDataParallel(self.config, ddp_config, gpt)]
         self.config.finalize_model_grads_func = finalize_model_grads

@@ -1,3 +1,5 @@
+import logging
+import pickle
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -12,11 +14,13 @@ from hypothesis import strategies as st
 from megatron_ext.config import DataConfig
 from megatron_ext.data import datasets
 from megatron_ext.data.batch import make_batch
-from megatron_ext.data.datasets import Datasets, build_datasets
+from megatron_ext.data.datasets import Datasets, _say_limit, build_datasets
 from megatron_ext.data.loader import build_data_iterator
+from megatron_ext.data.open_file import OpenFiles, open_limit
 from megatron_ext.data.samples import Origin, SampleDataset
 from megatron_ext.errors import ConfigError
 from tests.megatron_ext.data.builders import numbered_documents, write_dataset
+from tests.megatron_ext.data.descriptors import at_most, descriptors
 from tests.ranks import run_on_ranks
 
 SOURCE = 300
@@ -302,3 +306,34 @@ def test_samples_say_where_they_are_from(tmp_path: Path) -> None:
     assert str(mock.origin(3)) == "dataset data.mock, document 3, token 0"
     with pytest.raises(IndexError):
         mock.origin(5)
+
+
+def test_a_blend_of_more_datasets_than_files_that_may_be_open(tmp_path: Path) -> None:
+    """Here 60 datasets, 300 files, where 40 may be open: as 5,000 under a usual limit."""
+    count = 60
+    prefixes = [
+        write_dataset(tmp_path / f"d{number}", [[number + 1] * 20, [number + 1] * 14], vocab_size=100)
+        for number in range(count)
+    ]
+    open_before, most, read = len(descriptors()), 0, []
+    with at_most(40):
+        samples = build(DataConfig(data_path=tuple(prefixes), split="1"), 3 * count, seq_length=16).train
+        assert samples is not None
+        for index in range(3 * count):
+            read.append(samples[index]["labels"].tolist())
+            most = max(most, len(descriptors()))
+        allowed = open_limit() // 4
+    assert open_before < most <= open_before + allowed
+    assert pickle.loads(pickle.dumps(samples))[7]["labels"].tolist() == read[7]
+    anew = texts_of(build(DataConfig(data_path=tuple(prefixes), split="1"), 3 * count, seq_length=16).train)
+    assert anew == read
+    assert {row[0] for row in read} == set(range(1, count + 1))
+
+
+def test_how_many_files_are_open_is_said_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        _say_limit(3, OpenFiles(15))
+        assert caplog.messages == []
+        _say_limit(4, OpenFiles(15))
+    said = "a blend of 4 datasets: each process has at most 15 of their files open at a time, and may have "
+    assert caplog.messages == [f"{said}{open_limit()} open in all (ulimit -n)"]

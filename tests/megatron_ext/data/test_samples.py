@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_ext.data.index_cache import ArrayFile
 from megatron_ext.data.loader import build_data_iterator
 from megatron_ext.data.samples import DocumentRange, EpochSamples, build_epochs, document_range
 from megatron_ext.errors import ConfigError
@@ -165,11 +166,11 @@ def test_an_index_that_cannot_be_written(tmp_path: Path) -> None:
 def test_an_interrupted_build_leaves_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documents = document_range(write_dataset(tmp_path / "d", numbered_documents([20])), 0, 1)
 
-    def full(descriptor: int) -> None:
+    def full(file: ArrayFile, block: np.ndarray) -> None:
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("os.fsync", full)
+        patch.setattr(ArrayFile, "write", full)
         with pytest.raises(ConfigError, match="No space left on device"):
             open_samples(tmp_path, documents, seq_length=8, samples=1)
     assert not list((tmp_path / "cache").iterdir())

@@ -11,6 +11,7 @@ from lckv.policies.dmc.config import DMCConfig
 from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_ext.model.build import build_stage
 from megatron_ext.model.gpt import SharedKVGPTModel
+from megatron_ext.model.initialization import global_parameters, shard
 from megatron_ext.parallel.process_groups import initialize
 
 MODEL = ModelConfig(
@@ -68,6 +69,38 @@ def make_stage(
     initialize(parallel, seed=1)
     train = train or TrainConfig(precision="fp32")
     return build_stage(replace(MODEL, **model), compression, parallel, train, vocab_size=VOCAB)
+
+
+GUESSING = {
+    "guess": CompressionConfig(
+        layer_types="0_4_4_4_4_5",
+        forward_passes=1,
+        backward_passes=2,
+        first_guess=True,
+        first_guess_loss_coefficient=0.5,
+        agreement_loss_coefficient=0.25,
+    ),
+    "guess alone": CompressionConfig(
+        layer_types="0_4_4_4_4_5", forward_passes=0, backward_passes=1, first_guess=True
+    ),
+    "guess in two groups": CompressionConfig(
+        layer_types="1_1_2_4_4_5", forward_passes=1, backward_passes=1, first_guess=True
+    ),
+    "agreement": CompressionConfig(
+        layer_types="0_4_4_4_4_5", forward_passes=1, backward_passes=1, agreement_loss_coefficient=2.0
+    ),
+}
+
+
+@torch.no_grad()
+def fill_guesses(stage: SharedKVGPTModel) -> None:
+    """Numbers in the weights of first guesses, which begin at zero; the same in every layout."""
+    for name, parameter in global_parameters(stage):
+        if name.endswith("linear_first_guess.weight"):
+            heads = stage.config.num_query_groups * stage.config.kv_channels
+            generator = torch.Generator().manual_seed(int(name.split(".")[2]))
+            whole = torch.randn(2 * heads, stage.config.hidden_size, generator=generator)
+            parameter.copy_(shard(stage, name, 0.2 * whole))
 
 
 def draw_tokens(rows: int, length: int, seed: int = 0) -> Tensor:

@@ -24,12 +24,13 @@ from megatron_ext.model.policy_statistics import PolicyInputs
 from megatron_ext.parallel.process_groups import chunks_of_rank
 from megatron_ext.schedule.micro_batches import mean_loss, run_schedule
 from megatron_ext.schedule.statistics_meter import StatisticsMeter
-from tests.megatron_ext.model.stages import EVERY_MAP, MERGING, VOCAB, make_stage
+from tests.megatron_ext.model.stages import EVERY_MAP, GUESSING, MERGING, VOCAB, fill_guesses, make_stage
 from tests.ranks import run_on_ranks
 
 ROWS, TOKENS, EOD = 4, 32, 7
 MAPS = {
     **EVERY_MAP,
+    **GUESSING,
     "dmc without window": CompressionConfig(policy=replace(MERGING, window=None)),
     "plain nodiag": CompressionConfig(force_nodiag=True),
 }
@@ -133,6 +134,7 @@ def compare(case: Case, whole: dict[str, Tensor]) -> tuple[float, tuple[float, s
 def run(case: Case) -> tuple[SharedKVGPTModel, Step]:
     parallel, train = settings_of(case)
     stage = make_stage(MAPS[case.name], parallel, train, attention_backend=case.backend)
+    fill_guesses(stage)
     model = wrap(stage, parallel, train)
     meter = StatisticsMeter(model)
     batches = iter(batches_of(case))
@@ -222,7 +224,7 @@ def sent_in(case: Case) -> Counter[tuple[str, int]]:
     with Sent() as sent:
         losses, report = stage(batch.tokens, batch.position_ids, batch.labels, policy=policy)
         auxiliary = 0 if report.auxiliary_loss is None else report.auxiliary_loss.sum()
-        (losses.sum() + auxiliary).backward()
+        (losses.total + auxiliary).backward()
     return sent.calls
 
 

@@ -10,6 +10,7 @@ from megatron.core.extensions import transformer_engine
 from torch import Tensor
 
 from lckv.config import CompressionConfig
+from lckv.losses.token_losses import TokenLosses
 from megatron_ext.config import ParallelConfig, TrainConfig
 from megatron_ext.model import fp8
 from megatron_ext.model.build import build_stage
@@ -108,7 +109,7 @@ def build(plan: tuple[int, int], passes: str, **options: Any) -> torch.nn.Module
     return stage.train()
 
 
-def losses_of(stage: torch.nn.Module, seed: int) -> Tensor:
+def losses_of(stage: torch.nn.Module, seed: int) -> TokenLosses:
     tokens = draw_tokens(2, 16, seed)
     losses, _ = stage(tokens, positions_of(tokens), tokens)
     return losses
@@ -120,9 +121,9 @@ def train_twice(stage: torch.nn.Module, losses: list[Tensor]) -> list[Tensor]:
     for parameter in stage.parameters():
         parameter.main_grad = torch.zeros_like(parameter)
     for seed in range(MICRO_BATCHES):
-        loss = losses_of(stage, seed)
-        loss.mean().backward()
-        losses.append(loss.detach())
+        done = losses_of(stage, seed)
+        (done.total / done.losses.numel()).backward()
+        losses.append(done.losses)
         with torch.no_grad():
             for parameter in stage.parameters():
                 parameter.mul_(1.25)

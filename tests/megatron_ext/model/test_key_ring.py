@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lckv.attention.flash_pairs import AtenCPU
+from lckv.attention.aten_pairs import AtenCPU
 from lckv.config import CompressionConfig
 from megatron_ext.model.build import build_stage
 from megatron_ext.model.memory import kept_bytes, kept_for_backward, layer_bytes
@@ -110,7 +110,7 @@ def kept_by(case: Case, layers: int) -> int:
     policy = PolicyInputs((), None, batch.chunk_rows, 0.0)
 
     def forward() -> Tensor:
-        return stage(batch.tokens, batch.position_ids, batch.labels, policy=policy)[0].sum()
+        return stage(batch.tokens, batch.position_ids, batch.labels, policy=policy)[0].total
 
     step = Kept(forward, list(stage.parameters()))
     step.run()

@@ -41,10 +41,9 @@ def built(model: ModelConfig, layer_types: str, parallel: ParallelConfig) -> tup
 
 def check(model: ModelConfig, layer_types: str, tensor: int, stages: int) -> None:
     parallel = layout(tensor, stages)
-    types = CompressionConfig(layer_types=layer_types).map(model.num_layers)
     compression = CompressionConfig(layer_types=layer_types)
     placement = place(model, compression, parallel, vocab_size=VOCABULARY, seq_length=8)
-    counted = stage_parameters(model, types, parallel, placement, vocab_size=VOCABULARY)
+    counted = stage_parameters(model, compression, parallel, placement, vocab_size=VOCABULARY)
     for stage, held, whole in run_on_ranks(tensor * stages, built, model, layer_types, parallel):
         assert counted[stage].per_rank == held
         assert total_parameters(counted, parallel) == whole

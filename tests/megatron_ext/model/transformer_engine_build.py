@@ -145,7 +145,7 @@ def describe(stage: torch.nn.Module) -> dict[str, dict[str, Any]]:
     """By key of the checkpoint: how the tensor is sharded, what its parameter says of itself, its values."""
     from megatron_ext.checkpointing.state import sharded_state
 
-    (entries,) = sharded_state([stage], None, is_loading=False).values()
+    (entries,) = sharded_state([stage], None).values()
     parameters = {parameter.data_ptr(): parameter for parameter in stage.parameters()}
     described: dict[str, dict[str, Any]] = {}
     for entry in entries.values():

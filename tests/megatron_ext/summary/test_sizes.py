@@ -19,7 +19,8 @@ def test_steps_are_listed_where_layers_are_iterated() -> None:
     run = replace(tiny_run(), compression=CompressionConfig("0_2_2_3", forward_passes=2, backward_passes=1))
     shape = model_shape(run.model, vocab_size=128, seq_length=run.train.seq_length)
     lines = list(cost_lines(RunSizes(run, shape, 1, 0)))
-    assert lines[1:-1] == [
+    assert [line.split("  ")[0] for line in lines[-2:]] == ["predicted prompt", "FLOPs per token"]
+    assert lines[1:-2] == [
         "steps                 layer 0, once",
         (
             "                      layers 1-2, pass 1 of 3, without gradient, for the next pass: KV of 2; "
@@ -29,7 +30,7 @@ def test_steps_are_listed_where_layers_are_iterated() -> None:
         "                      layers 1-2, pass 3 of 3, with gradient, counts",
         "                      layer 3, once",
     ]
-    assert len(list(cost_lines(RunSizes(tiny_run(), shape, 1, 0)))) == 2
+    assert len(list(cost_lines(RunSizes(tiny_run(), shape, 1, 0)))) == 3
 
 
 @pytest.mark.parametrize(

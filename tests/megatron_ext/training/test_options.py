@@ -149,7 +149,7 @@ def weights_moved_by_saving() -> float:
     with on_a_gpu():
         optimizer, _ = build_optimizer(run.optimizer, run.parallel, run.train, model)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    sharded_state([model], optimizer, is_loading=False)
+    sharded_state([model], optimizer)
     return max(
         (parameter - old).abs().max().item()
         for parameter, old in zip(model.parameters(), before, strict=True)

@@ -14,13 +14,14 @@ VALUES = {
     "grad_norm": 1.5,
     "tokens_per_second": 12345.6,
     "mfu": 0.432,
-    "memory_bytes": 3 * 2**29,
+    "current_memory_bytes": 2**30,
+    "peak_memory_bytes": 3 * 2**29,
     "iteration_seconds": 0.25,
     "consumed_tokens": 640,
 }
 LINE = (
-    "loss 3.1416 | learning rate 3.000e-04 | gradient norm 1.500 | 12.3k tokens/s | MFU 43.2 % | memory 1.50 "
-    "GiB"
+    "loss 3.1416 | learning rate 3.000e-04 | gradient norm 1.500 | 12.3k tokens/s | MFU 43.2 % | "
+    "memory 1.00 GiB | peak 1.50 GiB"
 )
 
 
@@ -80,7 +81,7 @@ def test_the_bar_goes_on_from_where_the_run_resumes(monkeypatch):
     shown = stream.getvalue()
     assert "40/100" in shown
     assert "100/100" in shown
-    assert "loss 3.1416 | 12.3k tokens/s | MFU 43.2 % | memory 1.50 GiB" in shown
+    assert "loss 3.1416 | 12.3k tokens/s | MFU 43.2 % | memory 1.00 GiB | peak 1.50 GiB" in shown
     assert "iteration 100: validation loss 2.0000\n" in shown
 
 

@@ -32,12 +32,10 @@ READING = {
 ALLOWED = {
     ("megatron_ext/data/batch.py", "make_batch"): "the samples are on the host",
     ("megatron_ext/schedule/micro_batches.py", "forward"): "bounds of documents are on the host",
-    ("lckv/attention/visibility.py", "without_first_tokens"): "computed on the host, once a micro-batch",
     (
         "megatron_ext/schedule/micro_batches.py",
         "run_schedule",
     ): "megatron-core's, once a step: are there tokens",
-    ("megatron_ext/model/gpt.py", "cross_entropy"): "megatron-core's: one number under a mask is masked_fill",
     ("megatron_ext/schedule/micro_batches.py", "mean_loss"): "once a step, behind the optimizer: the loss",
     ("megatron_ext/training/step.py", "train_step"): "once a step, behind the optimizer: the gradient norm",
     ("megatron_ext/schedule/statistics_meter.py", "total"): "once a step, behind the optimizer: statistics",

@@ -8,40 +8,44 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ext.training.throughput import Throughput, memory_in_use
+from megatron_ext.training.throughput import Throughput, _peak_resident_bytes, memory
 
 
-def test_memory_without_cuda_is_the_peak_of_the_process():
+def test_memory_without_cuda_is_that_of_the_process_now_and_at_its_peak():
     program = (
-        "from megatron_ext.training.throughput import memory_in_use\n"
-        "before = memory_in_use()\n"
+        "from megatron_ext.training.throughput import memory\n"
+        "before = memory()\n"
         "block = bytearray(b'x') * (400 << 20)\n"
+        "during = memory()\n"
         "del block\n"
-        "print(before, memory_in_use())\n"
+        "for state in (before, during, memory()):\n"
+        "    print(*state.values())\n"
     )
     size_of_this_process = bytearray(b"x") * (800 << 20)  # must not be counted
     result = subprocess.run(
         [sys.executable, "-c", program], check=True, timeout=120, capture_output=True, text=True
     )
     del size_of_this_process
-    before, after = map(int, result.stdout.split())
-    assert 10 << 20 < before < 700 << 20  # importing a CUDA build of torch takes 500 MiB
+    (before, now), (_, during), (after, end) = (map(int, line.split()) for line in result.stdout.splitlines())
+    assert 10 << 20 < now <= before < 700 << 20  # importing a CUDA build of torch takes 500 MiB
     assert 200 << 20 < after - before < 450 << 20  # importing may have peaked above `before`
+    assert 380 << 20 < during - now < 420 << 20 and end - now < 20 << 20  # what is given back is not current
 
 
 def test_memory_where_there_is_no_proc(monkeypatch):
     expected = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     monkeypatch.setattr(Path, "exists", lambda path: False)
     monkeypatch.setattr(sys, "platform", "linux")
-    assert memory_in_use() >= expected
+    assert memory()["peak_memory_bytes"] >= expected
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert memory_in_use() < expected
+    assert _peak_resident_bytes() < expected
 
 
 def test_memory_with_cuda_is_what_was_allocated(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 12345)
-    assert memory_in_use() == 12345
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 678)
+    assert memory() == {"peak_memory_bytes": 12345, "current_memory_bytes": 678}
 
 
 def test_speed():

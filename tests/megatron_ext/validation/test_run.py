@@ -78,17 +78,37 @@ CASES = [
         "model.cross_entropy_chunk_size is -1; it must be at least 0.",
     ),
     (
-        {"model.cross_entropy_backend": "whole", "model.cross_entropy_chunk_size": 64},
+        {"model.cross_entropy_z_loss": -0.5},
+        1,
+        "model.cross_entropy_z_loss is -0.5; it must be at least 0.",
+    ),
+    (
+        {"model.cross_entropy_backend": "liger"},
         1,
         (
-            "model.cross_entropy_backend is whole and model.cross_entropy_chunk_size is 64; with this "
-            "backend the latter must be 0"
+            "model.cross_entropy_backend is liger, but liger-kernel needs CUDA tensors, the model is on cpu. "
+            "Set model.cross_entropy_backend to auto or chunked."
         ),
     ),
     (
-        {"model.cross_entropy_backend": "chunked"},
+        {"model.cross_entropy_backend": "liger", "model.cross_entropy_z_loss": 1e-4},
         1,
-        "model.cross_entropy_chunk_size is 0; with this backend the latter must be at least 1",
+        "model.cross_entropy_backend is liger, but the vocabulary-parallel loss of liger-kernel has neither",
+    ),
+    (
+        {"model.cross_entropy_backend": "cut", "parallel.tensor_model_parallel_size": 2},
+        2,
+        "model.cross_entropy_backend is cut, but cut-cross-entropy needs the whole vocabulary on a rank",
+    ),
+    (
+        {"model.cross_entropy_backend": "cut_filtered", "train.precision": "fp32"},
+        1,
+        "model.cross_entropy_backend is cut_filtered, but cut-cross-entropy takes float16 and bfloat16",
+    ),
+    (
+        {"model.cross_entropy_backend": "cut", "model.cross_entropy_chunk_size": 64},
+        1,
+        "cut-cross-entropy makes tiles of its own, and chunks of 64 tokens are asked for",
     ),
     (
         {"model.attention_dropout": 1.0},
@@ -552,6 +572,14 @@ CASES = [
         {"model.transformer_impl": "transformer_engine"},
         1,
         "model.transformer_impl is transformer_engine, but Transformer Engine",
+    ),
+    (
+        {"model.operator_backend": "triton"},
+        1,
+        (
+            "model.operator_backend is triton, but Triton's kernels need CUDA tensors, the model is on cpu. "
+            "Set model.operator_backend to auto or torch."
+        ),
     ),
     (
         {"model.attention_backend": "flash"},

@@ -27,4 +27,5 @@ def test_rows(tmp_path: Path) -> None:
     ]
     for row in rows:
         assert 0 <= row["peak_bytes"] < row["allowed_bytes"]  # type: ignore[operator]
+        assert row["ratio_to_copy"] > 1  # type: ignore[operator]
         assert row["model_bytes"] > row["largest_tensor_bytes"]  # type: ignore[operator]

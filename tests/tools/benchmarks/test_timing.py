@@ -7,7 +7,7 @@ import time
 import torch
 
 from lckv.attention.key_bias import KeyBias
-from tools.benchmarks import biased_attention, partial_attention
+from tools.benchmarks import biased_attention, linear_cross_entropy, partial_attention
 from tools.benchmarks.timing import held_bytes, median_seconds, peak_bytes, write_csv
 
 
@@ -97,6 +97,19 @@ def test_the_benchmark_of_chunks(tmp_path, capsys):
     ]  # fmt: skip
     assert [row["ratio_to_whole"] for row in rows[::2]] == ["1.0", "1.0"]
     assert len(capsys.readouterr().out.splitlines()) == len(rows)
+
+
+def test_the_benchmark_of_the_loss(tmp_path, capsys):
+    output = tmp_path / "loss.csv"
+    sizes = ["--time-tokens", "8", "--time-hidden-size", "4", "--time-vocabulary", "16", "--repeats", "1"]
+    sizes += ["--tokens", "64", "--hidden-size", "4", "--vocabularies", "32", "64"]
+    linear_cross_entropy.main([*sizes, "--output", str(output)])
+    rows = list(csv.DictReader(output.open()))
+    assert [row["loss"] for row in rows[:3]] == ["plain", "recomputing", "without logits"]
+    assert rows[0]["time_ratio"] == "1.00"
+    without, sums = (int(row["peak_bytes"]) for row in rows[-2:])
+    assert without - sums == 64 * 4 * 4, "the weight's gradient"
+    assert len(capsys.readouterr().out.splitlines()) == len(rows) == 10
 
 
 def test_chunks_agree_with_the_whole():

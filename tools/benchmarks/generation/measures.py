@@ -10,6 +10,7 @@ from lckv.generation.config import EngineConfig
 from lckv.generation.engine import Engine
 from lckv.generation.forward import Forward
 from lckv.generation.sampling import SamplingParams, sample
+from lckv.sharing.early_exit import Results
 from tools.benchmarks.generation.admission import Committed, cache_for, fill
 from tools.benchmarks.generation.models import Subject
 
@@ -19,11 +20,14 @@ _GREEDY = SamplingParams(temperature=0.0, max_new_tokens=1, ignore_eos=True)
 class Prefill:
     """Call it to compute a prompt in one piece, up to the logits of its last token, in an empty cache."""
 
-    def __init__(self, subject: Subject, length: int, tolerance: float) -> None:
-        """`length`: of the prompt, in tokens. `tolerance`: see `lckv.generation.prefill.Settling`."""
+    def __init__(
+        self, subject: Subject, length: int, tolerance: float, results: Results = Results.SOME
+    ) -> None:
+        """`length`: of the prompt, in tokens. `tolerance`: see `lckv.generation.prefill.Settling`. `results`:
+        what layers are computed for, ALL or SOME."""
         self._prompt = subject.prompts[0, :length].tolist()
         self.cache = cache_for(subject.model, 1, length)
-        self._forward = Forward(subject.model, self.cache, tolerance=tolerance)
+        self._forward, self._results = Forward(subject.model, self.cache, tolerance=tolerance), results
         self.passes = 1
         """Over iterated layers, in the last call."""
         self.compression_ratio = 1.0
@@ -32,8 +36,8 @@ class Prefill:
     @torch.inference_mode()
     def __call__(self) -> None:
         sequence = self.cache.open()
-        forwarded = self._forward([sequence], [self._prompt])
-        self._forward.newest_logits(forwarded, [0], [len(self._prompt)])
+        forwarded = self._forward([sequence], [self._prompt], self._results)
+        self._forward.newest_logits(forwarded, [0])
         self.passes = forwarded.passes[0] if forwarded.passes is not None else 1
         self.compression_ratio = self.cache.compression_ratio
         self.cache.close(sequence)
@@ -84,6 +88,6 @@ class Decoding:
         rows = range(len(self.sequences))
         tokens = [[self._prompts[row % len(self._prompts)][self._tokens]] for row in rows]
         forwarded = self._forward(self.sequences, tokens)
-        logits = self._forward.newest_logits(forwarded, rows, [1] * len(rows))
+        logits = self._forward.newest_logits(forwarded, rows)
         sample(logits, [_GREEDY] * len(rows), [Random(0)] * len(rows), tokens)
         self._tokens += 1

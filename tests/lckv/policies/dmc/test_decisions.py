@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lckv.attention.visibility import Documents
-from lckv.policies.base import TokenContext
+from lckv.policies.base import TokenContext, unturned
 from lckv.policies.dmc.decisions import (
     HIDDEN,
     decision_logits,
@@ -24,7 +24,7 @@ SHAPE = 6, 2, 3
 
 
 def facts(documents=None, counted=None):
-    return TokenContext(lambda tensor: tensor, documents=documents, counted=counted)
+    return TokenContext(unturned, documents=documents, counted=counted)
 
 
 def test_logits_and_weights_come_from_the_last_channel_in_float32():

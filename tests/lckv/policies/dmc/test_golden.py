@@ -13,7 +13,7 @@ from lckv.attention import reference, sdpa
 from lckv.attention.key_bias import KeyBias
 from lckv.attention.visibility import Visibility
 from lckv.cache.contiguous import ContiguousCache
-from lckv.policies.base import TokenContext
+from lckv.policies.base import TokenContext, unturned
 from lckv.policies.dmc.config import DMCConfig
 from lckv.policies.dmc.decisions import merge_rate, straight_through
 from lckv.policies.dmc.policy import DMCPolicy
@@ -23,7 +23,7 @@ from lckv.rope import Rotation, rotate
 
 FOLDER = Path(__file__).parents[3] / "golden" / "dmc"
 BIAS = KeyBias(age=1)
-WHOLE = TokenContext(lambda heads: heads)
+WHOLE = TokenContext(unturned)
 OUTPUT, TRAINING_OUTPUT, GRADIENT, LOSS = 1e-5, 2e-5, 5e-5, 1e-6
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lckv.attention.visibility import Visibility
-from lckv.policies.base import KeyValue, TokenContext
+from lckv.policies.base import KeyValue, TokenContext, unturned
 from lckv.policies.dense.config import DenseConfig
 from lckv.policies.dmc.config import DMCConfig
 from lckv.policies.dmc.policy import DMCPolicy
@@ -165,7 +165,7 @@ def test_noise_of_the_policy():
 def test_inputs_are_left_alone():
     tensors = layer(LENGTH)
     before = [tensor.detach().clone() for tensor in tensors]
-    unrotated = TokenContext(lambda tensor: tensor)
+    unrotated = TokenContext(unturned)
     output, key_value, _ = run(RETROFIT, tensors, unrotated)
     assert isinstance(key_value, KeyValue)
     output.sum().backward()

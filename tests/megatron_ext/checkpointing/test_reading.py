@@ -1,6 +1,5 @@
 """Reading a checkpoint runs no code from it; its files stay in Megatron's own format."""
 
-import errno
 import os
 import pickle
 from pathlib import Path
@@ -10,12 +9,11 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
-from megatron_ext.checkpointing import state, strategies
-from megatron_ext.checkpointing.agreement import agreement
+from megatron_ext.checkpointing import records, state
 from megatron_ext.checkpointing.contents import read_contents
 from megatron_ext.checkpointing.errors import DamagedCheckpointError
 from megatron_ext.checkpointing.manifest import hash_files, list_files, read_manifest
-from megatron_ext.checkpointing.strategies import read_common, read_shards
+from megatron_ext.checkpointing.reading import read_common, read_entries
 from tests.megatron_ext.checkpointing.tiny_gpt import Case, Run
 from tests.ranks import run_on_ranks
 
@@ -88,50 +86,25 @@ def test_the_common_part_is_not_trusted(tmp_path: Path) -> None:
     assert not trap.exists()
 
 
-def test_a_full_disk_is_told_from_what_torch_makes_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Raised from the OSError, or while handling it; between ranks only the exception itself travels."""
-
-    def fail(*args: Any) -> None:
-        try:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        finally:
-            raise RuntimeError("unexpected pos 704 vs 598")
-
-    monkeypatch.setattr(strategies.dcp.FileSystemWriter, "write_data", fail)
-    with pytest.raises(OSError, match="No space left on device") as caught:
-        strategies._Writer(tmp_path).write_data(None, None)
-    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path))
-
-
 def _load_evil_object(directory: Path, trap: Path) -> str:
     """A checkpoint with a valid manifest whose object shard is evil: what a stranger could hand out.
 
     This project's models have no object shards; here the model's extra state is kept to be one.
     """
-    originals, without_extra_state = strategies.mcore_to_pyt_state_dict, state._without_extra_state
-    run = Run(Case())
+    append, run = records.HashedFile.append, Run(Case())
 
-    def poisoned(by_key: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
-        flat = originals(by_key, is_loading)
-        if not is_loading:
-            key = next(key for key in flat if "_extra_state" in key)
-            flat[key].seek(0)
-            torch.save([_Evil(trap)], flat[key])
-        return flat
+    def poisoned(file: records.HashedFile, content: Any) -> Any:
+        return append(file, [_Evil(trap)] if isinstance(content, list) else content)
 
-    strategies.mcore_to_pyt_state_dict, state._without_extra_state = poisoned, lambda chunk: chunk
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records.HashedFile, "append", poisoned)
+        patch.setattr(state, "_without_extra_state", lambda chunk: chunk)
         path = run.save(directory, 1)
         manifest = read_manifest(path)
         assert manifest.files == hash_files(path, list_files(path))
-        run.load(path)
-    except DamagedCheckpointError as error:
-        return str(error)
-    finally:
-        strategies.mcore_to_pyt_state_dict, state._without_extra_state = originals, without_extra_state
-    return ""
+        with pytest.raises(DamagedCheckpointError) as refusal:
+            run.load(path)
+    return str(refusal.value)
 
 
 def test_objects_are_not_trusted(tmp_path: Path) -> None:
@@ -150,14 +123,10 @@ def _load_with_megatron(directory: Path) -> bool:
     contents = read_contents(path).state_dict_metadata
     assert len(plain) > 30
     assert plain.keys() == {key for key, entry in contents.items() if hasattr(entry, "size")}
-    with agreement(1) as ranks:
-        empty = {key: torch.zeros_like(value) for key, value in plain.items()}
-        sharded = {
-            key: dist_checkpointing.ShardedTensor.from_rank_offsets(key, value)
-            for key, value in empty.items()
-        }
-        loaded = read_shards(sharded, path, ranks.group)
-    return all(torch.equal(loaded[key], value) for key, value in plain.items())
+    empty = {key: torch.zeros_like(value) for key, value in plain.items()}
+    sharded = [dist_checkpointing.ShardedTensor.from_rank_offsets(key, value) for key, value in empty.items()]
+    read_entries(sharded, path, read_contents(path))
+    return all(torch.equal(empty[key], value) for key, value in plain.items())
 
 
 def test_the_files_are_megatrons_own_format(tmp_path: Path) -> None:

@@ -1,0 +1,52 @@
+"""The benchmark of a step of decoding, at a tiny size, and what its rows say."""
+
+import csv
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import torch
+
+from tools.benchmarks.decode_step import main, models
+
+RESULTS = Path(__file__).resolve().parents[3] / "tools" / "benchmarks" / "results"
+KINDS = [
+    "transformers",
+    "contiguous",
+    *(f"{name}{kind}" for name in models() for kind in ("paged", "engine")),
+]
+
+
+def test_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "decode_step.csv"
+    sizes = (
+        f"--hidden-sizes 32 --layers 2 --rows 2 --tokens 9 --repeats 1 --threads {torch.get_num_threads()}"
+    )
+    main([*sizes.split(), "--output", str(output)])
+    rows = list(csv.DictReader(output.open()))
+    assert [row["step"] for row in rows] == KINDS
+    assert rows[0]["ratio_to_transformers"] == "1.0"
+    calls = {row["step"]: int(row["calls"]) for row in rows}
+    assert calls["paged"] < calls["contiguous"]
+    assert (
+        calls["engine"] < calls["paged"] + 30
+    )  # what choosing tokens for requests adds, however many layers
+    assert len(capsys.readouterr().out.splitlines()) == len(rows)
+
+
+def test_rows_say_what_the_page_says() -> None:
+    now, before = (
+        {
+            (row["hidden_size"], row["rows"], row["step"]): (
+                int(row["calls"]),
+                float(row["ratio_to_transformers"]),
+            )
+            for row in csv.DictReader((RESULTS / f"{name}.csv").open())
+        }
+        for name in ("decode_step", "decode_step_before")
+    )
+    assert now.keys() == before.keys()
+    steps = [name for name in now if name[2].endswith(("paged", "engine"))]
+    assert all(now[name][0] < 0.8 * before[name][0] for name in steps)
+    ratios, before_ratios = ([rows[name][1] for name in steps] for rows in (now, before))
+    assert mean(ratios) < 0.8 * mean(before_ratios)

@@ -1,0 +1,286 @@
+"""Trains small models with iterated maps in cheaper ways, and measures what of their quality is lost.
+
+    python tools/benchmarks/cyclic_training.py --text wiki.test.txt wiki.valid.txt \
+        --output tools/benchmarks/results/cyclic_training.csv
+
+Each cell of the grid is a model that is trained on the bytes of the texts, all in the same order for one
+seed, and measured on their end. Its row is appended to the file as soon as it is done; a cell whose row is
+there is skipped, so that the command can be given again. A loss is a mean over bytes, in nats. `exact` runs
+passes until the shared keys and values settle, which is what decoding token by token gives.
+"""
+
+import argparse
+import csv
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import count, islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lckv.config import CompressionConfig
+from lckv.cost import ModelShape, training_cost
+from lckv.generation.prefill import Settling
+from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
+from lckv.models.modeling_lckv_llama import Iteration, LCKVLlamaForCausalLM
+from lckv.sharing.pass_schedule import PassSchedule, forward_passes_at
+from tools.benchmarks.timing import setting
+
+MAPS = {
+    "plain": None,
+    "lckv w=2": "0_6_6_6_6_6_6_7",
+    "lckv w=4": "0_1_5_5_5_5_6_7",
+    "sandwich-middle": "0_3_3_3_3_3_3_7",
+    "two groups": "0_3_3_3_6_6_6_7",
+}
+_LAYERS, _MOST_PASSES, _TOLERANCE = 8, 32, 1e-3
+_PLAIN_EVERY = 25
+"""Steps between two of the plain model, whose time is the unit."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model of the grid."""
+
+    map: str
+    m: int
+    b: int
+    first_guess: bool = False
+    agreement: float = 0.0
+    """Coefficient of the loss."""
+
+    schedule: PassSchedule = "constant"
+    least: int = 0
+    """Of m, which is the most, unless the schedule is constant."""
+
+    share: float = 1.0
+    """Of the grid's steps."""
+
+    seed: int = 1
+
+    @property
+    def compression(self) -> CompressionConfig:
+        """What the model is made of."""
+        return CompressionConfig(
+            layer_types=MAPS[self.map],
+            forward_passes=self.m,
+            backward_passes=self.b,
+            first_guess=self.first_guess,
+            agreement_loss_coefficient=self.agreement,
+        )
+
+    def plan(self, number: int, steps: int) -> CompressionConfig:
+        """With the passes of step `number` of `steps`."""
+        passes = forward_passes_at(
+            self.schedule, self.least, self.m, iteration=number, iterations=steps, seed=self.seed
+        )
+        return replace(self.compression, forward_passes=passes)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What all models have in common."""
+
+    steps: int
+    hidden_size: int
+    rows: int
+    length: int
+
+    def shape(self) -> ModelShape:
+        """For `lckv.cost`."""
+        heads = 4
+        return ModelShape(
+            num_layers=_LAYERS,
+            hidden_size=self.hidden_size,
+            ffn_size=self.hidden_size * 8 // 3,
+            query_heads=heads,
+            kv_heads=heads // 2,
+            head_dim=self.hidden_size // heads,
+            vocab_size=256,
+            seq_length=self.length,
+        )
+
+
+def grid() -> Iterator[Cell]:
+    """All cells, those first that answer most."""
+    lckv = "lckv w=2"
+    first = [Cell("plain", 0, 1), Cell(lckv, 1, 1), Cell(lckv, 7, 2), Cell(lckv, 1, 1, first_guess=True)]
+    yield from first
+    yield Cell(lckv, 1, 2)
+    yield Cell(lckv, 0, 1, first_guess=True)
+    yield Cell(lckv, 1, 2, first_guess=True)
+    yield Cell(lckv, 3, 1, schedule="random", least=1)
+    yield Cell(lckv, 2, 1)
+    yield Cell(lckv, 3, 1)
+    yield Cell(lckv, 1, 1, agreement=0.1)
+    yield Cell(lckv, 7, 2, first_guess=True)
+    yield Cell(lckv, 7, 2, share=round(1.081 / 2.805, 3))  # the operations of 1, 1
+    yield Cell(lckv, 5, 1)
+    yield Cell(lckv, 5, 1, schedule="falling", least=1)
+    yield Cell(lckv, 5, 1, schedule="rising", least=1)
+    for name in ("sandwich-middle", "lckv w=4", "two groups"):
+        yield Cell(name, 1, 1)
+    yield from (replace(cell, seed=2) for cell in first)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--text", type=Path, nargs="+", required=True, help="files to train on")
+    parser.add_argument("--output", type=Path, required=True, help="CSV file, which rows are appended to")
+    parser.add_argument("--steps", type=int, default=500, help="training steps (default: %(default)s)")
+    parser.add_argument("--hidden-size", type=int, default=128, help="default: %(default)s")
+    parser.add_argument("--rows", type=int, default=2, help="texts of a step (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=256, help="bytes of each (default: %(default)s)")
+    parser.add_argument("--cells", type=int, help="train at most so many now (default: all that are left)")
+    parser.add_argument("--held-out", type=int, default=24, help="texts to measure (default: %(default)s)")
+    options = parser.parse_args(argv)
+    sizes = Sizes(options.steps, options.hidden_size, options.rows, options.length)
+    everything = b"".join(path.read_bytes() for path in options.text)
+    tokens = torch.frombuffer(bytearray(everything), dtype=torch.uint8).long()
+    held_out = options.held_out * options.length
+    wanted = (cell for cell in grid() if not _is_there(options.output, _key(cell, sizes)))
+    for cell in islice(wanted, options.cells):
+        measured = trained(cell, sizes, tokens[:-held_out], tokens[-held_out:])
+        row = _key(cell, sizes) | measured | setting("cpu")
+        _append(options.output, row)
+        print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+
+
+def _key(cell: Cell, sizes: Sizes) -> dict[str, str]:
+    """The columns by which the row of a cell is known."""
+    fields = asdict(cell) | asdict(sizes) | {"steps": round(cell.share * sizes.steps)}
+    return {name: str(value) for name, value in fields.items()}
+
+
+def _is_there(path: Path, key: dict[str, str]) -> bool:
+    if not path.exists():
+        return False
+    with path.open(newline="", encoding="utf-8") as file:
+        return any(key.items() <= row.items() for row in csv.DictReader(file))
+
+
+def _append(path: Path, row: dict[str, object]) -> None:
+    is_new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(row))
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def trained(cell: Cell, sizes: Sizes, training: Tensor, held_out: Tensor) -> dict[str, object]:
+    """Train the model of a cell; what it cost and what it can."""
+    plain, model = (new_model(it, sizes) for it in (Cell("plain", 0, 1, seed=cell.seed), cell))
+    steps = round(cell.share * sizes.steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps, pct_start=0.1)
+    batches = batches_of(training, sizes, cell.seed)
+    seconds: list[float] = []
+    plain_seconds: list[float] = []
+    flops, of_plain = 0.0, training_cost(sizes.shape(), CompressionConfig()).model_flops
+    for number in range(steps):
+        batch = next(batches)
+        plan = cell.plan(number, steps)
+        model.model.steps = plan.plan(_LAYERS)
+        flops += training_cost(sizes.shape(), plan).ratio / steps
+        start = time.process_time()
+        _backward(model, batch)
+        seconds.append(time.process_time() - start)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if number % _PLAIN_EVERY == 0:
+            start = time.process_time()
+            _backward(plain, batch)
+            plain_seconds.append(time.process_time() - start)
+            plain.zero_grad()
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "tokens": steps * sizes.rows * sizes.length,
+        "training_flops": f"{flops * steps * sizes.rows * sizes.length * of_plain:.4g}",
+        "flops_of_plain_step": f"{flops:.4f}",
+        "cpu_seconds_of_plain_step": round(statistics.mean(seconds) / statistics.mean(plain_seconds), 3),
+        **measure(model, cell, held_out, sizes.length),
+    }
+
+
+def new_model(cell: Cell, sizes: Sizes) -> LCKVLlamaForCausalLM:
+    """With the initial weights of the cell's seed."""
+    torch.manual_seed(cell.seed)
+    shape = sizes.shape()
+    config = LCKVLlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.ffn_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.query_heads,
+        num_key_value_heads=shape.kv_heads,
+        compression=asdict(cell.compression),
+    )
+    model = LCKVLlamaForCausalLM(config).train()
+    if not cell.first_guess:
+        return model
+    same = new_model(replace(cell, first_guess=False), sizes)
+    model.load_state_dict(same.state_dict(), strict=False)  # the first guess begins at zero
+    return model
+
+
+def batches_of(tokens: Tensor, sizes: Sizes, seed: int) -> Iterator[Tensor]:
+    """int64 [rows, length], the same for all models of a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in count():
+        starts = torch.randint(len(tokens) - sizes.length, (sizes.rows,), generator=generator).tolist()
+        yield torch.stack([tokens[start : start + sizes.length] for start in starts])
+
+
+def _backward(model: LCKVLlamaForCausalLM, batch: Tensor) -> None:
+    model(batch, labels=batch).loss.backward()
+
+
+@torch.inference_mode()
+def measure(model: LCKVLlamaForCausalLM, cell: Cell, held_out: Tensor, length: int) -> dict[str, object]:
+    """Losses of the trained model."""
+    model.eval()
+    rows, longer = held_out.view(-1, length), held_out.view(-1, 2 * length)
+    exact, passes = exact_loss(model, rows)
+    twice, _ = exact_loss(model, longer)
+    own = loss_after(model, rows, cell.m + cell.b, cell.first_guess)
+    losses = {"loss_exact": exact, "loss_own_passes": own}
+    losses |= {f"loss_zeros_{number}": loss_after(model, rows, number) for number in (1, 2, 3)}
+    if cell.first_guess:
+        losses |= {f"loss_guess_{number}": loss_after(model, rows, number, True) for number in (1, 2, 3)}
+    else:
+        losses |= {f"loss_guess_{number}": math.nan for number in (1, 2, 3)}
+    losses |= {"loss_exact_twice_the_length": twice}
+    return {name: f"{value:.4f}" for name, value in losses.items()} | {"passes_until_exact": passes}
+
+
+def exact_loss(model: LCKVLlamaForCausalLM, rows: Tensor) -> tuple[float, float]:
+    """The loss with settled keys and values, and how many passes that took."""
+    settling = Settling(_TOLERANCE, _MOST_PASSES, len(rows), None, key_bias=None, device=rows.device)
+    loss = _loss(model, rows, Iteration(_MOST_PASSES, settling, first_guess=False))
+    return loss, float(settling.passes.double().mean())
+
+
+def loss_after(model: LCKVLlamaForCausalLM, rows: Tensor, passes: int, first_guess: bool = False) -> float:
+    """The loss after so many passes, from the learned first guess or from zeros."""
+    return _loss(model, rows, Iteration(passes, first_guess=first_guess))
+
+
+def _loss(model: LCKVLlamaForCausalLM, rows: Tensor, iteration: Iteration) -> float:
+    states = model.model.run(model.model.embed_tokens(rows), iteration=iteration).last_hidden_state
+    assert states is not None
+    logits = model.lm_head(states)
+    return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten()))
+
+
+if __name__ == "__main__":
+    main()
