@@ -55,6 +55,8 @@ class Scripted:
     def __init__(self, model: LCKVLlamaForCausalLM) -> None:
         self.text: list[int] = []
         self._run, self._head, self._next = model.model.run, model.lm_head.forward, torch.empty(0)
+        # With a hook on a layer every step goes through `run`.
+        model.model.layers[0].register_forward_pre_hook(lambda _module, _given: None)
         model.model.run = self._running
         model.lm_head.forward = self._saying
 

@@ -133,8 +133,8 @@ def test_prompts_are_read_together_as_far_as_a_chunk_goes(monkeypatch: pytest.Mo
     for length in (5, 6, 4, 30, 1):
         tried.submit(text(length, length), replace(GREEDY, max_new_tokens=1))
     tried.run_until_idle()
-    # The prompt of one token goes with the answers; that of 30 waits for a chunk of its own.
-    assert shapes == [(1, 1), (3, 6), (1, 20), (1, 10)]
+    # The prompt of one token goes with the answers, in a step; that of 30 waits for a chunk of its own.
+    assert shapes == [(3, 6), (1, 20), (1, 10)]
 
 
 def test_requests_wait_until_there_is_room_for_their_prompt_in_the_order_in_which_they_came() -> None:
