@@ -52,6 +52,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the answers of a batch here")
     add_model_options(parser)
+    _add_sampling_options(parser)
+    add_engine_options(parser, batch_size=32)
+    add_speculation_options(parser)
+    streaming = parser.add_argument_group("unbounded generation (StreamingLLM): memory that does not grow")
+    streaming.add_argument(
+        "--window", type=positive, metavar="N", help="keep the newest N tokens only, and the first ones"
+    )
+    streaming.add_argument(
+        "--sinks",
+        type=positive,
+        default=4,
+        metavar="N",
+        help="first tokens to keep with --window (default: 4)",
+    )
+    return parser
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
         "--max-new-tokens", type=int, default=128, metavar="N", help="(default: %(default)s)"
@@ -114,20 +132,6 @@ def _parser() -> argparse.ArgumentParser:
         help="answers are JSON that the schema in this file allows",
     )
     sampling.add_argument("--ignore-eos", action="store_true", help="go on behind the end of a document")
-    add_engine_options(parser, batch_size=32)
-    add_speculation_options(parser)
-    streaming = parser.add_argument_group("unbounded generation (StreamingLLM): memory that does not grow")
-    streaming.add_argument(
-        "--window", type=positive, metavar="N", help="keep the newest N tokens only, and the first ones"
-    )
-    streaming.add_argument(
-        "--sinks",
-        type=positive,
-        default=4,
-        metavar="N",
-        help="first tokens to keep with --window (default: 4)",
-    )
-    return parser
 
 
 def _grammar(path: Path) -> "Grammar":

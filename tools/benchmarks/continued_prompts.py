@@ -21,7 +21,7 @@ from lckv.models.cache import LCKVCache
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from lckv.sharing.early_exit import Results
 from tools.benchmarks.generation.admission import cache_for
-from tools.benchmarks.generation.models import RandomModel, Sizes, random_tokens
+from tools.benchmarks.generation.models import RandomModel, Sizes, random_tokens, transformers_llama
 from tools.benchmarks.timing import median_seconds, setting, write_csv
 
 VOCABULARY = 4096
@@ -29,19 +29,9 @@ VOCABULARY = 4096
 
 def transformers_call(sizes: Sizes, past: Tensor, new: Tensor) -> Callable[[], object]:
     """Of a model with the same sizes, as people call it."""
-    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+    from transformers import DynamicCache
 
-    config = LlamaConfig(
-        vocab_size=sizes.vocab_size,
-        hidden_size=sizes.hidden_size,
-        intermediate_size=-(-sizes.hidden_size * 8 // 3 // 16) * 16,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.kv_heads,
-        max_position_embeddings=sizes.context,
-        attention_bias=True,
-    )
-    llama, cache = LlamaForCausalLM(config).eval(), DynamicCache()
+    llama, cache = transformers_llama(sizes), DynamicCache()
     llama(past, past_key_values=cache, logits_to_keep=1)
 
     def call() -> None:

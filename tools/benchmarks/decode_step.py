@@ -29,7 +29,7 @@ from lckv.generation.sampling import SamplingParams
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from tools.benchmarks.generation.admission import cache_for, committed
 from tools.benchmarks.generation.measures import Decoding
-from tools.benchmarks.generation.models import RandomModel, Sizes, Subject, random_tokens
+from tools.benchmarks.generation.models import RandomModel, Sizes, Subject, random_tokens, transformers_llama
 from tools.benchmarks.operators import operators_of
 from tools.benchmarks.policies import merging_policies
 from tools.benchmarks.timing import median_seconds, setting, write_csv
@@ -45,23 +45,9 @@ def models() -> dict[str, str]:
 
 def transformers_step(sizes: Sizes, tokens: torch.Tensor) -> Callable[[], object]:
     """A step of transformers' model of these sizes."""
-    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+    from transformers import DynamicCache
 
-    torch.manual_seed(0)
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=sizes.vocab_size,
-            hidden_size=sizes.hidden_size,
-            intermediate_size=-(-sizes.hidden_size * 8 // 3 // 16) * 16,
-            num_hidden_layers=sizes.layers,
-            num_attention_heads=sizes.heads,
-            num_key_value_heads=sizes.kv_heads,
-            max_position_embeddings=sizes.context,
-            attention_bias=True,
-        )
-    ).eval()
-    cache = DynamicCache()
-    return _greedy(llama, cache, tokens)
+    return _greedy(transformers_llama(sizes), DynamicCache(), tokens)
 
 
 def contiguous_step(model: LCKVLlamaForCausalLM, tokens: torch.Tensor) -> Callable[[], object]:

@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.benchmarks.policies import merging_policies
-
 RESULTS = Path(__file__).parent / "results"
 ARGUMENTS = {
     "training_step": ("--clock", "cpu"),
@@ -35,7 +33,7 @@ ARGUMENTS = {
     "conversion_memory": (),
     "blends": (),
 }
-"""Each benchmark of the table, and what it is given beside --output, and training_step beside --policies."""
+"""Each benchmark of the table, and what it is given beside --output."""
 
 _SAME_PRODUCTS = "1x: same products"
 
@@ -225,8 +223,7 @@ def table(results: Path) -> list[str]:
 
     def load(name: str) -> Rows:
         with (results / f"{name}.csv").open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        return Rows(name, [row for row in rows if "before" not in (row.get("tree"), row.get("version"))])
+            return Rows(name, list(csv.DictReader(file)))
 
     lines = [HEAD, ("---",) * len(HEAD)]
     for part in (training, parallel, attention, inference, decoding, files):
@@ -238,8 +235,6 @@ def table(results: Path) -> list[str]:
 def run(name: str, results: Path) -> int:
     """Measure; the exit status."""
     command = [sys.executable, "-m", f"tools.benchmarks.{name}", *ARGUMENTS[name]]
-    if name == "training_step":
-        command += ["--policies", *merging_policies()]
     threads = {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*command, "--output", str(results / f"{name}.csv")], env=os.environ | threads, check=False

@@ -26,7 +26,7 @@ from megatron_ext.model.norm import RMSNorm
 from megatron_ext.model.policy_statistics import PolicyInputs
 from megatron_ext.model.transformer_config import transformer_config
 from megatron_ext.parallel.process_groups import destroy, device_of_rank, initialize
-from tools.benchmarks.policies import policy_of
+from tools.benchmarks.policies import merging_policies, policy_of
 from tools.benchmarks.timing import CLOCKS, median_seconds, setting, write_csv
 
 MAPS = {
@@ -145,7 +145,11 @@ def main(argv: list[str] | None = None) -> None:
         "--precision", choices=["fp32", "bf16"], default="bf16" if torch.cuda.is_available() else "fp32"
     )
     parser.add_argument(
-        "--policies", nargs="+", default=[], metavar="NAME[:FIELD=VALUE...]", help="KV policies to time too"
+        "--policies",
+        nargs="*",
+        default=merging_policies(),
+        metavar="NAME[:FIELD=VALUE...]",
+        help="KV policies to time too (default: all that merge or drop)",
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(

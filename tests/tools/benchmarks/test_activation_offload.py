@@ -24,5 +24,7 @@ def check_rows() -> None:
     assert max(abs(row["device_bytes"]) for row in (nothing, everything)) <= 4
     # input, attention output and its logsumexp
     assert nothing["host_bytes"] == layer_input * 2 + 2 * 4
-    assert 1.1 * none["device_bytes"] > everything["host_bytes"] > 4 * nothing["host_bytes"]
+    assert everything["host_bytes"] > 4 * nothing["host_bytes"]
+    # what the device keeps otherwise, and at most two numbers per token more
+    assert 0 <= everything["host_bytes"] - none["device_bytes"] <= 2 * 4
     assert nothing["buffers_bytes"] == everything["buffers_bytes"] > 0

@@ -54,6 +54,29 @@ class Sizes:
     context: int
     """Tokens of the longest sequence."""
 
+    @property
+    def ffn_size(self) -> int:
+        """Width of the MLP."""
+        return -(-self.hidden_size * 8 // 3 // 16) * 16
+
+
+def transformers_llama(sizes: Sizes) -> nn.Module:
+    """transformers' own LlamaForCausalLM of these sizes, always the same."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.ffn_size,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads,
+        max_position_embeddings=sizes.context,
+        attention_bias=True,
+    )
+    return LlamaForCausalLM(config).eval()
+
 
 @dataclass(frozen=True)
 class RandomModel:
@@ -99,7 +122,7 @@ class RandomModel:
         return LCKVLlamaConfig(
             vocab_size=sizes.vocab_size,
             hidden_size=sizes.hidden_size,
-            intermediate_size=-(-sizes.hidden_size * 8 // 3 // 16) * 16,
+            intermediate_size=sizes.ffn_size,
             num_hidden_layers=sizes.layers,
             num_attention_heads=sizes.heads,
             num_key_value_heads=sizes.kv_heads,
