@@ -7,7 +7,7 @@ drafts, whatever they are; they only change how many tokens a step gives.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import isfinite
 from typing import NamedTuple
 
@@ -88,10 +88,9 @@ def verify(drafts: Mapping[Job, Sequence[int]], logits: Tensor) -> list[Verified
 
 def _places(job: Job, draft: Sequence[int]) -> Iterator[_Place]:
     numbers = job.draws.ahead(len(draft) + 1)
+    constraints: Iterable[Constraint | None] = [job.constraint] * len(numbers)
     if draft and job.constraint is not None:
         constraints = job.constraint.along(draft)
-    else:
-        constraints = [job.constraint] * len(numbers)
     for count, (number, constraint) in enumerate(zip(numbers, constraints, strict=True)):
         yield _Place(job, draft[:count], number, constraint)
 
