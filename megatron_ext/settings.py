@@ -9,9 +9,9 @@ Then the setting `name` chooses, and the other settings of a variant exist only 
 import argparse
 import difflib
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from types import NoneType
 from typing import Any, Literal, TypeVar
 
@@ -37,13 +37,21 @@ class Setting:
     key: str
     type: Any
     default: object
-    text: str
-    """Its docstring."""
-    group: str
-    """What --help says above it: its section and what that is."""
+    text_of: Callable[[], str]
+    group_of: Callable[[], str]
     needs: tuple[str, str] | None = None
     """The setting that chooses the variant, and its value that makes this one exist;
     None: it always exists."""
+
+    @property
+    def text(self) -> str:
+        """Its docstring. Read from the source, which takes a second for all settings: when it is shown."""
+        return self.text_of()
+
+    @property
+    def group(self) -> str:
+        """What --help says above it: its section and what that is."""
+        return self.group_of()
 
 
 def variants_of(entry: Field[Any]) -> Mapping[str, type]:
@@ -55,7 +63,7 @@ def settings_of(root: type) -> Mapping[str, Sequence[Setting]]:
     """The settings of a configuration by their keys.
     A key has several where several variants have a field of that name."""
     settings: dict[str, list[Setting]] = {}
-    for setting in _walk(root, "", "", None):
+    for setting in _walk(root, "", str, None):
         settings.setdefault(setting.key, []).append(setting)
     return settings
 
@@ -67,27 +75,42 @@ def _texts_of(section: type) -> Mapping[str, str]:
     return {entry.arg_name: " ".join((entry.description or "").split()) for entry in described.params}
 
 
-def _walk(section: type, prefix: str, group: str, needs: tuple[str, str] | None) -> Iterator[Setting]:
-    texts = _texts_of(section)
+def _walk(
+    section: type, prefix: str, group_of: Callable[[], str], needs: tuple[str, str] | None
+) -> Iterator[Setting]:
     hints = typing.get_type_hints(section)
     for entry in fields(section):
         key, hint = prefix + entry.name, hints[entry.name]
+        text_of = partial(_text_of, section, entry.name)
         if is_dataclass(hint):
             part = typing.cast(type, hint)
-            yield from _walk(part, f"{key}.", f"{key}: {_summary(part)}".rstrip(".:"), needs)
+            yield from _walk(part, f"{key}.", partial(_title, key, part), needs)
         elif variants := variants_of(entry):
-            yield _choice(key, entry, variants, texts[entry.name])
+            yield _choice(key, entry, variants, text_of)
             for name, part in variants.items():
-                yield from _walk(part, f"{key}.", f"{key} {name}", (f"{key}.name", name))
+                yield from _walk(part, f"{key}.", partial("{} {}".format, key, name), (f"{key}.name", name))
         elif needs is None or key != needs[0]:
-            yield Setting(key, hint, entry.default, texts[entry.name], group, needs)
+            yield Setting(key, hint, entry.default, text_of, group_of, needs)
 
 
-def _choice(key: str, entry: Field[Any], variants: Mapping[str, type], text: str) -> Setting:
+def _text_of(section: type, name: str) -> str:
+    return _texts_of(section)[name]
+
+
+def _title(key: str, section: type) -> str:
+    return f"{key}: {_summary(section)}".rstrip(".:")
+
+
+def _choice(key: str, entry: Field[Any], variants: Mapping[str, type], text_of: Callable[[], str]) -> Setting:
     """The setting that chooses the variant of the field `entry`."""
     names: Any = Literal.__getitem__(tuple(variants))
-    meanings = " ".join(f"{name}: {_summary(part)}" for name, part in variants.items())
-    return Setting(f"{key}.name", names, _default_name(entry), meanings, f"{key}: {text}".rstrip("."))
+    return Setting(
+        f"{key}.name",
+        names,
+        _default_name(entry),
+        lambda: " ".join(f"{name}: {_summary(part)}" for name, part in variants.items()),
+        lambda: f"{key}: {text_of()}".rstrip("."),
+    )
 
 
 def _default_name(entry: Field[Any]) -> str:
@@ -105,7 +128,7 @@ def describe_settings(root: type) -> str:
     """All settings with their types, defaults and docstrings,
     grouped by section and variant, as --help shows them."""
     groups: dict[str, list[Setting]] = {}
-    for setting in _walk(root, "", "", None):
+    for setting in _walk(root, "", str, None):
         groups.setdefault(setting.group, []).append(setting)
     return "\n".join(_describe_group(title, members) for title, members in groups.items())
 
@@ -247,6 +270,8 @@ def _cast(setting: Setting, value: object) -> object:
     try:
         if is_texts(hint):
             return _texts(value)
+        if type(value) in (bool, int, float) and type(value) is hint:
+            return value  # as a parser of this type would have it, which takes milliseconds to make
         if isinstance(value, str) and str in (hint, *typing.get_args(hint)):
             return value  # as it is: the parser would take the text "null" for nothing
         if value is None and NoneType not in typing.get_args(hint):

@@ -257,6 +257,7 @@ def _serve(rank: int, world_size: int, port: int, device: Device, stack: str, co
     threading.Thread(target=_end_with_parent, daemon=True).start()
     stack_file = open(stack, "w")  # noqa: SIM115 - closed by its owner
     faulthandler.register(signal.SIGUSR1, file=stack_file)
+    faulthandler.enable()  # a rank that crashes says where
     case = 0
     try:
         _prepare(rank, world_size, port, device)

@@ -70,8 +70,11 @@ class HashedFile:
     def write(self, data: Any) -> int:
         """Appends bytes."""
         content = memoryview(data).cast("B")
-        self.bytes += len(content)
         start, end = 0, len(content)
+        self.bytes += end
+        if len(self._waiting) + end < _PIECE_BYTES:  # nearly always: a record has some 40 small parts
+            self._waiting += content
+            return end
         while start < end:
             stop = min(end, start + _PIECE_BYTES - len(self._waiting))
             piece = content[start:stop]
