@@ -192,6 +192,9 @@ class FusedSource:
             return self.parts.read(fusion.parts[0].name, rows)
         info = self._infos[name]
         start, stop, result = _rows_to_fill(info, rows)
+        if stop - start == info.shape[0] and info.nbytes <= CHUNK_BYTES:
+            self._interleave(fusion, result.unflatten(0, (fusion.groups, -1)))
+            return result
         for part, theirs, ours in fusion.runs(_longest(info)):
             first, last = max(start, ours.start), min(stop, ours.stop)
             if first < last:
@@ -200,6 +203,15 @@ class FusedSource:
                     part, slice(first + shift, last + shift)
                 )
         return result
+
+    def _interleave(self, fusion: Fusion, groups: Tensor) -> None:
+        """Fills [groups, rows of a group, ...], each part read as a whole: a small tensor has many short
+        stretches."""
+        row = 0
+        for part in fusion.parts:
+            rows = self.parts.read(part.name).unflatten(0, (fusion.groups, -1))
+            groups[:, row : row + part.rows_per_group] = rows
+            row += part.rows_per_group
 
 
 @dataclass(frozen=True)

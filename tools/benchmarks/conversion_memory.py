@@ -6,7 +6,8 @@ peak_bytes: by how much the resident memory of the converting process grows (Lin
 allowed_bytes: 1.3 times the largest tensor and 64 MiB. cpu_seconds: those in which the process computed; of
 use where other programs run meanwhile. ratio_to_copy: to those of reading the weights, hashing and writing
 them, by the same process. Models are Llamas in bfloat16 with random weights; what is measured is
-reading, mapping, writing and hashing, without the proof at the end.
+reading, mapping, writing and hashing, without the proof at the end. A narrow model has many small tensors:
+half a megabyte each at a width of 512, ten at 2048.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 
@@ -56,17 +58,16 @@ class RandomWeights:
         return row.expand(stop - start, *info.shape[1:]).clone()
 
 
-def model_of(size: int, vocab_size: int) -> ModelDescription:
-    """A Llama of about `size` bytes, whose largest tensor, the embedding,
-    has `vocab_size` rows of a kilobyte."""
+def model_of(size: int, vocab_size: int, hidden_size: int = 512) -> ModelDescription:
+    """A Llama of about `size` bytes, whose largest tensor, the embedding, has `vocab_size` rows."""
     layers = 1
     while True:
         model = ModelConfig(
             num_layers=layers,
-            hidden_size=512,
-            ffn_hidden_size=1536,
-            num_attention_heads=8,
-            num_query_groups=4,
+            hidden_size=hidden_size,
+            ffn_hidden_size=3 * hidden_size,
+            num_attention_heads=hidden_size // 64,
+            num_query_groups=hidden_size // 128,
             vocab_size=vocab_size,
             max_position_embeddings=2048,
         )
@@ -105,6 +106,7 @@ def measure(name: str, description: ModelDescription, folder: Path) -> dict[str,
     seconds, computing = time.perf_counter() - start, time.process_time() - computing
     return {
         "conversion": name,
+        "hidden_size": description.model.hidden_size,
         "model_bytes": sum(sizes),
         "largest_tensor_bytes": max(sizes),
         "peak_bytes": _status("VmHWM") - before,
@@ -157,15 +159,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--megabytes", type=int, nargs="+", default=[100, 200, 400, 800], help="sizes of the models"
     )
     parser.add_argument(
-        "--vocab-size", type=int, default=40000, help="rows of the largest tensor, a kilobyte each"
+        "--hidden-size", type=int, nargs="+", default=[512, 2048], help="widths of the models"
+    )
+    parser.add_argument(
+        "--largest-tensor", type=int, default=40, metavar="MB", help="megabytes of the embedding"
     )
     parser.add_argument("--output", type=Path, help="CSV file")
     options = parser.parse_args(argv)
     if not _CLEAR.exists():
         parser.error(f"peak memory is read from {_STATUS.parent}, which this system does not have.")
     rows: list[dict[str, object]] = []
-    for megabytes in options.megabytes:
-        for row in measure_in_turn(model_of(10**6 * megabytes, options.vocab_size)):
+    for megabytes, hidden_size in product(options.megabytes, options.hidden_size):
+        vocab_size = 10**6 * options.largest_tensor // (2 * hidden_size)
+        for row in measure_in_turn(model_of(10**6 * megabytes, vocab_size, hidden_size)):
             rows.append(row | setting("cpu"))
             print("   ".join(f"{value:>15}" for value in row.values()), flush=True)
     if options.output:

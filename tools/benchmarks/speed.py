@@ -201,11 +201,17 @@ def files(load: Load) -> Iterator[Line]:
         size = saved.value("state_bytes", ranks="1", way=way, precision="fp32") / 1e6
         yield f"{way} of {size:.0f} MB, on one rank, on two", ratios, peer, "1x: same bytes", saved.name
     converted = load("conversion_memory")
-    largest = max((row["model_bytes"] for row in converted.rows), key=int)
+    sizes = {
+        width: max(int(row["model_bytes"]) for row in converted.rows if row["hidden_size"] == width)
+        for width in ("512", "2048")
+    }
     for way in ("hf-to-megatron", "hf-to-megatron, averaged map", "megatron-to-hf"):
-        ratio = converted.value("ratio_to_copy", conversion=way, model_bytes=largest)
-        title = f"{way}, {int(largest) / 1e6:,.0f} MB"
-        yield title, times(ratio), "a copy and a hash", "1.5x: two hashes, one copy", converted.name
+        ratios = ", ".join(
+            times(converted.value("ratio_to_copy", conversion=way, model_bytes=str(size), hidden_size=width))
+            for width, size in sizes.items()
+        )
+        title = f"{way}, {max(sizes.values()) / 1e6:,.0f} MB, width 512, 2,048"
+        yield title, ratios, "a copy and a hash", "1.5x: two hashes, one copy", converted.name
     blends = load("blends")
     ratios = ", ".join(
         times(
