@@ -63,4 +63,4 @@ def cut_cross_entropy(
         impl="cce",
     )
     weighted = losses if token_weights is None else losses * token_weights
-    return TokenLosses(losses.detach(), weighted.sum())
+    return TokenLosses(losses.detach(), weighted.sum(), losses.detach())

@@ -6,7 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lckv.losses.linear_cross_entropy import ChunkLoss, Terms
+from lckv.losses.chunks import ChunkLoss
+from lckv.losses.linear_cross_entropy import Terms
 
 MODULE, FUNCTION = "liger_kernel.ops.vocab_parallel_cross_entropy", "LigerVocabParallelCEFunction"
 """What is used of liger-kernel."""

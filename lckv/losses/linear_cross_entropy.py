@@ -21,19 +21,12 @@ Shapes: n tokens, c of a chunk, h channels, v rows of this rank.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lckv.losses.chunk_size import tokens_of_chunk
-from lckv.losses.products import (
-    add_of_weight,
-    gradient_of_states,
-    logits_of,
-    room_for_logits,
-    wide_dtype,
-)
+from lckv.losses.chunks import ChunkLoss, by_chunks
 from lckv.losses.token_losses import TokenLosses, Vocabulary
 
 
@@ -44,19 +37,6 @@ class Terms:
     vocabulary: Vocabulary
     z_loss: float = 0.0
     soft_cap: float | None = None
-
-
-class ChunkLoss(NamedTuple):
-    """Of a chunk."""
-
-    losses: Tensor
-    """Cross-entropy [c]."""
-
-    penalty: Tensor | None
-    """z-loss [c]; None: there is none."""
-
-    gradient: Tensor | None
-    """Of the weighted sum of both, by the logits [c, v]."""
 
 
 class ChunkKernel(Protocol):
@@ -85,16 +65,16 @@ def softmax_kernel(logits: Tensor, targets: Tensor, weights: Tensor | None, term
     lse, logit = terms.vocabulary.join(most + logits.sum(1).log_(), own_logit)
     ignored = targets < 0
     losses = (lse - logit).masked_fill(ignored, 0)
-    penalty = None
+    objective = None
     if terms.z_loss:
-        penalty = (terms.z_loss * lse.square()).masked_fill(ignored, 0)
+        objective = losses + (terms.z_loss * lse.square()).masked_fill(ignored, 0)
     if weights is None:
-        return ChunkLoss(losses, penalty, None)
+        return ChunkLoss(losses, objective, None)
     logits.mul_((weights * (1 + 2 * terms.z_loss * lse) * torch.exp(most - lse))[:, None])
     logits.scatter_add_(1, place[:, None], -weights.masked_fill(~here, 0)[:, None])
     if slope is not None:
         logits.mul_(slope)
-    return ChunkLoss(losses, penalty, logits)
+    return ChunkLoss(losses, objective, logits)
 
 
 def linear_cross_entropy(
@@ -122,108 +102,14 @@ def linear_cross_entropy(
     device; so is a total whose gradient is not 1 in spite of `weight_gradient`.
     """
     vocabulary = Vocabulary(len(weight)) if vocabulary is None else vocabulary
-    device = states.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        states, weight = states.to(dtype), weight.to(dtype)
-    wide = wide_dtype(states.dtype)
-    if token_weights is None:
-        token_weights = states.new_ones(len(states), dtype=wide)
-    torch._assert_async((targets < vocabulary.size).all(), "a target is beyond the vocabulary")
-    weights = token_weights.detach().to(wide).masked_fill(targets < 0, 0)
-    size = tokens_of_chunk(len(weight), asked=chunk_size, number_bytes=wide.itemsize)
-    plan = _Plan(Terms(vocabulary, z_loss, soft_cap), size, kernel, torch.is_grad_enabled())
-    with torch.autocast(device, enabled=False):
-        losses, total = _ByChunks.apply(states, weight, targets, weights, weight_gradient, plan)
-    return TokenLosses(losses, total)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """How the chunks are done."""
-
-    terms: Terms
-    size: int
-    kernel: ChunkKernel
-    learns: bool
-
-    def chunk(
-        self, states: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, room: Tensor | None
-    ) -> ChunkLoss:
-        """Of the tokens of a chunk; the gradient may lie in `room`."""
-        return self.kernel(logits_of(states, weight, room), targets, weights, self.terms)
-
-
-class _ByChunks(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        states: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        weights: Tensor,
-        weight_gradient: Tensor | None,
-        plan: _Plan,
-    ) -> tuple[Tensor, Tensor]:
-        of_states, of_weight = (plan.learns and needed for needed in ctx.needs_input_grad[:2])
-        gradients = _Gradients.room(states, weight, weight_gradient, of_states, of_weight)
-        losses, penalty = torch.empty_like(weights), torch.zeros_like(weights)
-        room = room_for_logits(states, weight, plan.size)
-        for start in range(0, len(states), plan.size):
-            part = slice(start, start + plan.size)
-            asked = weights[part] if of_states or of_weight else None
-            done = plan.chunk(states[part], weight, targets[part], asked, room)
-            losses[part] = done.losses
-            if done.penalty is not None:
-                penalty[part] = done.penalty
-            if done.gradient is not None:
-                gradients.add(part, done.gradient, states[part], weight)
-            del done  # or its logits would be in memory beside the next ones
-        ctx.added = of_weight and weight_gradient is not None
-        ctx.dtypes = states.dtype, weight.dtype
-        ctx.save_for_backward(gradients.states, None if ctx.added else gradients.weight)
-        ctx.mark_non_differentiable(losses)
-        return losses, torch.dot(weights, losses + penalty)
-
-    @staticmethod
-    def backward(ctx: Any, _of_losses: Tensor, of_total: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.added:
-            torch._assert_async(of_total == 1, "the weight's gradient was added for a total of gradient 1")
-        # in their place, so that a second backward is an error of autograd's
-        of_states, of_weight = (
-            None if gradient is None else gradient.mul_(of_total).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return of_states, of_weight, None, None, None, None
-
-
-class _Gradients(NamedTuple):
-    """Gradients that grow chunk by chunk; None: not wanted."""
-
-    states: Tensor | None
-    """[n, h]."""
-
-    weight: Tensor | None
-    """[v, h], wide."""
-
-    @classmethod
-    def room(
-        cls, states: Tensor, weight: Tensor, weight_gradient: Tensor | None, of_states: bool, of_weight: bool
-    ) -> "_Gradients":
-        """Where they will be."""
-        wide = wide_dtype(states.dtype)
-        # float16 has no room for the gradient of a mean before it is scaled
-        kept = wide if states.dtype == torch.float16 else states.dtype
-        if of_weight and weight_gradient is None:
-            weight_gradient = torch.zeros_like(weight, dtype=wide)
-        return cls(
-            torch.empty_like(states, dtype=kept) if of_states else None,
-            weight_gradient if of_weight else None,
-        )
-
-    def add(self, part: slice, gradient: Tensor, states: Tensor, weight: Tensor) -> None:
-        """What a chunk adds, from its logits' gradient [c, v]."""
-        if self.states is not None:
-            self.states[part] = gradient_of_states(gradient, weight)
-        if self.weight is not None:
-            add_of_weight(self.weight, gradient, states)
+    terms = Terms(vocabulary, z_loss, soft_cap)
+    return by_chunks(
+        states,
+        weight,
+        targets,
+        lambda _part, logits, own, weights: kernel(logits, own, weights, terms),
+        token_weights=token_weights,
+        vocabulary=vocabulary,
+        weight_gradient=weight_gradient,
+        chunk_size=chunk_size,
+    )

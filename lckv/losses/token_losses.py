@@ -20,7 +20,11 @@ class TokenLosses:
     and reports. 0 of ignored tokens. A z-loss is not in it."""
 
     total: Tensor
-    """Sum over tokens of token weight x (cross-entropy + z-loss), a number. The gradient goes through it."""
+    """Sum over tokens of token weight x objective, a number. The gradient goes through it."""
+
+    objective: Tensor
+    """What is made small, of each token and without gradient: the cross-entropy and the z-loss, or what
+    `linear_distillation` says."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,11 @@ class Vocabulary:
         here = (targets >= self.first) & (targets < self.first + rows)
         return (targets - self.first).masked_fill(~here, 0), here
 
-    def hide_padding(self, logits: Tensor) -> None:
-        """Give padding no probability in logits [n, v]."""
+    def hide_padding(self, logits: Tensor, never: float = -torch.inf) -> None:
+        """Give padding no probability in logits [n, v]: the logit `never`."""
         true = min(max(self.size - self.first, 0), logits.shape[1])
         if true < logits.shape[1]:
-            logits[:, true:] = -torch.inf
+            logits[:, true:] = never
 
     def join(self, lse: Tensor, logit: Tensor) -> tuple[Tensor, Tensor]:
         """Of the whole vocabulary, from this rank's logsumexp [n], and the target's logit [n], which is 0 on
@@ -63,6 +67,13 @@ class Vocabulary:
         parts = mine.new_empty((self.group.size(), *mine.shape))
         dist.all_gather_into_tensor(parts.flatten(0, 1), mine, group=self.group)
         return parts[:, 0].logsumexp(0), parts[:, 1].sum(0)
+
+    def sum(self, parts: Tensor) -> Tensor:
+        """Of the whole vocabulary, from what each rank has of it, which may be overwritten. One
+        collective."""
+        if self.is_split:
+            dist.all_reduce(parts, group=self.group)
+        return parts
 
 
 class LinearCrossEntropy(Protocol):

@@ -191,7 +191,8 @@ class SharedKVGPTModel(LanguageModule):
             loss=loss,
             adds_gradient=self.loss.adds_weight_gradient,
         )
-        return TokenLosses(done.losses.view(length, rows).transpose(0, 1), done.total)
+        losses, objective = (it.view(length, rows).transpose(0, 1) for it in (done.losses, done.objective))
+        return TokenLosses(losses, done.total, objective)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """This rank's part of the logits, [s, b, padded vocabulary / TP], of hidden states
