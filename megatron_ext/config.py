@@ -317,6 +317,26 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class DistillationConfig:
+    """Learning from a teacher's tokens as well as from the data's."""
+
+    teacher: str | None = None
+    """Checkpoint of the teacher, on any layout, or a directory of checkpoints: the newest. It reads the same
+    tokens, has the same vocabulary, and is not changed. None: there is no teacher."""
+
+    divergence: Literal["student_teacher", "teacher_student"] = "teacher_student"
+    """Kullback-Leibler divergence of token distributions. teacher_student, D(teacher || student): the
+    student learns everything that the teacher deems likely. student_teacher, D(student || teacher): it learns
+    nothing that the teacher deems unlikely (as the public code of DMS)."""
+
+    weight: float = 1.0
+    """Of the divergence in the loss."""
+
+    lm_loss_weight: float = 0.0
+    """Of the cross-entropy of the data's tokens in the loss."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Length, batch and numerics of the run."""
 
@@ -377,6 +397,9 @@ class TrainConfig:
     offload_gigabytes_per_second: float = 20.0
     """token_wise, auto: what a rank copies to the host, 10^9 bytes per second, while all ranks of the machine
     do. PCIe 4 x16 has about 25 for one, PCIe 5 x16 about 50."""
+
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    """Learning from a teacher."""
 
     eval_interval: int = 0
     """Evaluate every so many iterations and at the end; 0: never."""

@@ -45,6 +45,9 @@ class Choice:
     adds_weight_gradient: bool = True
     """Whether it can add the weight's gradient to a given sum."""
 
+    chunk_size: int = 0
+    """Tokens at a time, 0: as memory asks for."""
+
 
 def choose(
     name: str,
@@ -88,7 +91,7 @@ def _by_chunks(name: str, reason: str, chunk_size: int, terms: LossTerms) -> Cho
     if name == "liger":
         kernel = getattr(importlib.import_module(liger.MODULE), liger.FUNCTION)
         loss = partial(loss, kernel=partial(liger.chunk_loss, kernel=kernel))
-    return Choice(name, reason, loss)
+    return Choice(name, reason, loss, chunk_size=chunk_size)
 
 
 def why_not_liger(device: torch.device, terms: LossTerms) -> str | None:

@@ -1,6 +1,6 @@
-"""A loss of hidden states under an output weight, over chunks of tokens: the logits of a chunk are made, turned
-into losses and their gradient, and forgotten. Three products, as a plain layer has, and no logits are made
-twice.
+"""A loss of hidden states under an output weight, over chunks of tokens: the logits of a chunk are made,
+turned into losses and their gradient, and forgotten. Three products, as a plain layer has, and no logits are
+made twice.
 
 Shapes: n tokens, c of a chunk, h channels, v rows of the weight that this rank has.
 """
@@ -111,7 +111,9 @@ class _ByChunks(torch.autograd.Function):
         return losses, torch.dot(weights, objective), objective
 
     @staticmethod
-    def backward(ctx: Any, _of_losses: Tensor, of_total: Tensor, _of_objective: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, _of_losses: Tensor, of_total: Tensor, _of_objective: Tensor
+    ) -> tuple[Tensor | None, ...]:
         if ctx.added:
             torch._assert_async(of_total == 1, "the weight's gradient was added for a total of gradient 1")
         # in their place, so that a second backward is an error of autograd's

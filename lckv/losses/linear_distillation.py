@@ -1,5 +1,5 @@
-"""Divergence of a model's tokens from a teacher's, mixed with the cross-entropy, over chunks of tokens: neither
-the student's logits of all tokens are in memory nor the teacher's.
+"""Divergence of a model's tokens from a teacher's, mixed with the cross-entropy, over chunks of tokens:
+neither the student's logits of all tokens are in memory nor the teacher's.
 
 As a plain computation, of one token, with log-probabilities lp of the student and lq of the teacher:
 
@@ -55,13 +55,21 @@ class DistillationTerms:
         return (objective - self.cross_entropy_weight * cross_entropy) / self.weight
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """A teacher, and what is learned from it."""
+
+    teacher: Teacher
+    terms: DistillationTerms
+
+
 def linear_distillation(
     states: Tensor,
     weight: Tensor,
     targets: Tensor,
+    *,
     teacher: Teacher,
     terms: DistillationTerms,
-    *,
     token_weights: Tensor | None = None,
     vocabulary: Vocabulary | None = None,
     weight_gradient: Tensor | None = None,

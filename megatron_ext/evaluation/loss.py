@@ -44,7 +44,7 @@ def evaluate(
         if stopped:
             break
         losses = run_schedule(model, samples, make_batch, train, meter, progress=progress, forward_only=True)
-        loss, num_tokens = mean_loss(losses)
+        loss, num_tokens, _ = mean_loss(losses)
         total, count = total + loss * num_tokens, count + num_tokens
     model.train()
     return None if stopped else Evaluation(total / max(count, 1), meter.total())

@@ -4,6 +4,7 @@ Parameter names are those of Megatron's GPTModel; a plain map has exactly its pa
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from lckv.attention.visibility import Documents
 from lckv.losses.backends import Choice as LossChoice
-from lckv.losses.token_losses import TokenLosses, Vocabulary
+from lckv.losses.linear_distillation import Lesson, Teacher, linear_distillation
+from lckv.losses.token_losses import LinearCrossEntropy, TokenLosses, Vocabulary
 from lckv.policies.base import RowPart, TokenContext
 from lckv.rope import RotaryEmbedding, Rotation, Turn, rotation
 from megatron_ext.model.block import SharedKVBlock
@@ -96,10 +98,12 @@ class SharedKVGPTModel(LanguageModule):
         call: StageCall | None = None,
         *,
         loss_mask: Tensor | None = None,
+        lesson: Lesson | None = None,
     ) -> tuple[Tensor | TokenLosses, PolicyReport]:
         """tokens, position_ids and labels are int64 [b, s]; with context parallelism those that this rank has
         of each row. `documents` are those of whole rows. `call`: one visit of several to this stage.
-        `loss_mask` float [b, s]: the weight of each token in the total loss; default: 1.
+        `loss_mask` float [b, s]: the weight of each token in the total loss; default: 1. `lesson`: what a
+        teacher makes of the tokens, for a loss that is learned from it.
 
         Returns, with what the KV policy did: on the last stage the losses of tokens, float32 [b, s] in nats,
         and their total, through which gradients go, or without labels this rank's part of the logits [b, s,
@@ -122,7 +126,7 @@ class SharedKVGPTModel(LanguageModule):
         report = replace(report, auxiliary_loss=auxiliary)
         if labels is None:
             return self.logits(hidden_states).transpose(0, 1), report
-        return self._loss(hidden_states, labels, loss_mask), report
+        return self._loss(hidden_states, labels, loss_mask, lesson), report
 
     def _context(
         self, position_ids: Tensor, documents: Documents | None, policy: PolicyInputs
@@ -168,7 +172,9 @@ class SharedKVGPTModel(LanguageModule):
         """RoPE at positions [s, b] of rows of `seq_length` tokens, of [s, b, any heads, d]."""
         return Turn(self.angles(positions[:, :, None], seq_length), self.config.operators.rope.function)
 
-    def _loss(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor | None) -> TokenLosses:
+    def _loss(
+        self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor | None, lesson: Lesson | None
+    ) -> TokenLosses:
         """Of hidden states [s / shards, b, hidden], labels and mask [b, s]: losses [b, s] and their total."""
         rows, length = labels.shape
         targets = labels.transpose(0, 1).flatten()
@@ -176,7 +182,15 @@ class SharedKVGPTModel(LanguageModule):
 
         def loss(states: Tensor, weight: Tensor, sums: Tensor | None) -> TokenLosses:
             group = self.pg_collection.tp
-            return self.loss.loss(
+            function: LinearCrossEntropy = self.loss.loss
+            if lesson is not None:
+                function = partial(
+                    linear_distillation,
+                    teacher=lesson.teacher,
+                    terms=lesson.terms,
+                    chunk_size=self.loss.chunk_size,
+                )
+            return function(
                 states.flatten(0, 1),
                 weight,
                 targets,
@@ -189,7 +203,7 @@ class SharedKVGPTModel(LanguageModule):
             hidden_states,
             weight=self._output_weight(),
             loss=loss,
-            adds_gradient=self.loss.adds_weight_gradient,
+            adds_gradient=self.loss.adds_weight_gradient or lesson is not None,
         )
         losses, objective = (it.view(length, rows).transpose(0, 1) for it in (done.losses, done.objective))
         return TokenLosses(losses, done.total, objective)
@@ -203,6 +217,24 @@ class SharedKVGPTModel(LanguageModule):
         if true < logits.shape[-1]:
             logits[..., true:] = torch.finfo(logits.dtype).min
         return logits
+
+    def teach(
+        self, tokens: Tensor, position_ids: Tensor, documents: Documents | None, policy: PolicyInputs
+    ) -> Teacher:
+        """What a student may learn from this model, which is on one stage and not split along sequences by
+        tensor parallelism: states of the tokens int64 [b, s], in the order of `_loss`."""
+        rows, length = tokens.shape
+        context = self._context(position_ids, documents, policy)
+        states, _ = self.decoder(
+            self.embedding(input_ids=tokens, position_ids=position_ids),
+            context,
+            policy.row_seeds,
+            length,
+            rows,
+            None,
+        )
+        weight = self._output_weight()
+        return Teacher(states.flatten(0, 1), self.output_layer.weight if weight is None else weight)
 
     def _output_weight(self) -> Tensor | None:
         """That of the embedding, where they share it; None: the output layer's own."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from lckv.attention.visibility import Documents
+from lckv.losses.linear_distillation import Lesson
 from lckv.losses.token_losses import TokenLosses
 from megatron_ext.config import TrainConfig
 from megatron_ext.data.batch import Batch
@@ -23,6 +25,8 @@ from megatron_ext.schedule.ring import Finished, run_ring
 from megatron_ext.schedule.statistics_meter import StatisticsMeter
 from megatron_ext.schedule.ticks import ticks_of
 
+Teach = Callable[[Batch], Lesson]
+"""What a teacher makes of a micro-batch."""
 Shapes = list[tuple[int, ...]]
 Samples = Iterator[Mapping[str, Tensor]]
 MakeBatch = Callable[[Mapping[str, Tensor]], Batch]
@@ -53,6 +57,7 @@ class _LossOfBatch:
     train: TrainConfig
     progress: float
     forward_only: bool
+    teach: Teach | None
 
     def forward(
         self, batch: Batch, call: StageCall | None = None
@@ -70,6 +75,7 @@ class _LossOfBatch:
             policy=policy,
             call=call,
             loss_mask=batch.loss_mask,
+            lesson=None if self.teach is None else self.teach(batch),
         )
         return output, report
 
@@ -88,12 +94,14 @@ def run_schedule(
     progress: float,
     forward_only: bool,
     forward_passes: int | None = None,
+    teach: Teach | None = None,
 ) -> list[Tensor]:
     """Run the micro-batches of a step or an evaluation, with m = `forward_passes`; None: as configured.
+    `teach`: of a teacher, on one stage.
 
-    Returns losses of this rank's micro-batches, float64 [2 + b] each: sum, number of tokens, and the sum of
-    each row. Empty before the last stage."""
-    passage = _LossOfBatch(model, train, progress, forward_only)
+    Returns losses of this rank's micro-batches, float64 [3 + b] each: as `token_loss` reports them. Empty
+    before the last stage."""
+    passage = _LossOfBatch(model, train, progress, forward_only, teach)
     decoder = get_attr_wrapped_model(model, "decoder")
     decoder.take_passes(forward_passes)
     tokens = train.seq_length // decoder.context_group.chunks.ranks
@@ -136,23 +144,38 @@ def token_loss(
     loss_mask: Tensor, auxiliary: Tensor | None, output: TokenLosses
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What is differentiated: the total of the tokens with `loss_mask` [b, s], each with its row's auxiliary
-    loss [b] added; the number of tokens; and for reporting, float64 [2 + b], the sum of the cross-entropies
-    alone, the number, and the sums of the rows."""
+    loss [b] added; the number of tokens; and for reporting, float64 [3 + b], the sum of the cross-entropies
+    alone, the number, the sum of what is made small, and the cross-entropies of the rows."""
     count = loss_mask.sum()
     counted = output.losses.float() * loss_mask
+    objective = (output.objective.float() * loss_mask).sum()
     total = output.total
-    reported = torch.cat((torch.stack((counted.sum(), count)), counted.sum(1))).double()
+    reported = torch.cat((torch.stack((counted.sum(), count, objective)), counted.sum(1))).double()
     if auxiliary is not None:
         total = total + (auxiliary * loss_mask.sum(1)).sum()
     return total, count.to(torch.int), reported
 
 
-def mean_loss(losses: list[Tensor]) -> tuple[float, int]:
-    """Mean over all ranks' tokens and their number, on every rank."""
+class MeanLoss(NamedTuple):
+    """Of all ranks' tokens, the same on every rank."""
+
+    cross_entropy: float
+    num_tokens: int
+    objective: float
+    """What is made small, the policy's loss apart: the cross-entropy with a z-loss, or with what is learned
+    from a teacher."""
+
+
+FIRST_ROW = 3
+"""Place of the first row's loss in what `token_loss` reports."""
+
+
+def mean_loss(losses: list[Tensor]) -> MeanLoss:
+    """Means over all ranks' tokens and their number. Collective."""
     total = (
-        torch.stack(losses)[:, :2].sum(0)
+        torch.stack(losses)[:, :FIRST_ROW].sum(0)
         if losses
-        else torch.zeros(2, dtype=torch.float64, device=device_of_rank())
+        else torch.zeros(FIRST_ROW, dtype=torch.float64, device=device_of_rank())
     )
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     if group.size() > 1:
@@ -160,4 +183,5 @@ def mean_loss(losses: list[Tensor]) -> tuple[float, int]:
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         dist.broadcast(total, last, group=parallel_state.get_pipeline_model_parallel_group())
-    return float(total[0] / total[1].clamp(min=1)), int(total[1])
+    cross_entropy, count, objective = total.tolist()
+    return MeanLoss(cross_entropy / max(count, 1), int(count), objective / max(count, 1))

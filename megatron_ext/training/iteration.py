@@ -23,7 +23,7 @@ from megatron_ext.data.samples import SampleDataset
 from megatron_ext.errors import ConfigError
 from megatron_ext.evaluation.loss import evaluate
 from megatron_ext.last_word import PASSED_ON, say_last
-from megatron_ext.schedule.micro_batches import MakeBatch
+from megatron_ext.schedule.micro_batches import MakeBatch, Teach
 from megatron_ext.signals import Interrupted
 from megatron_ext.training.around_steps import Around, around_steps
 from megatron_ext.training.continuation import ORDER_KEY
@@ -69,6 +69,9 @@ class Training:
     stored_config: dict[str, Any]
     """The run's settings as checkpoints keep them."""
     measurements: Measurements
+
+    teach: Teach | None = None
+    """Of the teacher that is learned from."""
 
 
 def iterate(training: Training, position: Position, report: Report, *, owes_evaluation: bool) -> Position:
@@ -144,6 +147,7 @@ def _train(
                     run.train,
                     progress=position.progress(run.train),
                     forward_passes=passes_of_step(run.compression, run.train, position.iteration),
+                    teach=training.teach,
                 )
             position = position.after_step(run.train.global_batch_size, run.train.seq_length)
             if saving is not None and saving.in_flight:

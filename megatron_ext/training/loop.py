@@ -46,6 +46,7 @@ from megatron_ext.training.optimizer import build_optimizer
 from megatron_ext.training.report import lacks_validation, open_report
 from megatron_ext.training.start import Start, check_space, prepared, write_settings
 from megatron_ext.training.succession import check_succession, check_weights, policy_of
+from megatron_ext.training.teacher import build_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ def _train(run: RunConfig, start: Start, vocab_size: int, eod: int | None) -> Po
     stage = build_stage(run.model, run.compression, run.parallel, run.train, vocab_size=vocab_size)
     parameters = _count_parameters(stage)
     check_space(run, parameters)
+    teach = build_teacher(run, stage)
     model = wrap(stage, run.parallel, run.train)
     optimizer, scheduler = build_optimizer(run.optimizer, run.parallel, run.train, model)
     defining = {ARCHITECTURE: architecture(run.model, run.compression, vocab_size=vocab_size)}
@@ -99,6 +101,7 @@ def _train(run: RunConfig, start: Start, vocab_size: int, eod: int | None) -> Po
         ),
         {**config_to_dict(run), **defining},
         Measurements(reporter_of(run.compression), progress),
+        teach,
     )
     write_settings(run)
     padded = padded_vocab_size(vocab_size, run.model, run.parallel)

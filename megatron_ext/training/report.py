@@ -25,6 +25,7 @@ from megatron_ext.training.metrics import MetricsWriter, Value, reports_lack_val
 from megatron_ext.training.progress import Progress
 from megatron_ext.training.step import StepResult
 from megatron_ext.training.summary import describe
+from megatron_ext.training.teacher import terms_of
 from megatron_ext.training.throughput import Throughput, memory
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class Report:
         tokens = self._iterations * self._run.train.global_batch_size * self._run.train.seq_length
         values: dict[str, Value] = {
             "lm_loss": result.lm_loss,
+            **self._of_teacher(result),
             "grad_norm": result.grad_norm,
             "learning_rate": result.learning_rate,
             "consumed_samples": consumed_samples,
@@ -86,6 +88,13 @@ class Report:
             return {}
         before = (iteration - 1) / self._run.train.train_iters
         return {**means.report(self._reporter, before), **means.by_head()}
+
+    def _of_teacher(self, result: StepResult) -> dict[str, Value]:
+        """How far the student is from its teacher, where there is one."""
+        settings = self._run.train.distillation
+        if settings.teacher is None:
+            return {}
+        return {"distillation_loss": terms_of(settings).divergence_of(result.objective, result.lm_loss)}
 
     def stood_still(self, seconds: float) -> None:
         """The run has waited for a save: that is reported, and is no time of training."""

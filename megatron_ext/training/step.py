@@ -11,7 +11,14 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_ext.config import TrainConfig
-from megatron_ext.schedule.micro_batches import MakeBatch, Samples, mean_loss, run_schedule
+from megatron_ext.schedule.micro_batches import (
+    FIRST_ROW,
+    MakeBatch,
+    Samples,
+    Teach,
+    mean_loss,
+    run_schedule,
+)
 from megatron_ext.schedule.statistics_meter import PolicyMeans, StatisticsMeter
 
 
@@ -22,8 +29,11 @@ class StepResult:
     lm_loss: float
     """Mean cross-entropy over the tokens of the global batch, in nats; the same on every rank."""
 
+    objective: float
+    """Mean over the same tokens of what the step made smaller, the policy's loss apart."""
+
     num_tokens: int
-    """Tokens that the loss is the mean of."""
+    """Tokens that the losses are the mean of."""
 
     grad_norm: float
     """Global gradient norm before clipping."""
@@ -52,12 +62,13 @@ def train_step(
     *,
     progress: float,
     forward_passes: int | None = None,
+    teach: Teach | None = None,
 ) -> StepResult:
     """Forward and backward of the global batch's micro-batches on this rank, gradient reduction, and the
     update.
 
     `progress` is the share of the run that is done before this step, 0 .. 1; `forward_passes` is m of this
-    step, None: that of the configuration.
+    step, None: that of the configuration. `teach`: of a teacher that is learned from.
     """
     model.zero_grad_buffer()
     optimizer.zero_grad()
@@ -75,13 +86,15 @@ def train_step(
         progress=progress,
         forward_only=False,
         forward_passes=forward_passes,
+        teach=teach,
     )
     learning_rate = optimizer.param_groups[0]["lr"]
     _, grad_norm, _ = optimizer.step()
     scheduler.step(increment=1)
-    loss, num_tokens = mean_loss(losses)
+    loss, num_tokens, objective = mean_loss(losses)
     odd = () if math.isfinite(loss) else _odd_samples(losses, numbers)
-    return StepResult(loss, num_tokens, float(grad_norm or 0.0), float(learning_rate), odd, meter.total())
+    norm = float(grad_norm or 0.0)
+    return StepResult(loss, objective, num_tokens, norm, float(learning_rate), odd, meter.total())
 
 
 def require_finite(
@@ -97,7 +110,7 @@ def require_finite(
     samples = _describe_samples(result, train, origin)
     if result.policy is not None:
         result.policy.require_finite(iteration, samples)
-    if not (math.isfinite(result.lm_loss) and math.isfinite(result.grad_norm)):
+    if not all(map(math.isfinite, (result.lm_loss, result.objective, result.grad_norm))):
         raise NonFiniteLossError(
             f"iteration {iteration}: the loss is {result.lm_loss} and the gradient norm {result.grad_norm} "
             f"({samples}). Nothing was saved after the last checkpoint. Resume from it with a lower "
@@ -126,12 +139,12 @@ def _noting_numbers(samples: Samples, numbers: list[Tensor]) -> Generator[Mappin
 def _odd_samples(losses: list[Tensor], numbers: list[Tensor]) -> tuple[tuple[int, int], ...]:
     """Rank and number of the samples that have losses that are not finite. Collective over all ranks.
 
-    losses: [2 + b] of each micro-batch, the rows from place 2 on; numbers: [b] of each.
+    losses: as `token_loss` reports them of each micro-batch; numbers: [b] of each.
     """
     mine = [
         (dist.get_rank(), number)
         for loss, of_rows in zip(losses, numbers, strict=False)  # before the last stage there is no loss
-        for number, is_finite in zip(of_rows.tolist(), loss[2:].isfinite().tolist(), strict=True)
+        for number, is_finite in zip(of_rows.tolist(), loss[FIRST_ROW:].isfinite().tolist(), strict=True)
         if not is_finite
     ]
     of_ranks: list[list[tuple[int, int]]] = [[]] * dist.get_world_size()

@@ -23,6 +23,7 @@ from megatron_ext.data.blends import split_sources
 from megatron_ext.errors import ConfigError
 from megatron_ext.precision import precision
 from megatron_ext.validation.context import context_step_problems
+from megatron_ext.validation.distillation import distillation_problems
 from megatron_ext.validation.fp8 import fp8_problems
 from megatron_ext.validation.layout import data_parallel_problems, layout_problems, recompute_problems
 from megatron_ext.validation.offload import offload_problems
@@ -58,6 +59,7 @@ def problems(run: RunConfig, world_size: int) -> list[str]:
         *profile_problems(run, world_size),
         *option_problems(run, world_size),
         *fp8_problems(run),
+        *distillation_problems(run),
         *_optional_packages(run),
     ]
 

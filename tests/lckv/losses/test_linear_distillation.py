@@ -37,7 +37,9 @@ class Lesson(Problem):
 
     def distilled(self, terms: DistillationTerms, **options: Any) -> TokenLosses:
         options = {"vocabulary": PADDED, "token_weights": self.token_weights, **options}
-        return linear_distillation(self.states, self.weight, self.targets, self.teacher, terms, **options)
+        return linear_distillation(
+            self.states, self.weight, self.targets, teacher=self.teacher, terms=terms, **options
+        )
 
     def plain(self, terms: DistillationTerms) -> tuple[Tensor, Tensor, Tensor]:
         """Cross-entropy and objective of each token, and the total."""
@@ -75,7 +77,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(divergence: Divergen
     problem = Problem()
     teacher = Teacher(problem.states, problem.weight)
     done = linear_distillation(
-        problem.states, problem.weight, problem.targets, teacher, DistillationTerms(divergence)
+        problem.states, problem.weight, problem.targets, teacher=teacher, terms=DistillationTerms(divergence)
     )
     assert done.objective.abs().max() < 1e-14
     assert all(gradient.abs().max() < 1e-14 for gradient in gradients(problem, done.total))
@@ -90,7 +92,7 @@ def test_numbers_of_the_public_code() -> None:
     values = {}
     for divergence in DIRECTIONS:  # the logits are states under the unit matrix
         done = linear_distillation(
-            student, eye, targets, Teacher(teacher, eye), DistillationTerms(divergence),
+            student, eye, targets, teacher=Teacher(teacher, eye), terms=DistillationTerms(divergence),
             token_weights=mask, chunk_size=5,
         )  # fmt: skip
         values[divergence] = done.total / mask.sum()
@@ -116,8 +118,8 @@ def share(divergence: Divergence) -> None:
         lesson.states,
         weight,
         lesson.targets,
-        Teacher(lesson.teacher.states, lesson.teacher.weight[rows]),
-        terms,
+        teacher=Teacher(lesson.teacher.states, lesson.teacher.weight[rows]),
+        terms=terms,
         token_weights=lesson.token_weights,
         vocabulary=Vocabulary(TRUE, rows.start, dist.group.WORLD),
         chunk_size=7,

@@ -139,7 +139,7 @@ def run(case: Case) -> tuple[SharedKVGPTModel, Step]:
     meter = StatisticsMeter(model)
     batches = iter(batches_of(case))
     losses = run_schedule(model, batches, lambda batch: batch, train, meter, progress=0.5, forward_only=False)
-    loss, _ = mean_loss(losses)
+    loss = mean_loss(losses).cross_entropy
     gradients = {name: parameter.main_grad.clone() for name, parameter in global_parameters(stage)}
     means = meter.total()
     statistics = [] if means is None else [means.auxiliary_loss, *means.by_head().values()]

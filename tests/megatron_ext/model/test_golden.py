@@ -146,7 +146,7 @@ def errors_of(name: str, layout: Layout) -> Errors:
     meter = StatisticsMeter(model)
     samples = rows(golden, train)
     losses = run_schedule(model, samples, lambda batch: batch, train, meter, progress=0.0, forward_only=False)
-    loss, _ = mean_loss(losses)
+    loss = mean_loss(losses).cross_entropy
     gather_gradients(model)
     gradient_error, worst = error_of_gradients(stage, golden)
     return Errors(logits_error, abs(loss - golden.tensors["loss"].item()), gradient_error, worst)

@@ -1,0 +1,58 @@
+"""Learning from a teacher: what cannot work."""
+
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+from megatron_ext.config import DistillationConfig, RunConfig
+
+
+def distillation_problems(run: RunConfig) -> Iterator[str]:
+    """What is wrong with train.distillation, one sentence each."""
+    settings = run.train.distillation
+    if settings.teacher is None:
+        yield from _idle(settings)
+        return
+    if not Path(settings.teacher).is_dir():
+        yield (
+            f"train.distillation.teacher is {settings.teacher}, which is no directory; give a checkpoint, or "
+            "a directory of checkpoints. A Hugging Face model is made one by `lckv-megatron convert "
+            "hf-to-megatron`."
+        )
+    for name in ("weight", "lm_loss_weight"):
+        value = getattr(settings, name)
+        if not 0 <= value < float("inf"):
+            yield f"train.distillation.{name} is {value}; it must be at least 0, and finite."
+    if settings.weight == 0:
+        yield (
+            "train.distillation.weight is 0, so nothing would be learned from the teacher; set it above 0, "
+            "or leave train.distillation.teacher out."
+        )
+    if run.parallel.pipeline_model_parallel_size > 1:
+        yield (
+            f"train.distillation.teacher is set and parallel.pipeline_model_parallel_size is "
+            f"{run.parallel.pipeline_model_parallel_size}; a teacher works on one stage: set the latter to "
+            "1, and use parallel.tensor_model_parallel_size."
+        )
+    if run.model.cross_entropy_backend not in ("auto", "chunked"):
+        yield (
+            f"train.distillation.teacher is set and model.cross_entropy_backend is "
+            f"{run.model.cross_entropy_backend}; the loss of distillation is computed by chunked alone: set "
+            "it to auto."
+        )
+    if run.model.cross_entropy_z_loss:
+        yield (
+            f"train.distillation.teacher is set and model.cross_entropy_z_loss is "
+            f"{run.model.cross_entropy_z_loss}; the loss of distillation has no z-loss: set it to 0."
+        )
+
+
+def _idle(settings: DistillationConfig) -> Iterator[str]:
+    """Settings that nobody would read."""
+    for entry in fields(settings):
+        value = getattr(settings, entry.name)
+        if value != entry.default:
+            yield (
+                f"train.distillation.{entry.name} is {value}, but there is no teacher; set "
+                "train.distillation.teacher, or leave it out."
+            )

@@ -1,0 +1,179 @@
+"""Learning from a teacher: what is measured is the plain divergence of two models, on any layout; what cannot
+work is said before the run starts."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ext.config import DistillationConfig, ParallelConfig, RunConfig
+from megatron_ext.errors import ConfigError
+from megatron_ext.validation.distillation import distillation_problems
+from tests.megatron_ext.training.runs import logged_to, reports, series, tiny_run, train
+from tests.ranks import run_on_ranks
+
+TEACHER = {"layer_types": "0_1_2_3"}
+STUDENT = {"layer_types": "0_0_2_2"}
+NAMES = ("lm_loss", "distillation_loss", "grad_norm")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Checkpoints of a plain model that has learned a little."""
+    folder = tmp_path_factory.mktemp("teacher")
+    run = tiny_run(compression=TEACHER, checkpoint={"save": str(folder / "run")}, train={"seed": 7})
+    run_on_ranks(1, train, run)
+    return str(folder / "run")
+
+
+def student(teacher: str, path: Path, *, compression: dict[str, Any] = STUDENT, **sections: Any) -> RunConfig:
+    run = tiny_run(compression=compression, **sections)
+    distillation = replace(run.train.distillation, teacher=teacher, lm_loss_weight=0.25)
+    run = replace(run, train=replace(run.train, distillation=distillation))
+    return logged_to(run, path)
+
+
+@pytest.fixture(scope="module")
+def one_rank(teacher: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    path = tmp_path_factory.mktemp("one") / "reports.jsonl"
+    run_on_ranks(1, train, student(teacher, path))
+    return reports(path)
+
+
+def test_the_student_comes_nearer(one_rank: list[dict[str, Any]]) -> None:
+    distances = [report["distillation_loss"] for report in one_rank]
+    assert len(distances) == 6
+    assert 0 < distances[-1] < 0.8 * distances[0]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel", "more"),
+    [
+        (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, {}),
+        (2, {"context_parallel_size": 2}, {}),
+        (4, {"tensor_model_parallel_size": 2, "use_distributed_optimizer": True}, {}),
+        (1, {}, {"train": {"micro_batch_size": 2, "recompute_granularity": "full"}}),
+        (1, {}, {"model": {"cross_entropy_chunk_size": 5}}),
+    ],
+    ids=["tp2-sp", "cp2", "tp2-dp2", "recompute", "small-chunks"],
+)
+def test_nothing_depends_on_the_layout(
+    teacher: str,
+    one_rank: list[dict[str, Any]],
+    world_size: int,
+    parallel: dict[str, Any],
+    more: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "reports.jsonl"
+    run_on_ranks(world_size, train, student(teacher, path, parallel=parallel, **more))
+    for name in NAMES:
+        expected = [report[name] for report in one_rank]
+        assert series(path, name) == pytest.approx(expected, rel=2e-4), name
+
+
+@pytest.mark.parametrize("divergence", ["student_teacher", "teacher_student"])
+def test_it_is_the_divergence_of_the_two_models(teacher: str, divergence: str, tmp_path: Path) -> None:
+    """Of a student that does not move, against logits of both that are computed as evaluation does it."""
+    path = tmp_path / "reports.jsonl"
+    run = student(teacher, path, train={"train_iters": 1}, checkpoint={"save": str(tmp_path / "run")})
+    still = replace(run.optimizer, lr=1e-30, lr_warmup_iters=0)
+    settings = replace(run.train.distillation, divergence=divergence)
+    run = replace(run, optimizer=still, train=replace(run.train, distillation=settings))
+    run_on_ranks(1, train, run)
+    (expected,) = run_on_ranks(1, plain_divergence, run, str(tmp_path / "run"), teacher, divergence)
+    assert series(path, "distillation_loss") == [pytest.approx(expected, rel=1e-5)]
+
+
+def plain_divergence(run: RunConfig, of_student: str, of_teacher: str, divergence: str) -> float:
+    """Over the first global batch."""
+    from megatron_ext.data.datasets import build_datasets
+    from megatron_ext.evaluation.logits import compute_logits
+    from megatron_ext.parallel.process_groups import initialize
+    from megatron_ext.restoring.model import restore
+
+    initialize(run.parallel, run.train.seed)
+    datasets = build_datasets(
+        run.data, seq_length=24, num_samples=(4, 0, 0), seed=run.train.seed, vocab_size=97, eod=None
+    )
+    tokens = torch.stack([torch.as_tensor(datasets.train[index]["tokens"]) for index in range(4)]).long()
+    one, other = (
+        compute_logits(restore(Path(path), ParallelConfig()).stage, tokens)[..., :97].double().log_softmax(-1)
+        for path in (of_student, of_teacher)
+    )
+    if divergence == "teacher_student":
+        one, other = other, one
+    return float((one.exp() * (one - other)).sum(-1).mean())
+
+
+def test_a_student_that_is_its_teacher_learns_nothing(teacher: str, tmp_path: Path) -> None:
+    path = tmp_path / "reports.jsonl"
+    loading = {"load": teacher, "finetune": True}
+    once = {"train": {"train_iters": 1}, "optimizer": {"lr_warmup_iters": 0}}
+    run = student(teacher, path, compression=TEACHER, checkpoint=loading, **once)
+    settings = replace(run.train.distillation, lm_loss_weight=0.0)
+    run_on_ranks(1, train, replace(run, train=replace(run.train, distillation=settings)))
+    assert series(path, "distillation_loss") == [pytest.approx(0, abs=1e-6)]
+    assert series(path, "grad_norm") == [pytest.approx(0, abs=1e-5)]
+
+
+def test_it_resumes_exactly(teacher: str, one_rank: list[dict[str, Any]], tmp_path: Path) -> None:
+    saving = {"save": str(tmp_path / "run"), "save_interval": 3}
+    run_on_ranks(1, train, student(teacher, tmp_path / "first.jsonl", checkpoint=saving))
+    loading = {"load": str(tmp_path / "run" / "iter_0000003")}
+    run_on_ranks(1, train, student(teacher, tmp_path / "second.jsonl", checkpoint=loading))
+    for name in NAMES:
+        expected = [report[name] for report in one_rank[3:]]
+        assert series(tmp_path / "second.jsonl", name) == expected, name
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"vocab_size": 98}, "has a vocabulary of 97 tokens, the model one of 98; take a teacher with"),
+        (
+            {"make_vocab_size_divisible_by": 7},
+            "pads its vocabulary to 128, the model its own to 98; set model.",
+        ),
+    ],
+)
+def test_teachers_of_other_tokens_are_refused(
+    teacher: str, model: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_on_ranks(1, train, student(teacher, tmp_path / "reports.jsonl", model=model))
+
+
+@pytest.mark.parametrize(
+    ("sections", "settings", "message"),
+    [
+        ({}, {"weight": 2.0}, "distillation.weight is 2.0, but there is no teacher; set train.distillation"),
+        ({}, {"teacher": "nowhere"}, "teacher is nowhere, which is no directory; give a checkpoint"),
+        ({}, {"teacher": ".", "weight": -1.0}, "distillation.weight is -1.0; it must be at least 0"),
+        ({}, {"teacher": ".", "weight": 0.0}, "weight is 0, so nothing would be learned"),
+        (
+            {"parallel": {"pipeline_model_parallel_size": 2}},
+            {"teacher": "."},
+            "pipeline_model_parallel_size is 2; a teacher works on one stage",
+        ),
+        (
+            {"model": {"cross_entropy_backend": "liger"}},
+            {"teacher": "."},
+            "model.cross_entropy_backend is liger; the loss of distillation",
+        ),
+        (
+            {"model": {"cross_entropy_z_loss": 0.1}},
+            {"teacher": "."},
+            "the loss of distillation has no z-loss",
+        ),
+    ],
+)
+def test_what_cannot_work_is_said_first(
+    sections: dict[str, Any], settings: dict[str, Any], message: str
+) -> None:
+    run = tiny_run(**sections)
+    run = replace(run, train=replace(run.train, distillation=DistillationConfig(**settings)))
+    (problem,) = distillation_problems(run)
+    assert message in problem
