@@ -87,6 +87,11 @@ def layout_lines(sizes: RunSizes) -> Iterator[str]:
         f"x {sizes.micro_batches} micro-batches x {train.micro_batch_size}; "
         f"{train.global_batch_size * train.seq_length:,} tokens per step"
     )
+    if train.distillation.teacher is not None:
+        yield (
+            f"teacher               {train.distillation.teacher}: its weights and its forward pass come on "
+            "top, and are not counted here"
+        )
 
 
 def host_lines(sizes: RunSizes, peak_tflops: float | None) -> Iterator[str]:

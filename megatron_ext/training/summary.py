@@ -38,4 +38,7 @@ def describe(sizes: RunSizes, device: torch.device) -> Iterator[str]:
         yield f"RMSNorm               {operators.rms_norm.name} ({operators.rms_norm.reason})"
     yield f"SwiGLU                {operators.swiglu.name} ({operators.swiglu.reason})"
     yield f"RoPE                  {operators.rope.name} ({operators.rope.reason})"
-    yield f"loss                  {loss.name} ({loss.reason})"
+    if sizes.run.train.distillation.teacher is None:
+        yield f"loss                  {loss.name} ({loss.reason})"
+    else:
+        yield "loss                  chunked (learns from a teacher)"
