@@ -22,7 +22,7 @@ class ForgetOddConfig(PolicyConfig):
 
 
 class ForgetOdd(KVPolicy):
-    def query(self, query, context):  # [s, b, h, d] to [s, b, h, d + 8]
+    def query(self, query, context, kv_heads=None):  # [s, b, h, d] to [s, b, h, d + 8]
         query = pad(context.rotate(query), (0, 8))
         query[..., -1] = (query.shape[-1] - 8) ** 0.5  # attention divides by it
         return query

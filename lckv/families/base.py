@@ -1,18 +1,21 @@
 """What a model family is: a declaration, from which reading and writing of configs and weights follow."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from lckv.errors import ModelError
+from lckv.config import CompressionConfig
+from lckv.errors import ModelError, SettingError
 from lckv.families import rope
 from lckv.families.decoder import TOKEN_IDS, Decoder, TokenIds, default_head_dim
 from lckv.families.fields import Field, Fixed, token_problems
 from lckv.families.harmless import is_harmless
 from lckv.families.weights import LLAMA_NAMES, WeightNames, is_passed_over, weights_of
 from lckv.families.windows import CompressionFields
+from lckv.policies.dense.config import DenseConfig
+from lckv.policies.registry import config_classes
 from lckv.weights.checks import check_tensors
 from lckv.weights.tensors import TensorInfo, TensorSource, dtype_name, dtype_of, row_chunks
 
@@ -83,7 +86,7 @@ class Family:
         try:
             if values["head_dim"] is None:
                 values["head_dim"] = default_head_dim(values["hidden_size"], values["num_attention_heads"])
-            compression = self.compression.read(config, layers)
+            compression = _with_policy(self.compression.read(config, layers), config)
             stated = dtype_of(config.get("dtype") or config.get("torch_dtype") or "float32", "dtype")
         except ModelError as error:
             _raise(str(error).splitlines(), where)
@@ -107,15 +110,17 @@ class Family:
         yield from self._architecture_problems(config.get("architectures"))
         for name, field in self.fields.items():
             yield from field.problems(name, config)
+        of_policy = _fields_of_policy(config)
         for name, fixed in self.fixed.items():
-            yield from fixed.problems(name, config.get(name))
+            if name != "auto_map" or not of_policy:  # the code that the model brings is the policy's
+                yield from fixed.problems(name, config.get(name))
         yield from rope.rope_problems(config)
         for name in TOKEN_IDS:
             yield from token_problems(name, config.get(name))
         old_names = (field.old_name for field in self.fields.values())
         known = {
             *self.fields, *self.fixed, *self.ignored, *self.compression.names, *rope.FIELDS, *_IDENTITY,
-            *old_names,
+            *old_names, *of_policy,
         }  # fmt: skip
         for name, value in config.items():
             if name not in known and not is_harmless(name, value, self.stock_type):
@@ -184,6 +189,30 @@ class Family:
             _check_tied(source, head, embedding, where)
             del given[head]
         check_tensors(given, self.tensors(decoder), where)
+
+
+def _fields_of_policy(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those that published models of a KV policy have beside the family's, where the config has some."""
+    of_policies = (kind.huggingface_fields() for kind in config_classes().values())
+    return next((names for names in of_policies if any(config.get(name) is not None for name in names)), ())
+
+
+def _with_policy(compression: CompressionConfig, config: Mapping[str, Any]) -> CompressionConfig:
+    """With the KV policy that knows fields of the config as its own. Raises ModelError."""
+    try:
+        candidates = (kind.from_huggingface_config(config) for kind in config_classes().values())
+        policy = next((policy for policy in candidates if policy is not None), None)
+    except SettingError as error:
+        raise ModelError(str(error)) from error
+    if policy is None:
+        return compression
+    if compression.policy.name not in (DenseConfig.name, policy.name):
+        raise ModelError(
+            f"compression.policy.name is {compression.policy.name}, and "
+            f"{', '.join(name for name in _fields_of_policy(config) if name in config)} are fields of "
+            f"{policy.name}; remove one of them."
+        )
+    return replace(compression, policy=policy)
 
 
 def _raise(problems: Iterable[str], where: object) -> None:

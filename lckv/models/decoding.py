@@ -82,7 +82,7 @@ class Decoder:
     """The layers of a model, for steps of one token per row."""
 
     def __init__(self, model: LCKVLlamaModel) -> None:
-        self._model, self._policy = model, model.policy
+        self._model, self._policy, self._kv_heads = model, model.policy, model.config.num_key_value_heads
         self._key_bias, self._reads_query = model.policy.traits.key_bias, model.policy.traits.reads_query
         self._take_apart()
         self._rope = model.config.rotary_embedding()
@@ -118,7 +118,7 @@ class Decoder:
             new = extensions.get(layer.source)
             attended = cache.attend(
                 layer.source,
-                self._policy.query(query, context)[0],
+                self._policy.query(query, context, self._kv_heads if layer.computes_kv else None)[0],
                 _nothing(query, self._model, self._key_bias) if new is None else new,
                 layer.visibility,
                 scale=layer.scale,

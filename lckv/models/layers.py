@@ -95,7 +95,8 @@ class LCKVLlamaAttention(nn.Module):
                 "given to it."
             )
         assert query is not None
-        query = self.policy.query(query, context).permute(1, 2, 0, 3)
+        decides = self.kv_heads if self.computes_kv else None
+        query = self.policy.query(query, context, decides).permute(1, 2, 0, 3)
         if tokens.function is None:
             output = self._attend(query, reads, tokens, wanted).transpose(1, 2)
         else:

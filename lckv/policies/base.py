@@ -181,9 +181,12 @@ class Extension(NamedTuple):
 class ChannelRows(Protocol):
     """The weights (and biases) of a model's projections, seen from the channels that they make."""
 
-    def __call__(self, kind: Literal["query", "key", "value"], channel: int) -> Iterator[Tensor]:
-        """Views of the rows that make channel `channel` of the heads of `kind`, on this rank:
-        of every layer and head."""
+    def __call__(
+        self, kind: Literal["query", "first query", "key", "value"], channel: int
+    ) -> Iterator[Tensor]:
+        """Views of the rows that make channel `channel` of the heads of `kind`, on this rank: of every layer
+        and head. "first query": of layers that compute keys and values, the first query head for each KV
+        head."""
         ...
 
 
@@ -232,8 +235,11 @@ class KVPolicy(ABC):
         recomputation, after a resume and in every layout. None if the policy is deterministic."""
         return None
 
-    def query(self, query: Tensor, context: TokenContext) -> Tensor:
-        """Queries [s, b, h, d] before RoPE to those that attend, [s, b, h, d + e], token by token."""
+    def query(self, query: Tensor, context: TokenContext, kv_heads: int | None = None) -> Tensor:
+        """Queries [s, b, h, d] before RoPE to those that attend, [s, b, h, d + e], token by token.
+
+        `kv_heads`: g, of a layer that computes keys and values, h / g heads for each; they are the queries
+        that `keys_values` reads. None: of a layer that reads those of another."""
         return context.rotate(query)
 
     @abstractmethod
@@ -263,9 +269,10 @@ class KVPolicy(ABC):
         None: of an evaluation."""
         return {}
 
-    def scripted_shift(self, key: Tensor) -> Tensor | None:
-        """For benchmarks, where weights are random: what to add to keys [s, b, g, d] before RoPE, [g, d], so
-        that as many tokens share a slot as the settings aim at. None: nothing needs to be added."""
+    def scripted_shift(self, kind: Literal["query", "key"], heads: Tensor, kv_heads: int) -> Tensor | None:
+        """For benchmarks, where weights are random: what to add to the heads of `kind` [s, b, heads, d]
+        before RoPE, [heads, d], so that there are as many tokens for each slot as the settings aim at. Layers
+        that compute keys and values are asked; `kv_heads`: g. None: nothing needs to be added."""
         return None
 
     def obstacle_in_weights(self, rows: ChannelRows, before: PolicyConfig) -> str | None:

@@ -169,3 +169,17 @@ class PolicyConfig:
         Raises SettingError, with the names of arguments, where they cannot be understood.
         """
         return None
+
+    @classmethod
+    def huggingface_fields(cls) -> tuple[str, ...]:
+        """Fields that published models of this policy have beside those of a plain model's Hugging Face
+        config."""
+        return ()
+
+    @classmethod
+    def from_huggingface_config(cls, config: Mapping[str, Any]) -> "PolicyConfig | None":
+        """The settings in `huggingface_fields` of a config; None where it has none of them.
+
+        Raises SettingError, with the names of fields, where they cannot be understood.
+        """
+        return None

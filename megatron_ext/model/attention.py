@@ -261,7 +261,9 @@ class SharedKVAttention(Attention):
 
     def attending(self, query: Tensor, tokens: TokenContext) -> Tensor:
         """The queries of `heads` as they attend, [s, b, h, d + e]."""
-        return self.policy.query(self._of_rank(query) if self.computes_kv else query, tokens)
+        if not self.computes_kv:
+            return self.policy.query(query, tokens)
+        return self._of_rank(self.policy.query(query, tokens, self.num_query_groups_per_partition))
 
     def of_policy(
         self, query: Tensor | None, key: Tensor, value: Tensor, context: LayerContext

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_ext.model.attention import SharedKVAttention
 
-Kind = Literal["query", "key", "value"]
+Kind = Literal["query", "first query", "key", "value"]
 
 
 class StageChannelRows:
@@ -33,7 +33,12 @@ class StageChannelRows:
 def fused_rows(query_heads: int, kv_heads: int, head_dim: int, kind: Kind, channel: int) -> list[int]:
     """Rows of a channel in Megatron's fused weight: per KV head its query heads, its key, its value."""
     per_group = query_heads // kv_heads
-    heads = {"query": range(per_group), "key": (per_group,), "value": (per_group + 1,)}[kind]
+    heads = {
+        "query": range(per_group),
+        "first query": (0,),
+        "key": (per_group,),
+        "value": (per_group + 1,),
+    }[kind]
     return [
         (group * (per_group + 2) + head) * head_dim + channel % head_dim
         for group in range(kv_heads)

@@ -103,7 +103,7 @@ class LayerMemory:
     def _attention(self, run: LayerRun) -> float:
         head_dim = self._model.head_dim
         queries, keys = self._heads * head_dim, self._kv_heads * head_dim * run.computes_kv
-        kept = 2 * self._bytes * queries
+        kept = self._bytes * (2 * queries + self._heads * self._extra_channels)
         if "core_attn" not in self._again:
             kept += 4 * self._heads + self._copies(run)
         if self._model.qk_layernorm:

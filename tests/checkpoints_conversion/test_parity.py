@@ -62,6 +62,9 @@ def shared(layer_types: str, **more: object) -> dict[str, object]:
 TIED = {"tie_word_embeddings": True}
 DMC = {"compression.policy.name": "dmc"}
 MERGING = {"name": "dmc", "stage": "finetune", "initial_decision_bias": 0.05, "window": 3}
+DROPPING = {
+    "name": "dms", "stage": "finetune", "decision_scale": 30.0, "initial_decision_offset": 0.1, "window": 2
+}  # fmt: skip
 LONGROPE = {
     "rope_type": "longrope", "rope_theta": 5000.0, "original_max_position_embeddings": 16,
     "short_factor": [1.0] * 8, "long_factor": [1.0 + 0.5 * pair for pair in range(8)],
@@ -107,6 +110,13 @@ CASES = {
     ),
 }
 CASES |= {
+    "dropping": Case(
+        "lckv-llama",
+        GQA,
+        settings={"compression": {"layer_types": "0_1_2_2", "policy": DROPPING}, "qk_norm": True},
+        layouts=((1, 1), (4, 1), (2, 2)),
+    ),
+    "DMS stage 1": Case("qwen3", GQA, {"compression.policy.name": "dms"}, layouts=((2, 1),)),
     "yarn": Case(
         "llama", GQA,
         settings={"rope_parameters": {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0,

@@ -149,7 +149,7 @@ assert not any(name.partition(".")[0] == "lckv" for name in sys.modules if sys.m
 
 
 def test_the_registry_lists_the_policies_of_the_model() -> None:
-    for policy, others in (("dense", 0), ("dmc", 5), ("forgetful", 2)):
+    for policy, others in (("dense", 0), ("dmc", 5), ("dms", 5), ("forgetful", 2)):
         files = modelling_files(policy)
         text = files["lckv_policies_registry.py"]
         assert f"in (DenseConfig{'' if policy == 'dense' else f', {policy_class(policy)}'},)" in text

@@ -130,9 +130,8 @@ def test_a_stage_may_be_given_before_the_policy_that_has_it(tmp_path):
 
 
 BELONGS = (
-    "compression.policy.stage belongs to policy dmc; compression.policy.name is dense: remove the former, or "
-    "set the latter "
-    "to dmc."
+    "compression.policy.stage belongs to policy dmc or dms; compression.policy.name is dense: remove the "
+    "former, or set the latter to dmc or dms."
 )
 
 
@@ -245,10 +244,10 @@ def test_foreign_names_mean_settings_that_exist():
         ),
         (["--compression.policy.stage", "retrofit"], f"error: {BELONGS}\n"),
         (
-            ["--compression.policy.name", "dcm", "--compression.policy.stage", "retrofit"],
+            ["--compression.policy.name", "dmcc", "--compression.policy.stage", "retrofit"],
             (
-                "error: compression.policy.name is 'dcm'; it must be one of dense, dmc, forgetful; did you "
-                "mean dmc?\n"
+                "error: compression.policy.name is 'dmcc'; it must be one of dense, dmc, dms, forgetful; did "
+                "you mean dmc?\n"
             ),
         ),
         (
@@ -299,7 +298,7 @@ def test_wrong_options(argv, message, capsys):
         ("compression: {policy: {stage: finetune}}", f"run.yaml: {BELONGS}"),
         (
             "compression: {policy: {name: null}}",
-            "compression.policy.name is None; it must be one of dense, dmc, forgetful.",
+            "compression.policy.name is None; it must be one of dense, dmc, dms, forgetful.",
         ),
         (
             "compression: {policy: {name: dmc, stge: x}}",
@@ -375,7 +374,7 @@ def test_help_explains_every_field_with_its_default(capsys):
     assert "train: Length, batch and numerics of the run:" in shown
     assert (
         "compression.policy: What is kept along the sequence: --compression.policy.name "
-        "{dense,dmc,forgetful} dense: "
+        "{dense,dmc,dms,forgetful} dense: "
         "Keep" in shown
     )
     assert "compression.policy dmc: --compression.policy.stage {zero_out,retrofit,finetune}" in shown
@@ -471,7 +470,7 @@ def test_dictionaries_may_leave_fields_out_but_not_invent_them():
     with pytest.raises(ConfigError, match=r"^train.seed is 1.5; it must be an integer.$"):
         config_from_dict({"train": {"seed": 1.5}})
     with pytest.raises(
-        ConfigError, match=r"^compression.policy.window belongs to policy dmc; compression.policy.name is"
+        ConfigError, match=r"^compression.policy.window belongs to policy dmc or dms; compression.policy.name"
     ):
         config_from_dict({"compression": {"policy": {"window": 3}}})
 

@@ -5,7 +5,6 @@ Shapes: s tokens, b rows, g KV heads, h query heads, d channels of a head. Every
 whatever the model's dtype.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -64,27 +63,3 @@ def hard_decisions(logits: Tensor, opens: Tensor) -> Decisions:
 
 def _of_the_next(bias: Tensor) -> Tensor:
     return pad(bias[1:], (0, 0, 0, 0, 0, 1))
-
-
-def straight_through(merge: Tensor) -> Tensor:
-    """Decisions rounded to 0 or 1, with the gradient of `merge`."""
-    return (merge > 0.5).float() + (merge - merge.detach())
-
-
-def merge_rate(merge: Tensor, logits: Tensor, context: TokenContext) -> Tensor:
-    """[b, g]: share of the counted tokens that are merged, as `TokenContext.mean`, differentiable in `merge`
-    [s, b, g]; NaN where one of the decision logits is not finite."""
-    return context.mean(straight_through(merge) + logits.detach() * 0)
-
-
-def draw_noise(shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> Tensor:
-    """The difference of two Gumbel variables, which is logistic, for `shape` [s, b, g];
-    row i depends on `seeds[i]` only."""
-    tokens, rows, heads = shape
-    if len(seeds) != rows:
-        raise ValueError(f"{len(seeds)} seeds for {rows} rows; every row needs one.")
-    generator = torch.Generator(device)
-    uniform = torch.empty(shape, device=device)
-    for row, seed in enumerate(seeds):
-        uniform[:, row] = torch.rand(tokens, heads, device=device, generator=generator.manual_seed(seed))
-    return torch.logit(uniform, eps=2.0**-24)  # the step of float32 below 1

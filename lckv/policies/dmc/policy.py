@@ -3,10 +3,12 @@ keys and values become running means over the tokens merged into a slot."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lckv.policies import stages
 from lckv.policies.base import (
     ChannelRows,
     Extension,
@@ -16,8 +18,9 @@ from lckv.policies.base import (
     Statistics,
     TokenContext,
 )
+from lckv.policies.binary_decisions import decision_rate, draw_noise
 from lckv.policies.config import PolicyConfig
-from lckv.policies.dmc import continuation, decisions, schedule
+from lckv.policies.dmc import continuation, decisions
 from lckv.policies.dmc.config import DMCConfig
 from lckv.policies.dmc.pooling import pool, pool_parts
 from lckv.policies.dmc.shapes import pool_of_shapes
@@ -47,9 +50,9 @@ class DMCPolicy(KVPolicy):
 
     def draw_noise(self, shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> Tensor | None:
         """Noise of the decisions; None where there are none."""
-        return decisions.draw_noise(shape, seeds, device) if self.config.decides else None
+        return draw_noise(shape, seeds, device) if self.config.decides else None
 
-    def query(self, query: Tensor, context: TokenContext) -> Tensor:
+    def query(self, query: Tensor, context: TokenContext, kv_heads: int | None = None) -> Tensor:
         """RoPE, without the last channel or with what is left of it."""
         if not self.config.decides:
             return self._fade(query, context)
@@ -75,7 +78,7 @@ class DMCPolicy(KVPolicy):
             pooled_key, pooled_value = pool_parts(key, value, merge, weight, context.part)
         else:
             pooled_key, pooled_value = pool(key, value, merge, weight, config.window)
-        rate = decisions.merge_rate(merge, logits, context)
+        rate = decision_rate(merge, logits, context)
         return KeyValue(context.rotate(pooled_key, last=bias), pooled_value), (rate,)
 
     def extend(
@@ -106,13 +109,13 @@ class DMCPolicy(KVPolicy):
 
     def target(self, progress: float) -> float:
         """The compression ratio that is asked for at a share `progress` of training."""
-        return schedule.compression_ratio(self.config.target_compression_ratio, self.config.stage, progress)
+        return stages.compression_ratio(self.config.target_compression_ratio, self.config.stage, progress)
 
     def auxiliary_loss(self, means: Sequence[Tensor], progress: float) -> Tensor | None:
         """Loss of each row for merging less than the target asks for; None in stage zero_out."""
         if not self.config.decides:
             return None
-        loss = self.config.loss_weight * schedule.hinge_loss(means[0], self.target(progress))
+        loss = self.config.loss_weight * stages.hinge_loss(means[0], self.target(progress))
         return loss if loss.dim() == 1 else loss.mean(1)
 
     def report(self, means: Sequence[Tensor], loss: float, progress: float | None) -> dict[str, float]:
@@ -120,17 +123,17 @@ class DMCPolicy(KVPolicy):
         in tokens per slot over all layers and heads."""
         if not self.config.decides:
             return {}
-        reached = {"compression_ratio": schedule.ratio_of_rate(means[0].mean().item())}
+        reached = {"compression_ratio": stages.ratio_of_rate(means[0].mean().item())}
         if progress is None:
             return reached
         return {"dmc_loss": loss, "target_compression_ratio": self.target(progress), **reached}
 
-    def scripted_shift(self, key: Tensor) -> Tensor | None:
-        """The last channel moves, so that the right share of decision logits is above 0."""
-        if not self.config.decides:
+    def scripted_shift(self, kind: Literal["query", "key"], heads: Tensor, kv_heads: int) -> Tensor | None:
+        """The last channel of keys moves, so that the right share of decision logits is above 0."""
+        if kind != "key" or not self.config.decides:
             return None
-        appended = key[..., -1].float().flatten(0, 1).quantile(1 / self.config.target_compression_ratio, 0)
-        shift = key.new_zeros(key.shape[2:])
+        appended = heads[..., -1].float().flatten(0, 1).quantile(1 / self.config.target_compression_ratio, 0)
+        shift = heads.new_zeros(heads.shape[2:])
         shift[:, -1] = self.config.initial_decision_bias - appended
         return shift
 
@@ -158,7 +161,7 @@ class DMCPolicy(KVPolicy):
         return "stage zero_out is over: the decision channel of all queries and keys is 0"
 
     def _fade(self, heads: Tensor, context: TokenContext) -> Tensor:
-        factor = schedule.fade(context.progress)
+        factor = stages.fade(context.progress)
         return _scale_last(context.rotate(_scale_last(heads, factor)), factor)
 
 

@@ -167,7 +167,7 @@ def test_zero_out_is_a_plain_model_without_the_last_channel() -> None:
 class Dropping(DensePolicy):
     """Plain attention without the last channel of queries and keys."""
 
-    def query(self, query: Tensor, context: TokenContext) -> Tensor:
+    def query(self, query: Tensor, context: TokenContext, kv_heads: int | None = None) -> Tensor:
         return self._dropped(super().query(query, context))
 
     def keys_values(self, *args: Any) -> Any:

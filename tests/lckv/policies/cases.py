@@ -22,6 +22,7 @@ MAPS = {
 
 OTHER_SETTINGS: dict[str, list[dict[str, Any]]] = {
     "dmc": [{"stage": "finetune", "initial_decision_bias": 0.1, "window": 5}],
+    "dms": [{"stage": "finetune", "decision_scale": 30.0, "initial_decision_offset": 0.1, "window": 4}],
     "forgetful": [{"age": 1}, {"age": 9, "stride": 3}],
 }
 """Settings to try besides the defaults, for those policies whose defaults do not do everything."""

@@ -37,6 +37,12 @@ def test_rows_that_the_public_code_zeroes() -> None:
 def test_a_layer_that_only_reads_makes_queries() -> None:
     assert lone_rows(2, 16, "query", -1) == [15, 31]
     assert lone_rows(2, 16, "key", -1) == lone_rows(2, 16, "value", 0) == []
+    assert lone_rows(2, 16, "first query", -1) == []
+
+
+def test_the_first_query_head_of_each_group() -> None:
+    assert fused_rows(6, 2, 8, "first query", -1) == [7, 47]
+    assert fused_rows(6, 2, 8, "query", -1) == [7, 15, 23, 47, 55, 63]
 
 
 def test_kinds_share_out_all_rows() -> None:
@@ -49,10 +55,11 @@ def test_ranks_share_out_the_rows_of_a_channel(ranks: int) -> None:
     """Also those of one KV head, where there are more ranks than KV heads."""
     counts = run_on_ranks(ranks, rows_made_one, ranks)
     # of two layers with 4 query heads and 2 KV heads, one of which only reads; weights and biases
-    assert {kind: sum(count[kind] for count in counts) for kind in KINDS} == {
+    assert {kind: sum(count[kind] for count in counts) for kind in counts[0]} == {
         "query": 16,
         "key": 4,
         "value": 4,
+        "first query": 4,
     }
 
 
@@ -65,10 +72,11 @@ def rows_made_one(ranks: int) -> dict[str, int]:
         for view in views:
             view.fill_(1.0)
         counts[kind] = len(views)
+    counts["first query"] = len(list(rows("first query", -1)))
     parameters = [
         getattr(layer.self_attention, "linear_qkv" if layer.self_attention.computes_kv else "linear_q")
         for layer in stage.decoder.layers
     ]
     ones = sum(int((parameter == 1).all(-1).sum()) for module in parameters for parameter in (module.weight,))
-    assert ones == sum(counts.values()) // 2, "views reach the weights themselves"
+    assert ones == sum(counts[kind] for kind in KINDS) // 2, "views reach the weights themselves"
     return counts

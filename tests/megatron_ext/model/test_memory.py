@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 
 from lckv.config import CompressionConfig
 from lckv.policies.dmc.config import DMCConfig
+from lckv.policies.dms.config import DMSConfig
 from megatron_ext.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_ext.model.build import build_stage, wrap
 from megatron_ext.model.memory import (
@@ -207,6 +208,7 @@ RECOMPUTE: list[dict[str, Any]] = [
     {"recompute_granularity": "full", "recompute_num_layers": 2},
 ]
 DMC = DMCConfig(stage="retrofit")
+DMS = DMSConfig(stage="retrofit", window=3)
 MODELS = {
     "plain": (SIZES, CompressionConfig("0_1_2_3")),
     "cla": (SIZES, CompressionConfig("0_0_2_2")),
@@ -218,6 +220,8 @@ MODELS = {
     "dmc": (SIZES, CompressionConfig("0_1_2_3", policy=DMC)),
     "lckv with dmc": (SIZES, CompressionConfig("0_2_2_3", policy=DMC, forward_passes=2)),
     "dmc without window": (SIZES, CompressionConfig("0_1_2_3", policy=replace(DMC, window=None))),
+    "dms": (SIZES, CompressionConfig("0_1_2_3", policy=DMS)),
+    "cla with dms": (SIZES, CompressionConfig("0_0_2_2", policy=DMS)),
     "loss in chunks": (replace(SIZES, cross_entropy_chunk_size=16), CompressionConfig("0_1_2_3")),
 }
 

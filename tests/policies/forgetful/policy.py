@@ -22,7 +22,7 @@ class ForgetfulPolicy(KVPolicy):
         Statistic("key_size", "mean square of keys"),
     )
 
-    def query(self, query: Tensor, context: TokenContext) -> Tensor:
+    def query(self, query: Tensor, context: TokenContext, kv_heads: int | None = None) -> Tensor:
         """With the constant that attention's scale turns into 1."""
         wide = pad(context.rotate(query), (0, _EXTRA))
         wide[..., -1] = query.shape[-1] ** 0.5

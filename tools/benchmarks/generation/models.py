@@ -7,8 +7,9 @@ scripted, so that it has as many tokens per slot as the policy's settings aim at
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -136,22 +137,23 @@ class RandomModel:
 
 @torch.inference_mode()
 def script_decisions(model: LCKVLlamaForCausalLM) -> None:
-    """Set the biases of key projections so that of random tokens as many share a slot as the KV policy aims
-    at, from the bottom layer to the top, each on what the scripted ones below give it."""
-    config, heads, policy = model.config, model.config.num_key_value_heads, model.model.policy
-    assert heads is not None
+    """Set the biases of query and key projections so that of random tokens there are as many for each slot as
+    the KV policy aims at, from the bottom layer to the top, each on what the scripted ones below give it."""
+    config, kv_heads, policy = model.config, model.config.num_key_value_heads, model.model.policy
+    assert kv_heads is not None
 
-    def shift(projection: nn.Module, _: object, output: Tensor) -> Tensor:
-        keys = output.unflatten(-1, (heads, -1))  # [b, s, g, d]
-        added = policy.scripted_shift(keys.transpose(0, 1))
+    def shift(kind: Literal["query", "key"], projection: nn.Module, _: object, output: Tensor) -> Tensor:
+        heads = output.unflatten(-1, (-1, config.head_dim))  # [b, s, heads, d]
+        added = policy.scripted_shift(kind, heads.transpose(0, 1), kv_heads)
         if added is None:
             return output
         assert isinstance(projection, nn.Linear)
         projection.bias.add_(added.flatten())
         return output + added.flatten()
 
-    owners = [layer.self_attn.k_proj for layer in model.model.layers if layer.self_attn.computes_kv]
-    hooks = [projection.register_forward_hook(shift) for projection in owners]
+    owners = [layer.self_attn for layer in model.model.layers if layer.self_attn.computes_kv]
+    hooks = [owner.q_proj.register_forward_hook(partial(shift, "query")) for owner in owners]
+    hooks += [owner.k_proj.register_forward_hook(partial(shift, "key")) for owner in owners]
     model(
         random_tokens(config.vocab_size, 1, min(_CALIBRATION_TOKENS, config.max_position_embeddings)),
         use_cache=False,

@@ -7,18 +7,17 @@ import torch
 
 from lckv.attention.visibility import Documents
 from lckv.policies.base import TokenContext, unturned
+from lckv.policies.binary_decisions import decision_rate as merge_rate
+from lckv.policies.binary_decisions import draw_noise, straight_through
 from lckv.policies.dmc.decisions import (
     HIDDEN,
     decision_logits,
-    draw_noise,
     forced_openings,
     hard_decisions,
     importance,
-    merge_rate,
     soft_decisions,
-    straight_through,
 )
-from lckv.policies.dmc.schedule import hinge_loss
+from lckv.policies.stages import hinge_loss
 
 SHAPE = 6, 2, 3
 

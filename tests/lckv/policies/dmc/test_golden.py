@@ -14,11 +14,12 @@ from lckv.attention.key_bias import KeyBias
 from lckv.attention.visibility import Visibility
 from lckv.cache.contiguous import ContiguousCache
 from lckv.policies.base import TokenContext, unturned
+from lckv.policies.binary_decisions import decision_rate as merge_rate
+from lckv.policies.binary_decisions import straight_through
 from lckv.policies.dmc.config import DMCConfig
-from lckv.policies.dmc.decisions import merge_rate, straight_through
 from lckv.policies.dmc.policy import DMCPolicy
 from lckv.policies.dmc.pooling import pool_by_formula, pool_in_torch
-from lckv.policies.dmc.schedule import compression_ratio, fade, hinge_loss
+from lckv.policies.stages import compression_ratio, fade, hinge_loss
 from lckv.rope import Rotation, rotate
 
 FOLDER = Path(__file__).parents[3] / "golden" / "dmc"

@@ -94,6 +94,13 @@ def test_scripted_decisions_merge_as_many_tokens_as_asked_for(layout: str, ratio
     assert prefill.compression_ratio == pytest.approx(ratio, rel=0.1)
 
 
+def test_scripted_decisions_drop_as_many_tokens_as_asked_for() -> None:
+    text = "cla=0_0_2_2_4_4,dms:stage=finetune:target_compression_ratio=4:window=1"
+    prefill = Prefill(build(text), 256, 0.0)
+    prefill()
+    assert prefill.compression_ratio == pytest.approx(4, rel=0.1)
+
+
 def test_a_model_is_always_the_same() -> None:
     first, second = (build(LCKV_MERGING).model.state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -1,0 +1,34 @@
+"""Channels of decisions: the borrowed one, which is the last of the first query head of each group; and those
+that queries and keys get for the bias.
+
+Shapes: s tokens, b rows, h query heads, g KV heads, d channels of a head.
+"""
+
+import torch
+from torch import Tensor
+
+from lckv.policies.dms.config import EXTRA_CHANNELS
+
+
+def decision_logits(query: Tensor, kv_heads: int, scale: float, offset: float) -> Tensor:
+    """x, float32 [s, b, g]: above 0 where the token before is to be dropped, from queries [s, b, h, d] before
+    RoPE."""
+    first = query.unflatten(2, (kv_heads, -1))[:, :, :, 0, -1]
+    return scale * first.float() - offset
+
+
+def scale_borrowed(query: Tensor, kv_heads: int, factor: float) -> Tensor:
+    """Queries [s, b, h, d] with the borrowed channel times `factor`."""
+    if factor == 1.0:
+        return query
+    factors = torch.ones(query.shape[2:], dtype=query.dtype, device=query.device)
+    factors.view(kv_heads, -1, query.shape[3])[:, 0, -1] = factor
+    return query * factors
+
+
+def widened(heads: Tensor, last: Tensor | float) -> Tensor:
+    """[s, b, heads, d] to [s, b, heads, d + e], with `last` (a number, or [s, b, heads]) in the last channel
+    and 0 in the others that are new."""
+    extra = heads.new_zeros(*heads.shape[:3], EXTRA_CHANNELS)
+    extra[..., -1] = last
+    return torch.cat((heads, extra), -1)

@@ -1,0 +1,191 @@
+"""Settings of the DMS policy."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING, Any, Literal
+
+from lckv.attention.key_bias import KeyBias
+from lckv.errors import Problem
+from lckv.policies.config import PolicyConfig, Reach, Traits
+
+if TYPE_CHECKING:
+    from lckv.policies.base import KVPolicy
+
+STAGES = ("zero_out", "retrofit", "finetune")
+EXTRA_CHANNELS = 8
+"""Of queries and keys: no channel of a key is free, so the bias has one of its own."""
+
+
+@dataclass(frozen=True)
+class DMSConfig(PolicyConfig):
+    """Evict tokens late: each KV head decides about every token whether it is dropped once it has left a
+    window (Dynamic Memory Sparsification, Łańcucki et al. 2025)."""
+
+    name: Literal["dms"] = "dms"
+    """Name of the KV policy."""
+
+    stage: Literal["zero_out", "retrofit", "finetune"] = "zero_out"
+    """zero_out fades the borrowed channel of queries to 0, which frees it for decisions; retrofit trains
+    decisions while the target compression ratio rises; finetune keeps the target, and is also the stage in
+    which a model is used."""
+
+    target_compression_ratio: float = 8.0
+    """CR: tokens per slot to reach, at least 1. The published model: 8."""
+
+    initial_compression_ratio: float = 1.0
+    """CR that stage retrofit begins with, at least 1 and at most the target."""
+
+    ramp: float = 1.0
+    """Share of stage retrofit after which the target is reached, above 0 and at most 1."""
+
+    window: int = 512
+    """W: tokens behind a token for which it is seen whatever was decided; at least 1. A token that is to be
+    dropped goes when W + 1 are behind it."""
+
+    decision_scale: float = 100.0
+    """What the borrowed channel is multiplied by, to be a decision logit."""
+
+    initial_decision_offset: float = 5.0
+    """Subtracted from the decision logit, so that every token is kept at first."""
+
+    temperature: float = 0.1
+    """Of the noisy decisions in training."""
+
+    loss_weight: float = 1.0
+    """Of the compression loss, next to the mean cross-entropy per token."""
+
+    @property
+    def decides(self) -> bool:
+        """Whether there are decisions; in stage zero_out there are none yet."""
+        return self.stage != "zero_out"
+
+    @property
+    def traits(self) -> Traits:
+        """See `PolicyConfig`. The decision about a token is that of the token behind it."""
+        if not self.decides:
+            return Traits(windows=False, reach=Reach())
+        return Traits(
+            KeyBias(max(1, self.window + 1), EXTRA_CHANNELS),
+            reads_query=True,
+            windows=False,
+            reach=Reach(after=1),
+        )
+
+    def build(self) -> "KVPolicy":
+        """See `PolicyConfig`."""
+        from lckv.policies.dms.policy import DMSPolicy
+
+        return DMSPolicy(self)
+
+    def problems(self) -> Iterator[Problem]:
+        """See `PolicyConfig`."""
+        if self.stage not in STAGES:
+            yield Problem("stage", repr(self.stage), f"it must be one of {', '.join(STAGES)}")
+        if not 1 <= self.target_compression_ratio < math.inf:
+            obstacle = "it must be at least 1: it is tokens per slot"
+            yield Problem("target_compression_ratio", self.target_compression_ratio, obstacle)
+        elif not 1 <= self.initial_compression_ratio <= self.target_compression_ratio:
+            obstacle = f"it must be from 1 to target_compression_ratio, {self.target_compression_ratio}"
+            yield Problem("initial_compression_ratio", self.initial_compression_ratio, obstacle)
+        if not 0 < self.ramp <= 1:
+            obstacle = "it must be above 0 and at most 1: it is a share of the stage"
+            yield Problem("ramp", self.ramp, obstacle)
+        if self.window < 1:
+            obstacle = "it must be at least 1 token. The published value is 512"
+            yield Problem("window", self.window, obstacle)
+        if not 0 < self.decision_scale < math.inf:
+            obstacle = "it must be greater than 0. The published value is 100"
+            yield Problem("decision_scale", self.decision_scale, obstacle)
+        if not 0 < self.initial_decision_offset < math.inf:
+            obstacle = (
+                "it must be greater than 0, or every token would be dropped from the start. The published "
+                "value is 5"
+            )
+            yield Problem("initial_decision_offset", self.initial_decision_offset, obstacle)
+        if not 0 < self.temperature < math.inf:
+            obstacle = "it must be greater than 0. The published value is 0.1"
+            yield Problem("temperature", self.temperature, obstacle)
+        if not 0 <= self.loss_weight < math.inf:
+            yield Problem("loss_weight", self.loss_weight, "it must be at least 0")
+
+    def obstacle_to_leaving(self, after: PolicyConfig) -> str | None:
+        """A model that drops tokens is not the same function with all of them, nor with its borrowed channel
+        in use."""
+        if not self.decides or (isinstance(after, DMSConfig) and after.decides):
+            return None
+        return (
+            "its borrowed channel now decides what is dropped. Choose the policy dms with stage retrofit or "
+            "finetune, or load an earlier checkpoint"
+        )
+
+    def obstacle_to_converting(self, before: PolicyConfig) -> str | None:
+        """Training begins with stage zero_out, which changes no weights."""
+        if not self.decides or isinstance(before, DMSConfig):
+            return None
+        return (
+            f"stage is {self.stage}, but the model drops nothing: its borrowed channel is in use, so "
+            "decisions would be arbitrary. Set the stage to zero_out and train that stage first"
+        )
+
+    @property
+    def compression_ratio(self) -> float:
+        """See `PolicyConfig`."""
+        return self.target_compression_ratio if self.decides else 1.0
+
+    def slots(self, tokens: int, compression_ratio: float) -> int:
+        """The window, of which nothing is dropped yet, and what stays of the tokens before it."""
+        if not self.decides:
+            return ceil(tokens / compression_ratio)
+        newest = min(tokens, self.window + 1)
+        return newest + ceil((tokens - newest) / compression_ratio)
+
+    def state_numbers(self, head_dim: int) -> int:
+        """The decisions of the newest W tokens; see `eviction.py`."""
+        return self.window if self.decides else 0
+
+    def kept_bytes(
+        self, *, query_heads: float, kv_heads: float, head_dim: int, bytes_per_number: int
+    ) -> float:
+        """See `PolicyConfig`. Logits, decisions and biases, float32, some times."""
+        return 4 * 8 * kv_heads if self.decides else 0.0
+
+    def describe(self) -> str:
+        """See `PolicyConfig`."""
+        return (
+            f"dms, stage {self.stage}: target {self.target_compression_ratio:g} tokens per slot, window "
+            f"{self.window}"
+        )
+
+    def card(self) -> str:
+        """See `PolicyConfig`."""
+        return (
+            f"Dynamic Memory Sparsification, stage {self.stage}, trained towards "
+            f"{self.target_compression_ratio:g} tokens per slot. Each KV head decides about every token "
+            f"whether it is dropped once it is more than {self.window} tokens old."
+        )
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """See `PolicyConfig`."""
+        return (
+            (
+                "DMS: Łańcucki, Staniszewski, Nawrot, Ponti. *Inference-Time Hyper-Scaling with KV Cache "
+                "Compression.* NeurIPS 2025, arXiv:2506.05345"
+            ),
+        )
+
+    @classmethod
+    def huggingface_fields(cls) -> tuple[str, ...]:
+        """See `PolicyConfig` and `published.py`."""
+        from lckv.policies.dms.published import FIELDS
+
+        return FIELDS
+
+    @classmethod
+    def from_huggingface_config(cls, config: Mapping[str, Any]) -> "DMSConfig | None":
+        """See `PolicyConfig` and `published.py`."""
+        from lckv.policies.dms.published import from_config
+
+        return from_config(config)
