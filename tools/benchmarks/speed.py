@@ -29,6 +29,7 @@ ARGUMENTS = {
     "early_exit": ("--clock", "cpu"),
     "continued_prompts": (),
     "decode_step": (),
+    "speculation": ("--clock", "cpu"),
     "checkpoints": (),
     "conversion_memory": (),
     "blends": (),
@@ -191,6 +192,13 @@ def decoding(load: Load) -> Iterator[Line]:
         _SAME_PRODUCTS,
         steps.name,
     )
+    guessed = load("speculation")
+    for text, meaning in (("edit", "repeats its prompt"), ("article", "does not repeat its prompt")):
+        where = {"map": "plain", "text": text, "speculation_tokens": "8"}
+        title = f"answer that {meaning}, 8 tokens guessed by prompt lookup"
+        tokens = guessed.value("tokens_per_step", **where)
+        limit = f"{1 / tokens:.2f}x: {tokens:g} tokens a step"
+        yield title, times(guessed.value("ratio", **where)), "no guesses", limit, guessed.name
 
 
 def files(load: Load) -> Iterator[Line]:
