@@ -13,6 +13,7 @@ from checkpoints_conversion.calibration import Calibration
 from checkpoints_conversion.compression_options import changed_compression
 from checkpoints_conversion.conversion_record import ConversionRecord, ConversionSource, write_record
 from checkpoints_conversion.description import ModelDescription
+from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.export.extras import existing_tokenizer, export_extras
 from checkpoints_conversion.export.measured import measured_in
 from checkpoints_conversion.export.tokenizer import has_tokenizer
@@ -60,16 +61,7 @@ def hf_to_megatron(
     check_free(target)
     folder = check_huggingface(hf)
     model = open_huggingface(folder, allow_pickle=allow_pickle)
-    tokens = None
-    if calibration is not None:
-        if how != "svd":
-            raise ConversionError(
-                f"--calibration-text is given, but --init is {how}, which reads no text: leave it out, or give "
-                "--init svd."
-            )
-        longest = model.description.model.max_position_embeddings
-        assert longest is not None
-        tokens = calibration.tokens(folder, longest)
+    tokens = None if calibration is None else _calibration_tokens(calibration, folder, model, how)
     name = hf if not Path(hf).exists() else str(folder.absolute())
     tokenizer = model.tokenizer if has_tokenizer(folder) else None
     return to_megatron(
@@ -118,15 +110,24 @@ def to_megatron(
             write_checkpoint(staging, description, counted, dtype=dtype, record_json=record.to_json())
         command = f"--hf-path {name} --megatron-path {target}"
         if layers := _layers_to_prove(proof, source, description, command):
-            # Fitted weights are no function of the original alone: their other side is what was to be written.
-            expected = replace(model, format="megatron", source=source, description=description)
-            prove(
-                model if done != "svd" else expected,
-                open_megatron(staging, verify_hashes=False),
-                _unless_all(layers, description),
-            )
+            if done == "svd":  # no function of the original alone: compared with what was to be written
+                model = replace(model, format="megatron", source=source, description=description)
+            prove(model, open_megatron(staging, verify_hashes=False), _unless_all(layers, description))
     logger.info("wrote %s", target)
     return description
+
+
+def _calibration_tokens(
+    calibration: Calibration, folder: Path, model: OpenModel, how: Initialization
+) -> Tensor:
+    if how != "svd":
+        raise ConversionError(
+            f"--calibration-text is given, but --init is {how}, which reads no text: leave it out, or give "
+            "--init svd."
+        )
+    longest = model.description.model.max_position_embeddings
+    assert longest is not None
+    return calibration.tokens(folder, longest)
 
 
 def legacy_to_megatron(
