@@ -109,10 +109,8 @@ def test_the_fit_is_the_best_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> Non
     """Fitted values of least squares, cut off by numpy's SVD; of keys by a complex one for each pair."""
     monkeypatch.setattr(low_rank, "RIDGE", 1e-13)
     x, channels = drawn(TOKENS, INPUTS), 4
-    readers = [
-        reader(drawn(TOKENS, INPUTS, seed=number), drawn(1, channels, INPUTS, seed=7), drawn(1, channels, INPUTS), number)
-        for number in range(3)
-    ]  # fmt: skip
+    weights = drawn(1, channels, INPUTS, seed=7), drawn(1, channels, INPUTS)
+    readers = [reader(drawn(TOKENS, INPUTS, seed=number), *weights, number) for number in range(3)]
     shared = fit(x, readers)
     restored = [own_of(shared, number) for number in range(3)]
 
