@@ -1,5 +1,5 @@
-"""What a text holds behind the tokens that are measured: `rest_of_text.py MODEL TEXT TOKENS OUTPUT` writes the
-lines of TEXT behind its first TOKENS tokens."""
+"""What a text holds behind the tokens that are measured: `rest_of_text.py MODEL TEXT TOKENS OUTPUT` writes
+the lines of TEXT behind its first TOKENS tokens."""
 
 import sys
 from pathlib import Path

@@ -133,8 +133,7 @@ def test_a_sharing_map(how: str, folder: Path, say: Reporter) -> None:
 
 def test_a_fitted_sharing_map(folder: Path, say: Reporter) -> None:
     """Fitted to articles behind the one that is measured."""
-    measured_article, _, others = TEXT.read_text().partition("\n = Du Fu = \n")
-    assert len(measured_article) > 4 * 1024  # bytes: more than the tokens of both rows
+    others = TEXT.read_text().partition("\n = Du Fu = \n")[2]
     (folder / "calibration.txt").write_text(others)
     options = ["--hf-path", f"{folder}/original", "--megatron-path", f"{folder}/svd", "--verify", "always"]
     text = ["--init", "svd", "--calibration-text", f"{folder}/calibration.txt"]
