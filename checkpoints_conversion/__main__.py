@@ -43,13 +43,20 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m checkpoint
 def _run_hf_to_megatron(options: argparse.Namespace) -> None:
     check_free(options.megatron_path)
     check_huggingface(options.hf_path)
+    from checkpoints_conversion.calibration import DEFAULT_TOKENS, Calibration
     from checkpoints_conversion.convert import hf_to_megatron
 
+    calibration = None
+    if options.calibration_text is not None:
+        calibration = Calibration(options.calibration_text, options.calibration_tokens or DEFAULT_TOKENS)
+    elif options.calibration_tokens is not None:
+        raise ConfigError("--calibration-tokens is given without --calibration-text; give both, or neither.")
     hf_to_megatron(
         options.hf_path,
         options.megatron_path,
         changes=given_changes(options),
         how=options.init,
+        calibration=calibration,
         dtype=_dtype(options.dtype),
         allow_pickle=options.allow_pickle,
         proof=options.verify,

@@ -54,6 +54,9 @@ class ConversionRecord:
     """How keys and values of a shared map were made from those of a plain model;
     None where weights are the source's."""
 
+    calibration: Mapping[str, Any] | None = None
+    """The text that they were fitted to, where that was so: name and sha256 of the file, tokens used."""
+
     tokenizer: str | None = None
     """Folder or file of the tokenizer, where one is known."""
 
@@ -81,6 +84,7 @@ class ConversionRecord:
             "description": self.description.to_json(),
             "source": asdict(self.source),
             "initialization": self.initialization,
+            "calibration": None if self.calibration is None else dict(self.calibration),
             "tokenizer": self.tokenizer,
             "training": self.training,
             "card": None if self.card is None else dict(self.card),

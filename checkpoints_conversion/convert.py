@@ -4,13 +4,16 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
+from checkpoints_conversion.calibration import Calibration
 from checkpoints_conversion.compression_options import changed_compression
 from checkpoints_conversion.conversion_record import ConversionRecord, ConversionSource, write_record
 from checkpoints_conversion.description import ModelDescription
+from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.export.extras import existing_tokenizer, export_extras
 from checkpoints_conversion.export.measured import measured_in
 from checkpoints_conversion.export.tokenizer import has_tokenizer
@@ -40,6 +43,7 @@ def hf_to_megatron(
     *,
     changes: Mapping[str, object] | None = None,
     how: Initialization = "average",
+    calibration: Calibration | None = None,
     dtype: torch.dtype | None = None,
     allow_pickle: bool = False,
     proof: ProofMode = "auto",
@@ -48,7 +52,8 @@ def hf_to_megatron(
     `target`.
 
     `changes` are settings `compression.FIELD` of the new model where it differs from `hf`; `how` says where
-    the keys and values of a sharing map come from. Weights are cast to `dtype` (default: left as they are).
+    the keys and values of a sharing map come from, `calibration` on which text "svd" fits them. Weights are
+    cast to `dtype` (default: left as they are).
     Returns what was written.
 
     Raises ConversionError, CheckpointError, ProofError; then nothing is left in or beside `target`.
@@ -56,6 +61,7 @@ def hf_to_megatron(
     check_free(target)
     folder = check_huggingface(hf)
     model = open_huggingface(folder, allow_pickle=allow_pickle)
+    tokens = None if calibration is None else _calibration_tokens(calibration, folder, model, how)
     name = hf if not Path(hf).exists() else str(folder.absolute())
     tokenizer = model.tokenizer if has_tokenizer(folder) else None
     return to_megatron(
@@ -64,6 +70,8 @@ def hf_to_megatron(
         name=name,
         changes=changes or {},
         how=how,
+        tokens=tokens,
+        calibration=None if calibration is None else calibration.to_json(),
         dtype=dtype,
         tokenizer=tokenizer,
         proof=proof,
@@ -80,16 +88,19 @@ def to_megatron(
     dtype: torch.dtype | None,
     tokenizer: str | None,
     proof: ProofMode,
+    tokens: Tensor | None = None,
+    calibration: Mapping[str, Any] | None = None,
 ) -> ModelDescription:
     """Convert an opened model, called `name` in the record, to a checkpoint; see `hf_to_megatron`."""
     compression = changed_compression(model.description.compression, changes)
-    source, description, done = initialize(model.source, model.description, compression, how)
+    source, description, done = initialize(model.source, model.description, compression, how, tokens)
     description = replace(description, dtype=dtype or description.dtype)
     logger.info("hashing %s, %.1f MB", model.path, model_bytes(model.source) / 1e6)
     record = ConversionRecord(
         description,
         ConversionSource(model.format, name, model.hashes()),
         initialization=done,
+        calibration=calibration,
         tokenizer=tokenizer,
         card=card_facts(model.path) or None,
         previous=model.record,
@@ -99,9 +110,24 @@ def to_megatron(
             write_checkpoint(staging, description, counted, dtype=dtype, record_json=record.to_json())
         command = f"--hf-path {name} --megatron-path {target}"
         if layers := _layers_to_prove(proof, source, description, command):
+            if done == "svd":  # no function of the original alone: compared with what was to be written
+                model = replace(model, format="megatron", source=source, description=description)
             prove(model, open_megatron(staging, verify_hashes=False), _unless_all(layers, description))
     logger.info("wrote %s", target)
     return description
+
+
+def _calibration_tokens(
+    calibration: Calibration, folder: Path, model: OpenModel, how: Initialization
+) -> Tensor:
+    if how != "svd":
+        raise ConversionError(
+            f"--calibration-text is given, but --init is {how}, which reads no text: leave it out, or give "
+            "--init svd."
+        )
+    longest = model.description.model.max_position_embeddings
+    assert longest is not None
+    return calibration.tokens(folder, longest)
 
 
 def legacy_to_megatron(

@@ -1,5 +1,5 @@
 """A plain model's weights as those of a model whose layers share keys and values: by copy or by average,
-nothing read in advance.
+nothing read in advance; or fitted to a text (`fitted_map.py`).
 
 The rule is lckv/sharing/initialization.py's. A layer that only reads keeps its queries; what computed its own
 keys and values goes into the layer that it reads (average), or is dropped (copy).
@@ -17,9 +17,10 @@ from torch import Tensor
 from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.first_guess import with_first_guess
+from checkpoints_conversion.fitted_map import fitted_source
 from lckv.config import CompressionConfig
 from lckv.sharing.doubts import doubts
-from lckv.sharing.initialization import Initialization, initial_kv_weight
+from lckv.sharing.initialization import Initialization, WeightRule, initial_kv_weight
 from lckv.sharing.layer_types import LayerTypes
 from lckv.sharing.picture import draw
 from lckv.weights.tensors import TensorInfo, TensorSource, row_chunks
@@ -34,14 +35,19 @@ _ATTENTION = re.compile(
 
 
 def initialize(
-    source: TensorSource, description: ModelDescription, compression: CompressionConfig, how: Initialization
+    source: TensorSource,
+    description: ModelDescription,
+    compression: CompressionConfig,
+    how: Initialization,
+    tokens: Tensor | None = None,
 ) -> tuple[TensorSource, ModelDescription, Initialization | None]:
     """The weights `source` of the model `description` for the same model with `compression`, its description,
     and how its keys and values were made: None where all weights are the source's.
 
     A map can be given to a model whose layers all read their own keys and values, and a KV policy, where it
     has no obstacle, to one that keeps every token. A model that has a map or a policy already keeps it; how
-    often its plan iterates, and from which first guess, may change. Raises ConversionError.
+    often its plan iterates, and from which first guess, may change. `tokens`, int64 [b, T], are those that
+    "svd" fits on. Raises ConversionError.
     """
     layers = description.model.num_layers
     if problems := [*compression_problems(compression, layers)]:
@@ -52,12 +58,30 @@ def initialize(
     source = with_first_guess(source, description, compression)
     if old.kv_layers != tuple(range(layers)):
         _check_same_map(description.compression, compression, old, new)
+        _check_fits_nothing(tokens, new)
         return source, changed, None
     if new.kv_layers == old.kv_layers and all(layer.source == layer.index for layer in new):
+        _check_fits_nothing(tokens, new)
         return source, changed, None
     if sentences := [*doubts(new)]:
         logger.warning("%s\n%s", draw(new, window=compression.sliding_window), "\n".join(sentences))
-    return SharedMapSource(source, description.model, new, how), changed, how
+    if how != "svd":
+        return SharedMapSource(source, description.model, new, how), changed, how
+    if tokens is None:
+        raise ConversionError(
+            "--init is svd, which fits keys and values to what the model computes on a text, but there is no "
+            "text: give --calibration-text, or take --init average or --init copy."
+        )
+    copied = SharedMapSource(source, description.model, new, "copy")
+    return fitted_source(source, copied, description, compression, tokens), changed, how
+
+
+def _check_fits_nothing(tokens: Tensor | None, layer_types: LayerTypes) -> None:
+    if tokens is not None:
+        raise ConversionError(
+            f"--calibration-text is given, but compression.layer_types {layer_types} makes no new sharing of "
+            "keys and values, so that nothing is fitted: leave it and --init out, or give a sharing map."
+        )
 
 
 def _check_same_map(
@@ -99,7 +123,7 @@ class SharedMapSource:
     plain: TensorSource
     model: ModelConfig
     layer_types: LayerTypes
-    how: Initialization
+    how: WeightRule
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """Every tensor of the model that shares."""

@@ -20,7 +20,7 @@ Llama 2 and 3, Mistral, Qwen2, Qwen3, SmolLM, and models that share keys and val
 A plain model; one with a sharing map; one that is to get a KV policy (here P):
   hf-to-megatron --hf-path meta-llama/Llama-2-7b-hf --megatron-path ckpt/plain
   hf-to-megatron --hf-path models/eight-layers --megatron-path ckpt/lckv \\
-      --compression.layer_types 0_6_6_6_6_6_6_7 --init average
+      --compression.layer_types 0_6_6_6_6_6_6_7 --init svd --calibration-text wiki.train.txt
   hf-to-megatron --hf-path HuggingFaceTB/SmolLM2-135M --megatron-path ckpt/p --compression.policy.name P
 
 Training goes on from it with
@@ -102,10 +102,25 @@ def _add_hf_to_megatron(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--init",
-        choices=("average", "copy"),
+        choices=("average", "copy", "svd"),
         default="average",
         help="keys and values of a sharing map: those of the layer itself (copy), or the mean over all "
-        "layers that will read them (average, the default; MLKV)",
+        "layers that will read them (average, the default; MLKV), or fitted with the readers' queries and "
+        "outputs to what the model computes on --calibration-text (svd; the best start, see "
+        "docs/initialization.md)",
+    )
+    parser.add_argument(
+        "--calibration-text",
+        type=Path,
+        metavar="FILE",
+        help="of --init svd: a text in UTF-8, like those that the model is for; not one that it will be "
+        "measured on",
+    )
+    parser.add_argument(
+        "--calibration-tokens",
+        type=positive,
+        metavar="N",
+        help="how many of its first tokens: a multiple of 512 (default: 4096)",
     )
     parser.add_argument(
         "--allow-pickle",

@@ -64,6 +64,12 @@ def reference_folder(
     record = megatron.record
     if changed and _COMPRESSION.issuperset(changed) and record is not None and megatron.training is None:
         compression, how = megatron.description.compression, record.initialization
+        if how == "svd":
+            raise ConversionError(
+                f"keys and values of {megatron.path} were fitted to a text (--init svd), so that "
+                f"{original.path} alone does not say what they must be. Convert the checkpoint with "
+                "megatron-to-hf and give the folder that it writes."
+            )
         source, description, _ = initialize(source, description, compression, how or "copy")
         changed = differences(description, megatron.description)
     if changed:

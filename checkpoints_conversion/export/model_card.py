@@ -135,6 +135,7 @@ def _history(record: ConversionRecord, measured: Measured, base: str | None) -> 
             how = {
                 "average": "averaged over the layers that read them",
                 "copy": "copied from their own layer",
+                "svd": "fitted to a text, with the queries and outputs of the layers that read them",
             }
             yield f"- Keys and values taken from a plain model: {how[conversion.initialization]}."
         if conversion.training is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 EQUAL = ("huggingface", "megatron-tp1", "megatron-tp3")
-SHARED = ("shared-by-copy", "shared-by-average")
+SHARED = ("shared-by-copy", "shared-by-average", "shared-by-svd")
 _DIGITS = 1e-4
 
 

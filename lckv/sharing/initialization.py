@@ -1,4 +1,5 @@
-"""Key and value weights of a shared map from those of a plain model: copy or average.
+"""Key and value weights of a shared map from those of a plain model: copy or average. What fits them to a
+text is in `low_rank.py`.
 
 The average is the rule of MLKV (Zuhri et al. 2024): a layer that computes keys and values for others starts
 from the mean of the weights of all layers that will read it.
@@ -12,16 +13,18 @@ from torch import Tensor
 
 from lckv.sharing.layer_types import LayerTypes
 
-Initialization = Literal["copy", "average"]
+Initialization = Literal["copy", "average", "svd"]
+"""svd: fitted to a text; these weights are no function of the plain model's alone."""
+WeightRule = Literal["copy", "average"]
 
 
-def source_layers(layer_types: LayerTypes, layer: int, how: Initialization) -> tuple[int, ...]:
+def source_layers(layer_types: LayerTypes, layer: int, how: WeightRule) -> tuple[int, ...]:
     """Layers of the plain model whose key and value weights make those of `layer`."""
     return layer_types.readers(layer) if how == "average" else (layer,)
 
 
 def initial_kv_weight(
-    layer_types: LayerTypes, layer: int, plain_weight: Callable[[int], Tensor], how: Initialization
+    layer_types: LayerTypes, layer: int, plain_weight: Callable[[int], Tensor], how: WeightRule
 ) -> Tensor:
     """The key or value weight (or bias) of `layer`, which computes keys and values in `layer_types`.
 

@@ -76,6 +76,7 @@ def test_hf_to_megatron(called: dict[str, Any]) -> None:
             "compression.policy.window": None,
         },
         "how": "copy",
+        "calibration": None,
         "dtype": torch.bfloat16,
         "allow_pickle": True,
         "proof": "never",

@@ -129,3 +129,15 @@ def test_a_sharing_map(how: str, folder: Path, say: Reporter) -> None:
     say(f"24 of 30 layers with keys and values, by {how}: perplexity {found:.4f}")
     assert math.isfinite(found)
     assert found > PERPLEXITY
+
+
+def test_a_fitted_sharing_map(folder: Path, say: Reporter) -> None:
+    """Fitted to articles behind the one that is measured."""
+    others = TEXT.read_text().partition("\n = Du Fu = \n")[2]
+    (folder / "calibration.txt").write_text(others)
+    options = ["--hf-path", f"{folder}/original", "--megatron-path", f"{folder}/svd", "--verify", "always"]
+    text = ["--init", "svd", "--calibration-text", f"{folder}/calibration.txt"]
+    assert convert(["hf-to-megatron", *options, "--compression.layer_types", MAP, *text]) == 0
+    found = of_checkpoint(folder, "svd")
+    say(f"24 of 30 layers with keys and values, fitted: perplexity {found:.4f}")
+    assert PERPLEXITY < found < 40
