@@ -38,7 +38,7 @@ say "the model: dequantised from GGUF"
 [ -d "$out/original" ] || "$python" -m lckv_megatron gguf-to-hf "$out/model.gguf" "$out/original"
 
 say "conversion to Megatron, and back"
-rm -rf "$out/plain" "$out/back" "$out/copy" "$out/average" "$out/svd" "$out"/*.json
+rm -rf "$out/plain" "$out/back" "$out/copy" "$out/average" "$out/svd" "$out/svd-huggingface" "$out"/*.json
 "$python" -m checkpoints_conversion hf-to-megatron --hf-path "$out/original" --megatron-path "$out/plain"
 "$python" -m checkpoints_conversion megatron-to-hf --megatron-path "$out/plain" --hf-path "$out/back"
 
@@ -60,8 +60,8 @@ say "conversion to a sharing map, fitted to the text behind what is measured"
 "$python" examples/smollm2/rest_of_text.py "$out/original" "$text" $((rows * length)) "$out/calibration.txt"
 "$python" -m checkpoints_conversion hf-to-megatron --hf-path "$out/original" --megatron-path "$out/svd" --no-verify \
     --compression.layer_types "$map" --init svd --calibration-text "$out/calibration.txt" --calibration-tokens 4096
-"$python" -m checkpoints_conversion megatron-to-hf --megatron-path "$out/svd" --hf-path "$out/svd/huggingface" --no-verify
-"$python" -m checkpoints_conversion verify --hf-path "$out/svd/huggingface" --megatron-path "$out/svd" \
+"$python" -m checkpoints_conversion megatron-to-hf --megatron-path "$out/svd" --hf-path "$out/svd-huggingface" --no-verify
+"$python" -m checkpoints_conversion verify --hf-path "$out/svd-huggingface" --megatron-path "$out/svd" \
     --parallel.tensor_model_parallel_size 3
 perplexity shared-by-svd 1 --load "$out/svd" "${run[@]}"
 

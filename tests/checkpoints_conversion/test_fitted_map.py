@@ -3,19 +3,22 @@ another basis keeps its function, whole conversions, and what is refused."""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from checkpoints_conversion import convert
 from checkpoints_conversion.__main__ import main
 from checkpoints_conversion.calibration import Calibration
 from checkpoints_conversion.conversion_record import read_record
 from checkpoints_conversion.convert import megatron_to_hf
+from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.errors import ConversionError
-from checkpoints_conversion.fitted_map import merged_layers
-from checkpoints_conversion.formats.megatron import MegatronCheckpoint
+from checkpoints_conversion.fitted_map import FittedSource, merged_layers
+from checkpoints_conversion.formats.megatron import MegatronCheckpoint, write_checkpoint
 from checkpoints_conversion.initialization import initialize
 from checkpoints_conversion.opening import OpenModel, open_huggingface
 from checkpoints_conversion.streamed_layer import StreamedLayer, embed
@@ -25,6 +28,7 @@ from lckv.policies.dmc.config import DMCConfig
 from lckv.sharing.initialization import Initialization
 from lckv.sharing.layer_types import LayerTypes
 from lckv.sharing.low_rank import as_channels, as_pairs
+from lckv.weights.tensors import TensorSource
 from megatron_ext.errors import ConfigError
 from tests.checkpoints_conversion.test_convert import _megatron_in_a_pool  # noqa: F401 - a fixture
 from tests.lckv.families.tiny_models import saved_model, tiny_model
@@ -133,19 +137,19 @@ def test_a_fit_is_nearer_to_the_plain_model(layer_types: str, tmp_path: Path) ->
     assert errors["svd"] < errors["average"]
 
 
-def converted(folder: Path, family: str, tmp_path: Path, *words: str) -> Path:
-    """A checkpoint by the program, proven, of a tiny model with a tokenizer."""
+def conversion(folder: Path, family: str, tmp_path: Path, *words: str) -> int:
+    """The program's status: it makes and proves a checkpoint of a tiny model with a tokenizer."""
     saved_model(folder, family, vocab_size=VOCAB)
     write_tokenizer_json(folder / "tokenizer.json")
     (tmp_path / "text.txt").write_text("".join(TEXTS))
     options = ["--hf-path", str(folder), "--megatron-path", str(tmp_path / "megatron"), "--verify", "always"]
     text = ["--init", "svd", "--calibration-text", str(tmp_path / "text.txt"), "--calibration-tokens", "64"]
-    assert main(["hf-to-megatron", *options, *text, *words]) == 0
-    return tmp_path / "megatron"
+    return main(["hf-to-megatron", *options, *text, *words])
 
 
 def test_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = converted(tmp_path / "plain", "llama", tmp_path, "--compression.layer_types", "0_2_2")
+    made = tmp_path / "megatron"
+    assert conversion(tmp_path / "plain", "llama", tmp_path, "--compression.layer_types", "0_2_2") == 0
     record = read_record(MegatronCheckpoint(made).path)
     assert record is not None and record.calibration is not None
     assert (record.initialization, record.calibration["file"]) == ("svd", "text.txt")
@@ -244,3 +248,15 @@ def test_a_text_that_breaks_the_model_is_refused(tmp_path: Path) -> None:
     source = opened(tmp_path, model)
     with pytest.raises(ConversionError, match="became infinite or NaN"):
         initialize(source.source, source.description, CompressionConfig("0_1_1"), "svd", TOKENS)
+
+
+def test_a_fit_that_is_written_wrongly_is_not_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(staging: Path, description: ModelDescription, source: TensorSource, **options: Any) -> Path:
+        name = "decoder.layers.1.self_attention.linear_proj.weight"
+        fitted = FittedSource(source, {name: 1.01 * source.read(name)})
+        return write_checkpoint(staging, description, fitted, **options)
+
+    monkeypatch.setattr(convert, "write_checkpoint", damaged)
+    status = conversion(tmp_path / "plain", "llama", tmp_path, "--compression.layer_types", "0_2_2")
+    assert status != 0
+    assert not (tmp_path / "megatron").exists()
