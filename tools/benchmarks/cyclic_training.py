@@ -7,6 +7,10 @@ Each cell of the grid is a model that is trained on the bytes of the texts, all 
 seed, and measured on their end. Its row is appended to the file as soon as it is done; a cell whose row is
 there is skipped, so that the command can be given again. A loss is a mean over bytes, in nats. `exact` runs
 passes until the shared keys and values settle, which is what decoding token by token gives.
+
+    python tools/benchmarks/cyclic_training.py --table tools/benchmarks/results/cyclic_training.csv
+
+prints the rows as a table, cells with several seeds as their means.
 """
 
 import argparse
@@ -108,23 +112,74 @@ class Sizes:
 def grid() -> Iterator[Cell]:
     """All cells, those first that answer most."""
     lckv = "lckv w=2"
-    first = [Cell("plain", 0, 1), Cell(lckv, 1, 1), Cell(lckv, 7, 2), Cell(lckv, 1, 1, first_guess=True)]
+    first = [
+        Cell("plain", 0, 1),
+        Cell(lckv, 1, 1),
+        Cell(lckv, 7, 2),
+        Cell(lckv, 1, 1, first_guess=True),
+        Cell(lckv, 1, 2),
+        Cell(lckv, 0, 1, first_guess=True),
+        Cell(lckv, 1, 2, first_guess=True),
+    ]
     yield from first
-    yield Cell(lckv, 1, 2)
-    yield Cell(lckv, 0, 1, first_guess=True)
-    yield Cell(lckv, 1, 2, first_guess=True)
+    yield from (replace(cell, seed=2) for cell in first)
     yield Cell(lckv, 3, 1, schedule="random", least=1)
+    yield Cell(lckv, 7, 2, share=round(1.081 / 2.805, 3))  # the operations of 1, 1
+    yield Cell(lckv, 7, 2, first_guess=True)
     yield Cell(lckv, 2, 1)
     yield Cell(lckv, 3, 1)
     yield Cell(lckv, 1, 1, agreement=0.1)
-    yield Cell(lckv, 7, 2, first_guess=True)
-    yield Cell(lckv, 7, 2, share=round(1.081 / 2.805, 3))  # the operations of 1, 1
     yield Cell(lckv, 5, 1)
     yield Cell(lckv, 5, 1, schedule="falling", least=1)
     yield Cell(lckv, 5, 1, schedule="rising", least=1)
     for name in ("sandwich-middle", "lckv w=4", "two groups"):
         yield Cell(name, 1, 1)
-    yield from (replace(cell, seed=2) for cell in first)
+
+
+HEAD = (
+    "map", "m, b", "settings", "seeds", "FLOPs", "CPU time", "exact", "1 pass", "2 passes", "twice as long",
+    "passes",
+)  # fmt: skip
+
+
+def table(path: Path) -> list[str]:
+    """Lines of Markdown: a cell each, in the order of the grid; means over seeds."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for row in rows:
+        settings = ("map", "m", "b", "first_guess", "agreement", "schedule", "least", "share")
+        groups.setdefault(tuple(row[name] for name in settings), []).append(row)
+    lines = [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
+    return [*lines, *(f"| {' | '.join(_cells(group))} |" for group in groups.values())]
+
+
+def _cells(group: list[dict[str, str]]) -> Iterator[str]:
+    first = group[0]
+    settings = []
+    if first["first_guess"] == "True":
+        settings.append("first guess")
+    if float(first["agreement"]):
+        settings.append(f"agreement {first['agreement']}")
+    if first["schedule"] != "constant":
+        settings.append(f"m {first['schedule']} from {first['least']}")
+    if float(first["share"]) != 1:
+        settings.append(f"{float(first['share']):.0%} of the steps")
+    is_plain = first["map"] == "plain"
+    yield first["map"]
+    yield "-" if is_plain else f"{first['m']}, {first['b']}"
+    yield ", ".join(settings) or "-"
+    yield ", ".join(sorted(row["seed"] for row in group))
+    start = "guess" if first["first_guess"] == "True" else "zeros"
+    columns = {
+        "flops_of_plain_step": ".2f", "cpu_seconds_of_plain_step": ".2f", "loss_exact": ".4f",
+        f"loss_{start}_1": ".4f", f"loss_{start}_2": ".4f",
+        "loss_exact_twice_the_length": ".4f", "passes_until_exact": ".1f",
+    }  # fmt: skip
+    iterated = {f"loss_{start}_1", f"loss_{start}_2", "passes_until_exact"}
+    for name, form in columns.items():
+        value = statistics.mean(float(row[name]) for row in group)
+        yield "-" if is_plain and name in iterated else format(value, form)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -132,8 +187,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--text", type=Path, nargs="+", required=True, help="files to train on")
-    parser.add_argument("--output", type=Path, required=True, help="CSV file, which rows are appended to")
+    parser.add_argument(
+        "--table", type=Path, metavar="CSV", help="print the rows of a file, and train nothing"
+    )
+    parser.add_argument("--text", type=Path, nargs="+", help="files to train on")
+    parser.add_argument("--output", type=Path, help="CSV file, which rows are appended to")
     parser.add_argument("--steps", type=int, default=500, help="training steps (default: %(default)s)")
     parser.add_argument("--hidden-size", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--rows", type=int, default=2, help="texts of a step (default: %(default)s)")
@@ -141,6 +199,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cells", type=int, help="train at most so many now (default: all that are left)")
     parser.add_argument("--held-out", type=int, default=24, help="texts to measure (default: %(default)s)")
     options = parser.parse_args(argv)
+    if options.table is not None:
+        print("\n".join(table(options.table)))
+        return
+    if options.text is None or options.output is None:
+        parser.error("--text and --output are needed, or --table")
     sizes = Sizes(options.steps, options.hidden_size, options.rows, options.length)
     everything = b"".join(path.read_bytes() for path in options.text)
     tokens = torch.frombuffer(bytearray(everything), dtype=torch.uint8).long()

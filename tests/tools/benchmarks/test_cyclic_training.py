@@ -3,7 +3,9 @@
 import csv
 from pathlib import Path
 
-from tools.benchmarks.cyclic_training import MAPS, Cell, grid, main
+from tools.benchmarks.cyclic_training import MAPS, Cell, grid, main, table
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_cells_are_trained_measured_and_not_trained_again(tmp_path: Path) -> None:
@@ -34,3 +36,21 @@ def test_every_cell_can_be_trained_and_is_there_once() -> None:
         assert {cell.plan(step, 100).forward_passes for step in range(100)} <= set(range(8))
     assert {cell.map for cell in cells} == set(MAPS)
     assert Cell("plain", 0, 1) == cells[0]
+
+
+def test_the_page_has_the_table_of_the_rows() -> None:
+    lines = (ROOT / "docs" / "cyclic_training.md").read_text(encoding="utf-8").splitlines()
+    rows = table(ROOT / "tools" / "benchmarks" / "results" / "cyclic_training.csv")
+    start = lines.index(rows[0])
+    assert lines[start : start + len(rows)] == rows
+    assert not lines[start + len(rows)].startswith("|")
+
+
+def test_seeds_of_a_cell_are_averaged(tmp_path: Path) -> None:
+    rows = (ROOT / "tools" / "benchmarks" / "results" / "cyclic_training.csv").read_text().splitlines()
+    again = rows[1].replace(",1.0,1,", ",1.0,2,", 1).replace("2.1085", "2.2085")
+    copy = tmp_path / "rows.csv"
+    copy.write_text("\n".join([rows[0], rows[1], again]) + "\n")
+    (line,) = table(copy)[2:]
+    assert line.startswith("| plain | - | - | 1, 2 | 1.00 |")
+    assert "| 2.1585 |" in line
