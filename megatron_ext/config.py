@@ -327,7 +327,7 @@ class DistillationConfig:
     divergence: Literal["student_teacher", "teacher_student"] = "teacher_student"
     """Kullback-Leibler divergence of token distributions. teacher_student, D(teacher || student): the
     student learns everything that the teacher deems likely. student_teacher, D(student || teacher): it learns
-    nothing that the teacher deems unlikely (as the public code of DMS)."""
+    nothing that the teacher deems unlikely (as NVIDIA's public code for delayed eviction)."""
 
     weight: float = 1.0
     """Of the divergence in the loss."""

@@ -8,8 +8,8 @@ As a plain computation, of one token, with log-probabilities lp of the student a
 
     objective = weight D + cross_entropy_weight cross-entropy
 
-Distillation as of Hinton et al. (2015) at temperature 1 is teacher_student; that of the public code of DMS is
-student_teacher. Only the student learns.
+Distillation as of Hinton et al. (2015) at temperature 1 is teacher_student; that of NVIDIA's public code for
+delayed eviction is student_teacher. Only the student learns.
 
 Shapes: n tokens, c of a chunk, h channels (the teacher may have other ones), v rows of this rank.
 """

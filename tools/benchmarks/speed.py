@@ -218,7 +218,8 @@ def files(load: Load) -> Iterator[Line]:
             times(converted.value("ratio_to_copy", conversion=way, model_bytes=str(size), hidden_size=width))
             for width, size in sizes.items()
         )
-        title = f"{way}, {max(sizes.values()) / 1e6:,.0f} MB, width 512, 2,048"
+        megabytes = ", ".join(f"{size / 1e6:,.0f}" for size in sizes.values())
+        title = f"{way}, {megabytes} MB, width 512, 2,048"
         yield title, ratios, "a copy and a hash", "1.5x: two hashes, one copy", converted.name
     blends = load("blends")
     ratios = ", ".join(
