@@ -20,7 +20,7 @@ from torch import Tensor
 
 from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.errors import ConversionError
-from checkpoints_conversion.streamed_layer import KeysValues, StreamedLayer, embed
+from checkpoints_conversion.streamed_layer import KeysValues, StreamedLayer, embed, heads_of
 from lckv.config import CompressionConfig
 from lckv.sharing.layer_types import LayerTypes
 from lckv.sharing.low_rank import (
@@ -305,11 +305,7 @@ def _check_finite(tensor: Tensor, what: str) -> None:
 
 def _keys_values(shared: SharedProjections, inputs: Tensor) -> KeysValues:
     """Shared keys before RoPE and values of an owner's `inputs` [b, T, e]."""
-
-    def heads(weight: Tensor) -> Tensor:
-        return (inputs @ weight.float().flatten(0, 1).T).unflatten(-1, weight.shape[:2])
-
-    return KeysValues(heads(shared.key_weight), heads(shared.value_weight))
+    return KeysValues(*(heads_of(inputs, weight.float()) for weight in shared[:2]))
 
 
 def _relative(difference: Tensor, whole: Tensor) -> float:

@@ -87,13 +87,13 @@ class StreamedLayer:
 
     def keys_values(self, inputs: Tensor) -> KeysValues:
         """Of `inputs` [b, T, e], before RoPE."""
-        return KeysValues(_heads(inputs, self.key), _heads(inputs, self.value))
+        return KeysValues(heads_of(inputs, self.key), heads_of(inputs, self.value))
 
     def attend(self, inputs: Tensor, reads: KeysValues, sight: Sight) -> Tensor:
         """What the heads return, [b, T, g G D], for `inputs` [b, T, e] and keys before RoPE."""
         tokens = inputs.shape[1]
         turn = self._rope.rotation(torch.arange(tokens)[:, None])
-        query = rotate(_heads(inputs, self.query.flatten(0, 1)), turn).transpose(1, 2)
+        query = rotate(heads_of(inputs, self.query.flatten(0, 1)), turn).transpose(1, 2)
         key, value = rotate(reads.key, turn).transpose(1, 2), reads.value.transpose(1, 2)
         attend = choose("sdpa", device=query.device, dtype=query.dtype, head_dim=self.model.head_dim).attend
         result = attend(query, key, value, Visibility(*sight), scale=self.model.head_dim**-0.5)
@@ -118,7 +118,7 @@ class StreamedLayer:
         return RotaryEmbedding(model.head_dim, model.rotary_base, model.rope_scaling.scaling, longest)
 
 
-def _heads(inputs: Tensor, weight: Tensor) -> Tensor:
+def heads_of(inputs: Tensor, weight: Tensor) -> Tensor:
     """[b, T, heads, D] of inputs [b, T, e] and weights [heads, D, e]."""
     return (inputs @ weight.flatten(0, 1).T).unflatten(-1, weight.shape[:2])
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lckv.attention.visibility import Documents
 from lckv.policies.config import Reach
 from megatron_ext.config import DataConfig
 from megatron_ext.errors import ConfigError
@@ -47,6 +48,12 @@ class Batch:
 
     chunk_rows: ChunkRows | None = None
     """For the KV policy, with context parallelism; None: the sequences are whole."""
+
+    def documents(self) -> Documents | None:
+        """Those of whole sequences, on the device of the tokens; None: a row is one."""
+        if self.cu_seqlens is None:
+            return None
+        return Documents.at(self.cu_seqlens.tolist(), self.tokens.device)
 
     def of_rank(self, chunks: Chunks, reach: Reach | None) -> "Batch":
         """What a rank has of whole sequences, for a KV policy of this `reach`."""

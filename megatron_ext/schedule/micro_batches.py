@@ -13,7 +13,6 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
-from lckv.attention.visibility import Documents
 from lckv.losses.linear_distillation import Lesson
 from lckv.losses.token_losses import TokenLosses
 from megatron_ext.config import TrainConfig
@@ -63,15 +62,13 @@ class _LossOfBatch:
         self, batch: Batch, call: StageCall | None = None
     ) -> tuple[Tensor | TokenLosses, PolicyReport]:
         """See `Passage`; without `call` the stage is visited once."""
-        bounds = None if batch.cu_seqlens is None else batch.cu_seqlens.tolist()
-        documents = None if bounds is None else Documents.at(bounds, batch.tokens.device)
         seeds = () if self.forward_only else tuple(row_seed(self.train.seed, n) for n in batch.sample_ids)
         policy = PolicyInputs(seeds, batch.counted, batch.chunk_rows, self.progress)
         output, report = self.model(
             batch.tokens,
             batch.position_ids,
             batch.labels,
-            documents,
+            batch.documents(),
             policy=policy,
             call=call,
             loss_mask=batch.loss_mask,

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from lckv.attention.visibility import Documents
 from lckv.losses.linear_distillation import DistillationTerms, Lesson
 from megatron_ext.config import DistillationConfig, RunConfig
 from megatron_ext.data.batch import Batch
@@ -26,10 +25,10 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Lesson:
         """What it makes of a micro-batch."""
-        bounds = None if batch.cu_seqlens is None else batch.cu_seqlens.tolist()
-        documents = None if bounds is None else Documents.at(bounds, batch.tokens.device)
         policy = PolicyInputs((), batch.counted, batch.chunk_rows)
-        return Lesson(self._stage.teach(batch.tokens, batch.position_ids, documents, policy), self._terms)
+        return Lesson(
+            self._stage.teach(batch.tokens, batch.position_ids, batch.documents(), policy), self._terms
+        )
 
 
 def terms_of(settings: DistillationConfig) -> DistillationTerms:
