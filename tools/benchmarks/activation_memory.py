@@ -20,13 +20,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lckv.config import CompressionConfig
 from lckv_megatron.layouts import LAYOUTS, YOCO_WINDOW
+from lckv_megatron.measuring.timing import peak_bytes, setting, write_csv
 from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_ext.model.build import build_stage
 from megatron_ext.model.memory import kept_bytes, kept_for_backward
 from megatron_ext.model.offloaded import OffloadedLayers
 from megatron_ext.parallel.process_groups import destroy, device_of_rank, initialize
 from megatron_ext.precision import precision
-from tools.benchmarks.timing import peak_bytes, setting, write_csv
 
 RECOMPUTE = ("none", "full")
 

@@ -20,10 +20,10 @@ import torch
 
 from lckv.config import CompressionConfig
 from lckv_megatron.layouts import LAYOUTS
+from lckv_megatron.measuring.timing import held_bytes, median_seconds, setting, write_csv
 from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_ext.parallel.process_groups import destroy, device_of_rank, initialize
 from tools.benchmarks.activation_memory import Step, add_sizes, model_of
-from tools.benchmarks.timing import held_bytes, median_seconds, setting, write_csv
 
 MAPS = ("plain", "LCKV (w=2)")
 

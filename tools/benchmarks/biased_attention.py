@@ -19,7 +19,7 @@ from torch.nn.functional import logsigmoid, scaled_dot_product_attention
 from lckv.attention import sdpa
 from lckv.attention.key_bias import KeyBias
 from lckv.attention.visibility import Visibility
-from tools.benchmarks.timing import CLOCKS, median_seconds, peak_bytes, setting, write_csv
+from lckv_megatron.measuring.timing import CLOCKS, median_seconds, peak_bytes, setting, write_csv
 
 VARIANTS = ("plain", "frontier", "dense_bias")
 

@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from lckv_megatron.measuring.timing import setting, write_csv
 from megatron_ext.config import DataConfig, ParallelConfig
 from megatron_ext.data.datasets import build_datasets
 from megatron_ext.data.indexed import IndexedWriter
 from megatron_ext.parallel.process_groups import destroy, initialize
-from tools.benchmarks.timing import setting, write_csv
 
 SEQ_LENGTH = 32
 SAMPLES_OF_DATASET = 10

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 import torch.multiprocessing as multiprocessing
 
+from lckv_megatron.measuring.timing import peak_bytes, setting, write_csv
 from megatron_ext.checkpointing.load import load_checkpoint
 from megatron_ext.checkpointing.save import saves
 from megatron_ext.config import ParallelConfig
 from megatron_ext.parallel.process_groups import destroy, initialize
 from tools.benchmarks.save_stall import Trained
-from tools.benchmarks.timing import peak_bytes, setting, write_csv
 
 _NUMBERS = 2**21
 """Of each tensor of torch's file."""

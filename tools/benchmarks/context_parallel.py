@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lckv_megatron.measuring.timing import setting, write_csv
 from lckv_megatron.planning.context import sent_bytes
 from lckv_megatron.planning.plan import Plan
 from megatron_ext.command_line import parse_run_config
 from tools.benchmarks import pipeline
-from tools.benchmarks.timing import setting, write_csv
 
 RANKS = 2
 CASES = (

@@ -20,9 +20,10 @@ from lckv.generation.forward import Forward
 from lckv.models.cache import LCKVCache
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from lckv.sharing.early_exit import Results
-from tools.benchmarks.generation.admission import cache_for
-from tools.benchmarks.generation.models import RandomModel, Sizes, random_tokens, transformers_llama
-from tools.benchmarks.timing import median_seconds, setting, write_csv
+from lckv_megatron.measuring.admission import cache_for
+from lckv_megatron.measuring.subjects import random_tokens
+from lckv_megatron.measuring.timing import median_seconds, setting, write_csv
+from tools.benchmarks.generation.models import RandomModel, Sizes, transformers_llama
 
 VOCABULARY = 4096
 

@@ -30,8 +30,8 @@ from checkpoints_conversion.writing import write_huggingface
 from lckv.config import CompressionConfig
 from lckv.weights.huggingface import SAFETENSORS_NAME
 from lckv.weights.tensors import TensorInfo
+from lckv_megatron.measuring.timing import setting, write_csv
 from megatron_ext.config import ModelConfig
-from tools.benchmarks.timing import setting, write_csv
 
 CONSTANT_BYTES = 64 * 2**20
 _PIECE_BYTES = 2**20

@@ -32,7 +32,7 @@ from lckv.generation.prefill import Settling
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.modeling_lckv_llama import Iteration, LCKVLlamaForCausalLM
 from lckv.sharing.pass_schedule import PassSchedule, forward_passes_at
-from tools.benchmarks.timing import setting
+from lckv_megatron.measuring.timing import setting
 
 MAPS = {
     "plain": None,

@@ -27,12 +27,13 @@ from lckv.generation.config import EngineConfig
 from lckv.generation.engine import Engine
 from lckv.generation.sampling import SamplingParams
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
-from tools.benchmarks.generation.admission import cache_for, committed
-from tools.benchmarks.generation.measures import Decoding
-from tools.benchmarks.generation.models import RandomModel, Sizes, Subject, random_tokens, transformers_llama
+from lckv_megatron.measuring.admission import cache_for, committed
+from lckv_megatron.measuring.measures import Decoding
+from lckv_megatron.measuring.subjects import Subject, random_tokens
+from lckv_megatron.measuring.timing import median_seconds, setting, write_csv
+from tools.benchmarks.generation.models import RandomModel, Sizes, transformers_llama
 from tools.benchmarks.operators import operators_of
 from tools.benchmarks.policies import merging_policies
-from tools.benchmarks.timing import median_seconds, setting, write_csv
 
 VOCABULARY = 4096
 

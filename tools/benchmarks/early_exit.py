@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator
 import torch
 
 from lckv.sharing.early_exit import Results
+from lckv_megatron.measuring.measures import Prefill
+from lckv_megatron.measuring.operations import prefill_flops
+from lckv_megatron.measuring.subjects import Subject, random_tokens
+from lckv_megatron.measuring.timing import median_seconds, setting
 from tools.benchmarks.biased_attention import options, show_and_write
-from tools.benchmarks.generation.measures import Prefill
-from tools.benchmarks.generation.models import RandomModel, Sizes, Subject, random_tokens
-from tools.benchmarks.generation.operations import prefill_flops
-from tools.benchmarks.timing import median_seconds, setting
+from tools.benchmarks.generation.models import RandomModel, Sizes
 
 MAPS = ("plain", "cla", "yoco", "lckv")
 WAYS = {"early exit": Results.SOME, "all layers": Results.ALL}

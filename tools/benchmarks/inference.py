@@ -32,21 +32,15 @@ from pathlib import Path
 import torch
 
 from lckv.generation.config import EngineConfig
+from lckv_megatron.measuring.admission import cache_for
+from lckv_megatron.measuring.comparison import OF_LARGEST_BATCH, Row, Settings, compare
+from lckv_megatron.measuring.subjects import Subject, load_folder, random_tokens, text_tokens
+from lckv_megatron.measuring.timing import CLOCKS, setting, write_csv
 from lckv_megatron.scoring.text_windows import read_texts
 from megatron_ext.arguments import memory_size, positive
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError
-from tools.benchmarks.generation.admission import cache_for
-from tools.benchmarks.generation.comparison import OF_LARGEST_BATCH, Row, Settings, compare
-from tools.benchmarks.generation.models import (
-    RandomModel,
-    Sizes,
-    Subject,
-    load_folder,
-    random_tokens,
-    text_tokens,
-)
-from tools.benchmarks.timing import CLOCKS, setting, write_csv
+from tools.benchmarks.generation.models import RandomModel, Sizes
 
 RANDOM = ("plain=plain", "LCKV=lckv", "YOCO=yoco")
 PLAIN_SEQUENCES = 8

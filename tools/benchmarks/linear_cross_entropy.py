@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from lckv.losses.linear_cross_entropy import linear_cross_entropy
-from tools.benchmarks.timing import median_seconds, peak_bytes, setting, write_csv
+from lckv_megatron.measuring.timing import median_seconds, peak_bytes, setting, write_csv
 
 RECOMPUTED_TOKENS = 512
 

@@ -19,12 +19,12 @@ from lckv_megatron.dry_run.hardware import Machine
 from lckv_megatron.dry_run.memory import Kind
 from lckv_megatron.dry_run.rank import RankRun, simulate
 from lckv_megatron.dry_run.report import step_seconds
+from lckv_megatron.measuring.timing import setting, write_csv
 from megatron_ext.command_line import parse_run_config
 from megatron_ext.config import RunConfig
 from megatron_ext.model.fit import usable_bytes
 from megatron_ext.model.offload_share import OffloadShare
 from megatron_ext.offload.share import share_that_fits
-from tools.benchmarks.timing import setting, write_csv
 
 MULTIPLE = 8192
 """Of tokens, to which lengths are rounded down."""

@@ -15,8 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lckv.attention import sdpa
 from lckv.attention.visibility import Documents, Visibility
+from lckv_megatron.measuring.timing import median_seconds, setting
 from tools.benchmarks.biased_attention import make_inputs, options, show_and_write
-from tools.benchmarks.timing import median_seconds, setting
 
 
 def documents_of(rows: int, length: int, count: int, device: torch.device) -> Documents | None:

@@ -18,8 +18,8 @@ from torch import Tensor
 from lckv.attention import sdpa
 from lckv.attention.key_bias import KeyBias
 from lckv.attention.visibility import Visibility
+from lckv_megatron.measuring.timing import median_seconds, peak_bytes, setting
 from tools.benchmarks.biased_attention import make_inputs, options, show_and_write
-from tools.benchmarks.timing import median_seconds, peak_bytes, setting
 
 KEYS = {"dense": None, "biased": KeyBias()}
 

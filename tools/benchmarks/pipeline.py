@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from lckv.sharing.layer_types import LayerTypes
+from lckv_megatron.measuring.timing import setting, write_csv
 from megatron_ext.command_line import parse_run_config
 from megatron_ext.config import RunConfig
 from megatron_ext.model.placement import place
 from megatron_ext.schedule.ticks import Leg, Ticks, schedule, ticks_of
-from tools.benchmarks.timing import setting, write_csv
 
 _MAPS = {"LCKV, w = 2": "0_6_6_6_6_6_6_7", "plain": "0_1_2_3_4_5_6_7"}
 _STAGES, _MICRO_BATCHES = range(2, 9), (4, 8, 16, 32, 64)

@@ -19,7 +19,7 @@ from lckv.generation.prefill import Settling
 from lckv.models.cache import LCKVCache
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.modeling_lckv_llama import Iteration, LCKVLlamaForCausalLM
-from tools.benchmarks.timing import setting, write_csv
+from lckv_megatron.measuring.timing import setting, write_csv
 
 MAPS = {"lckv": "0_6_6_6_6_6_6_7", "sandwich-middle": "0_3_3_3_3_3_3_7"}
 TOLERANCES = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005)

@@ -20,6 +20,7 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 
 from lckv.config import CompressionConfig
+from lckv_megatron.measuring.timing import setting, write_csv
 from megatron_ext.checkpointing.save import saves
 from megatron_ext.checkpointing.writing import RunState
 from megatron_ext.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
@@ -27,7 +28,6 @@ from megatron_ext.model.build import build_stage, wrap
 from megatron_ext.model.policy_statistics import PolicyInputs
 from megatron_ext.parallel.process_groups import destroy, device_of_rank, initialize
 from megatron_ext.training.optimizer import build_optimizer
-from tools.benchmarks.timing import setting, write_csv
 
 WAYS: dict[str, dict[str, Any]] = {
     f"{way}, {sharding}": {"in_background": way == "in background", "sharding": sharding}

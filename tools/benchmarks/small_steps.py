@@ -18,13 +18,13 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from lckv.config import CompressionConfig
+from lckv_megatron.measuring.timing import median_seconds, setting, write_csv
 from megatron_ext.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_ext.data.batch import make_batch
 from megatron_ext.model.build import build_stage, wrap
 from megatron_ext.parallel.process_groups import chunks_of_rank, destroy, device_of_rank, initialize
 from megatron_ext.training.optimizer import build_optimizer
 from megatron_ext.training.step import train_step
-from tools.benchmarks.timing import median_seconds, setting, write_csv
 
 OPTIMIZER = OptimizerConfig(lr=1e-4, clip_grad=1.0)
 VOCABULARY = 4096

@@ -25,9 +25,9 @@ from lckv.generation.config import EngineConfig
 from lckv.generation.engine import Engine
 from lckv.generation.sampling import SamplingParams
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
+from lckv_megatron.measuring.timing import median_seconds, setting
 from tools.benchmarks.biased_attention import options, show_and_write
 from tools.benchmarks.generation.models import RandomModel, Sizes
-from tools.benchmarks.timing import median_seconds, setting
 
 _ARTICLE = Path(__file__).resolve().parents[2] / "examples" / "smollm2" / "wikitext-2-excerpt.txt"
 _SURE = 100.0

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from lckv.config import CompressionConfig
+from lckv_megatron.measuring.timing import CLOCKS, median_seconds, setting, write_csv
 from megatron_ext.config import ParallelConfig
 from megatron_ext.model.build import build_stage
 from megatron_ext.model.policy_statistics import PolicyInputs
@@ -27,7 +28,6 @@ from megatron_ext.parallel.process_groups import destroy, device_of_rank, initia
 from tools.benchmarks.operators import ATTENTION, kernels_of
 from tools.benchmarks.packed_attention import documents_of
 from tools.benchmarks.policies import merging_policies, policy_of
-from tools.benchmarks.timing import CLOCKS, median_seconds, setting, write_csv
 from tools.benchmarks.training_step import Sizes, megatron_step
 
 COPIES = {

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from lckv.config import CompressionConfig
+from lckv_megatron.measuring.timing import median_seconds, setting, write_csv
 from megatron_ext.config import ModelConfig, ParallelConfig
 from megatron_ext.parallel.process_groups import destroy, device_of_rank, initialize
 from tools.benchmarks.small_steps import own_step
-from tools.benchmarks.timing import median_seconds, setting, write_csv
 
 MAPS = {"plain": CompressionConfig(), "lckv": CompressionConfig(layer_types="0_4_4_4_4_5")}
 

@@ -19,6 +19,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
 from lckv.config import CompressionConfig
 from lckv.cost import training_cost
+from lckv_megatron.measuring.timing import CLOCKS, median_seconds, setting, write_csv
 from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_ext.model.build import build_stage
 from megatron_ext.model.cost import model_shape
@@ -27,7 +28,6 @@ from megatron_ext.model.policy_statistics import PolicyInputs
 from megatron_ext.model.transformer_config import transformer_config
 from megatron_ext.parallel.process_groups import destroy, device_of_rank, initialize
 from tools.benchmarks.policies import merging_policies, policy_of
-from tools.benchmarks.timing import CLOCKS, median_seconds, setting, write_csv
 
 MAPS = {
     "plain": CompressionConfig(),

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from lckv_megatron.dry_run.hardware import Machine
 from lckv_megatron.dry_run.rank import RankRun, simulate
+from lckv_megatron.measuring.timing import setting, write_csv
 from megatron_ext.command_line import parse_run_config
 from megatron_ext.config import RunConfig
 from megatron_ext.data.batch import make_batch
@@ -30,7 +31,6 @@ from megatron_ext.parallel.process_groups import chunks_of_rank, initialize
 from megatron_ext.training.optimizer import build_optimizer
 from megatron_ext.training.step import train_step
 from tests.ranks import run_on_ranks
-from tools.benchmarks.timing import setting, write_csv
 
 _EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 SMALL = [

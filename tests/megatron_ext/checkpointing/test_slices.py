@@ -181,7 +181,7 @@ def test_each_rank_reads_what_it_needs_and_no_more(tmp_path: Path, loaded: Case)
 
 def save_shapes(directory: Path, hidden_size: int) -> tuple[int, int]:
     """(bytes of tensors that a save and a load make at most at once, those of this rank's file)."""
-    from tools.benchmarks.timing import peak_bytes
+    from lckv_megatron.measuring.timing import peak_bytes
 
     run = Run(Case(bf16=True, hidden_size=hidden_size))
     run.train(1)

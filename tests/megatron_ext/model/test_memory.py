@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from lckv.config import CompressionConfig
 from lckv.policies.dmc.config import DMCConfig
 from lckv.policies.dms.config import DMSConfig
+from lckv_megatron.measuring.timing import peak_bytes
 from megatron_ext.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_ext.model.build import build_stage, wrap
 from megatron_ext.model.memory import (
@@ -29,7 +30,6 @@ from megatron_ext.precision import precision as numbers
 from megatron_ext.training.optimizer import build_optimizer
 from tests.ranks import run_on_ranks
 from tools.benchmarks.activation_memory import Step
-from tools.benchmarks.timing import peak_bytes
 
 TOKENS, BATCH = 24, 2
 SIZES = ModelConfig(

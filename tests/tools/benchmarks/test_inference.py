@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
+from lckv_megatron.measuring.comparison import OF_LARGEST_BATCH, rows
 from tests.lckv.models.folders import save_folder, save_merging_folder
 from tools.benchmarks import inference
-from tools.benchmarks.generation.comparison import OF_LARGEST_BATCH, rows
 
 RANDOM = [
     "--layers",

@@ -7,8 +7,8 @@ import time
 import torch
 
 from lckv.attention.key_bias import KeyBias
+from lckv_megatron.measuring.timing import held_bytes, median_seconds, peak_bytes, write_csv
 from tools.benchmarks import biased_attention, linear_cross_entropy, partial_attention
-from tools.benchmarks.timing import held_bytes, median_seconds, peak_bytes, write_csv
 
 
 def test_functions_take_turns_and_the_median_counts():

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from tools.benchmarks.generation.comparison import Row
+from lckv_megatron.measuring.comparison import Row
 
 LOOK: dict[Any, Any] = {
     "font.size": 9,

@@ -7,17 +7,11 @@ import torch
 
 from lckv.policies.dense.config import DenseConfig
 from lckv.policies.dmc.config import DMCConfig
+from lckv_megatron.measuring.measures import Prefill
+from lckv_megatron.measuring.subjects import Subject, load_folder, random_tokens, text_tokens
 from megatron_ext.errors import ConfigError
 from tests.lckv.models.folders import save_folder
-from tools.benchmarks.generation.measures import Prefill
-from tools.benchmarks.generation.models import (
-    RandomModel,
-    Sizes,
-    Subject,
-    load_folder,
-    random_tokens,
-    text_tokens,
-)
+from tools.benchmarks.generation.models import RandomModel, Sizes
 
 SIZES = Sizes(layers=6, hidden_size=64, heads=4, kv_heads=2, vocab_size=128, sliding_window=16, context=256)
 CPU = torch.device("cpu")

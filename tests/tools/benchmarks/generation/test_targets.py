@@ -12,11 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from lckv.generation.config import EngineConfig
 from lckv.generation.engine import Engine
 from lckv.generation.sampling import SamplingParams
+from lckv_megatron.measuring.admission import cache_for, committed, fill, largest_batch
+from lckv_megatron.measuring.measures import Decoding, Prefill
+from lckv_megatron.measuring.operations import prefill_flops
 from tests.tools.benchmarks.generation.test_models import LCKV_MERGING, PLAIN_MERGING, SIZES, build
-from tools.benchmarks.generation.admission import cache_for, committed, fill, largest_batch
-from tools.benchmarks.generation.measures import Decoding, Prefill
 from tools.benchmarks.generation.models import Sizes
-from tools.benchmarks.generation.operations import prefill_flops
 
 KINDS = ("plain", "lckv", "yoco", PLAIN_MERGING, LCKV_MERGING)
 

@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from lckv_megatron.measuring.admission import Committed, cache_for, committed, fill, largest_batch
+from lckv_megatron.measuring.measures import Decoding, FirstToken, Prefill
+from lckv_megatron.measuring.operations import prefill_flops
+from lckv_megatron.measuring.subjects import Subject
+from lckv_megatron.measuring.timing import median_seconds, peak_bytes
 from lckv_megatron.tables import size
 from megatron_ext.errors import ConfigError
-from tools.benchmarks.generation.admission import Committed, cache_for, committed, fill, largest_batch
-from tools.benchmarks.generation.measures import Decoding, FirstToken, Prefill
-from tools.benchmarks.generation.models import Subject
-from tools.benchmarks.generation.operations import prefill_flops
-from tools.benchmarks.timing import median_seconds, peak_bytes
 
 OF_LARGEST_BATCH = ("largest decode step", "tokens per second", "decode memory")
 """Measures that each model is taken at its own largest batch for."""
@@ -32,7 +32,7 @@ class Settings:
     """Of prompts through iterated layers; see `lckv.generation.prefill.Settling`."""
     repeats: int
     clock: str
-    """One of tools.benchmarks.timing.CLOCKS."""
+    """One of lckv_megatron.measuring.timing.CLOCKS."""
 
     @property
     def steps(self) -> int:

@@ -11,8 +11,8 @@ from lckv.generation.engine import Engine
 from lckv.generation.forward import Forward
 from lckv.generation.sampling import SamplingParams, sample
 from lckv.sharing.early_exit import Results
-from tools.benchmarks.generation.admission import Committed, cache_for, fill
-from tools.benchmarks.generation.models import Subject
+from lckv_megatron.measuring.admission import Committed, cache_for, fill
+from lckv_megatron.measuring.subjects import Subject
 
 _GREEDY = SamplingParams(temperature=0.0, max_new_tokens=1, ignore_eos=True)
 
