@@ -16,13 +16,18 @@ from lckv.sharing.layer_types import LayerTypes
 from lckv_megatron.dry_run import options as dry_run
 from lckv_megatron.layouts import LAYOUTS, cache_bytes, compare
 from lckv_megatron.planning.context import context_lines
-from lckv_megatron.planning.inputs import configs_in, epoch_lines, launched_processes, missing_paths
+from lckv_megatron.planning.inputs import (
+    configs_in,
+    epoch_lines,
+    find_vocab_size,
+    launched_processes,
+    missing_paths,
+)
 from lckv_megatron.planning.memory import checkpoint_line, stage_lines, verdict_lines
 from lckv_megatron.planning.plan import Plan
 from lckv_megatron.tables import gib
 from megatron_ext.arguments import ProgramParser, positive
 from megatron_ext.command_line import exit_with, parse_run_config
-from megatron_ext.config import RunConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.gpus import GPUS, Gpu, gpu_of
 from megatron_ext.summary.lines import cost_lines, layout_lines, model_lines, picture
@@ -88,23 +93,6 @@ def _length(plan: Plan) -> Iterator[str]:
         reached = f"the MFU is {100 * plan.mfu:g} % of {peak:g} TFLOP/s"
     hours = f"{seconds / 3600 * plan.world_size:,.0f} GPU-hours"
     yield f"time                  {time}, {hours} if {reached} (assumed, not measured)"
-
-
-def find_vocab_size(run: RunConfig) -> int:
-    """From model.vocab_size, the tokenizer or the datasets; raises ConfigError where none of them says."""
-    if run.model.vocab_size is not None:
-        return run.model.vocab_size
-    from megatron_ext.data.checks import (
-        find_vocabulary,
-    )  # loads tokenizers: only runs without model.vocab_size wait
-
-    known = find_vocabulary(run.data)
-    if known is None:
-        raise ConfigError(
-            "the vocabulary is unknown; set model.vocab_size, or data.tokenizer_type and "
-            "data.tokenizer_model."
-        )
-    return known.size
 
 
 def _share(text: str) -> float:

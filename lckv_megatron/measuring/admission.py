@@ -99,3 +99,8 @@ def largest_batch(
         middle = (low + high) // 2
         low, high = (middle, high) if fit(middle) else (low, middle)
     return low
+
+
+def allocated_bytes(cache: PagedCache, sequences: int) -> int:
+    """Of the pages in use, and of what `sequences` sequences take besides."""
+    return cache.pages_in_use * cache.bytes_per_page + sequences * cache.bytes_per_sequence

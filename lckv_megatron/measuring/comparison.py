@@ -4,7 +4,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lckv_megatron.measuring.admission import Committed, cache_for, committed, fill, largest_batch
+from lckv_megatron.measuring.admission import (
+    Committed,
+    allocated_bytes,
+    cache_for,
+    committed,
+    fill,
+    largest_batch,
+)
 from lckv_megatron.measuring.measures import Decoding, FirstToken, Prefill
 from lckv_megatron.measuring.operations import prefill_flops
 from lckv_megatron.measuring.subjects import Subject
@@ -133,8 +140,7 @@ def decoding(subjects: Sequence[Subject], settings: Settings) -> Iterator[list[R
             )
         cache = cache_for(model, batch, context, memory)
         fill(cache, batch, whole)
-        allocated = cache.pages_in_use * cache.bytes_per_page + batch * cache.bytes_per_sequence
-        kv_bytes[name] = allocated / (batch * context)
+        kv_bytes[name] = allocated_bytes(cache, batch) / (batch * context)
     yield rows("KV bytes per token", context, "bytes", kv_bytes)
     yield rows("largest batch", context, "sequences", largest)
     for batch in settings.batches:

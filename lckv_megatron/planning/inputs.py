@@ -12,6 +12,21 @@ LAUNCH_NAME = "launch.sh"
 """Beside a recipe's settings: the script that starts it, whose lines for Slurm say on how many GPUs."""
 
 
+def find_vocab_size(run: RunConfig) -> int:
+    """From model.vocab_size, the tokenizer or the datasets; raises ConfigError where none of them says."""
+    if run.model.vocab_size is not None:
+        return run.model.vocab_size
+    from megatron_ext.data.checks import find_vocabulary  # loads tokenizers: only other runs wait
+
+    known = find_vocabulary(run.data)
+    if known is None:
+        raise ConfigError(
+            "the vocabulary is unknown; set model.vocab_size, or data.tokenizer_type and "
+            "data.tokenizer_model."
+        )
+    return known.size
+
+
 def launched_processes(configs: Sequence[str]) -> int | None:
     """Processes that the script beside one of the files of settings starts; None where there is none, or it
     does not say."""

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from lckv.config import CompressionConfig
-from lckv_megatron.commands.plan import find_vocab_size, main
+from lckv_megatron.commands.plan import main
 from lckv_megatron.planning import inputs
+from lckv_megatron.planning.inputs import find_vocab_size
 from lckv_megatron.planning.plan import Plan
 from lckv_megatron.tables import gib
 from megatron_ext.command_line import parse_run_config

@@ -1,0 +1,152 @@
+"""Trains a grid of models with equal budgets, measures them, and draws loss against bytes of KV cache.
+
+    lckv-megatron study examples/study/study.yaml --output runs/study
+    lckv-megatron study examples/study/study.yaml --output runs/study --dry-run
+    lckv-megatron study study.yaml --output runs/study --at-once 8 --devices 0 1 2 3 4 5 6 7
+
+The file says which settings all runs share, with which seeds each model is trained, how much of what (FLOPs
+by the cost model, or tokens), and what is measured; examples/study/README.md explains it. A model may have
+stages: each begins with the weights of the one before, and stages that several models begin with are trained
+once. Each model is converted to Hugging Face's format and measured there: loss through the engine's cache,
+bytes of cache as allocated, and, models in turns, time of a prompt, largest batch and decoding speed of that
+batch.
+
+The command can be given again: it goes on where it was. In the output folder are
+    rows.csv    a row for each model with each seed; what has a row is not done again
+    table.md    means over seeds, the largest cache first
+    front.png   the picture
+    runs/       a folder for each run: settings, log, metrics, checkpoints
+    models/     a folder for each model: Hugging Face folder, log
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from lckv_megatron.study.carrying_out import PICTURE, ROWS, TABLE, CarryingOut, check_rows_are_here
+from lckv_megatron.study.description import Study, read_study
+from lckv_megatron.study.jobs import Slots
+from lckv_megatron.study.trainings import Subject, subjects_of, trainings_of
+from lckv_megatron.tables import table
+from megatron_ext.arguments import ProgramParser, positive
+from megatron_ext.console import exit_status, set_up_logging
+from megatron_ext.errors import ConfigError
+from megatron_ext.validation.run import validate
+
+logger = logging.getLogger(__name__)
+
+
+class _FailedError(ArithmeticError):
+    """Some run has failed; the others are done."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = ProgramParser("study", __doc__)
+    parser.add_argument("study", type=Path, metavar="FILE", help="the study, in YAML")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="DIR", help="where all of it lies"
+    )
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="only these models (default: all)")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, metavar="N", help="only these seeds (default: the file's)"
+    )
+    parser.add_argument(
+        "--at-once", type=positive, default=1, metavar="N", help="programs at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--devices",
+        nargs="+",
+        default=[],
+        metavar="ID",
+        help="CUDA devices, shared out among the programs (default: each uses what there is)",
+    )
+    parser.add_argument(
+        "--processes-per-run",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="of training (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--hours", type=float, default=24.0, help="after which a program is ended (default: %(default)g)"
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="say what would be run, and run nothing")
+    what.add_argument(
+        "--rows-only", action="store_true", help="write table and picture of the rows that are there"
+    )
+    return parser
+
+
+def chosen(study: Study, options: argparse.Namespace) -> list[Subject]:
+    """The models with the seeds that were asked for. Raises ConfigError."""
+    names = [entry.name for entry in study.models]
+    for what, wanted, known in (("--models", options.models, names), ("--seeds", options.seeds, study.seeds)):
+        if unknown := [value for value in wanted or () if value not in known]:
+            raise ConfigError(
+                f"{what} has {', '.join(map(str, unknown))}; {options.study} has "
+                f"{', '.join(map(str, known))}."
+            )
+    subjects = subjects_of(study)
+    return [
+        subject
+        for subject in subjects
+        if (not options.models or subject.entry.name in options.models)
+        and (not options.seeds or subject.seed in options.seeds)
+    ]
+
+
+def plan_lines(subjects: Sequence[Subject]) -> Iterator[str]:
+    """What a study trains, a line for each model with each seed."""
+    rows = [("model", "seed", "steps of its stages", "tokens", "FLOPs")]
+    for subject in subjects:
+        run = subject.training
+        if run is None:
+            rows.append((subject.entry.name, str(subject.seed), f"trained in {subject.checkpoint}", "", ""))
+            continue
+        steps = " + ".join(f"{stage.run.train.train_iters:,}" for stage in run.chain)
+        rows.append(
+            (subject.entry.name, str(subject.seed), steps, f"{run.all_tokens:,}", f"{run.all_flops:.3g}")
+        )
+    yield from table(rows)
+    runs = trainings_of([*subjects])
+    yield f"{len(runs)} runs for {len(subjects)} rows, {sum(run.flops for run in runs):.3g} FLOPs in all"
+
+
+def carry_out(options: argparse.Namespace) -> None:
+    """The program. Raises ConfigError before anything runs, and ArithmeticError where a run has failed."""
+    study = read_study(options.study)
+    subjects = chosen(study, options)
+    if options.dry_run:
+        print("\n".join(plan_lines(subjects)))
+        return
+    if options.rows_only:
+        check_rows_are_here(options.output)
+    else:
+        for run in trainings_of(subjects):
+            validate(run.run, options.processes_per_run)
+    options.output.mkdir(parents=True, exist_ok=True)
+    work = CarryingOut(study, subjects, options.output, processes=options.processes_per_run)
+    if options.rows_only:
+        work.write()
+    else:
+        runs, rows = len(work.untrained), len(work.unmeasured)
+        logger.info("%d rows are there, %d runs and %d rows are to come", len(subjects) - rows, runs, rows)
+        slots = Slots(options.at_once, tuple(options.devices), options.hours)
+        failures = work.run(slots, logger.info)
+        if failures:
+            raise _FailedError("\n".join(map(str, failures)))
+    print(*(options.output / name for name in (ROWS, TABLE, PICTURE)), sep="\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns its exit status."""
+    options = _parser().parse_args(argv)
+    set_up_logging()
+    return exit_status(lambda: carry_out(options), on_stop="; give the same command to go on")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

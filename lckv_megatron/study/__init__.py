@@ -1,0 +1,1 @@
+"""A grid of models, each trained, converted and measured: quality for each byte of KV cache."""

@@ -1,0 +1,167 @@
+"""The runs of a study: what each model's stages are, for how long, and which of them several models share."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lckv_megatron.planning.inputs import find_vocab_size
+from lckv_megatron.study.description import Entry, Study, Tree
+from megatron_ext.command_line import config_to_dict
+from megatron_ext.config import RunConfig
+from megatron_ext.errors import ConfigError
+from megatron_ext.model.cost import model_shape
+from megatron_ext.model.parameters import padded_vocab_size
+from megatron_ext.settings import read
+from megatron_ext.summary.sizes import cost_of
+
+_OWN = ("checkpoint.save", "checkpoint.load", "checkpoint.finetune", "train.train_iters", "train.seed",
+        "logging.metrics_file")  # fmt: skip
+"""Settings that the study gives each run."""
+
+_DIGITS = 10
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run: a stage of a model with a seed. Models whose first stages are alike share them."""
+
+    run: RunConfig
+    """Without the paths that the study gives it."""
+
+    parent: "Training | None"
+    """The stage before."""
+
+    flops: float
+    """Operations of this stage, by the cost model."""
+
+    tokens: int
+    """That this stage trains on."""
+
+    @cached_property
+    def key(self) -> str:
+        """The same for runs that compute the same: from all settings but paths, progress and logging."""
+        sections = config_to_dict(self.run)
+        del sections["logging"], sections["checkpoint"]
+        content = {**sections, "parent": None if self.parent is None else self.parent.key}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:_DIGITS]
+
+    @property
+    def chain(self) -> "tuple[Training, ...]":
+        """All stages, the first one first."""
+        return (*(() if self.parent is None else self.parent.chain), self)
+
+    @property
+    def all_flops(self) -> float:
+        """Of all stages."""
+        return sum(stage.flops for stage in self.chain)
+
+    @property
+    def all_tokens(self) -> int:
+        """Of all stages."""
+        return sum(stage.tokens for stage in self.chain)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with one seed: a row of the table."""
+
+    entry: Entry
+    seed: int
+    training: Training | None
+    """Its last stage; None: it was trained elsewhere."""
+
+    checkpoint: Path | None = None
+    """Of a model that was trained elsewhere."""
+
+    @property
+    def key(self) -> str:
+        """By which its row is known."""
+        of_weights = str(self.checkpoint) if self.training is None else self.training.key
+        text = of_weights if self.entry.export is None else f"{of_weights} {self.entry.export}"
+        return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
+
+
+def subjects_of(study: Study) -> list[Subject]:
+    """All models with all seeds, the first seed first. Raises ConfigError, which names the settings that do
+    not fit together."""
+    unit = _Unit(study)
+    made: dict[str, Training] = {}
+    subjects: list[Subject] = []
+    for place, seed in enumerate(study.seeds):
+        for entry in study.models:
+            if not entry.checkpoints:
+                subjects.append(Subject(entry, seed, _chain(study, entry, seed, unit, made)))
+            elif place < len(entry.checkpoints):
+                subjects.append(Subject(entry, seed, None, entry.checkpoints[place]))
+    return subjects
+
+
+def trainings_of(subjects: list[Subject]) -> list[Training]:
+    """The runs that they need, those before that others begin with."""
+    chains = (subject.training.chain for subject in subjects if subject.training is not None)
+    return [*{training.key: training for chain in chains for training in chain}.values()]
+
+
+class _Unit:
+    """What a model may use, from the model that the study measures budgets by."""
+
+    def __init__(self, study: Study) -> None:
+        run = run_of(study, study.entry(study.budget.model), 0, seed=study.seeds[0], iterations=1)
+        self._equal, self._vocab_size = study.budget.equal, find_vocab_size(run)
+        self._total = study.budget.iterations * self._step(run)
+
+    def iterations(self, run: RunConfig, share: float) -> int:
+        """Steps of a run that make this share of the budget; at least one."""
+        return max(1, round(share * self._total / self._step(run)))
+
+    def flops_per_token(self, run: RunConfig) -> float:
+        """Of a training step."""
+        vocab = padded_vocab_size(self._vocab_size, run.model, run.parallel)
+        shape = model_shape(run.model, vocab_size=vocab, seq_length=run.train.seq_length)
+        return cost_of(run, shape).model_flops
+
+    def _step(self, run: RunConfig) -> float:
+        tokens = _tokens_of_step(run)
+        return tokens * (self.flops_per_token(run) if self._equal == "flops" else 1)
+
+
+def _chain(study: Study, entry: Entry, seed: int, unit: _Unit, made: dict[str, Training]) -> Training:
+    last: Training | None = None
+    for number, stage in enumerate(entry.stages):
+        probe = run_of(study, entry, number, seed=seed, iterations=1)
+        iterations = unit.iterations(probe, stage.share)
+        run = run_of(study, entry, number, seed=seed, iterations=iterations)
+        tokens = iterations * _tokens_of_step(run)
+        training = Training(run, last, tokens * unit.flops_per_token(run), tokens)
+        last = made.setdefault(training.key, training)
+    assert last is not None
+    return last
+
+
+def _tokens_of_step(run: RunConfig) -> int:
+    return run.train.global_batch_size * run.train.seq_length
+
+
+def run_of(study: Study, entry: Entry, number: int, *, seed: int, iterations: int) -> RunConfig:
+    """Stage `number` of a model, from 0. Raises ConfigError."""
+    place = f"{study.path}: models: {entry.name}: "
+    sources = [
+        *study.base,
+        (f"{place}settings: ", entry.settings),
+        (f"{place}stage {number + 1}: ", entry.stages[number].settings),
+    ]
+    for origin, tree in sources:
+        if taken := [key for key in _OWN if _gives(tree, key)]:
+            raise ConfigError(f"{origin}{', '.join(taken)} cannot be set: the study gives it to each run.")
+    own = {"train.train_iters": str(iterations), "train.seed": str(seed)}
+    return read(RunConfig, [*sources, ("", own)])
+
+
+def _gives(tree: Tree, key: str) -> bool:
+    section, _, name = key.partition(".")
+    inside: Any = tree.get(section)
+    return key in tree or (isinstance(inside, Mapping) and name in inside)
