@@ -115,6 +115,19 @@ def plan_lines(subjects: Sequence[Subject]) -> Iterator[str]:
     yield f"{len(runs)} runs for {len(subjects)} rows, {sum(run.flops for run in runs):.3g} FLOPs in all"
 
 
+def check(subjects: Sequence[Subject], processes: int) -> None:
+    """Raises ConfigError with the models whose settings cannot work."""
+    problems = []
+    for subject in subjects:
+        try:
+            for run in () if subject.training is None else subject.training.chain:
+                validate(run.run, processes)
+        except ConfigError as error:
+            problems.append(f"{subject.entry.name}, seed {subject.seed}: {error}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
 def carry_out(options: argparse.Namespace) -> None:
     """The program. Raises ConfigError before anything runs, and ArithmeticError where a run has failed."""
     study = read_study(options.study)
@@ -125,8 +138,7 @@ def carry_out(options: argparse.Namespace) -> None:
     if options.rows_only:
         check_rows_are_here(options.output)
     else:
-        for run in trainings_of(subjects):
-            validate(run.run, options.processes_per_run)
+        check(subjects, options.processes_per_run)
     options.output.mkdir(parents=True, exist_ok=True)
     work = CarryingOut(study, subjects, options.output, processes=options.processes_per_run)
     if options.rows_only:

@@ -93,7 +93,7 @@ def _add_labels(figure: Figure, axes: Axes, marks: Sequence[Mark]) -> None:
         taken.append(box)
 
 
-def _places(place: Sequence[float], width: float, height: float, scale: float) -> Iterator[tuple[int, Bbox]]:
+def _places(place: Any, width: float, height: float, scale: float) -> Iterator[tuple[int, Bbox]]:
     """Where a label can stand: its distance, and its box in pixels."""
     for distance, (right, up) in product(_DISTANCES, _DIRECTIONS):
         far = distance * scale
@@ -113,5 +113,5 @@ def _cost(box: Bbox, taken: Sequence[Bbox], inside: Bbox, distance: int) -> floa
     return covered + outside + distance / 10
 
 
-def _around(place: Sequence[float], radius: float) -> Bbox:
+def _around(place: Any, radius: float) -> Bbox:
     return Bbox.from_extents(place[0] - radius, place[1] - radius, place[0] + radius, place[1] + radius)

@@ -128,7 +128,9 @@ def read_study(path: Path) -> Study:
     each setting of `settings`, `budget` and `measure`, and whole models by their names.
     """
     trees = [*_with_extended(path, ())]
-    tops, settings, models = [], [], {}
+    tops: list[tuple[str, Tree]] = []
+    settings: list[tuple[str, Tree]] = []
+    models: dict[str, Any] = {}
     for origin, tree in trees:
         rest = dict(tree)
         own, own_models = rest.pop("settings", None), rest.pop("models", None)
@@ -226,7 +228,7 @@ def _stage(tree: Tree, place: str, *, alone: bool) -> Stage:
     _refuse_others(tree, _OF_STAGE, place)
     text = tree.get("share", "1" if alone else None)
     try:
-        share = float(text)  # type: ignore[arg-type]
+        share = float(text or 0)
     except (TypeError, ValueError):
         share = 0.0
     if not 0 < share <= 1:

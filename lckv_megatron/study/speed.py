@@ -42,7 +42,7 @@ def speeds(folders: Mapping[str, str], measure: Measurement) -> dict[str, dict[s
     from lckv_megatron.measuring.admission import cache_for
     from lckv_megatron.measuring.comparison import Settings, decoding, prefill
     from lckv_megatron.measuring.subjects import Subject, load_folder, text_tokens
-    from lckv_megatron.scoring.text_windows import read_texts
+    from lckv_megatron.scoring.text_windows import Coder, read_texts
     from lckv_megatron.study.measuring import context_of
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -51,10 +51,8 @@ def speeds(folders: Mapping[str, str], measure: Measurement) -> dict[str, dict[s
         model, tokenizer = load_folder(Path(folder), dtype=None, device=device)
         texts = read_texts(measure.text, measure.json_key)
         context = context_of(model, measure)
-        prompts = text_tokens(
-            texts, lambda text, coder=tokenizer: coder.encode(text, add_special_tokens=False),
-            measure.sequences, context,
-        )  # fmt: skip
+        encode = Coder.of_huggingface(tokenizer).encode
+        prompts = text_tokens(texts, encode, measure.sequences, context)
         subjects.append(Subject(key, model, prompts))
     memory = cache_for(subjects[0].model, measure.sequences, context).num_bytes
     settings = Settings((context - 1,), context, (), memory, _TOLERANCE, measure.repeats, measure.clock)

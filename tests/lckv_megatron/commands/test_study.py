@@ -1,0 +1,105 @@
+"""A study from its file to its picture."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lckv_megatron.commands.study import main
+from lckv_megatron.study.rows import read_rows
+from tests.lckv.models.folders import save_folder
+from tests.lckv.models.tiny import SHARED
+from tests.lckv_megatron.study.studies import SIZES, content, write
+from tests.megatron_ext.data.builders import train_sentencepiece
+from tests.pages.stand_ins import stand_ins
+
+ZERO_OUT = {"compression": {"policy": {"name": "dmc", "stage": "zero_out"}}}
+MODELS = {
+    "plain": {},
+    "again": {"stages": [{"share": 0.5}, {"share": 0.5, "settings": ZERO_OUT}]},
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("study")
+    tokenizer = train_sentencepiece(folder / "tokenizer.model")
+    (folder / "held_out.txt").write_text("hello world, document 3 of the corpus: word word word\n" * 8)
+    data = {**SIZES["data"], "tokenizer_type": "sentencepiece", "tokenizer_model": str(tokenizer)}
+    return {
+        "settings": {**SIZES, "data": data},
+        "measure": {"text": [str(folder / "held_out.txt")], "sequences": 2, "repeats": 1, "context": 24},
+        "budget": {"iterations": 2, "model": "plain"},
+    }
+
+
+def test_what_would_be_run(tmp_path: Path, files: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, content(MODELS, **files, seeds=[1, 2]))
+    assert main([str(path), "--output", str(tmp_path / "out"), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:3] == ["plain", "1", "2"] and lines[2].split()[:5] == [
+        "again",
+        "1",
+        "1",
+        "+",
+        "1",
+    ]
+    assert lines[-1].startswith("6 runs for 4 rows")
+    assert not (tmp_path / "out").exists()
+
+
+def test_choices(tmp_path: Path, files: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, content(MODELS, **files))
+    words = [str(path), "--output", str(tmp_path / "out"), "--dry-run"]
+    assert main([*words, "--models", "again"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("2 runs for 1 rows")
+    assert main([*words, "--models", "agian"]) == 2
+    assert "--models has agian;" in capsys.readouterr().err
+    assert main([*words, "--seeds", "3"]) == 2
+    assert "--seeds has 3;" in capsys.readouterr().err
+    assert main([str(path), "--output", str(tmp_path / "out"), "--rows-only"]) == 2
+    assert "nothing has been measured there" in capsys.readouterr().err
+
+
+def test_a_setting_that_cannot_work_is_said_before_anything_runs(
+    tmp_path: Path, files: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = {**MODELS, "bad": {"settings": {"model": {"num_query_groups": 3}}}}
+    assert main([str(write(tmp_path, content(models, **files))), "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "bad" in error and "num_query_groups" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def _warm_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each program of a study would import Megatron anew."""
+    with stand_ins(tmp_path / "programs", hub=tmp_path / "hub") as environment:
+        monkeypatch.setattr(sys, "executable", environment["PYTHON"])
+        monkeypatch.setattr(os, "environ", environment)
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_warm_programs")
+def test_a_whole_study(tmp_path: Path, files: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    save_folder(tmp_path / "elsewhere", SHARED)
+    models = {"plain": {}, "from elsewhere": {"checkpoints": ["elsewhere"]}}
+    path, out = write(tmp_path, content(models, **files)), tmp_path / "out"
+    assert main([str(path), "--output", str(out), "--at-once", "2"]) == 0, capsys.readouterr().err
+    plain, other = read_rows(out / "rows.csv").values()
+    assert float(plain["kv_bytes_per_token"]) >= 4 * 2 * 2 * 8 * 4  # layers, keys and values, heads, channels
+    assert float(plain["loss"]) > 0 and int(plain["training_tokens"]) == 128
+    assert other["model"] == "from elsewhere" and other["training_flops"] == ""
+    assert float(plain["tokens_per_second"]) > 0 < float(other["tokens_per_second"])
+    assert (out / "front.png").stat().st_size > 10_000
+    assert "| plain " in (out / "table.md").read_text()
+    # given again: nothing is done again, and files that were lost are written again
+    (out / "table.md").unlink()
+    capsys.readouterr()
+    assert main([str(path), "--output", str(out)]) == 0
+    assert "begins" not in capsys.readouterr().err
+    assert (out / "table.md").exists()

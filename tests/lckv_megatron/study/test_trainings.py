@@ -1,0 +1,106 @@
+"""Budgets are the cost model's, and what models have in common is trained once."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lckv.config import CompressionConfig
+from lckv.cost import training_cost
+from lckv_megatron.study.description import Study
+from lckv_megatron.study.trainings import Subject, subjects_of, trainings_of
+from megatron_ext.errors import ConfigError
+from megatron_ext.model.cost import model_shape
+from tests.lckv_megatron.study.studies import PLAIN, study
+
+LCKV = {"settings": {"compression": {"layer_types": "0_2_2_3", "forward_passes": 7, "backward_passes": 2}}}
+HALVES = [{"share": 0.5}, {"share": 0.5, "settings": {"optimizer": {"lr": 1e-4}}}]
+
+
+def by_name(read: Study) -> dict[str, Subject]:
+    return {subject.entry.name: subject for subject in subjects_of(read) if subject.seed == read.seeds[0]}
+
+
+def test_equal_operations(tmp_path: Path) -> None:
+    subjects = by_name(study(tmp_path, {"plain": {}, "lckv": LCKV}))
+    plain, lckv = (subjects[name].training for name in ("plain", "lckv"))
+    assert plain is not None and lckv is not None
+    assert plain.run.train.train_iters == 100
+    shape = model_shape(plain.run.model, vocab_size=96, seq_length=32)
+    ratio = training_cost(
+        shape, CompressionConfig(layer_types="0_2_2_3", forward_passes=7, backward_passes=2)
+    ).ratio
+    assert lckv.run.train.train_iters == round(100 / ratio) < 60
+    assert lckv.all_flops == pytest.approx(plain.all_flops, rel=0.5 * ratio / 100)
+    assert lckv.all_tokens == lckv.run.train.train_iters * 2 * 32
+
+
+def test_equal_tokens(tmp_path: Path) -> None:
+    changes = {"budget": {"iterations": 100, "model": "plain", "equal": "tokens"}}
+    long = {"settings": {"train": {"seq_length": 64}}}
+    subjects = by_name(study(tmp_path, {"plain": {}, "lckv": LCKV, "long": long}, **changes))
+    tokens = {name: subject.training and subject.training.all_tokens for name, subject in subjects.items()}
+    assert tokens == {"plain": 6400, "lckv": 6400, "long": 6400}
+
+
+def test_stages_in_common_are_one_run(tmp_path: Path) -> None:
+    other = [HALVES[0], {"share": 0.5, "settings": {"optimizer": {"lr": 1e-5}}}]
+    models = {
+        "plain": {},
+        "a": {"stages": HALVES},
+        "b": {"stages": other},
+        "c": {"stages": HALVES, "export": "0_0_2_2"},
+    }
+    subjects = subjects_of(study(tmp_path, models, seeds=[1, 2]))
+    runs = trainings_of(subjects)
+    assert len(subjects) == 8 and len(runs) == 2 * (1 + 1 + 2)
+    assert len({subject.key for subject in subjects}) == 8  # an export is a row of its own
+    before = [run.key for run in runs]
+    assert all(run.parent is None or before.index(run.parent.key) < place for place, run in enumerate(runs))
+    assert [subject.seed for subject in subjects] == [1] * 4 + [2] * 4
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"logging": {"log_interval": 7}}, True),
+        ({"checkpoint": {"keep_last": 1}}, True),
+        ({"optimizer": {"lr": 0.5}}, False),
+        ({"data": {**PLAIN["data"], "split": "9,1,0"}}, False),
+    ],
+)
+def test_a_run_is_known_by_what_it_computes(change: dict[str, Any], same: bool, tmp_path: Path) -> None:
+    keys = {
+        by_name(study(tmp_path, {"plain": {}}, settings=settings))["plain"].key
+        for settings in (PLAIN, {**PLAIN, **change})
+    }
+    assert (len(keys) == 1) == same
+
+
+def test_models_from_elsewhere(tmp_path: Path) -> None:
+    models = {"plain": {}, "mine": {"checkpoints": ["one", "two"]}}
+    subjects = subjects_of(study(tmp_path, models, seeds=[5, 6, 7]))
+    mine = [subject for subject in subjects if subject.entry.name == "mine"]
+    assert [(subject.seed, subject.checkpoint) for subject in mine] == [
+        (5, tmp_path / "one"),
+        (6, tmp_path / "two"),
+    ]
+    assert all(subject.training is None for subject in mine)
+
+
+@pytest.mark.parametrize("key", ["train.seed", "checkpoint.save", "train.train_iters"])
+@pytest.mark.parametrize("dotted", [True, False])
+def test_what_the_study_sets_itself(key: str, dotted: bool, tmp_path: Path) -> None:
+    section, _, name = key.partition(".")
+    settings = {key: "1"} if dotted else {section: {name: "1"}}
+    with pytest.raises(
+        ConfigError, match=f"models: plain: settings: {key} cannot be set: the study gives it"
+    ):
+        subjects_of(study(tmp_path, {"plain": {"settings": settings}}))
+
+
+def test_a_wrong_setting_is_named_with_its_model(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"models: b: stage 1: model.hidden_size is 'x'"):
+        subjects_of(
+            study(tmp_path, {"plain": {}, "b": {"stages": [{"settings": {"model": {"hidden_size": "x"}}}]}})
+        )
