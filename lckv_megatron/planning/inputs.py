@@ -106,6 +106,21 @@ def _prefixes(run: RunConfig) -> list[str]:
     return list(dict.fromkeys(prefix for source in sources for prefix in source.blend.prefixes))
 
 
+def dataset_contents(run: RunConfig) -> dict[str, str]:
+    """What tells each dataset that the run reads from another one, by its prefix: the hash of its tokens, or
+    where its description has none the size and the time of the file; empty where it is not here."""
+    return {prefix: _content(prefix) for prefix in _prefixes(run)}
+
+
+def _content(prefix: str) -> str:
+    from megatron_ext.data.description import read_manifest
+
+    manifest, path = read_manifest(prefix), Path(f"{prefix}.bin")
+    if manifest is not None and manifest.content:
+        return manifest.content
+    return f"{path.stat().st_size} {path.stat().st_mtime_ns}" if path.exists() else ""
+
+
 def _tokens(prefix: str) -> int | None:
     from megatron_ext.data.description import read_manifest
 

@@ -3,15 +3,16 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lckv_megatron.planning.inputs import find_vocab_size
-from lckv_megatron.study.description import Entry, Study, Tree
+from lckv_megatron.planning.inputs import dataset_contents, find_vocab_size
+from lckv_megatron.study.description import Entry, Measurement, Study, Tree
 from megatron_ext.command_line import config_to_dict
 from megatron_ext.config import RunConfig
+from megatron_ext.data.sources import find_sources
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.cost import model_shape
 from megatron_ext.model.parameters import padded_vocab_size
@@ -22,6 +23,7 @@ _OWN = ("checkpoint.save", "checkpoint.load", "checkpoint.finetune", "train.trai
         "logging.metrics_file")  # fmt: skip
 """Settings that the study gives each run."""
 
+_OF_SPEED = ("repeats", "clock")
 _DIGITS = 10
 
 
@@ -41,13 +43,18 @@ class Training:
     tokens: int
     """That this stage trains on."""
 
+    datasets: Mapping[str, str]
+    """Hashes of what it reads."""
+
     @cached_property
     def key(self) -> str:
-        """The same for runs that compute the same: from all settings but paths, progress and logging."""
+        """The same for runs that compute the same: from the data, and all settings but those of checkpoints
+        and logging."""
         sections = config_to_dict(self.run)
         del sections["logging"], sections["checkpoint"]
-        content = {**sections, "parent": None if self.parent is None else self.parent.key}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:_DIGITS]
+        parent = None if self.parent is None else self.parent.key
+        content = {**sections, "parent": parent, "datasets": dict(self.datasets)}
+        return _hash(content)
 
     @property
     def chain(self) -> "tuple[Training, ...]":
@@ -74,15 +81,17 @@ class Subject:
     training: Training | None
     """Its last stage; None: it was trained elsewhere."""
 
-    checkpoint: Path | None = None
+    checkpoint: Path | None
     """Of a model that was trained elsewhere."""
+
+    measured: str
+    """Stands for the texts and the way in which it is measured."""
 
     @property
     def key(self) -> str:
         """By which its row is known."""
         of_weights = str(self.checkpoint) if self.training is None else self.training.key
-        text = of_weights if self.entry.export is None else f"{of_weights} {self.entry.export}"
-        return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
+        return _hash([of_weights, self.entry.export, self.measured])
 
 
 def subjects_of(study: Study) -> list[Subject]:
@@ -90,13 +99,14 @@ def subjects_of(study: Study) -> list[Subject]:
     not fit together."""
     unit = _Unit(study)
     made: dict[str, Training] = {}
+    measured = _measured(study.measure)
     subjects: list[Subject] = []
     for place, seed in enumerate(study.seeds):
         for entry in study.models:
             if not entry.checkpoints:
-                subjects.append(Subject(entry, seed, _chain(study, entry, seed, unit, made)))
+                subjects.append(Subject(entry, seed, _chain(study, entry, seed, unit, made), None, measured))
             elif place < len(entry.checkpoints):
-                subjects.append(Subject(entry, seed, None, entry.checkpoints[place]))
+                subjects.append(Subject(entry, seed, None, entry.checkpoints[place], measured))
     return subjects
 
 
@@ -104,6 +114,20 @@ def trainings_of(subjects: list[Subject]) -> list[Training]:
     """The runs that they need, those before that others begin with."""
     chains = (subject.training.chain for subject in subjects if subject.training is not None)
     return [*{training.key: training for chain in chains for training in chain}.values()]
+
+
+def _measured(measure: Measurement) -> str:
+    """The same where losses can be compared: from the texts, and from how they are read."""
+    how = {name: value for name, value in asdict(measure).items() if name not in _OF_SPEED}
+    texts = []
+    for source in find_sources(measure.text):
+        with open(source.path, "rb") as file:
+            texts.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return _hash([how, texts])
+
+
+def _hash(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:_DIGITS]
 
 
 class _Unit:
@@ -136,7 +160,7 @@ def _chain(study: Study, entry: Entry, seed: int, unit: _Unit, made: dict[str, T
         iterations = unit.iterations(probe, stage.share)
         run = run_of(study, entry, number, seed=seed, iterations=iterations)
         tokens = iterations * _tokens_of_step(run)
-        training = Training(run, last, tokens * unit.flops_per_token(run), tokens)
+        training = Training(run, last, tokens * unit.flops_per_token(run), tokens, dataset_contents(run))
         last = made.setdefault(training.key, training)
     assert last is not None
     return last

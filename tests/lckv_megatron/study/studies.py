@@ -34,4 +34,7 @@ def write(folder: Path, tree: object, name: str = "study.yaml") -> Path:
 
 def study(folder: Path, models: dict[str, Any], **changes: Any) -> Study:
     """Written and read."""
-    return read_study(write(folder, content(models, **changes)))
+    text = folder / "held_out.txt"
+    if not text.exists():
+        text.write_text("what is measured")
+    return read_study(write(folder, content(models, **{"measure": {"text": [str(text)]}, **changes})))

@@ -12,6 +12,7 @@ from lckv_megatron.study.trainings import Subject, subjects_of, trainings_of
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.cost import model_shape
 from tests.lckv_megatron.study.studies import PLAIN, study
+from tests.megatron_ext.data.builders import write_dataset
 
 LCKV = {"settings": {"compression": {"layer_types": "0_2_2_3", "forward_passes": 7, "backward_passes": 2}}}
 HALVES = [{"share": 0.5}, {"share": 0.5, "settings": {"optimizer": {"lr": 1e-4}}}]
@@ -75,6 +76,30 @@ def test_a_run_is_known_by_what_it_computes(change: dict[str, Any], same: bool, 
         for settings in (PLAIN, {**PLAIN, **change})
     }
     assert (len(keys) == 1) == same
+
+
+def test_a_row_is_known_by_how_it_is_measured_too(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one")
+
+    def key(**measure: object) -> str:
+        read = study(tmp_path, {"plain": {}}, measure={"text": [str(text)], **measure})
+        return by_name(read)["plain"].key
+
+    first = key()
+    assert key(clock="cpu", repeats=1) == first
+    assert key(max_tokens=9) != first != key(context=8)
+    text.write_text("two")
+    assert key() != first
+
+
+def test_a_run_is_known_by_its_data_too(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data", [[5, 6, 7]] * 40)
+    data = {"data_path": [str(tmp_path / "data")], "num_workers": 0}
+    read = study(tmp_path, {"plain": {}}, settings={**PLAIN, "data": data})
+    first = by_name(read)["plain"].key
+    write_dataset(tmp_path / "data", [[5, 6, 8]] * 40)
+    assert by_name(read)["plain"].key != first
 
 
 def test_models_from_elsewhere(tmp_path: Path) -> None:
