@@ -1,5 +1,5 @@
-"""`python -m tests.lckv.compiled_kernels`: compiles the Triton kernels for NVIDIA GPUs where there is none,
-and prints as JSON what came of each.
+"""`python -m tests.lckv.compiled_kernels CAPABILITY ...`: compiles the Triton kernels for NVIDIA GPUs where
+there is none, and prints as JSON what came of each. Capabilities: 80 is A100, 90 is H100.
 
 The project's own launches run, on CPU tensors; what they would launch is compiled, with the sizes, dtypes and
 alignments that Triton sees there.
@@ -7,7 +7,7 @@ alignments that Triton sees there.
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -26,8 +26,6 @@ from lckv.policies.dmc.kernels import pooling
 from lckv.policies.dmc.pooling import LARGEST_KERNEL_WINDOW
 from lckv.rope import Rotation, rotate
 
-TARGETS = (80, 90)
-"""Compute capabilities: A100 and H100."""
 LAUNCHED = {
     pooling: ("_forward", "_backward_features", "_backward_normalisation", "_backward_decisions"),
     paged: ("_attend_chunk", "_merge"),
@@ -171,9 +169,9 @@ CASES: tuple[Pool | Paged | Rope, ...] = (
 """Every kernel, each dtype, the sizes of known models, and the largest that are launched."""
 
 
-def outcomes() -> Iterator[dict[str, Any]]:
-    """Of each case for each target, what each of its launches compiled."""
-    for capability in TARGETS:
+def outcomes(capabilities: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """Of each case for each card, what each of its launches compiled."""
+    for capability in capabilities:
         for case in CASES:
             with compiling(case.module, capability) as compiled:
                 case.launch()
@@ -181,4 +179,4 @@ def outcomes() -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    json.dump(list(outcomes()), sys.stdout)
+    json.dump(list(outcomes(map(int, sys.argv[1:]))), sys.stdout)
