@@ -3,22 +3,25 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lckv.attention.key_bias import KeyBias
 from lckv.errors import Problem
-from lckv.policies.config import PolicyConfig, Reach, Traits
+from lckv.policies.config import Reach, Traits
+from lckv.policies.staged_config import StagedConfig
 
 if TYPE_CHECKING:
     from lckv.policies.base import KVPolicy
 
-STAGES = ("zero_out", "retrofit", "finetune")
-
 
 @dataclass(frozen=True)
-class DMCConfig(PolicyConfig):
+class DMCConfig(StagedConfig):
     """Merge tokens: each KV head decides for every token whether it opens a slot or is merged into the last
     one (Dynamic Memory Compression, Nawrot et al. 2024)."""
+
+    channel: ClassVar = "decision channel"
+    effect: ClassVar = "merged"
+    without: ClassVar = "knows no merging"
 
     name: Literal["dmc"] = "dmc"
     """Name of the KV policy."""
@@ -53,11 +56,6 @@ class DMCConfig(PolicyConfig):
     code does; the loss then depends on the layout."""
 
     @property
-    def decides(self) -> bool:
-        """Whether there are decisions; in stage zero_out there are none yet."""
-        return self.stage != "zero_out"
-
-    @property
     def traits(self) -> Traits:
         """See `PolicyConfig`. The last channel of queries and keys is that of the decisions."""
         if not self.decides:
@@ -80,50 +78,18 @@ class DMCConfig(PolicyConfig):
 
     def problems(self) -> Iterator[Problem]:
         """See `PolicyConfig`."""
-        if self.stage not in STAGES:
-            yield Problem("stage", repr(self.stage), f"it must be one of {', '.join(STAGES)}")
-        if not 1 <= self.target_compression_ratio < math.inf:
-            obstacle = "it must be at least 1: it is tokens per slot"
-            yield Problem("target_compression_ratio", self.target_compression_ratio, obstacle)
+        yield from super().problems()
         if not 0 < self.initial_decision_bias < math.inf:
             obstacle = (
                 "it must be greater than 0, or every token would be merged from the start, all into the "
                 "first one. The published value is 5"
             )
             yield Problem("initial_decision_bias", self.initial_decision_bias, obstacle)
-        if not 0 < self.temperature < math.inf:
-            obstacle = "it must be greater than 0. The published value is 0.1"
-            yield Problem("temperature", self.temperature, obstacle)
         if self.window is not None and self.window < 1:
             yield Problem("window", self.window, "it must be at least 1 token, or null for no window")
         if self.eps is not None and not 0 < self.eps < math.inf:
             obstacle = "it must be greater than 0, or null for the epsilon of the model's dtype"
             yield Problem("eps", self.eps, obstacle)
-        if not 0 <= self.loss_weight < math.inf:
-            yield Problem("loss_weight", self.loss_weight, "it must be at least 0")
-
-    def obstacle_to_leaving(self, after: PolicyConfig) -> str | None:
-        """A model that merges is not the same function without merging."""
-        if not self.decides or (isinstance(after, DMCConfig) and after.decides):
-            return None
-        return (
-            "its decision channel now decides what is merged. Choose the policy dmc with stage retrofit or "
-            "finetune, or load an earlier checkpoint"
-        )
-
-    def obstacle_to_converting(self, before: PolicyConfig) -> str | None:
-        """Training begins with stage zero_out, which changes no weights."""
-        if not self.decides or isinstance(before, DMCConfig):
-            return None
-        return (
-            f"stage is {self.stage}, but the model knows no merging: its decision channel is in use, so "
-            "decisions would be arbitrary. Set the stage to zero_out and train that stage first"
-        )
-
-    @property
-    def compression_ratio(self) -> float:
-        """See `PolicyConfig`."""
-        return self.target_compression_ratio if self.decides else 1.0
 
     def state_numbers(self, head_dim: int) -> int:
         """Key, value and weight of the newest tokens of the last slot; see `continuation.py`."""

@@ -2,31 +2,29 @@
 keys and values become running means over the tokens merged into a slot."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lckv.policies import stages
 from lckv.policies.base import (
     ChannelRows,
     Extension,
     KeyValue,
-    KVPolicy,
     Statistic,
     Statistics,
     TokenContext,
 )
-from lckv.policies.binary_decisions import decision_rate, draw_noise
-from lckv.policies.config import PolicyConfig
+from lckv.policies.binary_decisions import decision_rate
 from lckv.policies.dmc import continuation, decisions
 from lckv.policies.dmc.config import DMCConfig
 from lckv.policies.dmc.pooling import pool, pool_parts
 from lckv.policies.dmc.shapes import pool_of_shapes
+from lckv.policies.stages import StagedPolicy, fade
 
 
-class DMCPolicy(KVPolicy):
+class DMCPolicy(StagedPolicy):
     """Merges tokens.
 
     In stage zero_out nothing is merged: the last channel of queries and keys fades. In the others that
@@ -35,6 +33,7 @@ class DMCPolicy(KVPolicy):
     """
 
     config: DMCConfig
+    heads: ClassVar = "all queries and keys"
 
     def __init__(self, config: DMCConfig) -> None:
         super().__init__(config)
@@ -47,10 +46,6 @@ class DMCPolicy(KVPolicy):
     ) -> Iterator[tuple[object, str, Callable[..., object]]]:
         """See `KVPolicy`: pooling."""
         yield sys.modules[__name__], "pool", pool_of_shapes(pool, moved)
-
-    def draw_noise(self, shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> Tensor | None:
-        """Noise of the decisions; None where there are none."""
-        return draw_noise(shape, seeds, device) if self.config.decides else None
 
     def query(self, query: Tensor, context: TokenContext, kv_heads: int | None = None) -> Tensor:
         """RoPE, without the last channel or with what is left of it."""
@@ -107,27 +102,6 @@ class DMCPolicy(KVPolicy):
         eps = torch.finfo(query.dtype).eps if self.config.eps is None else self.config.eps
         return decisions.importance(query, kv_heads, self.config.initial_decision_bias, eps)
 
-    def target(self, progress: float) -> float:
-        """The compression ratio that is asked for at a share `progress` of training."""
-        return stages.compression_ratio(self.config.target_compression_ratio, self.config.stage, progress)
-
-    def auxiliary_loss(self, means: Sequence[Tensor], progress: float) -> Tensor | None:
-        """Loss of each row for merging less than the target asks for; None in stage zero_out."""
-        if not self.config.decides:
-            return None
-        loss = self.config.loss_weight * stages.hinge_loss(means[0], self.target(progress))
-        return loss if loss.dim() == 1 else loss.mean(1)
-
-    def report(self, means: Sequence[Tensor], loss: float, progress: float | None) -> dict[str, float]:
-        """The loss, and the compression ratios asked for and reached,
-        in tokens per slot over all layers and heads."""
-        if not self.config.decides:
-            return {}
-        reached = {"compression_ratio": stages.ratio_of_rate(means[0].mean().item())}
-        if progress is None:
-            return reached
-        return {"dmc_loss": loss, "target_compression_ratio": self.target(progress), **reached}
-
     def scripted_shift(self, kind: Literal["query", "key"], heads: Tensor, kv_heads: int) -> Tensor | None:
         """The last channel of keys moves, so that the right share of decision logits is above 0."""
         if kind != "key" or not self.config.decides:
@@ -137,37 +111,14 @@ class DMCPolicy(KVPolicy):
         shift[:, -1] = self.config.initial_decision_bias - appended
         return shift
 
-    def obstacle_in_weights(self, rows: ChannelRows, before: PolicyConfig) -> str | None:
-        """Decisions cannot begin in a channel that means something else."""
-        if not self.config.decides or (isinstance(before, DMCConfig) and before.decides):
-            return None
-        largest = max((row.abs().max().item() for row in _decision_rows(rows)), default=0.0)
-        if largest == 0:
-            return None
-        return (
-            f"stage is {self.config.stage}, but the loaded weights use the decision channel (the last one of "
-            f"queries and keys; its largest weight is {largest:.3g}), so decisions would be arbitrary. Run "
-            "stage zero_out first, to its end, and load what it saves"
-        )
-
-    @torch.no_grad()
-    def end_stage(self, rows: ChannelRows) -> str | None:
-        """The end of stage zero_out: weights (and biases) of the last channel of every query and key head
-        become 0, which by then changes no output."""
-        if self.config.decides:
-            return None
-        for row in _decision_rows(rows):
-            row.zero_()
-        return "stage zero_out is over: the decision channel of all queries and keys is 0"
+    def decision_rows(self, rows: ChannelRows) -> Iterator[Tensor]:
+        """See `StagedPolicy`."""
+        yield from rows("query", -1)
+        yield from rows("key", -1)
 
     def _fade(self, heads: Tensor, context: TokenContext) -> Tensor:
-        factor = stages.fade(context.progress)
+        factor = fade(context.progress)
         return _scale_last(context.rotate(_scale_last(heads, factor)), factor)
-
-
-def _decision_rows(rows: ChannelRows) -> Iterator[Tensor]:
-    yield from rows("query", -1)
-    yield from rows("key", -1)
 
 
 def _scale_last(heads: Tensor, factor: float) -> Tensor:

@@ -4,24 +4,28 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lckv.attention.key_bias import KeyBias
 from lckv.errors import Problem
-from lckv.policies.config import PolicyConfig, Reach, Traits
+from lckv.policies.config import Reach, Traits
+from lckv.policies.staged_config import StagedConfig
 
 if TYPE_CHECKING:
     from lckv.policies.base import KVPolicy
 
-STAGES = ("zero_out", "retrofit", "finetune")
 EXTRA_CHANNELS = 8
 """Of queries and keys: no channel of a key is free, so the bias has one of its own."""
 
 
 @dataclass(frozen=True)
-class DMSConfig(PolicyConfig):
+class DMSConfig(StagedConfig):
     """Evict tokens late: each KV head decides about every token whether it is dropped once it has left a
     window (Dynamic Memory Sparsification, Łańcucki et al. 2025)."""
+
+    channel: ClassVar = "borrowed channel"
+    effect: ClassVar = "dropped"
+    without: ClassVar = "drops nothing"
 
     name: Literal["dms"] = "dms"
     """Name of the KV policy."""
@@ -57,11 +61,6 @@ class DMSConfig(PolicyConfig):
     """Of the compression loss, next to the mean cross-entropy per token."""
 
     @property
-    def decides(self) -> bool:
-        """Whether there are decisions; in stage zero_out there are none yet."""
-        return self.stage != "zero_out"
-
-    @property
     def traits(self) -> Traits:
         """See `PolicyConfig`. The decision about a token is that of the token behind it."""
         if not self.decides:
@@ -81,12 +80,11 @@ class DMSConfig(PolicyConfig):
 
     def problems(self) -> Iterator[Problem]:
         """See `PolicyConfig`."""
-        if self.stage not in STAGES:
-            yield Problem("stage", repr(self.stage), f"it must be one of {', '.join(STAGES)}")
-        if not 1 <= self.target_compression_ratio < math.inf:
-            obstacle = "it must be at least 1: it is tokens per slot"
-            yield Problem("target_compression_ratio", self.target_compression_ratio, obstacle)
-        elif not 1 <= self.initial_compression_ratio <= self.target_compression_ratio:
+        yield from super().problems()
+        if (
+            self.target_compression_ratio >= 1
+            and not 1 <= self.initial_compression_ratio <= self.target_compression_ratio
+        ):
             obstacle = f"it must be from 1 to target_compression_ratio, {self.target_compression_ratio}"
             yield Problem("initial_compression_ratio", self.initial_compression_ratio, obstacle)
         if not 0 < self.ramp <= 1:
@@ -104,35 +102,6 @@ class DMSConfig(PolicyConfig):
                 "value is 5"
             )
             yield Problem("initial_decision_offset", self.initial_decision_offset, obstacle)
-        if not 0 < self.temperature < math.inf:
-            obstacle = "it must be greater than 0. The published value is 0.1"
-            yield Problem("temperature", self.temperature, obstacle)
-        if not 0 <= self.loss_weight < math.inf:
-            yield Problem("loss_weight", self.loss_weight, "it must be at least 0")
-
-    def obstacle_to_leaving(self, after: PolicyConfig) -> str | None:
-        """A model that drops tokens is not the same function with all of them, nor with its borrowed channel
-        in use."""
-        if not self.decides or (isinstance(after, DMSConfig) and after.decides):
-            return None
-        return (
-            "its borrowed channel now decides what is dropped. Choose the policy dms with stage retrofit or "
-            "finetune, or load an earlier checkpoint"
-        )
-
-    def obstacle_to_converting(self, before: PolicyConfig) -> str | None:
-        """Training begins with stage zero_out, which changes no weights."""
-        if not self.decides or isinstance(before, DMSConfig):
-            return None
-        return (
-            f"stage is {self.stage}, but the model drops nothing: its borrowed channel is in use, so "
-            "decisions would be arbitrary. Set the stage to zero_out and train that stage first"
-        )
-
-    @property
-    def compression_ratio(self) -> float:
-        """See `PolicyConfig`."""
-        return self.target_compression_ratio if self.decides else 1.0
 
     def slots(self, tokens: int, compression_ratio: float) -> int:
         """The window, of which nothing is dropped yet, and what stays of the tokens before it."""
