@@ -1,7 +1,7 @@
 """What makes a model's KV cache small: the sharing map, its iteration plan, the window and the KV policy."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -106,6 +106,25 @@ class CompressionConfig:
             known = f"of the family {family}" if family.only is None else f"the model's, {family}"
             raise SettingError([Problem("layer_types", layer_types, f"it is none {known}: give one that is")])
         return self if family.only is not None else self.with_map(wanted)
+
+    def maps(self, num_layers: int) -> Mapping["CompressionConfig", float]:
+        """These settings with each map that a step of training may have, and how likely it is; see
+        `LayerTypesFamily.weights`."""
+        family = self.family(num_layers)
+        if family.only is not None:
+            return {self: 1.0}
+        return {self.with_map(layer_types): share for layer_types, share in family.weights.items()}
+
+    def heaviest(self, num_layers: int) -> "CompressionConfig":
+        """Of `maps` the one whose step runs most layers, and among these computes most keys and values."""
+
+        def load(one: CompressionConfig) -> tuple[int, int]:
+            runs = (run for step in one.plan(num_layers) if step.requires_grad for run in step.runs)
+            computing = [run.computes_kv for run in runs]
+            return len(computing), sum(computing)
+
+        maps = self.maps(num_layers)
+        return self if len(maps) == 1 else max(maps, key=load)
 
     def plan(self, num_layers: int) -> tuple[Step, ...]:
         """The steps of a training step of a model with `num_layers` layers; raises ValueError where the map

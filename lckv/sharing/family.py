@@ -30,7 +30,9 @@ from lckv.sharing.layer_types import LayerType, LayerTypes
 
 _ALTERNATIVE = re.compile(r"(\d+)(s?)")
 _ENUMERATED = 256
-"""Draws up to which all are looked at; of a larger family so many are drawn."""
+"""Draws up to which all are looked at."""
+_DRAWN = 64
+"""Draws that stand for those of a larger family."""
 Written = str | Sequence[str] | None
 """How `compression.layer_types` may be given; None: the plain map."""
 
@@ -117,13 +119,13 @@ class LayerTypesFamily:
     @cached_property
     def weights(self) -> Mapping[LayerTypes, float]:
         """How likely each map is, the sum being 1. Exact up to 256 different draws, and then `first` comes
-        first; beyond that the shares of 256 fixed draws, an estimate."""
+        first; beyond that the shares of 64 fixed draws, an estimate."""
         if not self.alternatives:
             return dict.fromkeys(self.maps, 1 / len(self.maps))
         if self.is_enumerated:
             drawn = Counter(map(_resolved, product(*self.alternatives)))
         else:
-            drawn = Counter(self.draw(0, number) for number in range(_ENUMERATED))
+            drawn = Counter(self.draw(0, number) for number in range(_DRAWN))
         return {layer_types: number / drawn.total() for layer_types, number in drawn.items()}
 
     @cached_property
