@@ -244,6 +244,6 @@ def _family_for_map(family: LayerTypesFamily) -> Problem:
     return Problem(
         "layer_types",
         family,
-        f"it is a family of maps, of which training draws one for each step, and here one map is needed: give "
-        f"one of them, such as {family.first}",
+        f"it is a family of maps, of which training draws one for each step, and here one map is needed: "
+        f"give one of them, such as {family.first}",
     )

@@ -118,7 +118,9 @@ def layer_costs(shape: ModelShape, compression: CompressionConfig) -> tuple[Laye
     names = [entry.name for entry in fields(LayerCost)]
     of_maps = [(share, _layer_costs(shape, one)) for one, share in maps.items()]
     return tuple(
-        LayerCost(**{name: sum(share * getattr(costs[layer], name) for share, costs in of_maps) for name in names})
+        LayerCost(
+            **{name: sum(share * getattr(costs[layer], name) for share, costs in of_maps) for name in names}
+        )
         for layer in range(shape.num_layers)
     )
 

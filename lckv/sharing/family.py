@@ -1,5 +1,5 @@
-"""A family of sharing maps: one training in which each step draws its map, and of which each map can be exported
-afterwards.
+"""A family of sharing maps: one training in which each step draws its map, and of which each map can be
+exported afterwards.
 
 A family is written in one of two ways.
 
@@ -13,7 +13,8 @@ values, and alternatives must not run in a circle. (Each layer its own or the pr
 routing of keys and values.) Maps of a list, and a map that is no family, mean what they always do: `1` is the
 keys and values that layer 1 computes, whatever layer 1 itself reads.
 
-The draw is a function of a seed and of the number of the step: there is no generator whose state could be lost.
+The draw is a function of a seed and of the number of the step: there is no generator whose state could be
+lost.
 """
 
 import hashlib
@@ -54,7 +55,9 @@ class LayerTypesFamily:
         Raises SettingError with what is wrong and the way out.
         """
         if isinstance(written, str) and written.lstrip().startswith("["):
-            written = [text.strip() for text in written.strip().removeprefix("[").removesuffix("]").split(",")]
+            written = [
+                text.strip() for text in written.strip().removeprefix("[").removesuffix("]").split(",")
+            ]
         if written is None or (isinstance(written, str) and "|" not in written):
             return cls((LayerTypes.parse(written, num_layers),))
         if isinstance(written, str):
@@ -186,7 +189,9 @@ def _read_list(texts: Sequence[str], num_layers: int) -> tuple[LayerTypes, ...]:
     maps = tuple(LayerTypes.parse(text, num_layers) for text in texts)
     twice = next((layer_types for layer_types in maps if maps.count(layer_types) > 1), None)
     if twice is not None:
-        raise _misfit(str(twice), "it stands in the list more than once, and all are equally likely: leave one")
+        raise _misfit(
+            str(twice), "it stands in the list more than once, and all are equally likely: leave one"
+        )
     return maps
 
 
@@ -206,8 +211,8 @@ def _read_alternatives(text: str, num_layers: int) -> tuple[tuple[LayerType, ...
         if len(set(choices)) < len(choices):
             raise _misfit(
                 text,
-                f"entry {index} is {entries[index]!r}: it has an alternative twice, and all are equally likely: "
-                "leave one",
+                f"entry {index} is {entries[index]!r}: it has an alternative twice, and all are equally "
+                "likely: leave one",
             )
     _refuse_circles(text, alternatives)
     return alternatives
@@ -219,8 +224,8 @@ def _read_alternative(text: str, index: int, alternative: str, num_layers: int) 
         raise _misfit(
             text,
             f"entry {index} has the alternative {repr(alternative) if alternative else 'without a text'}: an "
-            'alternative is the index of the layer to read from, with an optional "s" for a sliding window, and '
-            'alternatives are joined by "|"',
+            'alternative is the index of the layer to read from, with an optional "s" for a sliding window, '
+            'and alternatives are joined by "|"',
         )
     if int(match[1]) >= num_layers:
         raise _misfit(
@@ -245,8 +250,27 @@ def _refuse_circles(text: str, alternatives: Sequence[Sequence[LayerType]]) -> N
     if left:
         raise _misfit(
             text,
-            f"layers {', '.join(map(str, left))} can draw each other in a circle, so that none of them computes "
-            "the keys and values: let alternatives name lower layers, or layers that always read their own",
+            f"layers {', '.join(map(str, left))} can draw each other in a circle, so that none of them "
+            "computes the keys and values: let alternatives name lower layers, or layers that always read
+             their own",
+             
+             
+             
+             
+             
+             
+             
+             
+             
+             
+             
+             
+             
+             
+             
+            
+            
+            
         )
 
 

@@ -34,8 +34,8 @@ def evaluate(
     stops: Callable[[], bool],
     compression: CompressionConfig | None = None,
 ) -> Evaluation | None:
-    """The model's loss on train.eval_iters global batches, as it is at a share `progress` of its training, with
-    the map of `compression`; None: as configured.
+    """The model's loss on train.eval_iters global batches, as it is at a share `progress` of its training,
+    with the map of `compression`; None: as configured.
 
     Before each batch all ranks ask `stops`, which says the same to all; None where it says that the
     evaluation is to be left.

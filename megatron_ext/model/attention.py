@@ -173,8 +173,8 @@ class SharedKVAttention(Attention):
 
     def take(self, layer_types: LayerTypes, compression: CompressionConfig) -> None:
         """Do what `layer_types` says of this layer from now on: that map, or one of the family, of
-        `compression`. Where others in a family have this layer compute keys and values, and this one does not,
-        its weights for them get zeros for gradients."""
+        `compression`. Where others in a family have this layer compute keys and values, and this one does
+        not, its weights for them get zeros for gradients."""
         self.layer_type = layer_types[self.layer_type.index]
         self.computes_kv = self.layer_type.index in layer_types.kv_layers
         self.core_attention.sight = compression.sight(self.layer_type)

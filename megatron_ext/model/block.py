@@ -113,8 +113,8 @@ class SharedKVBlock(TransformerBlock):
         """What runs now."""
         if self._way is None:
             raise ValueError(
-                f"the model has a family of maps, {self.config.compression.layer_types}, and none of them was "
-                "chosen: call take() of the block."
+                f"the model has a family of maps, {self.config.compression.layer_types}, and none of them "
+                "was chosen: call take() of the block."
             )
         return self._way
 

@@ -21,7 +21,6 @@ from torch.distributed import ProcessGroup
 from lckv.losses.token_losses import TokenLosses
 from megatron_ext.model.implementation import has_fused_gradients
 
-
 QKVPart = Literal["query", "keys and values"]
 
 

@@ -80,8 +80,9 @@ def recomputed_layers(run: RunConfig) -> int:
 
 
 def cost_of(run: RunConfig, shape: ModelShape) -> TrainingCost:
-    """Predicted FLOPs per token of a training step, or their mean where steps differ in passes or in maps. Recomputation counts
-    where whole layers are recomputed; that of selective recompute and of a loss in chunks is left out."""
+    """Predicted FLOPs per token of a training step, or their mean where steps differ in passes or in maps.
+    Recomputation counts where whole layers are recomputed; that of selective recompute and of a loss in
+    chunks is left out."""
     layers = recomputed_layers(run)
     costs = [
         training_cost(shape, replace(run.compression, forward_passes=passes), recomputed_layers=layers)

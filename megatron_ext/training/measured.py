@@ -37,7 +37,8 @@ class Measurements:
         self._evaluation = self._facts(iteration, evaluation.loss, evaluation.policy)
         if of_maps:
             self._evaluation[OF_MAPS_KEY] = {
-                layer_types: self._facts(iteration, one.loss, one.policy) for layer_types, one in of_maps.items()
+                layer_types: self._facts(iteration, one.loss, one.policy)
+                for layer_types, one in of_maps.items()
             }
 
     def to_json(self) -> dict[str, Any]:

@@ -15,7 +15,8 @@ _ALL_EVALUATED = 4
 def compression_of_step(
     compression: CompressionConfig, train: TrainConfig, num_layers: int, iteration: int
 ) -> CompressionConfig:
-    """The map and m of the step after `iteration` steps; the same on every rank, and in a run that goes on."""
+    """The map and m of the step after `iteration` steps; the same on every rank, and in a run that goes
+    on."""
     passes = forward_passes_at(
         train.forward_passes_schedule,
         train.least_forward_passes,

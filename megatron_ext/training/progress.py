@@ -43,7 +43,9 @@ def step_line(values: Mapping[str, Value], names: tuple[str, ...] = tuple(_SHOWN
     """Those of `values` that `names` lists, with units, in one line, and the validation losses of a family's
     maps."""
     shown = [_SHOWN[name](values[name]) for name in names if isinstance(values.get(name), float | int)]  # type: ignore[arg-type]
-    of_maps = {name.removeprefix(_OF_MAP): value for name, value in values.items() if name.startswith(_OF_MAP)}
+    of_maps = {
+        name.removeprefix(_OF_MAP): value for name, value in values.items() if name.startswith(_OF_MAP)
+    }
     return " | ".join([*shown, *(f"{name} {value:.4f}" for name, value in of_maps.items())])
 
 

@@ -72,8 +72,8 @@ def train_step(
     """Forward and backward of the global batch's micro-batches on this rank, gradient reduction, and the
     update.
 
-    `progress` is the share of the run that is done before this step, 0 .. 1; `compression` has the map and the
-    passes of this step, None: as configured. `teach`: of a teacher that is learned from.
+    `progress` is the share of the run that is done before this step, 0 .. 1; `compression` has the map and
+    the passes of this step, None: as configured. `teach`: of a teacher that is learned from.
     """
     model.zero_grad_buffer()
     optimizer.zero_grad()

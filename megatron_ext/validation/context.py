@@ -30,8 +30,8 @@ def _ring_problems(run: RunConfig) -> Iterator[str]:
     layers = family.only
     if layers is None:
         yield (
-            f"{_RING} and compression.layer_types is a family of maps, {family}, in which layers read the keys "
-            "and values of others; a layer that others read gathers once for all of them: use gather."
+            f"{_RING} and compression.layer_types is a family of maps, {family}, in which layers read the "
+            "keys and values of others; a layer that others read gathers once for all of them: use gather."
         )
         return
     reader = next((layer for layer in layers if layer.source != layer.index), None)

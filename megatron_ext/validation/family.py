@@ -23,8 +23,8 @@ def evaluated_map_problems(run: RunConfig) -> Iterator[str]:
         return
     if run.train.eval_interval <= 0:
         yield (
-            f"{_NAME} is {', '.join(asked)} and train.eval_interval is {run.train.eval_interval}, so that nothing "
-            "is evaluated: set the latter, or leave the former out."
+            f"{_NAME} is {', '.join(asked)} and train.eval_interval is {run.train.eval_interval}, so that "
+            "nothing is evaluated: set the latter, or leave the former out."
         )
     for text in asked:
         try:
@@ -33,7 +33,35 @@ def evaluated_map_problems(run: RunConfig) -> Iterator[str]:
             yield from (f"{_NAME} has {problem.value}; {problem.obstacle}." for problem in error.problems)
             continue
         if layer_types not in family:
-            yield f"{_NAME} has {text}, which is no map of compression.layer_types, {family}: give one that is."
+            yield f"{_NAME} has {text}, which is no map of compression.layer_types, {family}: give one that
+             is."
+             
+             
+             
+             
+             
+             
+             
+             
+             
+             
+             
+             
+             
+             
+             
+             
+             
+             
+             
+             
+             
+             
+             
+             
+            
+            
+            
         if asked.count(text) > 1:
             yield f"{_NAME} has {text} more than once: leave one."
             return

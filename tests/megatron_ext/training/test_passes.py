@@ -39,9 +39,7 @@ def test_every_rank_takes_the_passes_of_the_step_and_evaluations_all() -> None:
     lckv = {"layer_types": "0_2_2_3", "forward_passes": 3, "backward_passes": 1}
     evaluation = {"eval_interval": 3, "eval_iters": 1}
     run = tiny_run(compression=lckv, train={**RANDOM, **evaluation}, parallel=parallel(1, 2))
-    drawn = [
-        compression_of_step(run.compression, run.train, 4, step).forward_passes for step in range(6)
-    ]
+    drawn = [compression_of_step(run.compression, run.train, 4, step).forward_passes for step in range(6)]
     assert len(set(drawn)) > 1
     first, second = run_on_ranks(2, passes_taken, run)
     assert first == second == [3, *drawn[:3], 3, *drawn[3:], 3]
