@@ -200,50 +200,8 @@ def _add_layer_types(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layer-types",
         metavar="MAP",
-        help="of a checkpoint that was trained with a family of maps: the map to take; weights that it does
-         not " "need are left out",
-         
-         
-         
-         
-         
-         
-         
-         
-         
-         
-         
-         
-         
-         
-         
-         
-         
-         
-         
-         
-         
-         
-         
-         
-         
-         
-         
-         
-         
-         
-         
-         
-         
-         
-         
-         
-        
-        
-        
-        
-        
-        
+        help="of a checkpoint that was trained with a family of maps: the map to take; weights that it "
+        "does not need are left out",
     )
 
 

@@ -251,26 +251,8 @@ def _refuse_circles(text: str, alternatives: Sequence[Sequence[LayerType]]) -> N
         raise _misfit(
             text,
             f"layers {', '.join(map(str, left))} can draw each other in a circle, so that none of them "
-            "computes the keys and values: let alternatives name lower layers, or layers that always read
-             their own",
-             
-             
-             
-             
-             
-             
-             
-             
-             
-             
-             
-             
-             
-             
-             
-            
-            
-            
+            "computes the keys and values: let alternatives name lower layers, or layers that always read "
+            "their own",
         )
 
 

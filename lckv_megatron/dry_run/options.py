@@ -83,7 +83,8 @@ def report(plan: Plan, options: argparse.Namespace) -> Iterator[str]:
     if family.only is None:
         raise ConfigError(
             f"--dry-run runs steps with one map, and compression.layer_types is a family of maps, {family}: "
-            f"give --compression.layer_types MAP, such as {family.stored} (the most weights) or {family.first}."
+            f"give "
+            f"--compression.layer_types MAP, such as {family.stored} (the most weights) or {family.first}."
         )
     from lckv_megatron.dry_run.report import describe
     from lckv_megatron.dry_run.stages import first_ranks, simulate_ranks

@@ -20,7 +20,8 @@ def chosen_map(
             raise ConfigError(
                 f"{path} was trained with a family of maps, {family}, so that it must be said which one is "
                 f"meant: give --layer-types MAP, such as {family.first}. (For a run that goes on, or a "
-                "teacher, with one map alone: lckv-megatron convert megatron-to-hf --layer-types MAP, then hf-to-megatron.)"
+                "teacher, with one map alone: lckv-megatron convert megatron-to-hf --layer-types MAP, then "
+                "hf-to-megatron.)"
             ) from error
         reasons = (f"{problem.value}; {problem.obstacle}" for problem in error.problems)
         raise ConfigError(f"--layer-types is {'; '.join(reasons)} ({path}).") from error

@@ -33,35 +33,9 @@ def evaluated_map_problems(run: RunConfig) -> Iterator[str]:
             yield from (f"{_NAME} has {problem.value}; {problem.obstacle}." for problem in error.problems)
             continue
         if layer_types not in family:
-            yield f"{_NAME} has {text}, which is no map of compression.layer_types, {family}: give one that
-             is."
-             
-             
-             
-             
-             
-             
-             
-             
-             
-             
-             
-             
-             
-             
-             
-             
-             
-             
-             
-             
-             
-             
-             
-             
-            
-            
-            
+            yield (
+                f"{_NAME} has {text}, which is no map of compression.layer_types, {family}: give one that is."
+            )
         if asked.count(text) > 1:
             yield f"{_NAME} has {text} more than once: leave one."
             return

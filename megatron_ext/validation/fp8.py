@@ -65,9 +65,10 @@ def _passes(run: RunConfig) -> Iterator[str]:
         return
     if all(step.requires_grad for step in compression.heaviest(model.num_layers).plan(model.num_layers)):
         yield (
-            f"model.fp8_passes is no_gradient, compression.layer_types is "
+            "model.fp8_passes is no_gradient, compression.layer_types is "
             f"{compression.family(model.num_layers)} and compression.forward_passes is "
-            f"{compression.forward_passes}; so no pass is without gradient: set model.fp8_passes to all, or choose a cyclic map and at least 1 such pass."
+            f"{compression.forward_passes}; so no pass is without gradient: set model.fp8_passes to all, or "
+            "choose a cyclic map and at least 1 such pass."
         )
     if model.fp8_recipe == "delayed":
         yield (
