@@ -35,7 +35,8 @@ def initialize(
     tokens: Tensor | None = None,
 ) -> tuple[TensorSource, ModelDescription, Initialization | None]:
     """The weights `source` of the model `description` for the same model with `compression`, its description,
-    and how its keys and values were made: None where all weights are the source's.
+    and how its keys and values were made: None where no sharing is new. Of a family of maps that
+    is "copy": its layers have their own.
 
     A map can be given to a model whose layers all read their own keys and values, and a KV policy, where it
     has no obstacle, to one that keeps every token. A model that has a map or a policy already keeps it; how
@@ -58,7 +59,7 @@ def initialize(
         return source, changed, None
     if new.kv_layers == old.kv_layers and all(layer.source == layer.index for layer in new):
         _check_fits_nothing(tokens, new)
-        return source, changed, None
+        return source, changed, None if family.only else "copy"
     if sentences := [*doubts(new)]:
         logger.warning("%s\n%s", draw(new, window=compression.sliding_window), "\n".join(sentences))
     if how != "svd":
@@ -88,6 +89,11 @@ def _check_family(family: LayerTypesFamily, old: LayerTypes, how: Initialization
             f"compression.layer_types is a family of maps, {family}, which cannot be made from this model: "
             f"its map is {old}, and a family starts from a model of which every layer reads its own keys and "
             "values, without a window. Start from a plain model."
+        )
+    if how == "svd":
+        raise ConversionError(
+            "--init is svd, which fits keys and values to one map, and compression.layer_types is a "
+            f"family of maps, {family}: give --init copy, or one map."
         )
     if how != "copy" and family.stored.kv_layers != old.kv_layers:
         without = sorted(set(old.kv_layers) - set(family.stored.kv_layers))

@@ -134,14 +134,16 @@ class LayerTypesFamily:
     @cached_property
     def stored(self) -> LayerTypes:
         """A map in which exactly those layers compute keys and values that do so in some map of the family:
-        these have weights for them. Of one map that map itself."""
+        these have weights for them. No layer of it has a window. Of one map that map itself."""
         if self.only is not None:
             return self.only
         owners = self._owners
-        layers = (
-            replace(layer, source=layer.index) if layer.index in owners else layer for layer in self.first
+        return LayerTypes(
+            tuple(
+                LayerType(layer.index, layer.index if layer.index in owners else layer.source, False)
+                for layer in self.first
+            )
         )
-        return LayerTypes(tuple(layers))
 
     @property
     def _owners(self) -> set[int]:
