@@ -40,15 +40,15 @@ ASKED = "train.eval_layer_types"
         (
             {ASKED: ["0_0_0_0"], "train.eval_interval": 0},
             (
-                "train.eval_layer_types is 0_0_0_0 and train.eval_interval is 0, so that nothing is evaluated: "
-                "set the latter, or leave the former out."
+                "train.eval_layer_types is 0_0_0_0 and train.eval_interval is 0, so that nothing is "
+                "evaluated: set the latter, or leave the former out."
             ),
         ),
         (
             {ASKED: ["0_0_0_0"], "compression.layer_types": "0_0_0_0"},
             (
-                "train.eval_layer_types is 0_0_0_0 and compression.layer_types is 0_0_0_0, one map, with which "
-                "the model is evaluated anyway: leave the former out."
+                "train.eval_layer_types is 0_0_0_0 and compression.layer_types is 0_0_0_0, one map, with "
+                "which the model is evaluated anyway: leave the former out."
             ),
         ),
         (
@@ -59,8 +59,8 @@ ASKED = "train.eval_layer_types"
             },
             (
                 "parallel.context_parallel_communication is ring and compression.layer_types is a family of "
-                "maps, 0_0|1_1|2_2|3, in which layers read the keys and values of others; a layer that others "
-                "read gathers once for all of them: use gather."
+                "maps, 0_0|1_1|2_2|3, in which layers read the keys and values of others; a layer that "
+                "others read gathers once for all of them: use gather."
             ),
         ),
     ],
