@@ -10,8 +10,8 @@ A family is written in one of two ways.
 A layer that draws an alternative which itself reads elsewhere in the same draw reads what that one reads: of
 0_0|1_1|2_2|3 the draw 0, 0, 1, 3 is the map 0_0_0_3. So a chain ends at a layer that reads its own keys and
 values, and alternatives must not run in a circle. (Each layer its own or a preceding layer's: Stochastic KV
-Routing, Filippova et al., 2026.) Maps of a list, and a map that is no family, mean what they always do: `1` is the
-keys and values that layer 1 computes, whatever layer 1 itself reads.
+Routing, Filippova et al., 2026.) Maps of a list, and a map that is no family, mean what they always do: `1`
+is the keys and values that layer 1 computes, whatever layer 1 itself reads.
 
 The draw is a function of a seed and of the number of the step: there is no generator whose state could be
 lost.
