@@ -1,7 +1,11 @@
 """What validation says about a family of sharing maps."""
 
+import json
+from pathlib import Path
+
 import pytest
 
+from megatron_ext.command_line import config_from_dict, config_to_dict, parse_run_config, save_config
 from megatron_ext.validation.run import problems
 from tests.megatron_ext.validation.test_run import run_with
 
@@ -68,3 +72,13 @@ ASKED = "train.eval_layer_types"
 def test_what_validation_says(changes: dict, said: str | None) -> None:
     found = problems(run_with(FAMILY | changes), 2 if "parallel.context_parallel_size" in changes else 1)
     assert found == ([] if said is None else [said])
+
+
+def test_a_list_is_read_from_files_and_from_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("compression:\n  layer_types: [0_1_2_3, 0_0_2_2]\n")
+    run = parse_run_config(["--config", str(tmp_path / "run.yaml"), "--model.num_layers", "4"])
+    given = parse_run_config(["--compression.layer_types", "[0_1_2_3, 0_0_2_2]", "--model.num_layers", "4"])
+    assert str(run.compression.family(4)) == str(given.compression.family(4)) == "[0_1_2_3, 0_0_2_2]"
+    save_config(run, tmp_path / "saved.yaml")
+    assert parse_run_config(["--config", str(tmp_path / "saved.yaml")]) == run
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(run)))) == run
