@@ -4,6 +4,7 @@ weights that it does not need; and refused where nobody says which is meant."""
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,7 +19,6 @@ from checkpoints_conversion.megatron_logits import write_logits
 from lckv_megatron.commands import dump_logits, kv_memory, perplexity, plan
 from megatron_ext.config import ParallelConfig
 from megatron_ext.errors import ConfigError
-from megatron_ext.evaluation.logits import compute_logits
 from megatron_ext.parallel.process_groups import initialize
 from megatron_ext.restoring.model import restore
 from tests.lckv.families.tiny_models import saved_model
@@ -60,12 +60,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def logits_of(load: Path, layer_types: str | None) -> torch.Tensor:
-    """Runs inside a rank."""
-    initialize(ParallelConfig(), seed=1)
-    logits = compute_logits(restore(load, ParallelConfig(), layer_types=layer_types).stage, TOKENS)
-    assert logits is not None
-    return logits
+def dump(load: Path, folder: Path, *options: str) -> int:
+    """Runs inside a rank: logits.npy of TOKENS; the exit status."""
+    np.save(folder / "tokens.npy", TOKENS.numpy())
+    files = ["--tokens", str(folder / "tokens.npy"), "--output", str(folder / "logits.npy")]
+    return dump_logits.main(["--load", str(load), *files, *options])
 
 
 @pytest.mark.parametrize("layer_types", ["0_0_2_2", "0_0_0_3", "0_1_2_3"])
@@ -89,7 +88,9 @@ def test_any_map_is_exported_exactly(trained: Path, layer_types: str, tmp_path: 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     with torch.no_grad():
         found = model(TOKENS, use_cache=False).logits
-    (expected,) = run_on_ranks(1, logits_of, source, layer_types)
+    layout = "--pipeline-model-parallel-size=2"
+    assert run_on_ranks(2, dump, source, tmp_path, "--layer-types", layer_types, layout) == [0, 0]
+    expected = torch.from_numpy(np.load(tmp_path / "logits.npy"))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     evaluated = {
         line["iteration"]: line for line in reports(trained / "metrics.jsonl") if "validation_loss" in line
@@ -109,10 +110,16 @@ def test_any_map_is_exported_exactly(trained: Path, layer_types: str, tmp_path: 
     assert noted == (None if before is None else pytest.approx(before))
 
 
+def restored(load: Path) -> None:
+    """Runs inside a rank."""
+    initialize(ParallelConfig(), seed=1)
+    restore(load, ParallelConfig())
+
+
 def test_nobody_guesses_which_map_is_meant(
     trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    source, tokens = trained / "checkpoints", tmp_path / "tokens.npy"
+    source = trained / "checkpoints"
     export = ["megatron-to-hf", "--megatron-path", str(source), "--hf-path", str(tmp_path / "hf")]
     missing = (
         f"was trained with a family of maps, {FAMILY}, so that it must be said which one is meant: give "
@@ -129,8 +136,7 @@ def test_nobody_guesses_which_map_is_meant(
     assert "it has 3 entries but the model has 4 layers" in capfd.readouterr().err
     assert not (tmp_path / "hf").exists()
     with pytest.raises(ConfigError, match="give --layer-types MAP"):
-        run_on_ranks(1, logits_of, source, None)
-    assert dump_logits.main(["--load", str(source), "--tokens", str(tokens), "--output", "x.npy"]) == 2
+        run_on_ranks(1, restored, source)
     assert main(["inspect", str(source), "--layer-types", "0_0_2_2"]) == 0
     assert "0_0_2_2: keys and values computed in 2 of 4 layers" in capfd.readouterr().out
     (tmp_path / "text.txt").write_text("a text")
@@ -164,7 +170,8 @@ def test_a_plain_model_becomes_a_family_and_comes_back(tmp_path: Path) -> None:
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
     verify = ["verify", "--hf-path", str(tmp_path / "plain"), "--megatron-path", str(tmp_path / "family")]
-    assert main([*verify, "--layer-types", "0_0_0_3", "--seq-length", "16"]) == 0
+    for some in ([], ["--layers", "0,3"]):
+        assert main([*verify, "--layer-types", "0_0_0_3", "--seq-length", "16", *some]) == 0
 
 
 @pytest.mark.parametrize(
