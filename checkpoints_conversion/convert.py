@@ -109,14 +109,11 @@ def to_megatron(
         with shown_progress(source, "converting") as counted:
             write_checkpoint(staging, description, counted, dtype=dtype, record_json=record.to_json())
         command = f"--hf-path {name} --megatron-path {target}"
-        family, first = compression.family(description.model.num_layers), None
-        proven = description
-        if family.only is None:  # proven with one of its maps
+        family, first, proven = compression.family(description.model.num_layers), None, description
+        if family.only is None:  # proven with its first map
             first = str(family.first)
-            proven, command = (
-                replace(description, compression=compression.with_map(family.first)),
-                f"{command} --layer-types {first}",
-            )
+            proven = replace(description, compression=compression.with_map(family.first))
+            command += f" --layer-types {first}"
         if layers := _layers_to_prove(proof, source, proven, command):
             if done == "svd":  # no function of the original alone: compared with what was to be written
                 model = replace(model, format="megatron", source=source, description=description)

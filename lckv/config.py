@@ -103,8 +103,10 @@ class CompressionConfig:
             return self
         wanted = LayerTypes.parse(layer_types, num_layers)
         if wanted not in family:
-            known = f"of the family {family}" if family.only is None else f"the model's, {family}"
-            raise SettingError([Problem("layer_types", layer_types, f"it is none {known}: give one that is")])
+            known = (
+                f"no map of the family {family}" if family.only is None else f"not the model's map, {family}"
+            )
+            raise SettingError([Problem("layer_types", layer_types, f"it is {known}: give one that is")])
         return self if family.only is not None else self.with_map(wanted)
 
     def maps(self, num_layers: int) -> Mapping["CompressionConfig", float]:

@@ -129,7 +129,7 @@ def test_nobody_guesses_which_map_is_meant(
         assert f"{missing}--layer-types MAP, such as 0_0_0_0." in capfd.readouterr().err
     assert main([*export, "--layer-types", "0_0_1_3"]) == 2
     assert (
-        f"--layer-types is 0_0_1_3; it is none of the family {FAMILY}: give one that is"
+        f"--layer-types is 0_0_1_3; it is no map of the family {FAMILY}: give one that is"
         in capfd.readouterr().err
     )
     assert main([*export, "--layer-types", "0_0_1"]) == 2

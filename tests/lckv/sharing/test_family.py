@@ -143,9 +143,9 @@ def test_a_family_is_no_map() -> None:
     assert str(problem).startswith("layer_types is 0_0|1_1|2_2|3; it is a family of maps")
     assert CompressionConfig().problems_of_model(4) == []
     assert compression.chosen("0_0_2_2", 4).layer_types == "0_0_2_2"
-    with pytest.raises(SettingError, match=r"layer_types is 0_0_1_3; it is none of the family 0_0\|1"):
+    with pytest.raises(SettingError, match=r"layer_types is 0_0_1_3; it is no map of the family 0_0\|1"):
         compression.chosen("0_0_1_3", 4)
-    with pytest.raises(SettingError, match="it is none the model's, 0_0_2_2"):
+    with pytest.raises(SettingError, match="it is not the model's map, 0_0_2_2"):
         CompressionConfig(layer_types="0_0_2_2").chosen("0_1_2_3", 4)
 
 
