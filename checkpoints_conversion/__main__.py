@@ -70,6 +70,7 @@ def _run_megatron_to_hf(options: argparse.Namespace) -> None:
     megatron_to_hf(
         options.megatron_path,
         options.hf_path,
+        layer_types=options.layer_types,
         family=options.family,
         dtype=_dtype(options.dtype),
         max_shard_bytes=options.max_shard_size,
@@ -122,7 +123,7 @@ def _run_verify(options: argparse.Namespace) -> None:
         vocab_size=options.vocab_size,
         given=dict(map(_argument, options.argument)),
     )
-    megatron = open_megatron(options.megatron_path)
+    megatron = open_megatron(options.megatron_path, layer_types=options.layer_types)
     vocab_size = megatron.description.vocab_size
     if options.tokens is not None:
         tokens = read_tokens(options.tokens, vocab_size)
@@ -177,6 +178,7 @@ def _run_inspect(options: argparse.Namespace) -> None:
         allow_pickle=True,
         vocab_size=options.vocab_size,
         given=dict(map(_argument, options.argument)),
+        layer_types=options.layer_types,
     )
     sys.stdout.write(json.dumps(facts(opened), indent=1) if options.json else "\n".join(lines(opened)))
     sys.stdout.write("\n")

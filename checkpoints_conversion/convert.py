@@ -109,10 +109,16 @@ def to_megatron(
         with shown_progress(source, "converting") as counted:
             write_checkpoint(staging, description, counted, dtype=dtype, record_json=record.to_json())
         command = f"--hf-path {name} --megatron-path {target}"
-        if layers := _layers_to_prove(proof, source, description, command):
+        family, first, proven = compression.family(description.model.num_layers), None, description
+        if family.only is None:  # proven with its first map
+            first = str(family.first)
+            proven = replace(description, compression=compression.with_map(family.first))
+            command += f" --layer-types {first}"
+        if layers := _layers_to_prove(proof, source, proven, command):
             if done == "svd":  # no function of the original alone: compared with what was to be written
                 model = replace(model, format="megatron", source=source, description=description)
-            prove(model, open_megatron(staging, verify_hashes=False), _unless_all(layers, description))
+            written = open_megatron(staging, layer_types=first, verify_hashes=False)
+            prove(model, written, _unless_all(layers, description))
     logger.info("wrote %s", target)
     return description
 
@@ -163,6 +169,7 @@ def megatron_to_hf(
     megatron: Path,
     target: Path,
     *,
+    layer_types: str | None = None,
     family: str | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -173,16 +180,16 @@ def megatron_to_hf(
     """Convert a checkpoint of this project, of any layout, to a Hugging Face model in the new folder
     `target`.
 
-    `megatron` is one checkpoint, or a directory of them: then the newest good one. `family` is that of the
-    written model (default: one that stock software runs where possible, else lckv-llama). The tokenizer is by
-    default that of the run, or of the model that was converted for it; there is none where it is
-    `NO_TOKENIZER`. `metrics_file`, by default the run's,
-    tells what was measured. Returns what was written.
+    `megatron` is one checkpoint, or a directory of them: then the newest good one. `layer_types`: the
+    map, of a checkpoint that was trained with a family of them. `family` is that of the written model
+    (default: one that stock software runs where possible, else lckv-llama). The tokenizer is by default that
+    of the run, or of the model that was converted for it; there is none where it is `NO_TOKENIZER`.
+    `metrics_file`, by default the run's, tells what was measured. Returns what was written.
 
     Raises ConversionError, CheckpointError, ProofError; then nothing is left in or beside `target`.
     """
     check_export(megatron, target, tokenizer)
-    model = open_megatron(megatron)
+    model = open_megatron(megatron, layer_types=layer_types)
     place = _tokenizer_place(tokenizer, model)
     source = model.source if dtype is None else CastSource(model.source, dtype)
     description = replace(model.description, dtype=dtype or model.description.dtype)
@@ -202,6 +209,7 @@ def megatron_to_hf(
         origin = _huggingface_origin(model)
         export_extras(staging, description, record, name=target.name, source_folder=origin, measured=measured)
         command = f"--hf-path {target} --megatron-path {megatron}"
+        command += f" --layer-types {layer_types}" if layer_types else ""
         if layers := _layers_to_prove(proof, source, description, command):
             prove(open_huggingface(staging), model, _unless_all(layers, description))
     logger.info("wrote %s", target)

@@ -6,32 +6,25 @@ keys and values goes into the layer that it reads (average), or is dropped (copy
 """
 
 import logging
-import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.first_guess import with_first_guess
 from checkpoints_conversion.fitted_map import fitted_source
+from checkpoints_conversion.shared_map import SharedMapSource
 from lckv.config import CompressionConfig
 from lckv.sharing.doubts import doubts
-from lckv.sharing.initialization import Initialization, WeightRule, initial_kv_weight
+from lckv.sharing.family import LayerTypesFamily
+from lckv.sharing.initialization import Initialization
 from lckv.sharing.layer_types import LayerTypes
 from lckv.sharing.picture import draw
-from lckv.weights.tensors import TensorInfo, TensorSource, row_chunks
-from megatron_ext.config import ModelConfig
+from lckv.weights.tensors import TensorSource
 from megatron_ext.validation.layout import compression_problems
 
 logger = logging.getLogger(__name__)
-
-_ATTENTION = re.compile(
-    r"decoder\.layers\.(\d+)\.self_attention\.(linear_qkv|linear_q|k_layernorm)\.(weight|bias)"
-)
 
 
 def initialize(
@@ -42,18 +35,22 @@ def initialize(
     tokens: Tensor | None = None,
 ) -> tuple[TensorSource, ModelDescription, Initialization | None]:
     """The weights `source` of the model `description` for the same model with `compression`, its description,
-    and how its keys and values were made: None where all weights are the source's.
+    and how its keys and values were made: None where no sharing is new. Of a family of maps that
+    is "copy": its layers have their own.
 
     A map can be given to a model whose layers all read their own keys and values, and a KV policy, where it
     has no obstacle, to one that keeps every token. A model that has a map or a policy already keeps it; how
     often its plan iterates, and from which first guess, may change. `tokens`, int64 [b, T], are those that
-    "svd" fits on. Raises ConversionError.
+    "svd" fits on. A plain model can also be given a family of maps, for training. Raises ConversionError.
     """
     layers = description.model.num_layers
     if problems := [*compression_problems(compression, layers)]:
         raise ConversionError("\n".join(problems))
     _check_policy(description, compression)
-    old, new = description.compression.map(layers), compression.map(layers)
+    family = compression.family(layers)
+    old, new = description.compression.map(layers), family.stored
+    if family.only is None:
+        _check_family(family, old, how)
     changed = replace(description, compression=compression)
     source = with_first_guess(source, description, compression)
     if old.kv_layers != tuple(range(layers)):
@@ -62,7 +59,7 @@ def initialize(
         return source, changed, None
     if new.kv_layers == old.kv_layers and all(layer.source == layer.index for layer in new):
         _check_fits_nothing(tokens, new)
-        return source, changed, None
+        return source, changed, None if family.only else "copy"
     if sentences := [*doubts(new)]:
         logger.warning("%s\n%s", draw(new, window=compression.sliding_window), "\n".join(sentences))
     if how != "svd":
@@ -81,6 +78,29 @@ def _check_fits_nothing(tokens: Tensor | None, layer_types: LayerTypes) -> None:
         raise ConversionError(
             f"--calibration-text is given, but compression.layer_types {layer_types} makes no new sharing of "
             "keys and values, so that nothing is fitted: leave it and --init out, or give a sharing map."
+        )
+
+
+def _check_family(family: LayerTypesFamily, old: LayerTypes, how: Initialization) -> None:
+    """For a family of maps: all weights are copied, those for keys and values of layers that compute them in
+    some map."""
+    if old != LayerTypes.plain(len(old)):
+        raise ConversionError(
+            f"compression.layer_types is a family of maps, {family}, which cannot be made from this model: "
+            f"its map is {old}, and a family starts from a model of which every layer reads its own keys and "
+            "values, without a window. Start from a plain model."
+        )
+    if how == "svd":
+        raise ConversionError(
+            "--init is svd, which fits keys and values to one map, and compression.layer_types is a "
+            f"family of maps, {family}: give --init copy, or one map."
+        )
+    if how != "copy" and family.stored.kv_layers != old.kv_layers:
+        without = sorted(set(old.kv_layers) - set(family.stored.kv_layers))
+        raise ConversionError(
+            f"--init is {how} and compression.layer_types is a family of maps, {family}, in which layers "
+            f"{', '.join(map(str, without))} never compute keys and values; who reads in their place depends "
+            "on the map: give --init copy, which leaves their weights out."
         )
 
 
@@ -113,103 +133,3 @@ def _check_policy(description: ModelDescription, compression: CompressionConfig)
     obstacle = after.obstacle_to_converting(before)
     if obstacle is not None:
         raise ConversionError(f"compression.policy is {after.name}: {obstacle}.")
-
-
-@dataclass(frozen=True)
-class SharedMapSource:
-    """The tensors of a model with the map `layer_types`, made from those of a plain model of the sizes
-    `model` as they are read."""
-
-    plain: TensorSource
-    model: ModelConfig
-    layer_types: LayerTypes
-    how: WeightRule
-
-    def infos(self) -> Mapping[str, TensorInfo]:
-        """Every tensor of the model that shares."""
-        return self._infos
-
-    @cached_property
-    def _infos(self) -> dict[str, TensorInfo]:
-        infos = {}
-        for name, info in self.plain.infos().items():
-            match = _ATTENTION.fullmatch(name)
-            if match is None or int(match[1]) in self.layer_types.kv_layers:
-                infos[name] = info
-            elif match[2] == "linear_qkv":
-                rows = self.model.num_attention_heads * self.model.head_dim
-                infos[name.replace("linear_qkv", "linear_q")] = replace(info, shape=(rows, *info.shape[1:]))
-        return infos
-
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """As `TensorSource.read`. Averages are taken in float32."""
-        match = _ATTENTION.fullmatch(name)
-        if match is None:
-            return self.plain.read(name, rows)
-        layer, part = int(match[1]), match[2]
-
-        def of_layer(index: int, rows: slice | None) -> Tensor:
-            return self.plain.read(_renumber(name, index), rows)
-
-        if part == "k_layernorm":
-            return initial_kv_weight(self.layer_types, layer, lambda index: of_layer(index, rows), self.how)
-        if part == "linear_q":
-            fused = name.replace("linear_q", "linear_qkv")
-            return self._assemble(name, rows, self._query_rows(), lambda piece: self.plain.read(fused, piece))
-        if self.how == "copy":
-            return self.plain.read(name, rows)
-
-        def read_piece(piece: slice) -> Tensor:
-            if self._is_query(piece.start):
-                return of_layer(layer, piece)
-            return initial_kv_weight(self.layer_types, layer, lambda index: of_layer(index, piece), self.how)
-
-        return self._assemble(name, rows, self._query_and_kv_rows(), read_piece)
-
-    def _assemble(
-        self, name: str, rows: slice | None, runs: Iterator[slice], read_piece: Callable[[slice], Tensor]
-    ) -> Tensor:
-        """Rows `rows` of the tensor `name`, which is made of the runs `runs` of the plain model's rows, one
-        run below the other."""
-        info = self._infos[name]
-        start, stop, _ = (rows or slice(None)).indices(info.shape[0])
-        result = torch.empty((stop - start, *info.shape[1:]), dtype=info.dtype)
-        first = 0  # of the run, among the tensor's own rows
-        for run in runs:
-            length = run.stop - run.start
-            low, high = max(start, first), min(stop, first + length)
-            if low < high:
-                wanted = replace(info, shape=(high - low, *info.shape[1:]))
-                for chunk in row_chunks(wanted):
-                    shift = run.start + low - first
-                    target = slice(low - start + chunk.start, low - start + chunk.stop)
-                    result[target] = read_piece(slice(shift + chunk.start, shift + chunk.stop))
-            first += length
-        return result
-
-    @property
-    def _rows_of_queries(self) -> int:
-        """Per key/value head."""
-        return self.model.num_attention_heads // self.model.query_groups * self.model.head_dim
-
-    @property
-    def _rows_of_group(self) -> int:
-        return self._rows_of_queries + 2 * self.model.head_dim
-
-    def _is_query(self, row: int) -> bool:
-        return row % self._rows_of_group < self._rows_of_queries
-
-    def _query_rows(self) -> Iterator[slice]:
-        for group in range(self.model.query_groups):
-            first = group * self._rows_of_group
-            yield slice(first, first + self._rows_of_queries)
-
-    def _query_and_kv_rows(self) -> Iterator[slice]:
-        for queries in self._query_rows():
-            yield queries
-            yield slice(queries.stop, queries.start + self._rows_of_group)
-
-
-def _renumber(name: str, layer: int) -> str:
-    """The same tensor of another layer."""
-    return re.sub(r"(?<=layers\.)\d+", str(layer), name)

@@ -55,6 +55,7 @@ def facts(opened: OpenModel) -> dict[str, Any]:
         "qkv_bias": model.add_qkv_bias,
         "qk_norm": model.qk_layernorm,
         "compression": asdict(compression) | {"layer_types": str(layer_types)},
+        "map_family": opened.map_family,
         "kv_layers": list(layer_types.kv_layers),
         "kv_bytes_per_token": mine,
         "kv_bytes_per_token_of_plain_model": whole,

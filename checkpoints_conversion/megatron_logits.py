@@ -50,12 +50,13 @@ def compute(
     parallel: ParallelConfig,
     weights_dtype: torch.dtype,
     *,
+    layer_types: str | None = None,
     timeout_seconds: float,
 ) -> None:
     """Write float32 [B, T, true vocabulary] for `tokens` int64 [B, T] to `output`, a .npy file.
 
     `checkpoint` is one checkpoint, whose files are good; its weights are rounded to `weights_dtype`. The
-    layout is one that `check_layout` accepts.
+    layout is one that `check_layout` accepts. `layer_types`: the map, of a family.
     Raises ConversionError where processes fail or do not end in time.
     """
     sizes = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -63,15 +64,21 @@ def compute(
         np.save(Path(folder) / "tokens.npy", tokens)
         files = [str(checkpoint), f"{folder}/tokens.npy", str(output)]
         arguments = [*files, str(weights_dtype), *map(str, sizes)]
+        arguments += [] if layer_types is None else ["--layer-types", layer_types]
         _run_processes(sizes[0] * sizes[1], arguments, timeout_seconds)
 
 
 def write_logits(
-    checkpoint: Path, tokens: np.ndarray, output: Path, parallel: ParallelConfig, weights_dtype: torch.dtype
+    checkpoint: Path,
+    tokens: np.ndarray,
+    output: Path,
+    parallel: ParallelConfig,
+    weights_dtype: torch.dtype,
+    layer_types: str | None = None,
 ) -> None:
     """Every process of the layout calls it; see `compute`."""
     initialize(parallel, seed=1)
-    stage = restore(checkpoint, parallel, verify_hashes=False, in_float32=True).stage
+    stage = restore(checkpoint, parallel, layer_types=layer_types, verify_hashes=False, in_float32=True).stage
     round_weights(stage, weights_dtype)
     with exact_products():
         logits_file.write_logits(stage, tokens, output)
@@ -144,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("weights_dtype")
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
         parser.add_argument(name, type=int)
+    parser.add_argument("--layer-types")
     options = parser.parse_args(argv)
     set_up_logging()
 
@@ -153,7 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             pipeline_model_parallel_size=options.pipeline_model_parallel_size,
         )
         dtype = dtype_of(options.weights_dtype, "weights_dtype")
-        write_logits(options.checkpoint, np.load(options.tokens), options.output, parallel, dtype)
+        tokens = np.load(options.tokens)
+        write_logits(options.checkpoint, tokens, options.output, parallel, dtype, options.layer_types)
         destroy()
 
     return exit_status(run)

@@ -12,7 +12,9 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from checkpoints_conversion.conversion_record import ConversionRecord, SourceFormat, hash_weights, read_record
 from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.errors import ConversionError
+from checkpoints_conversion.export.measured import of_map
 from checkpoints_conversion.fusion import canonical_from_hf
+from checkpoints_conversion.shared_map import SharedMapSource
 from lckv.families.registry import describe, family_of
 from lckv.weights.checks import CheckedSource
 from lckv.weights.folder_kind import explain_other_kind, kind_of
@@ -21,6 +23,7 @@ from lckv.weights.json_file import read_json_object
 from lckv.weights.tensors import TensorSource
 from megatron_ext.checkpointing.errors import CheckpointError
 from megatron_ext.checkpointing.folders import find_candidates
+from megatron_ext.restoring.chosen_map import chosen_map
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +63,10 @@ class OpenModel:
     metrics_file: str | None = None
     """Reports of the run that saved it, where it wrote them into a file."""
 
+    map_family: str | None = None
+    """The family of maps that it was trained with; the description and the source are those of one of
+    them."""
+
 
 def format_of(path: Path) -> SourceFormat:
     """What kind of model lies in the folder `path`. Raises ConversionError where it is none."""
@@ -96,8 +103,9 @@ def open_huggingface(folder: Path, *, allow_pickle: bool = False) -> OpenModel:
     )
 
 
-def open_megatron(path: Path, *, verify_hashes: bool = True) -> OpenModel:
-    """The newest good checkpoint that `path` means, its files checked against their hashes.
+def open_megatron(path: Path, *, layer_types: str | None = None, verify_hashes: bool = True) -> OpenModel:
+    """The newest good checkpoint that `path` means, its files checked against their hashes. Of one that was
+    trained with a family of maps, the model with the map `layer_types`.
 
     What a conversion knew of the model, and training does not, is taken from where training started. Raises
     ModelError or CheckpointError.
@@ -108,10 +116,18 @@ def open_megatron(path: Path, *, verify_hashes: bool = True) -> OpenModel:
 
     checkpoint = MegatronCheckpoint(path, verify_hashes=verify_hashes)
     record, description = checkpoint.conversion, checkpoint.description
-    training = None
+    source: TensorSource = CheckedSource(checkpoint, checkpoint.path)
+    training, layers = None, description.model.num_layers
+    family = description.compression.family(layers)
+    compression = chosen_map(checkpoint.path, description.compression, layers, layer_types)
+    description = replace(description, compression=compression)
+    if family.only is None:
+        source = SharedMapSource(source, description.model, compression.map(layers), "copy")
     if record is None:
         settings = checkpoint.settings
         training = {"progress": checkpoint.progress, **{name: settings.get(name) for name in _RUN_SECTIONS}}
+        if family.only is None:
+            training = of_map(training, str(compression.map(layers)), str(family))
         record = _origin(checkpoint.path, settings)
         if record is not None:
             known = record.description
@@ -120,7 +136,7 @@ def open_megatron(path: Path, *, verify_hashes: bool = True) -> OpenModel:
         "megatron",
         checkpoint.path,
         description,
-        CheckedSource(checkpoint, checkpoint.path),
+        source,
         hashes=lambda: {
             name: entry.sha256 for name, entry in checkpoint.manifest.files.items() if name.endswith(_WEIGHTS)
         },
@@ -129,6 +145,7 @@ def open_megatron(path: Path, *, verify_hashes: bool = True) -> OpenModel:
         training=training,
         tokenizer=_tokenizer(checkpoint.settings, record),
         metrics_file=(checkpoint.settings.get("logging") or {}).get("metrics_file"),
+        map_family=None if family.only else str(family),
     )
 
 
@@ -194,13 +211,19 @@ def open_model(
     allow_pickle: bool = False,
     vocab_size: int | None = None,
     given: Mapping[str, object] | None = None,
+    layer_types: str | None = None,
 ) -> OpenModel:
     """The model in the folder `path`, of whichever format; files are not checked against their hashes.
-    `vocab_size` and `given` are those of `open_legacy`.
+    `vocab_size` and `given` are those of `open_legacy`, `layer_types` that of `open_megatron`.
 
     Raises ModelError, and ConversionError where they are given for a model of another format.
     """
     kind = format_of(path)
+    if layer_types is not None and kind != "megatron":
+        raise ConversionError(
+            f"--layer-types is {layer_types}, which is for checkpoints that were trained with a family of "
+            f"maps, and {path} is none: leave it out."
+        )
     if kind == "megatron-legacy":
         return open_legacy(path, vocab_size=vocab_size, given=given)
     if vocab_size is not None or given:
@@ -210,4 +233,4 @@ def open_model(
         )
     if kind == "huggingface":
         return open_huggingface(path, allow_pickle=allow_pickle)
-    return open_megatron(path, verify_hashes=False)
+    return open_megatron(path, layer_types=layer_types, verify_hashes=False)

@@ -35,6 +35,7 @@ model class beside the weights.
   megatron-to-hf --megatron-path runs/mine/checkpoints --hf-path out/model
   megatron-to-hf --megatron-path runs/mine/checkpoints/iter_0002000 --hf-path out/model \\
       --dtype bfloat16 --tokenizer tokenizer.model
+  megatron-to-hf --megatron-path runs/family/checkpoints --hf-path out/half --layer-types 0_0_2_2
 
 In Python:
   AutoModelForCausalLM.from_pretrained("out/model")
@@ -136,6 +137,7 @@ def _add_megatron_to_hf(parser: argparse.ArgumentParser) -> None:
         "--megatron-path", type=Path, required=True, help="directory of checkpoints, or one checkpoint"
     )
     parser.add_argument("--hf-path", type=Path, required=True, help="folder to write; must be new or empty")
+    _add_layer_types(parser)
     parser.add_argument(
         "--family",
         help="model type to write: llama, mistral, qwen2, qwen3 or lckv-llama (default: one that stock "
@@ -191,6 +193,15 @@ def _add_unsaid(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="an argument of its run that such a checkpoint does not say, or says wrongly (may be given "
         "again)",
+    )
+
+
+def _add_layer_types(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--layer-types",
+        metavar="MAP",
+        help="of a checkpoint that was trained with a family of maps: the map to take; weights that it "
+        "does not need are left out",
     )
 
 
@@ -273,12 +284,14 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
         help="seconds for Megatron's processes (default: %(default)s)",
     )
     parser.add_argument("--allow-pickle", action="store_true", help="as in hf-to-megatron")
+    _add_layer_types(parser)
     _add_unsaid(parser)
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", help="folder of the model, or its name on the Hugging Face Hub")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    _add_layer_types(parser)
     _add_unsaid(parser)
 
 

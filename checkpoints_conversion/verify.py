@@ -114,10 +114,19 @@ def compare(
             output,
             parallel,
             dtype,
+            layer_types=_map_of_whole(megatron) if layers is None else None,
             timeout_seconds=timeout_seconds,
         )
         computed = np.load(output, mmap_mode="r")
         return _summary(Reference(folder, dtype), tokens, computed)
+
+
+def _map_of_whole(megatron: OpenModel) -> str | None:
+    """The map, of a checkpoint with the weights of a family of them."""
+    if megatron.map_family is None:
+        return None
+    description = megatron.description
+    return str(description.compression.map(description.model.num_layers))
 
 
 def _summary(reference: Reference, tokens: np.ndarray, computed: np.ndarray) -> Comparison:

@@ -1,8 +1,8 @@
 """What makes a model's KV cache small: the sharing map, its iteration plan, the window and the KV policy."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from lckv.errors import Problem, SettingError
@@ -10,6 +10,7 @@ from lckv.policies.config import PolicyConfig
 from lckv.policies.dense.config import DenseConfig
 from lckv.policies.registry import config_classes
 from lckv.reading import read
+from lckv.sharing.family import LayerTypesFamily
 from lckv.sharing.layer_types import LayerType, LayerTypes
 from lckv.sharing.plan import Step, iteration_plan
 
@@ -29,10 +30,12 @@ class CompressionConfig:
     """Cross-layer KV sharing (which layer's keys and values a layer reads)
     and the KV policy (which tokens are kept)."""
 
-    layer_types: str | None = None
+    layer_types: str | tuple[str, ...] | None = None
     """Sharing map, one entry per layer joined by "_": the index of the layer whose keys and values it reads,
     with an optional "s" for a sliding window, such as 0_6_6_6_6_6_6_7 (LCKV), 0_0_2_2 (CLA) or 0s_1s_2s_3_3_3
-    (YOCO). Default: every layer reads its own (a plain transformer)."""
+    (YOCO). Default: every layer reads its own (a plain transformer). In training also a family of maps, of
+    which each step draws one: alternatives, such as 0_0|1_1|2_2|3 (each layer its own or the previous
+    layer's), or a list, such as [0_1_2_3, 0_0_2_2] (docs/map_families.md)."""
 
     forward_passes: int = 7
     """m: passes without gradient over each cyclic group of layers,
@@ -74,9 +77,56 @@ class CompressionConfig:
         return read(cls, content, "compression")
 
     def map(self, num_layers: int) -> LayerTypes:
-        """The parsed sharing map of a model with `num_layers` layers;
-        raises ValueError where it does not fit."""
-        return LayerTypes.parse(self.layer_types, num_layers)
+        """The parsed sharing map of a model with `num_layers` layers; raises SettingError where it does not
+        fit, or is a family."""
+        family = self.family(num_layers)
+        if family.only is None:
+            raise SettingError([_family_for_map(family)])
+        return family.only
+
+    def family(self, num_layers: int) -> LayerTypesFamily:
+        """The map or the family of maps of a training; raises SettingError where it does not fit."""
+        return LayerTypesFamily.parse(self.layer_types, num_layers)
+
+    def with_map(self, layer_types: LayerTypes) -> "CompressionConfig":
+        """The same with one map of the family."""
+        window = self.sliding_window if layer_types.any_sliding else None
+        return replace(self, layer_types=str(layer_types), sliding_window=window)
+
+    def chosen(self, layer_types: str | None, num_layers: int) -> "CompressionConfig":
+        """The same with the map `layer_types`, which must be one of the family, or the only one; None: the
+        only one. Raises SettingError."""
+        family = self.family(num_layers)
+        if layer_types is None:
+            if family.only is None:
+                raise SettingError([_family_for_map(family)])
+            return self
+        wanted = LayerTypes.parse(layer_types, num_layers)
+        if wanted not in family:
+            known = (
+                f"no map of the family {family}" if family.only is None else f"not the model's map, {family}"
+            )
+            raise SettingError([Problem("layer_types", layer_types, f"it is {known}: give one that is")])
+        return self if family.only is not None else self.with_map(wanted)
+
+    def maps(self, num_layers: int) -> Mapping["CompressionConfig", float]:
+        """These settings with each map that a step of training may have, and how likely it is; see
+        `LayerTypesFamily.weights`."""
+        family = self.family(num_layers)
+        if family.only is not None:
+            return {self: 1.0}
+        return {self.with_map(layer_types): share for layer_types, share in family.weights.items()}
+
+    def heaviest(self, num_layers: int) -> "CompressionConfig":
+        """Of `maps` the one whose step runs most layers, and among these computes most keys and values."""
+
+        def load(one: CompressionConfig) -> tuple[int, int]:
+            runs = (run for step in one.plan(num_layers) if step.requires_grad for run in step.runs)
+            computing = [run.computes_kv for run in runs]
+            return len(computing), sum(computing)
+
+        maps = self.maps(num_layers)
+        return self if len(maps) == 1 else max(maps, key=load)
 
     def plan(self, num_layers: int) -> tuple[Step, ...]:
         """The steps of a training step of a model with `num_layers` layers; raises ValueError where the map
@@ -100,23 +150,30 @@ class CompressionConfig:
         return dict.fromkeys(self.map(num_layers).windowed_kv_layers, self.sliding_window)
 
     def problems(self, num_layers: int) -> list[Problem]:
-        """Everything that is wrong with these settings for a model of `num_layers` layers."""
+        """Everything that is wrong with these settings for the training of a model of `num_layers` layers."""
         problems = [problem.under("policy") for problem in self.policy.problems()]
         for name, least in (("forward_passes", 0), ("backward_passes", 1)):
             if getattr(self, name) < least:
                 problems.append(Problem(name, getattr(self, name), f"it must be at least {least}"))
         try:
-            layer_types = self.map(num_layers)
+            family = self.family(num_layers)
         except SettingError as error:
             return [*problems, *error.problems]
         return [
             *problems,
-            *self._window_problems(layer_types),
-            *self._policy_problems(layer_types),
-            *self._iteration_problems(layer_types),
+            *self._window_problems(family),
+            *self._policy_problems(family),
+            *self._iteration_problems(family),
         ]
 
-    def _window_problems(self, layer_types: LayerTypes) -> Iterator[Problem]:
+    def problems_of_model(self, num_layers: int) -> list[Problem]:
+        """The same for a model that is not trained here, which has one map."""
+        problems = self.problems(num_layers)
+        if not problems and (family := self.family(num_layers)).only is None:
+            problems.append(_family_for_map(family))
+        return problems
+
+    def _window_problems(self, layer_types: LayerTypesFamily) -> Iterator[Problem]:
         if layer_types.any_sliding and self.sliding_window is None:
             obstacle = (
                 "layers are marked with 's' but sliding_window is not set: give it in tokens, or remove "
@@ -132,7 +189,7 @@ class CompressionConfig:
         if self.sliding_window is not None and self.sliding_window < 1:
             yield Problem("sliding_window", self.sliding_window, "it must be at least 1 token")
 
-    def _policy_problems(self, layer_types: LayerTypes) -> Iterator[Problem]:
+    def _policy_problems(self, layer_types: LayerTypesFamily) -> Iterator[Problem]:
         """What the policy cannot live with."""
         name, traits = self.policy.name, self.policy.traits
         if self.sliding_window is not None and not traits.windows:
@@ -141,21 +198,28 @@ class CompressionConfig:
                 "layer_types, or choose another policy"
             )
             yield Problem("sliding_window", self.sliding_window, obstacle)
-        if not traits.shares and any(layer.source != layer.index for layer in layer_types):
+        if not traits.shares and layer_types.any_sharing:
             obstacle = (
                 f"the policy {name} works only where every layer reads its own keys and values: choose "
                 "another one"
             )
             yield Problem("layer_types", layer_types, obstacle)
 
-    def _iteration_problems(self, layer_types: LayerTypes) -> Iterator[Problem]:
+    def _iteration_problems(self, layer_types: LayerTypesFamily) -> Iterator[Problem]:
         """Settings of the passes that nothing would read, or that contradict each other."""
         for name in ("first_guess_loss_coefficient", "agreement_loss_coefficient"):
             if not 0 <= getattr(self, name) < math.inf:
                 yield Problem(name, getattr(self, name), "it must be at least 0, and finite")
         on = [name for name in ("first_guess", "agreement_loss_coefficient") if getattr(self, name)]
         for name in on:
-            if not layer_types.any_cyclic:
+            if layer_types.only is None:
+                yield Problem(
+                    name,
+                    getattr(self, name),
+                    f"layer_types is a family of maps, {layer_types}, in each of which other layers are "
+                    "iterated: leave the former out, or choose one map",
+                )
+            elif not layer_types.any_cyclic:
                 yield Problem(
                     name,
                     getattr(self, name),
@@ -176,3 +240,12 @@ class CompressionConfig:
                 "there is one pass, so that none is before the last: raise forward_passes or "
                 "backward_passes, or set it to 0",
             )
+
+
+def _family_for_map(family: LayerTypesFamily) -> Problem:
+    return Problem(
+        "layer_types",
+        family,
+        f"it is a family of maps, of which training draws one for each step, and here one map is needed: "
+        f"give one of them, such as {family.first}",
+    )

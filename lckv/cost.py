@@ -11,7 +11,7 @@ once more, since no gradient goes on from it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from lckv.config import CompressionConfig
 from lckv.sharing.early_exit import Results, exit_early
@@ -111,7 +111,22 @@ def average_keys(seq_length: int, *, exclude_self: bool, window: int | None) -> 
 
 
 def layer_costs(shape: ModelShape, compression: CompressionConfig) -> tuple[LayerCost, ...]:
-    """The forward of each layer."""
+    """The forward of each layer; of a family of maps the mean over them."""
+    maps = compression.maps(shape.num_layers)
+    if len(maps) == 1:
+        return _layer_costs(shape, *maps)
+    names = [entry.name for entry in fields(LayerCost)]
+    of_maps = [(share, _layer_costs(shape, one)) for one, share in maps.items()]
+    return tuple(
+        LayerCost(
+            **{name: sum(share * getattr(costs[layer], name) for share, costs in of_maps) for name in names}
+        )
+        for layer in range(shape.num_layers)
+    )
+
+
+def _layer_costs(shape: ModelShape, compression: CompressionConfig) -> tuple[LayerCost, ...]:
+    """With one map."""
     layer_types = compression.map(shape.num_layers)
     width = shape.query_heads * shape.head_dim
     costs = []
@@ -135,10 +150,11 @@ def layer_costs(shape: ModelShape, compression: CompressionConfig) -> tuple[Laye
 def training_cost(
     shape: ModelShape, compression: CompressionConfig, *, recomputed_layers: int = 0
 ) -> TrainingCost:
-    """FLOPs per token of a training step; the lowest `recomputed_layers` layers
-    run their forward again in backward."""
-    mine = _step_flops(shape, compression)
-    again = _recomputed_flops(shape, compression, recomputed_layers)
+    """FLOPs per token of a training step, of a family of maps the mean over them; the lowest
+    `recomputed_layers` layers run their forward again in backward."""
+    maps = compression.maps(shape.num_layers)
+    mine = sum(share * _step_flops(shape, one) for one, share in maps.items())
+    again = sum(share * _recomputed_flops(shape, one, recomputed_layers) for one, share in maps.items())
     return TrainingCost(mine, mine + again, _step_flops(shape, CompressionConfig()))
 
 

@@ -141,7 +141,7 @@ def _build(kind: type, content: object) -> object:
 
 def _as_type(hint: Any, value: object) -> object:
     """A value that fits, as Python has it: an integer where a number is wanted is one, a list is a tuple."""
-    if get_origin(hint) is tuple:
-        return tuple(cast(list[object], value))
+    if isinstance(value, list):
+        return tuple(value)
     wants_number = float in (hint, *get_args(hint)) and int not in get_args(hint)
     return float(value) if wants_number and isinstance(value, int) else value

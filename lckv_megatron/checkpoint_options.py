@@ -18,6 +18,16 @@ def add_load_option(parser: Any) -> None:
     parser.add_argument(
         "--load", type=Path, required=True, metavar="DIR", help="directory of checkpoints, or one checkpoint"
     )
+    add_map_option(parser)
+
+
+def add_map_option(parser: Any) -> None:
+    """`parser`: a parser or one of its groups."""
+    parser.add_argument(
+        "--layer-types",
+        metavar="MAP",
+        help="the map with which to run a model that was trained with a family of maps",
+    )
 
 
 def check_checkpoint(path: Path) -> None:

@@ -407,6 +407,11 @@ class TrainConfig:
     eval_iters: int = 10
     """Global batches per evaluation."""
 
+    eval_layer_types: tuple[str, ...] = ()
+    """Where compression.layer_types is a family: the maps of it with which the model is evaluated. The loss
+    of the first is validation_loss, that of each validation_loss/MAP. Default: all maps where there are at
+    most 4, else that in which each layer has its first alternative."""
+
     deterministic: bool = False
     """Choose deterministic kernels on CUDA, at some cost in speed; CPU runs always are."""
 

@@ -268,7 +268,7 @@ def _cast(setting: Setting, value: object) -> object:
     """`value` as a value of the setting's type; raises ConfigError."""
     hint = setting.type
     try:
-        if is_texts(hint):
+        if is_texts(hint) or (isinstance(value, list | tuple) and tuple[str, ...] in typing.get_args(hint)):
             return _texts(value)
         if type(value) in (bool, int, float) and type(value) is hint:
             return value  # as a parser of this type would have it, which takes milliseconds to make

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_conversion.conversion_record import ConversionRecord
-from megatron_ext.training.measured import MEASURED_KEY
+from megatron_ext.training.measured import MEASURED_KEY, OF_MAPS_KEY
 from megatron_ext.training.metrics import read_metrics
 
 
@@ -36,6 +36,16 @@ class Measured:
         return on if self.at_end else f"{on} after {self.iteration:,} iterations"
 
 
+def of_map(training: Mapping[str, Any], layer_types: str, family: str) -> dict[str, Any]:
+    """What is known of a run that trained a family of maps, `training`, for the model with one of them: of
+    what was measured that which is of this map."""
+    progress = dict(training.get("progress") or {})
+    evaluated = (progress.pop(MEASURED_KEY, {}).get("validation") or {}).get(OF_MAPS_KEY) or {}
+    if layer_types in evaluated:
+        progress[MEASURED_KEY] = {"validation": evaluated[layer_types]}
+    return {**training, "progress": progress, "layer_types": layer_types, "map_family": family}
+
+
 def measured_in(
     training: Mapping[str, Any] | None, record: ConversionRecord | None, metrics_file: Path | None
 ) -> Measured | None:
@@ -45,12 +55,13 @@ def measured_in(
     while training is None and record is not None and record.initialization is None:
         training, record = record.training, record.previous
     progress = (training or {}).get("progress") or {}
-    iteration = progress.get("iteration")
+    iteration, drawn = progress.get("iteration"), (training or {}).get("layer_types")
+    suffix = "" if drawn is None else f"/{drawn}"
     if metrics_file is not None and metrics_file.is_file():
         for report in reversed(read_metrics(metrics_file)):
-            if report["iteration"] == iteration and report.get("validation_loss") is not None:
-                ratio = report.get("validation_compression_ratio")
-                return Measured(ratio, report["validation_loss"], iteration)
+            loss = report.get(f"validation_loss{suffix}")
+            if report["iteration"] == iteration and loss is not None:
+                return Measured(report.get(f"validation_compression_ratio{suffix}"), loss, iteration)
     return _noted(progress.get(MEASURED_KEY) or {}, iteration)
 
 

@@ -157,6 +157,11 @@ def _training(training: Mapping[str, Any]) -> Iterator[str]:
     if "iteration" in progress:
         tokens = f", {progress['consumed_tokens']:,} tokens" if "consumed_tokens" in progress else ""
         yield f"- Trained for {progress['iteration']:,} iterations{tokens}."
+    if "map_family" in training:
+        yield (
+            f"- Each step drew its sharing map from a family, `{training['map_family']}`; this model has "
+            "one of them."
+        )
     yield from data_lines(training)
     if "global_batch_size" in train:
         yield (

@@ -89,7 +89,10 @@ class Decoder:
         return [
             *self._size_problems(),
             *self._rope_problems(),
-            *(str(wrong.under("compression")) for wrong in self.compression.problems(self.num_hidden_layers)),
+            *(
+                str(wrong.under("compression"))
+                for wrong in self.compression.problems_of_model(self.num_hidden_layers)
+            ),
             *self._policy_problems(),
         ]
 

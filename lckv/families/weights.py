@@ -46,7 +46,7 @@ def weights_of(decoder: Decoder, names: WeightNames) -> dict[str, TensorInfo]:
     """
     hidden, width = decoder.hidden_size, decoder.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {f"{names.embedding}.weight": (decoder.vocab_size, hidden)}
-    layer_types = decoder.compression.map(decoder.num_hidden_layers)
+    layer_types = decoder.compression.family(decoder.num_hidden_layers).stored
     guessed = layer_types.cyclic_sources if decoder.compression.first_guess else ()
     for index in range(decoder.num_hidden_layers):
         shapes[f"{names.input_norm.format(index)}.weight"] = (hidden,)

@@ -41,7 +41,14 @@ def dump(options: argparse.Namespace) -> None:
     check_checkpoint(options.load)
     from megatron_ext.evaluation.logits_file import dump_logits
 
-    dump_logits(options.load, options.tokens, options.output, layout(options), options.rows_at_once)
+    dump_logits(
+        options.load,
+        options.tokens,
+        options.output,
+        layout(options),
+        options.rows_at_once,
+        options.layer_types,
+    )
 
 
 if __name__ == "__main__":

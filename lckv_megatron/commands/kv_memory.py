@@ -38,6 +38,8 @@ def model_of_run(run: RunConfig, dtype: str | None, page_size: int) -> CacheMode
     """Of a run's configuration; raises ConfigError for sizes that do not fit together."""
     if problems := [*architecture_problems(run.model, run.compression, precision(run.train.precision))]:
         raise ConfigError("\n".join(problems))
+    if wrong := run.compression.problems_of_model(run.model.num_layers):
+        raise ConfigError("\n".join(str(problem.under("compression")) for problem in wrong))
     return CacheModel(
         num_layers=run.model.num_layers,
         kv_heads=run.model.query_groups,

@@ -28,7 +28,12 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from lckv_megatron.checkpoint_options import add_layout_options, add_tokenizer_options, check_checkpoint
+from lckv_megatron.checkpoint_options import (
+    add_layout_options,
+    add_map_option,
+    add_tokenizer_options,
+    check_checkpoint,
+)
 from lckv_megatron.engine_options import (
     add_engine_options,
     add_model_options,
@@ -103,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add_engine_options(parser, batch_size=8)
     checkpoint = parser.add_argument_group("checkpoints (--load)")
     add_tokenizer_options(checkpoint)
+    add_map_option(checkpoint)
     add_layout_options(checkpoint)
     return parser
 
@@ -113,6 +119,11 @@ def of_folder(options: argparse.Namespace) -> tuple[Perplexity, dict[str, Any]]:
         raise ConfigError("--model runs on one process; start it without torchrun.")
     if options.passes is not None and options.through != "forward":
         raise ConfigError("--passes is for --through forward.")
+    if options.layer_types is not None:
+        raise ConfigError(
+            f"--layer-types is {options.layer_types}, which is for --load; a model of --model has one map: "
+            "leave it out."
+        )
     if not (options.model / "config.json").is_file():
         raise ConfigError(f"--model {options.model} is not a Hugging Face folder: it has no config.json.")
     check_folders([options.model])

@@ -64,7 +64,7 @@ def sample(options: argparse.Namespace) -> None:
 
     tokenizer, parallel = tokenizer_of_run(options), layout(options)
     initialize(parallel, seed=options.seed)
-    restored = restore(options.load, parallel)
+    restored = restore(options.load, parallel, layer_types=options.layer_types)
     prompt = tokenizer.encode(options.prompt) or [tokenizer.eod]
     added = continue_tokens(
         restored.stage,

@@ -79,6 +79,13 @@ def report(plan: Plan, options: argparse.Namespace) -> Iterator[str]:
     Raises ConfigError where an attention backend cannot serve, the picture cannot be written, or the host's
     memory is too small.
     """
+    family = plan.sizes.family
+    if family.only is None:
+        raise ConfigError(
+            f"--dry-run runs steps with one map, and compression.layer_types is a family of maps, {family}: "
+            f"give "
+            f"--compression.layer_types MAP, such as {family.stored} (the most weights) or {family.first}."
+        )
     from lckv_megatron.dry_run.report import describe
     from lckv_megatron.dry_run.stages import first_ranks, simulate_ranks
 

@@ -30,7 +30,7 @@ def sent_bytes(plan: Plan, stage: int) -> int:
     times = sum(
         _times(plan, layers, layer_run, with_gradient=step.requires_grad)
         for layers in plan.stages[stage].chunks
-        for step in run.compression.plan(run.model.num_layers)
+        for step in plan.compression.plan(run.model.num_layers)
         for layer_run in step.runs
         if layer_run.computes_kv and layer_run.index in layers
     )

@@ -72,7 +72,7 @@ def checkpoint_line(plan: Plan) -> str:
 def rank_memory(plan: Plan, number: int) -> RankMemory:
     """Of each rank of stage `number`."""
     run, stages, sizes = plan.run, plan.stages, plan.sizes
-    model, compression, parallel, train = run.model, run.compression, run.parallel, run.train
+    model, compression, parallel, train = run.model, plan.compression, run.parallel, run.train
     stage = stages[number]
     state = _state_of(plan, stage)
     of_micro_batch = 0
@@ -164,7 +164,7 @@ def recompute_settings(train: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
 
 def _sent(plan: Plan, stage: int) -> str:
     """What each rank of a stage sends forward with a micro-batch."""
-    way = plan.placement.journey(plan.run.compression)
+    way = plan.placement.journey(plan.compression)
     visits = [visit for visit in (*way.prepare, *way.train) if visit.stage == stage and visit.sends]
     if not visits:
         return "-"
@@ -177,7 +177,7 @@ def _sent(plan: Plan, stage: int) -> str:
 
 def _prepared_bytes(plan: Plan, stage: int) -> int:
     """Keys and values that wait on a stage for the first pass with gradient."""
-    way, ticks = plan.placement.journey(plan.run.compression), plan.ticks
+    way, ticks = plan.placement.journey(plan.compression), plan.ticks
     cargoes = [
         Cargo(hidden=False, previous=visit.receives.previous, counts=False)
         for visit in way.prepare
@@ -197,7 +197,7 @@ def _payload_bytes(plan: Plan, cargo: Cargo, boundary: int) -> int:
     from megatron_ext.parallel.pipeline_payload import PipelinePayload
 
     model, parallel, train = plan.run.model, plan.run.parallel, plan.run.train
-    compression, ranks = plan.run.compression, parallel.tensor_model_parallel_size
+    compression, ranks = plan.compression, parallel.tensor_model_parallel_size
     reporter, reporting = reporter_of(compression), reporting_layers(compression, model.num_layers)
     reports = cargo.counts and any(layer < boundary for layer in reporting)
     payload = PipelinePayload(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
+from lckv.config import CompressionConfig
 from lckv.cost import ModelShape
 from lckv.sharing.layer_types import LayerTypes
 from megatron_ext.config import RunConfig, TrainConfig
@@ -49,8 +50,14 @@ class Plan:
 
     @property
     def layer_types(self) -> LayerTypes:
-        """The sharing map."""
-        return self.run.compression.map(self.run.model.num_layers)
+        """The sharing map; of a family its first one."""
+        return self.run.compression.family(self.run.model.num_layers).first
+
+    @property
+    def compression(self) -> CompressionConfig:
+        """The section of the run; of a family of maps that with the heaviest one, which memory must suffice
+        for."""
+        return self.run.compression.heaviest(self.run.model.num_layers)
 
     @property
     def context(self) -> int:
@@ -77,7 +84,7 @@ class Plan:
     @property
     def ticks(self) -> Ticks | None:
         """The schedule of a step, where micro-batches come to a stage several times."""
-        way = self.placement.journey(self.run.compression)
+        way = self.placement.journey(self.compression)
         in_flight = self.run.parallel.pipeline_in_flight
         if not way.circulates:
             return None

@@ -23,7 +23,7 @@ class CheckpointLosses:
     def __init__(self, options: argparse.Namespace) -> None:
         tokenizer, parallel = tokenizer_of_run(options), layout(options)
         initialize(parallel, seed=1)
-        restored = restore(options.load, parallel)
+        restored = restore(options.load, parallel, layer_types=options.layer_types)
         self._stage = restored.stage
         self.context = restored.run.model.max_position_embeddings or restored.run.train.seq_length
         self.coder = Coder(tokenizer.encode, tokenizer.decode)

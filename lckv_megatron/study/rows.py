@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lckv_megatron.tables import markdown_table
 from megatron_ext.atomic import write_file
 from megatron_ext.errors import ConfigError
 
@@ -98,12 +97,14 @@ def front_of(points: Sequence[Point]) -> list[Point]:
 
 
 def table_of(points: Sequence[Point], reference: str) -> Iterator[str]:
-    """Lines of Markdown: the largest cache first; speeds as multiples of the model `reference`'s."""
+    """Lines of Markdown, the largest cache first: bytes of cache for a token, loss in nats per token,
+    operations of training; time of a prompt, largest batch and its tokens per second as multiples of the
+    model `reference`'s."""
     unit = next((point for point in points if point.model == reference), None)
     front = {point.model for point in front_of(points)}
-    head = ("model", "front", "KV bytes/token", "loss", "seeds", "tokens/slot", "training FLOPs",
-            "prefill time", "largest batch", "decode tokens/s")  # fmt: skip
-    rows = [head]
+    head = ("model", "front", "bytes/token", "loss", "seeds", "tokens/slot", "FLOPs", "prompt", "batch",
+            "decoding")  # fmt: skip
+    rows = [head, ("---",) * len(head)]
     for point in sorted(points, key=lambda point: (-point.kv_bytes, point.loss)):
         spread = f" ± {point.spread:.4f}" if len(point.losses) > 1 else ""
         rows.append(
@@ -120,7 +121,7 @@ def table_of(points: Sequence[Point], reference: str) -> Iterator[str]:
                 _ratio(point, unit, "tokens_per_second"),
             )
         )
-    yield from markdown_table(rows)
+    yield from (f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def _ratio(point: Point, unit: Point | None, column: str) -> str:

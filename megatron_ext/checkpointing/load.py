@@ -37,8 +37,8 @@ from megatron_ext.checkpointing.writing import current_layout, rng_file
 _MAP = "compression.layer_types"
 _WAY_TO_ANOTHER_MAP = (
     ". A plain model's weights get another map by conversion: lckv-megatron convert megatron-to-hf "
-    "--megatron-path {} --hf-path NEW, then lckv-megatron convert hf-to-megatron --hf-path NEW "
-    "--megatron-path NEW2 --compression.layer_types MAP"
+    "--megatron-path {} --hf-path NEW (with --layer-types MAP if it has a family of maps), then "
+    "lckv-megatron convert hf-to-megatron --hf-path NEW --megatron-path NEW2 --compression.layer_types MAP"
 )
 _POSITIONS = ("model.rotary_base", "model.rope_scaling")
 _WAY_TO_OTHER_POSITIONS = ". For longer contexts, set checkpoint.finetune to take the weights only"

@@ -37,15 +37,20 @@ def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
 
 
 def dump_logits(
-    load: Path, tokens_path: Path, output: Path, parallel: ParallelConfig, rows_at_once: int
+    load: Path,
+    tokens_path: Path,
+    output: Path,
+    parallel: ParallelConfig,
+    rows_at_once: int,
+    layer_types: str | None = None,
 ) -> None:
-    """Compute and write; every process that torchrun started calls it."""
+    """Compute and write; every process that torchrun started calls it. `layer_types`: see `restore`."""
     if rows_at_once < 1:
         raise ConfigError(f"--rows_at_once is {rows_at_once}; it must be at least 1.")
     check_output("--output", output)
     check_input("--tokens", tokens_path)
     initialize(parallel, seed=1)
-    restored = restore(load, parallel)
+    restored = restore(load, parallel, layer_types=layer_types)
     tokens = read_tokens(tokens_path, restored.stage.vocab_size)
     with exact_products():
         write_logits(restored.stage, tokens, output, rows_at_once=rows_at_once)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.transformer.module import MegatronModule
 
+from lckv.config import CompressionConfig
 from megatron_ext.config import TrainConfig
 from megatron_ext.schedule.micro_batches import MakeBatch, Samples, mean_loss, run_schedule
 from megatron_ext.schedule.statistics_meter import PolicyMeans, StatisticsMeter
@@ -31,8 +32,10 @@ def evaluate(
     *,
     progress: float,
     stops: Callable[[], bool],
+    compression: CompressionConfig | None = None,
 ) -> Evaluation | None:
-    """The model's loss on train.eval_iters global batches, as it is at a share `progress` of its training.
+    """The model's loss on train.eval_iters global batches, as it is at a share `progress` of its training,
+    with the map of `compression`; None: as configured.
 
     Before each batch all ranks ask `stops`, which says the same to all; None where it says that the
     evaluation is to be left.
@@ -43,7 +46,16 @@ def evaluate(
         stopped = stops()
         if stopped:
             break
-        losses = run_schedule(model, samples, make_batch, train, meter, progress=progress, forward_only=True)
+        losses = run_schedule(
+            model,
+            samples,
+            make_batch,
+            train,
+            meter,
+            progress=progress,
+            forward_only=True,
+            compression=compression,
+        )
         loss, num_tokens, _ = mean_loss(losses)
         total, count = total + loss * num_tokens, count + num_tokens
     model.train()

@@ -30,7 +30,7 @@ def architecture(model: ModelConfig, compression: CompressionConfig, *, vocab_si
         "untie_embeddings_and_output_weights": model.untie_embeddings_and_output_weights,
         "add_qkv_bias": model.add_qkv_bias,
         "qk_layernorm": model.qk_layernorm,
-        "layer_types": str(compression.map(model.num_layers)),
+        "layer_types": str(compression.family(model.num_layers)),
         "sliding_window": compression.sliding_window,
         "force_nodiag": compression.force_nodiag,
         "first_guess": compression.first_guess,

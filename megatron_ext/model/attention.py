@@ -18,11 +18,13 @@ from torch import Tensor
 
 from lckv.attention.backends import Choice
 from lckv.attention.visibility import Documents, Visibility
+from lckv.config import CompressionConfig
 from lckv.policies.base import KeyValue, Statistics, TokenContext
+from lckv.sharing.layer_types import LayerTypes
 from megatron_ext.mcore import name_argument
 from megatron_ext.model.attention_backend import choose_backend
 from megatron_ext.model.contexts import LayerContext, keys_values
-from megatron_ext.model.linear import FirstGuessLinear, QKVLinear
+from megatron_ext.model.linear import FirstGuessLinear, QKVLinear, TakingPart
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 from megatron_ext.parallel.context import ContextGroup
 from megatron_ext.parallel.key_ring import KeyRing
@@ -142,12 +144,13 @@ class SharedKVAttention(Attention):
             **name_argument(name),
         )
         self.layer_type = config.layer_types[layer_number - 1]
-        self.computes_kv = self.layer_type.index in config.layer_types.kv_layers
+        self.has_kv_weights = self.layer_type.index in config.layer_types.kv_layers
+        self.computes_kv = self.has_kv_weights
         self.policy = config.compression.policy.build()
         self.context_group = ContextGroup(self.pg_collection.cp, ring=config.sends_keys_round)
         self.head_dim = self.hidden_size_per_attention_head
         self.query_heads = config.num_attention_heads // self.world_size
-        width = self.query_projection_size + (2 * self.kv_projection_size if self.computes_kv else 0)
+        width = self.query_projection_size + (2 * self.kv_projection_size if self.has_kv_weights else 0)
         projection = submodules.linear_qkv(
             config.hidden_size,
             width,
@@ -160,13 +163,21 @@ class SharedKVAttention(Attention):
             tp_comm_buffer_name="qkv",
             tp_group=self.pg_collection.tp,
         )
-        setattr(self, "linear_qkv" if self.computes_kv else "linear_q", projection)
+        setattr(self, "linear_qkv" if self.has_kv_weights else "linear_q", projection)
         if config.compression.first_guess and self.layer_type.index in config.layer_types.cyclic_sources:
             self.linear_first_guess = FirstGuessLinear(
                 config, config.hidden_size, 2 * self.kv_projection_size, self.pg_collection.tp
             )
         self.q_layernorm = self._head_norm(submodules.q_layernorm)
-        self.k_layernorm = self._head_norm(submodules.k_layernorm) if self.computes_kv else None
+        self.k_layernorm = self._head_norm(submodules.k_layernorm) if self.has_kv_weights else None
+
+    def take(self, layer_types: LayerTypes, compression: CompressionConfig) -> None:
+        """Do what `layer_types` says of this layer from now on: that map, or one of the family, of
+        `compression`. Where others in a family have this layer compute keys and values, and this one does
+        not, its weights for them get zeros for gradients."""
+        self.layer_type = layer_types[self.layer_type.index]
+        self.computes_kv = self.layer_type.index in layer_types.kv_layers
+        self.core_attention.sight = compression.sight(self.layer_type)
 
     def _head_norm(self, spec: object) -> torch.nn.Module | None:
         if spec is None or not self.config.qk_layernorm:
@@ -220,16 +231,10 @@ class SharedKVAttention(Attention):
     def kv_heads(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
         """As `heads`, of a layer that computes keys and values; without queries where that is cheaper and the
         KV policy does not read them."""
-        cheap = (
-            isinstance(self.linear_qkv, QKVLinear)
-            and self.linear_qkv.can_project_kv_only()
-            and not self.policy.traits.reads_query
-            and not self._groups_split_over_ranks
-        )
-        if not cheap:
+        if self.policy.traits.reads_query or not self._can_project_part:
             return self.heads(hidden_states)
         mixed, _ = self.linear_qkv(
-            hidden_states, kv_only=(self.num_query_groups_per_partition, self.head_dim)
+            hidden_states, part="keys and values", heads=(self.num_query_groups_per_partition, self.head_dim)
         )
         key, value = mixed.view(*mixed.shape[:2], -1, 2, self.head_dim).unbind(3)
         return self._normalise(self.k_layernorm, key), value
@@ -254,10 +259,31 @@ class SharedKVAttention(Attention):
         computes them keys and values [s, b, g, d], as the KV policy gets them. The query heads are then all
         those of these KV heads, of which `attending` takes this rank's."""
         if not self.computes_kv:
-            query, _ = self.linear_q(hidden_states)
-            return (self._normalise(self.q_layernorm, query.unflatten(-1, (-1, self.head_dim))),)
+            query = self._query_alone(hidden_states)
+            return (self._normalise(self.q_layernorm, query),)
         query, key, value = self._split(self.linear_qkv(hidden_states)[0])
         return self._normalise(self.q_layernorm, query), self._normalise(self.k_layernorm, key), value
+
+    def _query_alone(self, hidden_states: Tensor) -> Tensor:
+        """Queries before their norm, of a layer that only reads."""
+        if not self.has_kv_weights:
+            return self.linear_q(hidden_states)[0].unflatten(-1, (-1, self.head_dim))
+        if self.k_layernorm is not None:
+            hidden_states = TakingPart.apply(hidden_states, *self.k_layernorm.parameters())
+        if self._can_project_part:
+            part, _ = self.linear_qkv(
+                hidden_states, part="query", heads=(self.num_query_groups_per_partition, self.head_dim)
+            )
+            return part.unflatten(-1, (-1, self.head_dim))
+        return self._of_rank(self._split(self.linear_qkv(hidden_states)[0])[0])
+
+    @property
+    def _can_project_part(self) -> bool:
+        return (
+            isinstance(self.linear_qkv, QKVLinear)
+            and self.linear_qkv.can_project_part()
+            and not self._groups_split_over_ranks
+        )
 
     def attending(self, query: Tensor, tokens: TokenContext) -> Tensor:
         """The queries of `heads` as they attend, [s, b, h, d + e]."""

@@ -6,8 +6,7 @@ stage runs, `lckv.sharing.execution` runs them.
 
 import re
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import tensor_parallel
@@ -18,10 +17,12 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 from torch.profiler import record_function
 
-from lckv.pass_errors import PassErrors, PassRecord
+from lckv.config import CompressionConfig
+from lckv.pass_errors import PassErrors, PassRecord, reporting_layers
 from lckv.policies.base import KeyValue, Statistics
 from lckv.sharing.execution import State
-from lckv.sharing.journey import Cargo, Visit
+from lckv.sharing.journey import Cargo, Journey, Visit
+from lckv.sharing.layer_types import LayerTypes
 from lckv.sharing.plan import Step
 from lckv.sharing.visiting import run_visit
 from megatron_ext.model.contexts import LayerContext
@@ -37,8 +38,20 @@ from megatron_ext.parallel.process_groups import device_of_rank
 
 _NO_CARGO = Cargo(hidden=True, counts=False)
 
+_WAYS = 64
+"""That are kept: making one takes milliseconds."""
+
 Contexts = dict[int, LayerContext]
 """By layer."""
+
+
+class _Way(NamedTuple):
+    """What a block runs with one map and one number of passes."""
+
+    compression: CompressionConfig
+    layer_types: LayerTypes
+    plan: tuple[Step, ...]
+    journey: Journey
 
 
 class SharedKVBlock(TransformerBlock):
@@ -60,10 +73,8 @@ class SharedKVBlock(TransformerBlock):
             post_process=post_process,
             pg_collection=pg_collection,
         )
-        self.layer_types = config.layer_types
         self.places = {layer.layer_number - 1: place for place, layer in enumerate(self.layers)}
         self.stage = self.pg_collection.pp.rank()
-        self.take_passes(None)
         self.fp8 = Fp8Passes(config, dict(zip(self.places, self.layers, strict=True)))
         self.context_group = ContextGroup(self.pg_collection.cp)
         self.statistics = StatisticSums(config, self.pg_collection.tp, self.context_group)
@@ -71,15 +82,56 @@ class SharedKVBlock(TransformerBlock):
         everything = len(self.layers) if recompute_num_layers is None else recompute_num_layers
         self.recomputed_layers = everything if config.recompute_granularity == "full" else 0
         self.offloaded = OffloadedLayers(config, config.offload, device_of_rank()) if config.offload else None
+        self._ways: dict[CompressionConfig, _Way] = {}
+        self._way: _Way | None = None
+        self.has_one_map = config.compression.family(config.num_layers).only is not None
+        """Whether there is no family of maps."""
+        if self.has_one_map:
+            self.take(config.compression)
 
-    def take_passes(self, forward_passes: int | None) -> None:
-        """Run so many passes without gradient from now on; None: those of the configuration. All stages are
-        told the same between steps, when no micro-batch is on its way."""
-        compression = self.config.compression
-        if forward_passes is not None:
-            compression = replace(compression, forward_passes=forward_passes)
-        self.plan = compression.plan(len(self.layer_types))
-        self.journey = self.config.placed.journey(compression)
+    def take(self, compression: CompressionConfig) -> None:
+        """Run the map and the passes of `compression` from now on: those of the configuration, with another
+        number of passes without gradient, or with a map of its family. All stages are told the same between
+        steps, when no micro-batch is on its way. No module is built or changed."""
+        way = self._ways.get(compression)
+        if way is None:
+            while len(self._ways) >= _WAYS:
+                del self._ways[next(iter(self._ways))]
+            layers = self.config.num_layers
+            journey = self.config.placed.journey(compression)
+            way = _Way(compression, compression.map(layers), compression.plan(layers), journey)
+            self._ways[compression] = way
+        if way is self._way:
+            return
+        self._way = way
+        self.statistics.layers = reporting_layers(compression, len(way.layer_types))
+        for layer in self.layers:
+            layer.self_attention.take(way.layer_types, compression)
+
+    @property
+    def way(self) -> "_Way":
+        """What runs now."""
+        if self._way is None:
+            raise ValueError(
+                f"the model has a family of maps, {self.config.compression.layer_types}, and none of them "
+                "was chosen: call take() of the block."
+            )
+        return self._way
+
+    @property
+    def layer_types(self) -> LayerTypes:
+        """The map that runs now."""
+        return self.way.layer_types
+
+    @property
+    def plan(self) -> tuple[Step, ...]:
+        """Its steps."""
+        return self.way.plan
+
+    @property
+    def journey(self) -> Journey:
+        """The way of a micro-batch through the pipeline stages."""
+        return self.way.journey
 
     @property
     def visit(self) -> Visit:

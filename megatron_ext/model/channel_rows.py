@@ -23,7 +23,7 @@ class StageChannelRows:
         """Views of the rows, of weights and biases, that make channel `channel` of the heads of `kind`."""
         for layer in self._layers:
             attention: SharedKVAttention = layer.self_attention
-            projection = attention.linear_qkv if attention.computes_kv else attention.linear_q
+            projection = attention.linear_qkv if attention.has_kv_weights else attention.linear_q
             rows = _rows_of_rank(attention, kind, channel)
             for parameter in (projection.weight, projection.bias):
                 if parameter is not None:
@@ -56,7 +56,7 @@ def _rows_of_rank(attention: SharedKVAttention, kind: Kind, channel: int) -> lis
     head where there are more ranks than KV heads."""
     config, ranks, rank = attention.config, attention.world_size, attention.pg_collection.tp.rank()
     queries, groups, channels = config.num_attention_heads, config.num_query_groups, attention.head_dim
-    if attention.computes_kv:
+    if attention.has_kv_weights:
         rows, heads = fused_rows(queries, groups, channels, kind, channel), queries + 2 * groups
     else:
         rows, heads = lone_rows(queries, channels, kind, channel), queries

@@ -1,9 +1,9 @@
-"""The fused projection of queries, keys and values, which can also compute keys and values alone; the output
+"""The fused projection of queries, keys and values, which can also compute a part of them alone; the output
 layer, which can also compute the loss alone."""
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
@@ -21,28 +21,36 @@ from torch.distributed import ProcessGroup
 from lckv.losses.token_losses import TokenLosses
 from megatron_ext.model.implementation import has_fused_gradients
 
+QKVPart = Literal["query", "keys and values"]
+
 
 class QKVLinear(ColumnParallelLinear):
     """Megatron's fused projection. Rows of each KV head: its query heads, then its key, then its value.
 
-    A pass of a cyclic group that only serves the next one needs no queries of its top layer; `kv_only`
-    multiplies with the rows of keys and values alone. The slicing happens inside `forward`, after the hooks
-    of overlapped weight gathering.
+    A pass of a cyclic group that only serves the next one needs no queries of its top layer, and a layer of a
+    family of maps that only reads in a step needs nothing else: a `part` multiplies with its rows alone. The
+    slicing happens inside `forward`, after the hooks of overlapped weight gathering.
     """
 
     def forward(
-        self, input_: Tensor, weight: Tensor | None = None, *, kv_only: tuple[int, int] | None = None
+        self,
+        input_: Tensor,
+        weight: Tensor | None = None,
+        *,
+        part: QKVPart | None = None,
+        heads: tuple[int, int] = (0, 0),
     ) -> tuple[Tensor, Tensor | None]:
-        """[s, b, hidden] to [s, b, rows of this rank], or with `kv_only` = (KV heads of this rank, D) to [s,
-        b, heads * 2 * D]."""
-        if kv_only is None:
+        """[s, b, hidden] to [s, b, rows of this rank], or with a `part` and `heads` = (KV heads of this rank,
+        D) to [s, b, KV heads * 2 * D] or [s, b, query heads * D]. Rows of the other part get zeros for
+        gradients."""
+        if part is None:
             return super().forward(input_, weight)
         if not (self.allreduce_dgrad or self.sequence_parallel):
             input_ = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
         output = linear_with_grad_accumulation_and_async_allreduce(
             input_,
-            _kv_rows(self.weight, *kv_only),
-            None if self.bias is None else _kv_rows(self.bias, *kv_only),
+            _rows_of(part, self.weight, *heads),
+            None if self.bias is None else _rows_of(part, self.bias, *heads),
             gradient_accumulation_fusion=False,
             allreduce_dgrad=self.allreduce_dgrad,
             sequence_parallel=self.sequence_parallel,
@@ -50,9 +58,25 @@ class QKVLinear(ColumnParallelLinear):
         )
         return output, None
 
-    def can_project_kv_only(self) -> bool:
-        """Whether `kv_only` may be used now: fused accumulation writes gradients of whole weights only."""
+    def can_project_part(self) -> bool:
+        """Whether `part` may be used now: fused accumulation writes gradients of whole weights only."""
         return not (self.gradient_accumulation_fusion and torch.is_grad_enabled())
+
+
+class TakingPart(torch.autograd.Function):
+    """Weights that a step does not use, with zeros for gradients: Megatron's data parallelism waits for the
+    gradient of every weight."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, *weights: Tensor) -> Tensor:
+        """The states, as they are."""
+        ctx.save_for_backward(*weights)
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        """That of the states, as it is."""
+        return gradient, *map(torch.zeros_like, ctx.saved_tensors)
 
 
 LossOfStates = Callable[[Tensor, Tensor, Tensor | None], TokenLosses]
@@ -151,5 +175,6 @@ class FirstGuessLinear(ColumnParallelLinear):
         return torch.nn.functional.linear(input_, self.weight)
 
 
-def _kv_rows(rows: Tensor, heads: int, head_dim: int) -> Tensor:
-    return rows.view(heads, -1, *rows.shape[1:])[:, -2 * head_dim :].flatten(0, 1)
+def _rows_of(part: QKVPart, rows: Tensor, heads: int, head_dim: int) -> Tensor:
+    groups = rows.view(heads, -1, *rows.shape[1:])
+    return (groups[:, : -2 * head_dim] if part == "query" else groups[:, -2 * head_dim :]).flatten(0, 1)

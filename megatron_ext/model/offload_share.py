@@ -33,6 +33,7 @@ class OffloadShare:
     ) -> None:
         """`fused`: see `layer_memory.py`."""
         self._train = train
+        compression = compression.heaviest(model.num_layers)
         memory = LayerMemory(model, compression, parallel, train, fused=fused)
         ranks = parallel.tensor_model_parallel_size
         layer_types = compression.map(model.num_layers)

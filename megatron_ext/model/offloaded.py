@@ -35,8 +35,7 @@ class OffloadedLayers:
     ) -> None:
         self._shards = config.tensor_model_parallel_size if config.sequence_parallel else 1
         self._settings, self._device = settings, device
-        layers = config.layer_types
-        self._read_by_others = {layer.source for layer in layers if layer.source != layer.index}
+        self._read_by_others = config.compression.family(config.num_layers).shared_layers
         require_host_memory(settings.expected_bytes)
         link = Link(device)
         pool = HostPool(settings.host_bytes, pinned=device.type == "cuda")

@@ -57,7 +57,7 @@ def stage_parameters(
     stages, ranks = placement.stages, parallel.tensor_model_parallel_size
     matrix = padded_vocab_size(vocab_size, model, parallel) * model.hidden_size // ranks
     tied = not model.untie_embeddings_and_output_weights
-    layer_types = compression.map(model.num_layers)
+    layer_types = compression.family(model.num_layers).stored
     guessed = layer_types.cyclic_sources if compression.first_guess else ()
     guess = 2 * model.query_groups * model.head_dim * model.hidden_size
     counts = []

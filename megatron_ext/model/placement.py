@@ -85,11 +85,12 @@ def place(
     number = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
     layout = parallel.pipeline_model_parallel_layout
     if layout == AUTO:
-        steps = compression.plan(model.num_layers)
+        maps = compression.maps(model.num_layers).items()
         weights = [
             sum(
-                costs[run.index].of(run.part) * (3 if step.requires_grad else 1)
-                for step in steps
+                share * costs[run.index].of(run.part) * (3 if step.requires_grad else 1)
+                for one, share in maps
+                for step in one.plan(model.num_layers)
                 for run in step.runs
                 if run.index == layer
             )

@@ -13,7 +13,7 @@ import torch
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
-from lckv.pass_errors import reporter_of, reporting_layers
+from lckv.pass_errors import reporter_of
 from lckv.policies.base import Statistics
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 from megatron_ext.parallel.chunks import ChunkRows
@@ -80,8 +80,8 @@ class StatisticSums:
         self._policy = config.compression.policy.build()
         self.reporter = reporter_of(config.compression)
         """Who says what the statistics are."""
-        self.layers = reporting_layers(config.compression, len(config.layer_types))
-        """The layers that have them."""
+        self.layers: tuple[int, ...] = ()
+        """The layers that have them, of the map that the block runs; the block sets it."""
         self._group, self._context_group = group, context_group
         self._heads = config.num_query_groups
         self._parts = group.size() if self.reporter.per_rank else 1

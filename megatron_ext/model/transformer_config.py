@@ -25,7 +25,7 @@ class SharedKVTransformerConfig(TransformerConfig):
     from a spec knows its layer's place."""
 
     compression: CompressionConfig = field(default_factory=CompressionConfig)
-    """Sharing map, passes, window and KV policy."""
+    """Sharing map or family of maps, passes, window and KV policy."""
 
     fp8_no_gradient: Literal["e4m3", "hybrid"] | None = None
     """As Megatron's `fp8`, for passes without gradient alone; `fp8` is for all passes."""
@@ -59,8 +59,9 @@ class SharedKVTransformerConfig(TransformerConfig):
 
     @property
     def layer_types(self) -> LayerTypes:
-        """The sharing map."""
-        return self.compression.map(self.num_layers)
+        """The sharing map; of a family one in which those layers compute keys and values that have weights
+        for them."""
+        return self.compression.family(self.num_layers).stored
 
 
 def transformer_config(

@@ -15,6 +15,7 @@ from megatron_ext.config import ParallelConfig, RunConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.build import build_stage
 from megatron_ext.model.gpt import SharedKVGPTModel
+from megatron_ext.restoring.chosen_map import chosen_map
 from megatron_ext.validation.layout import layout_problems, process_problems
 
 _SETTINGS = "config.json"
@@ -43,12 +44,18 @@ def saved_settings(path: Path) -> dict[str, Any]:
 
 
 def restore(
-    path: Path, parallel: ParallelConfig, *, verify_hashes: bool = True, in_float32: bool = False
+    path: Path,
+    parallel: ParallelConfig,
+    *,
+    layer_types: str | None = None,
+    verify_hashes: bool = True,
+    in_float32: bool = False,
 ) -> Restored:
     """Build this rank's stage on the layout `parallel` and load its weights. Needs process groups.
 
-    Sequence parallelism and FP8, which are for training and restrict lengths, are left out. With
-    `in_float32` the model computes in float32 and nothing coarser, whatever the run did.
+    `layer_types`: the map with which a model runs that was trained with a family of them; of another model
+    its own, or None. Sequence parallelism and FP8, which are for training and restrict lengths, are left out.
+    With `in_float32` the model computes in float32 and nothing coarser, whatever the run did.
 
     Raises ConfigError where the model does not fit the layout, and CheckpointError as `load_checkpoint` does.
     """
@@ -65,10 +72,12 @@ def restore(
     if in_float32:  # Transformer Engine multiplies float32 matrices in TF32, and flash-attn has no float32
         model = replace(run.model, transformer_impl="local", attention_backend="auto")
         run = replace(run, model=model, train=replace(run.train, precision="fp32"))
+    chosen = chosen_map(path, run.compression, run.model.num_layers, layer_types)
     if problems := [*layout_problems(run), *process_problems(parallel, dist.get_world_size())]:
         raise ConfigError("\n".join(problems))
     vocab_size = defining["architecture"]["vocab_size"]
     stage = build_stage(run.model, run.compression, parallel, run.train, vocab_size=vocab_size)
     loaded = load_checkpoint(path, model=[stage], verify_hashes=verify_hashes, expected_model=defining)
+    stage.decoder.take(chosen)
     stage.eval()
-    return Restored(stage, run, loaded.iteration)
+    return Restored(stage, replace(run, compression=chosen), loaded.iteration)

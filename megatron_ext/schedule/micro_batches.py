@@ -13,6 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
+from lckv.config import CompressionConfig
 from lckv.losses.linear_distillation import Lesson
 from lckv.losses.token_losses import TokenLosses
 from megatron_ext.config import TrainConfig
@@ -90,17 +91,17 @@ def run_schedule(
     *,
     progress: float,
     forward_only: bool,
-    forward_passes: int | None = None,
+    compression: CompressionConfig | None = None,
     teach: Teach | None = None,
 ) -> list[Tensor]:
-    """Run the micro-batches of a step or an evaluation, with m = `forward_passes`; None: as configured.
-    `teach`: of a teacher, on one stage.
+    """Run the micro-batches of a step or an evaluation, with the map and the passes of `compression`; None:
+    as configured, which is no family of maps. `teach`: of a teacher, on one stage.
 
     Returns losses of this rank's micro-batches, float64 [3 + b] each: as `token_loss` reports them. Empty
     before the last stage."""
     passage = _LossOfBatch(model, train, progress, forward_only, teach)
     decoder = get_attr_wrapped_model(model, "decoder")
-    decoder.take_passes(forward_passes)
+    decoder.take(compression or decoder.config.compression)
     tokens = train.seq_length // decoder.context_group.chunks.ranks
     if decoder.journey.circulates:
         ticks = ticks_of(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lckv.pass_errors import Reporter
 from lckv.policies.base import statistics_by_name
-from megatron_ext.model.policy_statistics import PolicyReport
+from megatron_ext.model.policy_statistics import PolicyReport, StatisticSums
 from megatron_ext.parallel.process_groups import device_of_rank
 
 _NAMED = 8
@@ -71,7 +71,7 @@ class StatisticsMeter:
     def __init__(self, model: MegatronModule) -> None:
         decoder = get_attr_wrapped_model(model, "decoder")
         self._reporter: Reporter = decoder.statistics.reporter
-        self._layers: tuple[int, ...] = decoder.statistics.layers
+        self._statistics: StatisticSums = decoder.statistics
         self._heads: int = decoder.config.num_query_groups
         self._mine: slice = decoder.statistics.local_heads()
         self._sums: dict[int, Tensor] = {}
@@ -90,16 +90,18 @@ class StatisticsMeter:
             self._loss = lost if self._loss is None else self._loss + lost
 
     def total(self) -> PolicyMeans | None:
-        """Collective over all ranks; None for a policy without statistics."""
+        """Of steps with the map that the model runs now. Collective over all ranks; None for a policy without
+        statistics."""
+        layers = self._statistics.layers
         count = len(self._reporter.statistics)
         if not count:
             return None
         # for each statistic, layer and head: sum and number of rows; then sum and number of the loss
-        shape = (count, len(self._layers), self._heads)
+        shape = (count, len(layers), self._heads)
         table = torch.zeros(2, torch.Size(shape).numel() + 1, dtype=torch.float64, device=device_of_rank())
         has_first_chunk = parallel_state.get_context_parallel_rank() == 0
         grid = table[:, :-1].view(2, *shape)
-        for place, layer in enumerate(self._layers):
+        for place, layer in enumerate(layers):
             if layer in self._sums:
                 grid[0, :, place, self._mine] = self._sums[layer]
                 # ranks that share rows add up to what they report of them
@@ -113,4 +115,4 @@ class StatisticsMeter:
         dist.all_reduce(table)
         means = (table[0] / table[1].clamp(min=1)).cpu()
         named = statistics_by_name(self._reporter, means[:-1].view(shape).unbind())
-        return PolicyMeans(self._layers, named, means[-1].item())
+        return PolicyMeans(layers, named, means[-1].item())

@@ -17,9 +17,21 @@ _SHOWN_SOURCES = 10
 
 
 def picture(sizes: RunSizes) -> str:
-    """The sharing map, a line per layer, and what in it is doubtful."""
-    lines = [draw(sizes.layer_types, window=sizes.run.compression.sliding_window)]
+    """The sharing map, a line per layer, and what in it is doubtful; of a family its first map."""
+    lines = [*_family_lines(sizes), draw(sizes.layer_types, window=sizes.run.compression.sliding_window)]
     return "\n".join([*lines, *(f"warning: {doubt}" for doubt in doubts(sizes.layer_types))])
+
+
+def _family_lines(sizes: RunSizes) -> Iterator[str]:
+    family = sizes.family
+    if family.only is not None:
+        return
+    if family.is_enumerated:
+        number = f"{len(family.weights):,} maps"
+    else:
+        number = f"{family.number_of_draws:,} draws; means over them are estimated from some of them"
+    yield f"each step draws its map from {family} ({number})."
+    yield f"The cache and prompts are told for the first map, {family.first}:"
 
 
 def model_lines(sizes: RunSizes) -> Iterator[str]:
@@ -27,7 +39,7 @@ def model_lines(sizes: RunSizes) -> Iterator[str]:
     plain, mine = sizes.plain_kv_bytes, sizes.kv_bytes
     yield (
         f"parameters            {sizes.parameters:,}, keys and values computed in "
-        f"{len(sizes.layer_types.kv_layers)} of {sizes.shape.num_layers} layers"
+        f"{len(sizes.family.stored.kv_layers)} of {sizes.shape.num_layers} layers"
     )
     yield (
         f"KV cache              {mine:,} bytes per token in 16 bits, {plain / mine:.2f}x less than a plain "
@@ -48,7 +60,7 @@ def _rope_line(run: RunConfig) -> Iterator[str]:
 def cost_lines(sizes: RunSizes) -> Iterator[str]:
     """Operations of a training step, and the steps of the plan where layers are iterated."""
     compression, cost, passes = sizes.run.compression, sizes.cost, ""
-    if sizes.layer_types.any_cyclic:
+    if sizes.family.any_cyclic:
         numbers, schedule = forward_passes_of(sizes.run), sizes.run.train.forward_passes_schedule
         without = f"{numbers[0]} to {numbers[-1]} ({schedule})" if len(numbers) > 1 else f"{numbers[0]}"
         guess = ", from a learned first guess" if compression.first_guess else ""
@@ -56,8 +68,9 @@ def cost_lines(sizes: RunSizes) -> Iterator[str]:
             f" ({without} passes without and {compression.backward_passes} with gradient over each cyclic "
             f"group{guess})"
         )
-    yield f"predicted cost        {cost.ratio:.2f}x a plain model's step{passes}"
-    if sizes.layer_types.any_cyclic:
+    mean = "" if sizes.family.only else ", the mean over the maps"
+    yield f"predicted cost        {cost.ratio:.2f}x a plain model's step{mean}{passes}"
+    if sizes.family.only and sizes.layer_types.any_cyclic:
         steps = list_steps(compression.plan(sizes.shape.num_layers))
         yield from (f"{_INDENT if number else 'steps'.ljust(22)}{step}" for number, step in enumerate(steps))
     all_passes = ", with all passes" if passes else ""

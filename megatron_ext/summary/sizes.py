@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from lckv.cost import ModelShape, PromptCost, TrainingCost, kv_bytes_per_token, prompt_cost, training_cost
+from lckv.sharing.family import LayerTypesFamily
 from lckv.sharing.layer_types import LayerTypes
 from megatron_ext.config import RunConfig
 from megatron_ext.model.placement import place
@@ -19,9 +20,14 @@ class RunSizes:
     """Of the whole model."""
 
     @property
+    def family(self) -> LayerTypesFamily:
+        """The sharing map, or the family of maps."""
+        return self.run.compression.family(self.shape.num_layers)
+
+    @property
     def layer_types(self) -> LayerTypes:
-        """The sharing map."""
-        return self.run.compression.map(self.shape.num_layers)
+        """The sharing map; of a family its first one, of which the cache and prompts are told."""
+        return self.family.first
 
     @property
     def kv_bytes(self) -> int:
@@ -61,7 +67,7 @@ class RunSizes:
     @property
     def prompt(self) -> PromptCost:
         """Of a prompt as long as a training sequence."""
-        return prompt_cost(self.shape, self.run.compression)
+        return prompt_cost(self.shape, self.run.compression.with_map(self.layer_types))
 
 
 def recomputed_layers(run: RunConfig) -> int:
@@ -74,8 +80,9 @@ def recomputed_layers(run: RunConfig) -> int:
 
 
 def cost_of(run: RunConfig, shape: ModelShape) -> TrainingCost:
-    """Predicted FLOPs per token of a training step, or their mean where steps differ. Recomputation counts
-    where whole layers are recomputed; that of selective recompute and of a loss in chunks is left out."""
+    """Predicted FLOPs per token of a training step, or their mean where steps differ in passes or in maps.
+    Recomputation counts where whole layers are recomputed; that of selective recompute and of a loss in
+    chunks is left out."""
     layers = recomputed_layers(run)
     costs = [
         training_cost(shape, replace(run.compression, forward_passes=passes), recomputed_layers=layers)

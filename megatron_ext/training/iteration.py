@@ -21,14 +21,14 @@ from megatron_ext.data.datasets import Datasets
 from megatron_ext.data.loader import build_data_iterator
 from megatron_ext.data.samples import SampleDataset
 from megatron_ext.errors import ConfigError
-from megatron_ext.evaluation.loss import evaluate
+from megatron_ext.evaluation.loss import Evaluation, evaluate
 from megatron_ext.last_word import PASSED_ON, say_last
 from megatron_ext.schedule.micro_batches import MakeBatch, Teach
 from megatron_ext.signals import Interrupted
 from megatron_ext.training.around_steps import Around, around_steps
 from megatron_ext.training.continuation import ORDER_KEY
 from megatron_ext.training.measured import MEASURED_KEY, Measurements
-from megatron_ext.training.passes import passes_of_step
+from megatron_ext.training.passes import compression_of_step, evaluated_maps
 from megatron_ext.training.report import Report
 from megatron_ext.training.signs_of_life import Beat, signs_of_life
 from megatron_ext.training.step import require_finite, train_step
@@ -137,6 +137,9 @@ def _train(
     with closing(_iterator(training, training.datasets.train, position.consumed_samples)) as samples:
         while position.iteration < run.train.train_iters and reason is None:
             beat(position.iteration + 1)
+            compression = compression_of_step(
+                run.compression, run.train, run.model.num_layers, position.iteration
+            )
             with around(position.iteration + 1):
                 result = train_step(
                     training.model,
@@ -146,7 +149,7 @@ def _train(
                     training.make_batch,
                     run.train,
                     progress=position.progress(run.train),
-                    forward_passes=passes_of_step(run.compression, run.train, position.iteration),
+                    compression=compression,
                     teach=training.teach,
                 )
             position = position.after_step(run.train.global_batch_size, run.train.seq_length)
@@ -233,20 +236,29 @@ def _validate(
         reason = stop.agreed()
         return reason is not None
 
-    with closing(_iterator(training, dataset, 0)) as samples:
-        evaluation = evaluate(
-            training.model,
-            samples,
-            training.make_batch,
-            train,
-            progress=position.progress(train),
-            stops=stops,
-        )
+    compression, evaluations = training.run.compression, dict[str, Evaluation]()
+    family = compression.family(training.run.model.num_layers)
+    for layer_types in evaluated_maps(family, train):
+        with closing(_iterator(training, dataset, 0)) as samples:
+            evaluation = evaluate(
+                training.model,
+                samples,
+                training.make_batch,
+                train,
+                progress=position.progress(train),
+                stops=stops,
+                compression=compression if family.only else compression.with_map(layer_types),
+            )
+        if evaluation is None:
+            break
+        evaluations[str(layer_types)] = evaluation
     if gathers_late:
         training.model.enable_forward_pre_hook()
-    if evaluation is not None:
-        training.measurements.validation(position.iteration, evaluation)
-        report.validation(position.iteration, position.consumed_tokens, evaluation)
+    if reason is None:
+        of_maps = {} if family.only else evaluations
+        first = next(iter(evaluations.values()))
+        training.measurements.validation(position.iteration, first, of_maps)
+        report.validation(position.iteration, position.consumed_tokens, first, of_maps)
     return reason
 
 

@@ -15,6 +15,9 @@ MEASURED_KEY = "measured"
 of, the `loss` in nats per token, and what the KV policy reports, such as `compression_ratio` (tokens per
 slot)."""
 
+OF_MAPS_KEY = "of_maps"
+"""Where `validation` keeps, of a family of maps, the same numbers of each of them that was evaluated."""
+
 
 class Measurements:
     """The newest numbers of training and of validation."""
@@ -29,9 +32,14 @@ class Measurements:
         """After an optimizer step."""
         self._step = iteration, result
 
-    def validation(self, iteration: int, evaluation: Evaluation) -> None:
-        """After an evaluation."""
+    def validation(self, iteration: int, evaluation: Evaluation, of_maps: Mapping[str, Evaluation]) -> None:
+        """After an evaluation; `of_maps`: of the maps of a family, one of which is `evaluation`."""
         self._evaluation = self._facts(iteration, evaluation.loss, evaluation.policy)
+        if of_maps:
+            self._evaluation[OF_MAPS_KEY] = {
+                layer_types: self._facts(iteration, one.loss, one.policy)
+                for layer_types, one in of_maps.items()
+            }
 
     def to_json(self) -> dict[str, Any]:
         """Fit for `json.dumps`; what was not measured is left out."""

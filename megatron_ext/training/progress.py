@@ -35,13 +35,18 @@ _SHOWN: dict[str, Callable[[float], str]] = {
     "peak_memory_bytes": lambda value: f"peak {value / 2**30:.2f} GiB",
     "save_stall_seconds": lambda value: f"stood still for saves {value:.2f} s",
 }
+_OF_MAP = "validation_loss/"
 _IN_BAR = ("lm_loss", "tokens_per_second", "mfu", "current_memory_bytes", "peak_memory_bytes")
 
 
 def step_line(values: Mapping[str, Value], names: tuple[str, ...] = tuple(_SHOWN)) -> str:
-    """Those of `values` that `names` lists, with units, in one line."""
-    shown = (_SHOWN[name](values[name]) for name in names if isinstance(values.get(name), float | int))  # type: ignore[arg-type]
-    return " | ".join(shown)
+    """Those of `values` that `names` lists, with units, in one line, and the validation losses of a family's
+    maps."""
+    shown = [_SHOWN[name](values[name]) for name in names if isinstance(values.get(name), float | int)]  # type: ignore[arg-type]
+    of_maps = {
+        name.removeprefix(_OF_MAP): value for name, value in values.items() if name.startswith(_OF_MAP)
+    }
+    return " | ".join([*shown, *(f"{name} {value:.4f}" for name, value in of_maps.items())])
 
 
 class Progress:

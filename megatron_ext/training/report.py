@@ -62,25 +62,35 @@ class Report:
             **self._throughput.metrics(tokens, seconds),
             **self._of_policy(result.policy, iteration),
         }
+        if result.layer_types is not None:
+            values["layer_types"] = result.layer_types
         if self._stalled > 0:
             values["save_stall_seconds"] = self._stalled
         self._stalled = 0.0
         self._write(iteration, values)
         self.restart_clock()
 
-    def validation(self, iteration: int, consumed_tokens: int, evaluation: Evaluation) -> None:
-        """After an evaluation; its time does not count as training."""
-        perplexity = math.exp(evaluation.loss) if evaluation.loss < 700 else math.inf
-        values: dict[str, Value] = {
-            "validation_loss": evaluation.loss,
-            "validation_perplexity": perplexity,
-            "consumed_tokens": consumed_tokens,
-        }
-        if evaluation.policy is not None:
-            reported = evaluation.policy.report(self._reporter, None)
-            values |= {f"validation_{name}": value for name, value in reported.items()}
+    def validation(
+        self, iteration: int, consumed_tokens: int, evaluation: Evaluation, of_maps: Mapping[str, Evaluation]
+    ) -> None:
+        """After an evaluation; its time does not count as training. `of_maps`: of the maps of a family, the
+        first of which is `evaluation`."""
+        values = {**self._of_evaluation(evaluation), "consumed_tokens": consumed_tokens}
+        for layer_types, one in of_maps.items():
+            values |= {f"{name}/{layer_types}": value for name, value in self._of_evaluation(one).items()}
+        if of_maps:
+            values["validation_layer_types"] = next(iter(of_maps))
         self._write(iteration, values)
         self.restart_clock()
+
+    def _of_evaluation(self, evaluation: Evaluation) -> dict[str, Value]:
+        perplexity = math.exp(evaluation.loss) if evaluation.loss < 700 else math.inf
+        reported = {} if evaluation.policy is None else evaluation.policy.report(self._reporter, None)
+        return {
+            "validation_loss": evaluation.loss,
+            "validation_perplexity": perplexity,
+            **{f"validation_{name}": value for name, value in reported.items()},
+        }
 
     def _of_policy(self, means: PolicyMeans | None, iteration: int) -> dict[str, Value]:
         """What the KV policy reports, and its statistics of every layer and KV head."""

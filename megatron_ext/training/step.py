@@ -8,8 +8,10 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
+from lckv.config import CompressionConfig
 from megatron_ext.config import TrainConfig
 from megatron_ext.schedule.micro_batches import (
     FIRST_ROW,
@@ -47,6 +49,9 @@ class StepResult:
     policy: PolicyMeans | None
     """What the KV policy did; None for one without statistics."""
 
+    layer_types: str | None = None
+    """The map, where it was drawn from a family."""
+
 
 class NonFiniteLossError(ArithmeticError):
     """The loss of a step is not a number, or infinite."""
@@ -61,14 +66,14 @@ def train_step(
     train: TrainConfig,
     *,
     progress: float,
-    forward_passes: int | None = None,
+    compression: CompressionConfig | None = None,
     teach: Teach | None = None,
 ) -> StepResult:
     """Forward and backward of the global batch's micro-batches on this rank, gradient reduction, and the
     update.
 
-    `progress` is the share of the run that is done before this step, 0 .. 1; `forward_passes` is m of this
-    step, None: that of the configuration. `teach`: of a teacher that is learned from.
+    `progress` is the share of the run that is done before this step, 0 .. 1; `compression` has the map and
+    the passes of this step, None: as configured. `teach`: of a teacher that is learned from.
     """
     model.zero_grad_buffer()
     optimizer.zero_grad()
@@ -85,7 +90,7 @@ def train_step(
         meter,
         progress=progress,
         forward_only=False,
-        forward_passes=forward_passes,
+        compression=compression,
         teach=teach,
     )
     learning_rate = optimizer.param_groups[0]["lr"]
@@ -94,7 +99,9 @@ def train_step(
     loss, num_tokens, objective = mean_loss(losses)
     odd = () if math.isfinite(loss) else _odd_samples(losses, numbers)
     norm = float(grad_norm or 0.0)
-    return StepResult(loss, objective, num_tokens, norm, float(learning_rate), odd, meter.total())
+    decoder = get_attr_wrapped_model(model, "decoder")
+    drawn = None if decoder.has_one_map else str(decoder.layer_types)
+    return StepResult(loss, objective, num_tokens, norm, float(learning_rate), odd, meter.total(), drawn)
 
 
 def require_finite(

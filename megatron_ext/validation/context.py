@@ -26,7 +26,14 @@ def context_problems(run: RunConfig) -> Iterator[str]:
 
 def _ring_problems(run: RunConfig) -> Iterator[str]:
     """For a map that is right in itself."""
-    layers, traits = run.compression.map(run.model.num_layers), run.compression.policy.traits
+    family, traits = run.compression.family(run.model.num_layers), run.compression.policy.traits
+    layers = family.only
+    if layers is None:
+        yield (
+            f"{_RING} and compression.layer_types is a family of maps, {family}, in which layers read the "
+            "keys and values of others; a layer that others read gathers once for all of them: use gather."
+        )
+        return
     reader = next((layer for layer in layers if layer.source != layer.index), None)
     if reader is not None:
         yield (

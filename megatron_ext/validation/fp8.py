@@ -63,11 +63,12 @@ def _passes(run: RunConfig) -> Iterator[str]:
     model, compression = run.model, run.compression
     if model.fp8_passes == "all" or compression.problems(model.num_layers):
         return
-    if all(step.requires_grad for step in compression.plan(model.num_layers)):
+    if all(step.requires_grad for step in compression.heaviest(model.num_layers).plan(model.num_layers)):
         yield (
-            f"model.fp8_passes is no_gradient, compression.layer_types is {compression.map(model.num_layers)}"
-            f" and compression.forward_passes is {compression.forward_passes}; so no pass is without "
-            "gradient: set model.fp8_passes to all, or choose a cyclic map and at least 1 such pass."
+            "model.fp8_passes is no_gradient, compression.layer_types is "
+            f"{compression.family(model.num_layers)} and compression.forward_passes is "
+            f"{compression.forward_passes}; so no pass is without gradient: set model.fp8_passes to all, or "
+            "choose a cyclic map and at least 1 such pass."
         )
     if model.fp8_recipe == "delayed":
         yield (

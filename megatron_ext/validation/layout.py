@@ -178,7 +178,7 @@ def _in_flight_problems(run: RunConfig, placement: Placement) -> Iterator[str]:
     in_flight = run.parallel.pipeline_in_flight
     if in_flight is not None and in_flight < 1:
         yield f"parallel.pipeline_in_flight is {in_flight}; it must be at least 1, or left out."
-    elif not placement.journey(run.compression).circulates:
+    elif not placement.journey(run.compression.heaviest(run.model.num_layers)).circulates:
         yield (
             f"parallel.pipeline_in_flight is {in_flight}, but each micro-batch comes to a stage once, and "
             "Megatron's schedule decides: leave it out. It is for layers on several pipeline stages that are "

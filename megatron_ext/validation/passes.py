@@ -43,10 +43,10 @@ def _schedule(compression: CompressionConfig, train: TrainConfig, num_layers: in
             )
         return
     named = f"train.forward_passes_schedule is {schedule}"
-    if not compression.map(num_layers).any_cyclic:
+    if not compression.family(num_layers).any_cyclic:
         yield (
-            f"{named} and compression.layer_types is {compression.map(num_layers)}, of which no layer reads "
-            "a layer above itself, so that nothing is iterated: set the former to constant."
+            f"{named} and compression.layer_types is {compression.family(num_layers)}, of which no layer "
+            "reads a layer above itself, so that nothing is iterated: set the former to constant."
         )
     if least > most:
         yield (

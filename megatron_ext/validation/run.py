@@ -24,6 +24,7 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.precision import precision
 from megatron_ext.validation.context import context_step_problems
 from megatron_ext.validation.distillation import distillation_problems
+from megatron_ext.validation.family import evaluated_map_problems
 from megatron_ext.validation.fp8 import fp8_problems
 from megatron_ext.validation.layout import data_parallel_problems, layout_problems, recompute_problems
 from megatron_ext.validation.offload import offload_problems
@@ -49,6 +50,7 @@ def problems(run: RunConfig, world_size: int) -> list[str]:
     return [
         *step_problems(run, world_size),
         *_train(run.model, run.train),
+        *evaluated_map_problems(run),
         *_optimizer(run.optimizer),
         *_schedule(run.optimizer, run.train),
         *_data(run.data, run.train),

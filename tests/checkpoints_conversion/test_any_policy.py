@@ -23,8 +23,8 @@ CHANGES = {
 
 @pytest.fixture(autouse=True)
 def _megatron_in_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compute(*arguments: Any, timeout_seconds: float) -> None:
-        run_on_ranks(1, write_logits, *arguments, timeout=timeout_seconds)
+    def compute(*arguments: Any, layer_types: str | None, timeout_seconds: float) -> None:
+        run_on_ranks(1, write_logits, *arguments, layer_types, timeout=timeout_seconds)
 
     monkeypatch.setattr("checkpoints_conversion.verify.compute", compute)
 

@@ -44,10 +44,10 @@ WEIGHTS = "model.safetensors"
 def _megatron_in_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks that are there already compute Megatron's logits, instead of new processes."""
 
-    def compute(*arguments: Any, timeout_seconds: float) -> None:
+    def compute(*arguments: Any, layer_types: str | None, timeout_seconds: float) -> None:
         parallel = arguments[3]
         ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-        run_on_ranks(ranks, write_logits, *arguments, timeout=timeout_seconds)
+        run_on_ranks(ranks, write_logits, *arguments, layer_types, timeout=timeout_seconds)
 
     monkeypatch.setattr("checkpoints_conversion.verify.compute", compute)
 

@@ -86,11 +86,12 @@ def test_hf_to_megatron(called: dict[str, Any]) -> None:
 def test_megatron_to_hf(called: dict[str, Any]) -> None:
     command = (
         "megatron-to-hf --megatron-path a --hf-path b --family llama --max-shard-size 1.5GB --tokenizer t "
-        "--verify always"
+        "--verify always --layer-types 0_1"
     )
     assert program.main(command.split()) == 0
     assert called == {
         "arguments": (Path("a"), Path("b")),
+        "layer_types": "0_1",
         "family": "llama",
         "dtype": None,
         "max_shard_bytes": 1_500_000_000,

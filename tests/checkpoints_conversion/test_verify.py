@@ -85,10 +85,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compute(*arguments: Any, timeout_seconds: float) -> None:
+    def compute(*arguments: Any, layer_types: str | None, timeout_seconds: float) -> None:
         parallel = arguments[3]
         ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-        run_on_ranks(ranks, megatron_logits.write_logits, *arguments, timeout=timeout_seconds)
+        run_on_ranks(ranks, megatron_logits.write_logits, *arguments, layer_types, timeout=timeout_seconds)
 
     monkeypatch.setattr("checkpoints_conversion.verify.compute", compute)
 

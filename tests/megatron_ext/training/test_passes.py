@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from lckv.config import CompressionConfig
 from megatron_ext.model.block import SharedKVBlock
-from megatron_ext.training.passes import passes_of_step
+from megatron_ext.training.passes import compression_of_step
 from tests.megatron_ext.training.runs import logged_to, reports, series, tiny_run, train
 from tests.megatron_ext.training.test_loop import check_resumption, parallel
 from tests.ranks import run_on_ranks
@@ -16,22 +17,21 @@ GUESS = {"layer_types": "1_1_2_3", "forward_passes": 3, "backward_passes": 1, "f
 RANDOM = {"forward_passes_schedule": "random", "least_forward_passes": 0}
 
 
-def passes_taken(run: Any) -> list[int | None]:
+def passes_taken(run: Any) -> list[int]:
     """On every rank: run it; what its steps and evaluations were told."""
-    told: list[int | None] = []
-    take = SharedKVBlock.take_passes
+    told: list[int] = []
+    take = SharedKVBlock.take
 
-    def noted(block: SharedKVBlock, forward_passes: int | None) -> None:
-        told.append(forward_passes)
-        take(block, forward_passes)
-        m = run.compression.forward_passes if forward_passes is None else forward_passes
-        assert sum(not step.requires_grad for step in block.plan) == m
+    def noted(block: SharedKVBlock, compression: CompressionConfig) -> None:
+        told.append(compression.forward_passes)
+        take(block, compression)
+        assert sum(not step.requires_grad for step in block.plan) == compression.forward_passes
 
-    SharedKVBlock.take_passes = noted
+    SharedKVBlock.take = noted
     try:
         train(run)
     finally:
-        SharedKVBlock.take_passes = take
+        SharedKVBlock.take = take
     return told
 
 
@@ -39,10 +39,10 @@ def test_every_rank_takes_the_passes_of_the_step_and_evaluations_all() -> None:
     lckv = {"layer_types": "0_2_2_3", "forward_passes": 3, "backward_passes": 1}
     evaluation = {"eval_interval": 3, "eval_iters": 1}
     run = tiny_run(compression=lckv, train={**RANDOM, **evaluation}, parallel=parallel(1, 2))
-    drawn: list[int | None] = [passes_of_step(run.compression, run.train, step) for step in range(6)]
+    drawn = [compression_of_step(run.compression, run.train, 4, step).forward_passes for step in range(6)]
     assert len(set(drawn)) > 1
     first, second = run_on_ranks(2, passes_taken, run)
-    assert first == second == [None, *drawn[:3], None, *drawn[3:], None]
+    assert first == second == [3, *drawn[:3], 3, *drawn[3:], 3]
 
 
 def test_losses_do_not_depend_on_the_layout(tmp_path: Path) -> None:
