@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,12 +49,9 @@ class Training:
     @cached_property
     def key(self) -> str:
         """The same for runs that compute the same: from the data, and all settings but those of checkpoints
-        and logging."""
-        sections = config_to_dict(self.run)
-        del sections["logging"], sections["checkpoint"]
+        and logging. Defaults are left out, so that a new setting changes no key."""
         parent = None if self.parent is None else self.parent.key
-        content = {**sections, "parent": parent, "datasets": dict(self.datasets)}
-        return _hash(content)
+        return _hash({**_chosen(self.run), "parent": parent, "datasets": dict(self.datasets)})
 
     @property
     def chain(self) -> "tuple[Training, ...]":
@@ -124,6 +121,24 @@ def _measured(measure: Measurement) -> str:
         with open(source.path, "rb") as file:
             texts.append(hashlib.file_digest(file, "sha256").hexdigest())
     return _hash([how, texts])
+
+
+def _chosen(run: RunConfig) -> dict[str, object]:
+    """The settings that are not the default ones, by their keys."""
+    defaults = dict(_leaves(config_to_dict(RunConfig()), ""))
+    return {
+        key: value
+        for key, value in _leaves(config_to_dict(run), "")
+        if not key.startswith(("logging.", "checkpoint.")) and (key not in defaults or defaults[key] != value)
+    }
+
+
+def _leaves(tree: Mapping[str, object], prefix: str) -> Iterator[tuple[str, object]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _hash(content: object) -> str:

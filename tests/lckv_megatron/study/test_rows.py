@@ -46,9 +46,7 @@ def test_the_table() -> None:
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [line[0] for line in cells[2:]] == ["plain", "worse", "small"]
     small = dict(zip(cells[0], cells[-1], strict=True))
-    assert (
-        small["loss"] == "2.3000 ± 0.2000" and small["decoding"] == "3.00x" and small["front"] == "yes"
-    )
+    assert small["loss"] == "2.3000 ± 0.2000" and small["decoding"] == "3.00x" and small["front"] == "yes"
     assert dict(zip(cells[0], cells[3], strict=True))["decoding"] == "-"
 
 
