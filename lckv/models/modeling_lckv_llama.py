@@ -33,7 +33,14 @@ from lckv.models.interface import (
     mask_for,
     obstacle_to_functions,
 )
-from lckv.models.layers import HiddenStates, LCKVLlamaDecoderLayer, PlannedLayers, Tokens, ZeroLinear
+from lckv.models.layers import (
+    HiddenStates,
+    LCKVLlamaAttention,
+    LCKVLlamaDecoderLayer,
+    PlannedLayers,
+    Tokens,
+    ZeroLinear,
+)
 from lckv.models.logits import (
     check_labels,
     check_skip_logits,
@@ -50,6 +57,7 @@ from lckv.policies.base import Extension, Statistics, TokenContext, statistics_b
 from lckv.rope import Turn
 from lckv.sharing.early_exit import exit_early
 from lckv.sharing.execution import State, run_steps
+from lckv.sharing.mixing import initial_weight
 from lckv.sharing.plan import Step, iteration_plan
 
 
@@ -82,8 +90,11 @@ class LCKVLlamaPreTrainedModel(PreTrainedModel):
         """Called by transformers, of weights that are not loaded."""
         if isinstance(module, ZeroLinear):
             initialization.zeros_(module.weight)
-        else:
-            super()._init_weights(module)
+            return
+        super()._init_weights(module)
+        if isinstance(module, LCKVLlamaAttention) and module.mixes is not None:
+            for weight in (module.key_weight, module.value_weight):
+                initialization.copy_(weight, initial_weight(module.mix_scaling_factor).to(weight))
 
 
 class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
