@@ -54,8 +54,8 @@ def check_keys_values(tp: int, options: dict[str, bool]) -> None:
     angles = stage.angles(torch.arange(5)[:, None, None], 5)
     context = LayerContext(TokenContext(partial(rotate, angles=angles)))
     hidden = torch.randn(5, 2, 32, generator=torch.Generator().manual_seed(4))
-    whole = attention._project(hidden, context)[1]
-    alone, _ = attention.keys_values(hidden, context)
+    whole = attention._own(*attention.heads(hidden), context=context).key_value
+    alone = attention.keys_values(hidden, context).key_value
     torch.testing.assert_close(alone, whole)
     torch.autograd.grad(alone.key.sum() + alone.value.sum(), attention.linear_qkv.weight)
 
