@@ -91,6 +91,9 @@ CASES = [
     Case("yoco x dmc", documents="documents", cp=2, pp=2, micro_batch_size=1),
     Case("chain", documents="documents", cp=2, pp=2, micro_batch_size=1),
     Case("lckv x dmc", cp=2, pp=2, recompute="full"),
+    Case("mixed", documents="documents", cp=2, pp=2, micro_batch_size=1),
+    Case("mixed lckv x dmc", documents="documents", cp=2, pp=2, recompute="full"),
+    Case("mixed lckv x dmc", tp=2, pp=2, sequence_parallel=True, micro_batch_size=1),
 ]
 
 
