@@ -39,7 +39,7 @@ MAPS = {
     "nodiag": CompressionConfig(
         layer_types="0_4_4_4_4_5", forward_passes=0, backward_passes=3, force_nodiag=True
     ),
-    "mixed": CompressionConfig(layer_types="0_1+0s_2+1_2_4+0_4", sliding_window=5),
+    "mixed": CompressionConfig(layer_types="0_1+0s_0_3+1_3_5+0", sliding_window=5),
 }
 """One of every kind."""
 
