@@ -285,7 +285,10 @@ class SharedKVAttention(Attention):
 
     def _mixed(self, key: Tensor, value: Tensor, lent: KeyValue | None) -> KeyValue:
         """Keys and values [s, b, g, d] before RoPE, with what is lent to a layer that mixes. Each rank has
-        some of the heads: gradients of the weights are summed over ranks."""
+        some of the heads: gradients of the weights are summed over ranks. What is kept for backward, or lent,
+        gets memory of its own: views of the fused projection would keep its queries alive."""
+        if self.lends or self.layer_type.mixes is not None:
+            key, value = key.contiguous(), value.contiguous()
         if self.layer_type.mixes is None:
             return KeyValue(key, value)
         assert lent is not None
