@@ -18,6 +18,7 @@ from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.first_guess import with_first_guess
 from checkpoints_conversion.fitted_map import fitted_source
+from checkpoints_conversion.mix_weights import with_mix_weights
 from lckv.config import CompressionConfig
 from lckv.sharing.doubts import doubts
 from lckv.sharing.initialization import Initialization, WeightRule, initial_kv_weight
@@ -46,8 +47,9 @@ def initialize(
 
     A map can be given to a model whose layers all read their own keys and values, and a KV policy, where it
     has no obstacle, to one that keeps every token. A model that has a map or a policy already keeps it; how
-    often its plan iterates, and from which first guess, may change. `tokens`, int64 [b, T], are those that
-    "svd" fits on. Raises ConversionError.
+    often its plan iterates, and from which first guess, may change. Layers that mix keys and values of others
+    into their own begin as if they did not. `tokens`, int64 [b, T], are those that "svd" fits on. Raises
+    ConversionError.
     """
     layers = description.model.num_layers
     if problems := [*compression_problems(compression, layers)]:
@@ -56,10 +58,11 @@ def initialize(
     old, new = description.compression.map(layers), compression.map(layers)
     changed = replace(description, compression=compression)
     source = with_first_guess(source, description, compression)
-    if old.kv_layers != tuple(range(layers)):
+    if not old.is_plain:
         _check_same_map(description.compression, compression, old, new)
         _check_fits_nothing(tokens, new)
         return source, changed, None
+    source = with_mix_weights(source, description, compression)
     if new.kv_layers == old.kv_layers and all(layer.source == layer.index for layer in new):
         _check_fits_nothing(tokens, new)
         return source, changed, None
@@ -87,11 +90,14 @@ def _check_fits_nothing(tokens: Tensor | None, layer_types: LayerTypes) -> None:
 def _check_same_map(
     before: CompressionConfig, after: CompressionConfig, old: LayerTypes, new: LayerTypes
 ) -> None:
-    if old == new and (before.sliding_window, before.force_nodiag) == (
-        after.sliding_window,
-        after.force_nodiag,
-    ):
+    kept = ("sliding_window", "force_nodiag", "mix_scaling_factor")
+    if old == new and all(getattr(before, name) == getattr(after, name) for name in kept):
         return
+    if old == new and before.mix_scaling_factor != after.mix_scaling_factor:
+        raise ConversionError(
+            f"compression.mix_scaling_factor is {after.mix_scaling_factor}, but the model's weights that mix "
+            f"keys and values belong to {before.mix_scaling_factor}: leave it out."
+        )
     raise ConversionError(
         f"compression.layer_types {new} (sliding_window {after.sliding_window}, force_nodiag "
         f"{after.force_nodiag}) cannot be made from this model: it shares keys and values already ({old}, "
