@@ -227,7 +227,7 @@ def _line(axes: Axes, reads: Reads, x: float, *, both: bool) -> None:
         "solid_capstyle": "round",
     }
     heights = [reader + BOX_HEIGHT / 2 for reader in reads.readers]
-    arrival = reads.source + BOX_HEIGHT / 2 + 0.15 * both + 0.1 * reads.mixed
+    arrival = reads.source + BOX_HEIGHT / 2 + 0.15 * both + 0.15 * reads.mixed
     for height in heights:
         axes.plot([BOX_WIDTH, x], [height, height], **look)
     axes.plot([x, x], [min(*heights, arrival), max(*heights, arrival)], **look)
