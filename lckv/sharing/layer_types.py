@@ -166,10 +166,9 @@ class LayerTypes:
                 "mixed into: choose a layer below"
             )
         if layer.mixes not in self.kv_layers:
-            return (
-                f"layer {layer.mixes} computes no keys and values: mix those of one of the layers that do, "
-                f"{', '.join(str(owner) for owner in self.kv_layers if owner < layer.index)}"
-            )
+            owners = [str(owner) for owner in self.kv_layers if owner < layer.index]
+            choice = f"mix those of a layer below that does, {', '.join(owners)}" if owners else "mix none in"
+            return f"layer {layer.mixes} computes no keys and values: {choice}"
         return None
 
 
