@@ -13,7 +13,6 @@ from lckv.reading import read
 from lckv.sharing.layer_types import LayerType, LayerTypes
 from lckv.sharing.plan import Step, iteration_plan
 
-
 _MIX_SCALING_FACTOR = 35.0
 """The published one."""
 

@@ -1,6 +1,6 @@
 """How the published LCKV models (Wu and Tu, ACL 2024) say which keys and values a layer reads: in fields
-beside those of Llama, the map as a text under the key layer_types; and those of YOCO++, whose code is built on
-theirs."""
+beside those of Llama, the map as a text under the key layer_types; and those of YOCO++, whose code is built
+on theirs."""
 
 import re
 from collections.abc import Mapping

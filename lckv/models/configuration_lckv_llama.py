@@ -167,11 +167,7 @@ class LCKVLlamaConfig(PreTrainedConfig):
         weights that mix keys and values."""
         compression = self.compression_config()
         layer_types = compression.map(self.num_hidden_layers)
-        if (
-            layer_types.any_cyclic
-            or layer_types.lenders
-            or not compression.policy.traits.keeps_every_token
-        ):
+        if layer_types.any_cyclic or layer_types.lenders or not compression.policy.traits.keeps_every_token:
             return None
         plan = {f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"}
         if self.qk_norm:

@@ -33,14 +33,7 @@ from lckv.models.interface import (
     mask_for,
     obstacle_to_functions,
 )
-from lckv.models.layers import (
-    HiddenStates,
-    LCKVLlamaAttention,
-    LCKVLlamaDecoderLayer,
-    PlannedLayers,
-    Tokens,
-    ZeroLinear,
-)
+from lckv.models.layers import LCKVLlamaAttention, LCKVLlamaDecoderLayer, Tokens, ZeroLinear
 from lckv.models.logits import (
     check_labels,
     check_skip_logits,
@@ -50,6 +43,7 @@ from lckv.models.logits import (
     share_of_batch,
 )
 from lckv.models.outputs import LCKVModelOutput, LCKVOutput
+from lckv.models.planned_layers import HiddenStates, PlannedLayers
 from lckv.models.tokens import Given, Layout, documents_of, positions
 from lckv.models.wanted import Wanted, check_needs, newest_columns, results_of
 from lckv.pass_errors import PassErrors, PassRecord, reporter_of, reporting_layers

@@ -175,11 +175,8 @@ def _run_layers(step: Step, layers: Layers[KV], state: State[KV]) -> State[KV]:
     for run in step.runs:
         if run.part is Part.NOTHING:
             own = None
-        elif run.part is Part.KEYS_VALUES and run.mixes is not None:
-            assert isinstance(layers, MixingLayers), "the plan mixes for layers that cannot"
-            own = layers.mixed_keys_values(run.index, hidden_states, _lent_to(run, lent))
         elif run.part is Part.KEYS_VALUES:
-            own = layers.keys_values(run.index, hidden_states)
+            own = _keys_values(run, layers, hidden_states, lent)
         elif run.part is Part.WANTED:
             assert isinstance(layers, WantingLayers), "the plan ends early for layers that cannot"
             source = _taken(run, available, state.previous, lent)
@@ -199,13 +196,10 @@ def _run_layers(step: Step, layers: Layers[KV], state: State[KV]) -> State[KV]:
         for source_index in run.drops:
             available.pop(source_index, None)  # not there if its layer lies on a stage of somebody else's
         if run.lends and own is not None:
-            assert isinstance(layers, MixingLayers), "the plan mixes for layers that cannot"
-            lent[run.index] = layers.lent(run.index)
+            lent[run.index] = _mixing(layers).lent(run.index)
         for lender in run.drops_lent:
             lent.pop(lender, None)
-    return state._replace(
-        hidden_states=hidden_states, available=available, handed=handed, lent=lent or None
-    )
+    return state._replace(hidden_states=hidden_states, available=available, handed=handed, lent=lent or None)
 
 
 def _taken(
@@ -213,6 +207,18 @@ def _taken(
 ) -> KV | None:
     """What a layer that runs takes of another; None where it takes nothing."""
     return source_of(run, available, previous) if run.mixes is None else _lent_to(run, lent)
+
+
+def _keys_values(run: LayerRun, layers: Layers[KV], hidden_states: Tensor, lent: Mapping[int, KV]) -> KV:
+    """What a layer computes for readers alone."""
+    if run.mixes is None:
+        return layers.keys_values(run.index, hidden_states)
+    return _mixing(layers).mixed_keys_values(run.index, hidden_states, _lent_to(run, lent))
+
+
+def _mixing(layers: Layers[KV]) -> MixingLayers[KV]:
+    assert isinstance(layers, MixingLayers), "the plan mixes for layers that cannot"
+    return layers
 
 
 def _lent_to(run: LayerRun, lent: Mapping[int, KV]) -> KV:

@@ -224,18 +224,14 @@ class SharedKVAttention(Attention):
                 f"which were {'not ' if shared is None else ''}given to it."
             )
 
-    def keys_values(
-        self, hidden_states: Tensor, context: LayerContext, lent: KeyValue | None = None
-    ) -> Own:
+    def keys_values(self, hidden_states: Tensor, context: LayerContext, lent: KeyValue | None = None) -> Own:
         """The layer's keys and values alone, from `hidden_states` [s, b, hidden] (normalised), and from what
         is `lent` to a layer that mixes."""
         *query, key, value = self.kv_heads(hidden_states, lent)
         return self._own(query[0] if query else None, key, value, context=context)
 
     def _own(self, query: Tensor | None, key: Tensor, value: Tensor, *, context: LayerContext) -> Own:
-        return Own(
-            *self.of_policy(query, key, value, context), KeyValue(key, value) if self.lends else None
-        )
+        return Own(*self.of_policy(query, key, value, context), KeyValue(key, value) if self.lends else None)
 
     def first_guess(self, hidden_states: Tensor, tokens: TokenContext) -> KeyValue:
         """What is guessed of the layer's keys and values, of the rank's part of rows, from the input states

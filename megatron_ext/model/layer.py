@@ -74,9 +74,7 @@ class SharedKVLayer(TransformerLayer):
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
         return self.feed_forward(add(output_with_bias, hidden_states, self.hidden_dropout))
 
-    def keys_values(
-        self, hidden_states: Tensor, context: LayerContext, lent: KeyValue | None = None
-    ) -> Own:
+    def keys_values(self, hidden_states: Tensor, context: LayerContext, lent: KeyValue | None = None) -> Own:
         """The layer's keys and values alone, from its input [s, b, hidden]."""
         return self.self_attention.keys_values(self.input_layernorm(hidden_states), context, lent)
 

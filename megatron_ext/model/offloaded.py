@@ -120,9 +120,7 @@ class OffloadedLayers:
             again=lambda states, *other: part(states, context.tokens.at(tokens.tail), other),
         )
 
-    def _own(
-        self, tape: Tape, layer: SharedKVLayer, heads: Sequence[Tensor], context: LayerContext
-    ) -> Own:
+    def _own(self, tape: Tape, layer: SharedKVLayer, heads: Sequence[Tensor], context: LayerContext) -> Own:
         """The layer's keys and values and its policy's statistics, from what the token-wise part returned."""
         attention, lends = layer.self_attention, None
         if attention.lends:

@@ -37,7 +37,7 @@ class Freight(NamedTuple):
     sums: Tensor | None
     """float32 [b, columns]: running sums of the KV policy's statistics."""
 
-    lent: KeyValues = {}
+    lent: KeyValues
     """What layers lend to those that mix it into their own: of the rank's part of rows, without extra
     channels."""
 
@@ -103,7 +103,8 @@ class PipelinePayload:
             return freight.hidden_states
         pairs = [pair for pairs in self._pairs(freight) for pair in pairs]
         parts = [tensor for pair in pairs for tensor in (pair if part is None else part(pair))]
-        parts += [tensor for pair in self._chosen(self.cargo.lent, freight.lent, "mixes in") for tensor in pair]
+        lent = self._chosen(self.cargo.lent, freight.lent, "mixes in")
+        parts += [tensor for pair in lent for tensor in pair]
         if self.cargo.hidden:
             assert freight.hidden_states is not None
             parts.insert(0, freight.hidden_states)
@@ -142,7 +143,7 @@ class PipelinePayload:
             )
         hidden = self._hidden_shape(seq_length, micro_batch_size)
         if self._only_hidden:
-            return Freight(tensor.view(hidden), {}, {}, {}, None)
+            return Freight(tensor.view(hidden), {}, {}, {}, None, {})
         keys, values = self.key_value_shapes(seq_length, micro_batch_size)
         hidden_states, *parts, sums = tensor.split(self._sizes(seq_length, micro_batch_size))
         cargo, places = self.cargo, 2 * len(self._places)

@@ -41,7 +41,11 @@ def test_what_the_official_code_rejects_is_rejected(entry: dict) -> None:
         ("0_1_2+0_0+2", 4, "entry 3 is '0\\+2', but only a layer that reads its own keys and values can mix"),
         ("0_1+1", 2, "entry 1 is '1\\+1', but layer 1 is not below layer 1"),
         ("0_1+2_2", 3, "entry 1 is '1\\+2', but layer 2 is not below layer 1"),
-        ("0_0_2+1_3", 4, "entry 2 is '2\\+1', but layer 1 computes no keys and values: mix .* that does, 0\\.$"),
+        (
+            "0_0_2+1_3",
+            4,
+            "entry 2 is '2\\+1', but layer 1 computes no keys and values: mix .* that does, 0\\.$",
+        ),
         ("2_1+0_2", 3, "entry 1 is '1\\+0', but layer 0 computes no keys and values: mix none in"),
         ("0_1_1/0", 3, "is '1/0': keys of one layer and values of another cannot be read"),
         ("0_+0", 2, "entry 1 .character 3. is '\\+0'"),
