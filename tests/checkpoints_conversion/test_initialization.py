@@ -94,9 +94,7 @@ def test_weights_that_mix_stay_with_their_scaling_factor_and_map() -> None:
     same, _, how = initialize(source, description, mixing, "copy")
     name = "decoder.layers.1.self_attention.key_weight"
     assert how is None and torch.equal(same.read(name), source.tensors[name])
-    with pytest.raises(
-        ConversionError, match=r"mix_scaling_factor is 2\.0, but the model's weights"
-    ):
+    with pytest.raises(ConversionError, match=r"mix_scaling_factor is 2\.0, but the model's weights"):
         initialize(source, description, replace(mixing, mix_scaling_factor=2.0), "copy")
     with pytest.raises(ConversionError, match="cannot be made from this model"):
         initialize(source, description, PLAIN, "copy")
