@@ -80,7 +80,7 @@ def cut_description(description: ModelDescription, layers: tuple[int, ...]) -> M
                 layer_types[layer],
                 index=number[layer],
                 source=number[layer_types[layer].source],
-                mixes=number.get(layer_types[layer].mixes),
+                mixes=None if (mixes := layer_types[layer].mixes) is None else number[mixes],
             )
             for layer in layers
         )
