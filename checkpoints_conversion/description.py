@@ -114,7 +114,7 @@ class ModelDescription:
             "dtype": dtype_name(self.dtype),
             "token_ids": self.token_ids,
             "model": asdict(self.model),
-            "compression": asdict(self.compression),
+            "compression": self.compression.as_fields(),
         }
 
     @classmethod

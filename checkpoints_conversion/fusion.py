@@ -14,6 +14,8 @@ the true vocabulary size:
         where the layer only reads those of another one
     decoder.layers.N.self_attention.linear_first_guess.weight [2 g d, h]
         of a first guess: for each key/value head the rows of the key and of the value
+    decoder.layers.N.self_attention.{key,value}_weight [2]
+        where the layer mixes keys and values of another one into its own
     decoder.layers.N.self_attention.{q,k}_layernorm.weight [d]
     decoder.layers.N.self_attention.linear_proj.weight [h, a d]
     decoder.layers.N.mlp.linear_fc1.weight [2 f, h], gate above up
@@ -84,6 +86,7 @@ def _canonical_modules(names: WeightNames) -> dict[str, tuple[str, ...]]:
         _QKV: (names.query, names.key, names.value),
         _QUERY_ONLY: (names.query,),
         _GUESS: (names.guessed_key, names.guessed_value),
+        f"{layer}self_attention": (names.attention,),
         f"{layer}self_attention.q_layernorm": (names.query_norm,),
         f"{layer}self_attention.k_layernorm": (names.key_norm,),
         f"{layer}self_attention.linear_proj": (names.output,),

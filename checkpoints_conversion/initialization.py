@@ -14,6 +14,7 @@ from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.first_guess import with_first_guess
 from checkpoints_conversion.fitted_map import fitted_source
+from checkpoints_conversion.mix_weights import with_mix_weights
 from checkpoints_conversion.shared_map import SharedMapSource
 from lckv.config import CompressionConfig
 from lckv.sharing.doubts import doubts
@@ -40,8 +41,9 @@ def initialize(
 
     A map can be given to a model whose layers all read their own keys and values, and a KV policy, where it
     has no obstacle, to one that keeps every token. A model that has a map or a policy already keeps it; how
-    often its plan iterates, and from which first guess, may change. `tokens`, int64 [b, T], are those that
-    "svd" fits on. A plain model can also be given a family of maps, for training. Raises ConversionError.
+    often its plan iterates, and from which first guess, may change. Layers that mix keys and values of others
+    into their own begin as if they did not. `tokens`, int64 [b, T], are those that "svd" fits on. A plain
+    model can also be given a family of maps, for training. Raises ConversionError.
     """
     layers = description.model.num_layers
     if problems := [*compression_problems(compression, layers)]:
@@ -53,10 +55,11 @@ def initialize(
         _check_family(family, old, how)
     changed = replace(description, compression=compression)
     source = with_first_guess(source, description, compression)
-    if old.kv_layers != tuple(range(layers)):
+    if not old.is_plain:
         _check_same_map(description.compression, compression, old, new)
         _check_fits_nothing(tokens, new)
         return source, changed, None
+    source = with_mix_weights(source, description, compression)
     if new.kv_layers == old.kv_layers and all(layer.source == layer.index for layer in new):
         _check_fits_nothing(tokens, new)
         return source, changed, None if family.only else "copy"
@@ -107,11 +110,14 @@ def _check_family(family: LayerTypesFamily, old: LayerTypes, how: Initialization
 def _check_same_map(
     before: CompressionConfig, after: CompressionConfig, old: LayerTypes, new: LayerTypes
 ) -> None:
-    if old == new and (before.sliding_window, before.force_nodiag) == (
-        after.sliding_window,
-        after.force_nodiag,
-    ):
+    kept = ("sliding_window", "force_nodiag", "mix_scaling_factor")
+    if old == new and all(getattr(before, name) == getattr(after, name) for name in kept):
         return
+    if old == new and before.mix_scaling_factor != after.mix_scaling_factor:
+        raise ConversionError(
+            f"compression.mix_scaling_factor is {after.mix_scaling_factor}, but the model's weights that mix "
+            f"keys and values belong to {before.mix_scaling_factor}: leave it out."
+        )
     raise ConversionError(
         f"compression.layer_types {new} (sliding_window {after.sliding_window}, force_nodiag "
         f"{after.force_nodiag}) cannot be made from this model: it shares keys and values already ({old}, "

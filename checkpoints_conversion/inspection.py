@@ -54,7 +54,7 @@ def facts(opened: OpenModel) -> dict[str, Any]:
         },
         "qkv_bias": model.add_qkv_bias,
         "qk_norm": model.qk_layernorm,
-        "compression": asdict(compression) | {"layer_types": str(layer_types)},
+        "compression": compression.as_fields() | {"layer_types": str(layer_types)},
         "map_family": opened.map_family,
         "kv_layers": list(layer_types.kv_layers),
         "kv_bytes_per_token": mine,

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.errors import ConversionError
-from lckv.sharing.layer_types import LayerType, LayerTypes
+from lckv.config import CompressionConfig
+from lckv.sharing.layer_types import LayerTypes
 from lckv.weights.tensors import TensorInfo, TensorSource
 
 _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")
@@ -37,7 +38,8 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
 def with_sources(
     layer_types: LayerTypes, wanted: Iterable[int], *, first_guess: bool = False
 ) -> tuple[int, ...]:
-    """The layers `wanted` and all whose keys and values they need, ascending.
+    """The layers `wanted` and all whose keys and values they need, to read them or to mix them into their
+    own, ascending.
 
     A layer with weights for keys and values keeps a layer that reads them, or they would be left out. With a
     first guess, one that a layer below it reads keeps one of these, or it would have no guess.
@@ -46,7 +48,8 @@ def with_sources(
     missing = set(wanted)
     while missing:
         chosen |= missing
-        missing = {layer_types[layer].source for layer in chosen} - chosen
+        taken = [{layer_types[layer].source, layer_types[layer].mixes} for layer in chosen]
+        missing = {layer for layers in taken for layer in layers if layer is not None} - chosen
         unread = {layer for layer in layer_types.kv_layers if chosen.isdisjoint(layer_types.readers(layer))}
         for source in layer_types.cyclic_sources if first_guess else ():
             if not any(reader < source for reader in chosen.intersection(layer_types.readers(source))):
@@ -73,7 +76,12 @@ def cut_description(description: ModelDescription, layers: tuple[int, ...]) -> M
     number = {layer: index for index, layer in enumerate(layers)}
     kept = LayerTypes(
         tuple(
-            LayerType(number[layer], number[layer_types[layer].source], layer_types[layer].sliding)
+            replace(
+                layer_types[layer],
+                index=number[layer],
+                source=number[layer_types[layer].source],
+                mixes=None if (mixes := layer_types[layer].mixes) is None else number[mixes],
+            )
             for layer in layers
         )
     )
@@ -82,6 +90,8 @@ def cut_description(description: ModelDescription, layers: tuple[int, ...]) -> M
         layer_types=str(kept),
         sliding_window=description.compression.sliding_window if kept.any_sliding else None,
     )
+    if not kept.lenders:
+        compression = replace(compression, mix_scaling_factor=CompressionConfig().mix_scaling_factor)
     if not kept.any_cyclic:
         compression = replace(compression, first_guess=False, agreement_loss_coefficient=0.0)
     model = replace(description.model, num_layers=len(layers))

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
 
 from lckv.errors import Problem, SettingError
 from lckv.policies.config import PolicyConfig
@@ -13,6 +13,9 @@ from lckv.reading import read
 from lckv.sharing.family import LayerTypesFamily
 from lckv.sharing.layer_types import LayerType, LayerTypes
 from lckv.sharing.plan import Step, iteration_plan
+
+_MIX_SCALING_FACTOR = 35.0
+"""The published one."""
 
 
 class Sight(NamedTuple):
@@ -33,9 +36,10 @@ class CompressionConfig:
     layer_types: str | tuple[str, ...] | None = None
     """Sharing map, one entry per layer joined by "_": the index of the layer whose keys and values it reads,
     with an optional "s" for a sliding window, such as 0_6_6_6_6_6_6_7 (LCKV), 0_0_2_2 (CLA) or 0s_1s_2s_3_3_3
-    (YOCO). Default: every layer reads its own (a plain transformer). In training also a family of maps, of
-    which each step draws one: alternatives, such as 0_0|1_1|2_2|3 (each layer its own or the previous
-    layer's), or a list, such as [0_1_2_3, 0_0_2_2] (docs/map_families.md)."""
+    (YOCO). Entry i may be i+j: the layer mixes keys and values of layer j below into its own, such as
+    0_1+0_2+0_2_2_2 (YOCO++). Default: every layer reads its own (a plain transformer). In training also a
+    family of maps, of which each step draws one: alternatives, such as 0_0|1_1|2_2|3 (each layer its own or
+    the previous layer's), or a list, such as [0_1_2_3, 0_0_2_2] (docs/map_families.md)."""
 
     forward_passes: int = 7
     """m: passes without gradient over each cyclic group of layers,
@@ -67,6 +71,10 @@ class CompressionConfig:
     """Weight, in the loss, of the relative squared difference between the shared keys and values of the last
     pass and of the one before. 0: none (as published)."""
 
+    mix_scaling_factor: float = _MIX_SCALING_FACTOR
+    """s: a layer i+j of the map computes s (w0 K_j + w1 K_i), of values the same, with learned weights that
+    begin at 0 and 1 / s. It multiplies their gradients (YOCO++; 35 as published)."""
+
     @classmethod
     def from_dict(cls, content: object) -> "CompressionConfig":
         """From what `dataclasses.asdict` makes of one, or a JSON file holds, with defaults for what is
@@ -75,6 +83,14 @@ class CompressionConfig:
         Raises ModelError that names every field that is unknown or of another type.
         """
         return read(cls, content, "compression")
+
+    def as_fields(self) -> dict[str, Any]:
+        """What `from_dict` reads; without the scaling factor where no layer of the map mixes, so that configs
+        of other maps are as they were before there was one."""
+        fields = asdict(self)
+        if "+" not in (self.layer_types or "") and self.mix_scaling_factor == _MIX_SCALING_FACTOR:
+            del fields["mix_scaling_factor"]
+        return fields
 
     def map(self, num_layers: int) -> LayerTypes:
         """The parsed sharing map of a model with `num_layers` layers; raises SettingError where it does not
@@ -163,6 +179,7 @@ class CompressionConfig:
             *problems,
             *self._window_problems(family),
             *self._policy_problems(family),
+            *self._mixing_problems(family),
             *self._iteration_problems(family),
         ]
 
@@ -204,6 +221,19 @@ class CompressionConfig:
                 "another one"
             )
             yield Problem("layer_types", layer_types, obstacle)
+
+    def _mixing_problems(self, layer_types: LayerTypesFamily) -> Iterator[Problem]:
+        """A scaling factor that nothing would read, or that is none."""
+        factor = self.mix_scaling_factor
+        if not 0 < factor < math.inf:
+            yield Problem("mix_scaling_factor", factor, "it must be above 0, and finite")
+        elif factor != _MIX_SCALING_FACTOR and not (layer_types.only and layer_types.only.lenders):
+            yield Problem(
+                "mix_scaling_factor",
+                factor,
+                f"no layer of {layer_types} mixes keys and values of another into its own: leave it out, or "
+                "write i+j for a layer i that shall mix in those of layer j",
+            )
 
     def _iteration_problems(self, layer_types: LayerTypesFamily) -> Iterator[Problem]:
         """Settings of the passes that nothing would read, or that contradict each other."""

@@ -3,11 +3,11 @@
 Formula, per token, counting a multiplication and an addition as 2 FLOPs. A layer's forward is
     query 2 h a + output 2 a h + keys and values 2 h 2 g d (if it computes any) + attention 4 a n + MLP 6 h f
 with h hidden size, a = query heads x d, g KV heads, d channels of a head, f MLP width, n keys that a query
-sees on average. Backward is
-twice the forward. A step of the plan counts the parts of layers that it runs: forward and backward, or the
-forward only where it has no gradient. Of a prompt whose last token alone has logits, the steps are those of
-`lckv.sharing.early_exit`. A first guess costs what keys and values of its layer do, and in backward the same
-once more, since no gradient goes on from it.
+sees on average. What is done to numbers one by one (norms, RoPE, mixing keys and values) is not counted.
+Backward is twice the forward. A step of the plan counts the parts of layers that it runs: forward and
+backward, or the forward only where it has no gradient. Of a prompt whose last token alone has logits, the
+steps are those of `lckv.sharing.early_exit`. A first guess costs what keys and values of its layer do, and in
+backward the same once more, since no gradient goes on from it.
 """
 
 from collections.abc import Sequence

@@ -25,6 +25,8 @@ _REFERENCES = {
     "ACL 2024, arXiv:2405.10637",
     "sharing": "Sharing maps: Wu, Wu, Tu. *A Systematic Study of Cross-Layer KV Sharing for Efficient LLM "
     "Inference.* NAACL 2025, arXiv:2410.14442",
+    "mixed": "Mixed keys and values: *YOCO++: Enhancing YOCO with KV Residual Connections for Efficient LLM "
+    "Inference.* Public code at github.com/wuyou2002/YOCO-plus",
     "average": "Averaged keys and values: Zuhri, Adilazuarda, Purwarianti, Aji. *MLKV: Multi-Layer Key-Value "
     "Heads for Memory Efficient Transformer Decoding.* 2024, arXiv:2406.09297",
 }
@@ -92,6 +94,11 @@ def _sharing(description: ModelDescription) -> Iterator[str]:
             "\nLayers that read a layer above themselves are iterated when many tokens are processed at "
             f"once, in training and for a prompt: {compression.forward_passes} passes without and "
             f"{compression.backward_passes} with gradient. Generating a token takes one pass."
+        )
+    if layer_types.lenders:
+        yield (
+            "\nA layer `own + j` mixes keys and values of layer j into its own, by learned weights, times "
+            f"{compression.mix_scaling_factor:g}."
         )
     if compression.first_guess:
         yield "\nThe first pass reads keys and values that a learned linear map guesses."
@@ -232,6 +239,7 @@ def _references(description: ModelDescription, record: ConversionRecord) -> list
     fits = {
         "lckv": layer_types.any_cyclic,
         "sharing": shared,
+        "mixed": bool(layer_types.lenders),
         "average": any(conversion.initialization == "average" for conversion in _chain(record)),
     }
     papers = [_REFERENCES[name] for name, used in fits.items() if used]

@@ -5,7 +5,6 @@ model_type and the fields of the section beside those of Llama (`published_lckv.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from typing import Any
 
 from lckv.config import CompressionConfig
@@ -24,7 +23,8 @@ def _no_problems(compression: CompressionConfig, num_layers: int) -> Iterator[st
 
 
 def _write(compression: CompressionConfig, num_layers: int) -> dict[str, Any]:
-    return {"compression": asdict(compression) | {"layer_types": str(compression.map(num_layers))}}
+    fields = compression.as_fields()
+    return {"compression": fields | {"layer_types": str(compression.map(num_layers))}}
 
 
 LCKV_LLAMA = Family(

@@ -14,6 +14,7 @@ class WeightNames:
     head: str = "lm_head"
     final_norm: str = "model.norm"
     input_norm: str = "model.layers.{}.input_layernorm"
+    attention: str = "model.layers.{}.self_attn"
     query: str = "model.layers.{}.self_attn.q_proj"
     key: str = "model.layers.{}.self_attn.k_proj"
     value: str = "model.layers.{}.self_attn.v_proj"
@@ -28,6 +29,9 @@ class WeightNames:
     down: str = "model.layers.{}.mlp.down_proj"
 
 
+MIX_WEIGHTS = ("key_weight", "value_weight")
+"""Names, within attention, of the weights that mix keys and values: of the other layer's, then of the own."""
+
 LLAMA_NAMES = WeightNames()
 """Those of every family so far."""
 
@@ -41,8 +45,8 @@ def weights_of(decoder: Decoder, names: WeightNames) -> dict[str, TensorInfo]:
     """The tensors of the decoder by their names, from the embedding to the output layer.
 
     Layers that only read the keys and values of another one have neither k_proj, v_proj nor k_norm; only
-    layers that a layer below them reads have a first guess, if there is one. A tied model has no tensor of
-    the head.
+    layers that a layer below them reads have a first guess, if there is one; layers that mix keys and values
+    of another one into their own have two weights for each of both. A tied model has no tensor of the head.
     """
     hidden, width = decoder.hidden_size, decoder.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {f"{names.embedding}.weight": (decoder.vocab_size, hidden)}
@@ -57,6 +61,9 @@ def weights_of(decoder: Decoder, names: WeightNames) -> dict[str, TensorInfo]:
                 f"{name.format(index)}.weight": (rows, hidden)
                 for name in (names.guessed_key, names.guessed_value)
             }
+        if layer_types[index].mixes is not None:
+            attention = names.attention.format(index)
+            shapes |= {f"{attention}.{name}": (2,) for name in MIX_WEIGHTS}
         shapes[f"{names.mlp_norm.format(index)}.weight"] = (hidden,)
         shapes[f"{names.gate.format(index)}.weight"] = (width, hidden)
         shapes[f"{names.up.format(index)}.weight"] = (width, hidden)

@@ -40,6 +40,8 @@ def _plain_problems(compression: CompressionConfig, num_layers: int) -> Iterator
     layers = compression.map(num_layers)
     if any(layer.source != layer.index for layer in layers):
         yield f"compression.layer_types is {layers}: layers read the keys and values of others"
+    elif layers.lenders:
+        yield f"compression.layer_types is {layers}: layers mix keys and values of others into their own"
     if compression.force_nodiag:
         yield "compression.force_nodiag is true: no token sees itself"
     if compression.policy.name != "dense":

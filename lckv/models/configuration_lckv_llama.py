@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +96,7 @@ class LCKVLlamaConfig(PreTrainedConfig):
         if __name__.startswith("lckv."):
             kwargs.pop("auto_map", None)  # names the modelling files of the folder, which are not in use
         published = {name: kwargs.pop(name) for name in PUBLISHED_FIELDS if name in kwargs}
-        self.compression = asdict(compression_of({**published, "compression": self.compression}))
+        self.compression = compression_of({**published, "compression": self.compression}).as_fields()
         rope = {"rope_parameters": kwargs.get("rope_scaling") or self.rope_parameters}
         wrong_rope = list(rope_problems(rope | {ORIGINAL: kwargs[ORIGINAL]})) if ORIGINAL in kwargs else []
         original = kwargs.pop(ORIGINAL, None)
@@ -164,12 +163,11 @@ class LCKVLlamaConfig(PreTrainedConfig):
     @property
     def base_model_tp_plan(self) -> dict[str, str] | None:  # type: ignore[override]
         """How others (transformers, vLLM) split the decoder over tensor-parallel ranks; None where they
-        cannot: layers that are iterated and merged slots count all KV heads."""
+        cannot: layers that are iterated and merged slots count all KV heads, and so does the gradient of
+        weights that mix keys and values."""
         compression = self.compression_config()
-        if (
-            compression.map(self.num_hidden_layers).any_cyclic
-            or not compression.policy.traits.keeps_every_token
-        ):
+        layer_types = compression.map(self.num_hidden_layers)
+        if layer_types.any_cyclic or layer_types.lenders or not compression.policy.traits.keeps_every_token:
             return None
         plan = {f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"}
         if self.qk_norm:
@@ -182,7 +180,7 @@ class LCKVLlamaConfig(PreTrainedConfig):
         """What goes through each part of the decoder, for others that cut it into stages; None where layers
         read keys and values of other layers, which they do not carry along."""
         layer_types = self.compression_config().map(self.num_hidden_layers)
-        if len(layer_types.kv_layers) < self.num_hidden_layers:
+        if not layer_types.is_plain:
             return None
         states = ["hidden_states"]
         return {
@@ -211,6 +209,6 @@ class LCKVLlamaConfig(PreTrainedConfig):
         return cls(
             **fields,
             **write_rope(decoder.rope_base, decoder.rope_scaling),
-            compression=asdict(decoder.compression),
+            compression=decoder.compression.as_fields(),
             dtype=dtype_name(decoder.dtype),
         )

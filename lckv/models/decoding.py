@@ -17,7 +17,7 @@ from lckv.attention.key_bias import KeyBias
 from lckv.attention.visibility import Visibility
 from lckv.models.layers import LCKVLlamaAttention, LCKVLlamaDecoderLayer
 from lckv.models.modeling_lckv_llama import LCKVLlamaModel
-from lckv.policies.base import Extension, TokenContext
+from lckv.policies.base import Extension, KeyValue, TokenContext
 from lckv.rope import SmallTurn, rotation
 
 
@@ -73,6 +73,9 @@ class _Layer(NamedTuple):
     value: nn.Module | None
     query_norm: nn.Module | None
     key_norm: nn.Module | None
+    mixes: int | None
+    lends: bool
+    mixing: LCKVLlamaAttention
     output: nn.Module
     before_mlp: nn.Module
     mlp: nn.Module
@@ -108,12 +111,16 @@ class Decoder:
         hidden_states = self._model.embed_tokens(tokens)
         context = TokenContext(self._turn(cache, hidden_states.dtype), positions=cache.positions)
         extensions: dict[int, Extension] = {}
+        lent: dict[int, KeyValue] = {}
         rows = tokens.shape[0]
         for layer in self._layers:
             normed = layer.before_attention(hidden_states)
             query = _heads(layer.query, layer.query_norm, normed, layer.head_dim)
             if layer.computes_kv:
-                extensions[layer.number] = self._extended(layer, normed, query, cache, context)
+                key, value = self._keys_values(layer, normed, lent)
+                extensions[layer.number] = self._policy.extend(
+                    cache.state(layer.number), key, value, query if self._reads_query else None, context
+                )
             # A cyclic layer sees nothing of the new token: any keys and values will do.
             new = extensions.get(layer.source)
             attended = cache.attend(
@@ -140,14 +147,18 @@ class Decoder:
         ]
         self._layers = [_taken_apart(layer) for layer in layers]
 
-    def _extended(
-        self, layer: _Layer, normed: Tensor, query: Tensor, cache: StepCache, context: TokenContext
-    ) -> Extension:
+    def _keys_values(self, layer: _Layer, normed: Tensor, lent: dict[int, KeyValue]) -> KeyValue:
+        """As the KV policy gets them; `lent` has those of layers below that lend, and gets the layer's."""
         assert layer.key is not None and layer.value is not None
-        key = _heads(layer.key, layer.key_norm, normed, layer.head_dim)
-        value = _heads(layer.value, None, normed, layer.head_dim)
-        state = cache.state(layer.number)
-        return self._policy.extend(state, key, value, query if self._reads_query else None, context)
+        own = KeyValue(
+            _heads(layer.key, layer.key_norm, normed, layer.head_dim),
+            _heads(layer.value, None, normed, layer.head_dim),
+        )
+        if layer.mixes is not None:
+            own = layer.mixing.mixed(*own, lent[layer.mixes])
+        if layer.lends:
+            lent[layer.number] = own
+        return own
 
     def _turn(self, cache: StepCache, dtype: torch.dtype) -> SmallTurn:
         """RoPE of the step. Frequencies are made once."""
@@ -173,6 +184,9 @@ def _taken_apart(layer: LCKVLlamaDecoderLayer) -> _Layer:
         attention.v_proj if attention.computes_kv else None,
         getattr(attention, "q_norm", None),
         getattr(attention, "k_norm", None),
+        attention.mixes,
+        attention.lends,
+        attention,
         attention.o_proj,
         layer.post_attention_layernorm,
         layer.mlp,

@@ -1,11 +1,11 @@
-"""The layers of an LCKV model: its weights under Hugging Face's names, and how the plan of a sharing map runs
-them.
+"""The layers of an LCKV model: its weights under Hugging Face's names, and what each part of them computes.
 
 Shapes: b rows, s new tokens, h query heads, g KV heads, d channels of a head.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,8 @@ from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.interface import OWN, AttentionFunction
 from lckv.models.tokens import Layout
 from lckv.models.wanted import Wanted
-from lckv.pass_errors import PassRecord
-from lckv.policies.base import Extension, Statistics, TokenContext
+from lckv.policies.base import Extension, KeyValue, Statistics, TokenContext
+from lckv.sharing.mixing import initial_weight, mixed
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +57,8 @@ class LCKVLlamaAttention(nn.Module):
         layer = layer_types[layer_idx]
         self.config, self.layer_idx, self.source = config, layer_idx, layer.source
         self.computes_kv = layer_idx in layer_types.kv_layers
+        self.mixes, self.lends = layer.mixes, layer_idx in layer_types.lenders
+        self.mix_scaling_factor = compression.mix_scaling_factor
         self.policy = compression.policy.build()
         self.visibility = Visibility(*compression.sight(layer))
         self.scaling, self.is_causal = config.head_dim**-0.5, True
@@ -68,6 +70,9 @@ class LCKVLlamaAttention(nn.Module):
             self.k_proj = nn.Linear(hidden, kv_width, bias=config.qkv_bias)
             self.v_proj = nn.Linear(hidden, kv_width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(width, hidden, bias=False)
+        if self.mixes is not None:
+            self.key_weight = nn.Parameter(initial_weight(self.mix_scaling_factor))
+            self.value_weight = nn.Parameter(initial_weight(self.mix_scaling_factor))
         if compression.first_guess and layer_idx in layer_types.cyclic_sources:
             self.first_guess_k_proj = ZeroLinear(hidden, kv_width, bias=False)
             self.first_guess_v_proj = ZeroLinear(hidden, kv_width, bias=False)
@@ -78,17 +83,21 @@ class LCKVLlamaAttention(nn.Module):
 
     def forward(
         self, hidden_states: Tensor, source: Extension | None, tokens: Tokens, wanted: Wanted | None = None
-    ) -> tuple[Tensor, Extension | None, Statistics]:
-        """Attend from [b, s, hidden] to `source`, or to the layer's own keys and values; they and their
-        statistics are returned. `wanted`: attend from these tokens alone; where the layer computes no keys
-        and values, `hidden_states` are theirs, [b, q, hidden]."""
+    ) -> tuple[Tensor, "Own | None"]:
+        """Attend from [b, s, hidden] to `source`, or to the layer's own keys and values, which are returned
+        with what comes of them. `source` of a layer that mixes: what it mixes into its own. `wanted`: attend
+        from these tokens alone; where the layer computes no keys and values, `hidden_states` are theirs,
+        [b, q, hidden]."""
         query = self._heads("q", hidden_states) if wanted is None else None
-        own, statistics = self.keys_values(hidden_states, tokens, query) if self.computes_kv else (None, ())
+        lent, source = (None, source) if self.mixes is None else (source, None)
+        own = self.keys_values(hidden_states, tokens, query, lent) if self.computes_kv else None
         context = tokens.contexts[self.layer_idx]
         if wanted is not None:
             hidden_states = wanted.of(hidden_states) if self.computes_kv else hidden_states
             query, context = self._heads("q", hidden_states), wanted.context
-        reads = own if source is None else source
+        reads = source
+        if reads is None and own is not None:
+            reads = own.extension
         if reads is None:
             raise ValueError(
                 f"layer {self.layer_idx} reads the keys and values of layer {self.source}, which were not "
@@ -114,21 +123,23 @@ class LCKVLlamaAttention(nn.Module):
                 **tokens.function.arguments,
             )
         # [b, s, h, d], of some functions [b * s, h * d], to [b, s, h * d].
-        return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), own, statistics
+        return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), own
 
     def keys_values(
-        self, hidden_states: Tensor, tokens: Tokens, query: Tensor | None = None
-    ) -> tuple[Extension, Statistics]:
+        self,
+        hidden_states: Tensor,
+        tokens: Tokens,
+        query: Tensor | None = None,
+        lent: Extension | None = None,
+    ) -> "Own":
         """The layer's keys and values from [b, s, hidden]; `query` [s, b, h, d] saves projecting it where the
-        policy reads it. There are no statistics where there is a cache."""
+        policy reads it; `lent`: what a layer that mixes mixes in. There are no statistics where there is a
+        cache."""
         reads_query = self.policy.traits.reads_query
         if query is None and reads_query:
             query = self._heads("q", hidden_states)
-        key, value, context = (
-            self._heads("k", hidden_states),
-            self._heads("v", hidden_states),
-            tokens.contexts[self.layer_idx],
-        )
+        key, value = self.mixed(self._heads("k", hidden_states), self._heads("v", hidden_states), lent)
+        lends, context = KeyValue(key, value) if self.lends else None, tokens.contexts[self.layer_idx]
         query = query if reads_query else None
         if tokens.cache is not None:
             state = None if tokens.past is None else tokens.past.state(self.layer_idx)
@@ -136,9 +147,23 @@ class LCKVLlamaAttention(nn.Module):
             if isinstance(tokens.cache, UndecidedCache):
                 projected = Projected(self.policy, state, key, value, query, context)
                 tokens.cache.note(self.layer_idx, extension, projected)
-            return extension, ()
+            return Own(extension, lends, ())
         own, statistics = self.policy.keys_values(key, value, query, context)
-        return Extension(*own), statistics
+        return Own(Extension(*own), lends, statistics)
+
+    def mixed(self, key: Tensor, value: Tensor, lent: Extension | KeyValue | None) -> KeyValue:
+        """Keys and values [s, b, g, d] before RoPE, with what another layer lends to a layer that mixes."""
+        if self.mixes is None:
+            return KeyValue(key, value)
+        if lent is None:
+            raise ValueError(
+                f"layer {self.layer_idx} mixes the keys and values of layer {self.mixes} into its own, which "
+                "were not given to it."
+            )
+        return KeyValue(
+            mixed(lent.key, key, self.key_weight, self.mix_scaling_factor),
+            mixed(lent.value, value, self.value_weight, self.mix_scaling_factor),
+        )
 
     def first_guess(self, hidden_states: Tensor, tokens: Tokens) -> Extension:
         """What is guessed of the layer's keys and values from the input [b, s, hidden] of its group, through
@@ -201,6 +226,18 @@ class LCKVLlamaAttention(nn.Module):
             ) from error
 
 
+class Own(NamedTuple):
+    """What a layer computes beside hidden states."""
+
+    extension: Extension
+    """Its keys and values."""
+
+    lends: KeyValue | None
+    """[s, b, g, d] before RoPE, for layers that mix them into their own; None: no layer does."""
+
+    statistics: Statistics
+
+
 class ZeroLinear(nn.Linear):
     """A linear layer whose initial weights are zeros: before training, guessed keys and values are those that
     published models begin with."""
@@ -221,11 +258,11 @@ class LCKVLlamaMLP(nn.Module):
 
 
 _Flat = tuple[Tensor | None, ...]
-"""Hidden states, then the fields of the layer's own `Extension`, then its statistics:
-what checkpointing can pass on."""
+"""Hidden states, then the fields of the layer's own `Extension`, then key and value that it lends, then its
+statistics: what checkpointing can pass on."""
 
 
-_NO_EXTENSION = (None,) * len(Extension._fields)
+_NOTHING_OWN = (None,) * (len(Extension._fields) + len(KeyValue._fields))
 
 
 class LCKVLlamaDecoderLayer(GradientCheckpointingLayer):
@@ -253,138 +290,31 @@ class LCKVLlamaDecoderLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: Tensor, tokens: Tokens, part: str, *source: Tensor | None) -> _Flat:
         """`part` is "all", "keys_values" or "first_guess" (nothing else is returned), "without_source"
         (attention is left out, as if it were 0) or "wanted" (all, but hidden states of `tokens.wanted`
-        alone). `source` are the fields of what the layer reads, if it reads another's. Everything goes
-        through here, so that hooks on the module (sharded or offloaded weights) see every use."""
+        alone). `source` are the fields of what the layer reads, if it reads another's, or mixes in.
+        Everything goes through here, so that hooks on the module (sharded or offloaded weights) see every
+        use."""
+        takes = Extension(*source) if source else None  # type: ignore[arg-type]
         if part == "keys_values":
-            own, statistics = self.self_attn.keys_values(self.input_layernorm(hidden_states), tokens)
-            return hidden_states, *own, *statistics
+            normed = self.input_layernorm(hidden_states)
+            return hidden_states, *_flat(self.self_attn.keys_values(normed, tokens, lent=takes))
         if part == "first_guess":
-            return hidden_states, *self.self_attn.first_guess(hidden_states, tokens)
-        own_or_none: Extension | None = None
-        statistics = ()
+            guess = self.self_attn.first_guess(hidden_states, tokens)
+            return hidden_states, *_flat(Own(guess, None, ()))
+        own: Own | None = None
         if part in ("all", "wanted"):
-            reads = Extension(*source) if source else None  # type: ignore[arg-type]
             wanted = tokens.wanted if part == "wanted" else None
-            output, own_or_none, statistics = self.self_attn(
-                self.input_layernorm(hidden_states), reads, tokens, wanted
-            )
+            output, own = self.self_attn(self.input_layernorm(hidden_states), takes, tokens, wanted)
             if wanted is not None and self.self_attn.computes_kv:
                 hidden_states = wanted.of(hidden_states)
             hidden_states = hidden_states + output
         elif self.self_attn.computes_kv:
-            own_or_none, statistics = self.self_attn.keys_values(self.input_layernorm(hidden_states), tokens)
+            own = self.self_attn.keys_values(self.input_layernorm(hidden_states), tokens)
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states, *(own_or_none or _NO_EXTENSION), *statistics
+        return hidden_states, *_flat(own)
 
 
-class HiddenStates:
-    """Of the embedding and of every layer, where they are wanted."""
-
-    def __init__(self, wanted: Collection[int], embedded: Tensor) -> None:
-        self._wanted = wanted
-        self._states: list[Tensor | None] = []
-        self.add(embedded)
-
-    def add(self, hidden_states: Tensor) -> None:
-        """Those of the next layer."""
-        self._states.append(hidden_states if len(self._states) in self._wanted else None)
-
-    def all(self, last: Tensor) -> tuple[Tensor | None, ...]:
-        """All that were added, `last` in the place of the last ones; None where they are not wanted."""
-        return (*self._states[:-1], last if len(self._states) - 1 in self._wanted else None)
-
-
-class PlannedLayers:
-    """The model's layers for one forward pass, as the plan calls them."""
-
-    def __init__(
-        self,
-        layers: Sequence[LCKVLlamaDecoderLayer],
-        tokens: Tokens,
-        hidden_states: HiddenStates,
-        record: PassRecord,
-    ) -> None:
-        """Each layer's result in the pass that counts is added to `hidden_states`; keys and values of passes
-        are compared in `record`."""
-        self._layers, self._tokens, self._hidden_states = layers, tokens, hidden_states
-        self._record = record
-        self.kept: dict[int, Extension] = {}
-        """Keys and values of the pass that counts, if there is a cache for them."""
-        self.statistics: dict[int, Statistics] = {}
-
-    def run(
-        self, index: int, hidden_states: Tensor, source: Extension | None, *, kept: bool
-    ) -> tuple[Tensor, Extension | None]:
-        """The whole layer, recomputed in backward where gradient checkpointing is on."""
-        flat = self._layers[index](hidden_states, self._tokens, "all", *(source or ()))
-        hidden_states, own, statistics = _unflat(flat)
-        if kept:
-            self._hidden_states.add(hidden_states)
-            self._keep(index, own, statistics or self._errors(index, own))
-        elif own is not None:
-            self._record.passed(index, own[:2])
-        return hidden_states, own
-
-    def run_wanted(
-        self, index: int, hidden_states: Tensor, source: Extension | None
-    ) -> tuple[Tensor, Extension | None]:
-        """See `WantingLayers`."""
-        flat = self._layers[index](hidden_states, self._tokens, "wanted", *(source or ()))
-        hidden_states, own, statistics = _unflat(flat)
-        self._keep(index, own, statistics or self._errors(index, own))
-        return hidden_states, own
-
-    def keys_values(self, index: int, hidden_states: Tensor) -> Extension:
-        """The layer's keys and values alone."""
-        flat = self._layers[index](hidden_states, self._tokens, "keys_values")
-        _, own, statistics = _unflat(flat)
-        assert own is not None
-        self._keep(index, own, statistics)  # those of the last pass, which is the one that counts, stay
-        self._record.passed(index, own[:2])
-        return own
-
-    def first_guess(self, source: int, hidden_states: Tensor) -> Extension:
-        """What is guessed of the keys and values of layer `source`, for the first pass to read."""
-        guess = _unflat(self._layers[source](hidden_states, self._tokens, "first_guess"))[1]
-        assert guess is not None
-        return Extension(*self._record.guessed(source, guess[:2]))
-
-    def _keep(self, index: int, own: Extension | None, statistics: Statistics) -> None:
-        if own is not None and self._tokens.cache is not None:
-            self.kept[index] = own
-        if statistics:
-            self.statistics[index] = statistics
-
-    def _errors(self, index: int, own: Extension | None) -> Statistics:
-        """Of passes before the one that counts, where there is no cache."""
-        if own is None or self._tokens.cache is not None:
-            return ()
-        counted = self._tokens.layout.counted
-        return self._record.statistics(index, own[:2], None if counted is None else counted.transpose(0, 1))
-
-    def run_without_source(self, index: int, hidden_states: Tensor) -> tuple[Tensor, Extension | None]:
-        """Without older tokens attention to zero keys and values is exactly 0;
-        with some, the zeros are among them."""
-        if self._tokens.past is not None:
-            return self.run(index, hidden_states, self.zeros(hidden_states), kept=False)
-        return _unflat(self._layers[index](hidden_states, self._tokens, "without_source"))[:2]
-
-    def zeros(self, hidden_states: Tensor) -> Extension:
-        """Keys and values before the first pass."""
-        attention = self._layers[0].self_attn
-        rows, tokens = hidden_states.shape[:2]
-        key_bias, shape = attention.policy.traits.key_bias, (tokens, rows, attention.kv_heads)
-        extra = 0 if key_bias is None else key_bias.extra_channels
-        return Extension(
-            hidden_states.new_zeros(*shape, attention.head_dim + extra),
-            hidden_states.new_zeros(*shape, attention.head_dim),
-        )
-
-
-def _unflat(flat: _Flat | Tensor) -> tuple[Tensor, Extension | None, Statistics]:
-    if isinstance(flat, Tensor):  # of a layer that lies on another stage of somebody's pipeline
-        return flat, None, ()
-    hidden_states, key, value, hides, state, *statistics = flat
-    assert hidden_states is not None
-    own = None if key is None or value is None else Extension(key, value, hides, state)
-    return hidden_states, own, tuple(tensor for tensor in statistics if tensor is not None)
+def _flat(own: Own | None) -> _Flat:
+    """What `_Flat` has behind the hidden states."""
+    if own is None:
+        return _NOTHING_OWN
+    return *own.extension, *(own.lends or (None, None)), *own.statistics

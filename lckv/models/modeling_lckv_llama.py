@@ -33,7 +33,7 @@ from lckv.models.interface import (
     mask_for,
     obstacle_to_functions,
 )
-from lckv.models.layers import HiddenStates, LCKVLlamaDecoderLayer, PlannedLayers, Tokens, ZeroLinear
+from lckv.models.layers import LCKVLlamaAttention, LCKVLlamaDecoderLayer, Tokens, ZeroLinear
 from lckv.models.logits import (
     check_labels,
     check_skip_logits,
@@ -43,6 +43,7 @@ from lckv.models.logits import (
     share_of_batch,
 )
 from lckv.models.outputs import LCKVModelOutput, LCKVOutput
+from lckv.models.planned_layers import HiddenStates, PlannedLayers
 from lckv.models.tokens import Given, Layout, documents_of, positions
 from lckv.models.wanted import Wanted, check_needs, newest_columns, results_of
 from lckv.pass_errors import PassErrors, PassRecord, reporter_of, reporting_layers
@@ -50,6 +51,7 @@ from lckv.policies.base import Extension, Statistics, TokenContext, statistics_b
 from lckv.rope import Turn
 from lckv.sharing.early_exit import exit_early
 from lckv.sharing.execution import State, run_steps
+from lckv.sharing.mixing import initial_weight
 from lckv.sharing.plan import Step, iteration_plan
 
 
@@ -82,8 +84,11 @@ class LCKVLlamaPreTrainedModel(PreTrainedModel):
         """Called by transformers, of weights that are not loaded."""
         if isinstance(module, ZeroLinear):
             initialization.zeros_(module.weight)
-        else:
-            super()._init_weights(module)
+            return
+        super()._init_weights(module)
+        if isinstance(module, LCKVLlamaAttention) and module.mixes is not None:
+            for weight in (module.key_weight, module.value_weight):
+                initialization.copy_(weight, initial_weight(module.mix_scaling_factor).to(weight))
 
 
 class LCKVLlamaModel(LCKVLlamaPreTrainedModel):

@@ -29,8 +29,9 @@ class Layers(Protocol[KV]):
     def run(
         self, index: int, hidden_states: Tensor, source: KV | None, *, kept: bool
     ) -> tuple[Tensor, KV | None]:
-        """The whole layer. `source` is what it reads, None where it reads its own. Returns its hidden states
-        and what it computes for readers, if anything. `kept`: this is the pass whose results count."""
+        """The whole layer. `source` is what it takes of another: what it reads, None where it reads its own;
+        of a layer that mixes, what the other lends. Returns its hidden states and what it computes for
+        readers, if anything. `kept`: this is the pass whose results count."""
         ...
 
     def keys_values(self, index: int, hidden_states: Tensor) -> KV:
@@ -63,6 +64,20 @@ class WantingLayers(Layers[KV], Protocol[KV]):
         ...
 
 
+@runtime_checkable
+class MixingLayers(Layers[KV], Protocol[KV]):
+    """Layers that can run a plan in which some mix keys and values of others into their own."""
+
+    def mixed_keys_values(self, index: int, hidden_states: Tensor, lent: KV) -> KV:
+        """As `keys_values`, of a layer that mixes."""
+        ...
+
+    def lent(self, index: int) -> KV:
+        """What layer `index`, which ran last, lends: its keys and values of each token alone, as the KV
+        policy gets them. Asked once."""
+        ...
+
+
 class State(NamedTuple, Generic[KV]):
     """Everything that the remaining steps of a list need to know of those before."""
 
@@ -92,6 +107,10 @@ class State(NamedTuple, Generic[KV]):
     passes: int = 1
     """The largest number of passes that were run over any group that is done."""
 
+    lent: Mapping[int, KV] | None = None
+    """What layers of the running pass, or below its group, lend to layers that mix it into their own keys and
+    values: by the layer that computed it; None: nothing."""
+
 
 def run_steps(
     steps: Sequence[Step], layers: Layers[KV], state: State[KV], converged: Converged[KV] | None = None
@@ -119,7 +138,8 @@ def _run_step(step: Step, layers: Layers[KV], state: State[KV], converged: Conve
     if not step.ends:
         return state
     if step.update:
-        return State(state.hidden_states, state.available, passes=max(state.passes, state.prepared + 1))
+        passes = max(state.passes, state.prepared + 1)
+        return State(state.hidden_states, state.available, passes=passes, lent=state.lent)
     handed = state.handed or {}
     settled = step.compared and converged is not None and converged(state.previous or {}, handed)
     return state._replace(
@@ -148,6 +168,7 @@ def _begun(step: Step, state: State[KV]) -> State[KV]:
 def _run_layers(step: Step, layers: Layers[KV], state: State[KV]) -> State[KV]:
     """The step's layers from the bottom."""
     hidden_states, available, handed = state.hidden_states, dict(state.available), dict(state.handed or {})
+    lent = dict(state.lent or {})
     zeros: KV | None = None
     source: KV | None
     own: KV | None
@@ -155,10 +176,10 @@ def _run_layers(step: Step, layers: Layers[KV], state: State[KV]) -> State[KV]:
         if run.part is Part.NOTHING:
             own = None
         elif run.part is Part.KEYS_VALUES:
-            own = layers.keys_values(run.index, hidden_states)
+            own = _keys_values(run, layers, hidden_states, lent)
         elif run.part is Part.WANTED:
             assert isinstance(layers, WantingLayers), "the plan ends early for layers that cannot"
-            source = source_of(run, available, state.previous)
+            source = _taken(run, available, state.previous, lent)
             hidden_states, own = layers.run_wanted(run.index, hidden_states, source)
         elif run.part is Part.WITHOUT_SOURCE:
             hidden_states, own = layers.run_without_source(run.index, hidden_states)
@@ -166,7 +187,7 @@ def _run_layers(step: Step, layers: Layers[KV], state: State[KV]) -> State[KV]:
             if run.reads is not None and run.reads.origin is Origin.ZEROS:
                 source = zeros = layers.zeros(hidden_states) if zeros is None else zeros
             else:
-                source = source_of(run, available, state.previous)
+                source = _taken(run, available, state.previous, lent)
             hidden_states, own = layers.run(run.index, hidden_states, source, kept=step.update)
         if own is not None:
             available[run.index] = own
@@ -174,7 +195,41 @@ def _run_layers(step: Step, layers: Layers[KV], state: State[KV]) -> State[KV]:
                 handed[run.index] = own
         for source_index in run.drops:
             available.pop(source_index, None)  # not there if its layer lies on a stage of somebody else's
-    return state._replace(hidden_states=hidden_states, available=available, handed=handed)
+        if run.lends and own is not None:
+            lent[run.index] = _mixing(layers).lent(run.index)
+        for lender in run.drops_lent:
+            lent.pop(lender, None)
+    return state._replace(hidden_states=hidden_states, available=available, handed=handed, lent=lent or None)
+
+
+def _taken(
+    run: LayerRun, available: Mapping[int, KV], previous: Mapping[int, KV] | None, lent: Mapping[int, KV]
+) -> KV | None:
+    """What a layer that runs takes of another; None where it takes nothing."""
+    return source_of(run, available, previous) if run.mixes is None else _lent_to(run, lent)
+
+
+def _keys_values(run: LayerRun, layers: Layers[KV], hidden_states: Tensor, lent: Mapping[int, KV]) -> KV:
+    """What a layer computes for readers alone."""
+    if run.mixes is None:
+        return layers.keys_values(run.index, hidden_states)
+    return _mixing(layers).mixed_keys_values(run.index, hidden_states, _lent_to(run, lent))
+
+
+def _mixing(layers: Layers[KV]) -> MixingLayers[KV]:
+    assert isinstance(layers, MixingLayers), "the plan mixes for layers that cannot"
+    return layers
+
+
+def _lent_to(run: LayerRun, lent: Mapping[int, KV]) -> KV:
+    """What a layer mixes into its own keys and values. Raises ValueError where it is missing."""
+    assert run.mixes is not None
+    if run.mixes not in lent:
+        raise ValueError(
+            f"layer {run.index} mixes the keys and values of layer {run.mixes} into its own, but there are "
+            f"those of {sorted(lent)} to be mixed in."
+        )
+    return lent[run.mixes]
 
 
 def source_of(run: LayerRun, available: Mapping[int, KV], previous: Mapping[int, KV] | None) -> KV | None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from lckv.sharing.plan import LayerGroup, Origin, Step, crossing_sources
+from lckv.sharing.plan import LayerGroup, Origin, Step, crossing_lenders, crossing_sources
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class Cargo:
 
     counts: bool = True
     """Whether the pass counts, and with it what the layers report."""
+
+    lent: tuple[int, ...] = ()
+    """Layers whose keys and values layers further on mix into their own."""
 
 
 @dataclass(frozen=True)
@@ -154,12 +157,21 @@ class _Walk:
         if following is None:
             return None
         boundary = last.stop
-        available = set(whole.crossing(boundary))
+        available, lent = set(whole.crossing(boundary)), set(whole.lent_across(boundary))
+        handed: tuple[int, ...] = ()
         if last.update:
             available |= set(crossing_sources(self._plan, boundary))
-            return Cargo(True, tuple(sorted(available)), previous=_read_from_before(whole, boundary))
-        handed = tuple(source for source in whole.hands if source < boundary)
-        return Cargo(True, tuple(sorted(available)), handed, _read_from_before(whole, boundary), counts=False)
+            lent |= set(crossing_lenders(self._plan, boundary))
+        else:
+            handed = tuple(source for source in whole.hands if source < boundary)
+        return Cargo(
+            True,
+            tuple(sorted(available)),
+            handed,
+            _read_from_before(whole, boundary),
+            counts=last.update,
+            lent=tuple(sorted(lent)),
+        )
 
 
 def _read_from_before(step: Step, boundary: int) -> tuple[int, ...]:

@@ -3,6 +3,10 @@
 `0_6_6_6_6_6_6_7` has one entry per layer, joined by "_". Entry i is the index a(i) of the layer whose keys
 and values layer i reads; an "s" behind it gives the layer a sliding window. The language is that of LCKV (Wu
 and Tu, ACL 2024; its public code calls the entries layer types).
+
+`0_1+0_2+0_2_2_2` has more: entry i may be `i+j` for a layer j below that computes keys and values, too. Layer
+i then mixes those of layer j into its own (YOCO++; see docs/mixed_sources.md), and the mixture is what it
+attends to, what a cache keeps of it, and what others read.
 """
 
 import re
@@ -12,7 +16,8 @@ from functools import cached_property
 
 from lckv.errors import Problem, SettingError
 
-_ENTRY = re.compile(r"(\d+)(s?)")
+_ENTRY = re.compile(r"(\d+)(?:\+(\d+))?(s?)")
+_TWO_SOURCES = re.compile(r"(\d+)/(\d+)s?")
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,9 @@ class LayerType:
 
     sliding: bool
     """Whether it sees only a window."""
+
+    mixes: int | None = None
+    """The layer whose keys and values it mixes into its own; None: none."""
 
     @property
     def cyclic(self) -> bool:
@@ -60,19 +68,15 @@ class LayerTypes:
             place = f"entry {index} (character {column})"
             match = _ENTRY.fullmatch(entry)
             if match is None:
-                raise _misfit(
-                    text,
-                    f"{place} is {repr(entry) if entry else 'empty'}: an entry is the index of the layer to "
-                    'read from, with an optional "s" for a sliding window, and entries are joined by "_"',
-                )
-            source = int(match[1])
+                raise _misfit(text, f"{place} {_malformed(entry)}")
+            source, mixes = int(match[1]), None if match[2] is None else int(match[2])
             if source >= num_layers:
                 raise _misfit(
                     text,
                     f"{place} reads layer {source}, but the model has {num_layers} layers, 0 to "
                     f"{num_layers - 1}",
                 )
-            layers.append(LayerType(index, source, bool(match[2])))
+            layers.append(LayerType(index, source, bool(match[3]), mixes))
             column += len(entry) + 1
         if len(layers) != num_layers:
             raise _misfit(
@@ -80,10 +84,17 @@ class LayerTypes:
                 f"it has {len(layers)} entries but the model has {num_layers} layers: give one entry per "
                 "layer",
             )
-        return cls(tuple(layers))
+        layer_types = cls(tuple(layers))
+        for layer in layers:
+            if obstacle := layer_types._obstacle_to_mixing(layer):
+                raise _misfit(text, f"entry {layer.index} is {entries[layer.index]!r}, but {obstacle}")
+        return layer_types
 
     def __str__(self) -> str:
-        return "_".join(f"{layer.source}{'s' if layer.sliding else ''}" for layer in self.layers)
+        return "_".join(
+            f"{layer.source}{'' if layer.mixes is None else f'+{layer.mixes}'}{'s' if layer.sliding else ''}"
+            for layer in self.layers
+        )
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -125,6 +136,54 @@ class LayerTypes:
     def readers(self, source: int) -> tuple[int, ...]:
         """Layers that read the keys and values of layer `source`, ascending."""
         return tuple(layer.index for layer in self.layers if layer.source == source)
+
+    @cached_property
+    def lenders(self) -> tuple[int, ...]:
+        """Layers whose keys and values a layer above them mixes into its own, ascending."""
+        return tuple(sorted({layer.mixes for layer in self.layers if layer.mixes is not None}))
+
+    def mixers(self, lender: int) -> tuple[int, ...]:
+        """Layers that mix the keys and values of layer `lender` into their own, ascending."""
+        return tuple(layer.index for layer in self.layers if layer.mixes == lender)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every layer has its own keys and values, and nothing of another one."""
+        return all(layer.source == layer.index and layer.mixes is None for layer in self.layers)
+
+    def _obstacle_to_mixing(self, layer: LayerType) -> str | None:
+        """What is wrong with what a layer mixes in."""
+        if layer.mixes is None:
+            return None
+        if layer.source != layer.index:
+            return (
+                f"only a layer that reads its own keys and values can mix others into them: write "
+                f"{layer.index}+{layer.mixes}, or {layer.source} for a layer that only reads"
+            )
+        if layer.mixes >= layer.index:
+            return (
+                f"layer {layer.mixes} is not below layer {layer.index}, whose keys and values it would be "
+                "mixed into: choose a layer below"
+            )
+        if layer.mixes not in self.kv_layers:
+            owners = [str(owner) for owner in self.kv_layers if owner < layer.index]
+            choice = f"mix those of a layer below that does, {', '.join(owners)}" if owners else "mix none in"
+            return f"layer {layer.mixes} computes no keys and values: {choice}"
+        return None
+
+
+def _malformed(entry: str) -> str:
+    """What is wrong with an entry that is not of the language."""
+    if _TWO_SOURCES.fullmatch(entry):
+        return (
+            f"is {entry!r}: keys of one layer and values of another cannot be read; only a layer that "
+            "computes keys and values can mix others into them, as in 2+0 for layer 2"
+        )
+    return (
+        f"is {repr(entry) if entry else 'empty'}: an entry is the index of the layer to read from, with an "
+        'optional "s" for a sliding window, or i+j for a layer i that mixes keys and values of layer j into '
+        'its own, and entries are joined by "_"'
+    )
 
 
 def _misfit(text: str, obstacle: str) -> SettingError:

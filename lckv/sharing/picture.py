@@ -11,8 +11,9 @@ from lckv.sharing.plan import Part, Step, layer_groups
 def draw(layer_types: LayerTypes, *, window: int | None = None) -> str:
     """One line per layer, the top layer first.
 
-    `KV` marks a layer that computes keys and values, `<-` what it reads, and the bracket the layers that run
-    again and again because one of them reads a layer above itself.
+    `KV` marks a layer that computes keys and values, `<-` what it reads, with the layer that it mixes into
+    its own, and the bracket the layers that run again and again because one of them reads a layer above
+    itself.
     """
     groups = [group for group in layer_groups(layer_types) if group.iterated]
     brackets = {}
@@ -23,23 +24,27 @@ def draw(layer_types: LayerTypes, *, window: int | None = None) -> str:
         if group.stop - group.start > 1:
             brackets[group.stop - 1] += " iterated"
     width = len(str(len(layer_types) - 1))
+    column = max([width + 4, *(len(_source(layer, width)) + 1 for layer in layer_types)])
     lines = []
     for layer in reversed(layer_types.layers):
         own = "KV" if layer.index in layer_types.kv_layers else "  "
         line = (
             f"layer {layer.index:>{width}}  {own}  <- "
-            f"{_reads(layer, width, window)}{brackets.get(layer.index, '')}"
+            f"{_reads(layer, width, column, window)}{brackets.get(layer.index, '')}"
         )
         lines.append(line.rstrip())
     return "\n".join(lines)
 
 
-def _reads(layer: LayerType, width: int, window: int | None) -> str:
-    where = (
-        "own" if layer.source == layer.index else f"{layer.source:>{width}} {'↑' if layer.cyclic else '↓'}"
-    )
+def _reads(layer: LayerType, width: int, column: int, window: int | None) -> str:
     seen = f" window {window}" if layer.sliding and window else " window" if layer.sliding else ""
-    return f"{where:<{width + 4}}{seen}"
+    return f"{_source(layer, width):<{column}}{seen}"
+
+
+def _source(layer: LayerType, width: int) -> str:
+    if layer.source == layer.index:
+        return "own" if layer.mixes is None else f"own + {layer.mixes:>{width}}"
+    return f"{layer.source:>{width}} {'↑' if layer.cyclic else '↓'}"
 
 
 def list_steps(steps: Sequence[Step]) -> Iterator[str]:

@@ -100,6 +100,15 @@ class LayerRun:
     """Layers whose keys and values nobody in this pass, or above the group where the pass counts, reads once
     this layer has run, ascending."""
 
+    mixes: int | None = None
+    """The layer below whose keys and values, of the same tokens, it mixes into its own; None: none."""
+
+    lends: bool = False
+    """Whether layers above mix its keys and values into their own."""
+
+    drops_lent: tuple[int, ...] = ()
+    """As `drops`, of what layers lend to be mixed in."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -156,6 +165,12 @@ class Step:
         reads = (run.reads for run in self.runs if run.index >= boundary)
         return tuple(sorted({read.source for read in reads if read and read.source < boundary}))
 
+    def lent_across(self, boundary: int) -> tuple[int, ...]:
+        """Layers below `boundary` whose keys and values the step's layers at or above it mix into their own,
+        ascending."""
+        mixed = {run.mixes for run in self.runs if run.index >= boundary and run.mixes is not None}
+        return tuple(sorted(lender for lender in mixed if lender < boundary))
+
     def cut(self, layers: range) -> "Step | None":
         """The piece of the step that runs `layers`; None where it runs none of them."""
         start, stop = max(self.start, layers.start), min(self.stop, layers.stop)
@@ -169,6 +184,12 @@ def crossing_sources(steps: Sequence[Step], boundary: int) -> tuple[int, ...]:
     """Layers below `boundary` whose keys and values a layer at or above it reads,
     of those that are kept, ascending."""
     return tuple(sorted({source for step in steps if step.update for source in step.crossing(boundary)}))
+
+
+def crossing_lenders(steps: Sequence[Step], boundary: int) -> tuple[int, ...]:
+    """Layers below `boundary` whose keys and values a layer at or above it mixes into its own,
+    of those that are kept, ascending."""
+    return tuple(sorted({lender for step in steps if step.update for lender in step.lent_across(boundary)}))
 
 
 def layer_groups(layer_types: LayerTypes) -> tuple[LayerGroup, ...]:
@@ -237,6 +258,7 @@ class _GroupWalk:
         self._hands = {layer.source for layer in self._layers if layer.cyclic}
         self._guesses = tuple(sorted(self._hands)) if first_guess else ()
         self._drops = {update: self._dropped(update=update) for update in (False, True)}
+        self._drops_lent = {update: self._dropped_lent(update=update) for update in (False, True)}
 
     def step(self, number: int, *, requires_grad: bool) -> Step:
         """Pass `number` over the group."""
@@ -266,6 +288,9 @@ class _GroupWalk:
             layer.index in self._layer_types.kv_layers,
             not update and layer.index in self._hands,
             tuple(self._drops[update].get(layer.index, ())),
+            layer.mixes,
+            layer.index in self._layer_types.lenders,
+            tuple(self._drops_lent[update].get(layer.index, ())),
         )
 
     def _read(self, layer: LayerType, number: int) -> Read:
@@ -291,4 +316,15 @@ class _GroupWalk:
             last = max([source, *(reader for reader in readers if update or reader < top)])
             if self._group.start <= last <= top and (update or source >= self._group.start):
                 dropped.setdefault(last, []).append(source)
+        return dropped
+
+    def _dropped_lent(self, *, update: bool) -> dict[int, list[int]]:
+        """As `_dropped`, of what layers lend. The group's top layer mixes in every pass."""
+        top = self._group.stop - 1
+        dropped: dict[int, list[int]] = {}
+        for lender in self._layer_types.lenders:
+            mixers = self._layer_types.mixers(lender)
+            last = max([lender, *(mixer for mixer in mixers if update or mixer <= top)])
+            if self._group.start <= last <= top and (update or lender >= self._group.start):
+                dropped.setdefault(last, []).append(lender)
         return dropped

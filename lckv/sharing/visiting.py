@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lckv.sharing.execution import KV, Layers, State, run_steps
 from lckv.sharing.journey import Visit
-from lckv.sharing.plan import Step, crossing_sources
+from lckv.sharing.plan import Step, crossing_lenders, crossing_sources
 
 Around = Callable[[Step], AbstractContextManager[object]]
 
@@ -21,6 +21,9 @@ class Kept(NamedTuple, Generic[KV]):
 
     available: Mapping[int, KV]
     """Keys and values from below the group, by the layer that computed them."""
+
+    lent: Mapping[int, KV]
+    """What layers below the group lend, by the layer that computed it."""
 
 
 class Left(NamedTuple, Generic[KV]):
@@ -53,7 +56,7 @@ def run_visit(
     state = arrived
     if visit.takes is not None:
         assert kept is not None
-        state = State(kept.start, kept.available, kept.start, previous=arrived.previous)
+        state = State(kept.start, kept.available, kept.start, previous=arrived.previous, lent=kept.lent)
     keeps: Kept[KV] | None = None
     leaves: Mapping[int, KV] | None = None
     for step in visit.steps:
@@ -63,7 +66,12 @@ def run_visit(
             state = state._replace(start=state.hidden_states, previous=prepared)
         if step.begins and step.group == visit.keeps:
             sources = crossing_sources(plan, step.group.start)
-            keeps = Kept(state.hidden_states, {source: state.available[source] for source in sources})
+            lent = state.lent or {}
+            keeps = Kept(
+                state.hidden_states,
+                {source: state.available[source] for source in sources},
+                {lender: lent[lender] for lender in crossing_lenders(plan, step.group.start)},
+            )
         with around(step):
             state = run_steps((step,), layers, state)
     return Left(state, keeps, leaves)

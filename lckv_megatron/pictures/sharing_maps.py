@@ -1,7 +1,7 @@
 """Draws sharing maps.
 
 Layers stand bottom to top. A filled box computes keys and values; a line runs from every layer that reads
-another's to the layer that it reads.
+another's to the layer that it reads, a dashed one to the layer whose keys and values it mixes into its own.
 """
 
 import math
@@ -28,6 +28,8 @@ LEFT, RIGHT = 1.25, 0.35
 TITLE_CHARACTER = 0.23
 """Width of a letter in a title."""
 INK, KV_FILL, READER_FILL, DOWNWARD, UPWARD = "#1f2937", "#2f6fb3", "#e8eff7", "#2f6fb3", "#d9622b"
+MIXED_LINE = (0, (3, 2))
+"""Dashes of what is mixed in."""
 ARROW = "-|>,head_width=0.2,head_length=0.4"
 FONT: dict[Any, Any] = {"font.family": "sans-serif", "font.size": 9}
 
@@ -42,10 +44,12 @@ class Titled:
 
 @dataclass(frozen=True)
 class Reads:
-    """The layers that read one source from below it, or from above."""
+    """The layers that read one source from below it, or from above; or that mix what it lends into their
+    own."""
 
     source: int
     readers: tuple[int, ...]
+    mixed: bool = False
 
     @property
     def upward(self) -> bool:
@@ -61,11 +65,12 @@ class Reads:
     def meets(self, other: "Reads") -> bool:
         """Whether the two lines would be taken for one if drawn above each other."""
         apart = self.span.stop <= other.span.start or other.span.stop <= self.span.start
-        return self.source != other.source and not apart
+        return (self.source, self.mixed) != (other.source, other.mixed) and not apart
 
 
 def all_reads(layer_types: LayerTypes) -> list[Reads]:
-    """Who reads whom, a layer's own keys and values left out; a source read from both sides occurs twice."""
+    """Who reads whom, a layer's own keys and values left out; a source read from both sides occurs twice.
+    Then who mixes in whose."""
     reads = []
     for source in layer_types.kv_layers:
         readers = layer_types.readers(source)
@@ -74,7 +79,7 @@ def all_reads(layer_types: LayerTypes) -> list[Reads]:
             tuple(reader for reader in readers if reader > source),
         )
         reads += [Reads(source, side) for side in sides if side]
-    return reads
+    return reads + [Reads(lender, layer_types.mixers(lender), mixed=True) for lender in layer_types.lenders]
 
 
 def lanes(reads: Sequence[Reads]) -> list[int]:
@@ -126,20 +131,31 @@ def _legend(maps: Sequence[LayerTypes]) -> list[tuple[Artist, str]]:
     reads = [line for layer_types in maps for line in all_reads(layer_types)]
     entries: list[tuple[Artist, str, bool]] = [
         (Patch(facecolor=KV_FILL, edgecolor=KV_FILL), "computes keys and values", True),
-        (Patch(facecolor=READER_FILL, edgecolor=KV_FILL), "computes none", bool(reads)),
+        (
+            Patch(facecolor=READER_FILL, edgecolor=KV_FILL),
+            "computes none",
+            any(len(layer_types.kv_layers) < len(layer_types) for layer_types in maps),
+        ),
         (
             Patch(facecolor="white", edgecolor=KV_FILL, hatch="||||", linewidth=0),
             "sees a window only",
             any(layer_types.any_sliding for layer_types in maps),
         ),
-        (_arrow(DOWNWARD), "reads a layer below", any(not line.upward for line in reads)),
+        (_arrow(DOWNWARD), "reads a layer below", any(not (line.upward or line.mixed) for line in reads)),
         (_arrow(UPWARD), "reads a layer above: iterated", any(line.upward for line in reads)),
+        (
+            _arrow(DOWNWARD, MIXED_LINE),
+            "mixes those of a layer below into its own",
+            any(line.mixed for line in reads),
+        ),
     ]
     return [(artist, text) for artist, text, occurs in entries if occurs]
 
 
-def _arrow(colour: str) -> Line2D:
-    return Line2D([0, 1], [0, 0], color=colour, linewidth=1.3, marker="<", markersize=5, markevery=[0])
+def _arrow(colour: str, style: Any = "-") -> Line2D:
+    return Line2D(
+        [0, 1], [0, 0], color=colour, linewidth=1.3, linestyle=style, marker="<", markersize=5, markevery=[0]
+    )
 
 
 def _width(drawn: Titled) -> float:
@@ -184,9 +200,9 @@ def _draw_map(axes: Axes, drawn: Titled, passes: str) -> None:
         )
     reads = all_reads(layer_types)
     for line, lane in zip(reads, lanes(reads), strict=True):
-        _line(
-            axes, line, BOX_WIDTH + LANE * (1.2 + lane), both=layer_types[line.source].source != line.source
-        )
+        source = layer_types[line.source]
+        both = source.source != source.index or source.mixes is not None
+        _line(axes, line, BOX_WIDTH + LANE * (1.2 + lane), both=both)
     for group in layer_groups(layer_types):
         if group.iterated:
             separator = "\n" if group.stop - group.start <= 2 else " "
@@ -207,10 +223,11 @@ def _line(axes: Axes, reads: Reads, x: float, *, both: bool) -> None:
     look: dict[str, Any] = {
         "color": UPWARD if reads.upward else DOWNWARD,
         "linewidth": 1.3,
+        "linestyle": MIXED_LINE if reads.mixed else "-",
         "solid_capstyle": "round",
     }
     heights = [reader + BOX_HEIGHT / 2 for reader in reads.readers]
-    arrival = reads.source + BOX_HEIGHT / 2 + 0.15 * both
+    arrival = reads.source + BOX_HEIGHT / 2 + 0.15 * both + 0.15 * reads.mixed
     for height in heights:
         axes.plot([BOX_WIDTH, x], [height, height], **look)
     axes.plot([x, x], [min(*heights, arrival), max(*heights, arrival)], **look)

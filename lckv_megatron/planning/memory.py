@@ -171,7 +171,8 @@ def _sent(plan: Plan, stage: int) -> str:
     sizes = [_payload_bytes(plan, visit.sends, visit.steps[-1].stop) for visit in visits if visit.sends]
     if len(visits) > 1:
         return f"{gib(sum(sizes))} in {len(visits)} parts"
-    crossing = ", ".join(map(str, visits[0].sends.available)) if visits[0].sends else ""
+    sent = visits[0].sends
+    crossing = ", ".join(map(str, sorted({*sent.available, *sent.lent}))) if sent else ""
     return f"{gib(sizes[0])}: hidden states" + (f", KV of {crossing}" if crossing else "")
 
 

@@ -16,7 +16,7 @@ _POSITIONS = ("rotary_base", "rope_scaling")
 def architecture(model: ModelConfig, compression: CompressionConfig, *, vocab_size: int) -> dict[str, Any]:
     """What weights and outputs depend on, with defaults resolved; how often a plan iterates, kernels and
     dropout are left out, and what a KV policy may follow on (`training/succession.py`)."""
-    return {
+    fields = {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
         "ffn_hidden_size": model.ffn_size,
@@ -35,6 +35,9 @@ def architecture(model: ModelConfig, compression: CompressionConfig, *, vocab_si
         "force_nodiag": compression.force_nodiag,
         "first_guess": compression.first_guess,
     }
+    if compression.map(model.num_layers).lenders:  # other models' checkpoints stay as they are
+        fields["mix_scaling_factor"] = compression.mix_scaling_factor
+    return fields
 
 
 def but_positions(defining: Mapping[str, Any]) -> dict[str, Any]:

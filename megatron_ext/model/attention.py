@@ -9,7 +9,10 @@ from functools import partial
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    all_gather_last_dim_from_tensor_parallel_region,
+    copy_to_tensor_model_parallel_region,
+)
 from megatron.core.transformer.attention import Attention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -21,9 +24,10 @@ from lckv.attention.visibility import Documents, Visibility
 from lckv.config import CompressionConfig
 from lckv.policies.base import KeyValue, Statistics, TokenContext
 from lckv.sharing.layer_types import LayerTypes
+from lckv.sharing.mixing import initial_weight, mixed
 from megatron_ext.mcore import name_argument
 from megatron_ext.model.attention_backend import choose_backend
-from megatron_ext.model.contexts import LayerContext, keys_values
+from megatron_ext.model.contexts import LayerContext, Own, keys_values
 from megatron_ext.model.linear import FirstGuessLinear, QKVLinear, TakingPart
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 from megatron_ext.parallel.context import ContextGroup
@@ -146,6 +150,9 @@ class SharedKVAttention(Attention):
         self.layer_type = config.layer_types[layer_number - 1]
         self.has_kv_weights = self.layer_type.index in config.layer_types.kv_layers
         self.computes_kv = self.has_kv_weights
+        self.lends = self.layer_type.index in config.layer_types.lenders
+        if self.layer_type.mixes is not None:
+            self.key_weight, self.value_weight = (self._mix_weight() for _ in range(2))
         self.policy = config.compression.policy.build()
         self.context_group = ContextGroup(self.pg_collection.cp, ring=config.sends_keys_round)
         self.head_dim = self.hidden_size_per_attention_head
@@ -179,6 +186,12 @@ class SharedKVAttention(Attention):
         self.computes_kv = self.layer_type.index in layer_types.kv_layers
         self.core_attention.sight = compression.sight(self.layer_type)
 
+    def _mix_weight(self) -> torch.nn.Parameter:
+        """Of what the layer mixes in, and of its own: [2], the same on every rank."""
+        device = None if self.config.use_cpu_initialization else torch.cuda.current_device()
+        weight = initial_weight(self.config.compression.mix_scaling_factor)
+        return torch.nn.Parameter(weight.to(device, self.config.params_dtype))
+
     def _head_norm(self, spec: object) -> torch.nn.Module | None:
         if spec is None or not self.config.qk_layernorm:
             return None
@@ -188,33 +201,48 @@ class SharedKVAttention(Attention):
 
     def forward(
         self, hidden_states: Tensor, shared: KeyValue | None, context: LayerContext
-    ) -> tuple[tuple[Tensor, Tensor | None], KeyValue | None, Statistics]:
+    ) -> tuple[tuple[Tensor, Tensor | None], Own | None]:
         """Attend from `hidden_states` [s, b, hidden] (normalised) to `shared`, or to the layer's own keys and
         values.
 
-        `shared` is given iff the layer reads another layer's. Returns Megatron's (output, bias), the layer's
-        own keys and values if it computes any, and its policy's statistics, () where it computes none.
+        `shared` is given iff the layer reads another layer's, or mixes what another lends into its own.
+        Returns Megatron's (output, bias), and what the layer makes of its own keys and values if it computes
+        any.
         """
         self.require_source(shared)
-        query, own, statistics = self._project(hidden_states, context)
-        key_value = own if shared is None else shared
-        assert key_value is not None
-        output = self.attend(query, key_value, context.tokens.documents)
-        return self.linear_proj(output), own, statistics
+        lent, shared = self.parted(shared)
+        query, *others = self.heads(hidden_states, lent)
+        own = self._own(query, *others, context=context) if others else None
+        key_value = shared
+        if key_value is None:
+            assert own is not None
+            key_value = own.key_value
+        output = self.attend(self.attending(query, context.tokens), key_value, context.tokens.documents)
+        return self.linear_proj(output), own
+
+    def parted(self, shared: KeyValue | None) -> tuple[KeyValue | None, KeyValue | None]:
+        """What the layer takes of another as what it mixes in, and what it attends to."""
+        return (None, shared) if self.layer_type.mixes is None else (shared, None)
 
     def require_source(self, shared: KeyValue | None) -> None:
         """Raises ValueError where keys and values of another layer are missing, or given without need."""
-        reads_own = self.layer_type.source == self.layer_type.index
-        if reads_own != (shared is None):
+        layer = self.layer_type
+        takes = layer.source != layer.index or layer.mixes is not None
+        if takes == (shared is None):
+            does, other = ("reads", layer.source) if layer.mixes is None else ("mixes in", layer.mixes)
             raise ValueError(
-                f"layer {self.layer_type.index} reads the keys and values of layer {self.layer_type.source}, "
+                f"layer {layer.index} {does} the keys and values of layer {other}, "
                 f"which were {'not ' if shared is None else ''}given to it."
             )
 
-    def keys_values(self, hidden_states: Tensor, context: LayerContext) -> tuple[KeyValue, Statistics]:
-        """The layer's keys and values alone, from `hidden_states` [s, b, hidden] (normalised)."""
-        *query, key, value = self.kv_heads(hidden_states)
-        return self.of_policy(query[0] if query else None, key, value, context)
+    def keys_values(self, hidden_states: Tensor, context: LayerContext, lent: KeyValue | None = None) -> Own:
+        """The layer's keys and values alone, from `hidden_states` [s, b, hidden] (normalised), and from what
+        is `lent` to a layer that mixes."""
+        *query, key, value = self.kv_heads(hidden_states, lent)
+        return self._own(query[0] if query else None, key, value, context=context)
+
+    def _own(self, query: Tensor | None, key: Tensor, value: Tensor, *, context: LayerContext) -> Own:
+        return Own(*self.of_policy(query, key, value, context), KeyValue(key, value) if self.lends else None)
 
     def first_guess(self, hidden_states: Tensor, tokens: TokenContext) -> KeyValue:
         """What is guessed of the layer's keys and values, of the rank's part of rows, from the input states
@@ -228,41 +256,49 @@ class SharedKVAttention(Attention):
         key, value = self.linear_first_guess(normed).unflatten(-1, (-1, 2, self.head_dim)).unbind(3)
         return KeyValue(tokens.rotate(key), value)
 
-    def kv_heads(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+    def kv_heads(self, hidden_states: Tensor, lent: KeyValue | None = None) -> tuple[Tensor, ...]:
         """As `heads`, of a layer that computes keys and values; without queries where that is cheaper and the
         KV policy does not read them."""
         if self.policy.traits.reads_query or not self._can_project_part:
-            return self.heads(hidden_states)
-        mixed, _ = self.linear_qkv(
+            return self.heads(hidden_states, lent)
+        projected, _ = self.linear_qkv(
             hidden_states, part="keys and values", heads=(self.num_query_groups_per_partition, self.head_dim)
         )
-        key, value = mixed.view(*mixed.shape[:2], -1, 2, self.head_dim).unbind(3)
-        return self._normalise(self.k_layernorm, key), value
+        key, value = projected.view(*projected.shape[:2], -1, 2, self.head_dim).unbind(3)
+        return self._mixed(self._normalise(self.k_layernorm, key), value, lent)
 
     @property
     def _groups_split_over_ranks(self) -> bool:
         """Fewer KV heads than ranks: Megatron splits the rows of one KV head over several ranks."""
         return self.config.num_query_groups < self.world_size
 
-    def _project(
-        self, hidden_states: Tensor, context: LayerContext
-    ) -> tuple[Tensor, KeyValue | None, Statistics]:
-        query, *others = self.heads(hidden_states)
-        if not others:
-            return self.attending(query, context.tokens), None, ()
-        key, value = others
-        own, statistics = self.of_policy(query, key, value, context)
-        return self.attending(query, context.tokens), own, statistics
-
-    def heads(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+    def heads(self, hidden_states: Tensor, lent: KeyValue | None = None) -> tuple[Tensor, ...]:
         """Queries [s, b, heads, d] from `hidden_states` [s, b, hidden] (normalised), and where the layer
-        computes them keys and values [s, b, g, d], as the KV policy gets them. The query heads are then all
-        those of these KV heads, of which `attending` takes this rank's."""
+        computes them keys and values [s, b, g, d], as the KV policy gets them: with what is `lent` to a layer
+        that mixes. The query heads are then all those of these KV heads, of which `attending` takes this
+        rank's."""
         if not self.computes_kv:
             query = self._query_alone(hidden_states)
             return (self._normalise(self.q_layernorm, query),)
         query, key, value = self._split(self.linear_qkv(hidden_states)[0])
-        return self._normalise(self.q_layernorm, query), self._normalise(self.k_layernorm, key), value
+        own = self._mixed(self._normalise(self.k_layernorm, key), value, lent)
+        return self._normalise(self.q_layernorm, query), *own
+
+    def _mixed(self, key: Tensor, value: Tensor, lent: KeyValue | None) -> KeyValue:
+        """Keys and values [s, b, g, d] before RoPE, with what is lent to a layer that mixes. Each rank has
+        some of the heads: gradients of the weights are summed over ranks. What is kept for backward, or lent,
+        gets memory of its own: views of the fused projection would keep its queries alive."""
+        if self.lends or self.layer_type.mixes is not None:
+            key, value = key.contiguous(), value.contiguous()
+        if self.layer_type.mixes is None:
+            return KeyValue(key, value)
+        assert lent is not None
+        weights = copy_to_tensor_model_parallel_region(
+            torch.stack((self.key_weight, self.value_weight)), group=self.pg_collection.tp
+        )
+        scale = self.config.compression.mix_scaling_factor
+        pairs = zip(lent, (key, value), weights, strict=True)
+        return KeyValue(*(mixed(other, own, weight, scale) for other, own, weight in pairs))
 
     def _query_alone(self, hidden_states: Tensor) -> Tensor:
         """Queries before their norm, of a layer that only reads."""

@@ -247,7 +247,13 @@ class SharedKVBlock(TransformerBlock):
         if call.kept is not None:
             hidden_states, sums = call.kept.content.start, call.kept.sums
         assert hidden_states is not None
-        state = State(hidden_states, freight.available, handed=freight.handed, previous=freight.previous)
+        state = State(
+            hidden_states,
+            freight.available,
+            handed=freight.handed,
+            previous=freight.previous,
+            lent=freight.lent,
+        )
         return state, sums
 
     def unload(self, visit: Visit, arrived: Tensor, seq_length: int, micro_batch_size: int) -> Freight:
@@ -259,7 +265,8 @@ class SharedKVBlock(TransformerBlock):
         """What a visit results in."""
         if visit.sends is not None:
             handed, previous = state.handed or {}, state.previous or {}
-            freight = Freight(state.hidden_states, state.available, handed, previous, sums)
+            lent = state.lent or {}
+            freight = Freight(state.hidden_states, state.available, handed, previous, sums, lent)
             return self.payload_out(visit).pack(freight, self.context_group.own)
         return (
             state.hidden_states if self.final_layernorm is None else self.final_layernorm(state.hidden_states)
@@ -307,13 +314,14 @@ class SharedKVBlock(TransformerBlock):
 
         def flat(states: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Tensor | None, ...]:
             output = layer(states, None if key is None or value is None else KeyValue(key, value), context)
-            return output.hidden_states, *(output.own or (None,) * 2), *output.statistics
+            pairs = *(output.own or (None,) * 2), *(output.lends or (None,) * 2)
+            return output.hidden_states, *pairs, *output.statistics
 
         outputs = checkpoint(
             self.config, self.pg_collection.tp, flat, hidden_states, *(source or (None,) * 2)
         )
-        own = None if outputs[1] is None else KeyValue(*outputs[1:3])
-        return LayerOutput(outputs[0], own, tuple(outputs[3:]))
+        own, lends = (None if pair[0] is None else KeyValue(*pair) for pair in (outputs[1:3], outputs[3:5]))
+        return LayerOutput(outputs[0], own, tuple(outputs[5:]), lends)
 
 
 class _StageLayers:
@@ -323,6 +331,7 @@ class _StageLayers:
         """`statistics` receives those of the pass that counts."""
         self._block, self._contexts, self._statistics = block, contexts, statistics
         self._record = PassRecord(block.pass_errors, block.layer_types.cyclic_sources)
+        self._lent: dict[int, KeyValue] = {}
 
     def run(
         self, index: int, hidden_states: Tensor, source: KeyValue | None, *, kept: bool
@@ -330,6 +339,7 @@ class _StageLayers:
         """The whole layer."""
         context, group = self._contexts[index], self._block.context_group
         output = self._block.call(self._block.layer(index), hidden_states, source, context)
+        self._keep_lent(index, output.lends)
         statistics = output.statistics
         if kept and output.own is not None and not statistics:
             part = group.own(output.own)
@@ -342,12 +352,30 @@ class _StageLayers:
 
     def keys_values(self, index: int, hidden_states: Tensor) -> KeyValue:
         """The layer's keys and values alone."""
+        return self._keys_values(index, hidden_states)
+
+    def mixed_keys_values(self, index: int, hidden_states: Tensor, lent: KeyValue) -> KeyValue:
+        """The same of a layer that mixes."""
+        return self._keys_values(index, hidden_states, lent)
+
+    def lent(self, index: int) -> KeyValue:
+        """See `MixingLayers`."""
+        return self._lent.pop(index)
+
+    def _keys_values(self, index: int, hidden_states: Tensor, lent: KeyValue | None = None) -> KeyValue:
         layer, context = self._block.layer(index), self._contexts[index]
         if (offloaded := self._block.offloading) is not None:
-            return offloaded.keys_values(layer, hidden_states, context)[0]
-        own = layer.keys_values(hidden_states, context)[0]
-        self._record.passed(index, self._block.context_group.own(own))
-        return own
+            own = offloaded.keys_values(layer, hidden_states, context, lent)
+            self._keep_lent(index, own.lends)
+            return own.key_value
+        own = layer.keys_values(hidden_states, context, lent)
+        self._keep_lent(index, own.lends)
+        self._record.passed(index, self._block.context_group.own(own.key_value))
+        return own.key_value
+
+    def _keep_lent(self, index: int, lends: KeyValue | None) -> None:
+        if lends is not None:
+            self._lent[index] = lends
 
     def first_guess(self, source: int, hidden_states: Tensor) -> KeyValue:
         """What is guessed of the keys and values of layer `source`, for the first pass to read."""

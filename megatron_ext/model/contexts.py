@@ -5,6 +5,7 @@ Shapes: as in `megatron_ext.parallel.chunks`; h query heads, g KV heads of this 
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -30,6 +31,20 @@ class LayerContext:
         assert self.chunks.part is not None
         rows = None if noise is None else group.chunks.rows(noise, self.chunks.part.reach)
         return replace(self, chunks=replace(self.chunks, noise=rows))
+
+
+class Own(NamedTuple):
+    """What a layer makes of its own keys and values."""
+
+    key_value: KeyValue
+    """Of whole rows: what readers attend to."""
+
+    statistics: Statistics
+    """What its KV policy reports."""
+
+    lends: KeyValue | None = None
+    """[n c, b, g, d] as the policy gets them, for layers above that mix them into their own; None: none
+    does."""
 
 
 def keys_values(

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lckv.sharing.mixing import initial_weight
 from megatron_ext.model.gpt import SharedKVGPTModel
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EMBEDDING = "embedding.word_embeddings.weight"
 _OUTPUT = "output_layer.weight"
 _GUESS = "linear_first_guess.weight"
+_MIX = (".key_weight", ".value_weight")
 
 
 def global_parameters(model: SharedKVGPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -32,8 +34,12 @@ def global_parameters(model: SharedKVGPTModel) -> Iterator[tuple[str, torch.nn.P
 def initialize_weights(model: SharedKVGPTModel, *, seed: int, std: float) -> None:
     """Fill all parameters in place: matrices from N(0, std^2), those that write to the residual stream with
     std divided by sqrt(2 * num_layers) (GPT-2); norms 1, biases 0, rows of vocabulary padding 0, first
-    guesses 0."""
+    guesses 0; weights that mix as if nothing were mixed in."""
+    factor = model.config.compression.mix_scaling_factor
     for name, parameter in global_parameters(model):
+        if name.endswith(_MIX):
+            parameter.copy_(initial_weight(factor))
+            continue
         if parameter.dim() == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue

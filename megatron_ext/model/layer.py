@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor
 
 from lckv.policies.base import KeyValue, Statistics, TokenContext
-from megatron_ext.model.contexts import LayerContext
+from megatron_ext.model.contexts import LayerContext, Own
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 
 
@@ -25,6 +25,16 @@ class LayerOutput(NamedTuple):
 
     statistics: Statistics
     """What its KV policy reports; () where the layer computes no keys and values."""
+
+    lends: KeyValue | None = None
+    """What it lends to layers that mix, see `Own`."""
+
+    @classmethod
+    def of(cls, hidden_states: Tensor, own: Own | None) -> "LayerOutput":
+        """Of the parts of a layer."""
+        if own is None:
+            return cls(hidden_states, None, ())
+        return cls(hidden_states, own.key_value, own.statistics, own.lends)
 
 
 class SharedKVLayer(TransformerLayer):
@@ -50,10 +60,10 @@ class SharedKVLayer(TransformerLayer):
 
     def forward(self, hidden_states: Tensor, shared: KeyValue | None, context: LayerContext) -> LayerOutput:
         """[s, b, hidden] to the same; `shared` is given iff the layer
-        reads another layer's keys and values."""
+        reads another layer's keys and values, or mixes them into its own."""
         normed = self.input_layernorm(hidden_states)
-        output_with_bias, own, statistics = self.self_attention(normed, shared, context)
-        return LayerOutput(self._after(output_with_bias, hidden_states), own, statistics)
+        output_with_bias, own = self.self_attention(normed, shared, context)
+        return LayerOutput.of(self._after(output_with_bias, hidden_states), own)
 
     def after_attention(self, attended: Tensor, hidden_states: Tensor) -> Tensor:
         """What comes after attention, from its result [s, b, h * d] and the layer's input, to [s, b,
@@ -64,9 +74,9 @@ class SharedKVLayer(TransformerLayer):
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
         return self.feed_forward(add(output_with_bias, hidden_states, self.hidden_dropout))
 
-    def keys_values(self, hidden_states: Tensor, context: LayerContext) -> tuple[KeyValue, Statistics]:
+    def keys_values(self, hidden_states: Tensor, context: LayerContext, lent: KeyValue | None = None) -> Own:
         """The layer's keys and values alone, from its input [s, b, hidden]."""
-        return self.self_attention.keys_values(self.input_layernorm(hidden_states), context)
+        return self.self_attention.keys_values(self.input_layernorm(hidden_states), context, lent)
 
     def first_guess(self, hidden_states: Tensor, tokens: TokenContext) -> KeyValue:
         """What is guessed of the layer's keys and values from the input states of its group, of the rank's

@@ -9,6 +9,7 @@ of the rank, f MLP width of the rank, T ranks that share the sequence out (1 wit
     MLP                 both halves of its first layer, their product: 3 e f        not fused: 4 e f
     query and key norm  input: e (a + k), 4 per head         not fused: 8 (a + k), 4 per head
     policy              `PolicyConfig.kept_bytes`
+    mixing              of a layer that mixes what another lends, its own keys and values: 2 e k
 
 Keys and values are counted where they are read: one copy serves all layers. Attention that leaves out a
 query's own token (where fused, or under a window), walks a window or has several chunks of a row (context
@@ -89,7 +90,7 @@ class LayerMemory:
 
     def _per_token(self, run: LayerRun) -> float:
         if run.part is Part.KEYS_VALUES:
-            return self.norm + self._policy(0, run)
+            return self.norm + self._policy(0, run) + self._mixing(run)
         mlp = self.norm + (0 if "mlp" in self._again else (3 if self._fused else 4) * self._bytes * self._ffn)
         if run.part is Part.WITHOUT_SOURCE:
             return mlp + (self.norm if run.computes_kv else 0)
@@ -109,7 +110,10 @@ class LayerMemory:
         if self._model.qk_layernorm:
             heads = self._heads + self._kv_heads * run.computes_kv
             kept += (self._bytes if self._fused else 8) * (queries + keys) + 4 * heads
-        return kept + self._policy(self._heads, run)
+        return kept + self._policy(self._heads, run) + self._mixing(run)
+
+    def _mixing(self, run: LayerRun) -> float:
+        return 2 * self._bytes * self._kv_heads * self._model.head_dim * (run.mixes is not None)
 
     def _policy(self, query_heads: float, run: LayerRun) -> float:
         return self._compression.policy.kept_bytes(

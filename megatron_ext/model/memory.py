@@ -6,12 +6,15 @@ State, in bytes per parameter of the rank (data-parallel ranks share the optimiz
     fp32: weights 4, gradients 4, optimizer 8
 
 Activations that are kept for backward, for one micro-batch of b rows of s tokens:
-    inputs x s b h / (C T)   +   shared x s b g (2 d + e)   +   what each run that is not recomputed keeps
+    inputs x s b h / (C T)   +   shared x s b g (2 d + e)   +   lent x s b g d / C
+    +   what each run that is not recomputed keeps
 with h hidden size, g KV heads of the rank, d channels of a head, C context-parallel ranks, T tensor-parallel
 ranks with sequence parallelism, else 1. `inputs` is the number of recomputed layers, where a layer counts
 once for every pass with gradient. `shared` is the number of distinct keys and values that are kept: those
 that some layer reads from another, and those of a layer that is not recomputed; each is stored once, of whole
 rows, however many layers read it. Where keys and values go round the C ranks, each keeps its part: s / C.
+`lent` is the number of keys, and of values, that some layer mixes into its own, and that are not kept anyway:
+values are where the KV policy leaves them as they are, and both by a policy that looks at other tokens.
 The last term: `layer_memory.py`. The last stage adds the final norm, and the gradient of its output, which is
 made with the loss (`lckv/losses/linear_cross_entropy.py`).
 
@@ -19,11 +22,12 @@ Working memory is what a step needs beyond that for a while: the logits of a chu
 that is being recomputed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lckv.config import CompressionConfig
 from lckv.losses.chunk_size import tokens_of_chunk
-from lckv.sharing.plan import LayerRun, Origin, Part
+from lckv.sharing.plan import LayerRun, Origin, Part, Step
 from megatron_ext.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_ext.model.layer_memory import LayerMemory
 from megatron_ext.precision import Precision, precision
@@ -88,6 +92,9 @@ class Kept:
     compared: int = 0
     """Layers whose keys and values of passes are compared (`lckv.pass_errors`)."""
 
+    lent: int = 0
+    """Keys, and values, [s, b, g, d] that are mixed into those of other layers and not among `shared`."""
+
 
 def kept_for_backward(
     compression: CompressionConfig, num_layers: int, layers: range, recomputed: range | None = None
@@ -112,9 +119,27 @@ def kept_for_backward(
     own = {(run.reads.source, run.reads.number) for run in whole if run.part is Part.WHOLE and run.reads}
     compares = compression.first_guess or compression.agreement_loss_coefficient
     sources = compression.map(num_layers).cyclic_sources if compares else ()
+    if compression.policy.traits.token_wise:
+        held, of_held = {source for source, _ in shared | own}, 1
+    else:  # such a policy keeps what it is given, which is what is lent
+        held, of_held = {run.index for run in whole}, 0
     return Kept(
-        len(runs) - len(whole), len(shared | own), whole, len([index for index in sources if index in layers])
+        len(runs) - len(whole),
+        len(shared | own),
+        whole,
+        len([index for index in sources if index in layers]),
+        sum(of_held if lender in held else 2 for lender, _ in _lent(steps, layers)),
     )
+
+
+def _lent(steps: Sequence[Step], layers: range) -> set[tuple[int, int]]:
+    """What is mixed in on the stage with `layers`, or further up: layer and pass that it comes from."""
+    return {
+        (run.mixes, step.number if run.mixes >= step.group.start else -1)
+        for step in steps
+        for run in step.runs
+        if run.mixes is not None and (run.index in layers or (run.index >= layers.start > run.mixes))
+    }
 
 
 def recomputed_of_stage(train: TrainConfig, layers: range) -> range:
@@ -141,10 +166,13 @@ def kept_bytes(
     tokens = parallel.tokens_of_rank(train.seq_length) * train.micro_batch_size
     hidden = tokens * model.hidden_size // (ranks if parallel.sequence_parallel else 1)
     key_value = key_value_numbers(model, compression, parallel, train)
+    lent = tokens * max(1, model.query_groups // ranks) * model.head_dim
     layer = LayerMemory(model, compression, parallel, train, fused=fused)
     if train.activation_offload == "token_wise":
-        return precision(train.precision).bytes * kept.shared * key_value
-    tensors = precision(train.precision).bytes * (kept.inputs * hidden + kept.shared * key_value)
+        return precision(train.precision).bytes * (kept.shared * key_value + kept.lent * lent)
+    tensors = precision(train.precision).bytes * (
+        kept.inputs * hidden + kept.shared * key_value + kept.lent * lent
+    )
     compared = _compared_bytes(model, compression, parallel, train)
     return tensors + sum(map(layer.kept, kept.runs)) + kept.compared * compared
 

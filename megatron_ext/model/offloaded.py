@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lckv.policies.base import KeyValue, Statistics, TokenContext
+from lckv.policies.base import KeyValue, TokenContext
 from lckv.rope import Turn
-from megatron_ext.model.contexts import LayerContext
+from megatron_ext.model.contexts import LayerContext, Own
 from megatron_ext.model.layer import LayerOutput, SharedKVLayer
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 from megatron_ext.offload.host_pool import HostPool, require_host_memory
@@ -58,26 +58,33 @@ class OffloadedLayers:
         """As the layer itself."""
         attention = layer.self_attention
         attention.require_source(source)
+        lent, source = attention.parted(source)
         with self._tape(layer, hidden_states, context) as tape:
-            query, *heads = self._token_wise(tape, _attending(layer), hidden_states, context)
-            own, statistics = self._own(tape, layer, heads, context) if heads else (None, ())
-            key_value = own if source is None else source
-            assert key_value is not None
-            if source is not None:
-                tape.keep(*source)
+            query, *heads = self._token_wise(tape, _attending(layer), hidden_states, context, lent)
+            own = self._own(tape, layer, heads, context) if heads else None
+            key_value = source
+            if key_value is None:
+                assert own is not None
+                key_value = own.key_value
+            else:
+                tape.keep(*key_value)
             with tape.whole():
                 attended = attention.attend(query, key_value, context.tokens.documents)
             output = tape.token_wise(
                 lambda *inputs: (layer.after_attention(*inputs),), attended, hidden_states
             )
-        return LayerOutput(output[0], own, statistics)
+        return LayerOutput.of(output[0], own)
 
     def keys_values(
-        self, layer: SharedKVLayer, hidden_states: Tensor, context: LayerContext
-    ) -> tuple[KeyValue, Statistics]:
+        self,
+        layer: SharedKVLayer,
+        hidden_states: Tensor,
+        context: LayerContext,
+        lent: KeyValue | None = None,
+    ) -> Own:
         """As the layer's."""
         with self._tape(layer, hidden_states, context) as tape:
-            heads = self._token_wise(tape, _keys_values(layer), hidden_states, context)
+            heads = self._token_wise(tape, _keys_values(layer), hidden_states, context, lent)
             return self._own(tape, layer, heads, context)
 
     def feed_forward(self, layer: SharedKVLayer, hidden_states: Tensor) -> Tensor:
@@ -94,22 +101,31 @@ class OffloadedLayers:
 
     @staticmethod
     def _token_wise(
-        tape: Tape, part: Callable[..., tuple[Tensor, ...]], hidden_states: Tensor, context: LayerContext
+        tape: Tape,
+        part: Callable[..., tuple[Tensor, ...]],
+        hidden_states: Tensor,
+        context: LayerContext,
+        lent: KeyValue | None,
     ) -> tuple[Tensor, ...]:
-        """`part` of a layer, a function of its input and of the context, in which tokens have places."""
+        """`part` of a layer, a function of its input, of the context, in which tokens have places, and of
+        what a layer that mixes mixes in."""
         tokens = tape.tokens
+        tape.keep(*(lent or ()))
         return tape.token_wise(
-            lambda states: part(states, context.tokens),
+            lambda states, *other: part(states, context.tokens, other),
             hidden_states,
+            *(lent or ()),
             # cut in backward: with several shards what is cut is a copy, which each layer would keep
-            again=lambda states: part(states, context.tokens.at(tokens.tail)),
+            again=lambda states, *other: part(states, context.tokens.at(tokens.tail), other),
         )
 
-    def _own(
-        self, tape: Tape, layer: SharedKVLayer, heads: Sequence[Tensor], context: LayerContext
-    ) -> tuple[KeyValue, Statistics]:
+    def _own(self, tape: Tape, layer: SharedKVLayer, heads: Sequence[Tensor], context: LayerContext) -> Own:
         """The layer's keys and values and its policy's statistics, from what the token-wise part returned."""
-        attention = layer.self_attention
+        attention, lends = layer.self_attention, None
+        if attention.lends:
+            *heads, key, value = heads
+            lends = KeyValue(key, value)
+            tape.keep(*lends)
         with tape.whole():
             if attention.policy.token_wise:
                 own, statistics = attention.context_group.kept(KeyValue(*heads)), ()
@@ -120,16 +136,16 @@ class OffloadedLayers:
             tape.keep(*own)
         elif attention.core_attention.sight.window is None:  # with one, chunks see little of whole rows
             tape.expect(*own)
-        return own, statistics
+        return Own(own, statistics, lends)
 
 
 def _attending(layer: SharedKVLayer) -> Callable[..., tuple[Tensor, ...]]:
     """The part before attention: queries that attend, and of a layer that computes them keys and values, or
-    what its KV policy makes them from."""
+    what its KV policy makes them from; then what the layer lends."""
     attention = layer.self_attention
 
-    def part(hidden_states: Tensor, tokens: TokenContext) -> tuple[Tensor, ...]:
-        heads = attention.heads(layer.input_layernorm(hidden_states))
+    def part(hidden_states: Tensor, tokens: TokenContext, lent: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        heads = attention.heads(layer.input_layernorm(hidden_states), _pair(lent))
         query = attention.attending(heads[0], tokens)
         return (query,) if len(heads) == 1 else (query, *_finished(layer, heads, tokens))
 
@@ -139,21 +155,27 @@ def _attending(layer: SharedKVLayer) -> Callable[..., tuple[Tensor, ...]]:
 def _keys_values(layer: SharedKVLayer) -> Callable[..., tuple[Tensor, ...]]:
     """The part before attention without queries."""
 
-    def part(hidden_states: Tensor, tokens: TokenContext) -> tuple[Tensor, ...]:
-        heads = layer.self_attention.kv_heads(layer.input_layernorm(hidden_states))
+    def part(hidden_states: Tensor, tokens: TokenContext, lent: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        heads = layer.self_attention.kv_heads(layer.input_layernorm(hidden_states), _pair(lent))
         return _finished(layer, heads, tokens)
 
     return part
 
 
 def _finished(layer: SharedKVLayer, heads: Sequence[Tensor], tokens: TokenContext) -> tuple[Tensor, ...]:
-    """`heads` as they are, or keys and values of these tokens where the KV policy is token-wise."""
+    """`heads` as they are, or keys and values of these tokens where the KV policy is token-wise; then what
+    the layer lends."""
     policy = layer.self_attention.policy
-    if not policy.token_wise:
-        return tuple(heads)
     *query, key, value = heads
+    lends = (key, value) if layer.self_attention.lends else ()
+    if not policy.token_wise:
+        return *heads, *lends
     read = query[0] if query and policy.traits.reads_query else None
-    return policy.keys_values(key, value, read, tokens)[0]
+    return *policy.keys_values(key, value, read, tokens)[0], *lends
+
+
+def _pair(tensors: Sequence[Tensor]) -> KeyValue | None:
+    return KeyValue(*tensors) if tensors else None
 
 
 def _tensors_of(context: LayerContext | None) -> Iterator[Tensor]:

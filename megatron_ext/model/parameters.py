@@ -3,7 +3,8 @@ is loaded.
 
 Per layer, with h hidden size, a = query heads x d, g KV heads, d channels of a head, f MLP width:
     query and output 2 h a + keys and values 2 h g d (if it computes any) + MLP 3 h f + norms 2 h
-    + first guess 2 h g d (if there is one, and a layer below reads it)
+    + first guess 2 h g d (if there is one, and a layer below reads it) + 4 (if it mixes in what another
+    lends)
 and biases (a + 2 g d) and norms of heads (2 d) where the model has them; a layer that only reads keys and
 values has neither for
 them. Around the layers: embedding and output layer, padded vocabulary x h each, and the final norm, h.
@@ -28,7 +29,7 @@ class StageParameters:
     """This rank's parts of matrices that are split over the tensor-parallel ranks."""
 
     copied: int
-    """Norms, which every tensor-parallel rank has whole."""
+    """Norms and weights that mix keys and values, which every tensor-parallel rank has whole."""
 
     tied_copy: int
     """This rank's part of a tied output layer that is a copy of an earlier stage's embedding."""
@@ -71,7 +72,9 @@ def stage_parameters(
                 chunks=placement.of_stage(stage),
                 split=matrix * (first + (last and not tied))
                 + (sum(_split(model, kv) for kv in computes_kv) + guesses) // ranks,
-                copied=sum(_norms(model, kv) for kv in computes_kv) + model.hidden_size * last,
+                copied=sum(_norms(model, kv) for kv in computes_kv)
+                + 4 * sum(layer_types[index].mixes is not None for index in layers)
+                + model.hidden_size * last,
                 tied_copy=matrix * (last and tied and not first),
             )
         )

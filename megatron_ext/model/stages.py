@@ -22,7 +22,8 @@ class StageKept(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """All of them, in a fixed order."""
-        pairs = [tensor for pair in self.content.available.values() for tensor in pair]
+        kinds = self.content.available, self.content.lent
+        pairs = [tensor for kind in kinds for pair in kind.values() for tensor in pair]
         return [self.content.start, *pairs, *([] if self.sums is None else [self.sums])]
 
     def leaves(self) -> "StageKept":
@@ -31,9 +32,12 @@ class StageKept(NamedTuple):
         def leaf(tensor: Tensor) -> Tensor:
             return tensor.detach().requires_grad_(tensor.requires_grad)
 
-        available = {layer: KeyValue(*map(leaf, pair)) for layer, pair in self.content.available.items()}
+        available, lent = (
+            {layer: KeyValue(*map(leaf, pair)) for layer, pair in kind.items()}
+            for kind in (self.content.available, self.content.lent)
+        )
         return StageKept(
-            Kept(leaf(self.content.start), available), None if self.sums is None else leaf(self.sums)
+            Kept(leaf(self.content.start), available, lent), None if self.sums is None else leaf(self.sums)
         )
 
 

@@ -37,8 +37,12 @@ class Freight(NamedTuple):
     sums: Tensor | None
     """float32 [b, columns]: running sums of the KV policy's statistics."""
 
+    lent: KeyValues
+    """What layers lend to those that mix it into their own: of the rank's part of rows, without extra
+    channels."""
+
     def with_pairs(self, change: Callable[[KeyValue], KeyValue]) -> "Freight":
-        """With all keys and values changed."""
+        """With all keys and values changed that layers attend to."""
         kinds = self.available, self.handed, self.previous
         available, handed, previous = (
             {layer: change(pair) for layer, pair in pairs.items()} for pairs in kinds
@@ -83,12 +87,13 @@ class PipelinePayload:
 
     @property
     def _only_hidden(self) -> bool:
-        return self.cargo.hidden and not self._places and not self.sum_columns
+        return self.cargo.hidden and not (self._places or self.cargo.lent or self.sum_columns)
 
     def _sizes(self, seq_length: int, micro_batch_size: int) -> list[int]:
         hidden = math.prod(self._hidden_shape(seq_length, micro_batch_size)) if self.cargo.hidden else 0
         pair = [math.prod(shape) for shape in self.key_value_shapes(seq_length, micro_batch_size)]
-        return [hidden, *pair * len(self._places), _PIECES * micro_batch_size * self.sum_columns]
+        lent = pair[1:] * 2 * len(self.cargo.lent)
+        return [hidden, *pair * len(self._places), *lent, _PIECES * micro_batch_size * self.sum_columns]
 
     def pack(self, freight: Freight, part: Callable[[KeyValue], KeyValue] | None = None) -> Tensor:
         """The freight as one tensor; of keys and values `part` travels, where it is given. ValueError where
@@ -98,6 +103,8 @@ class PipelinePayload:
             return freight.hidden_states
         pairs = [pair for pairs in self._pairs(freight) for pair in pairs]
         parts = [tensor for pair in pairs for tensor in (pair if part is None else part(pair))]
+        lent = self._chosen(self.cargo.lent, freight.lent, "mixes in")
+        parts += [tensor for pair in lent for tensor in pair]
         if self.cargo.hidden:
             assert freight.hidden_states is not None
             parts.insert(0, freight.hidden_states)
@@ -113,13 +120,17 @@ class PipelinePayload:
             (cargo.handed, freight.handed, "gets for the next pass"),
             (cargo.previous, freight.previous, "reads, of the pass before,"),
         ):
-            for layer in layers:
-                if layer not in key_values:
-                    raise ValueError(
-                        f"a later pipeline stage {what} the keys and values of layer {layer}, which this "
-                        f"stage does not have; it has those of {sorted(key_values) or 'no layer'}."
-                    )
-            yield [key_values[layer] for layer in layers]
+            yield self._chosen(layers, key_values, what)
+
+    @staticmethod
+    def _chosen(layers: tuple[int, ...], key_values: KeyValues, what: str) -> list[KeyValue]:
+        for layer in layers:
+            if layer not in key_values:
+                raise ValueError(
+                    f"a later pipeline stage {what} the keys and values of layer {layer}, which this "
+                    f"stage does not have; it has those of {sorted(key_values) or 'no layer'}."
+                )
+        return [key_values[layer] for layer in layers]
 
     def unpack(self, tensor: Tensor, seq_length: int, micro_batch_size: int) -> Freight:
         """The inverse of `pack`; ValueError where the size is not that of `shape`."""
@@ -132,12 +143,12 @@ class PipelinePayload:
             )
         hidden = self._hidden_shape(seq_length, micro_batch_size)
         if self._only_hidden:
-            return Freight(tensor.view(hidden), {}, {}, {}, None)
+            return Freight(tensor.view(hidden), {}, {}, {}, None, {})
         keys, values = self.key_value_shapes(seq_length, micro_batch_size)
         hidden_states, *parts, sums = tensor.split(self._sizes(seq_length, micro_batch_size))
-        pairs = zip(parts[::2], parts[1::2], strict=True)
+        cargo, places = self.cargo, 2 * len(self._places)
+        pairs, lent = (zip(some[::2], some[1::2], strict=True) for some in (parts[:places], parts[places:]))
         key_values = (KeyValue(key.view(keys), value.view(values)) for key, value in pairs)
-        cargo = self.cargo
         # zip takes from `layers` first, so that nothing is lost between the three
         available, handed, previous = (
             dict(zip(layers, key_values, strict=False))
@@ -149,6 +160,10 @@ class PipelinePayload:
             handed,
             previous,
             self._joined(sums, micro_batch_size),
+            {
+                layer: KeyValue(*(tensor.view(values) for tensor in pair))
+                for layer, pair in zip(cargo.lent, lent, strict=True)
+            },
         )
 
     def _joined(self, sums: Tensor, micro_batch_size: int) -> Tensor | None:

@@ -124,7 +124,7 @@ def test_one_function_in_two_bases_is_kept(family: str, groups: int, tmp_path: P
         assert (other - expected).abs().max() > 0.02 * expected.abs().max()
 
 
-@pytest.mark.parametrize("layer_types", ["0_0_2", "0_2_2", "1_0_2", "1_1_1"])
+@pytest.mark.parametrize("layer_types", ["0_0_2", "0_2_2", "1_0_2", "1_1_1", "0_1+0_1"])
 def test_a_fit_is_nearer_to_the_plain_model(layer_types: str, tmp_path: Path) -> None:
     """Also where layers read from above, so that they do not see their own position, or swap."""
     model = tiny_model("llama", vocab_size=VOCAB)

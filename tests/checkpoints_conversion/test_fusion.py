@@ -26,6 +26,7 @@ from lckv.families.registry import FAMILIES, describe
 from lckv.weights.checks import check_tensors
 from lckv.weights.huggingface import HuggingFaceFolder, read_config_file
 from lckv.weights.tensors import MemorySource, TensorInfo, TensorSource
+from tests.golden import yocopp_models
 from tests.golden.lckv_models import NAMES, Golden
 from tests.lckv.families.tiny_models import CLASSES, logits, saved_model, tiny_model
 
@@ -92,9 +93,9 @@ def test_a_model_comes_back_with_the_same_weights_and_logits(
     assert torch.equal(logits(again), logits(model))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "yocopp_6"])
 def test_weights_are_where_the_golden_models_have_them(name: str) -> None:
-    golden = Golden.load(name)
+    golden = yocopp_models.load(name) if name in yocopp_models.NAMES else Golden.load(name)
     decoder = ModelDescription(
         model=replace(golden.model, max_position_embeddings=32),
         compression=golden.compression,

@@ -69,6 +69,37 @@ def test_a_first_guess_is_added_as_zeros_and_left_out_again() -> None:
     check_tensors(without.infos(), description.expected_tensors(), "the model without it")
 
 
+@pytest.mark.parametrize("how", ["average", "copy"])
+def test_mixing_begins_as_if_nothing_were_mixed_in(how: str) -> None:
+    plain = description_of(MODEL)
+    mixing = replace(PLAIN, layer_types="0_1+0_2+1_2", mix_scaling_factor=8.0)
+    source, description, done = initialize(MemorySource(random_weights(plain)), plain, mixing, how)
+    assert done == how
+    check_tensors(source.infos(), description.expected_tensors(), "the converted model")
+    added = [name for name in source.infos() if name.endswith(("key_weight", "value_weight"))]
+    attention = "decoder.layers.{}.self_attention.{}_weight"
+    assert added == [attention.format(layer, part) for layer in (1, 2) for part in ("key", "value")]
+    for name in added:
+        assert torch.equal(source.read(name), torch.tensor([0, 1 / 8]))
+    alike = replace(PLAIN, layer_types="0_1_2_2")
+    other, _, _ = initialize(MemorySource(random_weights(plain)), plain, alike, how)
+    for name in other.infos():
+        assert torch.equal(source.read(name), other.read(name))
+
+
+def test_weights_that_mix_stay_with_their_scaling_factor_and_map() -> None:
+    mixing = replace(PLAIN, layer_types="0_1+0_2_3")
+    description = description_of(MODEL, mixing)
+    source = MemorySource(random_weights(description))
+    same, _, how = initialize(source, description, mixing, "copy")
+    name = "decoder.layers.1.self_attention.key_weight"
+    assert how is None and torch.equal(same.read(name), source.tensors[name])
+    with pytest.raises(ConversionError, match=r"mix_scaling_factor is 2\.0, but the model's weights"):
+        initialize(source, description, replace(mixing, mix_scaling_factor=2.0), "copy")
+    with pytest.raises(ConversionError, match="cannot be made from this model"):
+        initialize(source, description, PLAIN, "copy")
+
+
 @dataclass
 class Watched:
     """Remembers the most rows read at once."""

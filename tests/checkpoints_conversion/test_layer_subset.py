@@ -38,7 +38,12 @@ def maps_and_layers(draw: st.DrawFn) -> tuple[str, set[int]]:
     size = draw(st.integers(1, 9))
     sources = draw(st.lists(st.integers(0, size - 1), min_size=size, max_size=size))
     wanted = draw(st.sets(st.integers(0, size - 1), min_size=1))
-    return "_".join(map(str, sources)), wanted
+    entries = [str(source) for source in sources]
+    for layer in range(size):
+        lenders = [below for below in range(layer) if below in sources]
+        if sources[layer] == layer and lenders and draw(st.booleans()):
+            entries[layer] += f"+{draw(st.sampled_from(lenders))}"
+    return "_".join(entries), wanted
 
 
 @given(maps_and_layers())
@@ -52,6 +57,8 @@ def test_every_layer_reads_the_layer_that_it_read(case: tuple[str, set[int]]) ->
     cut = cut_description(whole, layers)
     after = cut.compression.map(cut.model.num_layers)
     assert [layers[layer.source] for layer in after] == [before[layer].source for layer in layers]
+    mixed = [None if layer.mixes is None else layers[layer.mixes] for layer in after]
+    assert mixed == [before[layer].mixes for layer in layers]
     assert set(cut.expected_tensors()) == set(
         LayerSubset(MemorySource({name: torch.zeros(1) for name in whole.expected_tensors()}), layers).infos()
     )

@@ -128,6 +128,12 @@ CASES |= {
         settings={"compression": {"layer_types": "0_2_2_3", "first_guess": True, "forward_passes": 1}},
         layouts=((1, 1), (2, 1)),
     ),
+    "mixed": Case(
+        "lckv-llama", GQA,
+        settings={"compression": {"layer_types": "0_1+0_2+1_2", "policy": MERGING}},
+        layouts=((4, 1), (2, 2)),
+    ),
+    "mixed from plain": Case("qwen3", GQA, shared("0_1+0_2+0_2"), layouts=((1, 2),)),
     "longrope": Case("llama", GQA, settings={"rope_parameters": LONGROPE}, layouts=((1, 1),)),
     "dynamic": Case(
         "qwen3", GQA, settings={"rope_parameters": DYNAMIC, "max_position_embeddings": 16},
@@ -160,8 +166,10 @@ def save_merging_model(folder: Path, settings: dict[str, Any]) -> None:
     torch.manual_seed(1)
     model = LCKVLlamaForCausalLM(LCKVLlamaConfig(**{**SIZES, **settings}))
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.2)
+            if name.endswith(("key_weight", "value_weight")):
+                parameter /= 35
     model.save_pretrained(folder)
 
 

@@ -90,6 +90,9 @@ class Golden:
                 whole[f"{mine}self_attention.linear_qkv.weight"] = torch.cat(groups, 1).flatten(0, 1)
             else:
                 whole[f"{mine}self_attention.linear_q.weight"] = query
+            if self.compression.map(model.num_layers)[index].mixes is not None:
+                for mix in ("key_weight", "value_weight"):
+                    whole[f"{mine}self_attention.{mix}"] = of(f"{attention}{mix}")
             whole[f"{mine}self_attention.linear_proj.weight"] = of(f"{attention}o_proj.weight")
             whole[f"{mine}input_layernorm.weight"] = of(f"{theirs}input_layernorm.weight")
             whole[f"{mine}pre_mlp_layernorm.weight"] = of(f"{theirs}post_attention_layernorm.weight")

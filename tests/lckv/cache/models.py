@@ -24,6 +24,8 @@ MAPS = {
     "MLKV": "1_1_3_3",
     "without self": "0_0_2_2",
 }
+MIXING_MAPS = {"mixed": "0_1+0_2+1_2", "mixed cyclic": "0_3_3_3+0_4+3"}
+"""For the few tests that layers which mix keys and values could fail."""
 DENSE = {"name": "dense"}
 MERGING = {
     "name": "dmc",
@@ -41,6 +43,9 @@ CASES = [
 ]
 
 
+MIXED_CASES = [("mixed", "dense"), ("mixed cyclic", "dmc")]
+
+
 @cache
 @torch.inference_mode(
     False
@@ -48,7 +53,7 @@ CASES = [
 def model(name: str, policy: str = "dense", dtype: torch.dtype = torch.float32) -> LCKVLlamaForCausalLM:
     """A random model; about half of the tokens are merged, and no decision is close."""
     torch.manual_seed(0)
-    layer_types = MAPS[name]
+    layer_types = {**MAPS, **MIXING_MAPS}[name]
     config = LCKVLlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -71,6 +76,9 @@ def model(name: str, policy: str = "dense", dtype: torch.dtype = torch.float32) 
         for layer in built.model.layers:
             if policy == "dmc" and layer.self_attn.computes_kv:
                 layer.self_attn.k_proj.weight.unflatten(0, (2, 8))[:, -1] *= 20
+            if layer.self_attn.mixes is not None:
+                layer.self_attn.key_weight.copy_(torch.tensor([0.5, 0.8]) / 35)
+                layer.self_attn.value_weight.copy_(torch.tensor([-0.6, 1.1]) / 35)
     return built.eval().to(dtype)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from lckv.cache.paged import PagedCache
 from lckv.cache.paged_step import PagedStep
 from lckv.models.decoding import Decoder
-from tests.lckv.cache.models import CASES, logits, model, paged_cache, text
+from tests.lckv.cache.models import CASES, MIXED_CASES, logits, model, paged_cache, text
 from tests.lckv.cache.tape import Tape, WaitingError
 
 LENGTHS = (21, 3, 12)
@@ -54,7 +54,7 @@ def everything(cache: PagedCache, sequences: Sequence[int]) -> list[Tensor]:
     return [memory.lengths[:, sequences], memory.seen[sequences], *state, *of_slots]
 
 
-@pytest.mark.parametrize(("name", "policy"), CASES)
+@pytest.mark.parametrize(("name", "policy"), [*CASES, *MIXED_CASES])
 @pytest.mark.parametrize("rows", [3, 4], ids=["exact", "fixed"])
 def test_steps_equal_the_model_on_rows(name: str, policy: str, rows: int) -> None:
     cache, sequences = filled(name, policy)

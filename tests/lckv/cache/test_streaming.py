@@ -39,7 +39,7 @@ def tensors_of(cache: StreamingCache) -> list[Tensor]:
     return [tensor for kept in cache._layers.values() for tensor in (*kept.sinks, *kept.newest)]
 
 
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("name", [*MAPS, "mixed"])
 def test_equals_recomputation(name: str) -> None:
     built, tokens = model(name), text(70)
     expected = one_by_one(built, tokens, RecomputingCache(1, FREQUENCIES, 4, 16))

@@ -11,7 +11,7 @@ from lckv.generation.engine import Engine
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from tests.golden.lckv_models import FOLDER, NAMES, Golden
-from tests.lckv.cache.models import CASES, model, paged_cache, parallel_logits, text
+from tests.lckv.cache.models import CASES, MIXED_CASES, model, paged_cache, parallel_logits, text
 from tests.lckv.generation.engines import GREEDY, empty, engine
 from tests.ranks import run_on_ranks
 
@@ -20,7 +20,7 @@ PROMPTS = [text(length, seed=length) for length in (1, 7, 3, 9)]
 SAMPLED = [replace(GREEDY, temperature=1.5, seed=seed) for seed in range(len(PROMPTS))]
 
 
-@pytest.mark.parametrize(("name", "policy"), CASES)
+@pytest.mark.parametrize(("name", "policy"), [*CASES, *MIXED_CASES])
 def test_answers_are_those_of_generate(name: str, policy: str) -> None:
     built = model(name, policy)
     tried = engine(built)
@@ -32,7 +32,7 @@ def test_answers_are_those_of_generate(name: str, policy: str) -> None:
     assert empty(tried)
 
 
-@pytest.mark.parametrize(("name", "policy"), CASES)
+@pytest.mark.parametrize(("name", "policy"), [*CASES, *MIXED_CASES])
 def test_neighbours_chunks_exactness_and_lack_of_memory_change_nothing(name: str, policy: str) -> None:
     """Four requests alone, together, with prompts in chunks of 4 tokens, with prompts token by token, and in
     a cache so small that they give their pages to one another."""

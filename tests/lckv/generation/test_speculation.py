@@ -17,7 +17,7 @@ from lckv.generation.engine import Engine
 from lckv.generation.requests import Completion
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
-from tests.lckv.cache.models import CASES, MAPS, model, text
+from tests.lckv.cache.models import CASES, MAPS, MIXED_CASES, model, text
 from tests.lckv.generation import test_constraints as constrained
 from tests.lckv.generation.engines import GREEDY, empty, engine
 
@@ -67,7 +67,7 @@ def same(answers: Sequence[Completion], expected: Sequence[Completion]) -> None:
             assert [token for token, _ in tokens] == [token for token, _ in others]
 
 
-@pytest.mark.parametrize(("name", "policy"), CASES)
+@pytest.mark.parametrize(("name", "policy"), [*CASES, *MIXED_CASES[1:]])
 def test_answers_are_those_without_speculation(
     name: str, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,11 +10,17 @@ from tests.lckv.models.tiny import close, model, tokens
 
 @st.composite
 def maps(draw: st.DrawFn) -> str:
-    """Any map of up to four layers, a third of the layers with a window."""
+    """Any map of up to four layers, a third of the layers with a window; layers may mix keys and values of
+    layers below into their own."""
     layers = draw(st.integers(1, 4))
     sources = draw(st.lists(st.integers(0, layers - 1), min_size=layers, max_size=layers))
     windows = draw(st.lists(st.sampled_from(["", "", "s"]), min_size=layers, max_size=layers))
-    return "_".join(f"{source}{window}" for source, window in zip(sources, windows, strict=True))
+    entries = []
+    for layer, (source, window) in enumerate(zip(sources, windows, strict=True)):
+        lenders = [below for below in range(layer) if below in sources]
+        mixes = source == layer and lenders and draw(st.booleans())
+        entries.append(f"{source}{f'+{draw(st.sampled_from(lenders))}' if mixes else ''}{window}")
+    return "_".join(entries)
 
 
 @settings(max_examples=40)

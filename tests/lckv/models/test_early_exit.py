@@ -17,7 +17,7 @@ from lckv.models.cache import LCKVCache
 from lckv.models.modeling_lckv_llama import Iteration, LCKVLlamaForCausalLM
 from lckv.sharing.plan import iteration_plan
 from tests.lckv.cache import models
-from tests.lckv.cache.models import CASES, contiguous_cache, paged_cache, text
+from tests.lckv.cache.models import CASES, MIXED_CASES, contiguous_cache, paged_cache, text
 from tests.lckv.models.tiny import CYCLIC, MAPS, MERGING, PLAIN, SHARED, TWO_GROUPS, close, tokens
 from tests.lckv.models.tiny import model as tiny
 from tests.lckv.sharing.maps import sources
@@ -62,7 +62,7 @@ def mask_of(ends: tuple[int, ...], width: int) -> Tensor:
 
 
 @pytest.mark.parametrize("ends", ENDS)
-@pytest.mark.parametrize(("name", "policy"), CASES)
+@pytest.mark.parametrize(("name", "policy"), [*CASES, *MIXED_CASES])
 @torch.inference_mode()
 def test_the_newest_columns(name: str, policy: str, ends: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `generate` asks for them: a prompt, and one that follows it in two pieces, then a token."""
@@ -92,7 +92,7 @@ def test_the_newest_columns(name: str, policy: str, ends: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize(("name", "policy"), CASES)
+@pytest.mark.parametrize(("name", "policy"), [*CASES, *MIXED_CASES])
 @torch.inference_mode()
 def test_any_columns_of_rows_and_none(name: str, policy: str, padded: bool) -> None:
     """As the engine asks for them: rows of different lengths, in contiguous and paged caches, prompts in

@@ -12,6 +12,7 @@ from lckv.policies.dmc.config import DMCConfig
 
 PLAIN, SHARED, CYCLIC, TWO_GROUPS = None, "0_0_2_2", "0_3_3_3", "1_1_3_3_4"
 WINDOWS, CYCLIC_WINDOWS = "0s_1s_2_2", "0_3s_3s_3"
+MIXED, MIXED_CYCLIC = "0_1+0_2+1s_2", "0_2_2+0_3+2"
 MAPS = (PLAIN, SHARED, CYCLIC, TWO_GROUPS, WINDOWS, CYCLIC_WINDOWS)
 ACYCLIC = (PLAIN, SHARED, WINDOWS)
 
@@ -52,7 +53,13 @@ def model(
 ) -> LCKVLlamaForCausalLM:
     """In evaluation; always the same weights."""
     torch.manual_seed(0)
-    return LCKVLlamaForCausalLM(config(layer_types, policy, **fields)).eval()
+    made = LCKVLlamaForCausalLM(config(layer_types, policy, **fields)).eval()
+    with torch.no_grad():
+        for layer in made.model.layers:
+            if layer.self_attn.mixes is not None:  # weights with which the mixture is another than the own
+                layer.self_attn.key_weight.copy_(torch.tensor([0.5, 0.8]) / 35)
+                layer.self_attn.value_weight.copy_(torch.tensor([-0.6, 1.1]) / 35)
+    return made
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> Tensor:

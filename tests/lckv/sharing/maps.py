@@ -5,8 +5,14 @@ from hypothesis import strategies as st
 from lckv.sharing.layer_types import LayerTypes
 
 
-def _layer_types(sources: list[int]) -> LayerTypes:
-    return LayerTypes.parse("_".join(map(str, sources)), len(sources))
+def _layer_types(sources: list[int], mixers: list[int] | None = None) -> LayerTypes:
+    """With numbers in `mixers`, a layer that reads its own keys and values may mix in those of one below."""
+    entries = [str(source) for source in sources]
+    for layer, number in enumerate(mixers or ()):
+        below = [owner for owner in sorted(set(sources)) if owner < layer]
+        if sources[layer] == layer and number % 3 and below:
+            entries[layer] += f"+{below[number % len(below)]}"
+    return LayerTypes.parse("_".join(entries), len(sources))
 
 
 def sources(num_layers: int) -> st.SearchStrategy[list[int]]:
@@ -17,3 +23,14 @@ def sources(num_layers: int) -> st.SearchStrategy[list[int]]:
 def maps(most_layers: int = 20) -> st.SearchStrategy[LayerTypes]:
     """Maps of up to so many layers."""
     return st.integers(1, most_layers).flatmap(sources).map(_layer_types)
+
+
+def mixing_maps(most_layers: int = 20) -> st.SearchStrategy[LayerTypes]:
+    """Maps of up to so many layers, of which some mix keys and values of others into their own."""
+    return st.integers(1, most_layers).flatmap(
+        lambda layers: st.builds(
+            _layer_types,
+            sources(layers),
+            st.lists(st.integers(0, 8), min_size=layers, max_size=layers),
+        )
+    )

@@ -13,7 +13,7 @@ from lckv.sharing.journey import Cargo, Journey, Visit, journey
 from lckv.sharing.layer_types import LayerTypes
 from lckv.sharing.plan import LayerGroup, Step, iteration_plan
 from lckv.sharing.visiting import Kept, Left, run_visit
-from tests.lckv.sharing.maps import maps
+from tests.lckv.sharing.maps import mixing_maps
 from tests.lckv.sharing.toys import ToyLayers
 
 Stage = int
@@ -70,12 +70,13 @@ def sent(state: State[Tensor], cargo: Cargo) -> State[Tensor]:
         None,
         {layer: (state.handed or {})[layer] for layer in cargo.handed},
         {layer: (state.previous or {})[layer] for layer in cargo.previous},
+        lent={layer: (state.lent or {})[layer] for layer in cargo.lent},
     )
 
 
 @st.composite
 def journeys(draw: st.DrawFn) -> tuple[LayerTypes, tuple[Step, ...], Journey]:
-    layer_types = draw(maps(9))
+    layer_types = draw(mixing_maps(9))
     plan = iteration_plan(layer_types, draw(st.integers(0, 2)), draw(st.integers(1, 3)))
     edges = sorted({0, *draw(st.sets(st.integers(1, len(layer_types)))), len(layer_types)})
     chunks = [range(start, stop) for start, stop in pairwise(edges)]

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -37,6 +38,17 @@ def test_what_the_official_code_rejects_is_rejected(entry: dict) -> None:
         ("0_1_5", 3, r"entry 2 \(character 5\) reads layer 5, but the model has 3 layers, 0 to 2"),
         ("0_1_2_3", 5, "has 4 entries but the model has 5 layers"),
         ("0_-1", 2, r"entry 1 \(character 3\) is '-1'"),
+        ("0_1_2+0_0+2", 4, "entry 3 is '0\\+2', but only a layer that reads its own keys and values can mix"),
+        ("0_1+1", 2, "entry 1 is '1\\+1', but layer 1 is not below layer 1"),
+        ("0_1+2_2", 3, "entry 1 is '1\\+2', but layer 2 is not below layer 1"),
+        (
+            "0_0_2+1_3",
+            4,
+            "entry 2 is '2\\+1', but layer 1 computes no keys and values: mix .* that does, 0\\.$",
+        ),
+        ("2_1+0_2", 3, "entry 1 is '1\\+0', but layer 0 computes no keys and values: mix none in"),
+        ("0_1_1/0", 3, "is '1/0': keys of one layer and values of another cannot be read"),
+        ("0_+0", 2, "entry 1 .character 3. is '\\+0'"),
     ],
 )
 def test_the_error_says_where_and_why(text: str, num_layers: int, said: str) -> None:
@@ -60,6 +72,28 @@ def test_text_round_trip(entries: list[tuple[int, bool]]) -> None:
     assert sorted(reader for source in parsed.kv_layers for reader in parsed.readers(source)) == list(
         range(len(entries))
     )
+
+
+def test_layers_that_mix() -> None:
+    parsed = LayerTypes.parse("0s_1+0s_2+1_2", 4)
+    assert str(parsed) == "0s_1+0s_2+1_2"
+    assert [layer.mixes for layer in parsed] == [None, 0, 1, None]
+    assert (parsed.lenders, parsed.mixers(0), parsed.readers(2)) == ((0, 1), (1,), (2, 3))
+    assert not parsed.is_plain and not LayerTypes.parse("0_1+0", 2).is_plain
+    assert LayerTypes.plain(2).is_plain and LayerTypes.parse("0s_1", 2).is_plain
+
+
+@pytest.mark.parametrize(
+    ("layer_types", "factor", "said"),
+    [
+        ("0_1+0", 0.0, "mix_scaling_factor is 0.0; it must be above 0, and finite"),
+        ("0_1+0", float("inf"), "mix_scaling_factor is inf; it must be above 0"),
+        ("0_0", 2.0, "mix_scaling_factor is 2.0; no layer of 0_0 mixes .*: leave it out, or write i"),
+    ],
+)
+def test_a_scaling_factor_that_cannot_be(layer_types: str, factor: float, said: str) -> None:
+    (problem,) = CompressionConfig(layer_types=layer_types, mix_scaling_factor=factor).problems(2)
+    assert re.match(said, str(problem))
 
 
 def test_layers_that_only_windowed_layers_read() -> None:

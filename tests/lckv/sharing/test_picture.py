@@ -15,6 +15,15 @@ def test_a_map_with_everything() -> None:
     ]
 
 
+def test_a_layer_that_mixes() -> None:
+    assert draw(LayerTypes.parse("0_1+0_2+1s_2", 4)).splitlines() == [
+        "layer 3      <- 2 ↓",
+        "layer 2  KV  <- own + 1  window",
+        "layer 1  KV  <- own + 0",
+        "layer 0  KV  <- own",
+    ]
+
+
 def test_indices_are_aligned() -> None:
     lines = draw(LayerTypes.parse("_".join(["0"] * 12), 12)).splitlines()
     assert lines[0] == "layer 11      <-  0 ↓"

@@ -10,7 +10,7 @@ from torch import Tensor
 from lckv.sharing.execution import State, run_steps
 from lckv.sharing.layer_types import LayerTypes
 from lckv.sharing.plan import iteration_plan
-from tests.lckv.sharing.maps import maps
+from tests.lckv.sharing.maps import mixing_maps
 from tests.lckv.sharing.toys import ToyLayers
 
 
@@ -47,7 +47,12 @@ def recursion(layers: ToyLayers, m: int, b: int) -> Tensor:
 
     @cache
     def keys_values(index: int, number: int) -> Tensor:
-        return with_gradient(layers.keys_values(index, entering(index, number)), index, number)
+        own = layers.keys_values(index, entering(index, number))
+        lender = layers.layer_types[index].mixes
+        if lender is not None:
+            same_pass = number if lender >= bottoms[index] else last(lender)
+            own = layers.mixed_keys_values(index, entering(index, number), keys_values(lender, same_pass))
+        return with_gradient(own, index, number)
 
     def read(index: int, number: int) -> Tensor:
         source = sources[index]
@@ -65,7 +70,7 @@ def recursion(layers: ToyLayers, m: int, b: int) -> Tensor:
     return leaving(top, last(top))
 
 
-@given(maps(9), st.integers(0, 3), st.integers(1, 3))
+@given(mixing_maps(9), st.integers(0, 3), st.integers(1, 3))
 def test_the_list_computes_what_the_method_says(layer_types: LayerTypes, m: int, b: int) -> None:
     layers = ToyLayers(layer_types)
     state = run_steps(iteration_plan(layer_types, m, b), layers, State(layers.inputs, {}))

@@ -73,6 +73,7 @@ def test_a_bracket_for_each_iterated_group_says_how_often() -> None:
                 "reads a layer above: iterated",
             ],
         ),
+        ("0_1+0", ["computes keys and values", "mixes those of a layer below into its own"]),
     ],
 )
 def test_the_legend_explains_what_occurs(layer_types: str, signs: list[str]) -> None:
@@ -98,6 +99,9 @@ def test_several_maps_with_titles() -> None:
 def test_who_reads_whom() -> None:
     assert all_reads(LayerTypes.parse("0_3_3_3_3_5", 6)) == [Reads(3, (1, 2)), Reads(3, (4,))]
     assert [reads.upward for reads in all_reads(LayerTypes.parse("1_1_1", 3))] == [True, False]
+    mixing = all_reads(LayerTypes.parse("0_0_2+0_3+0", 4))
+    assert mixing == [Reads(0, (1,)), Reads(0, (2, 3), mixed=True)]
+    assert lanes(mixing) == [0, 1], "two kinds of lines to one layer do not lie in one lane"
 
 
 @given(st.integers(1, 9).flatmap(lambda n: st.lists(st.integers(0, n - 1), min_size=n, max_size=n)))

@@ -39,6 +39,7 @@ MAPS = {
     "nodiag": CompressionConfig(
         layer_types="0_4_4_4_4_5", forward_passes=0, backward_passes=3, force_nodiag=True
     ),
+    "mixed": CompressionConfig(layer_types="0_1+0s_0_3+1_3_5+0", sliding_window=5),
 }
 """One of every kind."""
 
@@ -54,6 +55,9 @@ MERGED_MAPS = {
     "groups x dmc": CompressionConfig(
         layer_types="1_1_3_3_5_5", forward_passes=1, backward_passes=1, policy=MERGING
     ),
+    "mixed lckv x dmc": CompressionConfig(
+        layer_types="0_1+0_4_3+0_4+3_5+4", forward_passes=1, backward_passes=2, policy=MERGING
+    ),
 }
 EVERY_MAP = {**MAPS, **MERGED_MAPS}
 
@@ -68,7 +72,17 @@ def make_stage(
     parallel = parallel or ParallelConfig()
     initialize(parallel, seed=1)
     train = train or TrainConfig(precision="fp32")
-    return build_stage(replace(MODEL, **model), compression, parallel, train, vocab_size=VOCAB)
+    stage = build_stage(replace(MODEL, **model), compression, parallel, train, vocab_size=VOCAB)
+    fill_mixes(stage)
+    return stage
+
+
+@torch.no_grad()
+def fill_mixes(stage: SharedKVGPTModel) -> None:
+    """Numbers in the weights that mix keys and values, which begin as if nothing were mixed in."""
+    for name, parameter in stage.named_parameters():
+        if name.endswith((".key_weight", ".value_weight")):
+            parameter.copy_(torch.tensor([0.5, 0.8] if "key" in name else [-0.6, 1.1]) / 35)
 
 
 GUESSING = {

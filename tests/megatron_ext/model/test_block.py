@@ -54,8 +54,8 @@ def check_keys_values(tp: int, options: dict[str, bool]) -> None:
     angles = stage.angles(torch.arange(5)[:, None, None], 5)
     context = LayerContext(TokenContext(partial(rotate, angles=angles)))
     hidden = torch.randn(5, 2, 32, generator=torch.Generator().manual_seed(4))
-    whole = attention._project(hidden, context)[1]
-    alone, _ = attention.keys_values(hidden, context)
+    whole = attention._own(*attention.heads(hidden), context=context).key_value
+    alone = attention.keys_values(hidden, context).key_value
     torch.testing.assert_close(alone, whole)
     torch.autograd.grad(alone.key.sum() + alone.value.sum(), attention.linear_qkv.weight)
 
@@ -145,7 +145,7 @@ class TestPayload:
         dtype: torch.dtype,
     ) -> None:
         hidden = hidden or not sources
-        cargo = Cargo(hidden, tuple(sources), tuple(sources[:1]), tuple(sources))
+        cargo = Cargo(hidden, tuple(sources), tuple(sources[:1]), tuple(sources), lent=tuple(sources[1:]))
         payload = PipelinePayload(
             cargo, 6, sequence_shards=shards, kv_heads=2, head_dim=4, sum_columns=columns
         )
@@ -156,7 +156,7 @@ class TestPayload:
             return {source: KeyValue(*torch.randn(shape).to(dtype)) for source in (*sources, 11)}
 
         rates = torch.rand(rows, columns, requires_grad=True) if columns else None
-        freight = Freight(states, draw(), draw(), draw(), rates)
+        freight = Freight(states, draw(), draw(), draw(), rates, draw())
         packed = payload.pack(freight)
         assert packed.shape == payload.shape(tokens * shards, rows)
         arrived = payload.unpack(packed, tokens * shards, rows)
@@ -168,7 +168,7 @@ class TestPayload:
             assert torch.equal(torch.autograd.grad(travelled.sum(), rates)[0], torch.ones_like(rates))
         assert (arrived.hidden_states is None) == (states is None)
         assert states is None or torch.equal(arrived.hidden_states, states)
-        for name in ("available", "handed", "previous"):
+        for name in ("available", "handed", "previous", "lent"):
             sent, came = getattr(freight, name), getattr(arrived, name)
             assert tuple(came) == getattr(cargo, name)
             assert all(torch.equal(came[source].key, sent[source].key) for source in came)
@@ -180,7 +180,7 @@ class TestPayload:
             ValueError,
             match=r"layer 2, which this stage does not have; it has those of no layer",
         ):
-            payload.pack(Freight(torch.zeros(1, 1, 6), {}, {}, {}, None))
+            payload.pack(Freight(torch.zeros(1, 1, 6), {}, {}, {}, None, {}))
 
     def test_a_payload_of_another_size_is_an_error(self) -> None:
         payload = PipelinePayload(Cargo(True, (2,)), 6, 1, 2, 4)

@@ -33,6 +33,7 @@ MAPS = {
     **GUESSING,
     "dmc without window": CompressionConfig(policy=replace(MERGING, window=None)),
     "plain nodiag": CompressionConfig(force_nodiag=True),
+    "mixed plain": CompressionConfig(layer_types="0_1+0_2+1_3_4+1_5+0"),
 }
 
 
@@ -91,6 +92,11 @@ CASES = [
     Case("yoco x dmc", documents="documents", cp=2, pp=2, micro_batch_size=1),
     Case("chain", documents="documents", cp=2, pp=2, micro_batch_size=1),
     Case("lckv x dmc", cp=2, pp=2, recompute="full"),
+    Case("mixed", documents="documents", cp=2, pp=2, micro_batch_size=1),
+    Case("mixed", documents="documents", tp=2, recompute="full"),
+    Case("mixed plain", cp=2, communication="ring"),
+    Case("mixed lckv x dmc", documents="documents", cp=2, pp=2, recompute="full"),
+    Case("mixed lckv x dmc", tp=2, pp=2, sequence_parallel=True, micro_batch_size=1),
 ]
 
 

@@ -1,4 +1,5 @@
-"""The Megatron model reproduces the numbers recorded from the official LCKV code, in every layout."""
+"""The Megatron model reproduces the numbers recorded from the official LCKV code, and from that of YOCO++, in
+every layout."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -18,6 +19,7 @@ from megatron_ext.model.initialization import global_parameters, shard
 from megatron_ext.parallel.process_groups import chunks_of_rank, initialize
 from megatron_ext.schedule.micro_batches import mean_loss, run_schedule
 from megatron_ext.schedule.statistics_meter import StatisticsMeter
+from tests.golden import yocopp_models
 from tests.golden.lckv_models import NAMES, Golden
 from tests.ranks import run_on_ranks
 from tests.thinning import thinned
@@ -107,8 +109,29 @@ def test_context_parallelism(name: str) -> None:
     check(name, Layout(2, cp=2))
 
 
+MIXED = [
+    Layout(),
+    Layout(recompute="full", micro_batch_size=2),
+    Layout(2, tp=2, sequence_parallel=True, recompute="selective"),
+    Layout(4, tp=4),
+    Layout(2, pp=2),
+    Layout(4, tp=2, pp=2, sequence_parallel=True, recompute="full"),
+    Layout(2, pp=2, virtual=2, stages="auto"),
+    Layout(2, cp=2),
+]
+
+
+@pytest.mark.parametrize(("layout", "name"), thinned(product(MIXED, yocopp_models.NAMES[:2]), 2), ids=str)
+def test_mixed_sources(layout: Layout, name: str) -> None:
+    check(name, layout)
+
+
+def recorded(name: str) -> Golden:
+    return yocopp_models.load(name) if name in yocopp_models.NAMES else Golden.load(name)
+
+
 def check(name: str, layout: Layout) -> None:
-    tolerance = Golden.load(name).tolerance
+    tolerance = recorded(name).tolerance
     for errors in run_on_ranks(layout.world_size, errors_of, name, layout):
         assert errors.logits <= tolerance["logits"]
         assert errors.loss <= tolerance["loss"]
@@ -117,7 +140,7 @@ def check(name: str, layout: Layout) -> None:
 
 def errors_of(name: str, layout: Layout) -> Errors:
     """Run on every rank: this rank's largest differences."""
-    golden = Golden.load(name)
+    golden = recorded(name)
     parallel = ParallelConfig(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,

@@ -45,8 +45,8 @@ def model(layers: int) -> ModelConfig:
 
 
 def settings(layer_types: str) -> CompressionConfig:
-    """ "0_2_2_3+guess" has a first guess, "0_2_2_3+agreement" that loss."""
-    layer_types, _, more = layer_types.partition("+")
+    """ "0_2_2_3 guess" has a first guess, "0_2_2_3 agreement" that loss."""
+    layer_types, _, more = layer_types.partition(" ")
     return CompressionConfig(
         layer_types=layer_types,
         forward_passes=2,
@@ -129,9 +129,9 @@ def test_shared_keys_and_values_are_stored_once() -> None:
 def test_prediction_is_exact(parallel: ParallelConfig, precision: str) -> None:
     """Up to what does not depend on the map: embedding, final norm and loss; and for a cyclic group the top
     of its first passes."""
-    acyclic = ["0_1_2_3", "0_0_2_2_4_4", "0s_1s_2s_3_3_3", "0_0_1_1_0_3_2_7"]
+    acyclic = ["0_1_2_3", "0_0_2_2_4_4", "0s_1s_2s_3_3_3", "0_0_1_1_0_3_2_7", "0_1_2+0_2_4+2_4"]
     cyclic = ["0_2_2_3", "0_4_4_4_4_5", "0_3_3_3_3_3_3_7", "0_2_4_2_4_5", "3_3_3_3_3_1_2"]
-    cyclic += ["0_4_4_4_4_5+guess", "0_4_4_4_4_5+agreement"]
+    cyclic += ["0_4_4_4_4_5 guess", "0_4_4_4_4_5 agreement"]
     for maps in (acyclic, cyclic):
         found = saved(*maps, parallel=parallel, precision=precision)
         rest = set()
@@ -222,6 +222,8 @@ MODELS = {
     "dmc without window": (SIZES, CompressionConfig("0_1_2_3", policy=replace(DMC, window=None))),
     "dms": (SIZES, CompressionConfig("0_1_2_3", policy=DMS)),
     "cla with dms": (SIZES, CompressionConfig("0_0_2_2", policy=DMS)),
+    "mixed": (SIZES, CompressionConfig("0_1+0_2+1_2")),
+    "mixed lckv with dmc": (SIZES, CompressionConfig("0_2_2+0_3+2", policy=DMC, forward_passes=2)),
     "loss in chunks": (replace(SIZES, cross_entropy_chunk_size=16), CompressionConfig("0_1_2_3")),
 }
 

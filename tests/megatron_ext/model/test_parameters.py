@@ -20,7 +20,7 @@ SIZES = {
     "ffn_hidden_size": 48,
 }
 VOCABULARY = 50
-PLAIN, CLA, YOCO, LCKV = "0_1_2_3", "0_0_2_2", "0s_1s_2_2", "0_2_2_3"
+PLAIN, CLA, YOCO, LCKV, MIXED = "0_1_2_3", "0_0_2_2", "0s_1s_2_2", "0_2_2_3", "0_1+0_2+1_2"
 
 
 def layout(tensor: int, stages: int) -> ParallelConfig:
@@ -55,7 +55,8 @@ LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 @pytest.mark.parametrize(
     ("layer_types", "tensor", "stages"),
     [(types, *each) for types in (PLAIN, CLA, YOCO) for each in LAYOUTS]
-    + [(LCKV, *each) for each in LAYOUTS],
+    + [(LCKV, *each) for each in LAYOUTS]
+    + [(MIXED, *LAYOUTS[-1])],
 )
 def test_maps_in_layouts(layer_types: str, tensor: int, stages: int) -> None:
     check(ModelConfig(**SIZES), layer_types, tensor, stages)
