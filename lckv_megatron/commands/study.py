@@ -98,6 +98,19 @@ def chosen(study: Study, options: argparse.Namespace) -> list[Subject]:
     ]
 
 
+def slots_of(options: argparse.Namespace) -> Slots:
+    """How many programs run at once, and on what. Raises ConfigError."""
+    at_once, processes, devices = options.at_once, options.processes_per_run, options.devices
+    if devices and len(devices) < at_once * processes:
+        raise ConfigError(
+            f"--devices names {len(devices)}, but --at-once {at_once} runs of --processes-per-run {processes} "
+            f"need {at_once * processes}; name as many, or run fewer at once."
+        )
+    if not options.hours > 0:
+        raise ConfigError(f"--hours is {options.hours:g}; it must be above 0.")
+    return Slots(at_once, tuple(devices), options.hours)
+
+
 def plan_lines(subjects: Sequence[Subject]) -> Iterator[str]:
     """What a study trains, a line for each model with each seed."""
     rows = [("model", "seed", "steps of its stages", "tokens", "FLOPs")]
@@ -130,6 +143,7 @@ def check(subjects: Sequence[Subject], processes: int) -> None:
 
 def carry_out(options: argparse.Namespace) -> None:
     """The program. Raises ConfigError before anything runs, and ArithmeticError where a run has failed."""
+    slots = slots_of(options)
     study = read_study(options.study)
     subjects = chosen(study, options)
     if options.dry_run:
@@ -146,7 +160,6 @@ def carry_out(options: argparse.Namespace) -> None:
     else:
         runs, rows = len(work.untrained), len(work.unmeasured)
         logger.info("%d rows are there, %d runs and %d rows are to come", len(subjects) - rows, runs, rows)
-        slots = Slots(options.at_once, tuple(options.devices), options.hours)
         failures = work.run(slots, logger.info)
         if failures:
             raise _FailedError("\n".join(map(str, failures)))

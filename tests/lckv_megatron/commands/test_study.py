@@ -64,6 +64,24 @@ def test_choices(tmp_path: Path, files: dict[str, Any], capsys: pytest.CaptureFi
     assert "nothing has been measured there" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--at-once", "2", "--devices", "0"],
+            "--devices names 1, but --at-once 2 runs of --processes-per-run 1",
+        ),
+        (["--processes-per-run", "4", "--devices", "0", "1"], "need 4; name as many, or run fewer at once"),
+        (["--hours", "0"], "--hours is 0; it must be above 0"),
+    ],
+)
+def test_options_that_cannot_work(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tmp_path / "absent.yaml"), "--output", str(tmp_path / "out"), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_setting_that_cannot_work_is_said_before_anything_runs(
     tmp_path: Path, files: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
