@@ -103,8 +103,8 @@ def slots_of(options: argparse.Namespace) -> Slots:
     at_once, processes, devices = options.at_once, options.processes_per_run, options.devices
     if devices and len(devices) < at_once * processes:
         raise ConfigError(
-            f"--devices names {len(devices)}, but --at-once {at_once} runs of --processes-per-run {processes} "
-            f"need {at_once * processes}; name as many, or run fewer at once."
+            f"--devices names {len(devices)}, but --at-once {at_once} runs of --processes-per-run "
+            f"{processes} need {at_once * processes}; name as many, or run fewer at once."
         )
     if not options.hours > 0:
         raise ConfigError(f"--hours is {options.hours:g}; it must be above 0.")
