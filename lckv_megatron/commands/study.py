@@ -1,4 +1,4 @@
-"""Trains a grid of models with equal budgets, measures them, and draws loss against bytes of KV cache.
+"""Trains a grid of models alike, and draws loss against bytes of KV cache.
 
     lckv-megatron study examples/study/study.yaml --output runs/study
     lckv-megatron study examples/study/study.yaml --output runs/study --dry-run
