@@ -19,7 +19,7 @@ def with_mix_weights(
     """The canonical tensors `source` of the model `description`, with weights for the layers that mix in the
     map of `compression`, where the model has none: with these nothing is mixed in yet."""
     layers = description.model.num_layers
-    mixing = tuple(layer.index for layer in compression.map(layers) if layer.mixes is not None)
+    mixing = tuple(layer.index for layer in compression.family(layers).stored if layer.mixes is not None)
     if not mixing or description.compression.map(layers).lenders:
         return source
     return MixWeightsSource(source, mixing, compression.mix_scaling_factor)
