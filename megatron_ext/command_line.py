@@ -22,7 +22,7 @@ from megatron_ext.console import let_first_rank_speak
 from megatron_ext.errors import ConfigError
 from megatron_ext.last_word import say_last
 from megatron_ext.settings import describe_settings, is_texts, read, settings_of, unknown_message
-from megatron_ext.text_yaml import load_text_yaml
+from megatron_ext.text_yaml import load_text_yaml, read_text_yaml
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,7 +58,8 @@ def parse_run_config(argv: Sequence[str] | None = None) -> RunConfig:
         options = _parse_options(argv)
         files: Any = options.pop("config", [])
         shown = options.pop("print_config", False)
-        run = read(RunConfig, [*((f"{path}: ", _read_file(path)) for path in files), ("", options)])
+        trees = ((f"{path}: ", read_text_yaml(Path(path), f"--config {path}")) for path in files)
+        run = read(RunConfig, [*trees, ("", options)])
     except ConfigError as error:
         exit_with(str(error))
     if shown:
@@ -97,23 +98,6 @@ def _as_given(key: str, value: Any) -> object:
 
 def _may_be_null(key: str) -> bool:
     return any(NoneType in typing.get_args(setting.type) for setting in settings_of(RunConfig).get(key, ()))
-
-
-def _read_file(path: str | os.PathLike[str]) -> object:
-    try:
-        return load_text_yaml(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"--config {path} is not a text in UTF-8: {error.reason} at byte {error.start}."
-        ) from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(
-            f"--config {path}{place} is not valid YAML: {getattr(error, 'problem', error)}."
-        ) from error
 
 
 def exit_with(message: str) -> NoReturn:

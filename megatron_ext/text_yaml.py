@@ -5,9 +5,12 @@ YAML 1.1 takes the sharing map 0_0_2_2 for the octal number 18, and `no` for fal
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+from megatron_ext.errors import ConfigError
 
 
 class _TextLoader(yaml.BaseLoader):
@@ -27,6 +30,20 @@ class _TextLoader(yaml.BaseLoader):
 _NULL = "tag:yaml.org,2002:null"
 _TextLoader.add_implicit_resolver(_NULL, re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
 _TextLoader.add_constructor(_NULL, lambda loader, node: None)
+
+
+def read_text_yaml(path: Path, name: str) -> Any:
+    """What a file says, as `load_text_yaml`. Raises ConfigError, which calls the file `name`."""
+    try:
+        return load_text_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name} is not a text in UTF-8: {error.reason} at byte {error.start}.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{name}{place} is not valid YAML: {getattr(error, 'problem', error)}.") from error
 
 
 MOST_VALUES = 100_000

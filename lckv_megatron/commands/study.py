@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lckv_megatron.study.carrying_out import PICTURE, ROWS, TABLE, CarryingOut, check_rows_are_here
+from lckv_megatron.study.checks import check
 from lckv_megatron.study.description import Study, read_study
 from lckv_megatron.study.jobs import Slots
 from lckv_megatron.study.trainings import Subject, subjects_of, trainings_of
@@ -33,7 +34,6 @@ from lckv_megatron.tables import table
 from megatron_ext.arguments import ProgramParser, positive
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError
-from megatron_ext.validation.run import validate
 
 logger = logging.getLogger(__name__)
 
@@ -128,19 +128,6 @@ def plan_lines(subjects: Sequence[Subject]) -> Iterator[str]:
     yield f"{len(runs)} runs for {len(subjects)} rows, {sum(run.flops for run in runs):.3g} FLOPs in all"
 
 
-def check(subjects: Sequence[Subject], processes: int) -> None:
-    """Raises ConfigError with the models whose settings cannot work."""
-    problems = []
-    for subject in subjects:
-        try:
-            for run in () if subject.training is None else subject.training.chain:
-                validate(run.run, processes)
-        except ConfigError as error:
-            problems.append(f"{subject.entry.name}, seed {subject.seed}: {error}")
-    if problems:
-        raise ConfigError("\n".join(problems))
-
-
 def carry_out(options: argparse.Namespace) -> None:
     """The program. Raises ConfigError before anything runs, and ArithmeticError where a run has failed."""
     slots = slots_of(options)
@@ -152,7 +139,7 @@ def carry_out(options: argparse.Namespace) -> None:
     if options.rows_only:
         check_rows_are_here(options.output)
     else:
-        check(subjects, options.processes_per_run)
+        check(subjects, study.measure, options.processes_per_run)
     options.output.mkdir(parents=True, exist_ok=True)
     work = CarryingOut(study, subjects, options.output, processes=options.processes_per_run)
     if options.rows_only:

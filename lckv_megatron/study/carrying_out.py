@@ -14,6 +14,7 @@ from lckv_megatron.study.rows import Row, front_of, points_of, read_rows, table_
 from lckv_megatron.study.speed import SpeedTask
 from lckv_megatron.study.trainings import Subject, Training, trainings_of
 from megatron_ext.atomic import write_file
+from megatron_ext.checkpointing.folders import checkpoint_name, read_pointer
 from megatron_ext.command_line import save_config
 from megatron_ext.errors import ConfigError
 
@@ -55,12 +56,15 @@ class CarryingOut:
 
     def write(self) -> None:
         """The rows, the table and the picture, of what is measured. Raises ConfigError."""
-        rows = [self._rows[subject.key] for subject in self._subjects if subject.key in self._rows]
-        others = [
-            row for key, row in self._rows.items() if key not in {subject.key for subject in self._subjects}
+        rows = [
+            self._rows[subject.key] | {"model": subject.entry.name, "seed": str(subject.seed)}
+            for subject in self._subjects
+            if subject.key in self._rows
         ]
         if not rows:
             return
+        mine = {subject.key for subject in self._subjects}
+        others = [row for key, row in self._rows.items() if key not in mine]
         write_rows(self._folder / ROWS, [*rows, *others])
         points = points_of(rows)
         lines = [*table_of(points, self._study.budget.model)]
@@ -99,23 +103,26 @@ class CarryingOut:
         save_config(replace(run.run, checkpoint=checkpoint, logging=logging), place / "run.yaml")
         launcher = [sys.executable, "-m", "pretrain_lckv"]
         if self._processes > 1:
-            torchrun = (
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--nproc-per-node",
-                str(self._processes),
-            )
-            launcher = [sys.executable, *torchrun, "-m", "pretrain_lckv"]
+            torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {self._processes}"
+            launcher[1:1] = torchrun.split()
         waits = parent is not None and not self._is_trained(parent)
         return Job(
             run.key,
             [*launcher, "--config", str(place / "run.yaml")],
             place / "log.txt",
             (parent.key,) if parent is not None and waits else (),
-            lambda seconds: write_file(place / "trained.json", json.dumps({"seconds": seconds}).encode()),
+            lambda seconds: self._note_training(run, seconds),
             self._title(run),
         )
+
+    def _note_training(self, run: Training, seconds: float) -> str | None:
+        """A run may end well before its last step: by a limit of its time, or a signal."""
+        place, last = self._place(run), checkpoint_name(run.run.train.train_iters)
+        newest = read_pointer(place / "checkpoints")
+        if newest != last:
+            return f"it ended at {newest} instead of {last}; give the same command to go on"
+        write_file(place / "trained.json", json.dumps({"seconds": seconds}).encode())
+        return None
 
     def _title(self, run: Training) -> str:
         users = [

@@ -5,11 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from megatron_ext.errors import ConfigError
 from megatron_ext.settings import read
-from megatron_ext.text_yaml import load_text_yaml
+from megatron_ext.text_yaml import read_text_yaml
 
 Tree = Mapping[str, Any]
 """Settings of a run as nested mappings, scalars as texts."""
@@ -153,29 +151,16 @@ def _with_extended(path: Path, inside: tuple[Path, ...]) -> Iterator[tuple[Path,
     """The file's content behind that of the file which it extends."""
     if path.resolve() in inside:
         raise ConfigError(f"{path} extends itself, through {', '.join(map(str, inside))}.")
-    tree = _mapping(_load(path), str(path))
+    tree = _mapping(read_text_yaml(path, str(path)), str(path))
     extended = tree.get("extends")
     if extended is not None:
         yield from _with_extended(path.parent / str(extended), (*inside, path.resolve()))
     yield path, tree
 
 
-def _load(path: Path) -> object:
-    try:
-        return load_text_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not a text in UTF-8: {error.reason}.") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{place} is not valid YAML: {getattr(error, 'problem', error)}.") from error
-
-
 def _base(folder: Path, name: str) -> tuple[str, Tree]:
     path = folder / name
-    return f"{path}: ", _mapping(_load(path), str(path))
+    return f"{path}: ", _mapping(read_text_yaml(path, str(path)), str(path))
 
 
 def _texts(tree: Tree, key: str) -> Sequence[str]:

@@ -30,8 +30,9 @@ class Job:
     needs: tuple[str, ...] = ()
     """Names of other jobs."""
 
-    done: Callable[[float], None] = lambda seconds: None
-    """Called after it has succeeded, with the seconds that it took."""
+    done: Callable[[float], str | None] = lambda seconds: None
+    """Called where its exit status is 0, with the seconds that it took; returns why it has failed all the
+    same."""
 
     title: str = ""
     """For people; default: its name."""
@@ -133,13 +134,12 @@ class JobRunner:
                 failures.append(Failure(job, f"it took more than {self._slots.hours:g} hours"))
             elif status is None:
                 continue
-            elif status == 0:
-                job.done(seconds)
+            elif reason := f"exit status {status}" if status else job.done(seconds):
+                failures.append(Failure(job, reason))
+                self._report(f"{job}: failed, {reason}")
+            else:
                 undone.discard(job.name)
                 self._report(f"{job}: done in {seconds:,.0f} s")
-            else:
-                failures.append(Failure(job, f"exit status {status}"))
-                self._report(f"{job}: failed, exit status {status}")
             self._running.remove(running)
             self._free.append(dict(running.environment))
         return failures

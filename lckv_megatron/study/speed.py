@@ -11,9 +11,6 @@ from lckv_megatron.study.description import Measurement
 from megatron_ext.atomic import write_file
 from megatron_ext.console import exit_status, set_up_logging
 
-_TOLERANCE = 1e-3
-"""Of prompts through iterated layers, the engine's own."""
-
 _COLUMNS = {
     "prefill": "prefill_ms",
     "prefill passes": "prefill_passes",
@@ -39,6 +36,7 @@ def speeds(folders: Mapping[str, str], measure: Measurement) -> dict[str, dict[s
     """Columns of each model, by its key. Raises ConfigError."""
     import torch
 
+    from lckv.generation.config import EngineConfig
     from lckv_megatron.measuring.admission import cache_for
     from lckv_megatron.measuring.comparison import Settings, decoding, prefill
     from lckv_megatron.measuring.subjects import Subject, load_folder, text_tokens
@@ -46,16 +44,23 @@ def speeds(folders: Mapping[str, str], measure: Measurement) -> dict[str, dict[s
     from lckv_megatron.study.measuring import context_of
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = {key: load_folder(Path(path), dtype=None, device=device) for key, path in folders.items()}
+    context = min(context_of(model, measure) for model, _ in loaded.values())
     subjects = []
-    for key, folder in folders.items():
-        model, tokenizer = load_folder(Path(folder), dtype=None, device=device)
+    for key, (model, tokenizer) in loaded.items():
         texts = read_texts(measure.text, measure.json_key)
-        context = context_of(model, measure)
-        encode = Coder.of_huggingface(tokenizer).encode
-        prompts = text_tokens(texts, encode, measure.sequences, context)
+        prompts = text_tokens(texts, Coder.of_huggingface(tokenizer).encode, measure.sequences, context)
         subjects.append(Subject(key, model, prompts))
     memory = cache_for(subjects[0].model, measure.sequences, context).num_bytes
-    settings = Settings((context - 1,), context, (), memory, _TOLERANCE, measure.repeats, measure.clock)
+    settings = Settings(
+        (context - 1,),
+        context,
+        (),
+        memory,
+        EngineConfig.prefill_tolerance,
+        measure.repeats,
+        measure.clock,
+    )
     columns: dict[str, dict[str, float]] = {key: {} for key in folders}
     for rows in (*prefill(subjects, context - 1, settings), *decoding(subjects, settings)):
         for row in rows:

@@ -87,7 +87,7 @@ class Subject:
     @property
     def key(self) -> str:
         """By which its row is known."""
-        of_weights = str(self.checkpoint) if self.training is None else self.training.key
+        of_weights = _state(self.checkpoint) if self.training is None else self.training.key
         return _hash([of_weights, self.entry.export, self.measured])
 
 
@@ -104,6 +104,13 @@ def subjects_of(study: Study) -> list[Subject]:
                 subjects.append(Subject(entry, seed, _chain(study, entry, seed, unit, made), None, measured))
             elif place < len(entry.checkpoints):
                 subjects.append(Subject(entry, seed, None, entry.checkpoints[place], measured))
+    known: dict[str, Subject] = {}
+    for subject in subjects:
+        if (twin := known.setdefault(subject.key, subject)) is not subject:
+            raise ConfigError(
+                f"{study.path}: models: {subject.entry.name}, seed {subject.seed}, is the same as "
+                f"{twin.entry.name}, seed {twin.seed}; leave one out."
+            )
     return subjects
 
 
@@ -111,6 +118,14 @@ def trainings_of(subjects: list[Subject]) -> list[Training]:
     """The runs that they need, those before that others begin with."""
     chains = (subject.training.chain for subject in subjects if subject.training is not None)
     return [*{training.key: training for chain in chains for training in chain}.values()]
+
+
+def _state(checkpoint: Path | None) -> list[object]:
+    """What changes where other weights are put into a folder."""
+    assert checkpoint is not None
+    files = sorted(checkpoint.iterdir()) if checkpoint.is_dir() else []
+    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return [str(checkpoint), states]
 
 
 def _measured(measure: Measurement) -> str:

@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 
 from lckv_megatron.commands.study import main
+from lckv_megatron.study.carrying_out import CarryingOut
+from lckv_megatron.study.description import read_study
 from lckv_megatron.study.rows import read_rows
+from lckv_megatron.study.trainings import subjects_of
+from megatron_ext.checkpointing.folders import write_pointer
 from tests.lckv.models.folders import save_folder
 from tests.lckv.models.tiny import SHARED
 from tests.lckv_megatron.study.studies import SIZES, content, write
@@ -90,6 +94,50 @@ def test_a_setting_that_cannot_work_is_said_before_anything_runs(
     error = capsys.readouterr().err
     assert "bad" in error and "num_query_groups" in error
     assert not (tmp_path / "out").exists()
+
+
+UNREADABLE = {"data": {"tokenizer_type": "none", "tokenizer_model": None}, "model": {"vocab_size": 320}}
+FAMILY = {"compression": {"layer_types": "0_0|1_1|2_2|3"}}
+
+
+@pytest.mark.parametrize(
+    ("model", "measure", "message"),
+    [
+        ({"settings": UNREADABLE}, {}, "texts could not be measured; set it"),
+        ({}, {"context": 32}, "measure.context is 32; it must be at most 31"),
+        ({"settings": FAMILY}, {}, "it is a family of maps"),
+        ({"settings": FAMILY, "export": "0_0_0_1"}, {}, "no map of the family"),
+        ({"checkpoints": ["nowhere"]}, {}, "nowhere, which is not here"),
+    ],
+)
+def test_what_could_not_be_measured_is_not_trained(
+    model: dict[str, Any],
+    measure: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    files: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tree = content({"plain": {"settings": {"model": {"vocab_size": 320}}}, "other": model}, **files)
+    tree["measure"] = {**files["measure"], **measure}
+    assert main([str(write(tmp_path, tree)), "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "other, seed 1: " in error and message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_ended_early_is_not_trained(tmp_path: Path, files: dict[str, Any]) -> None:
+    read = read_study(write(tmp_path, content({"plain": {}}, **files)))
+    work = CarryingOut(read, subjects_of(read), tmp_path / "out")
+    (run,) = work.untrained
+    checkpoints = tmp_path / "out" / "runs" / run.key / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    write_pointer(checkpoints, "iter_0000001")
+    early = work._note_training(run, 1.0)
+    assert early == "it ended at iter_0000001 instead of iter_0000002; give the same command to go on"
+    assert work.untrained == [run]
+    write_pointer(checkpoints, "iter_0000002")
+    assert work._note_training(run, 1.0) is None and work.untrained == []
 
 
 @pytest.fixture

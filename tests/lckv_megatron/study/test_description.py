@@ -84,7 +84,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent.yaml cannot be read: No such file"):
         read_study(tmp_path / "absent.yaml")
     (tmp_path / "bad.yaml").write_text("models: {a: 1\nb")
-    with pytest.raises(ConfigError, match=r"bad.yaml, line 2 is not valid YAML"):
+    with pytest.raises(ConfigError, match=r"bad.yaml, line 2, column 2 is not valid YAML"):
         read_study(tmp_path / "bad.yaml")
     (tmp_path / "bad.yaml").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match=r"bad.yaml is not a text in UTF-8"):

@@ -42,6 +42,12 @@ def test_a_failure_stops_what_needs_it_and_nothing_else(tmp_path: Path) -> None:
     assert "later: left out, for what it needs has failed" in lines
 
 
+def test_an_exit_status_of_0_is_not_all(tmp_path: Path) -> None:
+    jobs = [job(tmp_path, "short", done=lambda seconds: "it ended early"), job(tmp_path, "after", "short")]
+    (failure,) = JobRunner(Slots(1), lambda line: None).run(jobs)
+    assert failure.reason == "it ended early" and not (tmp_path / "after.log").exists()
+
+
 def test_devices_are_shared_out(tmp_path: Path) -> None:
     code = "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(0.5)"
     jobs = [job(tmp_path, name, code=code) for name in "ab"]

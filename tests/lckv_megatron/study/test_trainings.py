@@ -102,6 +102,21 @@ def test_a_run_is_known_by_its_data_too(tmp_path: Path) -> None:
     assert by_name(read)["plain"].key != first
 
 
+def test_models_that_are_the_same(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="models: b, seed 1, is the same as a, seed 1; leave one out"):
+        subjects_of(study(tmp_path, {"a": {}, "b": {"settings": {"train": {"seq_length": 32}}}}))
+
+
+def test_other_weights_in_a_folder_are_another_row(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "latest").write_text("iter_0000001")
+    models = {"plain": {}, "mine": {"checkpoints": ["mine"]}}
+    first = by_name(study(tmp_path, models))["mine"].key
+    assert by_name(study(tmp_path, models))["mine"].key == first
+    (tmp_path / "mine" / "latest").write_text("iter_0000010 ")
+    assert by_name(study(tmp_path, models))["mine"].key != first
+
+
 def test_models_from_elsewhere(tmp_path: Path) -> None:
     models = {"plain": {}, "mine": {"checkpoints": ["one", "two"]}}
     subjects = subjects_of(study(tmp_path, models, seeds=[5, 6, 7]))
