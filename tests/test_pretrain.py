@@ -3,10 +3,13 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ import yaml
 
 from megatron_ext.checkpointing.lock import FolderLock
 from tests.megatron_ext.training.runs import SETTINGS
+from tests.pages.stand_ins import stand_ins
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = str(ROOT / "pretrain_lckv.py")
@@ -29,8 +33,29 @@ def command(folder: Path, *options: str, ranks: int = 1, **settings: dict) -> li
     return [sys.executable, *launcher, PROGRAM, "--config", str(folder / "run.yaml"), *options]
 
 
-def start(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=240, env=ENVIRONMENT, cwd=ROOT)
+def start(*arguments: str, environment: Mapping[str, str] = ENVIRONMENT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=240, env=environment, cwd=ROOT)
+
+
+@dataclass(frozen=True)
+class Warm:
+    """Starts the same processes as forks of one that has imported everything, for what is not about starting
+    and ending."""
+
+    environment: Mapping[str, str]
+
+    def words(self, python: str, *arguments: str) -> list[str]:
+        return [str(shutil.which("python", path=self.environment["PATH"])), *arguments]
+
+    def start(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return start(*self.words(*arguments), environment=self.environment)
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    folder = tmp_path_factory.mktemp("programs")
+    with stand_ins(folder, hub=folder / "hub") as environment:
+        yield Warm(environment)
 
 
 def test_a_run_on_two_processes(tmp_path: Path) -> None:
@@ -131,11 +156,11 @@ LONGER = {"train_iters": 40}
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, float, float]]:
+def straight(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> list[tuple[int, float, float]]:
     """What a run reports that nothing disturbs."""
     folder = tmp_path_factory.mktemp("straight")
     metrics = folder / "metrics.jsonl"
-    assert start(*command(folder, f"--logging.metrics_file={metrics}", train=LONGER)).returncode == 0
+    assert warm.start(*command(folder, f"--logging.metrics_file={metrics}", train=LONGER)).returncode == 0
     return losses(metrics)
 
 
@@ -156,23 +181,27 @@ def wait_for(path: Path) -> None:
         time.sleep(0.02)
 
 
-def test_killed_and_started_again(tmp_path: Path, straight: list[tuple[int, float, float]]) -> None:
+def test_killed_and_started_again(
+    tmp_path: Path, straight: list[tuple[int, float, float]], warm: Warm
+) -> None:
     """kill -9 in the middle; the same command goes on from the last checkpoint to the same losses."""
     process = subprocess.Popen(saving(tmp_path), env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.DEVNULL)
     wait_for(tmp_path / "save" / "latest")
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=30)
     assert (tmp_path / "save" / "lock.json").exists()
-    assert start(*saving(tmp_path)).returncode == 0
+    assert warm.start(*saving(tmp_path)).returncode == 0
     assert losses(tmp_path / "metrics.jsonl") == straight
     assert not (tmp_path / "save" / "lock.json").exists()
 
 
-def test_torchrun_restarts_a_killed_run(tmp_path: Path, straight: list[tuple[int, float, float]]) -> None:
-    python, *program = saving(tmp_path)
+def test_torchrun_restarts_a_killed_run(
+    tmp_path: Path, straight: list[tuple[int, float, float]], warm: Warm
+) -> None:
+    python, *program = warm.words(*saving(tmp_path))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "--max-restarts=1"]
     process = subprocess.Popen(
-        [python, *launcher, *program], env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE, text=True
+        [python, *launcher, *program], env=warm.environment, cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
     wait_for(tmp_path / "save" / "latest")
     os.kill(json.loads((tmp_path / "save" / "lock.json").read_bytes())["pid"], signal.SIGKILL)

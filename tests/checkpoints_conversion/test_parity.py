@@ -301,6 +301,7 @@ def test_resharding_changes_nothing(matrix: Matrix, tmp_path: Path) -> None:
         assert_same(whole(folders[2] / name), whole(folders[0] / name))
 
 
+@pytest.mark.nightly
 def test_logits_on_eight_ranks(matrix: Matrix) -> None:
     names = [name for name, case in CASES.items() if case.layouts is LAYOUTS]
     matrix.compute(LARGEST, names)

@@ -197,6 +197,7 @@ def test_what_a_legacy_checkpoint_does_not_say_is_given_to_all_commands(
     assert "megatron is none. Leave them out" in capfd.readouterr().err
 
 
+@pytest.mark.nightly
 def test_layout_of_a_shared_model_in_processes_of_its_own(models: Path) -> None:
     """As a user does it."""
     command = [sys.executable, "-m", "checkpoints_conversion", "verify", "--hf-path", str(models / "hf")]

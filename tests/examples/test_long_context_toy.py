@@ -27,6 +27,7 @@ SIZES = {
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(600)
 def test_the_whole_way(tmp_path: Path) -> None:
     folder = tmp_path / "run"

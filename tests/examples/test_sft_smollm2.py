@@ -35,6 +35,7 @@ def losses_in(said: str, name: str) -> tuple[float, float]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(600)
 def test_the_whole_way(tmp_path: Path) -> None:
     model = save_tokenizer(tmp_path / "model", CHATML)

@@ -19,6 +19,7 @@ from megatron_ext.model.build import build_stage
 from megatron_ext.parallel.process_groups import initialize
 from tests.megatron_ext.training.runs import logged_to, series, tiny_run, train
 from tests.ranks import run_on_ranks
+from tests.thinning import thinned
 
 
 def test_a_layer_names_its_attention_only_where_attention_takes_a_name() -> None:
@@ -127,7 +128,7 @@ def test_the_state_of_transformer_engines_adam_begins(adam: type, expected: dict
     assert optimizer.state == {optimizer.stepped: {"exp_avg": 1}, optimizer.fresh: expected}
 
 
-@pytest.mark.parametrize("distributed", [True, False], ids=["distributed", "plain"])
+@pytest.mark.parametrize("distributed", thinned([True, False], 2), ids=["distributed", "plain"])
 def test_every_changed_setting_of_the_optimizer_counts_on_resuming(tmp_path: Path, distributed: bool) -> None:
     """The steps after resuming differ from those without the change, for every field by itself."""
     layout = {"parallel": {"use_distributed_optimizer": distributed}}

@@ -19,6 +19,7 @@ from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from tests.megatron_ext.data.builders import save_tokenizer
 from tests.pages.blocks import blocks_of, commands_outside_bash, substituted
 from tests.pages.stand_ins import stand_ins
+from tests.thinning import thinned
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "fine_tuning.md"
 TEMPLATE = (
@@ -44,7 +45,7 @@ torch.save(model(torch.arange(40)[None] % 31, use_cache=False).logits, sys.argv[
 """
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=thinned(MODELS, 2))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`out/model`, as our exporter writes it, and `chats.jsonl`."""
     place = tmp_path_factory.mktemp(request.param)

@@ -23,6 +23,7 @@ def _warm_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 @pytest.mark.slow
+@pytest.mark.nightly  # its commands are those of the pages, which run every time
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("_warm_programs")
 def test_every_part_runs(tmp_path: Path) -> None:

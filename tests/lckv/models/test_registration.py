@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from tests.thinning import thinned
+
 _USE = """
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 sizes = dict(num_hidden_layers=2, hidden_size=16, intermediate_size=16, num_attention_heads=2, vocab_size=9)
@@ -14,9 +16,6 @@ models = AutoModel.from_config(config), AutoModelForCausalLM.from_config(config)
 print(*(type(made).__name__ for made in (config, *models)))
 """
 _IMPORTS = {
-    "lckv.models first": "import lckv.models",
-    "transformers first": "import transformers, lckv.models",
-    "by a module of it": "from lckv.models.tokens import positions",
     "lckv alone": """
 import sys
 before = list(sys.meta_path)
@@ -33,22 +32,15 @@ else:
 import lckv.models
 lckv.models.register()  # again: no error
 """,
+    "lckv.models first": "import lckv.models",
+    "transformers first": "import transformers, lckv.models",
+    "by a module of it": "from lckv.models.tokens import positions",
 }
 
 
-@pytest.fixture(scope="module")
-def processes() -> dict[str, subprocess.Popen[str]]:
-    """All at once: each takes seconds to import transformers."""
-    return {
-        name: subprocess.Popen(
-            [sys.executable, "-c", code + _USE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for name, code in _IMPORTS.items()
-    }
-
-
-@pytest.mark.parametrize("name", _IMPORTS)
-def test_auto_classes_know_the_models(processes: dict[str, subprocess.Popen[str]], name: str) -> None:
-    output, errors = processes[name].communicate(timeout=200)
-    assert processes[name].returncode == 0, errors
-    assert output.split() == ["LCKVLlamaConfig", "LCKVLlamaModel", "LCKVLlamaForCausalLM"]
+@pytest.mark.parametrize("name", thinned(_IMPORTS, 2))
+def test_auto_classes_know_the_models(name: str) -> None:
+    command = [sys.executable, "-c", _IMPORTS[name] + _USE]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["LCKVLlamaConfig", "LCKVLlamaModel", "LCKVLlamaForCausalLM"]

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.slow
+@pytest.mark.nightly  # kills, damage and readers have tests of their own
 @pytest.mark.timeout(900)
 def test_the_short_form_finds_nothing() -> None:
     """In a process of its own, which has no threads when it forks."""

@@ -5,11 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
-from _pytest.mark.structures import ParameterSet
 
 from lckv_megatron.dry_run.hardware import Machine
 from lckv_megatron.dry_run.report import verdict
 from tests.lckv_megatron.dry_run.recipes import RECIPES, Recipe, Row, ranks_of, tables_of
+from tests.thinning import thinned
 
 ROOT = Path(__file__).resolve().parents[3]
 EXAMPLES, PAGE = ROOT / "examples", ROOT / "docs" / "dry_run.md"
@@ -36,12 +36,7 @@ def same(said: str, expected: str) -> bool:
     return unit == other_unit and float(value) == pytest.approx(float(other), rel=TOLERANCE, abs=0.01)
 
 
-def at_night(recipe: Recipe) -> ParameterSet:
-    """The recipe; with settings on top of it only at night."""
-    return pytest.param(recipe, id=recipe.title, marks=[pytest.mark.nightly] if recipe.over else [])
-
-
-@pytest.mark.parametrize("recipe", [*map(at_night, RECIPES)])
+@pytest.mark.parametrize("recipe", thinned(RECIPES, 3), ids=lambda recipe: recipe.title)
 def test_the_page_says_what_the_dry_run_says(recipe: Recipe) -> None:
     ranks = ranks_of(recipe)
     said = [row for table in tables_of(recipe, ranks) for row in table[1:]]

@@ -17,6 +17,7 @@ from megatron_ext.training.summary import describe
 from megatron_ext.validation.run import problems
 from tests.megatron_ext.training.runs import logged_to, reports, series, tiny_run, train
 from tests.ranks import run_on_ranks
+from tests.thinning import thinned
 
 SETTINGS = {"name": "forgetful", "age": 3}
 MAPS = {"cla": "0_0_2_2", "lckv": "0_2_2_3"}
@@ -66,7 +67,9 @@ CP2 = ("cp2", 2, {"parallel": {"context_parallel_size": 2}})
 CASES = [(name, *layout) for name in MAPS for layout in LAYOUTS] + [("cla", *PP2), ("lckv", *CP2)]
 
 
-@pytest.mark.parametrize(("name", "layout", "ranks", "sections"), CASES, ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize(
+    ("name", "layout", "ranks", "sections"), thinned(CASES, 2), ids=lambda value: str(value)[:20]
+)
 def test_nothing_depends_on_the_layout(
     name: str, layout: str, ranks: int, sections: dict, alone: dict[str, Path], tmp_path: Path
 ) -> None:

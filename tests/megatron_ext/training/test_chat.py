@@ -16,6 +16,7 @@ from tests.megatron_ext.data.builders import random_chats, write_chats
 from tests.megatron_ext.training.runs import logged_to, reports, series, tiny_run, train
 from tests.megatron_ext.training.test_step import BAD_TOKEN, train_with_a_broken_token
 from tests.ranks import run_on_ranks
+from tests.thinning import thinned
 
 COMPRESSIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -76,7 +77,9 @@ CASES += [(name, *PP2) for name in ("plain", "yoco", "dmc")]
 CASES.append(("dmc", "cp2", 2, {"parallel": {"context_parallel_size": 2}}))
 
 
-@pytest.mark.parametrize(("name", "layout", "ranks", "sections"), CASES, ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize(
+    ("name", "layout", "ranks", "sections"), thinned(CASES, 3), ids=lambda value: str(value)[:20]
+)
 def test_nothing_depends_on_the_layout(
     name: str, layout: str, ranks: int, sections: dict, prefix: str, alone: dict[str, Path], tmp_path: Path
 ) -> None:

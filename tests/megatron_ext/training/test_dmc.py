@@ -84,7 +84,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize(
-    ("name", "layout", "world_size", "settings"), thinned(CASES, 2), ids=lambda value: str(value)[:20]
+    ("name", "layout", "world_size", "settings"), thinned(CASES, 3), ids=lambda value: str(value)[:20]
 )
 def test_nothing_depends_on_the_layout(
     name: str, layout: str, world_size: int, settings: dict, alone: dict[str, Path], tmp_path: Path
