@@ -37,10 +37,10 @@ class CompressionConfig:
     """Sharing map, one entry per layer joined by "_": the index of the layer whose keys and values it reads,
     with an optional "s" for a sliding window, such as 0_6_6_6_6_6_6_7 (LCKV), 0_0_2_2 (CLA) or 0s_1s_2s_3_3_3
     (YOCO). Entry i may be i+j: the layer mixes keys and values of layer j below into its own, such as
-    0_1+0_2+0_2_2_2 (YOCO++). A layer that only reads may read two below it, 2/0 the keys of layer 2 and the
-    values of layer 0, 2+0 a mixture of both. Default: every layer reads its own (a plain transformer). In training also a
-    family of maps, of which each step draws one: alternatives, such as 0_0|1_1|2_2|3 (each layer its own or
-    the previous layer's), or a list, such as [0_1_2_3, 0_0_2_2] (docs/map_families.md)."""
+    0_1+0_2+0_2_2_2 (YOCO++). A layer that only reads may read two below it: 2/0 the keys of layer 2 and the
+    values of layer 0, 2+0 a mixture of both. Default: every layer reads its own (a plain transformer). In
+    training also a family of maps, of which each step draws one: alternatives, such as 0_0|1_1|2_2|3 (each
+    layer its own or the previous layer's), or a list, such as [0_1_2_3, 0_0_2_2] (docs/map_families.md)."""
 
     forward_passes: int = 7
     """m: passes without gradient over each cyclic group of layers,
@@ -225,9 +225,9 @@ class CompressionConfig:
         of_two = layer_types.only.readers_of_two if layer_types.only else ()
         if of_two and not traits.keeps_every_token:
             obstacle = (
-                f"layer {of_two[0]} reads two layers, and the policy {name} does not keep every token in a slot "
-                "of its own, so that slots of different layers do not belong together: let it read one layer, "
-                "or choose another policy"
+                f"layer {of_two[0]} reads two layers, and the policy {name} does not keep every token in a "
+                "slot of its own, so that slots of different layers do not belong together: let it read one "
+                "layer, or choose another policy"
             )
             yield Problem("layer_types", layer_types, obstacle)
 
@@ -240,8 +240,8 @@ class CompressionConfig:
             yield Problem(
                 "mix_scaling_factor",
                 factor,
-                f"no layer of {layer_types} mixes keys and values: leave it out, or write i+j for a layer that "
-                "shall mix those of layer j into those of layer i",
+                f"no layer of {layer_types} mixes keys and values: leave it out, or write i+j for a layer "
+                "that shall mix those of layer j into those of layer i",
             )
 
     def _iteration_problems(self, layer_types: LayerTypesFamily) -> Iterator[Problem]:

@@ -57,8 +57,8 @@ class KVCache(Protocol):
         second: Second | None = None,
     ) -> Tensor:
         """Attention of `query` [b, h, s, d] to what `layer` has made of earlier tokens, or to what `second`
-        makes of that and of another layer's, and to `new`; the same shape. `places` int64 [b, q]: the new tokens of each row that have queries,
-        [b, h, q, d]; None: all."""
+        makes of that and of another layer's, and to `new`; the same shape. `places` int64 [b, q]: the new
+        tokens of each row that have queries, [b, h, q, d]; None: all."""
         ...
 
     def commit(self, extensions: Mapping[int, Extension], counted: Tensor | None) -> None:

@@ -100,9 +100,7 @@ class OneToken:
                 also = self._also_copied(second, visibility, query.dtype)
                 pages = self._memory.pages_of(number)
                 return paged.attend_copied(query, pages, *copies, own, scale=scale, also=also)
-        attended = self._attend_older(
-            number, query[..., :channels], new, visibility, scale, key_bias, second
-        )
+        attended = self._attend_older(number, query[..., :channels], new, visibility, scale, key_bias, second)
         if visibility.exclude_self:
             return attended.output.to(query.dtype)
         if key_bias is not None and not key_bias.extra_channels:
@@ -196,9 +194,7 @@ class OneToken:
         plan = self._copies[name]
         return None if plan is None else (plan[0][number], plan[1])
 
-    def _also_copied(
-        self, second: Second | None, visibility: Visibility, dtype: torch.dtype
-    ) -> Also | None:
+    def _also_copied(self, second: Second | None, visibility: Visibility, dtype: torch.dtype) -> Also | None:
         """The same pages of the other layer; as many, since it holds the same tokens."""
         if second is None:
             return None

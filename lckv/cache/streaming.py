@@ -22,8 +22,8 @@ from lckv.attention import parts
 from lckv.attention.key_bias import KeyBias
 from lckv.attention.visibility import Visibility
 from lckv.policies.base import Extension, KVPolicy
-from lckv.sharing.mixing import Second
 from lckv.rope import rotate, rotation
+from lckv.sharing.mixing import Second
 
 _QUERIES = 128
 """Queries attended at once: scores have b x h x _QUERIES x (sinks + 2 window + _QUERIES) entries."""

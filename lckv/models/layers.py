@@ -91,9 +91,9 @@ class LCKVLlamaAttention(nn.Module):
         wanted: Wanted | None = None,
     ) -> tuple[Tensor, "Own | None"]:
         """Attend from [b, s, hidden] to `source`, or to the layer's own keys and values, which are returned
-        with what comes of them. `source` of a layer that mixes into its own: what it mixes in. `wanted`: attend
-        from these tokens alone; where the layer computes no keys and values, `hidden_states` are theirs,
-        [b, q, hidden]."""
+        with what comes of them. `source` of a layer that mixes into its own: what it mixes in. `wanted`:
+        attend from these tokens alone; where the layer computes no keys and values, `hidden_states` are
+        theirs, [b, q, hidden]."""
         query = self._heads("q", hidden_states) if wanted is None else None
         source = self._joined(source)
         lent, source = (None, source) if self.borrows is None else (source, None)
@@ -180,8 +180,8 @@ class LCKVLlamaAttention(nn.Module):
             return KeyValue(key, value)
         if lent is None:
             raise ValueError(
-                f"layer {self.layer_idx} mixes the keys and values of layer {self.borrows} into its own, which "
-                "were not given to it."
+                f"layer {self.layer_idx} mixes the keys and values of layer {self.borrows} into its own, "
+                "which were not given to it."
             )
         return KeyValue(
             mixed(lent.key, key, self.key_weight, self.mix_scaling_factor),

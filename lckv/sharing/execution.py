@@ -216,10 +216,7 @@ def _taken(
     run: LayerRun, available: Mapping[int, KV], previous: Mapping[int, KV] | None, lent: Mapping[int, KV]
 ) -> KV | Two[KV] | None:
     """What a layer that runs takes of others; None where it takes nothing."""
-    if run.mixes is not None:
-        return _lent_to(run, lent)
-    first, second = (source_of(run, reads, available, previous) for reads in (run.reads, run.second))
-    return first if first is None or second is None else Two(first, second)
+    return source_of(run, available, previous) if run.mixes is None else _lent_to(run, lent)
 
 
 def _keys_values(run: LayerRun, layers: Layers[KV], hidden_states: Tensor, lent: Mapping[int, KV]) -> KV:
@@ -246,20 +243,24 @@ def _lent_to(run: LayerRun, lent: Mapping[int, KV]) -> KV:
 
 
 def source_of(
-    run: LayerRun, reads: Read | None, available: Mapping[int, KV], previous: Mapping[int, KV] | None
-) -> KV | None:
-    """`reads` of what a layer reads, from this pass and below or from the previous pass; None where it reads
-    its own.
+    run: LayerRun, available: Mapping[int, KV], previous: Mapping[int, KV] | None
+) -> KV | Two[KV] | None:
+    """What a layer reads, from this pass and below or from the previous pass; None where it reads its own.
 
     Raises ValueError where it is missing.
     """
-    if reads is None or reads.origin is Origin.OWN:
+    if run.reads is None or run.reads.origin is Origin.OWN:
         return None
+    first, *second = (_read(run.index, reads, available, previous) for reads in run.all_reads)
+    return Two(first, *second) if second else first
+
+
+def _read(layer: int, reads: Read, available: Mapping[int, KV], previous: Mapping[int, KV] | None) -> KV:
     from_previous = reads.origin is Origin.PREVIOUS_PASS
     pool = previous if from_previous else available
     if pool is None or reads.source not in pool:
         raise ValueError(
-            f"layer {run.index} reads the keys and values of layer {reads.source}, but "
+            f"layer {layer} reads the keys and values of layer {reads.source}, but "
             f"{'the previous pass' if from_previous else 'this pass'} has those of {sorted(pool or ())}."
         )
     return pool[reads.source]

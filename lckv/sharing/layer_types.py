@@ -157,6 +157,23 @@ class LayerTypes:
         """Layers that read the keys or values of layer `source`, or both, ascending."""
         return tuple(layer.index for layer in self.layers if source in layer.sources)
 
+    def first_readers(self, source: int) -> tuple[int, ...]:
+        """Of these, layers that read both, alone or as those that another layer's are mixed into; none if
+        `source` computes none."""
+        return tuple(layer.index for layer in self.layers if layer.source == source and layer.values is None)
+
+    def key_readers(self, source: int) -> tuple[int, ...]:
+        """Layers that read the keys of layer `source`, what they mix into them left out, ascending."""
+        return tuple(layer.index for layer in self.layers if layer.source == source)
+
+    def value_readers(self, source: int) -> tuple[int, ...]:
+        """The same of values."""
+        return tuple(
+            layer.index
+            for layer in self.layers
+            if (layer.source if layer.values is None else layer.values) == source
+        )
+
     @cached_property
     def lenders(self) -> tuple[int, ...]:
         """Layers whose keys and values a layer above them mixes into its own, ascending."""
@@ -185,8 +202,8 @@ class LayerTypes:
         """What is wrong with the second layer of an entry, if it has one."""
         if layer.values is not None and layer.source == layer.index:
             return (
-                "a layer that reads its own keys reads its own values, too: write "
-                f"{layer.index}, or {layer.index}+{layer.values} to mix those of layer {layer.values} into them"
+                f"a layer that reads its own keys reads its own values, too: write {layer.index}, or "
+                f"{layer.index}+{layer.values} to mix those of layer {layer.values} into its own"
             )
         if layer.mixes is None and layer.values is None:
             return None

@@ -12,8 +12,8 @@ def draw(layer_types: LayerTypes, *, window: int | None = None) -> str:
     """One line per layer, the top layer first.
 
     `KV` marks a layer that computes keys and values, `<-` what it reads: `+` joins layers whose keys and
-    values are mixed, `/` the layer of the keys and that of the values. The bracket marks the layers that run again and again because one of them reads a layer above
-    itself.
+    values are mixed, `/` the layer of the keys and that of the values. The bracket marks the layers that run
+    again and again because one of them reads a layer above itself.
     """
     groups = [group for group in layer_groups(layer_types) if group.iterated]
     brackets = {}

@@ -289,9 +289,11 @@ class _GroupWalk:
             part = Part.KEYS_VALUES
         elif not update and layer.cyclic and self._reads_zeros(number):
             part = Part.WITHOUT_SOURCE
-        reads = [] if part is Part.KEYS_VALUES else [
-            self._read(layer, source, number) for source in layer.sources
-        ]
+        reads = (
+            []
+            if part is Part.KEYS_VALUES
+            else [self._read(layer, source, number) for source in layer.sources]
+        )
         return LayerRun(
             layer.index,
             part,

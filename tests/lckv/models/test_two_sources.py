@@ -4,9 +4,8 @@ values of the other (`2/0`)."""
 import pytest
 import torch
 
-from lckv.cache.streaming import StreamingCache
-from tests.lckv.models.tiny import TWO_SOURCES, close, config, model, tokens
-from tests.lckv.models.token_by_token import logits_of
+from tests.lckv.models.tiny import TWO_SOURCES, close, model, tokens
+from tests.lckv.models.token_by_token import TokenByToken
 
 MAPS = (*TWO_SOURCES, "0_1+0_4_1+0_4_4/1", "0s_1s_1/0s_1+0s_4")
 
@@ -14,7 +13,7 @@ MAPS = (*TWO_SOURCES, "0_1+0_4_1+0_4_4/1", "0s_1s_1/0s_1+0s_4")
 @pytest.mark.parametrize("layer_types", MAPS)
 def test_formulas_at_once_in_pieces_and_token_by_token(layer_types: str) -> None:
     read, text = model(layer_types).double(), tokens(1, 11)
-    expected = logits_of(read, text[0].tolist())
+    expected = TokenByToken(read).logits(text[0].tolist())
     with torch.no_grad():
         close(read(text, use_cache=False).logits[0], expected, 3e-6)  # RoPE has float32 angles
         for sizes in ([1] * 11, [5, 4, 2]):

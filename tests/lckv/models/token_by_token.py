@@ -2,77 +2,94 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 
+KeyValue = tuple[Tensor, Tensor]
+"""[g, d] each."""
 
-def logits_of(model: LCKVLlamaForCausalLM, text: list[int]) -> Tensor:
-    """[tokens, vocabulary], of a model without KV policy, query norms and biases."""
-    config, weights = model.config, {name: value.double() for name, value in model.state_dict().items()}
-    compression = config.compression
-    entries = [entry.removesuffix("s") for entry in compression["layer_types"].split("_")]
-    windows = [
-        compression["sliding_window"] if entry.endswith("s") else len(text)
-        for entry in compression["layer_types"].split("_")
-    ]
-    factor, channels = compression.get("mix_scaling_factor", 35.0), config.head_dim
-    angles = config.rope_parameters["rope_theta"] ** -(torch.arange(0, channels, 2).double() / channels)
-    kept: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in range(len(entries))}
 
-    def norm(states: Tensor, name: str) -> Tensor:
-        size = (states.pow(2).mean() + config.rms_norm_eps).sqrt()
-        return states / size * weights[f"model.{name}.weight"]
+class TokenByToken:
+    """A model without KV policy, query norms and biases."""
 
-    def turned(heads: Tensor, position: int) -> Tensor:
-        turn = torch.polar(torch.ones_like(angles), position * angles)
-        pairs = torch.complex(heads[:, : channels // 2], heads[:, channels // 2 :]) * turn
-        return torch.cat((pairs.real, pairs.imag), 1)
+    def __init__(self, model: LCKVLlamaForCausalLM) -> None:
+        compression = model.config.compression
+        self.config = model.config
+        self.weights = {name: value.double() for name, value in model.state_dict().items()}
+        entries = compression["layer_types"].split("_")
+        self.entries = [entry.removesuffix("s") for entry in entries]
+        self.windows = [compression["sliding_window"] if "s" in entry else 10**9 for entry in entries]
+        self.factor = compression.get("mix_scaling_factor", 35.0)
+        self.kept: list[list[KeyValue]] = [[] for _ in entries]
 
-    def mixture(layer: int, kind: str, first: Tensor, other: Tensor) -> Tensor:
-        share = weights[f"model.layers.{layer}.self_attn.{kind}_weight"] * factor
-        return share[0] * other + share[1] * first
+    def logits(self, text: list[int]) -> Tensor:
+        """[tokens, vocabulary]."""
+        return torch.stack([self.next(position, token) for position, token in enumerate(text)])
 
-    def read(layer: int, token: int) -> tuple[Tensor, Tensor]:
-        """Key and value [g, d] of an earlier token, or this one, as the layer sees them."""
-        entry = entries[layer]
+    def next(self, position: int, token: int) -> Tensor:
+        states = self.weights["model.embed_tokens.weight"][token]
+        before_rope: dict[int, KeyValue] = {}
+        for layer in range(len(self.entries)):
+            normed = self.norm(states, f"layers.{layer}.input_layernorm")
+            if f"model.layers.{layer}.self_attn.k_proj.weight" in self.weights:
+                own = self.heads(layer, "k", normed), self.heads(layer, "v", normed)
+                first, _, other = self.entries[layer].partition("+")
+                if other and int(first) == layer:
+                    own = self.mixture(layer, own, before_rope[int(other)])
+                before_rope[layer] = own
+                self.kept[layer].append((self.turned(own[0], position), own[1]))
+            attended = self.attended(layer, self.heads(layer, "q", normed), position)
+            states = states + self.project(layer, "self_attn.o", attended.flatten())
+            normed = self.norm(states, f"layers.{layer}.post_attention_layernorm")
+            inner = silu(self.project(layer, "mlp.gate", normed)) * self.project(layer, "mlp.up", normed)
+            states = states + self.project(layer, "mlp.down", inner)
+        return self.weights["lm_head.weight"] @ self.norm(states, "norm")
+
+    def attended(self, layer: int, query: Tensor, position: int) -> Tensor:
+        cyclic = int(self.entries[layer].split("+")[0].split("/")[0]) > layer
+        seen = range(max(0, position - self.windows[layer] + 1), position + (not cyclic))
+        if not seen:
+            return torch.zeros_like(query)
+        key, value = (
+            torch.stack(part).repeat_interleave(len(query) // len(part[0]), 1)
+            for part in zip(*(self.read(layer, token) for token in seen), strict=True)
+        )
+        scores = torch.einsum("hd,thd->ht", self.turned(query, position), key) / self.config.head_dim**0.5
+        return torch.einsum("ht,thd->hd", scores.softmax(1), value)
+
+    def read(self, layer: int, token: int) -> KeyValue:
+        """What the layer sees of a token."""
+        entry = self.entries[layer]
         if "/" in entry:
             keys, values = map(int, entry.split("/"))
-            return kept[keys][token][0], kept[values][token][1]
+            return self.kept[keys][token][0], self.kept[values][token][1]
         first, *others = map(int, entry.split("+"))
         if first == layer or not others:
-            return kept[first][token]
-        pairs = zip(kept[first][token], kept[others[0]][token], strict=True)
-        return tuple(mixture(layer, kind, *pair) for kind, pair in zip(("key", "value"), pairs, strict=True))
+            return self.kept[first][token]
+        return self.mixture(layer, self.kept[first][token], self.kept[others[0]][token])
 
-    logits = []
-    for position, token in enumerate(text):
-        states, before_rope = weights["model.embed_tokens.weight"][token], {}
-        for layer, entry in enumerate(entries):
-            name = f"model.layers.{layer}"
+    def mixture(self, layer: int, first: KeyValue, other: KeyValue) -> KeyValue:
+        shares = (
+            self.factor * self.weights[f"model.layers.{layer}.self_attn.{kind}_weight"]
+            for kind in ("key", "value")
+        )
+        key, value = (w[0] * b + w[1] * a for w, a, b in zip(shares, first, other, strict=True))
+        return key, value
 
-            def heads(kind: str, name: str = name, states: Tensor = states, layer: int = layer) -> Tensor:
-                normed = norm(states, f"layers.{layer}.input_layernorm")
-                return (weights[f"{name}.self_attn.{kind}_proj.weight"] @ normed).view(-1, channels)
+    def heads(self, layer: int, kind: str, normed: Tensor) -> Tensor:
+        return self.project(layer, f"self_attn.{kind}", normed).view(-1, self.config.head_dim)
 
-            if f"{name}.self_attn.k_proj.weight" in weights:
-                key, value = heads("k"), heads("v")
-                if entry.startswith(f"{layer}+"):
-                    other = before_rope[int(entry.split("+")[1])]
-                    key, value = mixture(layer, "key", key, other[0]), mixture(layer, "value", value, other[1])
-                before_rope[layer] = key, value
-                kept[layer].append((turned(key, position), value))
-            cyclic = int(entry.split("+")[0].split("/")[0]) > layer
-            seen = range(max(0, position - windows[layer] + 1), position + (not cyclic))
-            attended = torch.zeros(config.num_attention_heads, channels, dtype=torch.float64)
-            if len(seen):
-                keys, values = (torch.stack(part) for part in zip(*(read(layer, t) for t in seen), strict=True))
-                group = config.num_attention_heads // keys.shape[1]
-                query = turned(heads("q"), position)
-                scores = torch.einsum("hd,thd->ht", query, keys.repeat_interleave(group, 1)) / channels**0.5
-                attended = torch.einsum("ht,thd->hd", scores.softmax(1), values.repeat_interleave(group, 1))
-            states = states + weights[f"{name}.self_attn.o_proj.weight"] @ attended.flatten()
-            normed = norm(states, f"layers.{layer}.post_attention_layernorm")
-            gate, up = (weights[f"{name}.mlp.{part}_proj.weight"] @ normed for part in ("gate", "up"))
-            states = states + weights[f"{name}.mlp.down_proj.weight"] @ (torch.nn.functional.silu(gate) * up)
-        logits.append(weights["lm_head.weight"] @ norm(states, "norm"))
-    return torch.stack(logits)
+    def project(self, layer: int, name: str, states: Tensor) -> Tensor:
+        return self.weights[f"model.layers.{layer}.{name}_proj.weight"] @ states
+
+    def norm(self, states: Tensor, name: str) -> Tensor:
+        size = (states.pow(2).mean() + self.config.rms_norm_eps).sqrt()
+        return states / size * self.weights[f"model.{name}.weight"]
+
+    def turned(self, heads: Tensor, position: int) -> Tensor:
+        half = self.config.head_dim // 2
+        base = self.config.rope_parameters["rope_theta"]
+        angles = position * base ** -(torch.arange(half).double() / half)
+        pairs = torch.complex(heads[:, :half], heads[:, half:]) * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat((pairs.real, pairs.imag), 1)
