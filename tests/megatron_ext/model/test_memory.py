@@ -223,6 +223,7 @@ MODELS = {
     "dms": (SIZES, CompressionConfig("0_1_2_3", policy=DMS)),
     "cla with dms": (SIZES, CompressionConfig("0_0_2_2", policy=DMS)),
     "mixed": (SIZES, CompressionConfig("0_1+0_2+1_2")),
+    "two sources": (SIZES, CompressionConfig("0_1_1/0_1+0")),
     "mixed lckv with dmc": (SIZES, CompressionConfig("0_2_2+0_3+2", policy=DMC, forward_passes=2)),
     "loss in chunks": (replace(SIZES, cross_entropy_chunk_size=16), CompressionConfig("0_1_2_3")),
 }
