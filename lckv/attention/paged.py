@@ -93,7 +93,10 @@ def attend_in_torch(
     heads, channels = stop.numel(), query.shape[-1]
     page_size = pages.key.shape[1]
     count = pages_of_a_chunk(page_size, query.device.type)
-    tables = [table.view(-1, count) for table in (pages.table, *(() if also is None else (also.pages,)))]
+
+    def pages_in(table: Tensor, block: Tensor) -> Tensor:
+        return table.view(-1, count).index_select(0, block).flatten()
+
     slots = torch.arange(count * page_size, device=query.device)
     grouped = query.reshape(heads, -1, channels)
     hidden = slots >= (stop.flatten().index_select(0, work.head) - work.first_slot)[:, None]
@@ -104,8 +107,8 @@ def attend_in_torch(
     for head, block, unseen in zip(
         *(tensor.split(at_once) for tensor in (work.head, work.block, hidden[:, None])), strict=True
     ):
-        owned, *others = (table.index_select(0, block).flatten() for table in tables)
-        copied = copy_pages(pages, owned, None if also is None else Also(*others, also.second))
+        of_block = None if also is None else also._replace(pages=pages_in(also.pages, block))
+        copied = copy_pages(pages, pages_in(pages.table, block), of_block)
         key, value = (tensor.view(-1, len(slots), channels) for tensor in copied)
         scores = torch.bmm(grouped.index_select(0, head), key.transpose(1, 2)).float().mul_(scale)
         scores.masked_fill_(unseen, -torch.inf)

@@ -230,7 +230,8 @@ class SharedKVAttention(Attention):
         layer, mixture = self.layer_type, None
         assert layer.second is not None
         if layer.mixes is not None:
-            mixture = Mixture(*self._mix_weights(), self.config.compression.mix_scaling_factor)
+            key, value = self._mix_weights()
+            mixture = Mixture(key, value, self.config.compression.mix_scaling_factor)
         return KeyValue(*Second(layer.second, mixture).joined(*shared))
 
     def parted(self, shared: KeyValue | None) -> tuple[KeyValue | None, KeyValue | None]:
