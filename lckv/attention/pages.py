@@ -64,7 +64,7 @@ def copy_pages(pages: Pages, owned: Tensor, also: Also | None = None) -> tuple[T
         (pages.key.index_select(0, numbers), pages.value.index_select(0, numbers))
         for numbers in (owned, also.pages)
     )
-    return also.second.joined(first, second)
+    return also.second.joined(first, second, copies=True)
 
 
 class Work(NamedTuple):

@@ -31,6 +31,12 @@ def mixed(lent: Tensor, own: Tensor, weight: Tensor, scaling_factor: float) -> T
     return other_share * lent + own_share * own
 
 
+def mix_into(lent: Tensor, own: Tensor, weight: Tensor, scaling_factor: float) -> Tensor:
+    """The same in the memory of `own`, without gradient: large copies are made once, and not three times."""
+    other_share, own_share = (weight * scaling_factor).to(own.dtype).unbind()
+    return own.mul_(own_share).addcmul_(lent, other_share)
+
+
 class Mixture(NamedTuple):
     """Weights of a layer that reads a mixture of two others, [2] each."""
 
@@ -47,13 +53,17 @@ class Second(NamedTuple):
     mixture: Mixture | None
     """None: its values are read, and the keys of the first one."""
 
-    def joined(self, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def joined(
+        self, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], *, copies: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Keys and values that are read, from those of the two layers, of the same tokens and of any shape.
-        Nothing is copied where they are not mixed."""
+        Nothing is copied where they are not mixed. `copies`: `first` is nobody else's, and may be written."""
         if self.mixture is None:
             return first[0], second[1]
-        scale = self.mixture.scaling_factor
-        return (
-            mixed(second[0], first[0], self.mixture.key, scale),
-            mixed(second[1], first[1], self.mixture.value, scale),
+        mix = mix_into if copies and not torch.is_grad_enabled() else mixed
+        weights = self.mixture.key, self.mixture.value
+        key, value = (
+            mix(*pair, weight, self.mixture.scaling_factor)
+            for *pair, weight in zip(second, first, weights, strict=True)
         )
+        return key, value
