@@ -101,7 +101,7 @@ class LayerTypesFamily:
         sources = [layer.source for layer in layer_types]
 
         def may_be(layer: LayerType) -> bool:
-            return any(
+            return (layer.mixes, layer.values) == (None, None) and any(
                 choice.sliding == layer.sliding
                 and (sources[choice.source] if choice.source != layer.index else layer.index) == layer.source
                 for choice in self.alternatives[layer.index]

@@ -145,6 +145,8 @@ def test_a_family_is_no_map() -> None:
     assert compression.chosen("0_0_2_2", 4).layer_types == "0_0_2_2"
     with pytest.raises(SettingError, match=r"layer_types is 0_0_1_3; it is no map of the family 0_0\|1"):
         compression.chosen("0_0_1_3", 4)
+    for of_two in ("0_1+0_2_3", "0_1_1/0_3"):
+        assert LayerTypes.parse(of_two, 4) not in LayerTypesFamily.parse("0_0|1_1|2_3", 4)
     with pytest.raises(SettingError, match="it is not the model's map, 0_0_2_2"):
         CompressionConfig(layer_types="0_0_2_2").chosen("0_1_2_3", 4)
 
