@@ -61,9 +61,6 @@ class Second(NamedTuple):
         if self.mixture is None:
             return first[0], second[1]
         mix = mix_into if copies and not torch.is_grad_enabled() else mixed
-        weights = self.mixture.key, self.mixture.value
-        key, value = (
-            mix(*pair, weight, self.mixture.scaling_factor)
-            for *pair, weight in zip(second, first, weights, strict=True)
-        )
-        return key, value
+        scale = self.mixture.scaling_factor
+        key = mix(second[0], first[0], self.mixture.key, scale)
+        return key, mix(second[1], first[1], self.mixture.value, scale)
