@@ -47,6 +47,14 @@ def check_fits(description: ModelDescription, compression: CompressionConfig) ->
             "--init is svd, but the model normalises queries and keys (model.qk_layernorm): shared keys "
             "cannot be turned and scaled to those of a layer. Give --init average or --init copy."
         )
+    apart = [
+        layer.index for layer in compression.map(description.model.num_layers) if layer.values is not None
+    ]
+    if apart:
+        raise ConversionError(
+            f"--init is svd, but in compression.layer_types layer {apart[0]} reads keys of one layer and "
+            "values of another, which are fitted together: give --init average or --init copy."
+        )
     if compression.policy != CompressionConfig().policy:
         raise ConversionError(
             f"--init is svd, but compression.policy is {compression.policy.name}: the fit mixes channels of "
@@ -60,7 +68,7 @@ def merged_layers(layer_types: LayerTypes) -> tuple[int, ...]:
     return tuple(
         layer.index
         for layer in layer_types
-        if layer_types.readers(layer.source) != (layer.index,) or layer.source != layer.index
+        if layer_types.key_readers(layer.source) != (layer.index,) or layer.source != layer.index
     )
 
 
@@ -140,7 +148,7 @@ class MapFit:
         return StreamedLayer.read(self.plain, self.model, index)
 
     def _of(self, readers: Mapping[int, Reader], owner: int) -> list[Reader]:
-        return [readers[layer] for layer in self.layer_types.readers(owner)]
+        return [readers[layer] for layer in self.layer_types.key_readers(owner)]
 
     def _plain(self, layer: StreamedLayer, index: int, states: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states [1, T, h] after the layer of the plain model, and those between attention and MLP."""
@@ -209,7 +217,7 @@ class MapFit:
         """The layer with its new queries and outputs, for hidden `states` of the new model before it; those
         after attention are `wanted`; all [b, T, h]."""
         source = self.layer_types[index].source
-        number = self.layer_types.readers(source).index(index)
+        number = self.layer_types.key_readers(source).index(index)
         of_source = shared[source]
         layer = replace(
             layer,

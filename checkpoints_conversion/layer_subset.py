@@ -10,7 +10,7 @@ from torch import Tensor
 from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.errors import ConversionError
 from lckv.config import CompressionConfig
-from lckv.sharing.layer_types import LayerTypes
+from lckv.sharing.layer_types import LayerType, LayerTypes
 from lckv.weights.tensors import TensorInfo, TensorSource
 
 _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")
@@ -41,21 +41,38 @@ def with_sources(
     """The layers `wanted` and all whose keys and values they need, to read them or to mix them into their
     own, ascending.
 
-    A layer with weights for keys and values keeps a layer that reads them, or they would be left out. With a
-    first guess, one that a layer below it reads keeps one of these, or it would have no guess.
+    A layer with weights for keys and values keeps a layer that reads both, or they would be left out. With a
+    first guess, one that a layer below it reads keeps one of these, or it would have no guess. Where two are
+    read together through a window, and caches keep all their tokens, each keeps a layer that reads it without
+    a window.
     """
     chosen: set[int] = set()
     missing = set(wanted)
     while missing:
         chosen |= missing
-        taken = [{layer_types[layer].source, layer_types[layer].mixes} for layer in chosen]
-        missing = {layer for layers in taken for layer in layers if layer is not None} - chosen
-        unread = {layer for layer in layer_types.kv_layers if chosen.isdisjoint(layer_types.readers(layer))}
+        missing = {layer for reader in chosen for layer in _taken(layer_types[reader])} - chosen
+        unread = {
+            layer for layer in layer_types.kv_layers if chosen.isdisjoint(layer_types.first_readers(layer))
+        }
         for source in layer_types.cyclic_sources if first_guess else ():
             if not any(reader < source for reader in chosen.intersection(layer_types.readers(source))):
                 unread.add(source)
-        missing |= {layer_types.readers(layer)[0] for layer in chosen & unread}
+        missing |= {layer_types.first_readers(layer)[0] for layer in chosen & unread}
+        for source in _read_together(layer_types, chosen) - set(layer_types.windowed_kv_layers):
+            whole = [reader for reader in layer_types.readers(source) if not layer_types[reader].sliding]
+            missing |= set(whole[:1]) if chosen.isdisjoint(whole) else set()
     return tuple(sorted(chosen))
+
+
+def _taken(layer: LayerType) -> set[int]:
+    """The layers whose keys and values it reads, or mixes into its own."""
+    return {*layer.sources, *(() if layer.borrows is None else (layer.borrows,))}
+
+
+def _read_together(layer_types: LayerTypes, readers: Iterable[int]) -> set[int]:
+    """Layers that one of `readers` reads together with another."""
+    of_two = (layer_types[reader].sources for reader in readers if layer_types[reader].second is not None)
+    return {source for sources in of_two for source in sources}
 
 
 def runs_of_layers(num_layers: int, at_once: int) -> Iterator[range]:
@@ -81,6 +98,7 @@ def cut_description(description: ModelDescription, layers: tuple[int, ...]) -> M
                 index=number[layer],
                 source=number[layer_types[layer].source],
                 mixes=None if (mixes := layer_types[layer].mixes) is None else number[mixes],
+                values=None if (values := layer_types[layer].values) is None else number[values],
             )
             for layer in layers
         )
@@ -90,7 +108,7 @@ def cut_description(description: ModelDescription, layers: tuple[int, ...]) -> M
         layer_types=str(kept),
         sliding_window=description.compression.sliding_window if kept.any_sliding else None,
     )
-    if not kept.lenders:
+    if not kept.any_mixed:
         compression = replace(compression, mix_scaling_factor=CompressionConfig().mix_scaling_factor)
     if not kept.any_cyclic:
         compression = replace(compression, first_guess=False, agreement_loss_coefficient=0.0)

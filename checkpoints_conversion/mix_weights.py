@@ -1,4 +1,4 @@
-"""Weights of layers that mix keys and values of others into their own, which a conversion adds to a model."""
+"""Weights of layers that mix keys and values of two layers, which a conversion adds to a model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ def with_mix_weights(
     map of `compression`, where the model has none: with these nothing is mixed in yet."""
     layers = description.model.num_layers
     mixing = tuple(layer.index for layer in compression.family(layers).stored if layer.mixes is not None)
-    if not mixing or description.compression.map(layers).lenders:
+    if not mixing or description.compression.map(layers).any_mixed:
         return source
     return MixWeightsSource(source, mixing, compression.mix_scaling_factor)
 

@@ -5,11 +5,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lckv.sharing.initialization import WeightRule, initial_kv_weight
+from lckv.sharing.initialization import Kind, WeightRule, initial_kv_weight
 from lckv.sharing.layer_types import LayerTypes
 from lckv.weights.tensors import TensorInfo, TensorSource, row_chunks
 from megatron_ext.config import ModelConfig
@@ -58,7 +59,7 @@ class SharedMapSource:
             return self.whole.read(_renumber(name, index), rows)
 
         if part == "k_layernorm":
-            return initial_kv_weight(self.layer_types, layer, lambda index: of_layer(index, rows), self.how)
+            return self._initial(layer, lambda index: of_layer(index, rows), "key")
         if part == "linear_q":
             fused = name.replace("linear_q", "linear_qkv")
             return self._assemble(name, rows, self._query_rows(), lambda piece: self.whole.read(fused, piece))
@@ -66,11 +67,15 @@ class SharedMapSource:
             return self.whole.read(name, rows)
 
         def read_piece(piece: slice) -> Tensor:
-            if self._is_query(piece.start):
+            kind = self._kind(piece.start)
+            if kind == "query":
                 return of_layer(layer, piece)
-            return initial_kv_weight(self.layer_types, layer, lambda index: of_layer(index, piece), self.how)
+            return self._initial(layer, lambda index: of_layer(index, piece), kind)
 
         return self._assemble(name, rows, self._query_and_kv_rows(), read_piece)
+
+    def _initial(self, layer: int, plain_weight: Callable[[int], Tensor], kind: Kind) -> Tensor:
+        return initial_kv_weight(self.layer_types, layer, plain_weight, self.how, kind)
 
     def _assemble(
         self, name: str, rows: slice | None, runs: Iterator[slice], read_piece: Callable[[slice], Tensor]
@@ -102,8 +107,9 @@ class SharedMapSource:
     def _rows_of_group(self) -> int:
         return self._rows_of_queries + 2 * self.model.head_dim
 
-    def _is_query(self, row: int) -> bool:
-        return row % self._rows_of_group < self._rows_of_queries
+    def _kind(self, row: int) -> Literal["query", "key", "value"]:
+        place = row % self._rows_of_group - self._rows_of_queries
+        return "query" if place < 0 else "key" if place < self.model.head_dim else "value"
 
     def _query_rows(self) -> Iterator[slice]:
         for group in range(self.model.query_groups):
@@ -113,7 +119,9 @@ class SharedMapSource:
     def _query_and_kv_rows(self) -> Iterator[slice]:
         for queries in self._query_rows():
             yield queries
-            yield slice(queries.stop, queries.start + self._rows_of_group)
+            values = queries.stop + self.model.head_dim
+            yield slice(queries.stop, values)
+            yield slice(values, queries.start + self._rows_of_group)
 
 
 def _renumber(name: str, layer: int) -> str:

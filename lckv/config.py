@@ -37,9 +37,10 @@ class CompressionConfig:
     """Sharing map, one entry per layer joined by "_": the index of the layer whose keys and values it reads,
     with an optional "s" for a sliding window, such as 0_6_6_6_6_6_6_7 (LCKV), 0_0_2_2 (CLA) or 0s_1s_2s_3_3_3
     (YOCO). Entry i may be i+j: the layer mixes keys and values of layer j below into its own, such as
-    0_1+0_2+0_2_2_2 (YOCO++). Default: every layer reads its own (a plain transformer). In training also a
-    family of maps, of which each step draws one: alternatives, such as 0_0|1_1|2_2|3 (each layer its own or
-    the previous layer's), or a list, such as [0_1_2_3, 0_0_2_2] (docs/map_families.md)."""
+    0_1+0_2+0_2_2_2 (YOCO++). A layer that only reads may read two below it: 2/0 the keys of layer 2 and the
+    values of layer 0, 2+0 a mixture of both. Default: every layer reads its own (a plain transformer). In
+    training also a family of maps, of which each step draws one: alternatives, such as 0_0|1_1|2_2|3 (each
+    layer its own or the previous layer's), or a list, such as [0_1_2_3, 0_0_2_2] (docs/map_families.md)."""
 
     forward_passes: int = 7
     """m: passes without gradient over each cyclic group of layers,
@@ -72,8 +73,8 @@ class CompressionConfig:
     pass and of the one before. 0: none (as published)."""
 
     mix_scaling_factor: float = _MIX_SCALING_FACTOR
-    """s: a layer i+j of the map computes s (w0 K_j + w1 K_i), of values the same, with learned weights that
-    begin at 0 and 1 / s. It multiplies their gradients (YOCO++; 35 as published)."""
+    """s: a layer i+j of the map computes, or reads, s (w0 K_j + w1 K_i), of values the same, with learned
+    weights that begin at 0 and 1 / s. It multiplies their gradients (YOCO++; 35 as published)."""
 
     @classmethod
     def from_dict(cls, content: object) -> "CompressionConfig":
@@ -221,18 +222,26 @@ class CompressionConfig:
                 "another one"
             )
             yield Problem("layer_types", layer_types, obstacle)
+        of_two = layer_types.only.readers_of_two if layer_types.only else ()
+        if of_two and not traits.keeps_every_token:
+            obstacle = (
+                f"layer {of_two[0]} reads two layers, and the policy {name} does not keep every token in a "
+                "slot of its own, so that slots of different layers do not belong together: let it read one "
+                "layer, or choose another policy"
+            )
+            yield Problem("layer_types", layer_types, obstacle)
 
     def _mixing_problems(self, layer_types: LayerTypesFamily) -> Iterator[Problem]:
         """A scaling factor that nothing would read, or that is none."""
         factor = self.mix_scaling_factor
         if not 0 < factor < math.inf:
             yield Problem("mix_scaling_factor", factor, "it must be above 0, and finite")
-        elif factor != _MIX_SCALING_FACTOR and not (layer_types.only and layer_types.only.lenders):
+        elif factor != _MIX_SCALING_FACTOR and not (layer_types.only and layer_types.only.any_mixed):
             yield Problem(
                 "mix_scaling_factor",
                 factor,
-                f"no layer of {layer_types} mixes keys and values of another into its own: leave it out, or "
-                "write i+j for a layer i that shall mix in those of layer j",
+                f"no layer of {layer_types} mixes keys and values: leave it out, or write i+j for a layer "
+                "that shall mix those of layer j into those of layer i",
             )
 
     def _iteration_problems(self, layer_types: LayerTypesFamily) -> Iterator[Problem]:

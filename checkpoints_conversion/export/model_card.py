@@ -95,11 +95,13 @@ def _sharing(description: ModelDescription) -> Iterator[str]:
             f"once, in training and for a prompt: {compression.forward_passes} passes without and "
             f"{compression.backward_passes} with gradient. Generating a token takes one pass."
         )
-    if layer_types.lenders:
+    if layer_types.any_mixed:
         yield (
-            "\nA layer `own + j` mixes keys and values of layer j into its own, by learned weights, times "
-            f"{compression.mix_scaling_factor:g}."
+            "\nA layer `own + j` mixes keys and values of layer j into its own, and a layer `i + j` reads a "
+            f"mixture of both, by learned weights, times {compression.mix_scaling_factor:g}."
         )
+    if any(layer.values is not None for layer in layer_types):
+        yield "\nA layer `i / j` reads the keys of layer i and the values of layer j."
     if compression.first_guess:
         yield "\nThe first pass reads keys and values that a learned linear map guesses."
     if compression.sliding_window is not None:
@@ -239,7 +241,7 @@ def _references(description: ModelDescription, record: ConversionRecord) -> list
     fits = {
         "lckv": layer_types.any_cyclic,
         "sharing": shared,
-        "mixed": bool(layer_types.lenders),
+        "mixed": layer_types.any_mixed,
         "average": any(conversion.initialization == "average" for conversion in _chain(record)),
     }
     papers = [_REFERENCES[name] for name, used in fits.items() if used]

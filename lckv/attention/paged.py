@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lckv.attention.pages import (
+    Also,
     CopiedPages,
     Pages,
     PagesAttended,
     Work,
+    copy_pages,
     pages_of_a_chunk,
     tiles_of_the_kernel,
 )
@@ -56,27 +58,46 @@ def why_not_kernel_for(query: Tensor, value: Tensor) -> str | None:
 
 
 def attend_paged(
-    query: Tensor, pages: Pages, work: Work, first: Tensor | None, stop: Tensor, *, scale: float
+    query: Tensor,
+    pages: Pages,
+    work: Work,
+    first: Tensor | None,
+    stop: Tensor,
+    *,
+    scale: float,
+    also: Also | None = None,
 ) -> PagesAttended:
     """softmax(scale * query key^T) value over slots first .. stop - 1 of each head; `query` [b, h, d],
     `first` (None: 0) and `stop` int64 [b, g]. `work` covers these slots; others that it covers are not seen.
-    Softmax is float32."""
+    Softmax is float32. `also`: the table of the other layer, of a query that reads two, which the kernel does
+    not."""
     group, channels = query.shape[0] * query.shape[1] // stop.numel(), query.shape[2]
-    if why_not_kernel(query.device.type, query.dtype, group, channels) is None:
+    if also is None and why_not_kernel(query.device.type, query.dtype, group, channels) is None:
         from lckv.attention.kernels.paged import attend_paged as fused
 
         return fused(query, pages, work, first, stop, scale=scale)
-    return attend_in_torch(query, pages, work, first, stop, scale=scale)
+    return attend_in_torch(query, pages, work, first, stop, scale=scale, also=also)
 
 
 def attend_in_torch(
-    query: Tensor, pages: Pages, work: Work, first: Tensor | None, stop: Tensor, *, scale: float
+    query: Tensor,
+    pages: Pages,
+    work: Work,
+    first: Tensor | None,
+    stop: Tensor,
+    *,
+    scale: float,
+    also: Also | None = None,
 ) -> PagesAttended:
     """Same contract as `attend_paged`."""
     heads, channels = stop.numel(), query.shape[-1]
     page_size = pages.key.shape[1]
     count = pages_of_a_chunk(page_size, query.device.type)
-    table, slots = pages.table.view(-1, count), torch.arange(count * page_size, device=query.device)
+
+    def pages_in(table: Tensor, block: Tensor) -> Tensor:
+        return table.view(-1, count).index_select(0, block).flatten()
+
+    slots = torch.arange(count * page_size, device=query.device)
     grouped = query.reshape(heads, -1, channels)
     hidden = slots >= (stop.flatten().index_select(0, work.head) - work.first_slot)[:, None]
     if first is not None:
@@ -86,8 +107,9 @@ def attend_in_torch(
     for head, block, unseen in zip(
         *(tensor.split(at_once) for tensor in (work.head, work.block, hidden[:, None])), strict=True
     ):
-        owned = table.index_select(0, block).flatten()
-        key, value = (pool.index_select(0, owned).view(-1, len(slots), channels) for pool in pages[:2])
+        of_block = None if also is None else also._replace(pages=pages_in(also.pages, block))
+        copied = copy_pages(pages, pages_in(pages.table, block), of_block)
+        key, value = (tensor.view(-1, len(slots), channels) for tensor in copied)
         scores = torch.bmm(grouped.index_select(0, head), key.transpose(1, 2)).float().mul_(scale)
         scores.masked_fill_(unseen, -torch.inf)
         peak = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).min)
@@ -106,24 +128,29 @@ def attend_copied(
     new: tuple[Tensor, Tensor] | None,
     *,
     scale: float,
+    also: Also | None = None,
 ) -> Tensor:
     """softmax(scale * query key^T) value over the slots of each head that `copied` shows, and over the key
     and value in `new`, both [b, g, d], if there are any. `query` [b, h, d] and the result; `owned` int32
-    [b * g * columns]: the pages of each head. Every head sees at least one key."""
+    [b * g * columns]: the pages of each head; `also` has as many of the other layer, where the queries read
+    two. Every head sees at least one key."""
     heads, channels = copied.place.shape[0], query.shape[-1]
     grouped = query.reshape(heads, 1, -1, channels)
     new = None if new is None else (new[0].reshape(heads, channels), new[1].reshape(heads, channels))
     at_once = max(1, _COPIED_AT_ONCE // (copied.slots * channels * query.element_size()))
     if heads <= at_once:
-        return _attend_copies(grouped, pages, owned, copied, new, scale).reshape(query.shape)
+        return _attend_copies(grouped, pages, owned, copied, new, scale, also).reshape(query.shape)
     outputs, columns = [], len(owned) // heads
     for start in range(0, heads, at_once):
         part = slice(start, start + at_once)
         mask = None if copied.mask is None else copied.mask[part]
         of_part = CopiedPages(copied.slots, mask, copied.place[part] - start * copied.slots, copied.seen)
         new_part = None if new is None else (new[0][part], new[1][part])
-        owned_part = owned[start * columns : (start + at_once) * columns]
-        outputs.append(_attend_copies(grouped[part], pages, owned_part, of_part, new_part, scale))
+        pages_part = slice(start * columns, (start + at_once) * columns)
+        also_part = None if also is None else also._replace(pages=also.pages[pages_part])
+        outputs.append(
+            _attend_copies(grouped[part], pages, owned[pages_part], of_part, new_part, scale, also_part)
+        )
     return torch.cat(outputs).reshape(query.shape)
 
 
@@ -134,11 +161,12 @@ def _attend_copies(
     copied: CopiedPages,
     new: tuple[Tensor, Tensor] | None,
     scale: float,
+    also: Also | None,
 ) -> Tensor:
     """Of heads [n, 1, h / g, d]."""
     heads, channels = query.shape[0], query.shape[-1]
     # Of pages, [n * columns, slots of a page, d].
-    key, value = pages.key.index_select(0, owned), pages.value.index_select(0, owned)
+    key, value = copy_pages(pages, owned, also)
     if new is not None:
         key.view(-1, channels).index_copy_(0, copied.place, new[0])
         value.view(-1, channels).index_copy_(0, copied.place, new[1])

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lckv.sharing.mixing import Second
+
 _SLOTS_OF_A_CHUNK = {"cpu": 64}
 _SLOTS_OF_A_CHUNK_ELSEWHERE = 256
 _MOST_COPIED = 1.25
@@ -42,6 +44,27 @@ class Pages(NamedTuple):
     table: Tensor
     """int32 [table rows, multiple of c], contiguous: the pages of each head, in order of their slots; 0 where
     it owns none."""
+
+
+class Also(NamedTuple):
+    """The other layer of which a layer reads, where it reads two."""
+
+    pages: Tensor
+    """Like the pages of the first one, wherever these are given: numbers of pages, or a table of them."""
+
+    second: Second
+
+
+def copy_pages(pages: Pages, owned: Tensor, also: Also | None = None) -> tuple[Tensor, Tensor]:
+    """Keys and values [pages, n, d] that a layer reads, of the pages `owned`, int [pages]."""
+    if also is None or also.second.mixture is None:
+        of_values = owned if also is None else also.pages
+        return pages.key.index_select(0, owned), pages.value.index_select(0, of_values)
+    first, second = (
+        (pages.key.index_select(0, numbers), pages.value.index_select(0, numbers))
+        for numbers in (owned, also.pages)
+    )
+    return also.second.joined(first, second, copies=True)
 
 
 class Work(NamedTuple):

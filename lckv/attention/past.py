@@ -20,6 +20,7 @@ from lckv.attention.last_queries import attend_last
 from lckv.attention.unbiased import without_bias
 from lckv.attention.visibility import Visibility
 from lckv.errors import UnsupportedError
+from lckv.sharing.mixing import Second
 
 _BLOCK = 128
 """Queries per block, at most. With fewer, nobody asks the device whether they need a mask."""
@@ -39,6 +40,11 @@ class Past(NamedTuple):
 
     lengths: Tensor
     """int64 [b, g]: slots in use, the first ones. Under a window slots are tokens, the newest last."""
+
+    def with_second(self, other: "Past", second: Second) -> "Past":
+        """What a layer reads that reads this one, whose slots hold the same tokens as those of `other`,
+        too."""
+        return Past(*second.joined(self[:2], other[:2]), self.lengths)
 
     def newest(self, tokens: int) -> "Past":
         """The slots that hold the newest `tokens` of each row, and where rows differ in length, more."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from lckv.attention.key_bias import KeyBias
 from lckv.attention.visibility import Visibility
 from lckv.policies.base import Extension
+from lckv.sharing.mixing import Second
 
 
 class KVCache(Protocol):
@@ -53,10 +54,11 @@ class KVCache(Protocol):
         scale: float,
         key_bias: KeyBias | None,
         places: Tensor | None = None,
+        second: Second | None = None,
     ) -> Tensor:
-        """Attention of `query` [b, h, s, d] to what `layer` has made of earlier tokens
-        and to `new`; the same shape. `places` int64 [b, q]: the new tokens of each row that have queries,
-        [b, h, q, d]; None: all."""
+        """Attention of `query` [b, h, s, d] to what `layer` has made of earlier tokens, or to what `second`
+        makes of that and of another layer's, and to `new`; the same shape. `places` int64 [b, q]: the new
+        tokens of each row that have queries, [b, h, q, d]; None: all."""
         ...
 
     def commit(self, extensions: Mapping[int, Extension], counted: Tensor | None) -> None:

@@ -18,6 +18,7 @@ from lckv.attention.visibility import Visibility
 from lckv.cache.base import KVCache
 from lckv.cache.layer_slots import LayerSlots
 from lckv.policies.base import Extension, KVPolicy
+from lckv.sharing.mixing import Second
 
 
 class ContiguousCache:
@@ -72,6 +73,7 @@ class ContiguousCache:
         scale: float,
         key_bias: KeyBias | None,
         places: Tensor | None = None,
+        second: Second | None = None,
         columns: past.Columns | None = None,
     ) -> Tensor:
         """See `KVCache`. A window counts tokens, or with `columns` columns."""
@@ -82,6 +84,8 @@ class ContiguousCache:
             None if new.hides is None else new.hides.permute(1, 2, 0),
         )
         older = self._layers[layer].past
+        if second is not None:
+            older = older.with_second(self._layers[second.layer].past, second)
         return past.attend_past(
             query, tokens, older, visibility, scale=scale, key_bias=key_bias, columns=columns, places=places
         )
@@ -191,6 +195,7 @@ class _Columns:
         scale: float,
         key_bias: KeyBias | None,
         places: Tensor | None = None,
+        second: Second | None = None,
     ) -> Tensor:
         """See `KVCache`."""
         columns = None
@@ -205,5 +210,6 @@ class _Columns:
             scale=scale,
             key_bias=key_bias,
             places=places,
+            second=second,
             columns=columns,
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 from lckv.attention import paged
 from lckv.attention.key_bias import KeyBias
 from lckv.attention.pages import (
+    Also,
     CopiedPages,
     PaddedWork,
     PagesAttended,
@@ -30,6 +31,7 @@ from lckv.attention.visibility import Visibility
 from lckv.cache.page_tables import Integers
 from lckv.cache.paged_memory import PagedMemory
 from lckv.policies.base import Extension
+from lckv.sharing.mixing import Second
 
 
 class OneToken:
@@ -84,17 +86,21 @@ class OneToken:
         visibility: Visibility,
         scale: float,
         key_bias: KeyBias | None,
+        second: Second | None = None,
     ) -> Tensor:
-        """`query` [b, h, d + e] to the slots of layer `number` and to `new`; the result [b, h, d]."""
+        """`query` [b, h, d + e] to the slots of layer `number`, or to what `second` makes of these and of
+        another layer's, and to `new`; the result [b, h, d]."""
         channels = new.value.shape[-1]
         if self._no_kernel is None:
             self._no_kernel = paged.why_not_kernel_for(query, new.value) is not None
-        if self._no_kernel and key_bias is None and not self._fixed:
+        if (self._no_kernel or second is not None) and key_bias is None and not self._fixed:
             copies = self._copies_of(number, visibility, query.dtype)
             if copies is not None:
                 own = None if visibility.exclude_self else (new.key[0], new.value[0])
-                return paged.attend_copied(query, self._memory.pages_of(number), *copies, own, scale=scale)
-        attended = self._attend_older(number, query[..., :channels], new, visibility, scale, key_bias)
+                also = self._also_copied(second, visibility, query.dtype)
+                pages = self._memory.pages_of(number)
+                return paged.attend_copied(query, pages, *copies, own, scale=scale, also=also)
+        attended = self._attend_older(number, query[..., :channels], new, visibility, scale, key_bias, second)
         if visibility.exclude_self:
             return attended.output.to(query.dtype)
         if key_bias is not None and not key_bias.extra_channels:
@@ -112,6 +118,7 @@ class OneToken:
         visibility: Visibility,
         scale: float,
         key_bias: KeyBias | None,
+        second: Second | None,
     ) -> PagesAttended:
         """Attention of `query` [b, h, d] to the slots.
 
@@ -122,7 +129,10 @@ class OneToken:
                                 o o o o h n n     Q           o, n: seen; h: not seen if it is hidden
         """
         stop, first = self.lengths[number], None
-        attend = partial(paged.attend_paged, query, self._memory.pages_of(number), scale=scale)
+        also = None
+        if second is not None:
+            also = Also(self._memory.pages_of(self._memory.number[second.layer]).table, second)
+        attend = partial(paged.attend_paged, query, self._memory.pages_of(number), scale=scale, also=also)
         if visibility.window is not None:
             first = stop - (visibility.window - 1)
         if new.hides is None or key_bias is None or visibility.exclude_self:
@@ -183,6 +193,14 @@ class OneToken:
             self._copies[name] = self._plan_copies(*self._range(number, visibility.window), own, dtype)
         plan = self._copies[name]
         return None if plan is None else (plan[0][number], plan[1])
+
+    def _also_copied(self, second: Second | None, visibility: Visibility, dtype: torch.dtype) -> Also | None:
+        """The same pages of the other layer; as many, since it holds the same tokens."""
+        if second is None:
+            return None
+        copies = self._copies_of(self._memory.number[second.layer], visibility, dtype)
+        assert copies is not None, "two layers that are read together hold the same tokens"
+        return Also(copies[0], second)
 
     def _plan_copies(
         self, first: Integers, stop: Integers, own: bool, dtype: torch.dtype

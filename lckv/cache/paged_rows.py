@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lckv.attention import past
 from lckv.attention.key_bias import KeyBias
+from lckv.attention.pages import Also, copy_pages
 from lckv.attention.visibility import Visibility
 from lckv.cache.one_token import OneToken
 from lckv.cache.page_tables import Integers
@@ -19,6 +20,7 @@ from lckv.cache.paged_memory import PagedMemory
 from lckv.cache.paged_writing import Placed, place, write
 from lckv.cache.pool import OutOfPagesError
 from lckv.policies.base import Extension
+from lckv.sharing.mixing import Second
 
 _BYTES_AT_ONCE = 2**27
 """Keys, and as many values, of earlier tokens that chunks of new tokens copy out of their pages at once, if
@@ -70,13 +72,15 @@ class PagedRows:
         scale: float,
         key_bias: KeyBias | None,
         places: Tensor | None = None,
+        second: Second | None = None,
     ) -> Tensor:
         """See `KVCache`. One token per row is attended where the slots lie;
         for more, their pages are copied together."""
         self._refresh()
         number = self._memory.number[layer]
         if len(new.key) == 1:
-            return self._one.attend(number, query[:, :, 0], new, visibility, scale, key_bias)[:, :, None]
+            one = self._one.attend(number, query[:, :, 0], new, visibility, scale, key_bias, second)
+            return one[:, :, None]
         key, value = (tensor.permute(1, 2, 0, 3) for tensor in (new.key, new.value))
         widest = int(self._columns.counts[number].max())
         row_bytes = max(1, widest) * self._memory.page_size * key[0, :, 0].numel() * key.element_size()
@@ -90,7 +94,7 @@ class PagedRows:
                 None if counted is None else counted[rows],
                 None if new.hides is None else new.hides[:, rows].permute(1, 2, 0),
             )
-            older = self._gather(number, rows, widest)
+            older = self._gather(number, rows, widest, second)
             part = past.attend_past(
                 query[rows],
                 fresh,
@@ -173,15 +177,22 @@ class PagedRows:
         self._columns = self._memory.tables.owned(self._sequences)
         self._one.look(self._sequences)
 
-    def _gather(self, number: int, rows: slice, width: int) -> past.Past:
-        """A copy of the slots of some rows, `width` pages of each head from the first one that it owns."""
-        memory, table = self._memory, self._memory.tables.table[number]
-        first = torch.from_numpy(self._columns.first[number, rows]).to(table.device)
-        columns = (first[..., None] + torch.arange(width, device=table.device)).clamp(max=table.shape[-1] - 1)
-        owned = table.index_select(0, self._rows[rows]).gather(2, columns)
+    def _gather(self, number: int, rows: slice, width: int, second: Second | None) -> past.Past:
+        """A copy of the slots of some rows, `width` pages of each head from the first one that it owns; with
+        `second` what is read of that layer and another one."""
+        memory, tables = self._memory, self._memory.tables.table
+        first = torch.from_numpy(self._columns.first[number, rows]).to(tables.device)
+        columns = (first[..., None] + torch.arange(width, device=tables.device)).clamp(
+            max=tables.shape[-1] - 1
+        )
+
+        def owned(layer: int) -> Tensor:
+            return tables[layer].index_select(0, self._rows[rows]).gather(2, columns).flatten()
+
+        also = None if second is None else Also(owned(memory.number[second.layer]), second)
         key, value = (
-            pool.index_select(0, owned.flatten()).view(*first.shape, width * memory.page_size, pool.shape[-1])
-            for pool in (memory.pool.key, memory.pool.value)
+            tensor.view(*first.shape, width * memory.page_size, tensor.shape[-1])
+            for tensor in copy_pages(memory.pages_of(number), owned(number), also)
         )
         return past.Past(key, value, self._one.lengths[number, rows] - first * memory.page_size)
 

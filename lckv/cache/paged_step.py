@@ -26,6 +26,7 @@ from lckv.cache import paged_writing
 from lckv.cache.one_token import OneToken
 from lckv.cache.paged_memory import PagedMemory
 from lckv.policies.base import Extension
+from lckv.sharing.mixing import Second
 
 
 class Inputs:
@@ -132,10 +133,12 @@ class PagedStep:
         *,
         scale: float,
         key_bias: KeyBias | None,
+        second: Second | None = None,
     ) -> Tensor:
-        """Attention of `query` [b, h, d + e] to what `layer` has made of earlier tokens and to `new`;
-        [b, h, d]."""
-        return self._attention.attend(self._memory.number[layer], query, new, visibility, scale, key_bias)
+        """Attention of `query` [b, h, d + e] to what `layer` has made of earlier tokens, or to what `second`
+        makes of that and of another layer's, and to `new`; [b, h, d]."""
+        number = self._memory.number[layer]
+        return self._attention.attend(number, query, new, visibility, scale, key_bias, second)
 
     def commit(self, extensions: Mapping[int, Extension]) -> None:
         """Write what each layer that computes keys and values has made of the new tokens."""

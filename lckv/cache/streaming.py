@@ -23,6 +23,7 @@ from lckv.attention.key_bias import KeyBias
 from lckv.attention.visibility import Visibility
 from lckv.policies.base import Extension, KVPolicy
 from lckv.rope import rotate, rotation
+from lckv.sharing.mixing import Second
 
 _QUERIES = 128
 """Queries attended at once: scores have b x h x _QUERIES x (sinks + 2 window + _QUERIES) entries."""
@@ -39,6 +40,11 @@ class _Kept(NamedTuple):
 
     newest: tuple[Tensor, Tensor]
     """Keys and values [b, g, r, d] of newer ones, at running positions; token t in place t % r."""
+
+    def with_second(self, other: "_Kept", second: Second) -> "_Kept":
+        """What a layer reads that reads this one and `other`, of which the same tokens are kept."""
+        sinks, newest = second.joined(self.sinks, other.sinks), second.joined(self.newest, other.newest)
+        return _Kept(self.window, sinks, newest)
 
 
 class StreamingCache:
@@ -127,9 +133,12 @@ class StreamingCache:
         scale: float,
         key_bias: KeyBias | None,
         places: Tensor | None = None,
+        second: Second | None = None,
     ) -> Tensor:
         """See `KVCache`."""
         kept, tokens = self._layers[layer], len(new.key)
+        if second is not None:
+            kept = kept.with_second(self._layers[second.layer], second)
         window, sinks = kept.window, self._sinks
         if visibility.window is not None and visibility.window <= window:
             window, sinks = visibility.window, 0

@@ -19,6 +19,7 @@ from lckv.attention.key_bias import KeyBias
 from lckv.attention.visibility import Visibility
 from lckv.cache.base import KVCache
 from lckv.policies.base import Extension, KVPolicy, TokenContext
+from lckv.sharing.mixing import Second
 
 
 class Projected(NamedTuple):
@@ -75,10 +76,19 @@ class UndecidedCache:
         scale: float,
         key_bias: KeyBias | None,
         places: Tensor | None = None,
+        second: Second | None = None,
     ) -> Tensor:
         """See `KVCache`."""
         return self._cache.attend(
-            layer, query, new, counted, visibility, scale=scale, key_bias=key_bias, places=places
+            layer,
+            query,
+            new,
+            counted,
+            visibility,
+            scale=scale,
+            key_bias=key_bias,
+            places=places,
+            second=second,
         )
 
     def note(self, layer: int, extension: Extension, projected: Projected) -> None:

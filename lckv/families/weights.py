@@ -46,7 +46,7 @@ def weights_of(decoder: Decoder, names: WeightNames) -> dict[str, TensorInfo]:
 
     Layers that only read the keys and values of another one have neither k_proj, v_proj nor k_norm; only
     layers that a layer below them reads have a first guess, if there is one; layers that mix keys and values
-    of another one into their own have two weights for each of both. A tied model has no tensor of the head.
+    of two layers have two weights for each of both. A tied model has no tensor of the head.
     """
     hidden, width = decoder.hidden_size, decoder.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {f"{names.embedding}.weight": (decoder.vocab_size, hidden)}

@@ -19,6 +19,7 @@ from lckv.models.layers import LCKVLlamaAttention, LCKVLlamaDecoderLayer
 from lckv.models.modeling_lckv_llama import LCKVLlamaModel
 from lckv.policies.base import Extension, KeyValue, TokenContext
 from lckv.rope import SmallTurn, rotation
+from lckv.sharing.mixing import Second
 
 
 class StepCache(Protocol):
@@ -49,6 +50,7 @@ class StepCache(Protocol):
         *,
         scale: float,
         key_bias: KeyBias | None,
+        second: Second | None = None,
     ) -> Tensor:
         """See `KVCache`; `query` [b, h, d + e], the result [b, h, d]."""
         ...
@@ -73,8 +75,9 @@ class _Layer(NamedTuple):
     value: nn.Module | None
     query_norm: nn.Module | None
     key_norm: nn.Module | None
-    mixes: int | None
+    borrows: int | None
     lends: bool
+    reads_too: int | None
     mixing: LCKVLlamaAttention
     output: nn.Module
     before_mlp: nn.Module
@@ -123,6 +126,9 @@ class Decoder:
                 )
             # A cyclic layer sees nothing of the new token: any keys and values will do.
             new = extensions.get(layer.source)
+            second = None if layer.reads_too is None else layer.mixing.second
+            if second is not None and new is not None:
+                new = Extension(*second.joined(new[:2], extensions[second.layer][:2]))
             attended = cache.attend(
                 layer.source,
                 self._policy.query(query, context, self._kv_heads if layer.computes_kv else None)[0],
@@ -130,6 +136,7 @@ class Decoder:
                 layer.visibility,
                 scale=layer.scale,
                 key_bias=self._key_bias,
+                second=second,
             )
             hidden_states = hidden_states + layer.output(attended.reshape(rows, -1))
             hidden_states = hidden_states + layer.mlp(layer.before_mlp(hidden_states))
@@ -154,8 +161,8 @@ class Decoder:
             _heads(layer.key, layer.key_norm, normed, layer.head_dim),
             _heads(layer.value, None, normed, layer.head_dim),
         )
-        if layer.mixes is not None:
-            own = layer.mixing.mixed(*own, lent[layer.mixes])
+        if layer.borrows is not None:
+            own = layer.mixing.mixed(*own, lent[layer.borrows])
         if layer.lends:
             lent[layer.number] = own
         return own
@@ -184,8 +191,9 @@ def _taken_apart(layer: LCKVLlamaDecoderLayer) -> _Layer:
         attention.v_proj if attention.computes_kv else None,
         getattr(attention, "q_norm", None),
         getattr(attention, "k_norm", None),
-        attention.mixes,
+        attention.borrows,
         attention.lends,
+        attention.reads_too,
         attention,
         attention.o_proj,
         layer.post_attention_layernorm,

@@ -23,7 +23,8 @@ from lckv.models.interface import OWN, AttentionFunction
 from lckv.models.tokens import Layout
 from lckv.models.wanted import Wanted
 from lckv.policies.base import Extension, KeyValue, Statistics, TokenContext
-from lckv.sharing.mixing import initial_weight, mixed
+from lckv.sharing.execution import Two
+from lckv.sharing.mixing import Mixture, Second, initial_weight, mixed
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +59,7 @@ class LCKVLlamaAttention(nn.Module):
         self.config, self.layer_idx, self.source = config, layer_idx, layer.source
         self.computes_kv = layer_idx in layer_types.kv_layers
         self.mixes, self.lends = layer.mixes, layer_idx in layer_types.lenders
+        self.borrows, self.reads_too = layer.borrows, layer.second
         self.mix_scaling_factor = compression.mix_scaling_factor
         self.policy = compression.policy.build()
         self.visibility = Visibility(*compression.sight(layer))
@@ -82,14 +84,19 @@ class LCKVLlamaAttention(nn.Module):
                 self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def forward(
-        self, hidden_states: Tensor, source: Extension | None, tokens: Tokens, wanted: Wanted | None = None
+        self,
+        hidden_states: Tensor,
+        source: Extension | Two[Extension] | None,
+        tokens: Tokens,
+        wanted: Wanted | None = None,
     ) -> tuple[Tensor, "Own | None"]:
         """Attend from [b, s, hidden] to `source`, or to the layer's own keys and values, which are returned
-        with what comes of them. `source` of a layer that mixes: what it mixes into its own. `wanted`: attend
-        from these tokens alone; where the layer computes no keys and values, `hidden_states` are theirs,
-        [b, q, hidden]."""
+        with what comes of them. `source` of a layer that mixes into its own: what it mixes in. `wanted`:
+        attend from these tokens alone; where the layer computes no keys and values, `hidden_states` are
+        theirs, [b, q, hidden]."""
         query = self._heads("q", hidden_states) if wanted is None else None
-        lent, source = (None, source) if self.mixes is None else (source, None)
+        source = self._joined(source)
+        lent, source = (None, source) if self.borrows is None else (source, None)
         own = self.keys_values(hidden_states, tokens, query, lent) if self.computes_kv else None
         context = tokens.contexts[self.layer_idx]
         if wanted is not None:
@@ -151,14 +158,30 @@ class LCKVLlamaAttention(nn.Module):
         own, statistics = self.policy.keys_values(key, value, query, context)
         return Own(Extension(*own), lends, statistics)
 
+    @property
+    def second(self) -> Second | None:
+        """The other layer that it reads, where it reads two."""
+        if self.reads_too is None:
+            return None
+        if self.mixes is None:
+            return Second(self.reads_too, None)
+        return Second(self.reads_too, Mixture(self.key_weight, self.value_weight, self.mix_scaling_factor))
+
+    def _joined(self, source: Extension | Two[Extension] | None) -> Extension | None:
+        """What the layer reads; of what it mixes into its own, that."""
+        if not isinstance(source, Two):
+            return source
+        assert self.second is not None
+        return Extension(*self.second.joined(source.first[:2], source.second[:2]))
+
     def mixed(self, key: Tensor, value: Tensor, lent: Extension | KeyValue | None) -> KeyValue:
         """Keys and values [s, b, g, d] before RoPE, with what another layer lends to a layer that mixes."""
-        if self.mixes is None:
+        if self.borrows is None:
             return KeyValue(key, value)
         if lent is None:
             raise ValueError(
-                f"layer {self.layer_idx} mixes the keys and values of layer {self.mixes} into its own, which "
-                "were not given to it."
+                f"layer {self.layer_idx} mixes the keys and values of layer {self.borrows} into its own, "
+                "which were not given to it."
             )
         return KeyValue(
             mixed(lent.key, key, self.key_weight, self.mix_scaling_factor),
@@ -197,6 +220,7 @@ class LCKVLlamaAttention(nn.Module):
                 scale=scale,
                 key_bias=key_bias,
                 places=places,
+                second=self.second,
             )
         backend = self._backend(query)
         key, value = (tensor.permute(1, 2, 0, 3) for tensor in (reads.key, reads.value))
@@ -290,12 +314,14 @@ class LCKVLlamaDecoderLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: Tensor, tokens: Tokens, part: str, *source: Tensor | None) -> _Flat:
         """`part` is "all", "keys_values" or "first_guess" (nothing else is returned), "without_source"
         (attention is left out, as if it were 0) or "wanted" (all, but hidden states of `tokens.wanted`
-        alone). `source` are the fields of what the layer reads, if it reads another's, or mixes in.
+        alone). `source` are the fields of what the layer reads, if it reads another's, or mixes in; of each
+        of two that it reads.
         Everything goes through here, so that hooks on the module (sharded or offloaded weights) see every
         use."""
-        takes = Extension(*source) if source else None  # type: ignore[arg-type]
+        takes = _taken(source)
         if part == "keys_values":
             normed = self.input_layernorm(hidden_states)
+            assert not isinstance(takes, Two), "a layer that computes keys and values takes of one other"
             return hidden_states, *_flat(self.self_attn.keys_values(normed, tokens, lent=takes))
         if part == "first_guess":
             guess = self.self_attn.first_guess(hidden_states, tokens)
@@ -311,6 +337,15 @@ class LCKVLlamaDecoderLayer(GradientCheckpointingLayer):
             own = self.self_attn.keys_values(self.input_layernorm(hidden_states), tokens)
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states, *_flat(own)
+
+
+def _taken(fields: tuple[Tensor | None, ...]) -> Extension | Two[Extension] | None:
+    """What a layer takes of others, from the fields of an `Extension`, of two, or none."""
+    if not fields:
+        return None
+    size = len(Extension._fields)
+    first, *second = (Extension(*fields[at : at + size]) for at in range(0, len(fields), size))  # type: ignore[arg-type]
+    return Two(first, *second) if second else first
 
 
 def _flat(own: Own | None) -> _Flat:

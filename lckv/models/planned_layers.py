@@ -1,12 +1,13 @@
 """The layers of an LCKV model as the plan of a sharing map calls them, for one forward pass."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import Tensor
 
 from lckv.models.layers import LCKVLlamaDecoderLayer, Tokens
 from lckv.pass_errors import PassRecord
 from lckv.policies.base import Extension, Statistics
+from lckv.sharing.execution import Two
 
 
 class HiddenStates:
@@ -46,10 +47,10 @@ class PlannedLayers:
         self._lent: dict[int, Extension] = {}
 
     def run(
-        self, index: int, hidden_states: Tensor, source: Extension | None, *, kept: bool
+        self, index: int, hidden_states: Tensor, source: Extension | Two[Extension] | None, *, kept: bool
     ) -> tuple[Tensor, Extension | None]:
         """The whole layer, recomputed in backward where gradient checkpointing is on."""
-        hidden_states, own, statistics = self._call(index, hidden_states, "all", *(source or ()))
+        hidden_states, own, statistics = self._call(index, hidden_states, "all", *_fields(source))
         if kept:
             self._hidden_states.add(hidden_states)
             self._keep(index, own, statistics or self._errors(index, own))
@@ -58,10 +59,10 @@ class PlannedLayers:
         return hidden_states, own
 
     def run_wanted(
-        self, index: int, hidden_states: Tensor, source: Extension | None
+        self, index: int, hidden_states: Tensor, source: Extension | Two[Extension] | None
     ) -> tuple[Tensor, Extension | None]:
         """See `WantingLayers`."""
-        hidden_states, own, statistics = self._call(index, hidden_states, "wanted", *(source or ()))
+        hidden_states, own, statistics = self._call(index, hidden_states, "wanted", *_fields(source))
         self._keep(index, own, statistics or self._errors(index, own))
         return hidden_states, own
 
@@ -134,3 +135,10 @@ class PlannedLayers:
             hidden_states.new_zeros(*shape, attention.head_dim + extra),
             hidden_states.new_zeros(*shape, attention.head_dim),
         )
+
+
+def _fields(source: Extension | Two[Extension] | None) -> Iterable[Tensor | None]:
+    """As layers are given them."""
+    if isinstance(source, Two):
+        return *source.first, *source.second
+    return source or ()

@@ -54,4 +54,4 @@ def _narrowed(run: LayerRun, results: Results) -> tuple[LayerRun, Results]:
     if results is Results.SOME:
         return replace(run, part=Part.WANTED), below
     part = Part.KEYS_VALUES if run.computes_kv else Part.NOTHING
-    return replace(run, part=part, reads=None), below
+    return replace(run, part=part, reads=None, second=None), below

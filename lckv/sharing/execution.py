@@ -13,7 +13,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from lckv.sharing.plan import LayerRun, Origin, Part, Step
+from lckv.sharing.plan import LayerRun, Origin, Part, Read, Step
 
 KV = TypeVar("KV")
 """What readers of a layer get: its keys and values, and whatever goes with them."""
@@ -23,15 +23,22 @@ Converged = Callable[[Mapping[int, KV], Mapping[int, KV]], bool]
 of the pass before that iterating may end."""
 
 
+class Two(NamedTuple, Generic[KV]):
+    """What a layer gets that reads two others."""
+
+    first: KV
+    second: KV
+
+
 class Layers(Protocol[KV]):
     """The layers of one model or pipeline stage, for one micro-batch. Hidden states have any layout."""
 
     def run(
-        self, index: int, hidden_states: Tensor, source: KV | None, *, kept: bool
+        self, index: int, hidden_states: Tensor, source: KV | Two[KV] | None, *, kept: bool
     ) -> tuple[Tensor, KV | None]:
-        """The whole layer. `source` is what it takes of another: what it reads, None where it reads its own;
-        of a layer that mixes, what the other lends. Returns its hidden states and what it computes for
-        readers, if anything. `kept`: this is the pass whose results count."""
+        """The whole layer. `source` is what it takes of others: what it reads, None where it reads its own;
+        of a layer that mixes others into its own, what the other lends. Returns its hidden states and what it
+        computes for readers, if anything. `kept`: this is the pass whose results count."""
         ...
 
     def keys_values(self, index: int, hidden_states: Tensor) -> KV:
@@ -57,7 +64,9 @@ class Layers(Protocol[KV]):
 class WantingLayers(Layers[KV], Protocol[KV]):
     """Layers that can run a plan of `lckv.sharing.early_exit`."""
 
-    def run_wanted(self, index: int, hidden_states: Tensor, source: KV | None) -> tuple[Tensor, KV | None]:
+    def run_wanted(
+        self, index: int, hidden_states: Tensor, source: KV | Two[KV] | None
+    ) -> tuple[Tensor, KV | None]:
         """The layer for the wanted tokens alone, and its keys and values, if it computes any, for all; as
         `run` in the pass that counts. A layer that computes them is given the hidden states of all tokens,
         and those above it of the wanted ones."""
@@ -170,7 +179,7 @@ def _run_layers(step: Step, layers: Layers[KV], state: State[KV]) -> State[KV]:
     hidden_states, available, handed = state.hidden_states, dict(state.available), dict(state.handed or {})
     lent = dict(state.lent or {})
     zeros: KV | None = None
-    source: KV | None
+    source: KV | Two[KV] | None
     own: KV | None
     for run in step.runs:
         if run.part is Part.NOTHING:
@@ -185,7 +194,8 @@ def _run_layers(step: Step, layers: Layers[KV], state: State[KV]) -> State[KV]:
             hidden_states, own = layers.run_without_source(run.index, hidden_states)
         else:
             if run.reads is not None and run.reads.origin is Origin.ZEROS:
-                source = zeros = layers.zeros(hidden_states) if zeros is None else zeros
+                zeros = layers.zeros(hidden_states) if zeros is None else zeros
+                source = zeros
             else:
                 source = _taken(run, available, state.previous, lent)
             hidden_states, own = layers.run(run.index, hidden_states, source, kept=step.update)
@@ -204,8 +214,8 @@ def _run_layers(step: Step, layers: Layers[KV], state: State[KV]) -> State[KV]:
 
 def _taken(
     run: LayerRun, available: Mapping[int, KV], previous: Mapping[int, KV] | None, lent: Mapping[int, KV]
-) -> KV | None:
-    """What a layer that runs takes of another; None where it takes nothing."""
+) -> KV | Two[KV] | None:
+    """What a layer that runs takes of others; None where it takes nothing."""
     return source_of(run, available, previous) if run.mixes is None else _lent_to(run, lent)
 
 
@@ -232,19 +242,25 @@ def _lent_to(run: LayerRun, lent: Mapping[int, KV]) -> KV:
     return lent[run.mixes]
 
 
-def source_of(run: LayerRun, available: Mapping[int, KV], previous: Mapping[int, KV] | None) -> KV | None:
+def source_of(
+    run: LayerRun, available: Mapping[int, KV], previous: Mapping[int, KV] | None
+) -> KV | Two[KV] | None:
     """What a layer reads, from this pass and below or from the previous pass; None where it reads its own.
 
     Raises ValueError where it is missing.
     """
-    reads = run.reads
-    if reads is None or reads.origin is Origin.OWN:
+    if run.reads is None or run.reads.origin is Origin.OWN:
         return None
+    first, *second = (_read(run.index, reads, available, previous) for reads in run.all_reads)
+    return Two(first, *second) if second else first
+
+
+def _read(layer: int, reads: Read, available: Mapping[int, KV], previous: Mapping[int, KV] | None) -> KV:
     from_previous = reads.origin is Origin.PREVIOUS_PASS
     pool = previous if from_previous else available
     if pool is None or reads.source not in pool:
         raise ValueError(
-            f"layer {run.index} reads the keys and values of layer {reads.source}, but "
+            f"layer {layer} reads the keys and values of layer {reads.source}, but "
             f"{'the previous pass' if from_previous else 'this pass'} has those of {sorted(pool or ())}."
         )
     return pool[reads.source]

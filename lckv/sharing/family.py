@@ -101,7 +101,7 @@ class LayerTypesFamily:
         sources = [layer.source for layer in layer_types]
 
         def may_be(layer: LayerType) -> bool:
-            return any(
+            return (layer.mixes, layer.values) == (None, None) and any(
                 choice.sliding == layer.sliding
                 and (sources[choice.source] if choice.source != layer.index else layer.index) == layer.source
                 for choice in self.alternatives[layer.index]
@@ -171,7 +171,7 @@ class LayerTypesFamily:
     def shared_layers(self) -> set[int]:
         """Layers whose keys and values another layer reads in some map, as far as single entries tell."""
         entries = (layer for layers in self._entries() for layer in layers)
-        return {layer.source for layer in entries if layer.source != layer.index}
+        return {source for layer in entries for source in layer.sources if source != layer.index}
 
     def _entries(self) -> Sequence[Sequence[LayerType]]:
         return self.alternatives or [layer_types.layers for layer_types in self.maps]
@@ -239,8 +239,8 @@ def _read_alternative(text: str, index: int, alternative: str, num_layers: int) 
 
 
 def _refuse_mixed(text: str) -> None:
-    if "+" in text:
-        raise _misfit(text, "a family has no mixed entries (joined by '+'): train such a map by itself")
+    if "+" in text or "/" in text:
+        raise _misfit(text, "a family has no entries of two layers ('+' or '/'): train such a map by itself")
 
 
 def _refuse_circles(text: str, alternatives: Sequence[Sequence[LayerType]]) -> None:

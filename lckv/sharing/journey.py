@@ -176,5 +176,5 @@ class _Walk:
 
 def _read_from_before(step: Step, boundary: int) -> tuple[int, ...]:
     """Layers whose keys and values of the pass before the step's layers at or above `boundary` read."""
-    reads = (run.reads for run in step.runs if run.index >= boundary)
-    return tuple(sorted({read.source for read in reads if read and read.origin is Origin.PREVIOUS_PASS}))
+    reads = (read for run in step.runs if run.index >= boundary for read in run.all_reads)
+    return tuple(sorted({read.source for read in reads if read.origin is Origin.PREVIOUS_PASS}))

@@ -7,6 +7,9 @@ and Tu, ACL 2024; its public code calls the entries layer types).
 `0_1+0_2+0_2_2_2` has more: entry i may be `i+j` for a layer j below that computes keys and values, too. Layer
 i then mixes those of layer j into its own (YOCO++; see docs/mixed_sources.md), and the mixture is what it
 attends to, what a cache keeps of it, and what others read.
+
+A layer without keys and values of its own may read two layers below it, i and j, that have some: `i+j` is a
+learned mixture of both, and `i/j` the keys of layer i with the values of layer j.
 """
 
 import re
@@ -16,8 +19,7 @@ from functools import cached_property
 
 from lckv.errors import Problem, SettingError
 
-_ENTRY = re.compile(r"(\d+)(?:\+(\d+))?(s?)")
-_TWO_SOURCES = re.compile(r"(\d+)/(\d+)s?")
+_ENTRY = re.compile(r"(\d+)(?:([+/])(\d+))?(s?)")
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,27 @@ class LayerType:
     """Whether it sees only a window."""
 
     mixes: int | None = None
-    """The layer whose keys and values it mixes into its own; None: none."""
+    """The layer whose keys and values it mixes into those of `source`; None: none."""
+
+    values: int | None = None
+    """The layer whose values it reads; None: `source`."""
+
+    @property
+    def borrows(self) -> int | None:
+        """The layer whose keys and values it mixes into its own; None: it does not, or has none."""
+        return self.mixes if self.source == self.index else None
+
+    @property
+    def second(self) -> int | None:
+        """The other layer that it reads, where it reads two; None: it reads one."""
+        if self.values is not None:
+            return self.values
+        return self.mixes if self.source != self.index else None
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """The layers whose keys and values it reads."""
+        return (self.source,) if self.second is None else (self.source, self.second)
 
     @property
     def cyclic(self) -> bool:
@@ -69,14 +91,15 @@ class LayerTypes:
             match = _ENTRY.fullmatch(entry)
             if match is None:
                 raise _misfit(text, f"{place} {_malformed(entry)}")
-            source, mixes = int(match[1]), None if match[2] is None else int(match[2])
+            source, other = int(match[1]), None if match[3] is None else int(match[3])
             if source >= num_layers:
                 raise _misfit(
                     text,
                     f"{place} reads layer {source}, but the model has {num_layers} layers, 0 to "
                     f"{num_layers - 1}",
                 )
-            layers.append(LayerType(index, source, bool(match[3]), mixes))
+            both = {} if match[2] is None else {"mixes" if match[2] == "+" else "values": other}
+            layers.append(LayerType(index, source, bool(match[4]), **both))
             column += len(entry) + 1
         if len(layers) != num_layers:
             raise _misfit(
@@ -86,15 +109,12 @@ class LayerTypes:
             )
         layer_types = cls(tuple(layers))
         for layer in layers:
-            if obstacle := layer_types._obstacle_to_mixing(layer):
+            if obstacle := layer_types._obstacle_to_two(layer):
                 raise _misfit(text, f"entry {layer.index} is {entries[layer.index]!r}, but {obstacle}")
         return layer_types
 
     def __str__(self) -> str:
-        return "_".join(
-            f"{layer.source}{'' if layer.mixes is None else f'+{layer.mixes}'}{'s' if layer.sliding else ''}"
-            for layer in self.layers
-        )
+        return "_".join(map(_entry, self.layers))
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -107,9 +127,9 @@ class LayerTypes:
 
     @cached_property
     def kv_layers(self) -> tuple[int, ...]:
-        """Layers that compute keys and values, ascending: those that occur in the map.
-        The others have no K/V weights."""
-        return tuple(sorted({layer.source for layer in self.layers}))
+        """Layers that compute keys and values, ascending: those that occur in the map as the first, or only,
+        one of an entry. The others have no K/V weights."""
+        return tuple(sorted({layer.source for layer in self.layers if layer.values is None}))
 
     @property
     def any_cyclic(self) -> bool:
@@ -134,55 +154,93 @@ class LayerTypes:
         return tuple(layer for layer in self.kv_layers if sliding.issuperset(self.readers(layer)))
 
     def readers(self, source: int) -> tuple[int, ...]:
-        """Layers that read the keys and values of layer `source`, ascending."""
+        """Layers that read the keys or values of layer `source`, or both, ascending."""
+        return tuple(layer.index for layer in self.layers if source in layer.sources)
+
+    def first_readers(self, source: int) -> tuple[int, ...]:
+        """Of these, layers that read both, alone or as those that another layer's are mixed into; none if
+        `source` computes none."""
+        return tuple(layer.index for layer in self.layers if layer.source == source and layer.values is None)
+
+    def key_readers(self, source: int) -> tuple[int, ...]:
+        """Layers that read the keys of layer `source`, what they mix into them left out, ascending."""
         return tuple(layer.index for layer in self.layers if layer.source == source)
+
+    def value_readers(self, source: int) -> tuple[int, ...]:
+        """The same of values."""
+        return tuple(
+            layer.index
+            for layer in self.layers
+            if (layer.source if layer.values is None else layer.values) == source
+        )
 
     @cached_property
     def lenders(self) -> tuple[int, ...]:
         """Layers whose keys and values a layer above them mixes into its own, ascending."""
-        return tuple(sorted({layer.mixes for layer in self.layers if layer.mixes is not None}))
+        return tuple(sorted({layer.borrows for layer in self.layers if layer.borrows is not None}))
 
     def mixers(self, lender: int) -> tuple[int, ...]:
         """Layers that mix the keys and values of layer `lender` into their own, ascending."""
-        return tuple(layer.index for layer in self.layers if layer.mixes == lender)
+        return tuple(layer.index for layer in self.layers if layer.borrows == lender)
+
+    @property
+    def any_mixed(self) -> bool:
+        """Whether some layer has weights that mix keys and values."""
+        return any(layer.mixes is not None for layer in self.layers)
+
+    @cached_property
+    def readers_of_two(self) -> tuple[int, ...]:
+        """Layers that read two others, ascending."""
+        return tuple(layer.index for layer in self.layers if layer.second is not None)
 
     @property
     def is_plain(self) -> bool:
         """Whether every layer has its own keys and values, and nothing of another one."""
         return all(layer.source == layer.index and layer.mixes is None for layer in self.layers)
 
-    def _obstacle_to_mixing(self, layer: LayerType) -> str | None:
-        """What is wrong with what a layer mixes in."""
-        if layer.mixes is None:
+    def _obstacle_to_two(self, layer: LayerType) -> str | None:
+        """What is wrong with the second layer of an entry, if it has one."""
+        if layer.values is not None and layer.source == layer.index:
+            return (
+                f"a layer that reads its own keys reads its own values, too: write {layer.index}, or "
+                f"{layer.index}+{layer.values} to mix those of layer {layer.values} into its own"
+            )
+        if layer.mixes is None and layer.values is None:
             return None
-        if layer.source != layer.index:
+        if layer.second == layer.source:
+            return f"both are layer {layer.source}: write {layer.source}"
+        for source in layer.sources if layer.borrows is None else (layer.borrows,):
+            if source >= layer.index:
+                return (
+                    f"layer {source} is not below layer {layer.index}, and of two layers each must be: "
+                    "choose a layer below"
+                )
+            if source not in self.kv_layers:
+                owners = [str(owner) for owner in self.kv_layers if owner < layer.index]
+                choice = f"choose a layer below that does, {', '.join(owners)}" if owners else "leave it out"
+                return f"layer {source} computes no keys and values: {choice}"
+        windowed = [source in self.windowed_kv_layers for source in layer.sources]
+        if windowed[0] != windowed[-1]:
+            few, all_of_them = layer.sources if windowed[0] else layer.sources[::-1]
             return (
-                f"only a layer that reads its own keys and values can mix others into them: write "
-                f"{layer.index}+{layer.mixes}, or {layer.source} for a layer that only reads"
+                f"caches keep the window of layer {few} and every token of layer {all_of_them}: let layers "
+                "with a window read both, or let one without read each"
             )
-        if layer.mixes >= layer.index:
-            return (
-                f"layer {layer.mixes} is not below layer {layer.index}, whose keys and values it would be "
-                "mixed into: choose a layer below"
-            )
-        if layer.mixes not in self.kv_layers:
-            owners = [str(owner) for owner in self.kv_layers if owner < layer.index]
-            choice = f"mix those of a layer below that does, {', '.join(owners)}" if owners else "mix none in"
-            return f"layer {layer.mixes} computes no keys and values: {choice}"
         return None
+
+
+def _entry(layer: LayerType) -> str:
+    mixes = "" if layer.mixes is None else f"+{layer.mixes}"
+    values = "" if layer.values is None else f"/{layer.values}"
+    return f"{layer.source}{mixes}{values}{'s' if layer.sliding else ''}"
 
 
 def _malformed(entry: str) -> str:
     """What is wrong with an entry that is not of the language."""
-    if _TWO_SOURCES.fullmatch(entry):
-        return (
-            f"is {entry!r}: keys of one layer and values of another cannot be read; only a layer that "
-            "computes keys and values can mix others into them, as in 2+0 for layer 2"
-        )
     return (
         f"is {repr(entry) if entry else 'empty'}: an entry is the index of the layer to read from, with an "
-        'optional "s" for a sliding window, or i+j for a layer i that mixes keys and values of layer j into '
-        'its own, and entries are joined by "_"'
+        'optional "s" for a sliding window, or i+j for a mixture of the keys and values of layers i and j, '
+        'or i/j for the keys of layer i and the values of layer j, and entries are joined by "_"'
     )
 
 

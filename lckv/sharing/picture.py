@@ -11,9 +11,9 @@ from lckv.sharing.plan import Part, Step, layer_groups
 def draw(layer_types: LayerTypes, *, window: int | None = None) -> str:
     """One line per layer, the top layer first.
 
-    `KV` marks a layer that computes keys and values, `<-` what it reads, with the layer that it mixes into
-    its own, and the bracket the layers that run again and again because one of them reads a layer above
-    itself.
+    `KV` marks a layer that computes keys and values, `<-` what it reads: `+` joins layers whose keys and
+    values are mixed, `/` the layer of the keys and that of the values. The bracket marks the layers that run
+    again and again because one of them reads a layer above itself.
     """
     groups = [group for group in layer_groups(layer_types) if group.iterated]
     brackets = {}
@@ -44,7 +44,9 @@ def _reads(layer: LayerType, width: int, column: int, window: int | None) -> str
 def _source(layer: LayerType, width: int) -> str:
     if layer.source == layer.index:
         return "own" if layer.mixes is None else f"own + {layer.mixes:>{width}}"
-    return f"{layer.source:>{width}} {'↑' if layer.cyclic else '↓'}"
+    if layer.second is None:
+        return f"{layer.source:>{width}} {'↑' if layer.cyclic else '↓'}"
+    return f"{layer.source:>{width}} {'+' if layer.values is None else '/'} {layer.second:>{width}} ↓"
 
 
 def list_steps(steps: Sequence[Step]) -> Iterator[str]:

@@ -109,6 +109,14 @@ class LayerRun:
     drops_lent: tuple[int, ...] = ()
     """As `drops`, of what layers lend to be mixed in."""
 
+    second: Read | None = None
+    """What it reads besides, of another layer below it, where it reads two."""
+
+    @property
+    def all_reads(self) -> tuple[Read, ...]:
+        """All that it reads."""
+        return tuple(read for read in (self.reads, self.second) if read is not None)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -162,8 +170,8 @@ class Step:
     def crossing(self, boundary: int) -> tuple[int, ...]:
         """Layers below `boundary` whose keys and values the step's layers
         at or above it read in this pass, ascending."""
-        reads = (run.reads for run in self.runs if run.index >= boundary)
-        return tuple(sorted({read.source for read in reads if read and read.source < boundary}))
+        reads = (read for run in self.runs if run.index >= boundary for read in run.all_reads)
+        return tuple(sorted({read.source for read in reads if read.source < boundary}))
 
     def lent_across(self, boundary: int) -> tuple[int, ...]:
         """Layers below `boundary` whose keys and values the step's layers at or above it mix into their own,
@@ -281,27 +289,33 @@ class _GroupWalk:
             part = Part.KEYS_VALUES
         elif not update and layer.cyclic and self._reads_zeros(number):
             part = Part.WITHOUT_SOURCE
+        reads = (
+            []
+            if part is Part.KEYS_VALUES
+            else [self._read(layer, source, number) for source in layer.sources]
+        )
         return LayerRun(
             layer.index,
             part,
-            None if part is Part.KEYS_VALUES else self._read(layer, number),
+            reads[0] if reads else None,
             layer.index in self._layer_types.kv_layers,
             not update and layer.index in self._hands,
             tuple(self._drops[update].get(layer.index, ())),
-            layer.mixes,
+            layer.borrows,
             layer.index in self._layer_types.lenders,
             tuple(self._drops_lent[update].get(layer.index, ())),
+            reads[1] if len(reads) > 1 else None,
         )
 
-    def _read(self, layer: LayerType, number: int) -> Read:
-        if layer.source == layer.index:
-            return Read(Origin.OWN, layer.source, number)
+    def _read(self, layer: LayerType, source: int, number: int) -> Read:
+        if source == layer.index:
+            return Read(Origin.OWN, source, number)
         if layer.cyclic:
             origin = Origin.ZEROS if self._reads_zeros(number) else Origin.PREVIOUS_PASS
-            return Read(origin, layer.source, number - 1)
-        if layer.source < self._group.start:
-            return Read(Origin.BELOW, layer.source, self._kept_pass[layer.source])
-        return Read(Origin.THIS_PASS, layer.source, number)
+            return Read(origin, source, number - 1)
+        if source < self._group.start:
+            return Read(Origin.BELOW, source, self._kept_pass[source])
+        return Read(Origin.THIS_PASS, source, number)
 
     def _reads_zeros(self, number: int) -> bool:
         return number == 0 and not self._guesses

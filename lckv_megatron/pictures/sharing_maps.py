@@ -1,12 +1,13 @@
 """Draws sharing maps.
 
 Layers stand bottom to top. A filled box computes keys and values; a line runs from every layer that reads
-another's to the layer that it reads, a dashed one to the layer whose keys and values it mixes into its own.
+another's to the layer that it reads, a dashed one to the layer whose keys and values it mixes into its own,
+or into those that it reads, and a dotted one to a layer of which it reads the values alone.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from matplotlib.artist import Artist
@@ -30,6 +31,8 @@ TITLE_CHARACTER = 0.23
 INK, KV_FILL, READER_FILL, DOWNWARD, UPWARD = "#1f2937", "#2f6fb3", "#e8eff7", "#2f6fb3", "#d9622b"
 MIXED_LINE = (0, (3, 2))
 """Dashes of what is mixed in."""
+VALUES_LINE = (0, (1, 1.5))
+"""Dots of values that are read without keys."""
 ARROW = "-|>,head_width=0.2,head_length=0.4"
 FONT: dict[Any, Any] = {"font.family": "sans-serif", "font.size": 9}
 
@@ -44,12 +47,13 @@ class Titled:
 
 @dataclass(frozen=True)
 class Reads:
-    """The layers that read one source from below it, or from above; or that mix what it lends into their
-    own."""
+    """The layers that read one source from below it, or from above; or that mix its keys and values into
+    others, or read its values alone."""
 
     source: int
     readers: tuple[int, ...]
     mixed: bool = False
+    values: bool = False
 
     @property
     def upward(self) -> bool:
@@ -65,21 +69,27 @@ class Reads:
     def meets(self, other: "Reads") -> bool:
         """Whether the two lines would be taken for one if drawn above each other."""
         apart = self.span.stop <= other.span.start or other.span.stop <= self.span.start
-        return (self.source, self.mixed) != (other.source, other.mixed) and not apart
+        same = replace(self, readers=()) == replace(other, readers=())
+        return not same and not apart
 
 
 def all_reads(layer_types: LayerTypes) -> list[Reads]:
     """Who reads whom, a layer's own keys and values left out; a source read from both sides occurs twice.
-    Then who mixes in whose."""
+    Then who mixes in whose, and who reads whose values alone."""
     reads = []
     for source in layer_types.kv_layers:
-        readers = layer_types.readers(source)
+        readers = layer_types.key_readers(source)
         sides = (
             tuple(reader for reader in readers if reader < source),
             tuple(reader for reader in readers if reader > source),
         )
         reads += [Reads(source, side) for side in sides if side]
-    return reads + [Reads(lender, layer_types.mixers(lender), mixed=True) for lender in layer_types.lenders]
+    for source in layer_types.kv_layers:
+        mixers = tuple(layer.index for layer in layer_types if layer.mixes == source)
+        apart = tuple(layer.index for layer in layer_types if layer.values == source)
+        reads += [Reads(source, mixers, mixed=True)] if mixers else []
+        reads += [Reads(source, apart, values=True)] if apart else []
+    return reads
 
 
 def lanes(reads: Sequence[Reads]) -> list[int]:
@@ -141,12 +151,21 @@ def _legend(maps: Sequence[LayerTypes]) -> list[tuple[Artist, str]]:
             "sees a window only",
             any(layer_types.any_sliding for layer_types in maps),
         ),
-        (_arrow(DOWNWARD), "reads a layer below", any(not (line.upward or line.mixed) for line in reads)),
+        (
+            _arrow(DOWNWARD),
+            "reads a layer below",
+            any(not (line.upward or line.mixed or line.values) for line in reads),
+        ),
         (_arrow(UPWARD), "reads a layer above: iterated", any(line.upward for line in reads)),
         (
             _arrow(DOWNWARD, MIXED_LINE),
-            "mixes those of a layer below into its own",
+            "mixes in those of a layer below",
             any(line.mixed for line in reads),
+        ),
+        (
+            _arrow(DOWNWARD, VALUES_LINE),
+            "reads the values of a layer below",
+            any(line.values for line in reads),
         ),
     ]
     return [(artist, text) for artist, text, occurs in entries if occurs]
@@ -223,11 +242,11 @@ def _line(axes: Axes, reads: Reads, x: float, *, both: bool) -> None:
     look: dict[str, Any] = {
         "color": UPWARD if reads.upward else DOWNWARD,
         "linewidth": 1.3,
-        "linestyle": MIXED_LINE if reads.mixed else "-",
+        "linestyle": MIXED_LINE if reads.mixed else VALUES_LINE if reads.values else "-",
         "solid_capstyle": "round",
     }
     heights = [reader + BOX_HEIGHT / 2 for reader in reads.readers]
-    arrival = reads.source + BOX_HEIGHT / 2 + 0.15 * both + 0.15 * reads.mixed
+    arrival = reads.source + BOX_HEIGHT / 2 + 0.15 * both + 0.15 * (reads.mixed or reads.values)
     for height in heights:
         axes.plot([BOX_WIDTH, x], [height, height], **look)
     axes.plot([x, x], [min(*heights, arrival), max(*heights, arrival)], **look)

@@ -23,11 +23,12 @@ from lckv.attention.backends import Choice
 from lckv.attention.visibility import Documents, Visibility
 from lckv.config import CompressionConfig
 from lckv.policies.base import KeyValue, Statistics, TokenContext
+from lckv.sharing.execution import Two
 from lckv.sharing.layer_types import LayerTypes
-from lckv.sharing.mixing import initial_weight, mixed
+from lckv.sharing.mixing import Mixture, Second, initial_weight, mixed
 from megatron_ext.mcore import name_argument
 from megatron_ext.model.attention_backend import choose_backend
-from megatron_ext.model.contexts import LayerContext, Own, keys_values
+from megatron_ext.model.contexts import LayerContext, Own, Source, keys_values
 from megatron_ext.model.linear import FirstGuessLinear, QKVLinear, TakingPart
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 from megatron_ext.parallel.context import ContextGroup
@@ -187,7 +188,8 @@ class SharedKVAttention(Attention):
         self.core_attention.sight = compression.sight(self.layer_type)
 
     def _mix_weight(self) -> torch.nn.Parameter:
-        """Of what the layer mixes in, and of its own: [2], the same on every rank."""
+        """Of what the layer mixes in, and of its own, or of what it reads first: [2], the same on every
+        rank."""
         device = None if self.config.use_cpu_initialization else torch.cuda.current_device()
         weight = initial_weight(self.config.compression.mix_scaling_factor)
         return torch.nn.Parameter(weight.to(device, self.config.params_dtype))
@@ -200,17 +202,17 @@ class SharedKVAttention(Attention):
         )
 
     def forward(
-        self, hidden_states: Tensor, shared: KeyValue | None, context: LayerContext
+        self, hidden_states: Tensor, shared: Source | None, context: LayerContext
     ) -> tuple[tuple[Tensor, Tensor | None], Own | None]:
         """Attend from `hidden_states` [s, b, hidden] (normalised) to `shared`, or to the layer's own keys and
         values.
 
-        `shared` is given iff the layer reads another layer's, or mixes what another lends into its own.
+        `shared` is given iff the layer reads other layers', or mixes what another lends into its own.
         Returns Megatron's (output, bias), and what the layer makes of its own keys and values if it computes
         any.
         """
         self.require_source(shared)
-        lent, shared = self.parted(shared)
+        lent, shared = self.parted(self.joined(shared))
         query, *others = self.heads(hidden_states, lent)
         own = self._own(query, *others, context=context) if others else None
         key_value = shared
@@ -220,20 +222,34 @@ class SharedKVAttention(Attention):
         output = self.attend(self.attending(query, context.tokens), key_value, context.tokens.documents)
         return self.linear_proj(output), own
 
-    def parted(self, shared: KeyValue | None) -> tuple[KeyValue | None, KeyValue | None]:
-        """What the layer takes of another as what it mixes in, and what it attends to."""
-        return (None, shared) if self.layer_type.mixes is None else (shared, None)
+    def joined(self, shared: Source | None) -> KeyValue | None:
+        """What the layer takes of others; of two that it reads, what it reads of them. Of those that it
+        mixes, gradients of the weights are summed over ranks, each of which has some of the heads."""
+        if not isinstance(shared, Two):
+            return shared
+        layer, mixture = self.layer_type, None
+        assert layer.second is not None
+        if layer.mixes is not None:
+            key, value = self._mix_weights()
+            mixture = Mixture(key, value, self.config.compression.mix_scaling_factor)
+        return KeyValue(*Second(layer.second, mixture).joined(*shared))
 
-    def require_source(self, shared: KeyValue | None) -> None:
-        """Raises ValueError where keys and values of another layer are missing, or given without need."""
+    def parted(self, shared: KeyValue | None) -> tuple[KeyValue | None, KeyValue | None]:
+        """What the layer takes of another as what it mixes into its own, and what it attends to."""
+        return (None, shared) if self.layer_type.borrows is None else (shared, None)
+
+    def require_source(self, shared: Source | None) -> None:
+        """Raises ValueError where keys and values of other layers are missing, or given without need."""
         layer = self.layer_type
-        takes = layer.source != layer.index or layer.mixes is not None
-        if takes == (shared is None):
-            does, other = ("reads", layer.source) if layer.mixes is None else ("mixes in", layer.mixes)
-            raise ValueError(
-                f"layer {layer.index} {does} the keys and values of layer {other}, "
-                f"which were {'not ' if shared is None else ''}given to it."
-            )
+        takes = (layer.source != layer.index) + (layer.mixes is not None or layer.values is not None)
+        given = 2 if isinstance(shared, Two) else int(shared is not None)
+        if takes == given:
+            return
+        does, others = ("reads", layer.sources) if layer.borrows is None else ("mixes in", (layer.borrows,))
+        raise ValueError(
+            f"layer {layer.index} {does} the keys and values of layer {' and '.join(map(str, others))}, "
+            f"which were {'not ' if given < takes else ''}given to it."
+        )
 
     def keys_values(self, hidden_states: Tensor, context: LayerContext, lent: KeyValue | None = None) -> Own:
         """The layer's keys and values alone, from `hidden_states` [s, b, hidden] (normalised), and from what
@@ -288,17 +304,20 @@ class SharedKVAttention(Attention):
         """Keys and values [s, b, g, d] before RoPE, with what is lent to a layer that mixes. Each rank has
         some of the heads: gradients of the weights are summed over ranks. What is kept for backward, or lent,
         gets memory of its own: views of the fused projection would keep its queries alive."""
-        if self.lends or self.layer_type.mixes is not None:
+        borrows = self.layer_type.borrows is not None
+        if self.lends or borrows:
             key, value = key.contiguous(), value.contiguous()
-        if self.layer_type.mixes is None:
+        if not borrows:
             return KeyValue(key, value)
         assert lent is not None
-        weights = copy_to_tensor_model_parallel_region(
-            torch.stack((self.key_weight, self.value_weight)), group=self.pg_collection.tp
-        )
         scale = self.config.compression.mix_scaling_factor
-        pairs = zip(lent, (key, value), weights, strict=True)
+        pairs = zip(lent, (key, value), self._mix_weights(), strict=True)
         return KeyValue(*(mixed(other, own, weight, scale) for other, own, weight in pairs))
+
+    def _mix_weights(self) -> tuple[Tensor, ...]:
+        """Of keys and of values, [2] each, whose gradients are summed over ranks."""
+        weights = torch.stack((self.key_weight, self.value_weight))
+        return copy_to_tensor_model_parallel_region(weights, group=self.pg_collection.tp).unbind()
 
     def _query_alone(self, hidden_states: Tensor) -> Tensor:
         """Queries before their norm, of a layer that only reads."""

@@ -25,7 +25,7 @@ from lckv.sharing.journey import Cargo, Journey, Visit
 from lckv.sharing.layer_types import LayerTypes
 from lckv.sharing.plan import Step
 from lckv.sharing.visiting import run_visit
-from megatron_ext.model.contexts import LayerContext
+from megatron_ext.model.contexts import LayerContext, Source, source_of_tensors, tensors_of_source
 from megatron_ext.model.fp8 import Fp8Passes, checkpoint
 from megatron_ext.model.layer import LayerOutput, SharedKVLayer
 from megatron_ext.model.offloaded import OffloadedLayers
@@ -303,7 +303,7 @@ class SharedKVBlock(TransformerBlock):
         )
 
     def call(
-        self, layer: SharedKVLayer, hidden_states: Tensor, source: KeyValue | None, context: LayerContext
+        self, layer: SharedKVLayer, hidden_states: Tensor, source: Source | None, context: LayerContext
     ) -> LayerOutput:
         """The layer, recomputed in backward or offloaded where the configuration asks for it."""
         if (offloaded := self.offloading) is not None:
@@ -312,13 +312,13 @@ class SharedKVBlock(TransformerBlock):
         if place >= self.recomputed_layers or not torch.is_grad_enabled():
             return layer(hidden_states, source, context)
 
-        def flat(states: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Tensor | None, ...]:
-            output = layer(states, None if key is None or value is None else KeyValue(key, value), context)
+        def flat(states: Tensor, *tensors: Tensor) -> tuple[Tensor | None, ...]:
+            output = layer(states, source_of_tensors(tensors), context)
             pairs = *(output.own or (None,) * 2), *(output.lends or (None,) * 2)
             return output.hidden_states, *pairs, *output.statistics
 
         outputs = checkpoint(
-            self.config, self.pg_collection.tp, flat, hidden_states, *(source or (None,) * 2)
+            self.config, self.pg_collection.tp, flat, hidden_states, *tensors_of_source(source)
         )
         own, lends = (None if pair[0] is None else KeyValue(*pair) for pair in (outputs[1:3], outputs[3:5]))
         return LayerOutput(outputs[0], own, tuple(outputs[5:]), lends)
@@ -334,7 +334,7 @@ class _StageLayers:
         self._lent: dict[int, KeyValue] = {}
 
     def run(
-        self, index: int, hidden_states: Tensor, source: KeyValue | None, *, kept: bool
+        self, index: int, hidden_states: Tensor, source: Source | None, *, kept: bool
     ) -> tuple[Tensor, KeyValue | None]:
         """The whole layer."""
         context, group = self._contexts[index], self._block.context_group

@@ -4,13 +4,33 @@ rank has.
 Shapes: as in `megatron_ext.parallel.chunks`; h query heads, g KV heads of this rank, d channels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
 
 from lckv.policies.base import KeyValue, KVPolicy, Statistics, TokenContext
+from lckv.sharing.execution import Two
 from megatron_ext.parallel.context import ContextGroup
+
+Source = KeyValue | Two[KeyValue]
+"""What a layer takes of another, or of the two that it reads."""
+
+
+def tensors_of_source(source: Source | None) -> tuple[Tensor, ...]:
+    """What `source_of_tensors` puts together again."""
+    if isinstance(source, Two):
+        return *source.first, *source.second
+    return () if source is None else tuple(source)
+
+
+def source_of_tensors(tensors: Sequence[Tensor]) -> Source | None:
+    """From keys and values of no layer, of one, or of two."""
+    if not tensors:
+        return None
+    first, second = KeyValue(*tensors[:2]), tensors[2:]
+    return Two(first, KeyValue(*second)) if second else first
 
 
 @dataclass(frozen=True, eq=False)

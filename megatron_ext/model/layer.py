@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor
 
 from lckv.policies.base import KeyValue, Statistics, TokenContext
-from megatron_ext.model.contexts import LayerContext, Own
+from megatron_ext.model.contexts import LayerContext, Own, Source
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 
 
@@ -58,9 +58,9 @@ class SharedKVLayer(TransformerLayer):
         number = config.placed.layers_of(stage)[layer_number - 1] + 1
         super().__init__(config, submodules, number - added, **options)
 
-    def forward(self, hidden_states: Tensor, shared: KeyValue | None, context: LayerContext) -> LayerOutput:
+    def forward(self, hidden_states: Tensor, shared: Source | None, context: LayerContext) -> LayerOutput:
         """[s, b, hidden] to the same; `shared` is given iff the layer
-        reads another layer's keys and values, or mixes them into its own."""
+        reads other layers' keys and values, or mixes them into its own."""
         normed = self.input_layernorm(hidden_states)
         output_with_bias, own = self.self_attention(normed, shared, context)
         return LayerOutput.of(self._after(output_with_bias, hidden_states), own)

@@ -10,6 +10,7 @@ of the rank, f MLP width of the rank, T ranks that share the sequence out (1 wit
     query and key norm  input: e (a + k), 4 per head         not fused: 8 (a + k), 4 per head
     policy              `PolicyConfig.kept_bytes`
     mixing              of a layer that mixes what another lends, its own keys and values: 2 e k
+                        of a layer that reads a mixture, that mixture, of whole rows: 2 e k
 
 Keys and values are counted where they are read: one copy serves all layers. Attention that leaves out a
 query's own token (where fused, or under a window), walks a window or has several chunks of a row (context
@@ -64,7 +65,7 @@ class LayerMemory:
         if run.part is Part.WHOLE:
             width = self._heads * self._model.head_dim
             whole += self._bytes * width + 4 * self._heads + self._copies(run)
-            whole += self._policy(self._heads, run)
+            whole += self._policy(self._heads, run) + self._mixture(run)
         part = max(0.0, self._per_token(run) - whole)
         if not (run.computes_kv and run.part is Part.WHOLE) or shared:
             return whole, part
@@ -113,7 +114,14 @@ class LayerMemory:
         return kept + self._policy(self._heads, run) + self._mixing(run)
 
     def _mixing(self, run: LayerRun) -> float:
-        return 2 * self._bytes * self._kv_heads * self._model.head_dim * (run.mixes is not None)
+        key_value = 2 * self._bytes * self._kv_heads * self._model.head_dim
+        return key_value * (run.mixes is not None) + self._mixture(run)
+
+    def _mixture(self, run: LayerRun) -> float:
+        """Keys and values that a layer mixes of the two layers that it reads."""
+        if run.second is None or self._layer_types[run.index].mixes is None:
+            return 0.0
+        return 2 * self._bytes * self._kv_heads * self._model.head_dim * self._kept_rows
 
     def _policy(self, query_heads: float, run: LayerRun) -> float:
         return self._compression.policy.kept_bytes(

@@ -106,17 +106,19 @@ def kept_for_backward(
     runs = [run for step in steps for run in step.runs if run.index in layers]
     # A pass that only prepares the next one ends at keys and values alone, which are never recomputed.
     whole = tuple(run for run in runs if run.index not in recomputed or run.part is not Part.WHOLE)
-    read = {run.reads for run in runs if run.part is Part.WHOLE and run.reads}
+    read = {reads for run in runs if run.part is Part.WHOLE for reads in run.all_reads}
     # What arrives from the previous stage is one tensor, kept whole: also what only later stages read.
     read |= {
-        run.reads
+        reads
         for step in steps
         if step.update
         for run in step.runs
-        if run.index >= layers.start and run.reads and run.reads.source < layers.start
+        if run.index >= layers.start
+        for reads in run.all_reads
+        if reads.source < layers.start
     }
     shared = {(reads.source, reads.number) for reads in read if reads.origin is not Origin.OWN}
-    own = {(run.reads.source, run.reads.number) for run in whole if run.part is Part.WHOLE and run.reads}
+    own = {(reads.source, reads.number) for run in whole if run.part is Part.WHOLE for reads in run.all_reads}
     compares = compression.first_guess or compression.agreement_loss_coefficient
     sources = compression.map(num_layers).cyclic_sources if compares else ()
     if compression.policy.traits.token_wise:

@@ -37,7 +37,7 @@ class OffloadShare:
         memory = LayerMemory(model, compression, parallel, train, fused=fused)
         ranks = parallel.tensor_model_parallel_size
         layer_types = compression.map(model.num_layers)
-        shared = {layer.source for layer in layer_types if layer.source != layer.index}
+        shared = {source for layer in layer_types for source in layer.sources if source != layer.index}
         steps = [step for step in compression.plan(model.num_layers) if step.requires_grad]
         loads = {
             stage: [

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lckv.policies.base import KeyValue, TokenContext
 from lckv.rope import Turn
-from megatron_ext.model.contexts import LayerContext, Own
+from megatron_ext.model.contexts import LayerContext, Own, Source, tensors_of_source
 from megatron_ext.model.layer import LayerOutput, SharedKVLayer
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 from megatron_ext.offload.host_pool import HostPool, require_host_memory
@@ -53,21 +53,20 @@ class OffloadedLayers:
         self.storage.buffers.release()
 
     def run(
-        self, layer: SharedKVLayer, hidden_states: Tensor, source: KeyValue | None, context: LayerContext
+        self, layer: SharedKVLayer, hidden_states: Tensor, source: Source | None, context: LayerContext
     ) -> LayerOutput:
         """As the layer itself."""
         attention = layer.self_attention
         attention.require_source(source)
-        lent, source = attention.parted(source)
         with self._tape(layer, hidden_states, context) as tape:
+            tape.keep(*tensors_of_source(source))
+            with tape.whole():
+                lent, key_value = attention.parted(attention.joined(source))
             query, *heads = self._token_wise(tape, _attending(layer), hidden_states, context, lent)
             own = self._own(tape, layer, heads, context) if heads else None
-            key_value = source
             if key_value is None:
                 assert own is not None
                 key_value = own.key_value
-            else:
-                tape.keep(*key_value)
             with tape.whole():
                 attended = attention.attend(query, key_value, context.tokens.documents)
             output = tape.token_wise(

@@ -3,11 +3,10 @@ is loaded.
 
 Per layer, with h hidden size, a = query heads x d, g KV heads, d channels of a head, f MLP width:
     query and output 2 h a + keys and values 2 h g d (if it computes any) + MLP 3 h f + norms 2 h
-    + first guess 2 h g d (if there is one, and a layer below reads it) + 4 (if it mixes in what another
-    lends)
+    + first guess 2 h g d (if there is one, and a layer below reads it) + 4 (if it mixes those of two layers)
 and biases (a + 2 g d) and norms of heads (2 d) where the model has them; a layer that only reads keys and
-values has neither for
-them. Around the layers: embedding and output layer, padded vocabulary x h each, and the final norm, h.
+values has neither for them. Around the layers: embedding and output layer, padded vocabulary x h each, and
+the final norm, h.
 """
 
 import math

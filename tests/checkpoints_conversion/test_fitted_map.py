@@ -124,7 +124,7 @@ def test_one_function_in_two_bases_is_kept(family: str, groups: int, tmp_path: P
         assert (other - expected).abs().max() > 0.02 * expected.abs().max()
 
 
-@pytest.mark.parametrize("layer_types", ["0_0_2", "0_2_2", "1_0_2", "1_1_1", "0_1+0_1"])
+@pytest.mark.parametrize("layer_types", ["0_0_2", "0_2_2", "1_0_2", "1_1_1", "0_1+0_1", "0_1_1+0"])
 def test_a_fit_is_nearer_to_the_plain_model(layer_types: str, tmp_path: Path) -> None:
     """Also where layers read from above, so that they do not see their own position, or swap."""
     model = tiny_model("llama", vocab_size=VOCAB)
@@ -234,6 +234,8 @@ def test_models_that_cannot_be_fitted(tmp_path: Path) -> None:
     with_policy = CompressionConfig("0_0_2", policy=DMCConfig(stage="zero_out"))
     with pytest.raises(ConversionError, match=r"--init is svd, but compression\.policy is dmc"):
         initialize(*arguments, with_policy, "svd", TOKENS)
+    with pytest.raises(ConversionError, match="layer 2 reads keys of one layer and values of another, which"):
+        initialize(*arguments, CompressionConfig("0_1_1/0"), "svd", TOKENS)
     with pytest.raises(ConversionError, match="so that nothing is fitted"):
         initialize(*arguments, CompressionConfig(), "svd", TOKENS)
     shared, description, _ = initialize(*arguments, CompressionConfig("0_0_2"), "copy")

@@ -70,21 +70,45 @@ def test_a_first_guess_is_added_as_zeros_and_left_out_again() -> None:
 
 
 @pytest.mark.parametrize("how", ["average", "copy"])
-def test_mixing_begins_as_if_nothing_were_mixed_in(how: str) -> None:
+@pytest.mark.parametrize(
+    ("layer_types", "alike", "mixers"),
+    [("0_1+0_2+1_2", "0_1_2_2", (1, 2)), ("0_1+0_1+0_1+0", "0_1_1_1", (1, 2, 3))],
+)
+def test_mixing_begins_as_if_nothing_were_mixed_in(
+    how: str, layer_types: str, alike: str, mixers: tuple[int, ...]
+) -> None:
     plain = description_of(MODEL)
-    mixing = replace(PLAIN, layer_types="0_1+0_2+1_2", mix_scaling_factor=8.0)
+    mixing = replace(PLAIN, layer_types=layer_types, mix_scaling_factor=8.0)
     source, description, done = initialize(MemorySource(random_weights(plain)), plain, mixing, how)
     assert done == how
     check_tensors(source.infos(), description.expected_tensors(), "the converted model")
     added = [name for name in source.infos() if name.endswith(("key_weight", "value_weight"))]
     attention = "decoder.layers.{}.self_attention.{}_weight"
-    assert added == [attention.format(layer, part) for layer in (1, 2) for part in ("key", "value")]
+    assert added == [attention.format(layer, part) for layer in mixers for part in ("key", "value")]
     for name in added:
         assert torch.equal(source.read(name), torch.tensor([0, 1 / 8]))
-    alike = replace(PLAIN, layer_types="0_1_2_2")
-    other, _, _ = initialize(MemorySource(random_weights(plain)), plain, alike, how)
+    without = replace(PLAIN, layer_types=alike)
+    other, _, _ = initialize(MemorySource(random_weights(plain)), plain, without, how)
     for name in other.infos():
         assert torch.equal(source.read(name), other.read(name))
+
+
+def test_keys_and_values_are_averaged_where_they_are_read() -> None:
+    """Layer 1 has keys for layers 1, 2 and 3, and values for layer 1 alone."""
+    plain = description_of(MODEL)
+    weights = random_weights(plain)
+    apart = replace(PLAIN, layer_types="0_1_1/0_1/0")
+    source, description, _ = initialize(MemorySource(weights), plain, apart, "average")
+    check_tensors(source.infos(), description.expected_tensors(), "the converted model")
+    name, groups = "decoder.layers.{}.self_attention.linear_qkv.weight", MODEL.query_groups
+    parts = [weights[name.format(layer)].unflatten(0, (groups, -1, MODEL.head_dim)) for layer in range(4)]
+    for owner, keys, values in ((0, [0], [0, 2, 3]), (1, [1, 2, 3], [1])):
+        found = source.read(name.format(owner)).unflatten(0, (groups, -1, MODEL.head_dim))
+        torch.testing.assert_close(found[:, -2], torch.stack([parts[layer][:, -2] for layer in keys]).mean(0))
+        torch.testing.assert_close(
+            found[:, -1], torch.stack([parts[layer][:, -1] for layer in values]).mean(0)
+        )
+        assert torch.equal(found[:, :-2], parts[owner][:, :-2])
 
 
 def test_weights_that_mix_stay_with_their_scaling_factor_and_map() -> None:

@@ -43,6 +43,11 @@ def maps_and_layers(draw: st.DrawFn) -> tuple[str, set[int]]:
         lenders = [below for below in range(layer) if below in sources]
         if sources[layer] == layer and lenders and draw(st.booleans()):
             entries[layer] += f"+{draw(st.sampled_from(lenders))}"
+        others = [below for below in lenders if below != sources[layer]]
+        if sources[layer] < layer and others and draw(st.booleans()):
+            alone = sources[sources[layer]] != sources[layer]  # and nobody else makes its source an owner
+            entries[layer] += "+" if alone else draw(st.sampled_from("+/"))
+            entries[layer] += str(draw(st.sampled_from(others)))
     return "_".join(entries), wanted
 
 
@@ -57,8 +62,9 @@ def test_every_layer_reads_the_layer_that_it_read(case: tuple[str, set[int]]) ->
     cut = cut_description(whole, layers)
     after = cut.compression.map(cut.model.num_layers)
     assert [layers[layer.source] for layer in after] == [before[layer].source for layer in layers]
-    mixed = [None if layer.mixes is None else layers[layer.mixes] for layer in after]
-    assert mixed == [before[layer].mixes for layer in layers]
+    for kind in ("mixes", "values"):
+        others = [None if (one := getattr(layer, kind)) is None else layers[one] for layer in after]
+        assert others == [getattr(before[layer], kind) for layer in layers]
     assert set(cut.expected_tensors()) == set(
         LayerSubset(MemorySource({name: torch.zeros(1) for name in whole.expected_tensors()}), layers).infos()
     )
@@ -92,6 +98,14 @@ def test_a_window_goes_with_the_last_layer_that_has_it() -> None:
     whole = description("0s_1_1", sliding_window=4)
     assert cut_description(whole, (0, 1)).compression.sliding_window == 4
     assert cut_description(whole, (1, 2)).compression == CompressionConfig("0_0")
+
+
+def test_two_layers_that_are_read_together_keep_what_caches_keep() -> None:
+    """Without layer 3 caches would keep the window of layer 1, and every token of layer 0."""
+    layers = with_sources(LayerTypes.parse("0_1s_1/0s_1_4_4", 6), {2})
+    assert layers == (0, 1, 2, 3)
+    whole = description("0_1s_1/0s_1_4_4", sliding_window=4)
+    assert cut_description(whole, layers).compression.layer_types == "0_1s_1/0s_1"
 
 
 def test_which_layers() -> None:

@@ -133,7 +133,11 @@ CASES |= {
         settings={"compression": {"layer_types": "0_1+0_2+1_2", "policy": MERGING}},
         layouts=((4, 1), (2, 2)),
     ),
-    "mixed from plain": Case("qwen3", GQA, shared("0_1+0_2+0_2"), layouts=((1, 2),)),
+    "mixed from plain": Case("qwen3", GQA, shared("0_1+0_1/0_1+0"), layouts=((1, 2),)),
+    "two sources": Case(
+        "lckv-llama", GQA,
+        settings={"compression": {"layer_types": "0_1_1/0_1+0"}}, layouts=((4, 1), (2, 2)),
+    ),
     "longrope": Case("llama", GQA, settings={"rope_parameters": LONGROPE}, layouts=((1, 1),)),
     "dynamic": Case(
         "qwen3", GQA, settings={"rope_parameters": DYNAMIC, "max_position_embeddings": 16},

@@ -24,8 +24,12 @@ MAPS = {
     "MLKV": "1_1_3_3",
     "without self": "0_0_2_2",
 }
-MIXING_MAPS = {"mixed": "0_1+0_2+1_2", "mixed cyclic": "0_3_3_3+0_4+3"}
-"""For the few tests that layers which mix keys and values could fail."""
+MIXING_MAPS = {
+    "mixed": "0_1+0_2+1_2",
+    "mixed cyclic": "0_3_3_3+0_4+3",
+    "two sources": "0s_1s_1+0s_3_4_4/3_3+4",
+}
+"""For the few tests that layers which mix keys and values, or read two layers, could fail."""
 DENSE = {"name": "dense"}
 MERGING = {
     "name": "dmc",
@@ -43,7 +47,7 @@ CASES = [
 ]
 
 
-MIXED_CASES = [("mixed", "dense"), ("mixed cyclic", "dmc")]
+MIXED_CASES = [("mixed", "dense"), ("mixed cyclic", "dmc"), ("two sources", "dense")]
 
 
 @cache

@@ -8,6 +8,7 @@ from torch import Tensor
 from lckv.attention.visibility import Visibility
 from lckv.policies.base import Extension
 from lckv.rope import rotate, rotation
+from lckv.sharing.mixing import Second
 
 
 class RecomputingCache:
@@ -56,7 +57,7 @@ class RecomputingCache:
                 visible.remove(token)
             if not visible:
                 continue
-            everything = [*self.kept.get(layer, [[]] * len(self.tokens))[row], (own_key[row], own_value[row])]
+            everything = [*self.read(layer, row, options.get("second")), (own_key[row], own_value[row])]
             group = query.shape[1] // own_key.shape[1]
             key = torch.stack([self.turned(everything[index][0], position[index]) for index in visible], 1)
             value = torch.stack([everything[index][1].double() for index in visible], 1)
@@ -64,6 +65,22 @@ class RecomputingCache:
             scores = (key.repeat_interleave(group, 0) @ turned[..., None]).squeeze(-1) * scale
             output[row, :, 0] = (scores.softmax(-1)[:, None] @ value.repeat_interleave(group, 0)).squeeze(1)
         return output.to(query.dtype)
+
+    def read(self, layer: int, row: int, second: Second | None) -> list[tuple[Tensor, Tensor]]:
+        """Of earlier tokens of a row."""
+        if layer not in self.kept:
+            return []
+        kept = self.kept[layer][row]
+        if second is None:
+            return kept
+        others = self.kept[second.layer][row]
+        if second.mixture is None:
+            return [(key, value) for (key, _), (_, value) in zip(kept, others, strict=True)]
+        of_keys, of_values = (weight * second.mixture.scaling_factor for weight in second.mixture[:2])
+        return [
+            (of_keys[1] * key + of_keys[0] * other_key, of_values[1] * value + of_values[0] * other_value)
+            for (key, value), (other_key, other_value) in zip(kept, others, strict=True)
+        ]
 
     def commit(self, extensions: Mapping[int, Extension], counted: Tensor | None) -> None:
         for layer, extension in extensions.items():

@@ -39,7 +39,7 @@ def tensors_of(cache: StreamingCache) -> list[Tensor]:
     return [tensor for kept in cache._layers.values() for tensor in (*kept.sinks, *kept.newest)]
 
 
-@pytest.mark.parametrize("name", [*MAPS, "mixed"])
+@pytest.mark.parametrize("name", [*MAPS, "mixed", "two sources"])
 def test_equals_recomputation(name: str) -> None:
     built, tokens = model(name), text(70)
     expected = one_by_one(built, tokens, RecomputingCache(1, FREQUENCIES, 4, 16))
@@ -58,6 +58,7 @@ def test_equals_recomputation(name: str) -> None:
         ("windowed and whole", [150, 1, 39]),
         ("LCKV", [50]),
         ("sliding cyclic", [3, 1, 30, 1, 1, 24]),
+        ("two sources", [3, 1, 30, 1, 1, 24]),
     ],
 )
 def test_prompts_in_chunks(name: str, chunks: list[int]) -> None:

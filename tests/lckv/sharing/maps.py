@@ -6,12 +6,17 @@ from lckv.sharing.layer_types import LayerTypes
 
 
 def _layer_types(sources: list[int], mixers: list[int] | None = None) -> LayerTypes:
-    """With numbers in `mixers`, a layer that reads its own keys and values may mix in those of one below."""
+    """With numbers in `mixers`, a layer that reads its own keys and values may mix in those of one below, and
+    one that reads a layer below another one, too."""
     entries = [str(source) for source in sources]
     for layer, number in enumerate(mixers or ()):
-        below = [owner for owner in sorted(set(sources)) if owner < layer]
-        if sources[layer] == layer and number % 3 and below:
-            entries[layer] += f"+{below[number % len(below)]}"
+        below = [owner for owner in sorted(set(sources)) if owner < layer and owner != sources[layer]]
+        if sources[layer] > layer or not number % 3 or not below:
+            continue
+        other = below[number % len(below)]
+        source = sources[layer]
+        apart = source < layer and number % 2 == 1 and sources[source] == source  # not for this one alone
+        entries[layer] += f"/{other}" if apart else f"+{other}"
     return LayerTypes.parse("_".join(entries), len(sources))
 
 

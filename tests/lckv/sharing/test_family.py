@@ -120,8 +120,8 @@ def test_both_ways_of_writing_a_list() -> None:
         ("0_0|7_2", "entry 1 may read layer 7, but the model has 3 layers, 0 to 2"),
         ("0_1|0|1_2", r"entry 1 is '1\|0\|1': it has an alternative twice"),
         ("0|2_1_0|2", "layers 0, 2 can draw each other in a circle"),
-        ("0_0+1|1_2", r"a family has no mixed entries \(joined by '\+'\): train such a map by itself"),
-        (["0_0_2", "0_0+1_2"], "a family has no mixed entries"),
+        ("0_0+1|1_2", r"a family has no entries of two layers \('\+' or '/'\): train such a map by itself"),
+        (["0_0_2", "0_1_1/0"], "a family has no entries of two layers"),
         (["0_0_2", "0_0|1_2"], "it has alternatives and stands in a list"),
         (["0_0_2", "0_1_2", "0_0_2"], "layer_types is '0_0_2'; it stands in the list more than once"),
         (["0_0_2", "0_1"], "it has 2 entries but the model has 3 layers"),
@@ -145,6 +145,8 @@ def test_a_family_is_no_map() -> None:
     assert compression.chosen("0_0_2_2", 4).layer_types == "0_0_2_2"
     with pytest.raises(SettingError, match=r"layer_types is 0_0_1_3; it is no map of the family 0_0\|1"):
         compression.chosen("0_0_1_3", 4)
+    for of_two in ("0_1+0_2_3", "0_1_1/0_3"):
+        assert LayerTypes.parse(of_two, 4) not in LayerTypesFamily.parse("0_0|1_1|2_3", 4)
     with pytest.raises(SettingError, match="it is not the model's map, 0_0_2_2"):
         CompressionConfig(layer_types="0_0_2_2").chosen("0_1_2_3", 4)
 

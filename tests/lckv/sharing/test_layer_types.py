@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lckv.config import CompressionConfig
+from lckv.policies.dmc.config import DMCConfig
 from lckv.sharing.layer_types import LayerTypes
 from tests.golden.lckv_models import FOLDER
 
@@ -38,16 +39,24 @@ def test_what_the_official_code_rejects_is_rejected(entry: dict) -> None:
         ("0_1_5", 3, r"entry 2 \(character 5\) reads layer 5, but the model has 3 layers, 0 to 2"),
         ("0_1_2_3", 5, "has 4 entries but the model has 5 layers"),
         ("0_-1", 2, r"entry 1 \(character 3\) is '-1'"),
-        ("0_1_2+0_0+2", 4, "entry 3 is '0\\+2', but only a layer that reads its own keys and values can mix"),
         ("0_1+1", 2, "entry 1 is '1\\+1', but layer 1 is not below layer 1"),
         ("0_1+2_2", 3, "entry 1 is '1\\+2', but layer 2 is not below layer 1"),
         (
             "0_0_2+1_3",
             4,
-            "entry 2 is '2\\+1', but layer 1 computes no keys and values: mix .* that does, 0\\.$",
+            "entry 2 is '2\\+1', but layer 1 computes no keys and values: choose .* that does, 0\\.$",
         ),
-        ("2_1+0_2", 3, "entry 1 is '1\\+0', but layer 0 computes no keys and values: mix none in"),
-        ("0_1_1/0", 3, "is '1/0': keys of one layer and values of another cannot be read"),
+        ("2_1+0_2", 3, "entry 1 is '1\\+0', but layer 0 computes no keys and values: leave it out"),
+        ("0_1_1/2_3", 4, "entry 2 is '1/2', but layer 2 is not below layer 2, .*: choose a layer below"),
+        ("0_1_3+0_3", 4, "entry 2 is '3\\+0', but layer 3 is not below layer 2"),
+        ("0_1_2/0", 3, "entry 2 is '2/0', but a layer that reads its own keys .*: write 2, or 2\\+0 to mix"),
+        ("0_1_1/1", 3, "entry 2 is '1/1', but both are layer 1: write 1"),
+        ("0_1_1+1", 3, "entry 2 is '1\\+1', but both are layer 1: write 1"),
+        ("0_0_1/0", 3, "entry 2 is '1/0', but layer 1 computes no keys and values: .* that does, 0\\.$"),
+        ("0_0_0/1", 3, "entry 2 is '0/1', but layer 1 computes no keys and values"),
+        ("0_0s_2s_2+0s", 4, "caches keep the window of layer 2 and every token of layer 0: let layers with"),
+        ("0_0s_2s_0/2s", 4, "caches keep the window of layer 2 and every token of layer 0"),
+        ("0_1_1-0", 3, "entry 2 .* i\\+j for a mixture of the keys and values of layers i and j, or i/j"),
         ("0_+0", 2, "entry 1 .character 3. is '\\+0'"),
     ],
 )
@@ -83,6 +92,13 @@ def test_layers_that_mix() -> None:
     assert LayerTypes.plain(2).is_plain and LayerTypes.parse("0s_1", 2).is_plain
 
 
+def test_layers_that_read_two() -> None:
+    parsed = LayerTypes.parse("0s_1+0s_2_1/0s_4_4/2_1+0s", 7)
+    assert str(parsed) == "0s_1+0s_2_1/0s_4_4/2_1+0s"
+    assert [layer.sources for layer in parsed] == [(0,), (1,), (2,), (1, 0), (4,), (4, 2), (1, 0)]
+    assert [layer.borrows for layer in parsed] == [None, 0, *[None] * 5]
+
+
 @pytest.mark.parametrize(
     ("layer_types", "factor", "said"),
     [
@@ -102,3 +118,8 @@ def test_layers_that_only_windowed_layers_read() -> None:
     assert LayerTypes.parse("0_2s_2s_3", 4).windowed_kv_layers == (2,)
     assert CompressionConfig(layer_types="0_2s_2s_3", sliding_window=8).windows(4) == {2: 8}
     assert CompressionConfig(layer_types="0_2_2_3").windows(4) == {}
+
+
+def test_policies_whose_slots_are_no_tokens() -> None:
+    (problem,) = CompressionConfig(layer_types="0_1_1/0", policy=DMCConfig(stage="finetune")).problems(3)
+    assert "layer 2 reads two layers, and the policy dmc does not keep every token in a slot" in str(problem)

@@ -24,6 +24,15 @@ def test_a_layer_that_mixes() -> None:
     ]
 
 
+def test_layers_that_read_two() -> None:
+    assert draw(LayerTypes.parse("0_1+0_1/0s_1+0", 4)).splitlines() == [
+        "layer 3      <- 1 + 0 ↓",
+        "layer 2      <- 1 / 0 ↓  window",
+        "layer 1  KV  <- own + 0",
+        "layer 0  KV  <- own",
+    ]
+
+
 def test_indices_are_aligned() -> None:
     lines = draw(LayerTypes.parse("_".join(["0"] * 12), 12)).splitlines()
     assert lines[0] == "layer 11      <-  0 ↓"

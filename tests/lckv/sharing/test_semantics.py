@@ -48,14 +48,19 @@ def recursion(layers: ToyLayers, m: int, b: int) -> Tensor:
     @cache
     def keys_values(index: int, number: int) -> Tensor:
         own = layers.keys_values(index, entering(index, number))
-        lender = layers.layer_types[index].mixes
+        lender = layers.layer_types[index].borrows
         if lender is not None:
             same_pass = number if lender >= bottoms[index] else last(lender)
             own = layers.mixed_keys_values(index, entering(index, number), keys_values(lender, same_pass))
         return with_gradient(own, index, number)
 
     def read(index: int, number: int) -> Tensor:
-        source = sources[index]
+        layer = layers.layer_types[index]
+        others = {layer.mixes, layer.values} - {None, layer.borrows}
+        first, *second = (read_one(index, source, number) for source in (layer.source, *others))
+        return layers.joined(index, first, *second) if second else first
+
+    def read_one(index: int, source: int, number: int) -> Tensor:
         if source > index:
             return keys_values(source, number - 1) if number else layers.zeros(layers.inputs)
         return keys_values(source, number if source >= bottoms[index] else last(source))

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lckv.sharing.execution import Two
 from lckv.sharing.layer_types import LayerTypes
 
 ROWS = 3
@@ -19,8 +20,10 @@ class ToyLayers:
         self.inputs = torch.randn(ROWS, dtype=torch.float64, generator=generator).requires_grad_()
         self._lent: dict[int, Tensor] = {}
 
-    def run(self, index: int, hidden_states: Tensor, source: Tensor | None, *, kept: bool):
-        if self.layer_types[index].mixes is not None:
+    def run(self, index: int, hidden_states: Tensor, source: Tensor | Two[Tensor] | None, *, kept: bool):
+        if isinstance(source, Two):
+            source = self.joined(index, *source)
+        if self.layer_types[index].borrows is not None:
             assert source is not None
             own, source = self.mixed_keys_values(index, hidden_states, source), None
         else:
@@ -35,6 +38,12 @@ class ToyLayers:
     def mixed_keys_values(self, index: int, hidden_states: Tensor, lent: Tensor) -> Tensor:
         self._lent = {index: 0.5 * self.keys_values(index, hidden_states) + torch.cos(lent)}
         return self._lent[index]
+
+    def joined(self, index: int, first: Tensor, second: Tensor) -> Tensor:
+        """What a layer reads of two others."""
+        if self.layer_types[index].values is not None:
+            return first - 2 * second
+        return 0.75 * first + torch.cos(second)
 
     def lent(self, index: int) -> Tensor:
         return self._lent.pop(index)

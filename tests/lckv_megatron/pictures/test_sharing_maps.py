@@ -73,7 +73,7 @@ def test_a_bracket_for_each_iterated_group_says_how_often() -> None:
                 "reads a layer above: iterated",
             ],
         ),
-        ("0_1+0", ["computes keys and values", "mixes those of a layer below into its own"]),
+        ("0_1+0", ["computes keys and values", "mixes in those of a layer below"]),
     ],
 )
 def test_the_legend_explains_what_occurs(layer_types: str, signs: list[str]) -> None:
@@ -101,6 +101,11 @@ def test_who_reads_whom() -> None:
     assert [reads.upward for reads in all_reads(LayerTypes.parse("1_1_1", 3))] == [True, False]
     mixing = all_reads(LayerTypes.parse("0_0_2+0_3+0", 4))
     assert mixing == [Reads(0, (1,)), Reads(0, (2, 3), mixed=True)]
+    assert all_reads(LayerTypes.parse("0_1_1/0_1+0", 4)) == [
+        Reads(1, (2, 3)),
+        Reads(0, (3,), mixed=True),
+        Reads(0, (2,), values=True),
+    ]
     assert lanes(mixing) == [0, 1], "two kinds of lines to one layer do not lie in one lane"
 
 

@@ -40,6 +40,7 @@ MAPS = {
         layer_types="0_4_4_4_4_5", forward_passes=0, backward_passes=3, force_nodiag=True
     ),
     "mixed": CompressionConfig(layer_types="0_1+0s_0_3+1_3_5+0", sliding_window=5),
+    "two sources": CompressionConfig(layer_types="0_1_1/0_4_1+0_4/1", forward_passes=1, backward_passes=2),
 }
 """One of every kind."""
 

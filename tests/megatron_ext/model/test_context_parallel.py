@@ -95,6 +95,8 @@ CASES = [
     Case("mixed", documents="documents", cp=2, pp=2, micro_batch_size=1),
     Case("mixed", documents="documents", tp=2, recompute="full"),
     Case("mixed plain", cp=2, communication="ring"),
+    Case("two sources", documents="documents", cp=2, pp=2, recompute="full"),
+    Case("two sources", tp=2, pp=2, sequence_parallel=True, micro_batch_size=1),
     Case("mixed lckv x dmc", documents="documents", cp=2, pp=2, recompute="full"),
     Case("mixed lckv x dmc", tp=2, pp=2, sequence_parallel=True, micro_batch_size=1),
 ]

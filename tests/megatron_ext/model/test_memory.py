@@ -191,6 +191,7 @@ def test_prediction_for_stages_is_exact() -> None:
         ("0_0_2_2", range(4), 4, 2, 0),
         ("0_0_0_0", range(2, 4), 2, 1, 0),
         ("0_1_2_0", range(1, 3), 2, 1, 0),  # passes through
+        ("0_1_1+0_1/0", range(2, 4), 2, 2, 0),
         # Layer 1 reads what the last two passes before it made; the first of them ends at keys and values.
         ("0_2_2_3", range(4), 2 + 2 * 2 - 1, 2, 1),
         ("0_2_2_2", range(4), 2 + 2 * 2 - 1, 3, 1),  # and layer 3 the last one's
@@ -199,6 +200,27 @@ def test_prediction_for_stages_is_exact() -> None:
 def test_kept_tensors(layer_types: str, layers: range, inputs: int, shared: int, runs: int) -> None:
     kept = kept_for_backward(settings(layer_types), 4, layers)
     assert (kept.inputs, kept.shared, len(kept.runs)) == (inputs, shared, runs)
+
+
+def test_a_mixture_of_two_layers_is_kept() -> None:
+    """Beside these, for the backward of attention: what layer 2 keeps beyond layer 3, measured too."""
+    one, other = "0_1_1+0_1", "0_1_1_1"
+    none, parallel = training(recompute="none"), ParallelConfig()
+    predicted = [
+        kept_bytes(
+            kept_for_backward(settings(each), 4, range(4), range(0)), model(4), settings(each), parallel, none
+        )
+        for each in (one, other)
+    ]
+    assert predicted[0] - predicted[1] == KEY_VALUE
+    (found,) = run_on_ranks(1, saved_without_recompute, (one, other))
+    assert KEY_VALUE <= found[0] - found[1] < KEY_VALUE + 200, "and weights of a few numbers"
+
+
+def saved_without_recompute(maps: tuple[str, ...]) -> list[int]:
+    initialize(ParallelConfig(), seed=1)
+    none, parallel = training(recompute="none"), ParallelConfig()
+    return [Step.of(model(4), settings(each), none, parallel).saved_bytes() for each in maps]
 
 
 RECOMPUTE: list[dict[str, Any]] = [
@@ -224,6 +246,7 @@ MODELS = {
     "dms": (SIZES, CompressionConfig("0_1_2_3", policy=DMS)),
     "cla with dms": (SIZES, CompressionConfig("0_0_2_2", policy=DMS)),
     "mixed": (SIZES, CompressionConfig("0_1+0_2+1_2")),
+    "two sources": (SIZES, CompressionConfig("0_1_1/0_1+0")),
     "mixed lckv with dmc": (SIZES, CompressionConfig("0_2_2+0_3+2", policy=DMC, forward_passes=2)),
     "loss in chunks": (replace(SIZES, cross_entropy_chunk_size=16), CompressionConfig("0_1_2_3")),
 }

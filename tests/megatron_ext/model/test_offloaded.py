@@ -60,7 +60,9 @@ def unequal(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
     return [name for name in one if not torch.equal(one[name], other[name])]
 
 
-@pytest.mark.parametrize("name", ["plain", "cla", "mix", "lckv", "nodiag", "dmc", "groups x dmc", "mixed"])
+@pytest.mark.parametrize(
+    "name", ["plain", "cla", "mix", "lckv", "nodiag", "dmc", "groups x dmc", "mixed", "two sources"]
+)
 def test_gradients_are_those_without(name: str) -> None:
     assert run_on_ranks(1, differences, name, ParallelConfig()) == [[]]
 

@@ -20,7 +20,7 @@ SIZES = {
     "ffn_hidden_size": 48,
 }
 VOCABULARY = 50
-PLAIN, CLA, YOCO, LCKV, MIXED = "0_1_2_3", "0_0_2_2", "0s_1s_2_2", "0_2_2_3", "0_1+0_2+1_2"
+PLAIN, CLA, YOCO, LCKV, MIXED = "0_1_2_3", "0_0_2_2", "0s_1s_2_2", "0_2_2_3", "0_1+0_1+0_1/0"
 
 
 def layout(tensor: int, stages: int) -> ParallelConfig:
