@@ -321,8 +321,9 @@ class DistillationConfig:
     """Learning from a teacher's tokens as well as from the data's."""
 
     teacher: str | None = None
-    """Checkpoint of the teacher, on any layout, or a directory of checkpoints: the newest. It reads the same
-    tokens, has the same vocabulary, and is not changed. None: there is no teacher."""
+    """Checkpoint of the teacher, saved from any layout, a directory of checkpoints: the newest, or the folder
+    of a Hugging Face model. It reads the same tokens, has the same vocabulary, and is not changed. None:
+    there is no teacher."""
 
     divergence: Literal["student_teacher", "teacher_student"] = "teacher_student"
     """Kullback-Leibler divergence of token distributions. teacher_student, D(teacher || student): the

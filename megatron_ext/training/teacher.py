@@ -1,16 +1,21 @@
 """The teacher of a run that distils: another model, which makes of each micro-batch what is to be learned."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from lckv.losses.linear_distillation import DistillationTerms, Lesson
+from lckv.rope_scaling import longest_context
+from lckv.weights.folder_kind import explain_other_kind, kind_of
+from megatron_ext.checkpointing.errors import CheckpointError
 from megatron_ext.config import DistillationConfig, RunConfig
 from megatron_ext.data.batch import Batch
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.gpt import SharedKVGPTModel
 from megatron_ext.model.policy_statistics import PolicyInputs
+from megatron_ext.restoring.foreign import OpenForeign, restore_foreign
 from megatron_ext.restoring.model import Restored, restore
 
 logger = logging.getLogger(__name__)
@@ -36,19 +41,43 @@ def terms_of(settings: DistillationConfig) -> DistillationTerms:
     return DistillationTerms(settings.divergence, settings.weight, settings.lm_loss_weight)
 
 
-def build_teacher(run: RunConfig, student: SharedKVGPTModel) -> Teacher | None:
-    """The teacher of the run beside this rank's student; None where there is none.
+def build_teacher(
+    run: RunConfig, student: SharedKVGPTModel, open_foreign: OpenForeign | None
+) -> Teacher | None:
+    """The teacher of the run beside this rank's student; None where there is none. `open_foreign` opens a
+    Hugging Face model; None: checkpoints only.
 
-    Raises ConfigError where they cannot be compared, and CheckpointError as `load_checkpoint` does.
+    Raises ConfigError where it cannot be read, or they cannot be compared.
     """
     settings = run.train.distillation
     if settings.teacher is None:
         return None
-    restored = restore(Path(settings.teacher), run.parallel, verify_hashes=run.checkpoint.verify_hashes)
+    try:
+        restored = _restored(run, Path(settings.teacher), open_foreign)
+    except CheckpointError:
+        raise
+    except ConfigError as error:
+        raise ConfigError(f"train.distillation.teacher {settings.teacher}: {error}") from error
     if problem := _obstacle(run, student, restored):
         raise ConfigError(f"train.distillation.teacher {settings.teacher} {problem}")
     logger.info("learning from %s (iteration %d)", settings.teacher, restored.iteration)
     return Teacher(restored.stage, terms_of(settings))
+
+
+def _restored(run: RunConfig, path: Path, open_foreign: OpenForeign | None) -> Restored:
+    parallel = replace(run.parallel, pipeline_in_flight=None)  # it is for the way of the student
+    if kind_of(path) != "huggingface":
+        return restore(path, parallel, verify_hashes=run.checkpoint.verify_hashes)
+    if open_foreign is None:
+        raise ConfigError(f"{explain_other_kind(path, 'megatron')}.")
+    return restore_foreign(
+        path,
+        open_foreign,
+        parallel,
+        seq_length=run.train.seq_length,
+        make_vocab_size_divisible_by=run.model.make_vocab_size_divisible_by,
+        timeout_minutes=run.checkpoint.load_timeout_minutes,
+    )
 
 
 def _obstacle(run: RunConfig, student: SharedKVGPTModel, restored: Restored) -> str | None:
@@ -64,7 +93,8 @@ def _obstacle(run: RunConfig, student: SharedKVGPTModel, restored: Restored) -> 
             f"{student.padded_vocab_size}; set model.make_vocab_size_divisible_by to the teacher's, "
             f"{theirs.model.make_vocab_size_divisible_by}."
         )
-    longest = theirs.model.max_position_embeddings
+    given = theirs.model.max_position_embeddings
+    longest = None if given is None else longest_context(theirs.model.rope_scaling.scaling, given)
     if longest is not None and run.train.seq_length > longest:
         return f"has a context of {longest} tokens; lower train.seq_length, {run.train.seq_length}."
     mine, other = run.compression.policy, theirs.compression.policy

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
+from lckv.weights.folder_kind import explain_other_kind, kind_of
 from megatron_ext.config import DistillationConfig, RunConfig
 
 
@@ -13,12 +14,7 @@ def distillation_problems(run: RunConfig) -> Iterator[str]:
     if settings.teacher is None:
         yield from _idle(settings)
         return
-    if not Path(settings.teacher).is_dir():
-        yield (
-            f"train.distillation.teacher is {settings.teacher}, which is no directory; give a checkpoint, or "
-            "a directory of checkpoints. A Hugging Face model is made one by `lckv-megatron convert "
-            "hf-to-megatron`."
-        )
+    yield from _no_model(settings.teacher)
     for name in ("weight", "lm_loss_weight"):
         value = getattr(settings, name)
         if not 0 <= value < float("inf"):
@@ -44,6 +40,22 @@ def distillation_problems(run: RunConfig) -> Iterator[str]:
         yield (
             f"train.distillation.teacher is set and model.cross_entropy_z_loss is "
             f"{run.model.cross_entropy_z_loss}; the loss of distillation has no z-loss: set it to 0."
+        )
+
+
+def _no_model(teacher: str) -> Iterator[str]:
+    """A place that holds nothing that can teach."""
+    path = Path(teacher)
+    kind = kind_of(path)
+    if kind in ("megatron", "huggingface"):
+        return
+    what = "holds no model" if path.is_dir() else "is no directory"
+    if kind is not None:
+        yield f"train.distillation.teacher: {explain_other_kind(path, 'megatron')}."
+    else:
+        yield (
+            f"train.distillation.teacher is {teacher}, which {what}; give a checkpoint, a directory of "
+            "checkpoints, or the folder of a Hugging Face model, with config.json and safetensors."
         )
 
 

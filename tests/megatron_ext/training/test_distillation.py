@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from checkpoints_conversion.convert import megatron_to_hf
 from megatron_ext.config import DistillationConfig, ParallelConfig, RunConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.validation.distillation import distillation_problems
@@ -33,6 +34,14 @@ def student(teacher: str, path: Path, *, compression: dict[str, Any] = STUDENT, 
     distillation = replace(run.train.distillation, teacher=teacher, lm_loss_weight=0.25)
     run = replace(run, train=replace(run.train, distillation=distillation))
     return logged_to(run, path)
+
+
+@pytest.fixture(scope="module")
+def exported(teacher: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same model for Hugging Face."""
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    megatron_to_hf(Path(teacher), folder, proof="never")
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +81,13 @@ def test_nothing_depends_on_the_layout(
     for name in NAMES:
         expected = [report[name] for report in one_rank]
         assert series(path, name) == pytest.approx(expected, rel=2e-4), name
+
+
+def test_a_hugging_face_model_teaches(exported: str, one_rank: list[dict[str, Any]], tmp_path: Path) -> None:
+    path = tmp_path / "reports.jsonl"
+    run_on_ranks(1, train, student(exported, path))
+    for name in NAMES:
+        assert series(path, name) == [report[name] for report in one_rank], name
 
 
 @pytest.mark.parametrize("divergence", ["student_teacher", "teacher_student"])
@@ -130,20 +146,24 @@ def test_it_resumes_exactly(teacher: str, one_rank: list[dict[str, Any]], tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("model", "message"),
+    ("kind", "sections", "message"),
     [
-        ({"vocab_size": 98}, "has a vocabulary of 97 tokens, the model one of 98; take a teacher with"),
+        ("teacher", {"model": {"vocab_size": 98}}, "vocabulary of 97 tokens, the model one of 98; take a"),
+        ("exported", {"model": {"vocab_size": 98}}, "vocabulary of 97 tokens, the model one of 98; take a"),
         (
-            {"make_vocab_size_divisible_by": 7},
+            "teacher",
+            {"model": {"make_vocab_size_divisible_by": 7}},
             "pads its vocabulary to 128, the model its own to 98; set model.",
         ),
+        ("exported", {"train": {"seq_length": 26}}, "has a context of 24 tokens; lower train.seq_length, 26"),
     ],
 )
 def test_teachers_of_other_tokens_are_refused(
-    teacher: str, model: dict[str, Any], message: str, tmp_path: Path
+    kind: str, sections: dict[str, Any], message: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    run = student(request.getfixturevalue(kind), tmp_path / "reports.jsonl", **sections)
     with pytest.raises(ConfigError, match=message):
-        run_on_ranks(1, train, student(teacher, tmp_path / "reports.jsonl", model=model))
+        run_on_ranks(1, train, run)
 
 
 @pytest.mark.parametrize(
@@ -151,28 +171,35 @@ def test_teachers_of_other_tokens_are_refused(
     [
         ({}, {"weight": 2.0}, "distillation.weight is 2.0, but there is no teacher; set train.distillation"),
         ({}, {"teacher": "nowhere"}, "teacher is nowhere, which is no directory; give a checkpoint"),
-        ({}, {"teacher": ".", "weight": -1.0}, "distillation.weight is -1.0; it must be at least 0"),
-        ({}, {"teacher": ".", "weight": 0.0}, "weight is 0, so nothing would be learned"),
+        ({}, {"teacher": "EMPTY"}, "which holds no model; give a checkpoint, a directory of checkpoints, or"),
+        ({}, {"teacher": "OLD"}, "is a checkpoint in Megatron's older layout, not a folder of this"),
+        ({}, {"teacher": "MODEL", "weight": -1.0}, "distillation.weight is -1.0; it must be at least 0"),
+        ({}, {"teacher": "MODEL", "weight": 0.0}, "weight is 0, so nothing would be learned"),
         (
             {"parallel": {"pipeline_model_parallel_size": 2}},
-            {"teacher": "."},
+            {"teacher": "MODEL"},
             "pipeline_model_parallel_size is 2; a teacher works on one stage",
         ),
         (
             {"model": {"cross_entropy_backend": "liger"}},
-            {"teacher": "."},
+            {"teacher": "MODEL"},
             "model.cross_entropy_backend is liger; the loss of distillation",
         ),
         (
             {"model": {"cross_entropy_z_loss": 0.1}},
-            {"teacher": "."},
+            {"teacher": "MODEL"},
             "the loss of distillation has no z-loss",
         ),
     ],
 )
 def test_what_cannot_work_is_said_first(
-    sections: dict[str, Any], settings: dict[str, Any], message: str
+    sections: dict[str, Any], settings: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
+    for name in ("MODEL/config.json", "OLD/mp_rank_00/model_optim_rng.pt", "EMPTY/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    if settings.get("teacher", "nowhere") != "nowhere":
+        settings = {**settings, "teacher": str(tmp_path / settings["teacher"])}
     run = tiny_run(**sections)
     run = replace(run, train=replace(run.train, distillation=DistillationConfig(**settings)))
     (problem,) = distillation_problems(run)
