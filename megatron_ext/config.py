@@ -330,6 +330,10 @@ class DistillationConfig:
     student learns everything that the teacher deems likely. student_teacher, D(student || teacher): it learns
     nothing that the teacher deems unlikely (as NVIDIA's public code for delayed eviction)."""
 
+    top_k: int | None = None
+    """Tokens that the teacher deems most likely, each of which counts in the divergence; all others count as
+    one. Default: every token of the vocabulary counts."""
+
     weight: float = 1.0
     """Of the divergence in the loss."""
 

@@ -17,6 +17,7 @@ from megatron_ext.model.gpt import SharedKVGPTModel
 from megatron_ext.model.policy_statistics import PolicyInputs
 from megatron_ext.restoring.foreign import OpenForeign, restore_foreign
 from megatron_ext.restoring.model import Restored, restore
+from megatron_ext.validation.distillation import beyond_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,9 @@ class Teacher:
 
 def terms_of(settings: DistillationConfig) -> DistillationTerms:
     """What the run learns."""
-    return DistillationTerms(settings.divergence, settings.weight, settings.lm_loss_weight)
+    return DistillationTerms(
+        settings.divergence, settings.weight, settings.lm_loss_weight, top_k=settings.top_k
+    )
 
 
 def build_teacher(
@@ -52,6 +55,8 @@ def build_teacher(
     settings = run.train.distillation
     if settings.teacher is None:
         return None
+    if settings.top_k is not None and settings.top_k > student.vocab_size:
+        raise ConfigError(beyond_vocabulary(settings.top_k, student.vocab_size))
     try:
         restored = _restored(run, Path(settings.teacher), open_foreign)
     except CheckpointError:

@@ -19,6 +19,11 @@ def distillation_problems(run: RunConfig) -> Iterator[str]:
         value = getattr(settings, name)
         if not 0 <= value < float("inf"):
             yield f"train.distillation.{name} is {value}; it must be at least 0, and finite."
+    vocab_size = run.model.vocab_size
+    if settings.top_k is not None and settings.top_k < 1:
+        yield f"train.distillation.top_k is {settings.top_k}; it must be at least 1, or left out."
+    elif settings.top_k is not None and vocab_size is not None and settings.top_k > vocab_size:
+        yield beyond_vocabulary(settings.top_k, vocab_size)
     if settings.weight == 0:
         yield (
             "train.distillation.weight is 0, so nothing would be learned from the teacher; set it above 0, "
@@ -41,6 +46,14 @@ def distillation_problems(run: RunConfig) -> Iterator[str]:
             f"train.distillation.teacher is set and model.cross_entropy_z_loss is "
             f"{run.model.cross_entropy_z_loss}; the loss of distillation has no z-loss: set it to 0."
         )
+
+
+def beyond_vocabulary(top_k: int, vocab_size: int) -> str:
+    """That the vocabulary has fewer tokens than top_k."""
+    return (
+        f"train.distillation.top_k is {top_k} and the vocabulary has {vocab_size} tokens; set the former to "
+        "at most that, or leave it out: every token counts then."
+    )
 
 
 def _no_model(teacher: str) -> Iterator[str]:

@@ -1,5 +1,5 @@
-"""A Hugging Face model on the layout of a run, read where it lies: bit for bit the numbers that come by way of
-a checkpoint."""
+"""A Hugging Face model on the layout of a run, read where it lies: bit for bit the numbers that come by way
+of a checkpoint."""
 
 from pathlib import Path
 from typing import Any

@@ -3,6 +3,7 @@ work is said before the run starts."""
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 from checkpoints_conversion.convert import megatron_to_hf
 from megatron_ext.config import DistillationConfig, ParallelConfig, RunConfig
 from megatron_ext.errors import ConfigError
+from megatron_ext.training.teacher import build_teacher
 from megatron_ext.validation.distillation import distillation_problems
+from tests.lckv.losses.test_linear_distillation import coarser
 from tests.megatron_ext.training.runs import logged_to, reports, series, tiny_run, train
 from tests.ranks import run_on_ranks
 
@@ -90,20 +93,22 @@ def test_a_hugging_face_model_teaches(exported: str, one_rank: list[dict[str, An
         assert series(path, name) == [report[name] for report in one_rank], name
 
 
-@pytest.mark.parametrize("divergence", ["student_teacher", "teacher_student"])
-def test_it_is_the_divergence_of_the_two_models(teacher: str, divergence: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("divergence", "top_k"), [("student_teacher", None), ("teacher_student", 7)])
+def test_it_is_the_divergence_of_the_two_models(
+    teacher: str, divergence: str, top_k: int | None, tmp_path: Path
+) -> None:
     """Of a student that does not move, against logits of both that are computed as evaluation does it."""
     path = tmp_path / "reports.jsonl"
     run = student(teacher, path, train={"train_iters": 1}, checkpoint={"save": str(tmp_path / "run")})
     still = replace(run.optimizer, lr=1e-30, lr_warmup_iters=0)
-    settings = replace(run.train.distillation, divergence=divergence)
+    settings = replace(run.train.distillation, divergence=divergence, top_k=top_k)
     run = replace(run, optimizer=still, train=replace(run.train, distillation=settings))
     run_on_ranks(1, train, run)
-    (expected,) = run_on_ranks(1, plain_divergence, run, str(tmp_path / "run"), teacher, divergence)
+    (expected,) = run_on_ranks(1, plain_divergence, run, str(tmp_path / "run"))
     assert series(path, "distillation_loss") == [pytest.approx(expected, rel=1e-5)]
 
 
-def plain_divergence(run: RunConfig, of_student: str, of_teacher: str, divergence: str) -> float:
+def plain_divergence(run: RunConfig, of_student: str) -> float:
     """Over the first global batch."""
     from megatron_ext.data.datasets import build_datasets
     from megatron_ext.evaluation.logits import compute_logits
@@ -115,11 +120,15 @@ def plain_divergence(run: RunConfig, of_student: str, of_teacher: str, divergenc
         run.data, seq_length=24, num_samples=(4, 0, 0), seed=run.train.seed, vocab_size=97, eod=None
     )
     tokens = torch.stack([torch.as_tensor(datasets.train[index]["tokens"]) for index in range(4)]).long()
+    settings = run.train.distillation
     one, other = (
         compute_logits(restore(Path(path), ParallelConfig()).stage, tokens)[..., :97].double().log_softmax(-1)
-        for path in (of_student, of_teacher)
+        for path in (of_student, str(settings.teacher))
     )
-    if divergence == "teacher_student":
+    if settings.top_k is not None:
+        likely = other.flatten(0, 1).argsort(1, descending=True)[:, : settings.top_k]
+        one, other = (coarser(it.flatten(0, 1), likely) for it in (one, other))
+    if settings.divergence == "teacher_student":
         one, other = other, one
     return float((one.exp() * (one - other)).sum(-1).mean())
 
@@ -175,6 +184,12 @@ def test_teachers_of_other_tokens_are_refused(
         ({}, {"teacher": "OLD"}, "is a checkpoint in Megatron's older layout, not a folder of this"),
         ({}, {"teacher": "MODEL", "weight": -1.0}, "distillation.weight is -1.0; it must be at least 0"),
         ({}, {"teacher": "MODEL", "weight": 0.0}, "weight is 0, so nothing would be learned"),
+        ({}, {"teacher": "MODEL", "top_k": 0}, "distillation.top_k is 0; it must be at least 1, or left out"),
+        (
+            {},
+            {"teacher": "MODEL", "top_k": 98},
+            "top_k is 98 and the vocabulary has 97 tokens; set the former to at most that, or leave it out",
+        ),
         (
             {"parallel": {"pipeline_model_parallel_size": 2}},
             {"teacher": "MODEL"},
@@ -204,3 +219,11 @@ def test_what_cannot_work_is_said_first(
     run = replace(run, train=replace(run.train, distillation=DistillationConfig(**settings)))
     (problem,) = distillation_problems(run)
     assert message in problem
+
+
+def test_the_vocabulary_may_be_known_later_only(tmp_path: Path) -> None:
+    run = student(str(tmp_path), tmp_path / "reports.jsonl")
+    settings = replace(run.train.distillation, top_k=98)
+    run = replace(run, train=replace(run.train, distillation=settings))
+    with pytest.raises(ConfigError, match="top_k is 98 and the vocabulary has 97 tokens"):
+        build_teacher(run, SimpleNamespace(vocab_size=97), None)  # type: ignore[arg-type]
