@@ -1,12 +1,17 @@
 """The teacher of a run that distils: another model, which makes of each micro-batch what is to be learned."""
 
 import logging
-from dataclasses import replace
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lckv.losses.linear_distillation import DistillationTerms, Lesson
+from lckv.losses.linear_distillation import Teacher as Told
 from lckv.rope_scaling import longest_context
 from lckv.weights.folder_kind import explain_other_kind, kind_of
 from megatron_ext.checkpointing.errors import CheckpointError
@@ -14,12 +19,32 @@ from megatron_ext.config import DistillationConfig, RunConfig
 from megatron_ext.data.batch import Batch
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.gpt import SharedKVGPTModel
-from megatron_ext.model.policy_statistics import PolicyInputs
+from megatron_ext.model.policy_statistics import PolicyInputs, PolicyReport
+from megatron_ext.model.stages import StageCall
 from megatron_ext.restoring.foreign import OpenForeign, restore_foreign
 from megatron_ext.restoring.model import Restored, restore
+from megatron_ext.schedule.forward import run_forward
+from megatron_ext.schedule.micro_batches import Taught
+from megatron_ext.schedule.ring import Finished
 from megatron_ext.validation.distillation import beyond_vocabulary
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What a stage of the teacher does with micro-batches."""
+
+    stage: SharedKVGPTModel
+
+    def forward(self, batch: Batch, call: StageCall | None = None) -> tuple[Tensor, PolicyReport]:
+        """See `OncePassage`."""
+        policy = PolicyInputs((), batch.counted, batch.chunk_rows)
+        return self.stage.states(batch.tokens, batch.position_ids, batch.documents(), policy, call)
+
+    def finish(self, _batch: Batch, output: Tensor, _report: PolicyReport) -> Finished:
+        """See `OncePassage`."""
+        return Finished(output, torch.zeros([], dtype=torch.int, device=output.device), output)
 
 
 class Teacher:
@@ -27,14 +52,29 @@ class Teacher:
 
     def __init__(self, stage: SharedKVGPTModel, terms: DistillationTerms) -> None:
         self._stage, self._terms = stage.eval().requires_grad_(False), terms
+        self._reading = _Reading(self._stage)
+
+    def __call__(self, batches: Iterator[Batch], number: int) -> Iterator[Taught]:
+        """See `Teach`. On one stage a micro-batch is read when it is asked for. On several, all are read at
+        once: until their turn comes, the last stage keeps the states of all, [s, b, hidden] each."""
+        if self._stage.pre_process and self._stage.post_process:
+            return ((batch, self._lesson(self._read(batch))) for batch in batches)
+        read = deque(islice(batches, number))
+        rows, length = read[0].tokens.shape
+        states = run_forward(self._stage, iter(read), self._reading, number=number, shape=(length, rows))
+        return self._hand_out(read, deque(states))
+
+    def _hand_out(self, batches: deque[Batch], states: deque[Tensor]) -> Iterator[Taught]:
+        while batches:
+            yield batches.popleft(), self._lesson(states.popleft()) if states else None
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Lesson:
-        """What it makes of a micro-batch."""
-        policy = PolicyInputs((), batch.counted, batch.chunk_rows)
-        return Lesson(
-            self._stage.teach(batch.tokens, batch.position_ids, batch.documents(), policy), self._terms
-        )
+    def _read(self, batch: Batch) -> Tensor:
+        return self._reading.forward(batch)[0]
+
+    def _lesson(self, states: Tensor) -> Lesson:
+        """Of states [s, b, hidden], in the order of the student's tokens."""
+        return Lesson(Told(states.flatten(0, 1), self._stage.output_weight()), self._terms)
 
 
 def terms_of(settings: DistillationConfig) -> DistillationTerms:

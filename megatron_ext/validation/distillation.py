@@ -29,12 +29,6 @@ def distillation_problems(run: RunConfig) -> Iterator[str]:
             "train.distillation.weight is 0, so nothing would be learned from the teacher; set it above 0, "
             "or leave train.distillation.teacher out."
         )
-    if run.parallel.pipeline_model_parallel_size > 1:
-        yield (
-            f"train.distillation.teacher is set and parallel.pipeline_model_parallel_size is "
-            f"{run.parallel.pipeline_model_parallel_size}; a teacher works on one stage: set the latter to "
-            "1, and use parallel.tensor_model_parallel_size."
-        )
     if run.model.cross_entropy_backend not in ("auto", "chunked"):
         yield (
             f"train.distillation.teacher is set and model.cross_entropy_backend is "

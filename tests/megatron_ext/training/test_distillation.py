@@ -65,11 +65,18 @@ def test_the_student_comes_nearer(one_rank: list[dict[str, Any]]) -> None:
     [
         (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, {}),
         (2, {"context_parallel_size": 2}, {}),
+        (2, {"pipeline_model_parallel_size": 2}, {}),
+        (
+            4,
+            {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2},
+            {},
+        ),
+        (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, {}),
         (4, {"tensor_model_parallel_size": 2, "use_distributed_optimizer": True}, {}),
         (1, {}, {"train": {"micro_batch_size": 2, "recompute_granularity": "full"}}),
         (1, {}, {"model": {"cross_entropy_chunk_size": 5}}),
     ],
-    ids=["tp2-sp", "cp2", "tp2-dp2", "recompute", "small-chunks"],
+    ids=["tp2-sp", "cp2", "pp2", "tp2-sp-pp2", "vpp2", "tp2-dp2", "recompute", "small-chunks"],
 )
 def test_nothing_depends_on_the_layout(
     teacher: str,
@@ -84,6 +91,19 @@ def test_nothing_depends_on_the_layout(
     for name in NAMES:
         expected = [report[name] for report in one_rank]
         assert series(path, name) == pytest.approx(expected, rel=2e-4), name
+
+
+def test_only_the_student_may_go_round(teacher: str, tmp_path: Path) -> None:
+    """Layers of one cyclic group on both stages: the student's way is another one than its teacher's."""
+    paths = [tmp_path / f"{ranks}.jsonl" for ranks in (1, 2)]
+    for ranks, path in enumerate(paths, 1):
+        layout = {"pipeline_model_parallel_size": ranks}
+        run = student(
+            teacher, path, compression={"layer_types": "0_2_2_2"}, parallel=layout, train={"train_iters": 2}
+        )
+        run_on_ranks(ranks, train, run)
+    for name in NAMES:
+        assert series(paths[1], name) == pytest.approx(series(paths[0], name), rel=2e-4), name
 
 
 def test_a_hugging_face_model_teaches(exported: str, one_rank: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -175,6 +195,25 @@ def test_teachers_of_other_tokens_are_refused(
         run_on_ranks(1, train, run)
 
 
+@pytest.mark.parametrize("kind", ["teacher", "exported"])
+def test_a_teacher_that_does_not_fit_the_stages_is_refused(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    stages = {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et|ttL"}
+    run = student(
+        request.getfixturevalue(kind),
+        tmp_path / "reports.jsonl",
+        model={"num_layers": 3},
+        compression={"layer_types": "0_0_2"},
+        parallel=stages,
+    )
+    message = (
+        r"distillation.teacher .*: parallel.pipeline_model_parallel_layout is 'Et\|ttL', which has 3 lay"
+    )
+    with pytest.raises(ConfigError, match=message):
+        run_on_ranks(2, train, run)
+
+
 @pytest.mark.parametrize(
     ("sections", "settings", "message"),
     [
@@ -189,11 +228,6 @@ def test_teachers_of_other_tokens_are_refused(
             {},
             {"teacher": "MODEL", "top_k": 98},
             "top_k is 98 and the vocabulary has 97 tokens; set the former to at most that, or leave it out",
-        ),
-        (
-            {"parallel": {"pipeline_model_parallel_size": 2}},
-            {"teacher": "MODEL"},
-            "pipeline_model_parallel_size is 2; a teacher works on one stage",
         ),
         (
             {"model": {"cross_entropy_backend": "liger"}},
