@@ -99,7 +99,7 @@ def test_only_the_student_may_go_round(teacher: str, tmp_path: Path) -> None:
     for ranks, path in enumerate(paths, 1):
         layout = {"pipeline_model_parallel_size": ranks}
         run = student(
-            teacher, path, compression={"layer_types": "0_2_2_2"}, parallel=layout, train={"train_iters": 2}
+            teacher, path, compression={"layer_types": "0_3_3_3"}, parallel=layout, train={"train_iters": 3}
         )
         run_on_ranks(ranks, train, run)
     for name in NAMES:
@@ -207,9 +207,7 @@ def test_a_teacher_that_does_not_fit_the_stages_is_refused(
         compression={"layer_types": "0_0_2"},
         parallel=stages,
     )
-    message = (
-        r"distillation.teacher .*: parallel.pipeline_model_parallel_layout is 'Et\|ttL', which has 3 lay"
-    )
+    message = r"distillation.teacher .*: parallel.pipeline_model_parallel_layout is .* it needs one E .* 4 t"
     with pytest.raises(ConfigError, match=message):
         run_on_ranks(2, train, run)
 
