@@ -105,7 +105,7 @@ def build_teacher(
         raise ConfigError(f"train.distillation.teacher {settings.teacher}: {error}") from error
     if problem := _obstacle(run, student, restored):
         raise ConfigError(f"train.distillation.teacher {settings.teacher} {problem}")
-    logger.info("learning from %s (iteration %d)", settings.teacher, restored.iteration)
+    logger.info("learning from %s", settings.teacher)
     return Teacher(restored.stage, terms_of(settings))
 
 

@@ -4,7 +4,7 @@ work is said before the run starts."""
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -72,11 +72,11 @@ def test_the_student_comes_nearer(one_rank: list[dict[str, Any]]) -> None:
             {},
         ),
         (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, {}),
-        (4, {"tensor_model_parallel_size": 2, "use_distributed_optimizer": True}, {}),
+        (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, {}),
         (1, {}, {"train": {"micro_batch_size": 2, "recompute_granularity": "full"}}),
         (1, {}, {"model": {"cross_entropy_chunk_size": 5}}),
     ],
-    ids=["tp2-sp", "cp2", "pp2", "tp2-sp-pp2", "vpp2", "tp2-dp2", "recompute", "small-chunks"],
+    ids=["cp2", "pp2", "tp2-sp-pp2", "vpp2", "tp2-sp-dp2", "recompute", "small-chunks"],
 )
 def test_nothing_depends_on_the_layout(
     teacher: str,
@@ -253,9 +253,14 @@ def test_what_cannot_work_is_said_first(
     assert message in problem
 
 
-def test_the_vocabulary_may_be_known_later_only(tmp_path: Path) -> None:
-    run = student(str(tmp_path), tmp_path / "reports.jsonl")
+def test_what_shows_later_only(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    run, model = student(str(tmp_path), tmp_path / "reports.jsonl"), cast(Any, SimpleNamespace(vocab_size=97))
+    with pytest.raises(
+        ConfigError, match="is a model in Hugging Face's format, not a folder of this project"
+    ):
+        build_teacher(run, model, None)
     settings = replace(run.train.distillation, top_k=98)
     run = replace(run, train=replace(run.train, distillation=settings))
     with pytest.raises(ConfigError, match="top_k is 98 and the vocabulary has 97 tokens"):
-        build_teacher(run, SimpleNamespace(vocab_size=97), None)  # type: ignore[arg-type]
+        build_teacher(run, model, None)
