@@ -63,7 +63,6 @@ def test_the_student_comes_nearer(one_rank: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     ("world_size", "parallel", "more"),
     [
-        (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, {}),
         (2, {"context_parallel_size": 2}, {}),
         (2, {"pipeline_model_parallel_size": 2}, {}),
         (
