@@ -31,11 +31,12 @@ def train(run: RunConfig) -> None:
         os.environ.setdefault("NCCL_ALGO", "Ring")
     switch_on(run, os.environ)
     # torch is loaded only here: --help and bad settings are answered at once
+    from checkpoints_conversion.for_training import open_for_training
     from megatron_ext.parallel.process_groups import destroy, initialize
     from megatron_ext.training.loop import fit
 
     initialize(run.parallel, run.train.seed)
-    fit(run)
+    fit(run, open_for_training)
     with handling(lambda number, frame: None):  # the work is safe: a signal that comes late changes nothing
         destroy()
 

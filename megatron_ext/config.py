@@ -321,13 +321,18 @@ class DistillationConfig:
     """Learning from a teacher's tokens as well as from the data's."""
 
     teacher: str | None = None
-    """Checkpoint of the teacher, on any layout, or a directory of checkpoints: the newest. It reads the same
-    tokens, has the same vocabulary, and is not changed. None: there is no teacher."""
+    """Checkpoint of the teacher, saved from any layout, a directory of checkpoints: the newest, or the folder
+    of a Hugging Face model. It reads the same tokens, has the same vocabulary, and is not changed. None:
+    there is no teacher."""
 
     divergence: Literal["student_teacher", "teacher_student"] = "teacher_student"
     """Kullback-Leibler divergence of token distributions. teacher_student, D(teacher || student): the
     student learns everything that the teacher deems likely. student_teacher, D(student || teacher): it learns
     nothing that the teacher deems unlikely (as NVIDIA's public code for delayed eviction)."""
+
+    top_k: int | None = None
+    """Tokens that the teacher deems most likely, each of which counts in the divergence; all others count as
+    one. Default: every token of the vocabulary counts."""
 
     weight: float = 1.0
     """Of the divergence in the loss."""

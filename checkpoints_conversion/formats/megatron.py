@@ -7,7 +7,7 @@ Neither needs process groups, and neither holds more of a model than the rows th
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -225,7 +225,7 @@ def _write_weights(
 ) -> dict[str, Any]:
     """Writes the tensors under Megatron's keys; returns size and hash of the files."""
     total = sum(info.nbytes for info in infos.values())
-    names = {_megatron_key(name, infos): name for name in infos}
+    names = megatron_keys(infos)
 
     def read(key: str, rows: slice) -> Tensor:
         name = names[key]
@@ -237,8 +237,13 @@ def _write_weights(
     return write_tensors(staging, {key: infos[name] for key, name in names.items()}, read)
 
 
-def _megatron_key(name: str, names: Mapping[str, Any]) -> str:
-    """The inverse of `canonical_name`."""
+def megatron_keys(names: Collection[str]) -> dict[str, str]:
+    """The canonical `names` of all tensors of a model, by the keys that checkpoints have them under. The
+    inverse of `canonical_name`."""
+    return {_megatron_key(name, names): name for name in names}
+
+
+def _megatron_key(name: str, names: Collection[str]) -> str:
     layer, _, norm = name.partition("input_layernorm.")
     if norm:
         computes_kv = f"{layer}self_attention.linear_qkv.weight" in names

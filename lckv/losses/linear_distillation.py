@@ -9,7 +9,8 @@ As a plain computation, of one token, with log-probabilities lp of the student a
     objective = weight D + cross_entropy_weight cross-entropy
 
 Distillation as of Hinton et al. (2015) at temperature 1 is teacher_student; that of NVIDIA's public code for
-delayed eviction is student_teacher. Only the student learns.
+delayed eviction is student_teacher. Only the student learns. Of the k most likely tokens alone:
+`top_tokens.py`.
 
 Shapes: n tokens, c of a chunk, h channels (the teacher may have other ones), v rows of this rank.
 """
@@ -23,6 +24,7 @@ from torch import Tensor
 from lckv.losses.chunks import ChunkLoss, by_chunks
 from lckv.losses.products import logits_of, room_for_logits
 from lckv.losses.token_losses import TokenLosses, Vocabulary
+from lckv.losses.top_tokens import join_unlikely
 
 Divergence = Literal["student_teacher", "teacher_student"]
 _NEVER = -1e30
@@ -47,6 +49,9 @@ class DistillationTerms:
     divergence: Divergence = "teacher_student"
     weight: float = 1.0
     cross_entropy_weight: float = 0.0
+    top_k: int | None = None
+    """Tokens that the teacher deems most likely, each of which counts; the others count as one. None: all
+    count."""
 
     def divergence_of(self, objective: float, cross_entropy: float) -> float:
         """D, from means over tokens; not a number where it has no weight."""
@@ -77,9 +82,10 @@ def linear_distillation(
 ) -> TokenLosses:
     """Of hidden states [n, h] under the output weight [v, h], for targets int64 [n]; the other arguments and
     the errors are those of `linear_cross_entropy`. Where the vocabulary is split, a chunk costs three
-    collectives of [c] numbers.
+    collectives of [c] numbers, and with top_k two more.
 
-    Raises ValueError where the teacher has other tokens or another vocabulary.
+    Raises ValueError where the teacher has other tokens or another vocabulary, and where this has fewer
+    tokens than top_k.
     """
     if len(teacher.states) != len(states) or len(teacher.weight) != len(weight):
         raise ValueError(
@@ -87,6 +93,8 @@ def linear_distillation(
             f"the student {len(states)} and {len(weight)}"
         )
     vocabulary = Vocabulary(len(weight)) if vocabulary is None else vocabulary
+    if terms.top_k is not None and not 1 <= terms.top_k <= vocabulary.size:
+        raise ValueError(f"top_k is {terms.top_k}; it must be from 1 to {vocabulary.size}, the vocabulary")
     return by_chunks(
         states,
         weight,
@@ -114,6 +122,8 @@ class _Loss:
         losses = (lse - own_logit).masked_fill(ignored, 0)
         of_teacher = self._logits_of_teacher(part)
         self._normalise(of_teacher, torch.zeros_like(own_logit))
+        if terms.top_k is not None:
+            join_unlikely(of_teacher, logits, terms.top_k, self._vocabulary)
         # both are log-probabilities now; what they differ by takes the teacher's memory
         if terms.divergence == "student_teacher":
             probabilities = logits.exp()

@@ -62,11 +62,17 @@ class Vocabulary:
         ranks that do not have it. One collective."""
         if not self.is_split:
             return lse, logit
-        assert self.group is not None
-        mine = torch.stack((lse, logit))
-        parts = mine.new_empty((self.group.size(), *mine.shape))
-        dist.all_gather_into_tensor(parts.flatten(0, 1), mine, group=self.group)
+        parts = self.of_ranks(torch.stack((lse, logit)))
         return parts[:, 0].logsumexp(0), parts[:, 1].sum(0)
+
+    def of_ranks(self, mine: Tensor) -> Tensor:
+        """What each rank has, [ranks, *mine.shape], in order. One collective."""
+        if not self.is_split:
+            return mine[None]
+        assert self.group is not None
+        parts = mine.new_empty((self.group.size(), *mine.shape))
+        dist.all_gather_into_tensor(parts.flatten(0, 1), mine.contiguous(), group=self.group)
+        return parts
 
     def sum(self, parts: Tensor) -> Tensor:
         """Of the whole vocabulary, from what each rank has of it, which may be overwritten. One

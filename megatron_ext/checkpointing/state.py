@@ -2,7 +2,7 @@
 each rank holds."""
 
 import io
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -123,22 +123,37 @@ def write_common(checkpoint: Path, content: bytes) -> None:
     save_config(CheckpointingConfig("torch_dist", 1), str(checkpoint))
 
 
+Fill = Callable[[list[ShardedBase]], None]
+"""Fills tensors where they lie, and gives objects to their entries."""
+
+
 def read_state(ranks: Agreement, checkpoint: Path, contents: Metadata, state: State) -> State:
     """Fills the tensors of `state` from a checkpoint, whatever layout it was saved from, and returns it with
-    the common part. Ranks share the reading of what they hold copies of."""
+    the common part."""
+    return fill_state(
+        ranks,
+        state,
+        lambda entries: read_entries(entries, checkpoint, contents),
+        lambda: read_common(checkpoint),
+    )
+
+
+def fill_state(ranks: Agreement, state: State, fill: Fill, common: Callable[[], State]) -> State:
+    """Has the tensors of `state` filled, and returns it with what `common` reads. Ranks share the reading of
+    what they hold copies of."""
 
     def read() -> tuple[State, State, State]:
         dict_list_map_inplace(_merged_in_place, state)
         sharded, plain, factories = load_preprocess(state)
         sharded, _ = extract_sharded_base(sharded)
-        read_entries(entries_to_read(list(nested_values(sharded)), _data_group()), checkpoint, contents)
+        fill(entries_to_read(list(nested_values(sharded)), _data_group()))
         return sharded, plain, factories
 
     sharded, plain, factories = ranks.everywhere("read tensors", read)
     ranks.everywhere("send tensors around", lambda: send_around(list(nested_values(sharded)), _data_group()))
 
     def join() -> State:
-        whole = read_common(checkpoint)
+        whole = common()
         merge(whole, plain)
         dict_list_map_inplace(_value, sharded)
         merge(whole, sharded)

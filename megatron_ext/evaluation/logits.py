@@ -1,11 +1,8 @@
 """Logits and losses of given tokens, from a model on any layout."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
 from torch.nn.functional import pad
@@ -15,9 +12,8 @@ from megatron_ext.data.batch import Batch
 from megatron_ext.model.gpt import SharedKVGPTModel
 from megatron_ext.model.policy_statistics import PolicyInputs, PolicyReport
 from megatron_ext.model.stages import StageCall
-from megatron_ext.schedule.micro_batches import stage_shapes
-from megatron_ext.schedule.ring import Finished, run_ring
-from megatron_ext.schedule.ticks import ticks_of
+from megatron_ext.schedule.forward import run_forward
+from megatron_ext.schedule.ring import Finished
 
 
 @dataclass(frozen=True)
@@ -31,7 +27,7 @@ class _Reading:
     def forward(
         self, batch: Batch, call: StageCall | None = None
     ) -> tuple[Tensor | TokenLosses, PolicyReport]:
-        """See `Passage`; without `call` the stage is visited once."""
+        """See `OncePassage`."""
         policy = PolicyInputs(chunk_rows=batch.chunk_rows)
         labels = batch.labels if self.losses else None
         output, report = self.stage(batch.tokens, batch.position_ids, labels, policy=policy, call=call)
@@ -41,10 +37,6 @@ class _Reading:
         """See `Passage`."""
         tensor = output.losses if isinstance(output, TokenLosses) else output
         return Finished(tensor, torch.zeros([], dtype=torch.int, device=tensor.device), tensor)
-
-
-def _ignored(_report: PolicyReport) -> None:
-    pass
 
 
 @torch.no_grad()
@@ -71,32 +63,8 @@ def compute_losses(stage: SharedKVGPTModel, tokens: Tensor, labels: Tensor) -> T
 
 def _outputs(passage: _Reading, batch: Batch) -> list[Tensor]:
     """What the last stage has of a batch; nothing on others."""
-    stage = passage.stage
     rows, length = batch.tokens.shape
-    if stage.decoder.journey.circulates:
-        ticks = ticks_of(stage.config.placed, stage.decoder.journey, 1, 1, forward_only=True)
-        shape = (length, rows)
-        return run_ring(stage, iter([batch]), passage, _ignored, ticks, shape, forward_only=True)
-
-    def forward_step(_iterator: object, _model: SharedKVGPTModel) -> tuple[object, Callable[..., Tensor]]:
-        output, report = passage.forward(batch)
-        return output, lambda output, non_loss_data: passage.finish(batch, output, report).collected
-
-    options = {}
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        options["adjust_tensor_shapes_fn"] = stage_shapes(stage, length, rows)
-    outputs: list[Tensor] = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=None,
-        model=[stage],
-        num_microbatches=1,
-        seq_length=length,
-        micro_batch_size=rows,
-        forward_only=True,
-        collect_non_loss_data=True,
-        **options,
-    )
-    return outputs
+    return run_forward(passage.stage, iter([batch]), passage, number=1, shape=(length, rows))
 
 
 def _batch(stage: SharedKVGPTModel, tokens: Tensor, labels: Tensor) -> Batch:

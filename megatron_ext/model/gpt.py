@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lckv.attention.visibility import Documents
 from lckv.losses.backends import Choice as LossChoice
-from lckv.losses.linear_distillation import Lesson, Teacher, linear_distillation
+from lckv.losses.linear_distillation import Lesson, linear_distillation
 from lckv.losses.token_losses import LinearCrossEntropy, TokenLosses, Vocabulary
 from lckv.policies.base import RowPart, TokenContext
 from lckv.rope import RotaryEmbedding, Rotation, Turn, rotation
@@ -112,21 +112,32 @@ class SharedKVGPTModel(LanguageModule):
         Under Megatron's data parallelism a forward with gradients adds that of the output weight to its sums
         at once: the total's gradient must be 1.
         """
-        micro_batch_size, seq_length = tokens.shape
-        visit = self.decoder.visit if call is None else call.visit
-        enters, leaves = visit.receives is None, visit.sends is None
-        hidden_states = self.embedding(input_ids=tokens, position_ids=position_ids) if enters else None
-        context = self._context(position_ids, documents, policy)
-        hidden_states, report = self.decoder(
-            hidden_states, context, policy.row_seeds, seq_length, micro_batch_size, call
-        )
-        if not leaves:
+        hidden_states, report = self.states(tokens, position_ids, documents, policy, call)
+        if (self.decoder.visit if call is None else call.visit).sends is not None:
             return hidden_states, report
         auxiliary = self.decoder.statistics.auxiliary_loss(report.sums, policy.progress)
         report = replace(report, auxiliary_loss=auxiliary)
         if labels is None:
             return self.logits(hidden_states).transpose(0, 1), report
         return self._loss(hidden_states, labels, loss_mask, lesson), report
+
+    def states(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        documents: Documents | None,
+        policy: PolicyInputs,
+        call: StageCall | None = None,
+    ) -> tuple[Tensor, PolicyReport]:
+        """As `forward`, but of the last stage the hidden states under its output layer, [s / shards, b,
+        hidden], and no auxiliary loss."""
+        micro_batch_size, seq_length = tokens.shape
+        visit = self.decoder.visit if call is None else call.visit
+        enters = visit.receives is None
+        embedded = self.embedding(input_ids=tokens, position_ids=position_ids) if enters else None
+        context = self._context(position_ids, documents, policy)
+        states, report = self.decoder(embedded, context, policy.row_seeds, seq_length, micro_batch_size, call)
+        return states, report
 
     def _context(
         self, position_ids: Tensor, documents: Documents | None, policy: PolicyInputs
@@ -218,23 +229,11 @@ class SharedKVGPTModel(LanguageModule):
             logits[..., true:] = torch.finfo(logits.dtype).min
         return logits
 
-    def teach(
-        self, tokens: Tensor, position_ids: Tensor, documents: Documents | None, policy: PolicyInputs
-    ) -> Teacher:
-        """What a student may learn from this model, which is on one stage and not split along sequences by
-        tensor parallelism: states of the tokens int64 [b, s], in the order of `_loss`."""
-        rows, length = tokens.shape
-        context = self._context(position_ids, documents, policy)
-        states, _ = self.decoder(
-            self.embedding(input_ids=tokens, position_ids=position_ids),
-            context,
-            policy.row_seeds,
-            length,
-            rows,
-            None,
-        )
-        weight = self._output_weight()
-        return Teacher(states.flatten(0, 1), self.output_layer.weight if weight is None else weight)
+    def output_weight(self) -> Tensor:
+        """Of the last stage: [padded vocabulary / TP, hidden], this rank's rows."""
+        shared = self._output_weight()
+        weight: Tensor = self.output_layer.weight if shared is None else shared
+        return weight
 
     def _output_weight(self) -> Tensor | None:
         """That of the embedding, where they share it; None: the output layer's own."""

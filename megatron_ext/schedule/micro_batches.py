@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -25,8 +26,11 @@ from megatron_ext.schedule.ring import Finished, run_ring
 from megatron_ext.schedule.statistics_meter import StatisticsMeter
 from megatron_ext.schedule.ticks import ticks_of
 
-Teach = Callable[[Batch], Lesson]
-"""What a teacher makes of a micro-batch."""
+Taught = tuple[Batch, Lesson | None]
+"""A micro-batch, and what a teacher makes of it; None: nothing, or this is not the last stage."""
+Teach = Callable[[Iterator[Batch], int], Iterator[Taught]]
+"""Adds to so many micro-batches what a teacher makes of them. All ranks call it together, before the schedule
+that the micro-batches are for."""
 Shapes = list[tuple[int, ...]]
 Samples = Iterator[Mapping[str, Tensor]]
 MakeBatch = Callable[[Mapping[str, Tensor]], Batch]
@@ -57,12 +61,12 @@ class _LossOfBatch:
     train: TrainConfig
     progress: float
     forward_only: bool
-    teach: Teach | None
 
     def forward(
-        self, batch: Batch, call: StageCall | None = None
+        self, taught: Taught, call: StageCall | None = None
     ) -> tuple[Tensor | TokenLosses, PolicyReport]:
-        """See `Passage`; without `call` the stage is visited once."""
+        """See `OncePassage`."""
+        batch, lesson = taught
         seeds = () if self.forward_only else tuple(row_seed(self.train.seed, n) for n in batch.sample_ids)
         policy = PolicyInputs(seeds, batch.counted, batch.chunk_rows, self.progress)
         output, report = self.model(
@@ -73,13 +77,13 @@ class _LossOfBatch:
             policy=policy,
             call=call,
             loss_mask=batch.loss_mask,
-            lesson=None if self.teach is None else self.teach(batch),
+            lesson=lesson,
         )
         return output, report
 
-    def finish(self, batch: Batch, output: TokenLosses, report: PolicyReport) -> Finished:
-        """See `Passage`."""
-        return Finished(*token_loss(batch.loss_mask, report.auxiliary_loss, output))
+    def finish(self, taught: Taught, output: TokenLosses, report: PolicyReport) -> Finished:
+        """See `OncePassage`."""
+        return Finished(*token_loss(taught[0].loss_mask, report.auxiliary_loss, output))
 
 
 def run_schedule(
@@ -95,14 +99,18 @@ def run_schedule(
     teach: Teach | None = None,
 ) -> list[Tensor]:
     """Run the micro-batches of a step or an evaluation, with the map and the passes of `compression`; None:
-    as configured, which is no family of maps. `teach`: of a teacher, on one stage.
+    as configured, which is no family of maps. `teach`: of a teacher.
 
     Returns losses of this rank's micro-batches, float64 [3 + b] each: as `token_loss` reports them. Empty
     before the last stage."""
-    passage = _LossOfBatch(model, train, progress, forward_only, teach)
+    passage = _LossOfBatch(model, train, progress, forward_only)
     decoder = get_attr_wrapped_model(model, "decoder")
     decoder.take(compression or decoder.config.compression)
     tokens = train.seq_length // decoder.context_group.chunks.ranks
+    batches = map(make_batch, samples)
+    taught: Iterator[Taught] = zip(batches, repeat(None))
+    if teach is not None:
+        taught = teach(batches, micro_batches(train))
     if decoder.journey.circulates:
         ticks = ticks_of(
             decoder.config.placed,
@@ -112,23 +120,22 @@ def run_schedule(
             forward_only=forward_only,
         )
         shape = (tokens, train.micro_batch_size)
-        batches = map(make_batch, samples)
-        return run_ring(model, batches, passage, meter.add, ticks, shape, forward_only=forward_only)
+        return run_ring(model, taught, passage, meter.add, ticks, shape, forward_only=forward_only)
 
     def forward_step(
-        iterator: Samples, _stage: MegatronModule
+        iterator: Iterator[Taught], _stage: MegatronModule
     ) -> tuple[Tensor | TokenLosses, Callable[..., object]]:
-        batch = make_batch(next(iterator))
-        output, report = passage.forward(batch)
+        one = next(iterator)
+        output, report = passage.forward(one)
         meter.add(report)
-        return output, partial(token_loss, batch.loss_mask, report.auxiliary_loss)
+        return output, partial(token_loss, one[0].loss_mask, report.auxiliary_loss)
 
     options = {}
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         options["adjust_tensor_shapes_fn"] = stage_shapes(model, tokens, train.micro_batch_size)
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=samples,
+        data_iterator=taught,
         model=[model],
         num_microbatches=micro_batches(train),
         seq_length=train.seq_length,

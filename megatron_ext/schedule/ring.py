@@ -49,6 +49,14 @@ class Passage(Protocol[Visited]):
         ...
 
 
+class OncePassage(Passage[Visited], Protocol[Visited]):
+    """The same where a stage may be visited once."""
+
+    def forward(self, micro_batch: Visited, call: StageCall | None = None) -> tuple[Any, PolicyReport]:
+        """Without `call` the stage is visited once."""
+        ...
+
+
 def run_ring(
     model: MegatronModule,
     inputs: Iterator[Input],

@@ -38,6 +38,7 @@ from megatron_ext.model.cost import model_shape
 from megatron_ext.model.parameters import padded_vocab_size
 from megatron_ext.parallel.process_groups import chunks_of_rank, device_of_rank
 from megatron_ext.parallel.userbuffers import userbuffers
+from megatron_ext.restoring.foreign import OpenForeign
 from megatron_ext.training.continuation import continuation_of
 from megatron_ext.training.iteration import Position, Training, is_evaluated, iterate
 from megatron_ext.training.measured import Measurements
@@ -51,27 +52,29 @@ from megatron_ext.training.teacher import build_teacher
 logger = logging.getLogger(__name__)
 
 
-def fit(run: RunConfig) -> Position:
-    """Train `run` to its last iteration, or until it is asked to stop.
-    Needs process groups. Returns how far it came."""
+def fit(run: RunConfig, open_foreign: OpenForeign | None = None) -> Position:
+    """Train `run` to its last iteration, or until it is asked to stop. Needs process groups. `open_foreign`
+    opens a teacher in Hugging Face's format. Returns how far it came."""
     torch.use_deterministic_algorithms(run.train.deterministic)
     _check_places(run)
     products = exact_products() if run.train.precision == "fp32" else nullcontext()
     with products, prepared(run.checkpoint) as start:
-        return _fit(run, start)
+        return _fit(run, start, open_foreign)
 
 
-def _fit(run: RunConfig, start: Start) -> Position:
+def _fit(run: RunConfig, start: Start, open_foreign: OpenForeign | None) -> Position:
     vocab_size, eod = vocabulary(run.model, run.data)
     with userbuffers(run.model, run.parallel, run.train):
-        return _train(run, start, vocab_size, eod)
+        return _train(run, start, vocab_size, eod, open_foreign)
 
 
-def _train(run: RunConfig, start: Start, vocab_size: int, eod: int | None) -> Position:
+def _train(
+    run: RunConfig, start: Start, vocab_size: int, eod: int | None, open_foreign: OpenForeign | None
+) -> Position:
     stage = build_stage(run.model, run.compression, run.parallel, run.train, vocab_size=vocab_size)
     parameters = _count_parameters(stage)
     check_space(run, parameters)
-    teach = build_teacher(run, stage)
+    teach = build_teacher(run, stage, open_foreign)
     model = wrap(stage, run.parallel, run.train)
     optimizer, scheduler = build_optimizer(run.optimizer, run.parallel, run.train, model)
     defining = {ARCHITECTURE: architecture(run.model, run.compression, vocab_size=vocab_size)}

@@ -1,19 +1,50 @@
 """The teacher of a run that distils: another model, which makes of each micro-batch what is to be learned."""
 
 import logging
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lckv.losses.linear_distillation import DistillationTerms, Lesson
+from lckv.losses.linear_distillation import Teacher as Told
+from lckv.rope_scaling import longest_context
+from lckv.weights.folder_kind import explain_other_kind, kind_of
+from megatron_ext.checkpointing.errors import CheckpointError
 from megatron_ext.config import DistillationConfig, RunConfig
 from megatron_ext.data.batch import Batch
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.gpt import SharedKVGPTModel
-from megatron_ext.model.policy_statistics import PolicyInputs
+from megatron_ext.model.policy_statistics import PolicyInputs, PolicyReport
+from megatron_ext.model.stages import StageCall
+from megatron_ext.restoring.foreign import OpenForeign, restore_foreign
 from megatron_ext.restoring.model import Restored, restore
+from megatron_ext.schedule.forward import run_forward
+from megatron_ext.schedule.micro_batches import Taught
+from megatron_ext.schedule.ring import Finished
+from megatron_ext.validation.distillation import beyond_vocabulary
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What a stage of the teacher does with micro-batches."""
+
+    stage: SharedKVGPTModel
+
+    def forward(self, batch: Batch, call: StageCall | None = None) -> tuple[Tensor, PolicyReport]:
+        """See `OncePassage`."""
+        policy = PolicyInputs((), batch.counted, batch.chunk_rows)
+        return self.stage.states(batch.tokens, batch.position_ids, batch.documents(), policy, call)
+
+    def finish(self, _batch: Batch, output: Tensor, _report: PolicyReport) -> Finished:
+        """See `OncePassage`."""
+        return Finished(output, torch.zeros([], dtype=torch.int, device=output.device), output)
 
 
 class Teacher:
@@ -21,34 +52,77 @@ class Teacher:
 
     def __init__(self, stage: SharedKVGPTModel, terms: DistillationTerms) -> None:
         self._stage, self._terms = stage.eval().requires_grad_(False), terms
+        self._reading = _Reading(self._stage)
+
+    def __call__(self, batches: Iterator[Batch], number: int) -> Iterator[Taught]:
+        """See `Teach`. On one stage a micro-batch is read when it is asked for. On several, all are read at
+        once: until their turn comes, the last stage keeps the states of all, [s, b, hidden] each."""
+        if self._stage.pre_process and self._stage.post_process:
+            return ((batch, self._lesson(self._read(batch))) for batch in batches)
+        read = deque(islice(batches, number))
+        rows, length = read[0].tokens.shape
+        states = run_forward(self._stage, iter(read), self._reading, number=number, shape=(length, rows))
+        return self._hand_out(read, deque(states))
+
+    def _hand_out(self, batches: deque[Batch], states: deque[Tensor]) -> Iterator[Taught]:
+        while batches:
+            yield batches.popleft(), self._lesson(states.popleft()) if states else None
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Lesson:
-        """What it makes of a micro-batch."""
-        policy = PolicyInputs((), batch.counted, batch.chunk_rows)
-        return Lesson(
-            self._stage.teach(batch.tokens, batch.position_ids, batch.documents(), policy), self._terms
-        )
+    def _read(self, batch: Batch) -> Tensor:
+        return self._reading.forward(batch)[0]
+
+    def _lesson(self, states: Tensor) -> Lesson:
+        """Of states [s, b, hidden], in the order of the student's tokens."""
+        return Lesson(Told(states.flatten(0, 1), self._stage.output_weight()), self._terms)
 
 
 def terms_of(settings: DistillationConfig) -> DistillationTerms:
     """What the run learns."""
-    return DistillationTerms(settings.divergence, settings.weight, settings.lm_loss_weight)
+    return DistillationTerms(
+        settings.divergence, settings.weight, settings.lm_loss_weight, top_k=settings.top_k
+    )
 
 
-def build_teacher(run: RunConfig, student: SharedKVGPTModel) -> Teacher | None:
-    """The teacher of the run beside this rank's student; None where there is none.
+def build_teacher(
+    run: RunConfig, student: SharedKVGPTModel, open_foreign: OpenForeign | None
+) -> Teacher | None:
+    """The teacher of the run beside this rank's student; None where there is none. `open_foreign` opens a
+    Hugging Face model; None: checkpoints only.
 
-    Raises ConfigError where they cannot be compared, and CheckpointError as `load_checkpoint` does.
+    Raises ConfigError where it cannot be read, or they cannot be compared.
     """
     settings = run.train.distillation
     if settings.teacher is None:
         return None
-    restored = restore(Path(settings.teacher), run.parallel, verify_hashes=run.checkpoint.verify_hashes)
+    if settings.top_k is not None and settings.top_k > student.vocab_size:
+        raise ConfigError(beyond_vocabulary(settings.top_k, student.vocab_size))
+    try:
+        restored = _restored(run, Path(settings.teacher), open_foreign)
+    except CheckpointError:
+        raise
+    except ConfigError as error:
+        raise ConfigError(f"train.distillation.teacher {settings.teacher}: {error}") from error
     if problem := _obstacle(run, student, restored):
         raise ConfigError(f"train.distillation.teacher {settings.teacher} {problem}")
-    logger.info("learning from %s (iteration %d)", settings.teacher, restored.iteration)
+    logger.info("learning from %s", settings.teacher)
     return Teacher(restored.stage, terms_of(settings))
+
+
+def _restored(run: RunConfig, path: Path, open_foreign: OpenForeign | None) -> Restored:
+    parallel = replace(run.parallel, pipeline_in_flight=None)  # it is for the way of the student
+    if kind_of(path) != "huggingface":
+        return restore(path, parallel, verify_hashes=run.checkpoint.verify_hashes)
+    if open_foreign is None:
+        raise ConfigError(f"{explain_other_kind(path, 'megatron')}.")
+    return restore_foreign(
+        path,
+        open_foreign,
+        parallel,
+        seq_length=run.train.seq_length,
+        make_vocab_size_divisible_by=run.model.make_vocab_size_divisible_by,
+        timeout_minutes=run.checkpoint.load_timeout_minutes,
+    )
 
 
 def _obstacle(run: RunConfig, student: SharedKVGPTModel, restored: Restored) -> str | None:
@@ -64,7 +138,8 @@ def _obstacle(run: RunConfig, student: SharedKVGPTModel, restored: Restored) -> 
             f"{student.padded_vocab_size}; set model.make_vocab_size_divisible_by to the teacher's, "
             f"{theirs.model.make_vocab_size_divisible_by}."
         )
-    longest = theirs.model.max_position_embeddings
+    given = theirs.model.max_position_embeddings
+    longest = None if given is None else longest_context(theirs.model.rope_scaling.scaling, given)
     if longest is not None and run.train.seq_length > longest:
         return f"has a context of {longest} tokens; lower train.seq_length, {run.train.seq_length}."
     mine, other = run.compression.policy, theirs.compression.policy

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
+from lckv.weights.folder_kind import explain_other_kind, kind_of
 from megatron_ext.config import DistillationConfig, RunConfig
 
 
@@ -13,26 +14,20 @@ def distillation_problems(run: RunConfig) -> Iterator[str]:
     if settings.teacher is None:
         yield from _idle(settings)
         return
-    if not Path(settings.teacher).is_dir():
-        yield (
-            f"train.distillation.teacher is {settings.teacher}, which is no directory; give a checkpoint, or "
-            "a directory of checkpoints. A Hugging Face model is made one by `lckv-megatron convert "
-            "hf-to-megatron`."
-        )
+    yield from _no_model(settings.teacher)
     for name in ("weight", "lm_loss_weight"):
         value = getattr(settings, name)
         if not 0 <= value < float("inf"):
             yield f"train.distillation.{name} is {value}; it must be at least 0, and finite."
+    vocab_size = run.model.vocab_size
+    if settings.top_k is not None and settings.top_k < 1:
+        yield f"train.distillation.top_k is {settings.top_k}; it must be at least 1, or left out."
+    elif settings.top_k is not None and vocab_size is not None and settings.top_k > vocab_size:
+        yield beyond_vocabulary(settings.top_k, vocab_size)
     if settings.weight == 0:
         yield (
             "train.distillation.weight is 0, so nothing would be learned from the teacher; set it above 0, "
             "or leave train.distillation.teacher out."
-        )
-    if run.parallel.pipeline_model_parallel_size > 1:
-        yield (
-            f"train.distillation.teacher is set and parallel.pipeline_model_parallel_size is "
-            f"{run.parallel.pipeline_model_parallel_size}; a teacher works on one stage: set the latter to "
-            "1, and use parallel.tensor_model_parallel_size."
         )
     if run.model.cross_entropy_backend not in ("auto", "chunked"):
         yield (
@@ -44,6 +39,30 @@ def distillation_problems(run: RunConfig) -> Iterator[str]:
         yield (
             f"train.distillation.teacher is set and model.cross_entropy_z_loss is "
             f"{run.model.cross_entropy_z_loss}; the loss of distillation has no z-loss: set it to 0."
+        )
+
+
+def beyond_vocabulary(top_k: int, vocab_size: int) -> str:
+    """That the vocabulary has fewer tokens than top_k."""
+    return (
+        f"train.distillation.top_k is {top_k} and the vocabulary has {vocab_size} tokens; set the former to "
+        "at most that, or leave it out: every token counts then."
+    )
+
+
+def _no_model(teacher: str) -> Iterator[str]:
+    """A place that holds nothing that can teach."""
+    path = Path(teacher)
+    kind = kind_of(path)
+    if kind in ("megatron", "huggingface"):
+        return
+    what = "holds no model" if path.is_dir() else "is no directory"
+    if kind is not None:
+        yield f"train.distillation.teacher: {explain_other_kind(path, 'megatron')}."
+    else:
+        yield (
+            f"train.distillation.teacher is {teacher}, which {what}; give a checkpoint, a directory of "
+            "checkpoints, or the folder of a Hugging Face model, with config.json and safetensors."
         )
 
 

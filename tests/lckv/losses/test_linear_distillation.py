@@ -1,6 +1,7 @@
 """Divergence from a teacher, chunk by chunk: against the plain formula in float64, the public code's recorded
 numbers, and on several ranks that share the vocabulary."""
 
+import itertools
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,7 +24,14 @@ from tests.ranks import run_on_ranks
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "dms" / "c_distill.safetensors"
 DIRECTIONS: tuple[Divergence, ...] = get_args(Divergence)
-MIXTURES = [(1.0, 0.0), (0.7, 0.4), (0.0, 1.0)]
+MIXTURES = [
+    (1.0, 0.0, None),
+    (0.7, 0.4, None),
+    (0.0, 1.0, None),
+    (0.7, 0.4, 1),
+    (1.0, 0.0, 5),
+    (1.0, 0.0, TRUE),
+]
 
 
 class Lesson(Problem):
@@ -46,6 +54,9 @@ class Lesson(Problem):
         logits = (self.states @ self.weight.t())[:, :TRUE]
         student = logits.log_softmax(1)
         teacher = (self.teacher.states @ self.teacher.weight.t())[:, :TRUE].log_softmax(1)
+        if terms.top_k is not None:
+            likely = teacher.argsort(1, descending=True)[:, : terms.top_k]
+            student, teacher = coarser(student, likely), coarser(teacher, likely)
         one, other = (student, teacher) if terms.divergence == "teacher_student" else (teacher, student)
         divergence = kl_div(one, other, reduction="none", log_target=True).sum(1)
         losses = cross_entropy(logits, self.targets, reduction="none", ignore_index=-100)
@@ -53,17 +64,28 @@ class Lesson(Problem):
         return losses, objective, (self.token_weights * objective).sum()
 
 
+def coarser(log_probabilities: Tensor, likely: Tensor) -> Tensor:
+    """Of distributions [n, V]: the probabilities of the tokens `likely` [n, k], and of all others together
+    where there are any; logarithms."""
+    rows = []
+    for row, kept in zip(log_probabilities, likely, strict=True):
+        others = [v for v in range(len(row)) if v not in kept.tolist()]
+        rest = [row[others].exp().sum().log()] if others else []
+        rows.append(torch.stack([*row[kept], *rest]))
+    return torch.stack(rows)
+
+
 def gradients(problem: Problem, total: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(total, [problem.states, problem.weight]))
 
 
 @pytest.mark.parametrize("divergence", DIRECTIONS)
-@pytest.mark.parametrize(("weight", "cross_entropy_weight"), MIXTURES)
+@pytest.mark.parametrize(("weight", "cross_entropy_weight", "top_k"), MIXTURES)
 @pytest.mark.parametrize("chunk_size", [0, 1, 7])
 def test_it_is_the_plain_formula(
-    divergence: Divergence, weight: float, cross_entropy_weight: float, chunk_size: int
+    divergence: Divergence, weight: float, cross_entropy_weight: float, top_k: int | None, chunk_size: int
 ) -> None:
-    terms, lesson = DistillationTerms(divergence, weight, cross_entropy_weight), Lesson()
+    terms, lesson = DistillationTerms(divergence, weight, cross_entropy_weight, top_k), Lesson()
     done = lesson.distilled(terms, chunk_size=chunk_size)
     losses, objective, total = lesson.plain(terms)
     for mine, theirs in ((done.losses, losses), (done.objective, objective), (done.total, total)):
@@ -73,12 +95,13 @@ def test_it_is_the_plain_formula(
 
 
 @pytest.mark.parametrize("divergence", DIRECTIONS)
-def test_a_student_that_is_its_teacher_has_nothing_to_learn(divergence: Divergence) -> None:
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(
+    divergence: Divergence, top_k: int | None
+) -> None:
     problem = Problem()
-    teacher = Teacher(problem.states, problem.weight)
-    done = linear_distillation(
-        problem.states, problem.weight, problem.targets, teacher=teacher, terms=DistillationTerms(divergence)
-    )
+    teacher, terms = Teacher(problem.states, problem.weight), DistillationTerms(divergence, top_k=top_k)
+    done = linear_distillation(problem.states, problem.weight, problem.targets, teacher=teacher, terms=terms)
     assert done.objective.abs().max() < 1e-14
     assert all(gradient.abs().max() < 1e-14 for gradient in gradients(problem, done.total))
 
@@ -103,12 +126,28 @@ def test_numbers_of_the_public_code() -> None:
 
 
 @pytest.mark.parametrize("divergence", DIRECTIONS)
+def test_more_tokens_tell_more(divergence: Divergence) -> None:
+    """A coarser distribution is not further from another one; with all tokens it is the distribution."""
+    lesson = Lesson()
+    finer = [
+        lesson.distilled(DistillationTerms(divergence, top_k=k)).objective for k in (1, 4, 9, TRUE, None)
+    ]
+    assert all((more >= less - 1e-12).all() for less, more in itertools.pairwise([0 * finer[0], *finer]))
+    torch.testing.assert_close(finer[-2], finer[-1], **EXACT)
+
+
+@pytest.mark.parametrize("divergence", DIRECTIONS)
 def test_ranks_share_the_vocabulary(divergence: Divergence) -> None:
     assert run_on_ranks(2, share, divergence) == [None, None]
 
 
 def share(divergence: Divergence) -> None:
-    terms, lesson = DistillationTerms(divergence, 0.7, 0.4), Lesson()
+    for top_k in (None, 1, 4, 9, TRUE):
+        share_with(DistillationTerms(divergence, 0.7, 0.4, top_k))
+
+
+def share_with(terms: DistillationTerms) -> None:
+    lesson = Lesson()
     _, objective, total = lesson.plain(terms)
     of_states, of_weight = gradients(lesson, total)
     half = len(lesson.weight) // 2
@@ -148,3 +187,9 @@ def test_another_vocabulary_is_refused() -> None:
     lesson.teacher = Teacher(lesson.teacher.states, lesson.teacher.weight[:-1])
     with pytest.raises(ValueError, match="the teacher has 23 tokens and 15 rows of the vocabulary"):
         lesson.distilled(DistillationTerms())
+
+
+@pytest.mark.parametrize("top_k", [0, TRUE + 1])
+def test_more_tokens_than_there_are_are_refused(top_k: int) -> None:
+    with pytest.raises(ValueError, match=f"top_k is {top_k}; it must be from 1 to {TRUE}, the vocabulary"):
+        Lesson().distilled(DistillationTerms(top_k=top_k))

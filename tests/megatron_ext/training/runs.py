@@ -41,12 +41,13 @@ def train(run: RunConfig) -> int:
     """On every rank: run it; returns the iteration reached."""
     import torch.distributed as dist
 
+    from checkpoints_conversion.for_training import open_for_training
     from megatron_ext.training.loop import fit
     from megatron_ext.validation.run import validate
 
     validate(run, dist.get_world_size())
     initialize(run.parallel, run.train.seed)
-    return fit(run).iteration
+    return fit(run, open_for_training).iteration
 
 
 def messages(run: RunConfig) -> list[str]:

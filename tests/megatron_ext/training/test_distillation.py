@@ -3,14 +3,18 @@ work is said before the run starts."""
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
+from checkpoints_conversion.convert import megatron_to_hf
 from megatron_ext.config import DistillationConfig, ParallelConfig, RunConfig
 from megatron_ext.errors import ConfigError
+from megatron_ext.training.teacher import build_teacher
 from megatron_ext.validation.distillation import distillation_problems
+from tests.lckv.losses.test_linear_distillation import coarser
 from tests.megatron_ext.training.runs import logged_to, reports, series, tiny_run, train
 from tests.ranks import run_on_ranks
 
@@ -36,6 +40,14 @@ def student(teacher: str, path: Path, *, compression: dict[str, Any] = STUDENT, 
 
 
 @pytest.fixture(scope="module")
+def exported(teacher: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same model for Hugging Face."""
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    megatron_to_hf(Path(teacher), folder, proof="never")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
 def one_rank(teacher: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     path = tmp_path_factory.mktemp("one") / "reports.jsonl"
     run_on_ranks(1, train, student(teacher, path))
@@ -51,13 +63,19 @@ def test_the_student_comes_nearer(one_rank: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     ("world_size", "parallel", "more"),
     [
-        (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, {}),
         (2, {"context_parallel_size": 2}, {}),
-        (4, {"tensor_model_parallel_size": 2, "use_distributed_optimizer": True}, {}),
+        (2, {"pipeline_model_parallel_size": 2}, {}),
+        (
+            4,
+            {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2},
+            {},
+        ),
+        (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, {}),
+        (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, {}),
         (1, {}, {"train": {"micro_batch_size": 2, "recompute_granularity": "full"}}),
         (1, {}, {"model": {"cross_entropy_chunk_size": 5}}),
     ],
-    ids=["tp2-sp", "cp2", "tp2-dp2", "recompute", "small-chunks"],
+    ids=["cp2", "pp2", "tp2-sp-pp2", "vpp2", "tp2-sp-dp2", "recompute", "small-chunks"],
 )
 def test_nothing_depends_on_the_layout(
     teacher: str,
@@ -74,20 +92,42 @@ def test_nothing_depends_on_the_layout(
         assert series(path, name) == pytest.approx(expected, rel=2e-4), name
 
 
-@pytest.mark.parametrize("divergence", ["student_teacher", "teacher_student"])
-def test_it_is_the_divergence_of_the_two_models(teacher: str, divergence: str, tmp_path: Path) -> None:
+def test_only_the_student_may_go_round(teacher: str, tmp_path: Path) -> None:
+    """Layers of one cyclic group on both stages: the student's way is another one than its teacher's."""
+    paths = [tmp_path / f"{ranks}.jsonl" for ranks in (1, 2)]
+    for ranks, path in enumerate(paths, 1):
+        layout = {"pipeline_model_parallel_size": ranks}
+        run = student(
+            teacher, path, compression={"layer_types": "0_3_3_3"}, parallel=layout, train={"train_iters": 3}
+        )
+        run_on_ranks(ranks, train, run)
+    for name in NAMES:
+        assert series(paths[1], name) == pytest.approx(series(paths[0], name), rel=2e-4), name
+
+
+def test_a_hugging_face_model_teaches(exported: str, one_rank: list[dict[str, Any]], tmp_path: Path) -> None:
+    path = tmp_path / "reports.jsonl"
+    run_on_ranks(1, train, student(exported, path))
+    for name in NAMES:
+        assert series(path, name) == [report[name] for report in one_rank], name
+
+
+@pytest.mark.parametrize(("divergence", "top_k"), [("student_teacher", None), ("teacher_student", 7)])
+def test_it_is_the_divergence_of_the_two_models(
+    teacher: str, divergence: str, top_k: int | None, tmp_path: Path
+) -> None:
     """Of a student that does not move, against logits of both that are computed as evaluation does it."""
     path = tmp_path / "reports.jsonl"
     run = student(teacher, path, train={"train_iters": 1}, checkpoint={"save": str(tmp_path / "run")})
     still = replace(run.optimizer, lr=1e-30, lr_warmup_iters=0)
-    settings = replace(run.train.distillation, divergence=divergence)
+    settings = replace(run.train.distillation, divergence=divergence, top_k=top_k)
     run = replace(run, optimizer=still, train=replace(run.train, distillation=settings))
     run_on_ranks(1, train, run)
-    (expected,) = run_on_ranks(1, plain_divergence, run, str(tmp_path / "run"), teacher, divergence)
+    (expected,) = run_on_ranks(1, plain_divergence, run, str(tmp_path / "run"))
     assert series(path, "distillation_loss") == [pytest.approx(expected, rel=1e-5)]
 
 
-def plain_divergence(run: RunConfig, of_student: str, of_teacher: str, divergence: str) -> float:
+def plain_divergence(run: RunConfig, of_student: str) -> float:
     """Over the first global batch."""
     from megatron_ext.data.datasets import build_datasets
     from megatron_ext.evaluation.logits import compute_logits
@@ -99,11 +139,15 @@ def plain_divergence(run: RunConfig, of_student: str, of_teacher: str, divergenc
         run.data, seq_length=24, num_samples=(4, 0, 0), seed=run.train.seed, vocab_size=97, eod=None
     )
     tokens = torch.stack([torch.as_tensor(datasets.train[index]["tokens"]) for index in range(4)]).long()
+    settings = run.train.distillation
     one, other = (
         compute_logits(restore(Path(path), ParallelConfig()).stage, tokens)[..., :97].double().log_softmax(-1)
-        for path in (of_student, of_teacher)
+        for path in (of_student, str(settings.teacher))
     )
-    if divergence == "teacher_student":
+    if settings.top_k is not None:
+        likely = other.flatten(0, 1).argsort(1, descending=True)[:, : settings.top_k]
+        one, other = (coarser(it.flatten(0, 1), likely) for it in (one, other))
+    if settings.divergence == "teacher_student":
         one, other = other, one
     return float((one.exp() * (one - other)).sum(-1).mean())
 
@@ -130,20 +174,41 @@ def test_it_resumes_exactly(teacher: str, one_rank: list[dict[str, Any]], tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("model", "message"),
+    ("kind", "sections", "message"),
     [
-        ({"vocab_size": 98}, "has a vocabulary of 97 tokens, the model one of 98; take a teacher with"),
+        ("teacher", {"model": {"vocab_size": 98}}, "vocabulary of 97 tokens, the model one of 98; take a"),
+        ("exported", {"model": {"vocab_size": 98}}, "vocabulary of 97 tokens, the model one of 98; take a"),
         (
-            {"make_vocab_size_divisible_by": 7},
+            "teacher",
+            {"model": {"make_vocab_size_divisible_by": 7}},
             "pads its vocabulary to 128, the model its own to 98; set model.",
         ),
+        ("exported", {"train": {"seq_length": 26}}, "has a context of 24 tokens; lower train.seq_length, 26"),
     ],
 )
 def test_teachers_of_other_tokens_are_refused(
-    teacher: str, model: dict[str, Any], message: str, tmp_path: Path
+    kind: str, sections: dict[str, Any], message: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    run = student(request.getfixturevalue(kind), tmp_path / "reports.jsonl", **sections)
     with pytest.raises(ConfigError, match=message):
-        run_on_ranks(1, train, student(teacher, tmp_path / "reports.jsonl", model=model))
+        run_on_ranks(1, train, run)
+
+
+@pytest.mark.parametrize("kind", ["teacher", "exported"])
+def test_a_teacher_that_does_not_fit_the_stages_is_refused(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    stages = {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et|ttL"}
+    run = student(
+        request.getfixturevalue(kind),
+        tmp_path / "reports.jsonl",
+        model={"num_layers": 3},
+        compression={"layer_types": "0_0_2"},
+        parallel=stages,
+    )
+    message = r"distillation.teacher .*: parallel.pipeline_model_parallel_layout is .* it needs one E .* 4 t"
+    with pytest.raises(ConfigError, match=message):
+        run_on_ranks(2, train, run)
 
 
 @pytest.mark.parametrize(
@@ -151,29 +216,50 @@ def test_teachers_of_other_tokens_are_refused(
     [
         ({}, {"weight": 2.0}, "distillation.weight is 2.0, but there is no teacher; set train.distillation"),
         ({}, {"teacher": "nowhere"}, "teacher is nowhere, which is no directory; give a checkpoint"),
-        ({}, {"teacher": ".", "weight": -1.0}, "distillation.weight is -1.0; it must be at least 0"),
-        ({}, {"teacher": ".", "weight": 0.0}, "weight is 0, so nothing would be learned"),
+        ({}, {"teacher": "EMPTY"}, "which holds no model; give a checkpoint, a directory of checkpoints, or"),
+        ({}, {"teacher": "OLD"}, "is a checkpoint in Megatron's older layout, not a folder of this"),
+        ({}, {"teacher": "MODEL", "weight": -1.0}, "distillation.weight is -1.0; it must be at least 0"),
+        ({}, {"teacher": "MODEL", "weight": 0.0}, "weight is 0, so nothing would be learned"),
+        ({}, {"teacher": "MODEL", "top_k": 0}, "distillation.top_k is 0; it must be at least 1, or left out"),
         (
-            {"parallel": {"pipeline_model_parallel_size": 2}},
-            {"teacher": "."},
-            "pipeline_model_parallel_size is 2; a teacher works on one stage",
+            {},
+            {"teacher": "MODEL", "top_k": 98},
+            "top_k is 98 and the vocabulary has 97 tokens; set the former to at most that, or leave it out",
         ),
         (
             {"model": {"cross_entropy_backend": "liger"}},
-            {"teacher": "."},
+            {"teacher": "MODEL"},
             "model.cross_entropy_backend is liger; the loss of distillation",
         ),
         (
             {"model": {"cross_entropy_z_loss": 0.1}},
-            {"teacher": "."},
+            {"teacher": "MODEL"},
             "the loss of distillation has no z-loss",
         ),
     ],
 )
 def test_what_cannot_work_is_said_first(
-    sections: dict[str, Any], settings: dict[str, Any], message: str
+    sections: dict[str, Any], settings: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
+    for name in ("MODEL/config.json", "OLD/mp_rank_00/model_optim_rng.pt", "EMPTY/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    if settings.get("teacher", "nowhere") != "nowhere":
+        settings = {**settings, "teacher": str(tmp_path / settings["teacher"])}
     run = tiny_run(**sections)
     run = replace(run, train=replace(run.train, distillation=DistillationConfig(**settings)))
     (problem,) = distillation_problems(run)
     assert message in problem
+
+
+def test_what_shows_later_only(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    run, model = student(str(tmp_path), tmp_path / "reports.jsonl"), cast(Any, SimpleNamespace(vocab_size=97))
+    with pytest.raises(
+        ConfigError, match="is a model in Hugging Face's format, not a folder of this project"
+    ):
+        build_teacher(run, model, None)
+    settings = replace(run.train.distillation, top_k=98)
+    run = replace(run, train=replace(run.train, distillation=settings))
+    with pytest.raises(ConfigError, match="top_k is 98 and the vocabulary has 97 tokens"):
+        build_teacher(run, model, None)
