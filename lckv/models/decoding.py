@@ -75,7 +75,7 @@ class _Layer(NamedTuple):
     key_norm: nn.Module | None
     mixes: int | None
     lends: bool
-    mixing: LCKVLlamaAttention
+    attention: LCKVLlamaAttention
     output: nn.Module
     before_mlp: nn.Module
     mlp: nn.Module
@@ -86,7 +86,8 @@ class Decoder:
 
     def __init__(self, model: LCKVLlamaModel) -> None:
         self._model, self._policy, self._kv_heads = model, model.policy, model.config.num_key_value_heads
-        self._key_bias, self._reads_query = model.policy.traits.key_bias, model.policy.traits.reads_query
+        self._traits = model.policy.traits
+        self._key_bias = self._traits.key_bias
         self._take_apart()
         self._rope = model.config.rotary_embedding()
         self._frequencies: dict[tuple[int, torch.device], Tensor] = {}
@@ -118,8 +119,9 @@ class Decoder:
             query = _heads(layer.query, layer.query_norm, normed, layer.head_dim)
             if layer.computes_kv:
                 key, value = self._keys_values(layer, normed, lent)
+                read = self._traits.read(query, layer.attention.projected(hidden_states[:, None]))
                 extensions[layer.number] = self._policy.extend(
-                    cache.state(layer.number), key, value, query if self._reads_query else None, context
+                    cache.state(layer.number), key, value, read, context
                 )
             # A cyclic layer sees nothing of the new token: any keys and values will do.
             new = extensions.get(layer.source)
@@ -155,7 +157,7 @@ class Decoder:
             _heads(layer.value, None, normed, layer.head_dim),
         )
         if layer.mixes is not None:
-            own = layer.mixing.mixed(*own, lent[layer.mixes])
+            own = layer.attention.mixed(*own, lent[layer.mixes])
         if layer.lends:
             lent[layer.number] = own
         return own

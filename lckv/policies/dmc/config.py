@@ -19,7 +19,6 @@ class DMCConfig(StagedConfig):
     """Merge tokens: each KV head decides for every token whether it opens a slot or is merged into the last
     one (Dynamic Memory Compression, Nawrot et al. 2024)."""
 
-    channel: ClassVar = "decision channel"
     effect: ClassVar = "merged"
     without: ClassVar = "knows no merging"
 
@@ -54,6 +53,11 @@ class DMCConfig(StagedConfig):
     loss_per_tp_rank: bool = False
     """Compute the compression loss of the KV heads of each tensor-parallel rank by itself, as NVIDIA's public
     code does; the loss then depends on the layout."""
+
+    @property
+    def channel(self) -> str:
+        """See `StagedConfig`."""
+        return "decision channel"
 
     @property
     def traits(self) -> Traits:
