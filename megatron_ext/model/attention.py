@@ -4,6 +4,7 @@ Shapes: s tokens, b micro-batch, h query heads and g KV heads of this tensor-par
 head, e extra channels of keys and queries where the KV policy biases keys.
 """
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -29,6 +30,8 @@ from megatron_ext.mcore import name_argument
 from megatron_ext.model.attention_backend import choose_backend
 from megatron_ext.model.contexts import LayerContext, Own, keys_values
 from megatron_ext.model.linear import FirstGuessLinear, QKVLinear, TakingPart
+from megatron_ext.model.norm import RMSNorm
+from megatron_ext.model.policy_projection import PolicyLinear
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 from megatron_ext.parallel.context import ContextGroup
 from megatron_ext.parallel.key_ring import KeyRing
@@ -175,6 +178,12 @@ class SharedKVAttention(Attention):
             self.linear_first_guess = FirstGuessLinear(
                 config, config.hidden_size, 2 * self.kv_projection_size, self.pg_collection.tp
             )
+        self.projection = self.policy.traits.projection if self.has_kv_weights else None
+        if self.projection is not None:
+            norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+            linear = PolicyLinear(config, self.pg_collection.tp, per_layer=self.projection.per_layer)
+            setattr(self, self.projection.norm_name, norm)
+            setattr(self, self.projection.name, linear)
         self.q_layernorm = self._head_norm(submodules.q_layernorm)
         self.k_layernorm = self._head_norm(submodules.k_layernorm) if self.has_kv_weights else None
 
@@ -200,19 +209,24 @@ class SharedKVAttention(Attention):
         )
 
     def forward(
-        self, hidden_states: Tensor, shared: KeyValue | None, context: LayerContext
+        self,
+        hidden_states: Tensor,
+        shared: KeyValue | None,
+        context: LayerContext,
+        projected: Tensor | None = None,
     ) -> tuple[tuple[Tensor, Tensor | None], Own | None]:
         """Attend from `hidden_states` [s, b, hidden] (normalised) to `shared`, or to the layer's own keys and
         values.
 
-        `shared` is given iff the layer reads another layer's, or mixes what another lends into its own.
+        `shared` is given iff the layer reads another layer's, or mixes what another lends into its own;
+        `projected` is what `projected()` made of the layer's input.
         Returns Megatron's (output, bias), and what the layer makes of its own keys and values if it computes
         any.
         """
         self.require_source(shared)
         lent, shared = self.parted(shared)
         query, *others = self.heads(hidden_states, lent)
-        own = self._own(query, *others, context=context) if others else None
+        own = self._own(self.read(query, projected), *others, context=context) if others else None
         key_value = shared
         if key_value is None:
             assert own is not None
@@ -235,14 +249,33 @@ class SharedKVAttention(Attention):
                 f"which were {'not ' if shared is None else ''}given to it."
             )
 
-    def keys_values(self, hidden_states: Tensor, context: LayerContext, lent: KeyValue | None = None) -> Own:
+    def keys_values(
+        self,
+        hidden_states: Tensor,
+        context: LayerContext,
+        lent: KeyValue | None = None,
+        projected: Tensor | None = None,
+    ) -> Own:
         """The layer's keys and values alone, from `hidden_states` [s, b, hidden] (normalised), and from what
-        is `lent` to a layer that mixes."""
+        is `lent` to a layer that mixes. `projected`: as in `forward`."""
         *query, key, value = self.kv_heads(hidden_states, lent)
-        return self._own(query[0] if query else None, key, value, context=context)
+        return self._own(self.read(query[0] if query else None, projected), key, value, context=context)
 
-    def _own(self, query: Tensor | None, key: Tensor, value: Tensor, *, context: LayerContext) -> Own:
-        return Own(*self.of_policy(query, key, value, context), KeyValue(key, value) if self.lends else None)
+    def _own(self, read: Tensor | None, key: Tensor, value: Tensor, *, context: LayerContext) -> Own:
+        return Own(*self.of_policy(read, key, value, context), KeyValue(key, value) if self.lends else None)
+
+    def projected(self, inputs: Tensor) -> Tensor | None:
+        """What parameters of the KV policy's own make of the layer's input [s / shards, b, hidden], before
+        its norm: [s, b, g, 1]; None: it has none, or the layer computes no keys and values."""
+        if self.projection is None or not self.computes_kv:
+            return None
+        norm, linear = getattr(self, self.projection.norm_name), getattr(self, self.projection.name)
+        numbers: Tensor = linear(norm(inputs))
+        return numbers
+
+    def read(self, query: Tensor | None, projected: Tensor | None) -> Tensor | None:
+        """What the KV policy reads of queries [s, b, h, d] and of what `projected` returned."""
+        return self.policy.traits.read(query, projected)
 
     def first_guess(self, hidden_states: Tensor, tokens: TokenContext) -> KeyValue:
         """What is guessed of the layer's keys and values, of the rank's part of rows, from the input states
@@ -304,14 +337,22 @@ class SharedKVAttention(Attention):
         """Queries before their norm, of a layer that only reads."""
         if not self.has_kv_weights:
             return self.linear_q(hidden_states)[0].unflatten(-1, (-1, self.head_dim))
-        if self.k_layernorm is not None:
-            hidden_states = TakingPart.apply(hidden_states, *self.k_layernorm.parameters())
+        if unused := [*self._parameters_for_keys()]:
+            hidden_states = TakingPart.apply(hidden_states, *unused)
         if self._can_project_part:
             part, _ = self.linear_qkv(
                 hidden_states, part="query", heads=(self.num_query_groups_per_partition, self.head_dim)
             )
             return part.unflatten(-1, (-1, self.head_dim))
         return self._of_rank(self._split(self.linear_qkv(hidden_states)[0])[0])
+
+    def _parameters_for_keys(self) -> Iterator[torch.nn.Parameter]:
+        """Those that only a layer uses that computes keys and values, besides the fused projection's."""
+        if self.k_layernorm is not None:
+            yield from self.k_layernorm.parameters()
+        if self.projection is not None:
+            for name in (self.projection.norm_name, self.projection.name):
+                yield from getattr(self, name).parameters()
 
     @property
     def _can_project_part(self) -> bool:
@@ -328,11 +369,11 @@ class SharedKVAttention(Attention):
         return self._of_rank(self.policy.query(query, tokens, self.num_query_groups_per_partition))
 
     def of_policy(
-        self, query: Tensor | None, key: Tensor, value: Tensor, context: LayerContext
+        self, read: Tensor | None, key: Tensor, value: Tensor, context: LayerContext
     ) -> tuple[KeyValue, Statistics]:
-        """What the KV policy makes of the results of `heads` or `kv_heads`, of whole rows."""
-        query = query if self.policy.traits.reads_query else None
-        return keys_values(self.policy, key, value, query, context, self.context_group)
+        """What the KV policy makes, of whole rows, of keys and values, the results of `heads` or `kv_heads`,
+        and of what it reads besides."""
+        return keys_values(self.policy, key, value, read, context, self.context_group)
 
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[s, b, rows of this rank] to key and value [s, b, g, d] and the query heads that belong to them."""

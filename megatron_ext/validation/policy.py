@@ -5,8 +5,19 @@ from collections.abc import Iterator
 
 from lckv.attention.head_sizes import obstacle_to_biased_keys
 from lckv.policies.config import PolicyConfig, Traits
-from megatron_ext.config import ModelConfig
+from megatron_ext.config import ModelConfig, ParallelConfig
 from megatron_ext.precision import Precision
+
+
+def policy_layout_problems(policy: PolicyConfig, parallel: ParallelConfig) -> Iterator[str]:
+    """Layouts that cannot work under `policy`."""
+    ranks = parallel.tensor_model_parallel_size
+    if policy.traits.mixes_heads and ranks > 1:
+        yield (
+            f"parallel.tensor_model_parallel_size is {ranks} and compression.policy is {policy.describe()}; "
+            "there KV heads go by the queries of another one, which another rank has: set the former to 1, "
+            "or choose settings of the policy with which every KV head goes by its own."
+        )
 
 
 def policy_problems(model: ModelConfig, policy: PolicyConfig, numbers: Precision) -> Iterator[str]:

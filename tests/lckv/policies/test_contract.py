@@ -378,4 +378,4 @@ def test_what_is_said_to_be_token_wise_is(policy: str) -> None:
 
 def test_the_suite_sees_more_than_the_policies_of_the_package() -> None:
     assert {"dense", "forgetful"} <= {policy.partition("-")[0] for policy in POLICIES}
-    assert len(CASES) == len(POLICIES) * len(MAPS)
+    assert {policy for policy, _ in CASES} == set(POLICIES) and {name for _, name in CASES} == set(MAPS)

@@ -222,6 +222,10 @@ MODELS = {
     "dmc without window": (SIZES, CompressionConfig("0_1_2_3", policy=replace(DMC, window=None))),
     "dms": (SIZES, CompressionConfig("0_1_2_3", policy=DMS)),
     "cla with dms": (SIZES, CompressionConfig("0_0_2_2", policy=DMS)),
+    "cla with an adapter": (
+        SIZES,
+        CompressionConfig("0_0_2_2", policy=replace(DMS, decision_source="adapter")),
+    ),
     "mixed": (SIZES, CompressionConfig("0_1+0_2+1_2")),
     "mixed lckv with dmc": (SIZES, CompressionConfig("0_2_2+0_3+2", policy=DMC, forward_passes=2)),
     "loss in chunks": (replace(SIZES, cross_entropy_chunk_size=16), CompressionConfig("0_1_2_3")),
