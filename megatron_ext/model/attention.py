@@ -350,6 +350,10 @@ class SharedKVAttention(Attention):
         """Those that only a layer uses that computes keys and values, besides the fused projection's."""
         if self.k_layernorm is not None:
             yield from self.k_layernorm.parameters()
+        yield from self.policy_parameters()
+
+    def policy_parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Those of the KV policy's own."""
         if self.projection is not None:
             for name in (self.projection.norm_name, self.projection.name):
                 yield from getattr(self, name).parameters()

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from lckv.attention.head_sizes import obstacle_to_biased_keys
 from lckv.policies.config import PolicyConfig, Traits
-from megatron_ext.config import ModelConfig, ParallelConfig
+from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_ext.precision import Precision
 
 
@@ -17,6 +17,16 @@ def policy_layout_problems(policy: PolicyConfig, parallel: ParallelConfig) -> It
             f"parallel.tensor_model_parallel_size is {ranks} and compression.policy is {policy.describe()}; "
             "there KV heads go by the queries of another one, which another rank has: set the former to 1, "
             "or choose settings of the policy with which every KV head goes by its own."
+        )
+
+
+def trainable_problems(policy: PolicyConfig, train: TrainConfig) -> Iterator[str]:
+    """What cannot be trained alone under `policy`."""
+    if train.trainable == "policy" and policy.traits.projection is None:
+        yield (
+            f"train.trainable is policy, and compression.policy is {policy.describe()}, which has no "
+            "parameters of its own: set the former to all, or choose settings of the policy with which it "
+            "has some."
         )
 
 
