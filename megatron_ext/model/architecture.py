@@ -35,8 +35,6 @@ def architecture(model: ModelConfig, compression: CompressionConfig, *, vocab_si
         "force_nodiag": compression.force_nodiag,
         "first_guess": compression.first_guess,
     }
-    if (projection := compression.policy.traits.projection) is not None:
-        fields["policy_projection"] = projection.name
     if compression.family(model.num_layers).stored.lenders:  # other models' checkpoints stay as they are
         fields["mix_scaling_factor"] = compression.mix_scaling_factor
     return fields

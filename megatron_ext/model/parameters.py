@@ -36,6 +36,9 @@ class StageParameters:
     tied_copy: int
     """This rank's part of a tied output layer that is a copy of an earlier stage's embedding."""
 
+    of_policy: int = 0
+    """Those of the KV policy's own, among `copied`."""
+
     @property
     def per_rank(self) -> int:
         """All that lie in a rank's memory."""
@@ -63,7 +66,7 @@ def stage_parameters(
     layer_types = compression.family(model.num_layers).stored
     guessed = layer_types.cyclic_sources if compression.first_guess else ()
     guess = 2 * model.query_groups * model.head_dim * model.hidden_size
-    counts = []
+    of_policy, counts = policy_parameters(model, compression.policy), []
     for stage in range(stages):
         first, last = stage == 0, stage == stages - 1
         layers = placement.layers_of(stage)
@@ -75,10 +78,11 @@ def stage_parameters(
                 split=matrix * (first + (last and not tied))
                 + (sum(_split(model, kv) for kv in computes_kv) + guesses) // ranks,
                 copied=sum(_norms(model, kv) for kv in computes_kv)
-                + policy_parameters(model, compression.policy) * sum(computes_kv)
+                + of_policy * sum(computes_kv)
                 + 4 * sum(layer_types[index].mixes is not None for index in layers)
                 + model.hidden_size * last,
                 tied_copy=matrix * (last and tied and not first),
+                of_policy=of_policy * sum(computes_kv),
             )
         )
     return tuple(counts)
