@@ -79,7 +79,8 @@ class Traits:
     """Parameters of the policy's own, whose numbers keys and values depend on, in the place of queries."""
 
     mixes_heads: bool = False
-    """Whether keys and values of a KV head depend on the queries of others, which must be on the same rank."""
+    """Whether keys and values of a KV head depend on the queries of others,
+    which must be on the same rank."""
 
     windows: bool = True
     """Whether layers may have a sliding window."""

@@ -1,8 +1,8 @@
 """Parameters of a KV policy's own on Megatron's ranks (`lckv.policies.config.Projection`).
 
-They are small, and every tensor-parallel rank has them whole: so only the numbers that they make are sent, one
-for each token and KV head, and never hidden states. Ranks that share a sequence out multiply their own tokens;
-their gradients are summed over the ranks, as those of norms are.
+They are small, and every tensor-parallel rank has them whole: so only the numbers that they make are sent,
+one for each token and KV head, and never hidden states. Ranks that share a sequence out multiply their own
+tokens; their gradients are summed over the ranks, as those of norms are.
 """
 
 import torch

@@ -127,7 +127,8 @@ CASES |= {
     ),
     "an adapter from plain": Case(
         "qwen3", GQA,
-        shared("0_0_2_2", **{"policy.name": "dms", "policy.stage": "retrofit", "policy.decision_source": "adapter"}),
+        shared("0_0_2_2", **{"policy.name": "dms", "policy.stage": "retrofit",
+                             "policy.decision_source": "adapter"}),
         layouts=((2, 1),),
     ),
     "DMS stage 1": Case("qwen3", GQA, {"compression.policy.name": "dms"}, layouts=((2, 1),)),

@@ -15,9 +15,9 @@ from lckv.policies.base import (
     TokenContext,
 )
 from lckv.policies.binary_decisions import decision_rate
+from lckv.policies.config import PolicyConfig
 from lckv.policies.dms import eviction
 from lckv.policies.dms.channels import decision_logits, of_first_head, scale_borrowed, widened
-from lckv.policies.config import PolicyConfig
 from lckv.policies.dms.config import DMSConfig
 from lckv.policies.stages import StagedPolicy, fade
 

@@ -27,7 +27,10 @@ OTHER_SETTINGS: dict[str, list[dict[str, Any]]] = {
     "dms": [
         {"stage": "finetune", "decision_scale": 30.0, "initial_decision_offset": 0.1, "window": 4},
         {
-            **{"stage": "finetune", "decision_scale": 30.0, "initial_decision_offset": 0.1, "window": 4},
+            "stage": "finetune",
+            "decision_scale": 30.0,
+            "initial_decision_offset": 0.1,
+            "window": 4,
             "decision_source": "adapter",
         },
     ],

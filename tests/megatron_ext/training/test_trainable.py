@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lckv.config import CompressionConfig
 from lckv.policies.dms.config import DMSConfig
+from megatron_ext.checkpointing.errors import MismatchError
 from megatron_ext.config import ParallelConfig, RunConfig, TrainConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.build import wrap
@@ -73,6 +74,10 @@ def test_the_others_stay_bit_for_bit_and_a_resumed_run_is_exact(precision: str, 
     run_on_ranks(2, train, logged_to(resumed, tmp_path / "b.jsonl"))
     for name in ("lm_loss", "dms_loss", "grad_norm"):
         assert series(tmp_path / "b.jsonl", name) == series(tmp_path / "a.jsonl", name)[3:]
+    if precision == "fp32":
+        everything = replace(resumed, train=replace(resumed.train, trainable="all"))
+        with pytest.raises(MismatchError, match=r"optimizer(?s:.*)train\.trainable as in its config\.json"):
+            run_on_ranks(2, train, everything)
     weights = [weights_of(tmp_path / folder) for folder in ("a/iter_0000003", "a/iter_0000006", "b")]
     (begun,) = run_on_ranks(1, initial_weights, whole)
     assert weights[0].keys() == weights[1].keys() == begun.keys()
@@ -162,6 +167,13 @@ def test_a_stage_that_has_nothing_to_train(tmp_path: Path) -> None:
 def test_a_policy_without_parameters_is_refused() -> None:
     run = frozen_run()
     borrowing = replace(run.compression, policy=replace(POLICY, decision_source="borrowed_channel"))
+    tp2 = ParallelConfig(tensor_model_parallel_size=2)
+    of_layers = replace(borrowing, policy=replace(borrowing.policy, decisions_per="layer"))
+    together = replace(run, compression=of_layers, parallel=tp2, train=replace(run.train, trainable="all"))
+    with pytest.raises(
+        ConfigError, match=r"tensor_model_parallel_size is 2 and compression\.policy is dms, .*another"
+    ):
+        run_on_ranks(2, train, together)
     with pytest.raises(
         ConfigError, match=r"train\.trainable is policy, and compression\.policy is dms, stage .*has no"
     ):

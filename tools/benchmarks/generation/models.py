@@ -117,6 +117,7 @@ class RandomModel:
             compression=compression,
         )
 
+
 _Kind = Literal["query", "key", "projection"]
 
 
@@ -129,8 +130,8 @@ def script_decisions(model: LCKVLlamaForCausalLM) -> None:
     assert kv_heads is not None
 
     def shift(kind: _Kind, projection: nn.Module, _: object, output: Tensor) -> Tensor:
-        # [b, s, heads, d]
-        heads = output.unflatten(-1, (-1, 1 if kind == "projection" else config.head_dim))
+        channels = 1 if kind == "projection" else config.head_dim
+        heads = output.unflatten(-1, (-1, channels))  # [b, s, heads, d]
         added = policy.scripted_shift(kind, heads.transpose(0, 1), kv_heads)
         if added is None:
             return output

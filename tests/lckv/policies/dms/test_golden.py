@@ -19,8 +19,8 @@ from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.layers import LCKVLlamaAttention
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from lckv.policies.base import TokenContext, unturned
-from lckv.policies.dms import eviction
 from lckv.policies.binary_decisions import straight_through
+from lckv.policies.dms import eviction
 from lckv.policies.dms.channels import of_first_head
 from lckv.policies.dms.config import DMSConfig
 from lckv.policies.dms.policy import DMSPolicy
