@@ -45,7 +45,7 @@ class PolicyWeightsSource:
     @cached_property
     def _added(self) -> dict[str, TensorInfo]:
         infos = self.whole.infos()
-        added = {}
+        added: dict[str, TensorInfo] = {}
         for layer in self.layers:
             attention = f"decoder.layers.{layer}.self_attention"
             dtype = infos[f"{attention}.linear_qkv.weight"].dtype
