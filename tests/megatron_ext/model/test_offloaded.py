@@ -14,7 +14,14 @@ from megatron_ext.model.gpt import SharedKVGPTModel
 from megatron_ext.model.offload_share import OffloadShare
 from megatron_ext.model.offloaded import OffloadedLayers
 from megatron_ext.offload.share import OffloadSettings
-from tests.megatron_ext.model.stages import EVERY_MAP, MODEL, draw_tokens, make_stage, positions_of
+from tests.megatron_ext.model.stages import (
+    ADAPTED_MAPS,
+    EVERY_MAP,
+    MODEL,
+    draw_tokens,
+    make_stage,
+    positions_of,
+)
 from tests.megatron_ext.model.test_context_parallel import Case, batches_of, settings_of
 from tests.ranks import run_on_ranks
 
@@ -59,13 +66,13 @@ def unequal(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
     return [name for name in one if not torch.equal(one[name], other[name])]
 
 
-@pytest.mark.parametrize("name", ["plain", "cla", "mix", "lckv", "nodiag", "dmc", "groups x dmc", "mixed"])
+@pytest.mark.parametrize("name", ["plain", "cla", "mix", "lckv", "nodiag", "dmc", "groups x dmc", "mixed", "lckv x adapter"])
 def test_gradients_are_those_without(name: str) -> None:
     assert run_on_ranks(1, differences, name, ParallelConfig()) == [[]]
 
 
 @pytest.mark.parametrize(
-    ("name", "sequence"), [("lckv", True), ("dmc", True), ("cla", False), ("mixed lckv x dmc", True)]
+    ("name", "sequence"), [("lckv", True), ("dmc", True), ("cla", False), ("mixed lckv x dmc", True), ("adapter", True)]
 )
 def test_gradients_with_tensor_and_sequence_parallelism(name: str, sequence: bool) -> None:
     parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=sequence)
@@ -77,7 +84,7 @@ def differences(name: str, parallel: ParallelConfig) -> list[str]:
     wrong = []
     with pytest.MonkeyPatch.context() as monkeypatch:
         poison_buffers(monkeypatch)
-        stage = make_stage(EVERY_MAP[name], parallel, **EVERYTHING)
+        stage = make_stage({**EVERY_MAP, **ADAPTED_MAPS}[name], parallel, **EVERYTHING)
         for documents in (None, Documents(torch.tensor([0, 7, 20, 40], dtype=torch.int32))):
             offload(stage, None)
             expected = gradients(stage, documents)
