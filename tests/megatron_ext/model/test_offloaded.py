@@ -66,13 +66,16 @@ def unequal(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
     return [name for name in one if not torch.equal(one[name], other[name])]
 
 
-@pytest.mark.parametrize("name", ["plain", "cla", "mix", "lckv", "nodiag", "dmc", "groups x dmc", "mixed", "lckv x adapter"])
+@pytest.mark.parametrize(
+    "name", ["plain", "cla", "mix", "lckv", "nodiag", "dmc", "groups x dmc", "mixed", "lckv x adapter"]
+)
 def test_gradients_are_those_without(name: str) -> None:
     assert run_on_ranks(1, differences, name, ParallelConfig()) == [[]]
 
 
 @pytest.mark.parametrize(
-    ("name", "sequence"), [("lckv", True), ("dmc", True), ("cla", False), ("mixed lckv x dmc", True), ("adapter", True)]
+    ("name", "sequence"),
+    [("lckv", True), ("dmc", True), ("cla", False), ("mixed lckv x dmc", True), ("adapter", True)],
 )
 def test_gradients_with_tensor_and_sequence_parallelism(name: str, sequence: bool) -> None:
     parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=sequence)
