@@ -16,6 +16,8 @@ the true vocabulary size:
         of a first guess: for each key/value head the rows of the key and of the value
     decoder.layers.N.self_attention.{key,value}_weight [2]
         where the layer mixes keys and values of another one into its own
+    decoder.layers.N.self_attention.NAME.weight [g, h], .bias, .NAME_norm.weight [h]
+        of a KV policy that has parameters of its own, under its name
     decoder.layers.N.self_attention.{q,k}_layernorm.weight [d]
     decoder.layers.N.self_attention.linear_proj.weight [h, a d]
     decoder.layers.N.mlp.linear_fc1.weight [2 f, h], gate above up
@@ -38,6 +40,7 @@ from checkpoints_conversion.errors import ConversionError
 from lckv.families.base import Family
 from lckv.families.decoder import Decoder
 from lckv.families.weights import WeightNames
+from lckv.policies.config import Projection
 from lckv.weights.checks import check_tensors
 from lckv.weights.tensors import CHUNK_BYTES, TensorInfo, TensorSource, dtype_name
 
@@ -76,10 +79,11 @@ class Fusion:
                 row += size
 
 
-def _canonical_modules(names: WeightNames) -> dict[str, tuple[str, ...]]:
+def _canonical_modules(names: WeightNames, projection: Projection | None) -> dict[str, tuple[str, ...]]:
     """Canonical names of modules, with {} for the number of the layer, and the names of those that they are
     made of: several where rows are interleaved."""
     layer = "decoder.layers.{}."
+    own = () if projection is None else (projection.name, projection.norm_name)
     return {
         "embedding.word_embeddings": (names.embedding,),
         f"{layer}input_layernorm": (names.input_norm,),
@@ -87,6 +91,7 @@ def _canonical_modules(names: WeightNames) -> dict[str, tuple[str, ...]]:
         _QUERY_ONLY: (names.query,),
         _GUESS: (names.guessed_key, names.guessed_value),
         f"{layer}self_attention": (names.attention,),
+        **{f"{layer}self_attention.{name}": (f"{names.attention}.{name}",) for name in own},
         f"{layer}self_attention.q_layernorm": (names.query_norm,),
         f"{layer}self_attention.k_layernorm": (names.key_norm,),
         f"{layer}self_attention.linear_proj": (names.output,),
@@ -102,7 +107,7 @@ def fusions_of(decoder: Decoder, family: Family) -> dict[str, Fusion]:
     """What each canonical tensor of the decoder is made of in the family,
     by canonical names in writing order."""
     infos = family.tensors(decoder)
-    modules = _canonical_modules(family.names)
+    modules = _canonical_modules(family.names, decoder.compression.policy.traits.projection)
     canonical = {name: module for module, names in modules.items() for name in names if module != _QUERY_ONLY}
     fusions: dict[str, Fusion] = {}
     for name in infos:

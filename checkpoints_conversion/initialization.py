@@ -15,6 +15,7 @@ from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.first_guess import with_first_guess
 from checkpoints_conversion.fitted_map import fitted_source
 from checkpoints_conversion.mix_weights import with_mix_weights
+from checkpoints_conversion.policy_weights import with_policy_weights
 from checkpoints_conversion.shared_map import SharedMapSource
 from lckv.config import CompressionConfig
 from lckv.sharing.doubts import doubts
@@ -55,6 +56,7 @@ def initialize(
         _check_family(family, old, how)
     changed = replace(description, compression=compression)
     source = with_first_guess(source, description, compression)
+    source = with_policy_weights(source, description, compression)
     if not old.is_plain:
         _check_same_map(description.compression, compression, old, new)
         _check_fits_nothing(tokens, new)
@@ -65,8 +67,9 @@ def initialize(
         return source, changed, None if family.only else "copy"
     if sentences := [*doubts(new)]:
         logger.warning("%s\n%s", draw(new, window=compression.sliding_window), "\n".join(sentences))
+    projection = compression.policy.traits.projection
     if how != "svd":
-        return SharedMapSource(source, description.model, new, how), changed, how
+        return SharedMapSource(source, description.model, new, how, projection), changed, how
     if tokens is None:
         raise ConversionError(
             "--init is svd, which fits keys and values to what the model computes on a text, but there is no "

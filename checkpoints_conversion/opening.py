@@ -122,7 +122,8 @@ def open_megatron(path: Path, *, layer_types: str | None = None, verify_hashes: 
     compression = chosen_map(checkpoint.path, description.compression, layers, layer_types)
     description = replace(description, compression=compression)
     if family.only is None:
-        source = SharedMapSource(source, description.model, compression.map(layers), "copy")
+        projection = compression.policy.traits.projection
+        source = SharedMapSource(source, description.model, compression.map(layers), "copy", projection)
     if record is None:
         settings = checkpoint.settings
         training = {"progress": checkpoint.progress, **{name: settings.get(name) for name in _RUN_SECTIONS}}

@@ -10,14 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lckv.policies.config import Projection
 from lckv.sharing.initialization import Kind, WeightRule, initial_kv_weight
 from lckv.sharing.layer_types import LayerTypes
 from lckv.weights.tensors import TensorInfo, TensorSource, row_chunks
 from megatron_ext.config import ModelConfig
 
-_ATTENTION = re.compile(
-    r"decoder\.layers\.(\d+)\.self_attention\.(linear_qkv|linear_q|k_layernorm)\.(weight|bias)"
-)
+_ATTENTION = re.compile(r"decoder\.layers\.(\d+)\.self_attention\.(\w+)\.(weight|bias)")
+_KEY_NORM = "k_layernorm"
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,9 @@ class SharedMapSource:
     how: WeightRule
     """To average, all layers of `whole` must compute their own."""
 
+    projection: Projection | None = None
+    """Parameters of the KV policy's own, which are those of layers that compute keys and values, too."""
+
     def infos(self) -> Mapping[str, TensorInfo]:
         """Every tensor of the model that shares."""
         return self._infos
@@ -40,7 +43,7 @@ class SharedMapSource:
     def _infos(self) -> dict[str, TensorInfo]:
         infos = {}
         for name, info in self.whole.infos().items():
-            match = _ATTENTION.fullmatch(name)
+            match = self._match(name)
             if match is None or match[2] == "linear_q" or int(match[1]) in self.layer_types.kv_layers:
                 infos[name] = info
             elif match[2] == "linear_qkv":
@@ -50,7 +53,7 @@ class SharedMapSource:
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """As `TensorSource.read`. Averages are taken in float32."""
-        match = _ATTENTION.fullmatch(name)
+        match = self._match(name)
         if match is None or (match[2] == "linear_q" and name in self.whole.infos()):
             return self.whole.read(name, rows)
         layer, part = int(match[1]), match[2]
@@ -58,7 +61,7 @@ class SharedMapSource:
         def of_layer(index: int, rows: slice | None) -> Tensor:
             return self.whole.read(_renumber(name, index), rows)
 
-        if part == "k_layernorm":
+        if part in self._beside_keys:
             return self._initial(layer, lambda index: of_layer(index, rows), "key")
         if part == "linear_q":
             fused = name.replace("linear_q", "linear_qkv")
@@ -76,6 +79,18 @@ class SharedMapSource:
 
     def _initial(self, layer: int, plain_weight: Callable[[int], Tensor], kind: Kind) -> Tensor:
         return initial_kv_weight(self.layer_types, layer, plain_weight, self.how, kind)
+
+    @cached_property
+    def _beside_keys(self) -> tuple[str, ...]:
+        """Modules that a layer has for its keys and values, but for their projection."""
+        if self.projection is None:
+            return (_KEY_NORM,)
+        return _KEY_NORM, self.projection.norm_name, self.projection.name
+
+    def _match(self, name: str) -> re.Match[str] | None:
+        """Layer, module and kind of a tensor whose place or rows hang on the map."""
+        match = _ATTENTION.fullmatch(name)
+        return match if match and match[2] in ("linear_qkv", "linear_q", *self._beside_keys) else None
 
     def _assemble(
         self, name: str, rows: slice | None, runs: Iterator[slice], read_piece: Callable[[slice], Tensor]

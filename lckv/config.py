@@ -223,11 +223,11 @@ class CompressionConfig:
             )
             yield Problem("layer_types", layer_types, obstacle)
         of_two = layer_types.only.readers_of_two if layer_types.only else ()
-        if of_two and not traits.keeps_every_token:
+        if of_two and not (traits.two_sources and traits.keeps_every_token):
             obstacle = (
                 f"layer {of_two[0]} reads two layers, and the policy {name} does not keep every token in a "
-                "slot of its own, so that slots of different layers do not belong together: let it read one "
-                "layer, or choose another policy"
+                "slot of its own, now or in a later stage, so that slots of different layers do not belong "
+                "together: let it read one layer, or choose another policy"
             )
             yield Problem("layer_types", layer_types, obstacle)
 

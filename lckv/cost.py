@@ -4,7 +4,8 @@ Formula, per token, counting a multiplication and an addition as 2 FLOPs. A laye
     query 2 h a + output 2 a h + keys and values 2 h 2 g d (if it computes any) + attention 4 a n + MLP 6 h f
 with h hidden size, a = query heads x d, g KV heads, d channels of a head, f MLP width, n keys that a query
 sees on average. What is done to numbers one by one (norms, RoPE, mixing keys and values) is not counted.
-Backward is twice the forward. A step of the plan counts the parts of layers that it runs: forward and
+Backward is twice the forward; where weights are not trained, that of everything but attention is the forward
+once. A step of the plan counts the parts of layers that it runs: forward and
 backward, or the forward only where it has no gradient. Of a prompt whose last token alone has logits, the
 steps are those of `lckv.sharing.early_exit`. A first guess costs what keys and values of its layer do, and in
 backward the same once more, since no gradient goes on from it.
@@ -60,6 +61,10 @@ class LayerCost:
         if part is Part.WITHOUT_SOURCE:
             return self.keys_values + self.feed_forward
         return self.query_and_output + self.keys_values + self.attention + self.feed_forward
+
+    def weight_gradients(self, part: Part) -> float:
+        """What the gradients of weights cost of `part` in backward."""
+        return self.of(part) - (self.attention if part is Part.WHOLE else 0.0)
 
     @property
     def wanted(self) -> float:
@@ -148,12 +153,20 @@ def _layer_costs(shape: ModelShape, compression: CompressionConfig) -> tuple[Lay
 
 
 def training_cost(
-    shape: ModelShape, compression: CompressionConfig, *, recomputed_layers: int = 0
+    shape: ModelShape,
+    compression: CompressionConfig,
+    *,
+    recomputed_layers: int = 0,
+    trains_weights: bool = True,
 ) -> TrainingCost:
     """FLOPs per token of a training step, of a family of maps the mean over them; the lowest
-    `recomputed_layers` layers run their forward again in backward."""
+    `recomputed_layers` layers run their forward again in backward. `trains_weights`: whether there are
+    gradients of weights, those of a KV policy's own not counted."""
     maps = compression.maps(shape.num_layers)
-    mine = sum(share * _step_flops(shape, one) for one, share in maps.items())
+    mine = sum(
+        share * (_step_flops(shape, one) - (0.0 if trains_weights else _weight_gradient_flops(shape, one)))
+        for one, share in maps.items()
+    )
     again = sum(share * _recomputed_flops(shape, one, recomputed_layers) for one, share in maps.items())
     return TrainingCost(mine, mine + again, _step_flops(shape, CompressionConfig()))
 
@@ -198,6 +211,19 @@ def _step_flops(shape: ModelShape, compression: CompressionConfig) -> float:
         for step in steps
     )
     return head + passes + 2 * guesses
+
+
+def _weight_gradient_flops(shape: ModelShape, compression: CompressionConfig) -> float:
+    """What gradients of weights take of `_step_flops`."""
+    costs = layer_costs(shape, compression)
+    steps = compression.plan(shape.num_layers)
+    of_layers = sum(
+        costs[run.index].weight_gradients(run.part)
+        for step in steps
+        if step.requires_grad
+        for run in step.runs
+    )
+    return 2.0 * shape.hidden_size * shape.vocab_size + of_layers + guess_flops(steps, costs)
 
 
 def _prompt_flops(shape: ModelShape, compression: CompressionConfig, passes: int, results: Results) -> float:

@@ -364,6 +364,10 @@ class TrainConfig:
     """bf16: weights and activations in bfloat16 with float32 main weights and gradients;
     fp32: everything in float32."""
 
+    trainable: Literal["all", "policy"] = "all"
+    """Which parameters are trained: all, or policy: those of the KV policy's own alone. The others keep their
+    values bit for bit, and have neither gradients nor optimizer state."""
+
     forward_passes_schedule: Literal["constant", "falling", "rising", "random"] = "constant"
     """How many passes without gradient (m) a step runs over each cyclic group. constant:
     compression.forward_passes, as published. falling: from that to least_forward_passes, every number for

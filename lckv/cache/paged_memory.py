@@ -86,8 +86,9 @@ class PagedMemory:
         token = torch.zeros(1, 1, heads, channels)
         positions = torch.zeros(1, 1, dtype=torch.int64)
         context = TokenContext(rotate=unturned, positions=positions)
-        query = token if self.policy.traits.reads_query else None
-        state = self.policy.extend(None, token, token, query, context).state
+        traits = self.policy.traits
+        projected = None if traits.projection is None else token[..., :1]
+        state = self.policy.extend(None, token, token, traits.read(token, projected), context).state
         if state is None:
             return None
         shape = (len(self.number), len(state), sequences, *state.shape[2:])

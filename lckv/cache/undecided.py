@@ -29,13 +29,13 @@ class Projected(NamedTuple):
     state: Tensor | None
     key: Tensor
     value: Tensor
-    query: Tensor | None
+    read: Tensor | None
     context: TokenContext
 
     def of(self, counted: Tensor) -> Extension:
         """The extension by those tokens alone that `counted` bool [b, s] names."""
         context = replace(self.context, counted=counted.transpose(0, 1))
-        return self.policy.extend(self.state, self.key, self.value, self.query, context)
+        return self.policy.extend(self.state, self.key, self.value, self.read, context)
 
 
 class UndecidedCache:

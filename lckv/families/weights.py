@@ -46,7 +46,8 @@ def weights_of(decoder: Decoder, names: WeightNames) -> dict[str, TensorInfo]:
 
     Layers that only read the keys and values of another one have neither k_proj, v_proj nor k_norm; only
     layers that a layer below them reads have a first guess, if there is one; layers that mix keys and values
-    of two layers have two weights for each of both. A tied model has no tensor of the head.
+    of two layers have two weights for each of both; parameters of the KV policy's own are those of layers
+    that compute keys and values. A tied model has no tensor of the head.
     """
     hidden, width = decoder.hidden_size, decoder.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {f"{names.embedding}.weight": (decoder.vocab_size, hidden)}
@@ -88,6 +89,11 @@ def _attention(
     }
     if decoder.qkv_bias:
         shapes |= {f"{name.format(index)}.bias": (count,) for name, count in rows.items()}
+    projection = decoder.compression.policy.traits.projection
+    if projection is not None and computes_kv:
+        attention = names.attention.format(index)
+        own = projection.parameters(decoder.hidden_size, decoder.num_key_value_heads, bias=decoder.qkv_bias)
+        shapes |= {f"{attention}.{name}": shape for name, shape in own.items()}
     if decoder.qk_norm:
         norms = (names.query_norm, names.key_norm) if computes_kv else (names.query_norm,)
         shapes |= {f"{name.format(index)}.weight": (decoder.head_dim,) for name in norms}

@@ -78,7 +78,7 @@ class _Layer(NamedTuple):
     borrows: int | None
     lends: bool
     reads_too: int | None
-    mixing: LCKVLlamaAttention
+    attention: LCKVLlamaAttention
     output: nn.Module
     before_mlp: nn.Module
     mlp: nn.Module
@@ -89,7 +89,8 @@ class Decoder:
 
     def __init__(self, model: LCKVLlamaModel) -> None:
         self._model, self._policy, self._kv_heads = model, model.policy, model.config.num_key_value_heads
-        self._key_bias, self._reads_query = model.policy.traits.key_bias, model.policy.traits.reads_query
+        self._traits = model.policy.traits
+        self._key_bias = self._traits.key_bias
         self._take_apart()
         self._rope = model.config.rotary_embedding()
         self._frequencies: dict[tuple[int, torch.device], Tensor] = {}
@@ -121,12 +122,13 @@ class Decoder:
             query = _heads(layer.query, layer.query_norm, normed, layer.head_dim)
             if layer.computes_kv:
                 key, value = self._keys_values(layer, normed, lent)
+                read = self._traits.read(query, layer.attention.projected(hidden_states[:, None]))
                 extensions[layer.number] = self._policy.extend(
-                    cache.state(layer.number), key, value, query if self._reads_query else None, context
+                    cache.state(layer.number), key, value, read, context
                 )
             # A cyclic layer sees nothing of the new token: any keys and values will do.
             new = extensions.get(layer.source)
-            second = None if layer.reads_too is None else layer.mixing.second
+            second = None if layer.reads_too is None else layer.attention.second
             if second is not None and new is not None:
                 new = Extension(*second.joined(new[:2], extensions[second.layer][:2]))
             attended = cache.attend(
@@ -162,7 +164,7 @@ class Decoder:
             _heads(layer.value, None, normed, layer.head_dim),
         )
         if layer.borrows is not None:
-            own = layer.mixing.mixed(*own, lent[layer.borrows])
+            own = layer.attention.mixed(*own, lent[layer.borrows])
         if layer.lends:
             lent[layer.number] = own
         return own

@@ -78,6 +78,10 @@ class LCKVLlamaAttention(nn.Module):
         if compression.first_guess and layer_idx in layer_types.cyclic_sources:
             self.first_guess_k_proj = ZeroLinear(hidden, kv_width, bias=False)
             self.first_guess_v_proj = ZeroLinear(hidden, kv_width, bias=False)
+        self.projection = self.policy.traits.projection if self.computes_kv else None
+        if self.projection is not None:
+            setattr(self, self.projection.norm_name, nn.RMSNorm(hidden, eps=config.rms_norm_eps))
+            setattr(self, self.projection.name, ZeroLinear(hidden, self.kv_heads, bias=config.qkv_bias))
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
             if self.computes_kv:
@@ -89,15 +93,18 @@ class LCKVLlamaAttention(nn.Module):
         source: Extension | Two[Extension] | None,
         tokens: Tokens,
         wanted: Wanted | None = None,
+        projected: Tensor | None = None,
     ) -> tuple[Tensor, "Own | None"]:
         """Attend from [b, s, hidden] to `source`, or to the layer's own keys and values, which are returned
         with what comes of them. `source` of a layer that mixes into its own: what it mixes in. `wanted`:
         attend from these tokens alone; where the layer computes no keys and values, `hidden_states` are
-        theirs, [b, q, hidden]."""
+        theirs, [b, q, hidden]. `projected`: see `keys_values`."""
         query = self._heads("q", hidden_states) if wanted is None else None
         source = self._joined(source)
         lent, source = (None, source) if self.borrows is None else (source, None)
-        own = self.keys_values(hidden_states, tokens, query, lent) if self.computes_kv else None
+        own = None
+        if self.computes_kv:
+            own = self.keys_values(hidden_states, tokens, query, lent, projected)
         context = tokens.contexts[self.layer_idx]
         if wanted is not None:
             hidden_states = wanted.of(hidden_states) if self.computes_kv else hidden_states
@@ -138,24 +145,25 @@ class LCKVLlamaAttention(nn.Module):
         tokens: Tokens,
         query: Tensor | None = None,
         lent: Extension | None = None,
+        projected: Tensor | None = None,
     ) -> "Own":
         """The layer's keys and values from [b, s, hidden]; `query` [s, b, h, d] saves projecting it where the
-        policy reads it; `lent`: what a layer that mixes mixes in. There are no statistics where there is a
-        cache."""
-        reads_query = self.policy.traits.reads_query
-        if query is None and reads_query:
+        policy reads it; `lent`: what a layer that mixes mixes in; `projected`: what `self.projected` made of
+        the layer's input. There are no statistics where there is a cache."""
+        traits = self.policy.traits
+        if query is None and traits.reads_query:
             query = self._heads("q", hidden_states)
         key, value = self.mixed(self._heads("k", hidden_states), self._heads("v", hidden_states), lent)
         lends, context = KeyValue(key, value) if self.lends else None, tokens.contexts[self.layer_idx]
-        query = query if reads_query else None
+        read = traits.read(query, projected)
         if tokens.cache is not None:
             state = None if tokens.past is None else tokens.past.state(self.layer_idx)
-            extension = self.policy.extend(state, key, value, query, context)
+            extension = self.policy.extend(state, key, value, read, context)
             if isinstance(tokens.cache, UndecidedCache):
-                projected = Projected(self.policy, state, key, value, query, context)
-                tokens.cache.note(self.layer_idx, extension, projected)
+                made_of = Projected(self.policy, state, key, value, read, context)
+                tokens.cache.note(self.layer_idx, extension, made_of)
             return Own(extension, lends, ())
-        own, statistics = self.policy.keys_values(key, value, query, context)
+        own, statistics = self.policy.keys_values(key, value, read, context)
         return Own(Extension(*own), lends, statistics)
 
     @property
@@ -173,6 +181,17 @@ class LCKVLlamaAttention(nn.Module):
             return source
         assert self.second is not None
         return Extension(*self.second.joined(source.first[:2], source.second[:2]))
+
+    def projected(self, inputs: Tensor) -> Tensor | None:
+        """What the policy's own parameters make of the layer's input [b, s, hidden], before its norm: [s, b,
+        g, 1]; None: it has none, or the layer computes no keys and values."""
+        if self.projection is None:
+            return None
+        norm, linear = getattr(self, self.projection.norm_name), getattr(self, self.projection.name)
+        numbers: Tensor = linear(norm(inputs)).transpose(0, 1)
+        if self.projection.per_layer:
+            numbers = numbers[..., :1].expand_as(numbers)
+        return numbers[..., None]
 
     def mixed(self, key: Tensor, value: Tensor, lent: Extension | KeyValue | None) -> KeyValue:
         """Keys and values [s, b, g, d] before RoPE, with what another layer lends to a layer that mixes."""
@@ -264,7 +283,7 @@ class Own(NamedTuple):
 
 class ZeroLinear(nn.Linear):
     """A linear layer whose initial weights are zeros: before training, guessed keys and values are those that
-    published models begin with."""
+    published models begin with, and a policy's own numbers say nothing."""
 
 
 class LCKVLlamaMLP(nn.Module):
@@ -320,23 +339,29 @@ class LCKVLlamaDecoderLayer(GradientCheckpointingLayer):
         use."""
         takes = _taken(source)
         if part == "keys_values":
-            normed = self.input_layernorm(hidden_states)
             assert not isinstance(takes, Two), "a layer that computes keys and values takes of one other"
-            return hidden_states, *_flat(self.self_attn.keys_values(normed, tokens, lent=takes))
+            return hidden_states, *_flat(self._keys_values(hidden_states, tokens, takes))
         if part == "first_guess":
             guess = self.self_attn.first_guess(hidden_states, tokens)
             return hidden_states, *_flat(Own(guess, None, ()))
         own: Own | None = None
         if part in ("all", "wanted"):
             wanted = tokens.wanted if part == "wanted" else None
-            output, own = self.self_attn(self.input_layernorm(hidden_states), takes, tokens, wanted)
+            projected = self.self_attn.projected(hidden_states)
+            output, own = self.self_attn(
+                self.input_layernorm(hidden_states), takes, tokens, wanted, projected
+            )
             if wanted is not None and self.self_attn.computes_kv:
                 hidden_states = wanted.of(hidden_states)
             hidden_states = hidden_states + output
         elif self.self_attn.computes_kv:
-            own = self.self_attn.keys_values(self.input_layernorm(hidden_states), tokens)
+            own = self._keys_values(hidden_states, tokens)
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states, *_flat(own)
+
+    def _keys_values(self, hidden_states: Tensor, tokens: Tokens, lent: Extension | None = None) -> "Own":
+        normed, projected = self.input_layernorm(hidden_states), self.self_attn.projected(hidden_states)
+        return self.self_attn.keys_values(normed, tokens, lent=lent, projected=projected)
 
 
 def _taken(fields: tuple[Tensor | None, ...]) -> Extension | Two[Extension] | None:

@@ -84,6 +84,8 @@ class LCKVLlamaPreTrainedModel(PreTrainedModel):
         """Called by transformers, of weights that are not loaded."""
         if isinstance(module, ZeroLinear):
             initialization.zeros_(module.weight)
+            if module.bias is not None:
+                initialization.zeros_(module.bias)
             return
         super()._init_weights(module)
         if isinstance(module, LCKVLlamaAttention) and module.mixes is not None:

@@ -244,14 +244,14 @@ class KVPolicy(ABC):
 
     @abstractmethod
     def keys_values(
-        self, key: Tensor, value: Tensor, query: Tensor | None, context: TokenContext
+        self, key: Tensor, value: Tensor, read: Tensor | None, context: TokenContext
     ) -> tuple[KeyValue, Statistics]:
-        """Keys and values [s, b, g, d] before RoPE to what readers attend to. `query` [s, b, h, d] before
-        RoPE is given iff the traits say that it is read."""
+        """Keys and values [s, b, g, d] before RoPE to what readers attend to. `read` is what the traits say:
+        queries [s, b, h, d] before RoPE, the numbers [s, b, g, 1] of the policy's projection, or None."""
 
     @abstractmethod
     def extend(
-        self, state: Tensor | None, key: Tensor, value: Tensor, query: Tensor | None, context: TokenContext
+        self, state: Tensor | None, key: Tensor, value: Tensor, read: Tensor | None, context: TokenContext
     ) -> Extension:
         """As `keys_values` in evaluation, for tokens that follow those of a cache. `state` is that of the
         extension before; None: there are no earlier tokens."""
@@ -269,10 +269,13 @@ class KVPolicy(ABC):
         None: of an evaluation."""
         return {}
 
-    def scripted_shift(self, kind: Literal["query", "key"], heads: Tensor, kv_heads: int) -> Tensor | None:
+    def scripted_shift(
+        self, kind: Literal["query", "key", "projection"], heads: Tensor, kv_heads: int
+    ) -> Tensor | None:
         """For benchmarks, where weights are random: what to add to the heads of `kind` [s, b, heads, d]
-        before RoPE, [heads, d], so that there are as many tokens for each slot as the settings aim at. Layers
-        that compute keys and values are asked; `kv_heads`: g. None: nothing needs to be added."""
+        before RoPE (d = 1 of the policy's projection), [heads, d], so that there are as many tokens for each
+        slot as the settings aim at. Layers that compute keys and values are asked; `kv_heads`: g. None:
+        nothing needs to be added."""
         return None
 
     def obstacle_in_weights(self, rows: ChannelRows, before: PolicyConfig) -> str | None:

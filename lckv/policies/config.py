@@ -34,6 +34,34 @@ class Reach:
 
 
 @dataclass(frozen=True)
+class Projection:
+    """Parameters of a policy's own, in each layer that computes keys and values: a linear map of the layer's
+    input, before the norm in front of attention, to one number for each KV head.
+
+    It has an RMSNorm of its own in front, and a bias where the model's projections have one. Weight and bias
+    begin as zeros, the norm's weight as ones."""
+
+    name: str
+    """Of the module in attention, in models of Hugging Face's and in Megatron's; its norm is NAME_norm."""
+
+    per_layer: bool = False
+    """Whether the number of the first KV head is that of all."""
+
+    def parameters(self, hidden_size: int, kv_heads: int, *, bias: bool) -> dict[str, tuple[int, ...]]:
+        """Shapes by name within attention."""
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{self.name}_norm.weight": (hidden_size,),
+            f"{self.name}.weight": (kv_heads, hidden_size),
+        }
+        return shapes | ({f"{self.name}.bias": (kv_heads,)} if bias else {})
+
+    @property
+    def norm_name(self) -> str:
+        """Of the norm's module."""
+        return f"{self.name}_norm"
+
+
+@dataclass(frozen=True)
 class Traits:
     """What a policy does to attention and caches, and what it can live with."""
 
@@ -47,11 +75,22 @@ class Traits:
     reads_query: bool = False
     """Whether keys and values depend on the queries of the layer that computes them."""
 
+    projection: Projection | None = None
+    """Parameters of the policy's own, whose numbers keys and values depend on, in the place of queries."""
+
+    mixes_heads: bool = False
+    """Whether keys and values of a KV head depend on the queries of others,
+    which must be on the same rank."""
+
     windows: bool = True
     """Whether layers may have a sliding window."""
 
     shares: bool = True
     """Whether other layers may read a layer's keys and values."""
+
+    two_sources: bool = True
+    """Whether a layer may read two others, whose slots must then hold the same tokens. False also in a stage
+    that keeps every token, where a later one does not."""
 
     min_head_dim: int = 2
     """Fewest channels of a head."""
@@ -75,6 +114,10 @@ class Traits:
         """Whether every token has a slot of its own for good,
         so that the newest tokens can be forgotten again."""
         return self.key_bias is None
+
+    def read(self, query: "Tensor | None", projected: "Tensor | None") -> "Tensor | None":
+        """What keys and values depend on besides: queries, what the projection made, or nothing."""
+        return query if self.reads_query else projected
 
     @property
     def dropout(self) -> bool:

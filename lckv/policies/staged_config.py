@@ -27,14 +27,16 @@ class StagedConfig(PolicyConfig):
     ramp: float = 1.0
     """Share of retrofit after which the target is reached."""
 
-    channel: ClassVar[str]
-    """What the channel is called that decisions are read from."""
-
     effect: ClassVar[str]
     """What is decided of a token, as in "decides what is ..."."""
 
     without: ClassVar[str]
     """What a model does that has no such decisions, as in "the model ..."."""
+
+    @property
+    def channel(self) -> str:
+        """What decisions are read from, for people."""
+        raise NotImplementedError
 
     @property
     def decides(self) -> bool:

@@ -26,14 +26,14 @@ from lckv_megatron.dry_run.recorder import Recorder
 from lckv_megatron.dry_run.replacements import Replacement
 from megatron_ext.config import ModelConfig, ParallelConfig
 from megatron_ext.errors import ConfigError
-from megatron_ext.model import attention, operators, transformer_config
+from megatron_ext.model import core_attention, operators, transformer_config
 from megatron_ext.model.operators import Operators
 
 
 def gpu_kernels(recorder: Recorder, policy: KVPolicy) -> Iterator[Replacement]:
     """For a run that would use them on a GPU."""
     yield Replacement(backends, "why_no_flash_package", lambda: None)
-    yield Replacement(attention, "choose_backend", _choose(recorder, attention.choose_backend))
+    yield Replacement(core_attention, "choose_backend", _choose(recorder, core_attention.choose_backend))
     yield Replacement(torch.nn.functional, "rms_norm", partial(_rms_norm, recorder))
     yield Replacement(products, "gives_float32", lambda device, dtype: dtype == torch.bfloat16)
     for kernel in policy.kernels_of_shapes(lambda moved: recorder.kernel(flops=0, moved_bytes=moved)):

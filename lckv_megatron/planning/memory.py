@@ -57,7 +57,10 @@ def verdict_lines(plan: Plan) -> Iterator[str]:
 def checkpoint_line(plan: Plan) -> str:
     """What checkpoints take on the disk."""
     run = plan.run
-    one = checkpoint_bytes(plan.sizes.parameters, precision(run.train.precision))
+    trained = None
+    if run.train.trainable == "policy":
+        trained = sum(stage.of_policy for stage in plan.stages)
+    one = checkpoint_bytes(plan.sizes.parameters, precision(run.train.precision), trained)
     if run.checkpoint.save is None:
         return "checkpoints           none, checkpoint.save is not set"
     saves = math.ceil(run.train.train_iters / (run.checkpoint.save_interval or run.train.train_iters))
@@ -99,6 +102,7 @@ def _state_of(plan: Plan, stage: StageParameters) -> StateBytes:
         precision(run.train.precision),
         optimizer_ranks=plan.sizes.optimizer_ranks,
         optimizer=run.optimizer,
+        trained=stage.of_policy if run.train.trainable == "policy" else None,
     )
 
 

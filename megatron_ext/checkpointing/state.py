@@ -322,8 +322,8 @@ def _explain_misfit(checkpoint: Path, parts: dict[str, list[str]], only_optimize
         )
     elif only_optimizer:
         lines.append(
-            "Use parallel.use_distributed_optimizer and train.precision as in its config.json, or "
-            "checkpoint.finetune to load weights only"
+            "Use parallel.use_distributed_optimizer, train.precision and train.trainable as in its "
+            "config.json, or checkpoint.finetune to load weights only"
         )
     else:
         lines.append("Build the model as its config.json says, or load another checkpoint")

@@ -4,6 +4,7 @@ Shapes: s tokens, b micro-batch, h query heads and g KV heads of this tensor-par
 head, e extra channels of keys and queries where the KV policy biases keys.
 """
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -15,111 +16,22 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.attention import Attention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
-from lckv.attention.backends import Choice
-from lckv.attention.visibility import Documents, Visibility
+from lckv.attention.visibility import Documents
 from lckv.config import CompressionConfig
 from lckv.policies.base import KeyValue, Statistics, TokenContext
 from lckv.sharing.execution import Two
 from lckv.sharing.layer_types import LayerTypes
 from lckv.sharing.mixing import Mixture, Second, initial_weight, mixed
 from megatron_ext.mcore import name_argument
-from megatron_ext.model.attention_backend import choose_backend
 from megatron_ext.model.contexts import LayerContext, Own, Source, keys_values
 from megatron_ext.model.linear import FirstGuessLinear, QKVLinear, TakingPart
+from megatron_ext.model.norm import RMSNorm
+from megatron_ext.model.policy_projection import PolicyLinear
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 from megatron_ext.parallel.context import ContextGroup
-from megatron_ext.parallel.key_ring import KeyRing
-
-
-class CoreAttention(MegatronModule):
-    """The attention of one layer, without projections:
-    picks the kernel and knows what the layer's queries see."""
-
-    def __init__(
-        self,
-        config: SharedKVTransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        cp_comm_type: str | None = None,
-        softmax_scale: float | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-    ) -> None:
-        super().__init__(config=config)
-        layer, compression = config.layer_types[layer_number - 1], config.compression
-        self.sight = compression.sight(layer)
-        self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
-        self.key_bias = compression.policy.traits.key_bias
-        assert pg_collection is not None
-        self.chunks = ContextGroup(pg_collection.cp).chunks
-        self.ring = KeyRing(pg_collection.cp) if config.sends_keys_round else None
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
-        """query [s, b, h, d + e], key [k, b, g, d + e] and value [k, b, g, d] to [s, b, h * d].
-
-        Keys, values and documents are those of whole rows of k tokens, of which this rank has s. Each of its
-        chunks attends to all that comes before it in its row, and to itself. Where keys and values go round,
-        key and value are the rank's part [s, ...]."""
-        if self.ring is not None:
-            return self._attend_round(self.ring, query, key, value, documents)
-        bounds = self.chunks.bounds(len(key))
-        outputs = [
-            self._attend(
-                chunk,
-                key[:stop],
-                value[:stop],
-                None if documents is None else documents.cut(len(key), (0, stop)),
-            )
-            for chunk, (_, stop) in zip(query.chunk(len(bounds)), bounds, strict=True)
-        ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-    def _attend_round(
-        self, ring: KeyRing, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None
-    ) -> Tensor:
-        pair_for = self._backend(query).pair
-        assert pair_for is not None
-        output = ring.attend(
-            query,
-            key,
-            value,
-            documents,
-            exclude_self=self.sight.exclude_self,
-            biased=self.key_bias is not None,
-            scale=self.scale,
-            pair=pair_for(query),
-        )
-        return output.flatten(2)
-
-    def _backend(self, query: Tensor) -> Choice:
-        return choose_backend(
-            self.config.attention_kernel, device=query.device, dtype=query.dtype, head_dim=query.shape[-1]
-        )
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
-        """From the last tokens of rows to all of them."""
-        visibility, rows = Visibility(*self.sight, documents), query.shape[1]
-        heads: tuple[Tensor, ...] = query, key, value
-        if documents is None:  # rows are alike, and stand as heads of one row, whose output is [s, 1, b h, d]
-            heads = tuple(tensor.flatten(1, 2)[:, None] for tensor in heads)
-        attend = partial(
-            self._backend(query).attend,
-            *(tensor.permute(1, 2, 0, 3) for tensor in heads),
-            visibility,
-            scale=self.scale,
-            key_bias=self.key_bias,
-        )
-        dropout = self.config.attention_dropout if self.training else 0.0
-        if dropout == 0.0 or self.config.sequence_parallel:  # the block has forked the random state already
-            output = attend(dropout=dropout)
-        else:
-            with tensor_parallel.get_cuda_rng_tracker().fork():
-                output = attend(dropout=dropout)
-        return output.permute(2, 0, 1, 3).flatten(1).unflatten(1, (rows, -1))  # to [s, b, h * d]
 
 
 class SharedKVAttention(Attention):
@@ -176,6 +88,12 @@ class SharedKVAttention(Attention):
             self.linear_first_guess = FirstGuessLinear(
                 config, config.hidden_size, 2 * self.kv_projection_size, self.pg_collection.tp
             )
+        self.projection = self.policy.traits.projection if self.has_kv_weights else None
+        if self.projection is not None:
+            norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+            linear = PolicyLinear(config, self.pg_collection.tp, per_layer=self.projection.per_layer)
+            setattr(self, self.projection.norm_name, norm)
+            setattr(self, self.projection.name, linear)
         self.q_layernorm = self._head_norm(submodules.q_layernorm)
         self.k_layernorm = self._head_norm(submodules.k_layernorm) if self.has_kv_weights else None
 
@@ -202,19 +120,24 @@ class SharedKVAttention(Attention):
         )
 
     def forward(
-        self, hidden_states: Tensor, shared: Source | None, context: LayerContext
+        self,
+        hidden_states: Tensor,
+        shared: Source | None,
+        context: LayerContext,
+        projected: Tensor | None = None,
     ) -> tuple[tuple[Tensor, Tensor | None], Own | None]:
         """Attend from `hidden_states` [s, b, hidden] (normalised) to `shared`, or to the layer's own keys and
         values.
 
-        `shared` is given iff the layer reads other layers', or mixes what another lends into its own.
+        `shared` is given iff the layer reads other layers', or mixes what another lends into its own;
+        `projected` is what `projected()` made of the layer's input.
         Returns Megatron's (output, bias), and what the layer makes of its own keys and values if it computes
         any.
         """
         self.require_source(shared)
         lent, shared = self.parted(self.joined(shared))
         query, *others = self.heads(hidden_states, lent)
-        own = self._own(query, *others, context=context) if others else None
+        own = self._own(self.read(query, projected), *others, context=context) if others else None
         key_value = shared
         if key_value is None:
             assert own is not None
@@ -251,14 +174,33 @@ class SharedKVAttention(Attention):
             f"which were {'not ' if given < takes else ''}given to it."
         )
 
-    def keys_values(self, hidden_states: Tensor, context: LayerContext, lent: KeyValue | None = None) -> Own:
+    def keys_values(
+        self,
+        hidden_states: Tensor,
+        context: LayerContext,
+        lent: KeyValue | None = None,
+        projected: Tensor | None = None,
+    ) -> Own:
         """The layer's keys and values alone, from `hidden_states` [s, b, hidden] (normalised), and from what
-        is `lent` to a layer that mixes."""
+        is `lent` to a layer that mixes. `projected`: as in `forward`."""
         *query, key, value = self.kv_heads(hidden_states, lent)
-        return self._own(query[0] if query else None, key, value, context=context)
+        return self._own(self.read(query[0] if query else None, projected), key, value, context=context)
 
-    def _own(self, query: Tensor | None, key: Tensor, value: Tensor, *, context: LayerContext) -> Own:
-        return Own(*self.of_policy(query, key, value, context), KeyValue(key, value) if self.lends else None)
+    def _own(self, read: Tensor | None, key: Tensor, value: Tensor, *, context: LayerContext) -> Own:
+        return Own(*self.of_policy(read, key, value, context), KeyValue(key, value) if self.lends else None)
+
+    def projected(self, inputs: Tensor) -> Tensor | None:
+        """What parameters of the KV policy's own make of the layer's input [s / shards, b, hidden], before
+        its norm: [s, b, g, 1]; None: it has none, or the layer computes no keys and values."""
+        if self.projection is None or not self.computes_kv:
+            return None
+        norm, linear = getattr(self, self.projection.norm_name), getattr(self, self.projection.name)
+        numbers: Tensor = linear(norm(inputs))
+        return numbers
+
+    def read(self, query: Tensor | None, projected: Tensor | None) -> Tensor | None:
+        """What the KV policy reads of queries [s, b, h, d] and of what `projected` returned."""
+        return self.policy.traits.read(query, projected)
 
     def first_guess(self, hidden_states: Tensor, tokens: TokenContext) -> KeyValue:
         """What is guessed of the layer's keys and values, of the rank's part of rows, from the input states
@@ -323,14 +265,26 @@ class SharedKVAttention(Attention):
         """Queries before their norm, of a layer that only reads."""
         if not self.has_kv_weights:
             return self.linear_q(hidden_states)[0].unflatten(-1, (-1, self.head_dim))
-        if self.k_layernorm is not None:
-            hidden_states = TakingPart.apply(hidden_states, *self.k_layernorm.parameters())
+        if unused := [*self._parameters_for_keys()]:
+            hidden_states = TakingPart.apply(hidden_states, *unused)
         if self._can_project_part:
             part, _ = self.linear_qkv(
                 hidden_states, part="query", heads=(self.num_query_groups_per_partition, self.head_dim)
             )
             return part.unflatten(-1, (-1, self.head_dim))
         return self._of_rank(self._split(self.linear_qkv(hidden_states)[0])[0])
+
+    def _parameters_for_keys(self) -> Iterator[torch.nn.Parameter]:
+        """Those that only a layer uses that computes keys and values, besides the fused projection's."""
+        if self.k_layernorm is not None:
+            yield from self.k_layernorm.parameters()
+        yield from self.policy_parameters()
+
+    def policy_parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Those of the KV policy's own."""
+        if self.projection is not None:
+            for name in (self.projection.norm_name, self.projection.name):
+                yield from getattr(self, name).parameters()
 
     @property
     def _can_project_part(self) -> bool:
@@ -347,11 +301,11 @@ class SharedKVAttention(Attention):
         return self._of_rank(self.policy.query(query, tokens, self.num_query_groups_per_partition))
 
     def of_policy(
-        self, query: Tensor | None, key: Tensor, value: Tensor, context: LayerContext
+        self, read: Tensor | None, key: Tensor, value: Tensor, context: LayerContext
     ) -> tuple[KeyValue, Statistics]:
-        """What the KV policy makes of the results of `heads` or `kv_heads`, of whole rows."""
-        query = query if self.policy.traits.reads_query else None
-        return keys_values(self.policy, key, value, query, context, self.context_group)
+        """What the KV policy makes, of whole rows, of keys and values, the results of `heads` or `kv_heads`,
+        and of what it reads besides."""
+        return keys_values(self.policy, key, value, read, context, self.context_group)
 
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[s, b, rows of this rank] to key and value [s, b, g, d] and the query heads that belong to them."""

@@ -19,6 +19,7 @@ from megatron_ext.model.initialization import initialize_weights
 from megatron_ext.model.loss_backend import choose_loss
 from megatron_ext.model.parameters import padded_vocab_size
 from megatron_ext.model.specs import block_submodules
+from megatron_ext.model.trainable import choose_trainable
 from megatron_ext.model.transformer_config import transformer_config
 from megatron_ext.parallel.lone import data_parallel_class
 from megatron_ext.precision import precision
@@ -64,8 +65,9 @@ def build_stage(
 
 def wrap(stage: SharedKVGPTModel, parallel: ParallelConfig, train: TrainConfig) -> MegatronModule:
     """The stage under Megatron's mixed precision and data parallelism;
-    gradients are accumulated and reduced in float32."""
+    gradients are accumulated and reduced in float32. What `train` does not train is frozen."""
     config = stage.config
+    choose_trainable(stage, train.trainable)
     module = precision(train.precision).wrap(config, stage)
     ddp = data_parallel_class(parallel)(
         config,

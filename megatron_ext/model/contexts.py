@@ -71,19 +71,20 @@ def keys_values(
     policy: KVPolicy,
     key: Tensor,
     value: Tensor,
-    query: Tensor | None,
+    read: Tensor | None,
     context: LayerContext,
     group: ContextGroup,
 ) -> tuple[KeyValue, Statistics]:
     """`KVPolicy.keys_values` of whole rows, from what this rank has of them: key and value [n c, b, g, d],
-    query [n c, b, h, d]. Statistics [b, g] are what the rank's tokens add to those of the rows."""
+    and what the policy reads besides [n c, b, ...]. Statistics [b, g] are what the rank's tokens add to those
+    of the rows."""
     if context.chunks is None:
-        return policy.keys_values(key, value, query, context.tokens)
+        return policy.keys_values(key, value, read, context.tokens)
     assert context.chunks.part is not None
     reach = context.chunks.part.reach
-    heads = [key, value] if query is None else [key, value, query]
-    key, value, *queries = group.rows(heads, reach)
-    rows, statistics = policy.keys_values(key, value, queries[0] if queries else None, context.chunks)
+    tensors = [key, value] if read is None else [key, value, read]
+    key, value, *others = group.rows(tensors, reach)
+    rows, statistics = policy.keys_values(key, value, others[0] if others else None, context.chunks)
     own = KeyValue(*(group.parts(tensor, reach) for tensor in rows))
     chunks = len(group.chunks.numbers)
     # [n b, g] to [n, b, g] to [b, g]

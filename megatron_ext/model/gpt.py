@@ -58,6 +58,8 @@ class SharedKVGPTModel(LanguageModule):
         self.loss = loss
         self.rope = rope
         self._frequencies: tuple[int, Tensor] | None = None
+        self.input_is_frozen = False
+        """Whether the embedding is not trained, but what comes behind it is."""
         if pre_process:
             self.embedding = LanguageModelEmbedding(
                 config=config,
@@ -135,6 +137,8 @@ class SharedKVGPTModel(LanguageModule):
         visit = self.decoder.visit if call is None else call.visit
         enters = visit.receives is None
         embedded = self.embedding(input_ids=tokens, position_ids=position_ids) if enters else None
+        if embedded is not None and self.input_is_frozen and torch.is_grad_enabled():
+            embedded.requires_grad_()  # without, recomputed layers would return nothing to differentiate
         context = self._context(position_ids, documents, policy)
         states, report = self.decoder(embedded, context, policy.row_seeds, seq_length, micro_batch_size, call)
         return states, report

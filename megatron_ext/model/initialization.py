@@ -34,7 +34,9 @@ def global_parameters(model: SharedKVGPTModel) -> Iterator[tuple[str, torch.nn.P
 def initialize_weights(model: SharedKVGPTModel, *, seed: int, std: float) -> None:
     """Fill all parameters in place: matrices from N(0, std^2), those that write to the residual stream with
     std divided by sqrt(2 * num_layers) (GPT-2); norms 1, biases 0, rows of vocabulary padding 0, first
-    guesses 0; weights that mix as if nothing were mixed in."""
+    guesses 0, a KV policy's own weights 0; weights that mix as if nothing were mixed in."""
+    projection = model.config.compression.policy.traits.projection
+    zeros = (_GUESS,) if projection is None else (_GUESS, f".{projection.name}.weight")
     factor = model.config.compression.mix_scaling_factor
     for name, parameter in global_parameters(model):
         if name.endswith(_MIX):
@@ -43,8 +45,8 @@ def initialize_weights(model: SharedKVGPTModel, *, seed: int, std: float) -> Non
         if parameter.dim() == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
-        if name.endswith(_GUESS):
-            parameter.fill_(0.0)  # keys and values that published models begin with
+        if name.endswith(zeros):  # keys and values that published models begin with; no decisions
+            parameter.fill_(0.0)
             continue
         residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
         scale = std / (2 * model.config.num_layers) ** 0.5 if residual else std

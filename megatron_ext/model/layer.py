@@ -61,8 +61,8 @@ class SharedKVLayer(TransformerLayer):
     def forward(self, hidden_states: Tensor, shared: Source | None, context: LayerContext) -> LayerOutput:
         """[s, b, hidden] to the same; `shared` is given iff the layer
         reads other layers' keys and values, or mixes them into its own."""
-        normed = self.input_layernorm(hidden_states)
-        output_with_bias, own = self.self_attention(normed, shared, context)
+        normed, projected = self.input_layernorm(hidden_states), self.self_attention.projected(hidden_states)
+        output_with_bias, own = self.self_attention(normed, shared, context, projected)
         return LayerOutput.of(self._after(output_with_bias, hidden_states), own)
 
     def after_attention(self, attended: Tensor, hidden_states: Tensor) -> Tensor:
@@ -76,7 +76,8 @@ class SharedKVLayer(TransformerLayer):
 
     def keys_values(self, hidden_states: Tensor, context: LayerContext, lent: KeyValue | None = None) -> Own:
         """The layer's keys and values alone, from its input [s, b, hidden]."""
-        return self.self_attention.keys_values(self.input_layernorm(hidden_states), context, lent)
+        normed, projected = self.input_layernorm(hidden_states), self.self_attention.projected(hidden_states)
+        return self.self_attention.keys_values(normed, context, lent, projected)
 
     def first_guess(self, hidden_states: Tensor, tokens: TokenContext) -> KeyValue:
         """What is guessed of the layer's keys and values from the input states of its group, of the rank's

@@ -8,7 +8,7 @@ of the rank, f MLP width of the rank, T ranks that share the sequence out (1 wit
     attention           query, output: 2 e a; logsumexp: 4 per query head
     MLP                 both halves of its first layer, their product: 3 e f        not fused: 4 e f
     query and key norm  input: e (a + k), 4 per head         not fused: 8 (a + k), 4 per head
-    policy              `PolicyConfig.kept_bytes`
+    policy              `PolicyConfig.kept_bytes`; a norm's output, of parameters of its own
     mixing              of a layer that mixes what another lends, its own keys and values: 2 e k
                         of a layer that reads a mixture, that mixture, of whole rows: 2 e k
 
@@ -89,13 +89,21 @@ class LayerMemory:
         width = self._model.hidden_size / self._shards
         return self._norm_bytes * width + 4 / self._shards
 
+    def _projection(self, run: LayerRun) -> float:
+        """What the norm of the policy's own parameters keeps besides the layer's input."""
+        if not run.computes_kv or self._compression.policy.traits.projection is None:
+            return 0.0
+        shares_input = self._fused or self._bytes == 4  # else it keeps a copy in float32
+        width = self._model.hidden_size / self._shards
+        return self.norm - self._bytes * width * shares_input
+
     def _per_token(self, run: LayerRun) -> float:
         if run.part is Part.KEYS_VALUES:
-            return self.norm + self._policy(0, run) + self._mixing(run)
+            return self.norm + self._projection(run) + self._policy(0, run) + self._mixing(run)
         mlp = self.norm + (0 if "mlp" in self._again else (3 if self._fused else 4) * self._bytes * self._ffn)
         if run.part is Part.WITHOUT_SOURCE:
-            return mlp + (self.norm if run.computes_kv else 0)
-        return self.norm + self._attention(run) + mlp
+            return mlp + (self.norm + self._projection(run) if run.computes_kv else 0)
+        return self.norm + self._projection(run) + self._attention(run) + mlp
 
     @property
     def _norm_bytes(self) -> int:

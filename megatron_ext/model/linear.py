@@ -9,6 +9,7 @@ import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
+    linear_with_frozen_weight,
     linear_with_grad_accumulation_and_async_allreduce,
 )
 from megatron.core.tensor_parallel.mappings import (
@@ -47,7 +48,9 @@ class QKVLinear(ColumnParallelLinear):
             return super().forward(input_, weight)
         if not (self.allreduce_dgrad or self.sequence_parallel):
             input_ = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
-        output = linear_with_grad_accumulation_and_async_allreduce(
+        trained = self.weight.requires_grad
+        linear = linear_with_grad_accumulation_and_async_allreduce if trained else linear_with_frozen_weight
+        output = linear(
             input_,
             _rows_of(part, self.weight, *heads),
             None if self.bias is None else _rows_of(part, self.bias, *heads),
@@ -60,7 +63,8 @@ class QKVLinear(ColumnParallelLinear):
 
     def can_project_part(self) -> bool:
         """Whether `part` may be used now: fused accumulation writes gradients of whole weights only."""
-        return not (self.gradient_accumulation_fusion and torch.is_grad_enabled())
+        fuses = self.gradient_accumulation_fusion and self.weight.requires_grad
+        return not (fuses and torch.is_grad_enabled())
 
 
 class TakingPart(torch.autograd.Function):

@@ -4,6 +4,7 @@ Megatron is loaded.
 State, in bytes per parameter of the rank (data-parallel ranks share the optimizer's where it is distributed):
     bf16: weights 2, gradients 4, optimizer 12 (float32 weights and two moments)
     fp32: weights 4, gradients 4, optimizer 8
+Parameters that are not trained have weights alone. What is kept for backward is then less than said here.
 
 Activations that are kept for backward, for one micro-batch of b rows of s tokens:
     inputs x s b h / (C T)   +   shared x s b g (2 d + e)   +   lent x s b g d / C
@@ -48,16 +49,22 @@ class StateBytes:
 
 
 def state_bytes(
-    parameters: int, numbers: Precision, *, optimizer_ranks: int, optimizer: OptimizerConfig | None = None
+    parameters: int,
+    numbers: Precision,
+    *,
+    optimizer_ranks: int,
+    optimizer: OptimizerConfig | None = None,
+    trained: int | None = None,
 ) -> StateBytes:
-    """Of a rank with so many parameters, whose optimizer state is shared out over `optimizer_ranks` ranks (1:
-    not at all). `optimizer` says in which dtypes and where it is kept; default: in float32, with the
-    model."""
+    """Of a rank with so many parameters, of which `trained` (default: all) have gradients and optimizer
+    state, which is shared out over `optimizer_ranks` ranks (1: not at all). `optimizer` says in which dtypes
+    and where it is kept; default: in float32, with the model."""
+    trained = parameters if trained is None else trained
     per_parameter = numbers.optimizer_bytes if optimizer is None else _optimizer_bytes(optimizer, numbers)
     return StateBytes(
         weights=parameters * numbers.bytes,
-        gradients=parameters * 4,
-        optimizer=round(parameters * per_parameter / optimizer_ranks),
+        gradients=trained * 4,
+        optimizer=round(trained * per_parameter / optimizer_ranks),
     )
 
 
@@ -71,9 +78,10 @@ def _optimizer_bytes(optimizer: OptimizerConfig, numbers: Precision) -> float:
     return size * (1 - offloaded)
 
 
-def checkpoint_bytes(parameters: int, numbers: Precision) -> int:
-    """A checkpoint of a model with so many parameters on the disk: weights, and the optimizer's state."""
-    return parameters * (numbers.bytes + numbers.optimizer_bytes)
+def checkpoint_bytes(parameters: int, numbers: Precision, trained: int | None = None) -> int:
+    """A checkpoint of a model with so many parameters on the disk: weights, and the optimizer's state of the
+    `trained` ones (default: all)."""
+    return parameters * numbers.bytes + (parameters if trained is None else trained) * numbers.optimizer_bytes
 
 
 @dataclass(frozen=True)

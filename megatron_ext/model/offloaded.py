@@ -129,8 +129,8 @@ class OffloadedLayers:
             if attention.policy.token_wise:
                 own, statistics = attention.context_group.kept(KeyValue(*heads)), ()
             else:
-                *query, key, value = heads
-                own, statistics = attention.of_policy(query[0] if query else None, key, value, context)
+                *read, key, value = heads
+                own, statistics = attention.of_policy(read[0] if read else None, key, value, context)
         if layer.layer_number - 1 in self._read_by_others:
             tape.keep(*own)
         elif attention.core_attention.sight.window is None:  # with one, chunks see little of whole rows
@@ -139,14 +139,14 @@ class OffloadedLayers:
 
 
 def _attending(layer: SharedKVLayer) -> Callable[..., tuple[Tensor, ...]]:
-    """The part before attention: queries that attend, and of a layer that computes them keys and values, or
-    what its KV policy makes them from; then what the layer lends."""
+    """The part before attention: queries that attend, and of a layer that computes them what its KV policy
+    reads besides, if anything, and keys and values, or what it makes of these; then what the layer lends."""
     attention = layer.self_attention
 
     def part(hidden_states: Tensor, tokens: TokenContext, lent: Sequence[Tensor]) -> tuple[Tensor, ...]:
         heads = attention.heads(layer.input_layernorm(hidden_states), _pair(lent))
         query = attention.attending(heads[0], tokens)
-        return (query,) if len(heads) == 1 else (query, *_finished(layer, heads, tokens))
+        return (query,) if len(heads) == 1 else (query, *_finished(layer, hidden_states, heads, tokens))
 
     return part
 
@@ -156,21 +156,23 @@ def _keys_values(layer: SharedKVLayer) -> Callable[..., tuple[Tensor, ...]]:
 
     def part(hidden_states: Tensor, tokens: TokenContext, lent: Sequence[Tensor]) -> tuple[Tensor, ...]:
         heads = layer.self_attention.kv_heads(layer.input_layernorm(hidden_states), _pair(lent))
-        return _finished(layer, heads, tokens)
+        return _finished(layer, hidden_states, heads, tokens)
 
     return part
 
 
-def _finished(layer: SharedKVLayer, heads: Sequence[Tensor], tokens: TokenContext) -> tuple[Tensor, ...]:
-    """`heads` as they are, or keys and values of these tokens where the KV policy is token-wise; then what
-    the layer lends."""
-    policy = layer.self_attention.policy
+def _finished(
+    layer: SharedKVLayer, hidden_states: Tensor, heads: Sequence[Tensor], tokens: TokenContext
+) -> tuple[Tensor, ...]:
+    """What the KV policy reads, of the layer's input or its queries, if anything, and keys and values; or
+    those that a token-wise policy makes of them; then what the layer lends."""
+    attention = layer.self_attention
     *query, key, value = heads
-    lends = (key, value) if layer.self_attention.lends else ()
-    if not policy.token_wise:
-        return *heads, *lends
-    read = query[0] if query and policy.traits.reads_query else None
-    return *policy.keys_values(key, value, read, tokens)[0], *lends
+    lends = (key, value) if attention.lends else ()
+    read = attention.read(query[0] if query else None, attention.projected(hidden_states))
+    if not attention.policy.token_wise:
+        return *(() if read is None else (read,)), key, value, *lends
+    return *attention.policy.keys_values(key, value, read, tokens)[0], *lends
 
 
 def _pair(tensors: Sequence[Tensor]) -> KeyValue | None:

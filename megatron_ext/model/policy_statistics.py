@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lckv.pass_errors import reporter_of
 from lckv.policies.base import Statistics
+from megatron_ext.model.policy_projection import kv_heads_of_rank
 from megatron_ext.model.transformer_config import SharedKVTransformerConfig
 from megatron_ext.parallel.chunks import ChunkRows
 from megatron_ext.parallel.context import ContextGroup
@@ -88,13 +89,6 @@ class StatisticSums:
         self.columns = len(self.reporter.statistics) * self._parts
         """n R."""
 
-    def local_heads(self) -> slice:
-        """Which of the model's KV heads this rank has;
-        with more ranks than heads, several ranks have the same."""
-        mine = max(1, self._heads // self._group.size())
-        first = self._group.rank() * self._heads // self._group.size()
-        return slice(first, first + mine)
-
     def noise(
         self, shape: tuple[int, int], row_seeds: tuple[int, ...], layer: int, device: torch.device
     ) -> Tensor | None:
@@ -103,7 +97,7 @@ class StatisticSums:
             return None
         seeds = [_seed(seed, layer) for seed in row_seeds]
         noise = self._policy.draw_noise((*shape, self._heads), seeds, device)
-        return None if noise is None else noise[..., self.local_heads()]
+        return None if noise is None else noise[..., kv_heads_of_rank(self._heads, self._group)]
 
     def add(self, earlier: Tensor | None, statistics: Mapping[int, Statistics]) -> Tensor | None:
         """`earlier` [b, n R] and the statistics of this stage's layers."""

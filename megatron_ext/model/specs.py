@@ -15,7 +15,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from lckv.sharing.layer_types import LayerTypes
 from megatron_ext.mcore import mlp
 from megatron_ext.model.activation import SwiGLU
-from megatron_ext.model.attention import CoreAttention, SharedKVAttention
+from megatron_ext.model.attention import SharedKVAttention
+from megatron_ext.model.core_attention import CoreAttention
 from megatron_ext.model.layer import SharedKVLayer
 from megatron_ext.model.linear import QKVLinear
 from megatron_ext.model.norm import RMSNorm

@@ -59,20 +59,21 @@ class ContextGroup:
         """The rank's part of keys and values of whole rows."""
         return KeyValue(*(self.chunks.own(tensor, 0) for tensor in whole))
 
-    def rows(self, heads: Sequence[Tensor], reach: Reach) -> list[Tensor]:
-        """The rank's chunks as rows, with the tokens around them, of tensors [n c, b, any heads, d]: each
-        becomes [before + c + after, n b, its heads, d]. Where the row has no token there are zeros."""
-        number, counts = len(self.chunks.numbers), [tensor.shape[2] for tensor in heads]
+    def rows(self, tensors: Sequence[Tensor], reach: Reach) -> list[Tensor]:
+        """The rank's chunks as rows, with the tokens around them, of tensors [n c, b, any heads, any
+        channels]: each becomes [before + c + after, n b, its heads, its channels]. Where the row has no token
+        there are zeros."""
+        number, shapes = len(self.chunks.numbers), [tensor.shape[2:] for tensor in tensors]
         # [n c, b, heads, d] to [n, c, b, heads, d] to [c, n b, heads, d]
-        inner = [tensor.unflatten(0, (number, -1)).transpose(0, 1).flatten(1, 2) for tensor in heads]
+        inner = [tensor.unflatten(0, (number, -1)).transpose(0, 1).flatten(1, 2) for tensor in tensors]
         if reach == Reach():
             return inner
         if max(reach.before, reach.after) > len(inner[0]):  # further than the neighbours
-            return list(self.chunks.rows(self.whole(torch.cat(list(heads), 2)), reach).split(counts, 2))
+            return _split(self.chunks.rows(self.whole(_joined(tensors)), reach), shapes)
         ends = [torch.cat((rows[: reach.after], rows[len(rows) - reach.before :])) for rows in inner]
-        before, after = self._around(torch.cat(ends, 2), reach)
-        around = zip(before.split(counts, 2), inner, after.split(counts, 2), strict=True)
-        return [torch.cat(tensors) for tensors in around]
+        before, after = self._around(_joined(ends), reach)
+        around = zip(_split(before, shapes), inner, _split(after, shapes), strict=True)
+        return [torch.cat(parts) for parts in around]
 
     def _around(self, ends: Tensor, reach: Reach) -> tuple[Tensor, Tensor]:
         """What is in front of each of the rank's chunks and behind it, [before, n b, ...] and
@@ -107,6 +108,17 @@ class ContextGroup:
     def sum(self, own: Tensor) -> Tensor:
         """The sum over the ranks, which each rank uses as it likes."""
         return own if self.is_alone else _Sum.apply(own, self._group)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors [s, b, ...] as one, [s, b, all their numbers], to be sent at once."""
+    return torch.cat([tensor.flatten(2) for tensor in tensors], 2)
+
+
+def _split(joined: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """The inverse of `_joined`, of tensors [s, b, *shape]."""
+    parts = joined.split([shape.numel() for shape in shapes], 2)
+    return [part.unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 class _Gather(torch.autograd.Function):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lckv.pass_errors import Reporter
 from lckv.policies.base import statistics_by_name
+from megatron_ext.model.policy_projection import kv_heads_of_rank
 from megatron_ext.model.policy_statistics import PolicyReport, StatisticSums
 from megatron_ext.parallel.process_groups import device_of_rank
 
@@ -73,7 +74,7 @@ class StatisticsMeter:
         self._reporter: Reporter = decoder.statistics.reporter
         self._statistics: StatisticSums = decoder.statistics
         self._heads: int = decoder.config.num_query_groups
-        self._mine: slice = decoder.statistics.local_heads()
+        self._mine: slice = kv_heads_of_rank(self._heads, decoder.pg_collection.tp)
         self._sums: dict[int, Tensor] = {}
         self._rows = 0
         self._loss: Tensor | None = None

@@ -85,7 +85,12 @@ def cost_of(run: RunConfig, shape: ModelShape) -> TrainingCost:
     chunks is left out."""
     layers = recomputed_layers(run)
     costs = [
-        training_cost(shape, replace(run.compression, forward_passes=passes), recomputed_layers=layers)
+        training_cost(
+            shape,
+            replace(run.compression, forward_passes=passes),
+            recomputed_layers=layers,
+            trains_weights=run.train.trainable == "all",
+        )
         for passes in forward_passes_of(run)
     ]
     model, hardware = (

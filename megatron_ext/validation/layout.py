@@ -12,7 +12,7 @@ from megatron_ext.model.placement import Placement, place
 from megatron_ext.precision import Precision, precision
 from megatron_ext.validation.context import context_problems
 from megatron_ext.validation.passes import pass_problems
-from megatron_ext.validation.policy import policy_problems
+from megatron_ext.validation.policy import policy_layout_problems, policy_problems, trainable_problems
 from megatron_ext.validation.rules import above_zero, at_least, fraction, multiple
 
 _OF_ONE_SCALING = (
@@ -29,6 +29,8 @@ def layout_problems(run: RunConfig) -> list[str]:
     return [
         *architecture_problems(run.model, run.compression, precision(run.train.precision)),
         *tensor_parallel_problems(run.model, run.parallel, run.train),
+        *policy_layout_problems(run.compression.policy, run.parallel),
+        *trainable_problems(run.compression.policy, run.train),
         *pipeline_problems(run),
         *context_problems(run),
         *pass_problems(run),

@@ -5,8 +5,29 @@ from collections.abc import Iterator
 
 from lckv.attention.head_sizes import obstacle_to_biased_keys
 from lckv.policies.config import PolicyConfig, Traits
-from megatron_ext.config import ModelConfig
+from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_ext.precision import Precision
+
+
+def policy_layout_problems(policy: PolicyConfig, parallel: ParallelConfig) -> Iterator[str]:
+    """Layouts that cannot work under `policy`."""
+    ranks = parallel.tensor_model_parallel_size
+    if policy.traits.mixes_heads and ranks > 1:
+        yield (
+            f"parallel.tensor_model_parallel_size is {ranks} and compression.policy is {policy.describe()}; "
+            "there KV heads go by the queries of another one, which another rank has: set the former to 1, "
+            "or choose settings of the policy with which every KV head goes by its own."
+        )
+
+
+def trainable_problems(policy: PolicyConfig, train: TrainConfig) -> Iterator[str]:
+    """What cannot be trained alone under `policy`."""
+    if train.trainable == "policy" and policy.traits.projection is None:
+        yield (
+            f"train.trainable is policy, and compression.policy is {policy.describe()}, which has no "
+            "parameters of its own: set the former to all, or choose settings of the policy with which it "
+            "has some."
+        )
 
 
 def policy_problems(model: ModelConfig, policy: PolicyConfig, numbers: Precision) -> Iterator[str]:

@@ -15,6 +15,7 @@ from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.initialization import initialize
 from lckv.config import CompressionConfig
 from lckv.policies.dmc.config import DMCConfig
+from lckv.policies.dms.config import DMSConfig
 from lckv.weights.checks import check_tensors
 from lckv.weights.tensors import MemorySource
 from megatron_ext.config import ModelConfig
@@ -67,6 +68,32 @@ def test_a_first_guess_is_added_as_zeros_and_left_out_again() -> None:
     without, description, how = initialize(source, description, LCKV, "copy")
     assert how is None
     check_tensors(without.infos(), description.expected_tensors(), "the model without it")
+
+
+@pytest.mark.parametrize("how", ["average", "copy"])
+def test_a_policys_own_weights_begin_as_zeros_and_go_where_keys_and_values_go(how: str) -> None:
+    plain = description_of(MODEL)
+    adapting = DMSConfig(stage="retrofit", decision_source="adapter")
+    sharing = replace(PLAIN, layer_types="0_0_2_3", policy=adapting)
+    source, description, _ = initialize(MemorySource(random_weights(plain)), plain, sharing, how)
+    check_tensors(source.infos(), description.expected_tensors(), "the converted model")
+    attention = "decoder.layers.{}.self_attention.dms_proj_alpha"
+    own = {name: source.read(name) for name in source.infos() if "dms_proj_alpha" in name}
+    assert {name.partition("_alpha")[0] for name in own} == {
+        attention.format(layer).partition("_alpha")[0] for layer in (0, 2, 3)
+    }
+    assert torch.equal(own[f"{attention.format(2)}_norm.weight"], torch.ones(6))
+    assert torch.equal(own[f"{attention.format(2)}.weight"], torch.zeros(2, 6))
+    assert torch.equal(own[f"{attention.format(2)}.bias"], torch.zeros(2))
+    deciding = description_of(MODEL, replace(PLAIN, policy=adapting))
+    weights = random_weights(deciding)
+    shared, description, _ = initialize(MemorySource(weights), deciding, sharing, how)
+    check_tensors(shared.infos(), description.expected_tensors(), "the model with a map")
+    for part in ("_norm.weight", ".weight", ".bias"):
+        first, second, third = (weights[attention.format(layer) + part] for layer in (0, 1, 2))
+        expected = first if how == "copy" else (first + second) / 2
+        torch.testing.assert_close(shared.read(attention.format(0) + part), expected)
+        assert torch.equal(shared.read(attention.format(2) + part), third)
 
 
 @pytest.mark.parametrize("how", ["average", "copy"])

@@ -116,6 +116,21 @@ CASES |= {
         settings={"compression": {"layer_types": "0_1_2_2", "policy": DROPPING}, "qk_norm": True},
         layouts=((1, 1), (4, 1), (2, 2)),
     ),
+    "dropping by an adapter": Case(
+        "lckv-llama",
+        GQA,
+        settings={
+            "compression": {"layer_types": "0_1_2_2", "policy": {**DROPPING, "decision_source": "adapter"}},
+            "qkv_bias": True,
+        },
+        layouts=((4, 1), (2, 2)),
+    ),
+    "an adapter from plain": Case(
+        "qwen3", GQA,
+        shared("0_0_2_2", **{"policy.name": "dms", "policy.stage": "retrofit",
+                             "policy.decision_source": "adapter"}),
+        layouts=((2, 1),),
+    ),
     "DMS stage 1": Case("qwen3", GQA, {"compression.policy.name": "dms"}, layouts=((2, 1),)),
     "yarn": Case(
         "llama", GQA,

@@ -52,9 +52,26 @@ def test_counted_operations(layer_types: str, recompute: str) -> None:
     assert cost.hardware_flops > without
 
 
-def training_cost_without_attention(compression: CompressionConfig, recomputed_layers: int) -> float:
+@pytest.mark.parametrize("layer_types", ["0_0_2_2_4_4", "0_4_4_4_4_5"])
+def test_counted_operations_where_weights_are_not_trained(layer_types: str) -> None:
+    compression = CompressionConfig(layer_types=layer_types, forward_passes=3, backward_passes=2)
+    (counted,) = run_on_ranks(1, counted_flops_per_token, compression, "full", True)
+    without = training_cost_without_attention(compression, 6, trains_weights=False)
+    assert counted == pytest.approx(without, rel=1e-9)
+    seeing, blind = (
+        training_cost(SHAPE, one).model_flops - training_cost(SHAPE, one, trains_weights=False).model_flops
+        for one in (compression, blinded(compression))
+    )
+    assert seeing == pytest.approx(blind)  # attention has no weights
+
+
+def training_cost_without_attention(
+    compression: CompressionConfig, recomputed_layers: int, *, trains_weights: bool = True
+) -> float:
     """The FLOPs that the cost model gives where queries see no keys."""
-    return training_cost(SHAPE, blinded(compression), recomputed_layers=recomputed_layers).hardware_flops
+    return training_cost(
+        SHAPE, blinded(compression), recomputed_layers=recomputed_layers, trains_weights=trains_weights
+    ).hardware_flops
 
 
 def blinded(compression: CompressionConfig) -> CompressionConfig:
@@ -106,10 +123,12 @@ def test_a_prompt_of_a_map_whose_upper_half_computes_no_keys_costs_about_half() 
     assert seen == [5, 5, 15, 16, 16, 16]
 
 
-def counted_flops_per_token(compression: CompressionConfig, recompute: str) -> float:
+def counted_flops_per_token(compression: CompressionConfig, recompute: str, frozen: bool = False) -> float:
     initialize(ParallelConfig(), seed=1)
     train = TrainConfig(precision="fp32", recompute_granularity=recompute)
     stage = build_stage(MODEL, compression, ParallelConfig(), train, vocab_size=40)
+    stage.requires_grad_(not frozen)
+    stage.input_is_frozen = frozen
     tokens = torch.randint(0, 40, (2, 16))
     with FlopCounterMode(display=False) as counter:
         losses, report = stage(tokens, torch.arange(16).expand(2, -1), tokens)

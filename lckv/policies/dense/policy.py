@@ -9,7 +9,7 @@ class DensePolicy(KVPolicy):
     """The identity among KV policies."""
 
     def keys_values(
-        self, key: Tensor, value: Tensor, query: Tensor | None, context: TokenContext
+        self, key: Tensor, value: Tensor, read: Tensor | None, context: TokenContext
     ) -> tuple[KeyValue, Statistics]:
         """RoPE on the keys and nothing else.
 
@@ -18,7 +18,7 @@ class DensePolicy(KVPolicy):
         return KeyValue(context.rotate(key), value.contiguous()), ()
 
     def extend(
-        self, state: Tensor | None, key: Tensor, value: Tensor, query: Tensor | None, context: TokenContext
+        self, state: Tensor | None, key: Tensor, value: Tensor, read: Tensor | None, context: TokenContext
     ) -> Extension:
         """Every token is a slot of its own."""
-        return Extension(*self.keys_values(key, value, query, context)[0])
+        return Extension(*self.keys_values(key, value, read, context)[0])

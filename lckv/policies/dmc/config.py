@@ -19,7 +19,6 @@ class DMCConfig(StagedConfig):
     """Merge tokens: each KV head decides for every token whether it opens a slot or is merged into the last
     one (Dynamic Memory Compression, Nawrot et al. 2024)."""
 
-    channel: ClassVar = "decision channel"
     effect: ClassVar = "merged"
     without: ClassVar = "knows no merging"
 
@@ -56,10 +55,15 @@ class DMCConfig(StagedConfig):
     code does; the loss then depends on the layout."""
 
     @property
+    def channel(self) -> str:
+        """See `StagedConfig`."""
+        return "decision channel"
+
+    @property
     def traits(self) -> Traits:
         """See `PolicyConfig`. The last channel of queries and keys is that of the decisions."""
         if not self.decides:
-            return Traits(windows=False, min_head_dim=4, reach=Reach())
+            return Traits(windows=False, two_sources=False, min_head_dim=4, reach=Reach())
         return Traits(
             KeyBias(age=1),
             merges=True,

@@ -102,7 +102,9 @@ class DMCPolicy(StagedPolicy):
         eps = torch.finfo(query.dtype).eps if self.config.eps is None else self.config.eps
         return decisions.importance(query, kv_heads, self.config.initial_decision_bias, eps)
 
-    def scripted_shift(self, kind: Literal["query", "key"], heads: Tensor, kv_heads: int) -> Tensor | None:
+    def scripted_shift(
+        self, kind: Literal["query", "key", "projection"], heads: Tensor, kv_heads: int
+    ) -> Tensor | None:
         """The last channel of keys moves, so that the right share of decision logits is above 0."""
         if kind != "key" or not self.config.decides:
             return None

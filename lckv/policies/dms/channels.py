@@ -1,5 +1,5 @@
-"""Channels of decisions: the borrowed one, which is the last of the first query head of each group; and those
-that queries and keys get for the bias.
+"""Where decisions are read, the borrowed channel, which is the last of the first query head of each group, or
+an adapter; and the channels that queries and keys get for the bias.
 
 Shapes: s tokens, b rows, h query heads, g KV heads, d channels of a head.
 """
@@ -10,11 +10,16 @@ from torch import Tensor
 from lckv.policies.dms.config import EXTRA_CHANNELS
 
 
-def decision_logits(query: Tensor, kv_heads: int, scale: float, offset: float) -> Tensor:
+def decision_logits(read: Tensor, kv_heads: int, scale: float, offset: float) -> Tensor:
     """x, float32 [s, b, g]: above 0 where the token before is to be dropped, from queries [s, b, h, d] before
-    RoPE."""
-    first = query.unflatten(2, (kv_heads, -1))[:, :, :, 0, -1]
+    RoPE, or an adapter's numbers [s, b, g, 1]."""
+    first = read.unflatten(2, (kv_heads, -1))[:, :, :, 0, -1]
     return scale * first.float() - offset
+
+
+def of_first_head(of_heads: Tensor) -> Tensor:
+    """[s, b, g], the first head's for all."""
+    return of_heads[..., :1].expand_as(of_heads)
 
 
 def scale_borrowed(query: Tensor, kv_heads: int, factor: float) -> Tensor:

@@ -1,6 +1,6 @@
 """Dynamic Memory Sparsification as a KV policy: tokens are dropped some time after it was decided."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -15,8 +15,9 @@ from lckv.policies.base import (
     TokenContext,
 )
 from lckv.policies.binary_decisions import decision_rate
+from lckv.policies.config import PolicyConfig
 from lckv.policies.dms import eviction
-from lckv.policies.dms.channels import decision_logits, scale_borrowed, widened
+from lckv.policies.dms.channels import decision_logits, of_first_head, scale_borrowed, widened
 from lckv.policies.dms.config import DMSConfig
 from lckv.policies.stages import StagedPolicy, fade
 
@@ -25,8 +26,9 @@ class DMSPolicy(StagedPolicy):
     """Drops tokens.
 
     In stage zero_out nothing is dropped: the borrowed channel of queries fades. In the others it decides and
-    attends no more. The bias of a key is in a channel of its own; that of a query is sqrt(d), which
-    attention's scale 1 / sqrt(d) turns into 1. Only layers that compute keys and values decide and lend.
+    attends no more; or an adapter decides, and queries keep all channels. The bias of a key is in a channel
+    of its own; that of a query is sqrt(d), which attention's scale 1 / sqrt(d) turns into 1. Only layers that
+    compute keys and values decide and lend.
     """
 
     config: DMSConfig
@@ -41,7 +43,7 @@ class DMSPolicy(StagedPolicy):
         """RoPE, without the borrowed channel or with what is left of it, before and after."""
         factor = 0.0 if self.config.decides else fade(context.progress)
         channels = query.shape[-1]
-        if kv_heads is None:
+        if kv_heads is None or self.config.adapts:
             query = context.rotate(query)
         else:
             query = context.rotate(scale_borrowed(query, kv_heads, factor))
@@ -49,15 +51,17 @@ class DMSPolicy(StagedPolicy):
         return widened(query, channels**0.5) if self.config.decides else query
 
     def keys_values(
-        self, key: Tensor, value: Tensor, query: Tensor | None, context: TokenContext
+        self, key: Tensor, value: Tensor, read: Tensor | None, context: TokenContext
     ) -> tuple[KeyValue, Statistics]:
         """Decisions, RoPE, and the bias of what was decided to be dropped;
         attention says from which age on it counts."""
         if not self.config.decides:
             return KeyValue(context.rotate(key), value.contiguous()), ()
-        logits = self._logits(query, key)
+        logits = self._logits(read, key)
         if context.training:
             noisy = eviction.noisy_logits(logits, context.noise, self.config.temperature)
+            if self._of_layers:  # also noise that was drawn for each head
+                noisy = of_first_head(noisy)
             drops, bias = torch.sigmoid(noisy), eviction.soft_bias(noisy, context)
         else:
             drops, bias = (logits > 0).float(), eviction.hard_bias(logits, context)
@@ -65,27 +69,45 @@ class DMSPolicy(StagedPolicy):
         return KeyValue(widened(context.rotate(key), bias), value.contiguous()), (rate,)
 
     def extend(
-        self, state: Tensor | None, key: Tensor, value: Tensor, query: Tensor | None, context: TokenContext
+        self, state: Tensor | None, key: Tensor, value: Tensor, read: Tensor | None, context: TokenContext
     ) -> Extension:
         """Decisions of the new tokens, about each other and about the newest of the cache."""
         if not self.config.decides:
             return Extension(*self.keys_values(key, value, None, context)[0])
-        logits = self._logits(query, key)
+        logits = self._logits(read, key)
         if state is None:
             state = eviction.fresh_state(self.config.window, logits)
         hides, state = eviction.advance(state, logits, context.counted)
         wide = widened(context.rotate(key), eviction.hard_bias(logits, context))
         return Extension(wide, value, hides, state)
 
-    def _logits(self, query: Tensor | None, key: Tensor) -> Tensor:
-        assert query is not None
-        config = self.config
-        return decision_logits(query, key.shape[2], config.decision_scale, config.initial_decision_offset)
+    @property
+    def _of_layers(self) -> bool:
+        return self.config.decisions_per == "layer"
 
-    def scripted_shift(self, kind: Literal["query", "key"], heads: Tensor, kv_heads: int) -> Tensor | None:
-        """The borrowed channel moves, so that the right share of decision logits is above 0."""
+    def _logits(self, read: Tensor | None, key: Tensor) -> Tensor:
+        assert read is not None
         config = self.config
-        if kind != "query" or not config.decides:
+        logits = decision_logits(read, key.shape[2], config.decision_scale, config.initial_decision_offset)
+        return of_first_head(logits) if self._of_layers else logits
+
+    def draw_noise(self, shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> Tensor | None:
+        """See `StagedPolicy`. Where one head decides for all they have its noise, whichever rank has them."""
+        if not self._of_layers:
+            return super().draw_noise(shape, seeds, device)
+        noise = super().draw_noise((*shape[:2], 1), seeds, device)
+        return None if noise is None else noise.expand(*shape)
+
+    def obstacle_in_weights(self, rows: ChannelRows, before: PolicyConfig) -> str | None:
+        """See `StagedPolicy`. An adapter needs no free channel."""
+        return None if self.config.adapts else super().obstacle_in_weights(rows, before)
+
+    def scripted_shift(
+        self, kind: Literal["query", "key", "projection"], heads: Tensor, kv_heads: int
+    ) -> Tensor | None:
+        """What decides moves, so that the right share of decision logits is above 0."""
+        config = self.config
+        if kind != ("projection" if config.adapts else "query") or not config.decides:
             return None
         borrowed = heads.unflatten(2, (kv_heads, -1))[:, :, :, 0, -1].float().flatten(0, 1)
         kept = borrowed.quantile(1 / config.target_compression_ratio, 0)

@@ -1,5 +1,5 @@
 """The settings of published DMS models (nvidia/Qwen3-8B-DMS-8x), from fields beside those of the plain
-model's Hugging Face config. The names of their weights are those of the plain model."""
+model's Hugging Face config. The names of their weights are those of the plain model, and of an adapter."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,9 +15,13 @@ _NUMBERS = {
 }
 """Fields, with ours of the same meaning and what the published code takes where they are absent."""
 _WINDOW = ("dms_window_size", 512)
+_CHOICES: dict[str, tuple[str, dict[object, str]]] = {
+    "dms_separate_alpha": ("decision_source", {False: "borrowed_channel", True: "adapter"}),
+    "dms_alpha_per": ("decisions_per", {"head": "kv_head", "layer": "layer"}),
+}
+"""Fields, with ours of the same meaning; the first value is that of the published code where they are
+absent."""
 _ONLY = {
-    "dms_separate_alpha": (False, "decisions of an adapter are not read: only those of a borrowed channel"),
-    "dms_alpha_per": ("head", "every KV head decides by itself"),
     "dms_disable_eviction": (False, "true is how the model is run to teach another one"),
 }
 """Fields of which one value can be computed here, with the reason."""
@@ -27,7 +31,7 @@ _HOW_IT_IS_RUN = (
     "dms_chunked_prefill",
     "dms_preallocate_for_tokens",
 )
-FIELDS = (*_NUMBERS, _WINDOW[0], *_ONLY, *_HOW_IT_IS_RUN)
+FIELDS = (*_NUMBERS, _WINDOW[0], *_CHOICES, *_ONLY, *_HOW_IT_IS_RUN)
 
 
 def from_config(config: Mapping[str, Any]) -> DMSConfig | None:
@@ -39,6 +43,14 @@ def from_config(config: Mapping[str, Any]) -> DMSConfig | None:
         for name, (value, why) in _ONLY.items()
         if config.get(name) not in (None, value)
     ]
+    choices: dict[str, str] = {}
+    for name, (ours, values) in _CHOICES.items():
+        default, *_ = values
+        chosen = default if config.get(name) is None else config[name]
+        if type(chosen) is type(default) and chosen in values:
+            choices[ours] = values[chosen]
+        else:
+            problems.append(Problem(name, repr(chosen), f"it must be {' or '.join(map(repr, values))}"))
     numbers: dict[str, float] = {}
     for name, (ours, default) in _NUMBERS.items():
         value = default if config.get(name) is None else config[name]
@@ -51,4 +63,4 @@ def from_config(config: Mapping[str, Any]) -> DMSConfig | None:
         problems.append(Problem(name, repr(window), "it must be a number of tokens, at least 1"))
     if problems:
         raise SettingError(problems)
-    return DMSConfig(stage="finetune", window=window, **numbers)  # type: ignore[arg-type]
+    return DMSConfig(stage="finetune", window=window, **choices, **numbers)  # type: ignore[arg-type]

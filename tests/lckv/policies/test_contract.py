@@ -23,7 +23,7 @@ from tests.lckv.cache.models import (
     text,
 )
 from tests.lckv.generation.engines import GREEDY, empty, engine
-from tests.lckv.policies.cases import CASES, MAPS, POLICIES, fresh_model, model, policy_config
+from tests.lckv.policies.cases import CASES, MAPS, POLICIES, fresh_model, model, policy_config, read_by
 
 TOLERANCE = 2e-4
 """Of logits of up to about 10: float32 rounding, which cyclic layers amplify from token to token."""
@@ -244,12 +244,12 @@ def test_windows_and_dropout_are_refused_where_they_cannot_be(policy: str) -> No
 @pytest.mark.parametrize("split", [1, 4, 11])
 def test_extending_says_what_the_whole_says(policy: str, split: int) -> None:
     built, (query, key, value) = policy_config(policy).build(), _heads(16)
-    traits = built.traits
-    whole, _ = built.keys_values(key, value, query if traits.reads_query else None, _context(0, 16))
+    traits, read = built.traits, read_by(built, query)
+    whole, _ = built.keys_values(key, value, read, _context(0, 16))
     state, parts = None, []
     for start, stop in ((0, split), (split, 16)):
         now = slice(start, stop)
-        reads = query[now] if traits.reads_query else None
+        reads = None if read is None else read[now]
         parts.append(built.extend(state, key[now], value[now], reads, _context(start, stop)))
         state = parts[-1].state
     close(torch.cat([part.value for part in parts]), whole.value, 1e-5)
@@ -367,7 +367,7 @@ def test_what_is_said_to_be_token_wise_is(policy: str) -> None:
     assert torch.equal(built.query(last(query), context.at(last)), last(built.query(query, context)))
     if not built.token_wise:
         return
-    read = query if built.traits.reads_query else None
+    read = read_by(built, query)
     whole, statistics = built.keys_values(key, value, read, context)
     assert statistics == ()
     part, _ = built.keys_values(
@@ -378,4 +378,4 @@ def test_what_is_said_to_be_token_wise_is(policy: str) -> None:
 
 def test_the_suite_sees_more_than_the_policies_of_the_package() -> None:
     assert {"dense", "forgetful"} <= {policy.partition("-")[0] for policy in POLICIES}
-    assert len(CASES) == len(POLICIES) * len(MAPS)
+    assert {policy for policy, _ in CASES} == set(POLICIES) and {name for _, name in CASES} == set(MAPS)

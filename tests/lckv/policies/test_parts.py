@@ -12,7 +12,7 @@ from lckv.policies.base import KVPolicy, RowPart, TokenContext
 from lckv.policies.config import PolicyConfig
 from lckv.policies.dmc.config import DMCConfig
 from lckv.rope import inverse_frequencies, rotate, rotation
-from tests.lckv.policies.cases import POLICIES, policy_config
+from tests.lckv.policies.cases import POLICIES, policy_config, read_by
 
 TOKENS, ROWS, GROUPS, HEADS, CHANNELS = 24, 2, 2, 4, 8
 MERGING = DMCConfig(stage="retrofit", initial_decision_bias=0.3, temperature=0.5, window=4)
@@ -32,7 +32,7 @@ BEGINS = (0, 7, 8, 18, TOKENS, TOKENS + 12, 2 * TOKENS)
 def test_parts_are_the_whole(name: str, training: bool) -> None:
     policy = CONFIGS[name].build()
     heads = [key, value, query] = drawn()
-    read = query if policy.traits.reads_query else None
+    read = read_by(policy, query)
     noise = policy.draw_noise((TOKENS, ROWS, GROUPS), [3, 4], torch.device("cpu")) if training else None
     counted = torch.ones(TOKENS, ROWS, dtype=torch.bool)
     counted[20:, 1] = False

@@ -120,6 +120,7 @@ def test_layers_that_only_windowed_layers_read() -> None:
     assert CompressionConfig(layer_types="0_2_2_3").windows(4) == {}
 
 
-def test_policies_whose_slots_are_no_tokens() -> None:
-    (problem,) = CompressionConfig(layer_types="0_1_1/0", policy=DMCConfig(stage="finetune")).problems(3)
+@pytest.mark.parametrize("stage", ["finetune", "zero_out"])
+def test_policies_whose_slots_are_no_tokens_in_the_end(stage: str) -> None:
+    (problem,) = CompressionConfig(layer_types="0_1_1/0", policy=DMCConfig(stage=stage)).problems(3)
     assert "layer 2 reads two layers, and the policy dmc does not keep every token in a slot" in str(problem)

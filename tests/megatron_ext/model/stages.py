@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lckv.config import CompressionConfig
 from lckv.policies.dmc.config import DMCConfig
+from lckv.policies.dms.config import DMSConfig
 from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_ext.model.build import build_stage
 from megatron_ext.model.gpt import SharedKVGPTModel
@@ -62,6 +63,24 @@ MERGED_MAPS = {
 }
 EVERY_MAP = {**MAPS, **MERGED_MAPS}
 
+ADAPTED = DMSConfig(
+    stage="finetune",
+    decision_source="adapter",
+    target_compression_ratio=4.0,
+    decision_scale=3.0,
+    initial_decision_offset=0.3,
+    temperature=0.5,
+    window=3,
+)
+"""Has parameters of its own."""
+ADAPTED_MAPS = {
+    "adapter": CompressionConfig(layer_types="0_1_2_3_3_3", policy=ADAPTED),
+    "lckv x adapter": CompressionConfig(
+        layer_types="0_4_4_4_4_5", forward_passes=2, backward_passes=2, policy=ADAPTED
+    ),
+    "adapter of layers": CompressionConfig(policy=replace(ADAPTED, decisions_per="layer")),
+}
+
 
 def make_stage(
     compression: CompressionConfig,
@@ -75,7 +94,17 @@ def make_stage(
     train = train or TrainConfig(precision="fp32")
     stage = build_stage(replace(MODEL, **model), compression, parallel, train, vocab_size=VOCAB)
     fill_mixes(stage)
+    fill_projections(stage)
     return stage
+
+
+@torch.no_grad()
+def fill_projections(stage: SharedKVGPTModel) -> None:
+    """Numbers in the weights of a KV policy's own, which begin at zero."""
+    for name, parameter in global_parameters(stage):
+        if ".dms_proj_alpha." in name:
+            generator = torch.Generator().manual_seed(int(name.split(".")[2]))
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
 
 
 @torch.no_grad()

@@ -24,13 +24,22 @@ from megatron_ext.model.policy_statistics import PolicyInputs
 from megatron_ext.parallel.process_groups import chunks_of_rank
 from megatron_ext.schedule.micro_batches import mean_loss, run_schedule
 from megatron_ext.schedule.statistics_meter import StatisticsMeter
-from tests.megatron_ext.model.stages import EVERY_MAP, GUESSING, MERGING, VOCAB, fill_guesses, make_stage
+from tests.megatron_ext.model.stages import (
+    ADAPTED_MAPS,
+    EVERY_MAP,
+    GUESSING,
+    MERGING,
+    VOCAB,
+    fill_guesses,
+    make_stage,
+)
 from tests.ranks import run_on_ranks
 
 ROWS, TOKENS, EOD = 4, 32, 7
 MAPS = {
     **EVERY_MAP,
     **GUESSING,
+    **ADAPTED_MAPS,
     "dmc without window": CompressionConfig(policy=replace(MERGING, window=None)),
     "plain nodiag": CompressionConfig(force_nodiag=True),
     "mixed plain": CompressionConfig(layer_types="0_1+0_2+1_3_4+1_5+0"),
@@ -99,6 +108,10 @@ CASES = [
     Case("two sources", tp=2, pp=2, sequence_parallel=True, micro_batch_size=1),
     Case("mixed lckv x dmc", documents="documents", cp=2, pp=2, recompute="full"),
     Case("mixed lckv x dmc", tp=2, pp=2, sequence_parallel=True, micro_batch_size=1),
+    Case("adapter", documents="documents", cp=2, tp=2, sequence_parallel=True),
+    Case("adapter", documents="documents", tp=4, recompute="full"),
+    Case("lckv x adapter", tp=2, pp=2, sequence_parallel=True, recompute="full", micro_batch_size=1),
+    Case("adapter of layers", tp=2),
 ]
 
 

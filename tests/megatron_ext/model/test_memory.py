@@ -245,6 +245,10 @@ MODELS = {
     "dmc without window": (SIZES, CompressionConfig("0_1_2_3", policy=replace(DMC, window=None))),
     "dms": (SIZES, CompressionConfig("0_1_2_3", policy=DMS)),
     "cla with dms": (SIZES, CompressionConfig("0_0_2_2", policy=DMS)),
+    "cla with an adapter": (
+        SIZES,
+        CompressionConfig("0_0_2_2", policy=replace(DMS, decision_source="adapter")),
+    ),
     "mixed": (SIZES, CompressionConfig("0_1+0_2+1_2")),
     "two sources": (SIZES, CompressionConfig("0_1_1/0_1+0")),
     "mixed lckv with dmc": (SIZES, CompressionConfig("0_2_2+0_3+2", policy=DMC, forward_passes=2)),

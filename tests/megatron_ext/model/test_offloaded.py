@@ -14,7 +14,14 @@ from megatron_ext.model.gpt import SharedKVGPTModel
 from megatron_ext.model.offload_share import OffloadShare
 from megatron_ext.model.offloaded import OffloadedLayers
 from megatron_ext.offload.share import OffloadSettings
-from tests.megatron_ext.model.stages import EVERY_MAP, MODEL, draw_tokens, make_stage, positions_of
+from tests.megatron_ext.model.stages import (
+    ADAPTED_MAPS,
+    EVERY_MAP,
+    MODEL,
+    draw_tokens,
+    make_stage,
+    positions_of,
+)
 from tests.megatron_ext.model.test_context_parallel import Case, batches_of, settings_of
 from tests.ranks import run_on_ranks
 from tests.thinning import thinned
@@ -61,7 +68,19 @@ def unequal(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["plain", "cla", "mix", "lckv", "nodiag", "dmc", "groups x dmc", "mixed", "two sources"]
+    "name",
+    [
+        "plain",
+        "cla",
+        "mix",
+        "lckv",
+        "nodiag",
+        "dmc",
+        "groups x dmc",
+        "mixed",
+        "two sources",
+        "lckv x adapter",
+    ],
 )
 def test_gradients_are_those_without(name: str) -> None:
     assert run_on_ranks(1, differences, name, ParallelConfig()) == [[]]
@@ -69,7 +88,9 @@ def test_gradients_are_those_without(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "sequence"),
-    thinned([("mixed lckv x dmc", True), ("lckv", True), ("dmc", True), ("cla", False)], 3),
+    thinned(
+        [("mixed lckv x dmc", True), ("lckv", True), ("dmc", True), ("adapter", True), ("cla", False)], 3
+    ),
 )
 def test_gradients_with_tensor_and_sequence_parallelism(name: str, sequence: bool) -> None:
     parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=sequence)
@@ -81,7 +102,7 @@ def differences(name: str, parallel: ParallelConfig) -> list[str]:
     wrong = []
     with pytest.MonkeyPatch.context() as monkeypatch:
         poison_buffers(monkeypatch)
-        stage = make_stage(EVERY_MAP[name], parallel, **EVERYTHING)
+        stage = make_stage({**EVERY_MAP, **ADAPTED_MAPS}[name], parallel, **EVERYTHING)
         for documents in (None, Documents(torch.tensor([0, 7, 20, 40], dtype=torch.int32))):
             offload(stage, None)
             expected = gradients(stage, documents)

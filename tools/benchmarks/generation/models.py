@@ -118,15 +118,20 @@ class RandomModel:
         )
 
 
+_Kind = Literal["query", "key", "projection"]
+
+
 @torch.inference_mode()
 def script_decisions(model: LCKVLlamaForCausalLM) -> None:
-    """Set the biases of query and key projections so that of random tokens there are as many for each slot as
-    the KV policy aims at, from the bottom layer to the top, each on what the scripted ones below give it."""
+    """Set the biases of query and key projections, and of the policy's own, so that of random tokens there
+    are as many for each slot as the KV policy aims at, from the bottom layer to the top, each on what the
+    scripted ones below give it. The policy's own begins as zeros, and gets random weights."""
     config, kv_heads, policy = model.config, model.config.num_key_value_heads, model.model.policy
     assert kv_heads is not None
 
-    def shift(kind: Literal["query", "key"], projection: nn.Module, _: object, output: Tensor) -> Tensor:
-        heads = output.unflatten(-1, (-1, config.head_dim))  # [b, s, heads, d]
+    def shift(kind: _Kind, projection: nn.Module, _: object, output: Tensor) -> Tensor:
+        channels = 1 if kind == "projection" else config.head_dim
+        heads = output.unflatten(-1, (-1, channels))  # [b, s, heads, d]
         added = policy.scripted_shift(kind, heads.transpose(0, 1), kv_heads)
         if added is None:
             return output
@@ -137,6 +142,11 @@ def script_decisions(model: LCKVLlamaForCausalLM) -> None:
     owners = [layer.self_attn for layer in model.model.layers if layer.self_attn.computes_kv]
     hooks = [owner.q_proj.register_forward_hook(partial(shift, "query")) for owner in owners]
     hooks += [owner.k_proj.register_forward_hook(partial(shift, "key")) for owner in owners]
+    if (own := policy.traits.projection) is not None:
+        for owner in owners:
+            projection = getattr(owner, own.name)
+            nn.init.normal_(projection.weight, std=config.initializer_range)
+            hooks.append(projection.register_forward_hook(partial(shift, "projection")))
     model(
         random_tokens(config.vocab_size, 1, min(_CALIBRATION_TOKENS, config.max_position_embeddings)),
         use_cache=False,

@@ -1,9 +1,10 @@
 """Settings: what they say of the policy, and what is refused."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+import torch
 
 from lckv.attention.key_bias import KeyBias
 from lckv.config import CompressionConfig
@@ -50,11 +51,40 @@ def test_what_follows_for_attention_and_caches() -> None:
         ({"initial_decision_offset": -1.0}, "initial_decision_offset is -1.0; it must be greater than 0, or"),
         ({"temperature": 0.0}, "temperature is 0.0; it must be greater than 0. The published value is 0.1"),
         ({"loss_weight": -1.0}, "loss_weight is -1.0; it must be at least 0"),
+        (
+            {"decision_source": "key"},
+            "decision_source is 'key'; it must be one of borrowed_channel, adapter",
+        ),
+        ({"decisions_per": "row"}, "decisions_per is 'row'; it must be one of kv_head, layer"),
+        ({"decision_source": "adapter"}, "stage is zero_out; it frees the borrowed channel, and decision_"),
     ],
 )
 def test_what_is_refused(changes: dict[str, Any], said: str) -> None:
     (problem,) = replace(FADING, **changes).problems()
     assert str(problem).startswith(said)
+
+
+def test_an_adapter_needs_no_channel_and_stays() -> None:
+    adapting = replace(EVICTING, stage="retrofit", decision_source="adapter")
+    assert [*adapting.problems()] == []
+    assert adapting.obstacle_to_converting(DenseConfig()) is None
+    assert adapting.build().obstacle_in_weights(lambda kind, channel: 1 / 0, DenseConfig()) is None
+    assert adapting.obstacle_to_leaving(replace(adapting, stage="finetune")) is None
+    assert "its adapter now decides what is dropped" in str(adapting.obstacle_to_leaving(DenseConfig()))
+    assert "decision_source is adapter, which" in str(adapting.obstacle_to_leaving(EVICTING))
+    layers = replace(adapting, decisions_per="layer")
+    assert "decisions_per is layer, which" in str(layers.obstacle_to_leaving(adapting))
+    assert layers.describe().endswith("decisions of an adapter, one for all heads of a layer")
+    assert "The first KV head of each layer decides" in layers.card()
+
+
+@pytest.mark.parametrize("source", ["borrowed_channel", "adapter"])
+def test_one_head_decides_for_all(source: Literal["borrowed_channel", "adapter"]) -> None:
+    policy = replace(EVICTING, decision_source=source, decisions_per="layer").build()
+    noise = policy.draw_noise((5, 2, 4), [3, 4], torch.device("cpu"))
+    assert noise is not None and torch.equal(noise, noise[..., :1].expand(5, 2, 4))
+    assert (noise[:, 0] != noise[:, 1]).all()
+    assert policy.traits.mixes_heads == (source == "borrowed_channel")
 
 
 def test_the_order_of_stages() -> None:

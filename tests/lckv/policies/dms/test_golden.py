@@ -16,10 +16,12 @@ from lckv.attention.past import NewTokens, attend_past, nothing_before
 from lckv.attention.visibility import Visibility
 from lckv.cache.contiguous import ContiguousCache
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
+from lckv.models.layers import LCKVLlamaAttention
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from lckv.policies.base import TokenContext, unturned
+from lckv.policies.binary_decisions import straight_through
 from lckv.policies.dms import eviction
-from lckv.policies.dms.channels import decision_logits
+from lckv.policies.dms.channels import of_first_head
 from lckv.policies.dms.config import DMSConfig
 from lckv.policies.dms.policy import DMSPolicy
 from lckv.rope import Rotation, rotate
@@ -69,9 +71,13 @@ def attend(policy, query, key_value, backend=sdpa):
     return output.permute(2, 0, 1, 3)
 
 
-@pytest.mark.parametrize("case", ["kv2", "kv4"])
-def test_the_borrowed_channel(case):
-    tensors, header = load(f"a_decisions_qneuron_{case}")
+@pytest.mark.parametrize(
+    "case", ["qneuron_kv2", "qneuron_kv4", "qneuron_kv2_layer", "adapter_kv2", "adapter_kv4_init"]
+)
+def test_decisions(case):
+    """Of a borrowed channel, of an adapter, of an adapter of zeros; per head, and per layer."""
+    tensors, header = load(f"a_decisions_{case}")
+    adapts = header["adapter"]
     groups, channels, raw = header["KV"], header["D"], tensors["q_raw"].requires_grad_()
 
     def heads(projected, weight):
@@ -88,14 +94,22 @@ def test_the_borrowed_channel(case):
         initial_decision_offset=header["offset"],
         temperature=header["tau"],
         window=4,
+        decision_source="adapter" if adapts else "borrowed_channel",
+        decisions_per={"head": "kv_head"}.get(header["per"], header["per"]),
     )
     policy = DMSPolicy(settings)
     noise = ours(tensors["noise"])
     context = TokenContext(partial(rotate, angles=angles), noise=noise)
-    x = decision_logits(query, groups, header["scale"], header["offset"])
+    read, leaves = query, {}
+    if adapts:
+        attention = adapter(settings, tensors, header)
+        read = attention.projected(tensors["hidden"])
+        leaves = {"alpha_weight": attention.dms_proj_alpha.weight}
+        leaves["alpha_norm_weight"] = attention.dms_proj_alpha_norm.weight
+    x = policy._logits(read, key)
     scale = max(1.0, float(tensors["eval_logits"].abs().max()))
     close(theirs(x), tensors["eval_logits"], 1e-6 * scale)
-    (wide, attended), rate = policy.keys_values(key, value, query, context)
+    (wide, attended), rate = policy.keys_values(key, value, read, context)
     assert torch.equal(rate[0], tensors["eval_decisions"].mean(-1))
     assert torch.equal(wide[:-1, ..., -1] < 0, ours(tensors["eval_decisions"])[1:] > 0)
     close(theirs(wide[..., :channels]), tensors["k"], OUTPUT)
@@ -103,14 +117,39 @@ def test_the_borrowed_channel(case):
     rotated = policy.query(query, context, groups)[..., :channels]
     close(theirs(rotated), tensors["q"], OUTPUT)
     z = eviction.noisy_logits(x, noise, header["tau"])
+    z = of_first_head(z) if header["per"] == "layer" else z
     close(theirs(z), tensors["train_logits"], 1e-6 * scale / header["tau"])
-    trained, rate = policy.keys_values(key, value, query, replace(context, training=True))
+    trained, rate = policy.keys_values(key, value, read, replace(context, training=True))
     close(rate[0], tensors["train_decisions"].mean(-1), LOSS)
     close(trained.key[:-1, ..., -1], torch.nn.functional.logsigmoid(-ours(tensors["train_logits"]))[1:], 1e-3)
-    for result, functional, name in ((z, "functional_z", "z"), (rotated, "functional_q", "q")):
-        objective = (theirs(result) * tensors[functional]).sum()
-        (gradient,) = torch.autograd.grad(objective, raw, retain_graph=True)
-        close_gradient(gradient, tensors[f"grad_q_raw__{name}"])
+    leaves["q_raw"] = raw
+    d = straight_through(torch.sigmoid(z))
+    for result, name in ((z, "z"), (d, "d"), (rotated, "q")):
+        objective = (theirs(result) * tensors[f"functional_{name}"]).sum()
+        recorded = {leaf: tensors[key] for leaf in leaves if (key := f"grad_{leaf}__{name}") in tensors}
+        assert recorded
+        wanted = [leaves[leaf] for leaf in recorded]
+        gradients = torch.autograd.grad(objective, wanted, retain_graph=True)
+        for gradient, expected in zip(gradients, recorded.values(), strict=True):
+            close_gradient(gradient, expected)
+
+
+def adapter(settings, tensors, header):
+    """An attention layer with the recorded adapter."""
+    config = LCKVLlamaConfig(
+        hidden_size=header["hidden"],
+        num_hidden_layers=1,
+        num_attention_heads=header["H"],
+        num_key_value_heads=header["KV"],
+        head_dim=header["D"],
+        rms_norm_eps=header["rms_eps"],
+        compression={"layer_types": "0", "policy": settings.settings()},
+    )
+    attention = LCKVLlamaAttention(config, 0)
+    with torch.no_grad():
+        attention.dms_proj_alpha.weight.copy_(tensors["alpha_weight"])
+        attention.dms_proj_alpha_norm.weight.copy_(tensors["alpha_norm_weight"])
+    return attention
 
 
 @pytest.mark.parametrize("backend", [sdpa, reference], ids=["sdpa", "reference"])
@@ -279,6 +318,7 @@ def recorded_model(tensors, header, **settings):
         decision_scale=written["dms_alpha_scale"],
         initial_decision_offset=settings.pop("offset", written["dms_initial_alpha_offset"]),
         temperature=written["dms_tau"],
+        decision_source="adapter" if written["dms_separate_alpha"] else "borrowed_channel",
     )
     names = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
@@ -296,8 +336,9 @@ def recorded_model(tensors, header, **settings):
     return built
 
 
-def test_a_model_in_training():
-    tensors, header = load("e_model_qneuron")
+@pytest.mark.parametrize("name", ["e_model_qneuron", "e_model_adapter"])
+def test_a_model_in_training(name):
+    tensors, header = load(name)
     built = recorded_model(tensors, header).train()
     noise = iter(ours(layer) for layer in tensors["noise"])
     built.model.policy.draw_noise = lambda shape, seeds, device: next(noise)
@@ -323,8 +364,9 @@ def test_a_model_in_training():
 
 
 @pytest.mark.parametrize("make_cache", [contiguous_cache, paged_cache])
-def test_a_model_in_inference(make_cache):
-    tensors, header = load("e_model_qneuron")
+@pytest.mark.parametrize("recorded", ["e_model_qneuron", "e_model_adapter"])
+def test_a_model_in_inference(recorded, make_cache):
+    tensors, header = load(recorded)
     built, ids = recorded_model(tensors, header).eval(), tensors["input_ids"].long()
     with torch.no_grad():
         close(built(ids, use_cache=False).logits, tensors["eval_prefill_logits"], LOGITS)

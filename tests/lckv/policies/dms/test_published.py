@@ -1,6 +1,7 @@
 """Published models: a plain model's folder with fields of the policy."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from lckv.families.registry import describe, export_family
 from lckv.generation.loading import load_model
 from lckv.policies.dms.config import DMSConfig
 
-GOLDEN = Path(__file__).parents[3] / "golden" / "dms" / "e_model_qneuron.safetensors"
+FOLDER = Path(__file__).parents[3] / "golden" / "dms"
+GOLDEN = FOLDER / "e_model_qneuron.safetensors"
 PUBLISHED = {"dms_cr": 8, "dms_window_size": 512, "dms_alpha_scale": 100.0, "dms_initial_alpha_offset": 5.0}
 
 
@@ -29,11 +31,13 @@ def policy_of(config: dict[str, Any]) -> object:
     return describe(config, {}).compression.policy
 
 
-def test_a_recorded_model_is_read_and_says_what_it_said(tmp_path: Path) -> None:
-    tensors = load_file(GOLDEN)
-    with safe_open(GOLDEN, "pt") as file:
+@pytest.mark.parametrize("name", ["qneuron", "adapter"])
+def test_a_recorded_model_is_read_and_says_what_it_said(tmp_path: Path, name: str) -> None:
+    golden = FOLDER / f"e_model_{name}.safetensors"
+    tensors = load_file(golden)
+    with safe_open(golden, "pt") as file:
         config = json.loads(file.metadata()["json"])["config"]
-    config |= plain() | {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}
+    config = plain() | config | {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
     save_file(state, tmp_path / "model.safetensors")
@@ -49,6 +53,9 @@ def test_fields_of_the_published_model() -> None:
     assert policy_of(plain(dms_cr=4, dms_tau=0.5)) == DMSConfig(
         stage="finetune", target_compression_ratio=4, window=512, temperature=0.5
     )
+    assert policy_of(plain(dms_separate_alpha=True, dms_alpha_per="layer")) == replace(
+        expected, decision_source="adapter", decisions_per="layer"
+    )
     assert policy_of(plain()) != expected
     decoder = describe(plain(**PUBLISHED, dms_preallocate_for_tokens=4096, dms_alpha_per="head"), {})
     assert decoder.compression.policy == expected
@@ -60,11 +67,8 @@ def test_fields_of_the_published_model() -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        (
-            {"dms_separate_alpha": True},
-            "dms_separate_alpha is True; it must be False: decisions of an adapter",
-        ),
-        ({"dms_alpha_per": "layer"}, "dms_alpha_per is 'layer'; it must be 'head': every KV head decides"),
+        ({"dms_separate_alpha": 1}, "dms_separate_alpha is 1; it must be False or True"),
+        ({"dms_alpha_per": "row"}, "dms_alpha_per is 'row'; it must be 'head' or 'layer'"),
         ({"dms_disable_eviction": True}, "dms_disable_eviction is True; it must be False"),
         ({"dms_cr": "8"}, "dms_cr is '8'; it must be a number above 0"),
         ({"dms_window_size": 0}, "dms_window_size is 0; it must be a number of tokens, at least 1"),
