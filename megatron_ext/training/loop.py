@@ -79,6 +79,8 @@ def _train(
     optimizer, scheduler = build_optimizer(run.optimizer, run.parallel, run.train, model)
     defining = {ARCHITECTURE: architecture(run.model, run.compression, vocab_size=vocab_size)}
     position, continuation, progress = _resume(run, start, model, optimizer, scheduler, defining)
+    if teach is not None:
+        teach.share_weights(stage)
     owes_evaluation = is_evaluated(run.train, position) and lacks_validation(run.logging, position.iteration)
     if position.iteration >= run.train.train_iters and not owes_evaluation:
         logger.info(

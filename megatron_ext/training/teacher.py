@@ -64,6 +64,22 @@ class Teacher:
         states = run_forward(self._stage, iter(read), self._reading, number=number, shape=(length, rows))
         return self._hand_out(read, deque(states))
 
+    def share_weights(self, student: torch.nn.Module) -> int:
+        """Take those of the student's weights that are frozen and equal to the teacher's own, whose memory is
+        then free; before the student is trained, behind its loading. Returns how many bytes that is."""
+        frozen = {name: weight for name, weight in student.named_parameters() if not weight.requires_grad}
+        shared = 0
+        for name, weight in list(self._stage.named_parameters(remove_duplicate=False)):
+            other = frozen.get(name)
+            if other is None or other.dtype != weight.dtype or not torch.equal(other, weight):
+                continue
+            module, _, attribute = name.rpartition(".")
+            setattr(self._stage.get_submodule(module), attribute, other)
+            shared += other.untyped_storage().nbytes()
+        if shared:
+            logger.info("the teacher shares %s MiB of frozen weights", f"{shared / 2**20:,.1f}")
+        return shared
+
     def _hand_out(self, batches: deque[Batch], states: deque[Tensor]) -> Iterator[Taught]:
         while batches:
             yield batches.popleft(), self._lesson(states.popleft()) if states else None

@@ -1,5 +1,5 @@
-"""How much of what a teacher makes is in memory: of one micro-batch on one stage, of those that wait on
-several."""
+"""What of a teacher is in memory: states of one micro-batch on one stage, of those that wait on several;
+weights that are the student's, once."""
 
 import weakref
 from typing import Any, cast
@@ -8,10 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from lckv.config import CompressionConfig
 from lckv.losses.linear_distillation import DistillationTerms
+from lckv.policies.dms.config import DMSConfig
+from megatron_ext.config import ParallelConfig, TrainConfig
 from megatron_ext.data.batch import Batch
+from megatron_ext.model.build import build_stage
+from megatron_ext.model.trainable import choose_trainable
 from megatron_ext.training import teacher as module
 from megatron_ext.training.teacher import Teacher
+from tests.megatron_ext.model.stages import MODEL, VOCAB, make_stage
+from tests.ranks import run_on_ranks
 
 
 class Stage(torch.nn.Module):
@@ -72,3 +79,33 @@ def test_several_stages_keep_what_waits(monkeypatch: pytest.MonkeyPatch) -> None
         del lesson
         assert stage.alive == waiting
     assert list(taught) == []
+
+
+def test_frozen_weights_that_are_the_teachers_are_in_memory_once() -> None:
+    run_on_ranks(1, check_sharing)
+
+
+def check_sharing() -> None:
+    adapting = CompressionConfig("0_0_2_2_4_4", policy=DMSConfig(stage="retrofit", decision_source="adapter"))
+    student = make_stage(adapting, ParallelConfig())
+    training = TrainConfig(precision="fp32")
+    stage = build_stage(MODEL, CompressionConfig("0_0_2_2_4_4"), ParallelConfig(), training, vocab_size=VOCAB)
+    names = dict(stage.named_parameters())
+    changed = "decoder.layers.1.mlp.linear_fc1.weight"
+    with torch.no_grad():
+        for name, weight in student.named_parameters():
+            if name in names:
+                weight.copy_(names[name])
+        stage.get_parameter(changed).add_(1)
+    teacher = Teacher(stage, DistillationTerms())
+    (batch,) = batches(1)
+    before = next(teacher(iter([batch]), 1))[1]
+    assert teacher.share_weights(student) == 0, "what is trained will differ"
+    choose_trainable(student, "policy")
+    numbers = sum(weight.numel() for name, weight in names.items() if name != changed)
+    assert teacher.share_weights(student) == 4 * numbers
+    own = dict(student.named_parameters())
+    assert [name for name, weight in stage.named_parameters() if weight is not own[name]] == [changed]
+    after = next(teacher(iter([batch]), 1))[1]
+    assert before is not None and after is not None
+    assert torch.equal(after.teacher.states, before.teacher.states)
