@@ -41,6 +41,9 @@ def model_lines(sizes: RunSizes) -> Iterator[str]:
         f"parameters            {sizes.parameters:,}, keys and values computed in "
         f"{len(sizes.family.stored.kv_layers)} of {sizes.shape.num_layers} layers"
     )
+    if sizes.run.train.trainable == "policy":
+        own = f"{sizes.policy_parameters:,}"
+        yield f"trained               the KV policy's own {own} of them, all others are frozen"
     yield (
         f"KV cache              {mine:,} bytes per token in 16 bits, {plain / mine:.2f}x less than a plain "
         f"model's {plain:,}"

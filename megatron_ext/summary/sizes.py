@@ -1,5 +1,6 @@
 """The sizes of a run, computed from its settings. Neither torch nor Megatron is loaded."""
 
+import math
 from dataclasses import dataclass, replace
 
 from lckv.cost import ModelShape, PromptCost, TrainingCost, kv_bytes_per_token, prompt_cost, training_cost
@@ -38,6 +39,15 @@ class RunSizes:
     def plain_kv_bytes(self) -> int:
         """That of a plain model."""
         return kv_bytes_per_token(self.shape, LayerTypes.plain(self.shape.num_layers))
+
+    @property
+    def policy_parameters(self) -> int:
+        """Of the KV policy's own, in the whole model."""
+        projection, model = self.run.compression.policy.traits.projection, self.run.model
+        if projection is None:
+            return 0
+        shapes = projection.parameters(model.hidden_size, model.query_groups, bias=model.add_qkv_bias)
+        return len(self.family.stored.kv_layers) * sum(map(math.prod, shapes.values()))
 
     @property
     def data_parallel_size(self) -> int:

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 
 from lckv.config import CompressionConfig
+from lckv.policies.dms.config import DMSConfig
 from megatron_ext.config import ParallelConfig
 from megatron_ext.data.order import SourceUse
 from megatron_ext.model.cost import model_shape
-from megatron_ext.summary.lines import cost_lines, data_lines
+from megatron_ext.summary.lines import cost_lines, data_lines, model_lines
 from megatron_ext.summary.sizes import RunSizes, recomputed_layers
 from tests.megatron_ext.training.runs import tiny_run
 
@@ -31,6 +32,18 @@ def test_steps_are_listed_where_layers_are_iterated() -> None:
         "                      layer 3, once",
     ]
     assert len(list(cost_lines(RunSizes(tiny_run(), shape, 1, 0)))) == 3
+
+
+def test_what_is_trained_is_said_where_it_is_not_all() -> None:
+    policy = DMSConfig(stage="retrofit", decision_source="adapter")
+    adapting = replace(tiny_run(), compression=CompressionConfig("0_0_2_2", policy=policy))
+    shape = model_shape(adapting.model, vocab_size=128, seq_length=adapting.train.seq_length)
+    frozen = replace(adapting, train=replace(adapting.train, trainable="policy"))
+    assert not any(line.startswith("trained") for line in model_lines(RunSizes(adapting, shape, 1, 0)))
+    own = 2 * (adapting.model.query_groups + 1) * adapting.model.hidden_size
+    assert f"trained               the KV policy's own {own:,} of them, all others are frozen" in list(
+        model_lines(RunSizes(frozen, shape, 1, 0))
+    )
 
 
 @pytest.mark.parametrize(
