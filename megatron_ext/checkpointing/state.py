@@ -327,6 +327,12 @@ def _explain_misfit(checkpoint: Path, parts: dict[str, list[str]], only_optimize
         )
     else:
         lines.append("Build the model as its config.json says, or load another checkpoint")
+    if [title for title, names in parts.items() if names] == ["missing there"] and not only_optimizer:
+        lines.append(
+            "Parameters of a KV policy's own are added by conversion: lckv-megatron convert megatron-to-hf "
+            f"--megatron-path {checkpoint} --hf-path NEW, then lckv-megatron convert hf-to-megatron "
+            "--hf-path NEW --megatron-path NEW2 with the --compression.policy settings of this run"
+        )
     return "\n".join(lines)
 
 

@@ -105,7 +105,7 @@ def test_the_buffers_are_there_before_the_layers(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(loop, "build_stage", build)
     with pytest.raises(KeyboardInterrupt):
-        loop._fit(RUN, Start(None, finetune=False, goes_on=False))
+        loop._fit(RUN, Start(None, finetune=False, goes_on=False), None)
     assert [name for name, _ in calls] == ["start", "build", "end"]
 
 

@@ -165,6 +165,18 @@ def test_a_stage_that_has_nothing_to_train(tmp_path: Path) -> None:
     assert series(tmp_path / "b.jsonl", "dms_loss") == series(tmp_path / "a.jsonl", "dms_loss")[3:]
 
 
+def test_a_checkpoint_without_them_is_told_where_they_come_from(tmp_path: Path) -> None:
+    saving = {"save": str(tmp_path / "a")}
+    plain = tiny_run(train={"train_iters": 3}, compression={"layer_types": YOCO}, checkpoint=saving)
+    run_on_ranks(1, train, plain)
+    adapting = frozen_run(checkpoint={"load": str(tmp_path / "a"), "finetune": True})
+    said = (
+        r"missing there: .*dms_proj_alpha(?s:.*)are added by conversion: lckv-megatron convert megatron-to-hf"
+    )
+    with pytest.raises(MismatchError, match=said):
+        run_on_ranks(1, train, adapting)
+
+
 def test_a_policy_without_parameters_is_refused() -> None:
     run = frozen_run()
     borrowing = replace(run.compression, policy=replace(POLICY, decision_source="borrowed_channel"))
