@@ -77,13 +77,14 @@ def compare_with_untold() -> dict[tuple[Any, ...], float]:
     return differences
 
 
-@pytest.mark.parametrize(("passes", "expected"), [("all", [3] * 6), ("no_gradient", [])])
+@pytest.mark.parametrize(("passes", "expected"), [("all", [1, 3, 3, 3, 1, 1]), ("no_gradient", [])])
 def test_recomputed_passes_are_in_fp8_again(passes: str, expected: list[int]) -> None:
     assert run_on_ranks(1, count_arguments, passes) == [expected]
 
 
 def count_arguments(passes: str) -> list[int]:
-    """Of each layer that is recomputed through Transformer Engine."""
+    """Of each layer that is recomputed through Transformer Engine: hidden states, and keys and values that it
+    reads of another one."""
     initialize(ParallelConfig(), seed=1)
     counts: list[int] = []
 
