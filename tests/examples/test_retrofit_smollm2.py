@@ -20,6 +20,7 @@ STAGES = ("map", "zero_out", "retrofit", "finetune")
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.nightly
 def test_the_whole_way(tmp_path: Path) -> None:
     model = save_tokenizer(tmp_path / "model", CHATML)
     saved_model(

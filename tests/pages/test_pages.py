@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from _pytest.mark.structures import ParameterSet
 
 from tests.pages.blocks import blocks_of, commands_outside_bash, substituted, without
 from tests.pages.bring import (
@@ -49,6 +50,17 @@ class Page:
 
     cold: bool = False
     """Start each program anew, as a user does; slower."""
+
+
+AT_NIGHT = ("examples/published_dmc", "examples/shared_map", "examples/cluster_data")
+"""Folders of examples whose pages are run then; by day those of README.md and of another retrofit show that
+programs and options are there."""
+
+
+def at_night(page: Page) -> ParameterSet:
+    """The page, marked where it is run at night only."""
+    marks = [pytest.mark.nightly] if page.path.startswith(AT_NIGHT) else []
+    return pytest.param(page, id=page.path, marks=marks)
 
 
 TINY_MODEL = "--config tiny.yaml"
@@ -265,7 +277,7 @@ def test_a_command_that_fails_fails_the_page(environments: Environments, tmp_pat
 
 
 @pytest.mark.timeout(900)  # a page is many processes; twenty seconds where nothing else runs
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.path)
+@pytest.mark.parametrize("page", [*map(at_night, PAGES)])
 def test_every_command_of_a_page(page: Page, environments: Environments, tmp_path: Path) -> None:
     environment = environments[page.cold]
     hub = Path(environment["HUB"])
