@@ -147,7 +147,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     sizes = [info.nbytes / MEBIBYTE for info in description.expected_tensors().values()]
     assert sum(sizes) > 4 * max(sizes) == 256
     writing, reading, rows = run_on_ranks(1, _peaks, tmp_path / "model", description)[0]
-    # rows of 32 MiB at a time; on a busy machine pages of those before are still resident
-    assert writing < 2 * 32 < max(sizes)
+    # rows of some 32 MiB at a time; on a busy machine pages of those before are still resident
+    assert writing < 32 + 24 < max(sizes)
     assert reading < 1.3 * max(sizes) + 32
     assert rows < 16
