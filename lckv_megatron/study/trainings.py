@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -139,8 +139,13 @@ def _measured(measure: Measurement) -> str:
 
 
 def _chosen(run: RunConfig) -> dict[str, object]:
-    """The settings that are not the default ones, by their keys."""
-    defaults = dict(_leaves(config_to_dict(RunConfig()), ""))
+    """The settings that are not the default ones, by their keys; of a KV policy its name, and those that are
+    not its own default ones."""
+    policy = type(run.compression.policy)()
+    with_policy = replace(RunConfig(), compression=replace(RunConfig().compression, policy=policy))
+    defaults = dict(_leaves(config_to_dict(with_policy), ""))
+    if policy != RunConfig().compression.policy:
+        del defaults["compression.policy.name"]
     return {
         key: value
         for key, value in _leaves(config_to_dict(run), "")

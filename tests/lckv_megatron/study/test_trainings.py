@@ -1,5 +1,6 @@
 """Budgets are the cost model's, and what models have in common is trained once."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,11 @@ import pytest
 
 from lckv.config import CompressionConfig
 from lckv.cost import training_cost
+from lckv.policies.dms.config import DMSConfig
+from lckv_megatron.study import trainings
 from lckv_megatron.study.description import Study
 from lckv_megatron.study.trainings import Subject, subjects_of, trainings_of
+from megatron_ext.config import RunConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.cost import model_shape
 from tests.lckv_megatron.study.studies import PLAIN, study
@@ -144,3 +148,15 @@ def test_a_wrong_setting_is_named_with_its_model(tmp_path: Path) -> None:
         subjects_of(
             study(tmp_path, {"plain": {}, "b": {"stages": [{"settings": {"model": {"hidden_size": "x"}}}]}})
         )
+
+
+def test_keys_hang_on_what_is_said_and_not_on_defaults() -> None:
+    """So a new setting, also of a KV policy, changes no key."""
+    policy = DMSConfig(stage="retrofit", window=16)
+    run = replace(RunConfig(), compression=replace(RunConfig().compression, policy=policy))
+    assert trainings._chosen(RunConfig()) == {}
+    assert trainings._chosen(run) == {
+        f"compression.policy.{name}": value
+        for name, value in {"name": "dms", "stage": "retrofit", "window": 16}.items()
+        if name == "name" or getattr(DMSConfig(), name) != value
+    }
