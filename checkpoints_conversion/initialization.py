@@ -10,12 +10,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from checkpoints_conversion.added_weights import with_mix_weights, with_policy_weights
 from checkpoints_conversion.description import ModelDescription
 from checkpoints_conversion.errors import ConversionError
 from checkpoints_conversion.first_guess import with_first_guess
 from checkpoints_conversion.fitted_map import fitted_source
-from checkpoints_conversion.mix_weights import with_mix_weights
-from checkpoints_conversion.policy_weights import with_policy_weights
 from checkpoints_conversion.shared_map import SharedMapSource
 from lckv.config import CompressionConfig
 from lckv.sharing.doubts import doubts

@@ -5,6 +5,7 @@ rises, finetune keeps the target.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -14,7 +15,7 @@ from lckv.policies.config import PolicyConfig
 STAGES = ("zero_out", "retrofit", "finetune")
 
 
-class StagedConfig(PolicyConfig):
+class StagedConfig(PolicyConfig, ABC):
     """The base of a frozen dataclass that has the fields below, with their defaults and descriptions."""
 
     stage: str
@@ -34,9 +35,9 @@ class StagedConfig(PolicyConfig):
     """What a model does that has no such decisions, as in "the model ..."."""
 
     @property
+    @abstractmethod
     def channel(self) -> str:
         """What decisions are read from, for people."""
-        raise NotImplementedError
 
     @property
     def decides(self) -> bool:
