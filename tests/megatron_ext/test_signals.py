@@ -20,7 +20,8 @@ from megatron_ext.console import exit_status, set_up_logging
 def program():
     try:
         print("ready", flush=True)
-        time.sleep(60)
+        for _ in range(600):  # a sleep may begin between a signal and its handler, which waits for its end
+            time.sleep(0.1)
     finally:
         print("cleaning up", flush=True)
         time.sleep({clean_up})
