@@ -91,6 +91,10 @@ class TrainingCost:
         """Predicted time of a step relative to the plain model of the same sizes."""
         return self.model_flops / self.plain_flops
 
+    def plus(self, flops: float) -> "TrainingCost":
+        """With so many more that the method asks for, as of a teacher that reads the same tokens."""
+        return TrainingCost(self.model_flops + flops, self.hardware_flops + flops, self.plain_flops)
+
 
 @dataclass(frozen=True)
 class PromptCost:
@@ -169,6 +173,14 @@ def training_cost(
     )
     again = sum(share * _recomputed_flops(shape, one, recomputed_layers) for one, share in maps.items())
     return TrainingCost(mine, mine + again, _step_flops(shape, CompressionConfig()))
+
+
+def reading_cost(shape: ModelShape, compression: CompressionConfig) -> float:
+    """FLOPs per token of a forward without gradient that gives every token's logits: all passes of the plan,
+    as a teacher reads what its student learns from."""
+    costs = layer_costs(shape, compression)
+    steps = compression.plan(shape.num_layers)
+    return forward_flops(steps, costs) + 2.0 * shape.hidden_size * shape.vocab_size
 
 
 def prompt_cost(

@@ -71,10 +71,10 @@ def tokenizer_of_run(options: argparse.Namespace) -> "Tokenizer":
     """
     from megatron_ext.command_line import config_from_dict
     from megatron_ext.data.tokenizers import load_tokenizer
-    from megatron_ext.restoring.model import saved_settings
+    from megatron_ext.restoring.description import saved_settings
 
     saved = saved_settings(options.load)
-    saved.pop("architecture")
+    saved.pop("architecture", None)
     data = tokenizer_settings(config_from_dict(saved).data, options)
     return load_tokenizer(data.tokenizer_type, data.tokenizer_model)
 

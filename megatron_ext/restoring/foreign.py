@@ -14,10 +14,9 @@ from megatron_ext.checkpointing.agreement import agreement
 from megatron_ext.checkpointing.foreign import load_weights
 from megatron_ext.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_ext.errors import ConfigError
-from megatron_ext.model.build import build_stage
 from megatron_ext.precision import Precision
-from megatron_ext.restoring.model import Restored
-from megatron_ext.validation.layout import layout_problems, process_problems
+from megatron_ext.restoring.description import Description
+from megatron_ext.restoring.model import Restored, build_described
 
 
 @dataclass(frozen=True)
@@ -55,20 +54,50 @@ def restore_foreign(
     """
     with agreement(timeout_minutes) as ranks:
         opened = ranks.everywhere("open the model", lambda: _opened(path, open_foreign))
-        vocab_size = opened.model.vocab_size
-        assert vocab_size is not None
-        run = RunConfig(
-            model=replace(opened.model, make_vocab_size_divisible_by=make_vocab_size_divisible_by),
-            compression=opened.compression,
-            parallel=replace(parallel, sequence_parallel=False, tp_comm_overlap=False),
-            train=TrainConfig(precision=opened.precision.name, seq_length=seq_length),
+        described = _described(
+            opened,
+            parallel,
+            seq_length=seq_length,
+            make_vocab_size_divisible_by=make_vocab_size_divisible_by,
         )
-        if problems := [*layout_problems(run), *process_problems(run.parallel, dist.get_world_size())]:
-            raise ConfigError("\n".join(problems))
-        stage = build_stage(run.model, run.compression, run.parallel, run.train, vocab_size=vocab_size)
+        described.require_layout(dist.get_world_size())
+        stage = build_described(described)
         load_weights(ranks, opened.weights, stage)
-    stage.decoder.take(run.compression)
-    return Restored(stage.eval(), run, iteration=0)
+    stage.decoder.take(described.run.compression)
+    return Restored(stage.eval(), described.run, iteration=0)
+
+
+def describe_foreign(
+    path: Path,
+    open_foreign: OpenForeign,
+    parallel: ParallelConfig,
+    *,
+    seq_length: int,
+    make_vocab_size_divisible_by: int,
+) -> Description:
+    """Of the model in `path`, whose weights are not read. Arguments are those of `restore_foreign`.
+
+    Raises ConfigError where it cannot be opened.
+    """
+    return _described(
+        _opened(path, open_foreign),
+        parallel,
+        seq_length=seq_length,
+        make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+    )
+
+
+def _described(
+    opened: ForeignModel, parallel: ParallelConfig, *, seq_length: int, make_vocab_size_divisible_by: int
+) -> Description:
+    assert opened.model.vocab_size is not None
+    run = RunConfig(
+        model=replace(opened.model, make_vocab_size_divisible_by=make_vocab_size_divisible_by),
+        compression=opened.compression,
+        parallel=replace(parallel, sequence_parallel=False, tp_comm_overlap=False),
+        train=TrainConfig(precision=opened.precision.name, seq_length=seq_length),
+    )
+    return Description(run, opened.model.vocab_size)
 
 
 def _opened(path: Path, open_foreign: OpenForeign) -> ForeignModel:

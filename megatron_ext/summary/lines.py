@@ -72,7 +72,8 @@ def cost_lines(sizes: RunSizes) -> Iterator[str]:
             f"group{guess})"
         )
     mean = "" if sizes.family.only else ", the mean over the maps"
-    yield f"predicted cost        {cost.ratio:.2f}x a plain model's step{mean}{passes}"
+    teacher = "" if sizes.teacher is None else " without a teacher"
+    yield f"predicted cost        {cost.ratio:.2f}x a plain model's step{teacher}{mean}{passes}"
     if sizes.family.only and sizes.layer_types.any_cyclic:
         steps = list_steps(compression.plan(sizes.shape.num_layers))
         yield from (f"{_INDENT if number else 'steps'.ljust(22)}{step}" for number, step in enumerate(steps))
@@ -81,9 +82,10 @@ def cost_lines(sizes: RunSizes) -> Iterator[str]:
         f"predicted prompt      {sizes.prompt.ratio:.2f}x a plain model's of {sizes.shape.seq_length:,} "
         f"tokens{all_passes}"
     )
+    with_teacher = "" if sizes.teacher is None else ", the teacher's included"
     yield (
         f"FLOPs per token       {cost.model_flops:.3e} by the method, {cost.hardware_flops:.3e} with "
-        "recomputation"
+        f"recomputation{with_teacher}"
     )
 
 
@@ -103,11 +105,20 @@ def layout_lines(sizes: RunSizes) -> Iterator[str]:
         f"x {sizes.micro_batches} micro-batches x {train.micro_batch_size}; "
         f"{train.global_batch_size * train.seq_length:,} tokens per step"
     )
-    if train.distillation.teacher is not None:
-        yield (
-            f"teacher               {train.distillation.teacher}: its weights and its forward pass come on "
-            "top, and are not counted here"
-        )
+    yield from _teacher_line(sizes)
+
+
+def _teacher_line(sizes: RunSizes) -> Iterator[str]:
+    path, teacher = sizes.run.train.distillation.teacher, sizes.teacher
+    if path is None:
+        return
+    if teacher is None:
+        yield f"teacher               {path}: is not known here, so that nothing of it is counted"
+        return
+    yield (
+        f"teacher               {path}: {teacher.parameters:,} parameters in {teacher.precision}; its forward, "
+        f"{teacher.flops:.3e} FLOPs per token, is counted"
+    )
 
 
 def host_lines(sizes: RunSizes, peak_tflops: float | None) -> Iterator[str]:

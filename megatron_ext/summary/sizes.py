@@ -3,11 +3,48 @@
 import math
 from dataclasses import dataclass, replace
 
-from lckv.cost import ModelShape, PromptCost, TrainingCost, kv_bytes_per_token, prompt_cost, training_cost
+from lckv.cost import (
+    ModelShape,
+    PromptCost,
+    TrainingCost,
+    kv_bytes_per_token,
+    prompt_cost,
+    reading_cost,
+    training_cost,
+)
 from lckv.sharing.family import LayerTypesFamily
 from lckv.sharing.layer_types import LayerTypes
 from megatron_ext.config import RunConfig
+from megatron_ext.model.cost import model_shape
+from megatron_ext.model.parameters import padded_vocab_size, stage_parameters, total_parameters
 from megatron_ext.model.placement import place
+
+
+@dataclass(frozen=True)
+class TeacherSizes:
+    """The model that a run learns from."""
+
+    parameters: int
+    """Of the whole model."""
+
+    precision: str
+    """Of its weights."""
+
+    flops: float
+    """Of its forward, per token."""
+
+    @classmethod
+    def of(cls, teacher: RunConfig, *, vocab_size: int, seq_length: int) -> "TeacherSizes":
+        """Of the run that has made it, with the layout of now; `vocab_size` without padding, `seq_length`
+        tokens in a row of the student's."""
+        model, compression, parallel = teacher.model, teacher.compression, teacher.parallel
+        padded = padded_vocab_size(vocab_size, model, parallel)
+        placement = place(model, compression, parallel, vocab_size=vocab_size, seq_length=seq_length)
+        stages = stage_parameters(model, compression, parallel, placement, vocab_size=vocab_size)
+        shape = model_shape(model, vocab_size=padded, seq_length=seq_length)
+        return cls(
+            total_parameters(stages, parallel), teacher.train.precision, reading_cost(shape, compression)
+        )
 
 
 @dataclass(frozen=True)
@@ -19,6 +56,9 @@ class RunSizes:
     world_size: int
     parameters: int
     """Of the whole model."""
+
+    teacher: TeacherSizes | None = None
+    """None: there is none, or it is not known here."""
 
     @property
     def family(self) -> LayerTypesFamily:
@@ -71,8 +111,9 @@ class RunSizes:
 
     @property
     def cost(self) -> TrainingCost:
-        """Of a training step."""
-        return cost_of(self.run, self.shape)
+        """Of a training step, with the teacher's forward."""
+        cost = cost_of(self.run, self.shape)
+        return cost if self.teacher is None else cost.plus(self.teacher.flops)
 
     @property
     def prompt(self) -> PromptCost:
@@ -91,7 +132,7 @@ def recomputed_layers(run: RunConfig) -> int:
 
 def cost_of(run: RunConfig, shape: ModelShape) -> TrainingCost:
     """Predicted FLOPs per token of a training step, or their mean where steps differ in passes or in maps.
-    Recomputation counts where whole layers are recomputed; that of selective recompute and of a loss in
+    A teacher is left out. Recomputation counts where whole layers are recomputed; that of selective recompute and of a loss in
     chunks is left out."""
     layers = recomputed_layers(run)
     costs = [

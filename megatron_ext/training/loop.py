@@ -1,7 +1,7 @@
 """The training run: build, resume, iterate."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -36,6 +36,7 @@ from megatron_ext.model.architecture import (
 from megatron_ext.model.build import build_stage, wrap
 from megatron_ext.model.cost import model_shape
 from megatron_ext.model.parameters import padded_vocab_size
+from megatron_ext.model.trainable import trained_parameters
 from megatron_ext.parallel.process_groups import chunks_of_rank, device_of_rank
 from megatron_ext.parallel.userbuffers import userbuffers
 from megatron_ext.restoring.foreign import OpenForeign
@@ -72,8 +73,8 @@ def _train(
     run: RunConfig, start: Start, vocab_size: int, eod: int | None, open_foreign: OpenForeign | None
 ) -> Position:
     stage = build_stage(run.model, run.compression, run.parallel, run.train, vocab_size=vocab_size)
-    parameters = _count_parameters(stage)
-    check_space(run, parameters)
+    parameters = _count_parameters(stage.parameters())
+    check_space(run, parameters, _count_parameters(trained_parameters(stage, run.train.trainable)))
     teach = build_teacher(run, stage, open_foreign)
     model = wrap(stage, run.parallel, run.train)
     optimizer, scheduler = build_optimizer(run.optimizer, run.parallel, run.train, model)
@@ -113,7 +114,12 @@ def _train(
     shape = model_shape(run.model, vocab_size=padded, seq_length=run.train.seq_length)
     uses = training.datasets.uses
     with open_report(
-        run, shape, parameters=parameters, start_iteration=position.iteration, uses=uses
+        run,
+        shape,
+        parameters=parameters,
+        start_iteration=position.iteration,
+        uses=uses,
+        teacher=None if teach is None else teach.sizes,
     ) as report:
         return iterate(training, position, report, owes_evaluation=owes_evaluation)
 
@@ -148,11 +154,12 @@ def vocabulary(model: ModelConfig, data: DataConfig) -> tuple[int, int | None]:
     return size, known.eod if known is not None else None
 
 
-def _count_parameters(stage: torch.nn.Module) -> int:
-    """Parameters of the whole model; tensor-parallel duplicates and a tied output layer count once."""
+def _count_parameters(of_stage: Iterable[torch.nn.Parameter]) -> int:
+    """Those of all stages, from those of this rank's; tensor-parallel duplicates and a tied output layer
+    count once. Collective."""
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     count = 0.0
-    for parameter in stage.parameters():
+    for parameter in of_stage:
         if getattr(parameter, "shared", False):
             continue
         split = getattr(parameter, "tensor_model_parallel", False)

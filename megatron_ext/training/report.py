@@ -20,7 +20,7 @@ from megatron_ext.gpus import peak_tflops
 from megatron_ext.parallel.process_groups import device_of_rank
 from megatron_ext.schedule.statistics_meter import PolicyMeans
 from megatron_ext.summary.lines import data_lines
-from megatron_ext.summary.sizes import RunSizes
+from megatron_ext.summary.sizes import RunSizes, TeacherSizes
 from megatron_ext.training.metrics import MetricsWriter, Value, reports_lack_validation
 from megatron_ext.training.progress import Progress
 from megatron_ext.training.step import StepResult
@@ -138,11 +138,12 @@ def open_report(
     parameters: int,
     start_iteration: int,
     uses: Mapping[str, Sequence[SourceUse]],
+    teacher: TeacherSizes | None = None,
 ) -> Iterator[Report]:
     """The reports of a run that goes on from `start_iteration`, beginning with its summary; `uses`: what its
     data are drawn from."""
     device, world_size = device_of_rank(), dist.get_world_size()
-    sizes = RunSizes(run, shape, world_size, parameters)
+    sizes = RunSizes(run, shape, world_size, parameters, teacher)
     cost = sizes.cost
     peak = run.logging.peak_tflops
     if peak is None and device.type == "cuda":

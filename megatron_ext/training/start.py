@@ -130,15 +130,13 @@ def _check_is_no_checkpoint(save: str | None) -> None:
         )
 
 
-def check_space(run: RunConfig, parameters: int) -> None:
-    """Raises DiskFullError, on all ranks, where the first checkpoint of a model with so many `parameters`
-    will not fit. All ranks call it together."""
+def check_space(run: RunConfig, parameters: int, trained: int) -> None:
+    """Raises DiskFullError, on all ranks, where the first checkpoint of a model with so many `parameters`, of
+    which so many are `trained`, will not fit. All ranks call it together."""
     if run.checkpoint.save is None:
         return
-    save, needed_bytes = (
-        Path(run.checkpoint.save),
-        checkpoint_bytes(parameters, precision(run.train.precision)),
-    )
+    save = Path(run.checkpoint.save)
+    needed_bytes = checkpoint_bytes(parameters, precision(run.train.precision), trained)
     with agreement(run.checkpoint.save_timeout_minutes) as ranks:
         ranks.on_first(
             "measure free space", lambda: check_free_space(save, "the first checkpoint", needed_bytes)

@@ -2,8 +2,8 @@
 
 import logging
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lckv.losses.linear_distillation import DistillationTerms, Lesson
 from lckv.losses.linear_distillation import Teacher as Told
-from lckv.rope_scaling import longest_context
 from lckv.weights.folder_kind import explain_other_kind, kind_of
 from megatron_ext.checkpointing.errors import CheckpointError
 from megatron_ext.config import DistillationConfig, RunConfig
@@ -21,14 +20,20 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.model.gpt import SharedKVGPTModel
 from megatron_ext.model.policy_statistics import PolicyInputs, PolicyReport
 from megatron_ext.model.stages import StageCall
+from megatron_ext.restoring.description import Description
 from megatron_ext.restoring.foreign import OpenForeign, restore_foreign
 from megatron_ext.restoring.model import Restored, restore
+from megatron_ext.restoring.teacher import layout_of_teacher, obstacle
 from megatron_ext.schedule.forward import run_forward
 from megatron_ext.schedule.micro_batches import Taught
 from megatron_ext.schedule.ring import Finished
+from megatron_ext.summary.sizes import TeacherSizes
 from megatron_ext.validation.distillation import beyond_vocabulary
 
 logger = logging.getLogger(__name__)
+
+Equal = Callable[[Tensor, Tensor], bool]
+"""Whether two tensors have the same numbers, of the same shape."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,12 @@ class _Reading:
 class Teacher:
     """A trained model on the run's layout, without gradients."""
 
-    def __init__(self, stage: SharedKVGPTModel, terms: DistillationTerms) -> None:
+    def __init__(
+        self, stage: SharedKVGPTModel, terms: DistillationTerms, sizes: TeacherSizes | None = None
+    ) -> None:
+        """`sizes`: of the whole model, for reports."""
         self._stage, self._terms = stage.eval().requires_grad_(False), terms
+        self.sizes = sizes
         self._reading = _Reading(self._stage)
 
     def __call__(self, batches: Iterator[Batch], number: int) -> Iterator[Taught]:
@@ -64,14 +73,14 @@ class Teacher:
         states = run_forward(self._stage, iter(read), self._reading, number=number, shape=(length, rows))
         return self._hand_out(read, deque(states))
 
-    def share_weights(self, student: torch.nn.Module) -> int:
+    def share_weights(self, student: torch.nn.Module, equal: Equal = torch.equal) -> int:
         """Take those of the student's weights that are frozen and equal to the teacher's own, whose memory is
         then free; before the student is trained, behind its loading. Returns how many bytes that is."""
         frozen = {name: weight for name, weight in student.named_parameters() if not weight.requires_grad}
         shared = 0
         for name, weight in list(self._stage.named_parameters(remove_duplicate=False)):
             other = frozen.get(name)
-            if other is None or other.dtype != weight.dtype or not torch.equal(other, weight):
+            if other is None or other.dtype != weight.dtype or not equal(other, weight):
                 continue
             module, _, attribute = name.rpartition(".")
             setattr(self._stage.get_submodule(module), attribute, other)
@@ -119,14 +128,16 @@ def build_teacher(
         raise
     except ConfigError as error:
         raise ConfigError(f"train.distillation.teacher {settings.teacher}: {error}") from error
-    if problem := _obstacle(run, student, restored):
+    described = Description(restored.run, restored.stage.vocab_size)
+    if problem := obstacle(run, student.vocab_size, described):
         raise ConfigError(f"train.distillation.teacher {settings.teacher} {problem}")
     logger.info("learning from %s", settings.teacher)
-    return Teacher(restored.stage, terms_of(settings))
+    sizes = TeacherSizes.of(restored.run, vocab_size=student.vocab_size, seq_length=run.train.seq_length)
+    return Teacher(restored.stage, terms_of(settings), sizes)
 
 
 def _restored(run: RunConfig, path: Path, open_foreign: OpenForeign | None) -> Restored:
-    parallel = replace(run.parallel, pipeline_in_flight=None)  # it is for the way of the student
+    parallel = layout_of_teacher(run.parallel)
     if kind_of(path) != "huggingface":
         return restore(path, parallel, verify_hashes=run.checkpoint.verify_hashes)
     if open_foreign is None:
@@ -139,29 +150,3 @@ def _restored(run: RunConfig, path: Path, open_foreign: OpenForeign | None) -> R
         make_vocab_size_divisible_by=run.model.make_vocab_size_divisible_by,
         timeout_minutes=run.checkpoint.load_timeout_minutes,
     )
-
-
-def _obstacle(run: RunConfig, student: SharedKVGPTModel, restored: Restored) -> str | None:
-    stage, theirs = restored.stage, restored.run
-    if stage.vocab_size != student.vocab_size:
-        return (
-            f"has a vocabulary of {stage.vocab_size} tokens, the model one of {student.vocab_size}; take a "
-            "teacher with the model's tokenizer."
-        )
-    if stage.padded_vocab_size != student.padded_vocab_size:
-        return (
-            f"pads its vocabulary to {stage.padded_vocab_size}, the model its own to "
-            f"{student.padded_vocab_size}; set model.make_vocab_size_divisible_by to the teacher's, "
-            f"{theirs.model.make_vocab_size_divisible_by}."
-        )
-    given = theirs.model.max_position_embeddings
-    longest = None if given is None else longest_context(theirs.model.rope_scaling.scaling, given)
-    if longest is not None and run.train.seq_length > longest:
-        return f"has a context of {longest} tokens; lower train.seq_length, {run.train.seq_length}."
-    mine, other = run.compression.policy, theirs.compression.policy
-    if run.parallel.context_parallel_size > 1 and mine.traits.reach != other.traits.reach:
-        return (
-            f"has the KV policy {other.name}, the model {mine.name}, which look at different neighbours of "
-            "a token; set parallel.context_parallel_size to 1."
-        )
-    return None

@@ -26,7 +26,8 @@ from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from megatron_ext.checkpointing.save import save_checkpoint
 from megatron_ext.config import ParallelConfig
 from megatron_ext.parallel.process_groups import initialize
-from megatron_ext.restoring.model import restore, saved_settings
+from megatron_ext.restoring.description import saved_settings
+from megatron_ext.restoring.model import restore
 from tests.lckv.families.tiny_models import SIZES, saved_model
 from tests.ranks import run_on_ranks
 from tests.thinning import thinned
