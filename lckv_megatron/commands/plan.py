@@ -19,6 +19,7 @@ from lckv_megatron.planning.context import context_lines
 from lckv_megatron.planning.inputs import (
     configs_in,
     epoch_lines,
+    find_teacher,
     find_vocab_size,
     launched_processes,
     missing_paths,
@@ -179,7 +180,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             sentences += [problem for problem in str(error).splitlines() if problem not in sentences]
     sentences += missing_paths(run)
     if vocab_size:
-        plan = Plan(run, world_size, vocab_size, options.utilisation, options.gpu, options.mfu)
+        teacher = None
+        try:
+            teacher = find_teacher(run, world_size, vocab_size)
+        except ConfigError as error:
+            sentences += [problem for problem in str(error).splitlines() if problem not in sentences]
+        plan = Plan(run, world_size, vocab_size, options.utilisation, options.gpu, options.mfu, teacher)
         try:
             print(
                 "\n".join(

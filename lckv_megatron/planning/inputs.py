@@ -4,9 +4,16 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_ext.config import RunConfig
 from megatron_ext.errors import ConfigError
+from megatron_ext.restoring.description import Description
+from megatron_ext.restoring.teacher import describe_teacher, obstacle
+from megatron_ext.validation.distillation import distillation_problems
+
+if TYPE_CHECKING:
+    from megatron_ext.restoring.foreign import OpenForeign
 
 LAUNCH_NAME = "launch.sh"
 """Beside a recipe's settings: the script that starts it, whose lines for Slurm say on how many GPUs."""
@@ -25,6 +32,30 @@ def find_vocab_size(run: RunConfig) -> int:
             "data.tokenizer_model."
         )
     return known.size
+
+
+def find_teacher(run: RunConfig, world_size: int, vocab_size: int) -> Description | None:
+    """The teacher of a run that distils, from its settings alone; None where there is none, or it is not
+    here, which `distillation_problems` tells. Raises ConfigError where it cannot teach this run."""
+    path = run.train.distillation.teacher
+    if path is None or any(distillation_problems(run)):
+        return None
+    teacher = describe_teacher(run, _reader_of_huggingface)
+    if problem := obstacle(run, vocab_size, teacher):
+        raise ConfigError(f"train.distillation.teacher {path} {problem}")
+    try:
+        teacher.require_layout(world_size)
+    except ConfigError as error:
+        raise ConfigError(
+            "\n".join(f"train.distillation.teacher {path}: {problem}" for problem in str(error).splitlines())
+        ) from error
+    return teacher
+
+
+def _reader_of_huggingface() -> "OpenForeign":
+    from checkpoints_conversion.for_training import open_for_training  # loads torch: only such teachers wait
+
+    return open_for_training
 
 
 def launched_processes(configs: Sequence[str]) -> int | None:

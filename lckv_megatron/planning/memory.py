@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from lckv.sharing.journey import Cargo
 from lckv_megatron.planning.plan import Plan
+from lckv_megatron.planning.teacher import teacher_memory
 from lckv_megatron.tables import gib, table
 from megatron_ext.config import TrainConfig
 from megatron_ext.model.fit import RESERVED_BYTES, RESERVED_SHARE, RankMemory, fits, usable_bytes
@@ -44,6 +45,12 @@ _EVERY_RECOMPUTE: dict[str, dict[str, object]] = {
 def stage_lines(plan: Plan) -> Iterator[str]:
     """A table of what lies in the memory of each stage's ranks."""
     yield from table(_per_rank(plan))
+    shared = [teacher_memory(plan, number).shared for number in range(len(plan.stages))]
+    if any(shared):
+        yield (
+            f"teacher: {gib(max(shared))} of its weights are the student's frozen ones and in memory once, if "
+            "they are equal, as those of the model that the student was made of are."
+        )
 
 
 def verdict_lines(plan: Plan) -> Iterator[str]:
@@ -87,12 +94,16 @@ def rank_memory(plan: Plan, number: int) -> RankMemory:
     in_flight = min(len(stages) - number, sizes.micro_batches) if ticks is None else ticks.in_flight
     activations = in_flight * of_micro_batch + _prepared_bytes(plan, number)
     working = layer_bytes(model, compression, parallel, train, fused=True)
+    teacher = teacher_memory(plan, number)
     if number == len(stages) - 1:
         of_loss, while_computed = loss_bytes(
             plan.padded_vocab_size, model, compression, parallel, train, fused=True
         )
-        activations, working = activations + of_loss, max(working, while_computed)
-    return RankMemory(state.total, activations, working)
+        activations, working = activations + of_loss, max(working, while_computed + teacher.states)
+    activations += teacher.waiting * teacher.states
+    # where it reads before the student, nothing of the student's is kept yet
+    reading = teacher.reading + (teacher.waiting + 1) * teacher.states
+    return RankMemory(state.total + teacher.weights, activations, max(working, reading - activations))
 
 
 def _state_of(plan: Plan, stage: StageParameters) -> StateBytes:
@@ -107,11 +118,13 @@ def _state_of(plan: Plan, stage: StageParameters) -> StateBytes:
 
 
 def _per_rank(plan: Plan) -> Iterator[tuple[str, ...]]:
+    teacher_head = [] if plan.teacher is None else ["teacher"]
     yield (
         "stage",
         "layers",
         "parameters",
         "weights",
+        *teacher_head,
         "gradients",
         "optimizer",
         "activations",
@@ -119,11 +132,14 @@ def _per_rank(plan: Plan) -> Iterator[tuple[str, ...]]:
     )
     for number, stage in enumerate(plan.stages):
         state = _state_of(plan, stage)
+        teacher = [gib(teacher_memory(plan, number).weights) for _ in teacher_head]
         yield (
             str(number),
             " ".join(f"{layers.start}-{layers.stop - 1}" for layers in stage.chunks),
             f"{stage.per_rank:,}",
-            *map(gib, (state.weights, state.gradients, state.optimizer)),
+            gib(state.weights),
+            *teacher,
+            *map(gib, (state.gradients, state.optimizer)),
             gib(rank_memory(plan, number).activations),
             _sent(plan, number),
         )

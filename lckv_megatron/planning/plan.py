@@ -15,8 +15,10 @@ from megatron_ext.model.parameters import (
     total_parameters,
 )
 from megatron_ext.model.placement import Placement, place
+from megatron_ext.restoring.description import Description
+from megatron_ext.restoring.teacher import layout_of_teacher
 from megatron_ext.schedule.ticks import Ticks, ticks_of
-from megatron_ext.summary.sizes import RunSizes
+from megatron_ext.summary.sizes import RunSizes, TeacherSizes
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,25 @@ class Plan:
 
     mfu: float | None = None
     """Share of the peak that the model's own operations are assumed to reach, instead of `utilisation`."""
+
+    teacher: Description | None = None
+    """Of a run that distils; None: there is none, or it cannot teach this model on any layout."""
+
+    @property
+    def teacher_plan(self) -> "Plan | None":
+        """The teacher as a run of its own on the layout, which reads the same micro-batches."""
+        if self.teacher is None:
+            return None
+        parallel = layout_of_teacher(self.run.parallel)
+        train, its = self.run.train, self.teacher.run.train
+        train = TrainConfig(
+            micro_batch_size=train.micro_batch_size,
+            global_batch_size=train.global_batch_size,
+            seq_length=train.seq_length,
+            precision=its.precision,
+        )
+        run = replace(self.teacher.run, parallel=parallel, train=train)
+        return replace(self, run=run, vocab_size=self.teacher.vocab_size, teacher=None)
 
     @property
     def shape(self) -> ModelShape:
@@ -68,7 +89,12 @@ class Plan:
     def sizes(self) -> RunSizes:
         """What the run itself says too."""
         parameters = total_parameters(self.stages, self.run.parallel)
-        return RunSizes(self.run, self.shape, self.world_size, parameters)
+        teacher = self.teacher_plan
+        its = None
+        if teacher is not None:
+            seq_length = self.run.train.seq_length
+            its = TeacherSizes.of(teacher.run, vocab_size=teacher.vocab_size, seq_length=seq_length)
+        return RunSizes(self.run, self.shape, self.world_size, parameters, its)
 
     @property
     def placement(self) -> Placement:

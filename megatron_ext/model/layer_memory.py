@@ -15,7 +15,10 @@ of the rank, f MLP width of the rank, T ranks that share the sequence out (1 wit
 Keys and values are counted where they are read: one copy serves all layers. Attention that leaves out a
 query's own token (where fused, or under a window), walks a window or has several chunks of a row (context
 parallelism) keeps its output once more. Selective recompute leaves out logsumexp and those outputs
-(`core_attn`), and the MLP (`mlp`). Fused are the kernels on a GPU, those of Transformer Engine, liger-kernel
+(`core_attn`), and the MLP (`mlp`). What is kept for gradients of weights alone is not kept where these are
+frozen (`train.trainable: policy`): outputs of norms, in float32 and as inputs of matrices, the MLP's product,
+the output of attention that is computed again, what is mixed. Of parameters of the policy's own it is; so is
+the input of an MLP that is computed again. Fused are the kernels on a GPU, those of Transformer Engine, liger-kernel
 or PyTorch 2.9, and flash-attn; not fused what runs on a CPU. Dropout is not counted.
 """
 
@@ -47,6 +50,7 @@ class LayerMemory:
         self._tokens = parallel.tokens_of_rank(train.seq_length)
         self._kept_rows = parallel.key_tokens_of_rank(train.seq_length) / max(1, self._tokens)
         self._shards = ranks if parallel.sequence_parallel else 1
+        self._frozen = train.trainable != "all"
         self._heads = model.num_attention_heads / ranks
         self._kv_heads = max(1.0, model.query_groups / ranks)
         self._ffn = model.ffn_size / ranks
@@ -85,9 +89,15 @@ class LayerMemory:
 
     @property
     def norm(self) -> float:
-        """Of a norm over hidden states, per token."""
+        """Of a norm over hidden states and the matrix behind it, per token."""
+        return self._norm(frozen=self._frozen)
+
+    def _norm(self, *, frozen: bool) -> float:
         width = self._model.hidden_size / self._shards
-        return self._norm_bytes * width + 4 / self._shards
+        number = self._norm_bytes
+        if frozen:
+            number = self._bytes if self._fused else 4
+        return number * width + 4 / self._shards
 
     def _projection(self, run: LayerRun) -> float:
         """What the norm of the policy's own parameters keeps besides the layer's input."""
@@ -95,12 +105,17 @@ class LayerMemory:
             return 0.0
         shares_input = self._fused or self._bytes == 4  # else it keeps a copy in float32
         width = self._model.hidden_size / self._shards
-        return self.norm - self._bytes * width * shares_input
+        return self._norm(frozen=False) - self._bytes * width * shares_input
 
     def _per_token(self, run: LayerRun) -> float:
         if run.part is Part.KEYS_VALUES:
             return self.norm + self._projection(run) + self._policy(0, run) + self._mixing(run)
-        mlp = self.norm + (0 if "mlp" in self._again else (3 if self._fused else 4) * self._bytes * self._ffn)
+        widths = (3 if self._fused else 4) - self._frozen
+        mlp = self.norm
+        if "mlp" not in self._again:
+            mlp += widths * self._bytes * self._ffn
+        elif self._frozen:  # its input, which only gradients of weights need else
+            mlp += self._bytes * self._model.hidden_size / self._shards
         if run.part is Part.WITHOUT_SOURCE:
             return mlp + (self.norm + self._projection(run) if run.computes_kv else 0)
         return self.norm + self._projection(run) + self._attention(run) + mlp
@@ -114,16 +129,19 @@ class LayerMemory:
         head_dim = self._model.head_dim
         queries, keys = self._heads * head_dim, self._kv_heads * head_dim * run.computes_kv
         kept = self._bytes * (2 * queries + self._heads * self._extra_channels)
-        if "core_attn" not in self._again:
+        if "core_attn" in self._again:
+            kept -= self._bytes * queries * self._frozen
+        else:
             kept += 4 * self._heads + self._copies(run)
         if self._model.qk_layernorm:
             heads = self._heads + self._kv_heads * run.computes_kv
-            kept += (self._bytes if self._fused else 8) * (queries + keys) + 4 * heads
+            number = self._bytes if self._fused else 4 if self._frozen else 8
+            kept += number * (queries + keys) + 4 * heads
         return kept + self._policy(self._heads, run) + self._mixing(run)
 
     def _mixing(self, run: LayerRun) -> float:
         key_value = 2 * self._bytes * self._kv_heads * self._model.head_dim
-        return key_value * (run.mixes is not None) + self._mixture(run)
+        return key_value * (run.mixes is not None and not self._frozen) + self._mixture(run)
 
     def _mixture(self, run: LayerRun) -> float:
         """Keys and values that a layer mixes of the two layers that it reads."""

@@ -4,7 +4,7 @@ Megatron is loaded.
 State, in bytes per parameter of the rank (data-parallel ranks share the optimizer's where it is distributed):
     bf16: weights 2, gradients 4, optimizer 12 (float32 weights and two moments)
     fp32: weights 4, gradients 4, optimizer 8
-Parameters that are not trained have weights alone. What is kept for backward is then less than said here.
+Parameters that are not trained have weights alone.
 
 Activations that are kept for backward, for one micro-batch of b rows of s tokens:
     inputs x s b h / (C T)   +   shared x s b g (2 d + e)   +   lent x s b g d / C
@@ -177,6 +177,8 @@ def kept_bytes(
     hidden = tokens * model.hidden_size // (ranks if parallel.sequence_parallel else 1)
     key_value = key_value_numbers(model, compression, parallel, train)
     lent = tokens * max(1, model.query_groups // ranks) * model.head_dim
+    if train.trainable != "all" and not kept.inputs:
+        lent = 0  # else it is an input of what is computed again, or for gradients of the weights that mix it
     layer = LayerMemory(model, compression, parallel, train, fused=fused)
     if train.activation_offload == "token_wise":
         return precision(train.precision).bytes * (kept.shared * key_value + kept.lent * lent)
@@ -215,8 +217,9 @@ def loss_bytes(
     train: TrainConfig, *, fused: bool = False,
 ) -> tuple[int, int]:  # fmt: skip
     """What the last stage keeps of a micro-batch for the final norm and the loss, and what the loss needs
-    besides while it is computed: the logits of a chunk in float32, their gradient in the model's precision,
-    and where sequence parallelism has gathered the states, these.
+    besides while it is computed: the logits of a chunk in float32, their gradient in the model's precision
+    (of a student: both models' logits and probabilities in float32), and where sequence parallelism has
+    gathered the states, these.
 
     The gradient of the output weight is added to the sums that are there."""
     tokens = parallel.tokens_of_rank(train.seq_length) * train.micro_batch_size
@@ -226,7 +229,8 @@ def loss_bytes(
     states = tokens * model.hidden_size * number
     chunk = min(tokens, tokens_of_chunk(rows, asked=model.cross_entropy_chunk_size))
     copied = number if number < 4 else 0
-    working = chunk * rows * (4 + copied) + (states if parallel.sequence_parallel else 0)
+    of_logit = 4 + copied if train.distillation.teacher is None else 3 * 4
+    working = chunk * rows * of_logit + (states if parallel.sequence_parallel else 0)
     return round(norm) + states, working
 
 

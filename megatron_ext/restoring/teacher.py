@@ -41,8 +41,8 @@ def describe_teacher(run: RunConfig, open_foreign: "Callable[[], OpenForeign]") 
 
 
 def layout_of_teacher(parallel: ParallelConfig) -> ParallelConfig:
-    """That of its student, without what is for the way of the student."""
-    return replace(parallel, pipeline_in_flight=None)
+    """That of its student, without what is for the student's way and its gradients."""
+    return replace(parallel, pipeline_in_flight=None, sequence_parallel=False, tp_comm_overlap=False)
 
 
 def obstacle(run: RunConfig, vocab_size: int, teacher: Description) -> str | None:

@@ -113,7 +113,7 @@ def _teacher_line(sizes: RunSizes) -> Iterator[str]:
     if path is None:
         return
     if teacher is None:
-        yield f"teacher               {path}: is not known here, so that nothing of it is counted"
+        yield f"teacher               {path}: nothing of it is counted, since it cannot be used as it is"
         return
     yield (
         f"teacher               {path}: {teacher.parameters:,} parameters in {teacher.precision}; its forward, "

@@ -25,6 +25,7 @@ from megatron_ext.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_ext.model.build import build_stage
 from megatron_ext.model.memory import kept_bytes, kept_for_backward
 from megatron_ext.model.offloaded import OffloadedLayers
+from megatron_ext.model.trainable import choose_trainable
 from megatron_ext.parallel.process_groups import destroy, device_of_rank, initialize
 from megatron_ext.precision import precision
 
@@ -52,6 +53,7 @@ class Step:
         """Of a new model without pipeline stages. Needs process groups."""
         vocab_size = model.vocab_size or 1
         stage = build_stage(model, compression, parallel, train, vocab_size=vocab_size)
+        choose_trainable(stage, train.trainable)
         tokens = torch.randint(
             vocab_size, (train.micro_batch_size, train.seq_length), device=device_of_rank()
         )

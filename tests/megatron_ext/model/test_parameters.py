@@ -36,7 +36,7 @@ def built(model: ModelConfig, layer_types: str, parallel: ParallelConfig) -> tup
     train = TrainConfig(precision="fp32")
     stage = build.build_stage(model, compression, parallel, train, vocab_size=VOCABULARY)
     held = sum(parameter.numel() for parameter in stage.parameters())
-    return parallel_state.get_pipeline_model_parallel_rank(), held, _count_parameters(stage)
+    return parallel_state.get_pipeline_model_parallel_rank(), held, _count_parameters(stage.parameters())
 
 
 def check(model: ModelConfig, layer_types: str, tensor: int, stages: int) -> None:
