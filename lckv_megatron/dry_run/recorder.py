@@ -97,6 +97,14 @@ class Recorder(TorchDispatchMode):
         self._see(tensor)
         return self._live[tensor.untyped_storage()._cdata][1]
 
+    def wait_for_forward(self, size: int, start: int) -> None:
+        """So many bytes more are kept from before event `start` to the end of the last forward."""
+        end = max(phase.end or 0 for phase in self.phases if phase.kind == "forward")
+        seconds = max(allocation.start_seconds for allocation in self.allocations if allocation.start < end)
+        self.allocations.append(
+            Allocation(size, start - 1, 0.0, 0, end=end, end_seconds=seconds, kind="activations")
+        )
+
     def kernel(self, *, flops: float, moved_bytes: float) -> None:
         """Note the work of a kernel that is not run."""
         seconds = self._machine.work_seconds(flops, moved_bytes)

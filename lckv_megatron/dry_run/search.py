@@ -81,7 +81,7 @@ def _of_layout(plan: Plan, tensor: int, pipeline: int) -> Iterator[Plan]:
     }
     last = None
     for of_recompute in zip(*of_rows.values(), strict=True):
-        possible = [other for other in of_recompute if not step_problems(other.run, plan.world_size)]
+        possible = [other for other in of_recompute if _is_possible(other)]
         usable = usable_bytes(plan.gpu.memory_bytes)
         fitting = [other for other in possible if formula_bytes(other) <= usable]
         if fitting:
@@ -90,6 +90,12 @@ def _of_layout(plan: Plan, tensor: int, pipeline: int) -> Iterator[Plan]:
         last = possible[0] if possible else last
     if last is not None:
         yield last
+
+
+def _is_possible(plan: Plan) -> bool:
+    teacher = plan.teacher_here
+    of_teacher = [] if teacher is None else teacher.layout_problems(plan.world_size)
+    return not (step_problems(plan.run, plan.world_size) or of_teacher)
 
 
 def _powers(most: int) -> Iterator[int]:

@@ -33,6 +33,7 @@ def simulate_ranks(
                 vocab_size=plan.vocab_size,
                 machine=machine,
                 traced=traced,
+                teacher=plan.teacher_here,
             )
             for rank in ranks
         ]

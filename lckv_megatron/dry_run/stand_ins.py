@@ -30,14 +30,15 @@ from megatron_ext.model import core_attention, operators, transformer_config
 from megatron_ext.model.operators import Operators
 
 
-def gpu_kernels(recorder: Recorder, policy: KVPolicy) -> Iterator[Replacement]:
-    """For a run that would use them on a GPU."""
+def gpu_kernels(recorder: Recorder, *policies: KVPolicy) -> Iterator[Replacement]:
+    """For a run that would use them on a GPU, with models of these policies, each of another kind."""
     yield Replacement(backends, "why_no_flash_package", lambda: None)
     yield Replacement(core_attention, "choose_backend", _choose(recorder, core_attention.choose_backend))
     yield Replacement(torch.nn.functional, "rms_norm", partial(_rms_norm, recorder))
     yield Replacement(products, "gives_float32", lambda device, dtype: dtype == torch.bfloat16)
-    for kernel in policy.kernels_of_shapes(lambda moved: recorder.kernel(flops=0, moved_bytes=moved)):
-        yield Replacement(*kernel)
+    for policy in policies:
+        for kernel in policy.kernels_of_shapes(lambda moved: recorder.kernel(flops=0, moved_bytes=moved)):
+            yield Replacement(*kernel)
     yield Replacement(transformer_config, "choose_operators", partial(_operators, recorder))
 
 

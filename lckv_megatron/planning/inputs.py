@@ -43,12 +43,8 @@ def find_teacher(run: RunConfig, world_size: int, vocab_size: int) -> Descriptio
     teacher = describe_teacher(run, _reader_of_huggingface)
     if problem := obstacle(run, vocab_size, teacher):
         raise ConfigError(f"train.distillation.teacher {path} {problem}")
-    try:
-        teacher.require_layout(world_size)
-    except ConfigError as error:
-        raise ConfigError(
-            "\n".join(f"train.distillation.teacher {path}: {problem}" for problem in str(error).splitlines())
-        ) from error
+    if problems := teacher.layout_problems(world_size):
+        raise ConfigError("\n".join(f"train.distillation.teacher {path}: {problem}" for problem in problems))
     return teacher
 
 

@@ -42,20 +42,27 @@ class Plan:
     """Of a run that distils; None: there is none, or it cannot teach this model on any layout."""
 
     @property
-    def teacher_plan(self) -> "Plan | None":
-        """The teacher as a run of its own on the layout, which reads the same micro-batches."""
+    def teacher_here(self) -> Description | None:
+        """The teacher on this layout, as it reads the same micro-batches."""
         if self.teacher is None:
             return None
-        parallel = layout_of_teacher(self.run.parallel)
-        train, its = self.run.train, self.teacher.run.train
+        mine, its = self.run.train, self.teacher.run
         train = TrainConfig(
-            micro_batch_size=train.micro_batch_size,
-            global_batch_size=train.global_batch_size,
-            seq_length=train.seq_length,
-            precision=its.precision,
+            micro_batch_size=mine.micro_batch_size,
+            global_batch_size=mine.global_batch_size,
+            seq_length=mine.seq_length,
+            precision=its.train.precision,
         )
-        run = replace(self.teacher.run, parallel=parallel, train=train)
-        return replace(self, run=run, vocab_size=self.teacher.vocab_size, teacher=None)
+        run = replace(its, parallel=layout_of_teacher(self.run.parallel), train=train)
+        return replace(self.teacher, run=run)
+
+    @property
+    def teacher_plan(self) -> "Plan | None":
+        """The teacher as a run of its own."""
+        here = self.teacher_here
+        if here is None:
+            return None
+        return replace(self, run=here.run, vocab_size=here.vocab_size, teacher=None)
 
     @property
     def shape(self) -> ModelShape:
@@ -89,12 +96,12 @@ class Plan:
     def sizes(self) -> RunSizes:
         """What the run itself says too."""
         parameters = total_parameters(self.stages, self.run.parallel)
-        teacher = self.teacher_plan
-        its = None
+        teacher, sizes = self.teacher_here, None
         if teacher is not None:
-            seq_length = self.run.train.seq_length
-            its = TeacherSizes.of(teacher.run, vocab_size=teacher.vocab_size, seq_length=seq_length)
-        return RunSizes(self.run, self.shape, self.world_size, parameters, its)
+            sizes = TeacherSizes.of(
+                teacher.run, vocab_size=teacher.vocab_size, seq_length=self.run.train.seq_length
+            )
+        return RunSizes(self.run, self.shape, self.world_size, parameters, sizes)
 
     @property
     def placement(self) -> Placement:

@@ -32,7 +32,8 @@ class TeacherMemory:
     """Micro-batches whose states wait while the first one is learned from."""
 
     reading: int = 0
-    """At most, while it reads a micro-batch: a layer, and the keys and values that others read."""
+    """At most, while it reads: a layer, and of micro-batches that are on their way the keys and values that
+    others read."""
 
 
 def teacher_memory(plan: Plan, number: int) -> TeacherMemory:
@@ -51,12 +52,14 @@ def teacher_memory(plan: Plan, number: int) -> TeacherMemory:
     states = tokens * model.hidden_size * numbers.bytes * is_last
     kept = [kept_for_backward(compression, model.num_layers, layers) for layers in theirs.chunks]
     lasting = Kept(inputs=2, shared=max(of_chunk.shared for of_chunk in kept))
+    ring = teacher.ticks
+    on_the_way = 1 if ring is None else ring.in_flight + ring.ahead
     return TeacherMemory(
         weights=state_bytes(theirs.per_rank, numbers, optimizer_ranks=1, trained=0).total - shared,
         shared=shared,
         states=states,
         waiting=0 if alone else plan.sizes.micro_batches - 1,
-        reading=kept_bytes(lasting, model, compression, parallel, train, fused=True)
+        reading=on_the_way * kept_bytes(lasting, model, compression, parallel, train, fused=True)
         + layer_bytes(model, compression, parallel, train, fused=True),
     )
 

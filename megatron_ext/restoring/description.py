@@ -35,9 +35,13 @@ class Description:
     chosen: CompressionConfig | None = None
     """With the map with which it runs, of a model that was trained with a family of them; None: its own."""
 
+    def layout_problems(self, world_size: int) -> list[str]:
+        """Why the model does not fit its layout, or that the number of processes."""
+        return [*layout_problems(self.run), *process_problems(self.run.parallel, world_size)]
+
     def require_layout(self, world_size: int) -> None:
-        """Raises ConfigError where the model does not fit its layout, or that the number of processes."""
-        if problems := [*layout_problems(self.run), *process_problems(self.run.parallel, world_size)]:
+        """Raises ConfigError where there is such a problem."""
+        if problems := self.layout_problems(world_size):
             raise ConfigError("\n".join(problems))
 
 

@@ -10,7 +10,7 @@ run; the dry run pretends the CPU's kernels. Copies that gloo makes are left out
 import argparse
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +28,12 @@ from megatron_ext.config import RunConfig
 from megatron_ext.data.batch import make_batch
 from megatron_ext.model.build import build_stage, wrap
 from megatron_ext.parallel.process_groups import chunks_of_rank, initialize
+from megatron_ext.restoring.description import Description
+from megatron_ext.restoring.model import build_described
+from megatron_ext.restoring.teacher import layout_of_teacher
 from megatron_ext.training.optimizer import build_optimizer
 from megatron_ext.training.step import train_step
+from megatron_ext.training.teacher import Teacher, terms_of
 from tests.ranks import run_on_ranks
 
 _EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
@@ -53,6 +57,8 @@ class Case:
     data: int = 1
     context: int = 1
     options: tuple[str, ...] = ()
+    teacher: tuple[str, ...] | None = None
+    """Options of the model that is learned from, on the same layout; None: there is none."""
 
     @property
     def world_size(self) -> int:
@@ -72,6 +78,15 @@ class Case:
         return parse_run_config(
             ["--config", str(_EXAMPLES / self.recipe), *SMALL, *layout.split(), *self.options]
         )
+
+    @property
+    def described(self) -> Description | None:
+        """The teacher."""
+        if self.teacher is None:
+            return None
+        run = replace(self, options=self.teacher, teacher=None).run
+        parallel, train = layout_of_teacher(run.parallel), replace(run.train, recompute_granularity="none")
+        return Description(replace(run, parallel=parallel, train=train), run.model.vocab_size or 1)
 
 
 WINDOW = ("--compression.sliding_window", "64")
@@ -129,12 +144,12 @@ def _is_group(value: torch.ScriptObject) -> bool:
     return str(value._type()).endswith("ProcessGroup")
 
 
-def measured(run: RunConfig) -> Measured:
+def measured(run: RunConfig, teacher: Description | None = None) -> Measured:
     """Run two steps on this rank. Needs torch.distributed."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell of its own start and stop
     initialize(run.parallel, run.train.seed)
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        issues = _train(run)
+        issues = _train(run, teacher)
     results = profile.kineto_results
     assert results is not None
     (start,) = (event.start_ns() for event in results.events() if event.name() == _SECOND)
@@ -173,11 +188,16 @@ def _peak(events: Sequence[_MemoryEvent], start: int) -> int:
     return peak
 
 
-def _train(run: RunConfig) -> _Issues:
+def _train(run: RunConfig, described: Description | None) -> _Issues:
     vocab_size = run.model.vocab_size or 1
     stage = build_stage(run.model, run.compression, run.parallel, run.train, vocab_size=vocab_size)
+    teach = None
+    if described is not None:
+        teach = Teacher(build_described(described), terms_of(run.train.distillation))
     model = wrap(stage, run.parallel, run.train)
     optimizer, scheduler = build_optimizer(run.optimizer, run.parallel, run.train, model)
+    if teach is not None:
+        teach.share_weights(stage)
     samples = _samples(run, vocab_size)
     chunks, reach = chunks_of_rank(), run.compression.policy.traits.reach
 
@@ -190,6 +210,7 @@ def _train(run: RunConfig) -> _Issues:
             lambda sample: make_batch(sample, run.data, None, "cpu", chunks, reach),
             run.train,
             progress=0.5,
+            teach=teach,
         )
 
     step()
@@ -211,7 +232,9 @@ def _samples(run: RunConfig, vocab_size: int) -> Iterator[dict[str, Tensor]]:
         number += shape[0]
 
 
-def predicted(run: RunConfig, *, rank: int, world_size: int) -> RankRun:
+def predicted(
+    run: RunConfig, *, rank: int, world_size: int, teacher: Description | None = None
+) -> RankRun:
     """A step by the dry run. Needs a process without process groups."""
     return simulate(
         run,
@@ -220,15 +243,16 @@ def predicted(run: RunConfig, *, rank: int, world_size: int) -> RankRun:
         vocab_size=run.model.vocab_size or 1,
         machine=Machine(),
         target="cpu",
+        teacher=teacher,
     )
 
 
 def compare(case: Case) -> Iterator[dict[str, object]]:
     """A row for each rank."""
-    run = case.run
-    real = run_on_ranks(case.world_size, measured, run)
+    run, teacher = case.run, case.described
+    real = run_on_ranks(case.world_size, measured, run, teacher)
     for rank, (peak, _) in enumerate(real):
-        expected = predicted(run, rank=rank, world_size=case.world_size).memory.peak_bytes
+        expected = predicted(run, rank=rank, world_size=case.world_size, teacher=teacher).memory.peak_bytes
         yield {
             "recipe": case.recipe,
             "options": " ".join(case.options),

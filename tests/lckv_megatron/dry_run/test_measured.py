@@ -21,12 +21,28 @@ def small(layers: int, layer_types: str | None = None, *options: str) -> tuple[s
 PASSES = ("--compression.forward_passes", "2", "--compression.backward_passes", "2")
 RING = ("--parallel.context_parallel_communication", "ring")
 FULL = ("--train.recompute_granularity", "full")
+LEARNING = ("--train.distillation.teacher", "teacher", "--model.cross_entropy_chunk_size", "32")
+WIDE = ("--model.hidden_size", "512", "--train.precision", "fp32")
+ADAPTER = (
+    "--compression.policy.name dms --compression.policy.stage retrofit --compression.policy.window 16 "
+    "--compression.policy.decision_source adapter --train.trainable policy"
+).split()
 BOTH_SIDES = {
     "plain, recomputed": Case("demo/pretrain.yaml", options=small(3, "0_1_2", *FULL)),
     "merging": Case("llama2_13b_dmc/retrofit.yaml", options=small(2)),
     "lckv, TP 2": Case("llama2_13b_lckv/pretrain.yaml", tensor=2, options=small(4, "0_2_2_3", *PASSES)),
     "shared, DP 2": Case("llama_1b_lckv/pretrain.yaml", data=2, options=small(2, "0_0")),
     "shared, PP 2": Case("llama_1b_lckv/pretrain.yaml", pipeline=2, options=small(4, "0_1_1_1")),
+    "learning": Case("demo/pretrain.yaml", options=small(2, "0_0", *LEARNING), teacher=small(3, "0_1_2", *WIDE)),
+    "learning, PP 2": Case(
+        "demo/pretrain.yaml",
+        pipeline=2,
+        options=small(2, "0_1", *LEARNING, "--train.global_batch_size", "16"),
+        teacher=small(4, "0_1_2_3", *WIDE),
+    ),
+    "adapter, from itself": Case(
+        "demo/pretrain.yaml", options=small(3, "0_0_2", *LEARNING, *ADAPTER), teacher=small(3, "0_0_2")
+    ),
     "merging, CP 2": Case("llama2_13b_dmc/retrofit.yaml", context=2, options=small(2)),
     "merging, CP 2, ring": Case("llama2_13b_dmc/retrofit.yaml", context=2, options=small(2, None, *RING)),
 }
@@ -37,9 +53,9 @@ cases = pytest.mark.parametrize("name", BOTH_SIDES)
 def both(name: str) -> list[tuple[Measured, RankRun]]:
     """Of each rank: what was measured, and what the dry run says of its stage."""
     case = BOTH_SIDES[name]
-    real = run_on_ranks(case.world_size, measured, case.run)
+    real = run_on_ranks(case.world_size, measured, case.run, case.described)
     stages = [
-        predicted(case.run, rank=rank, world_size=case.world_size)
+        predicted(case.run, rank=rank, world_size=case.world_size, teacher=case.described)
         for rank in range(0, case.world_size, case.world_size // case.pipeline)
     ]
     return [(step, stages[rank * case.pipeline // case.world_size]) for rank, step in enumerate(real)]
