@@ -6,7 +6,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lckv.config import CompressionConfig
-from lckv.cost import ModelShape, average_keys, kv_bytes_per_token, layer_costs, prompt_cost, training_cost
+from lckv.cost import (
+    ModelShape,
+    average_keys,
+    kv_bytes_per_token,
+    layer_costs,
+    prompt_cost,
+    reading_cost,
+    training_cost,
+)
 from lckv.models.cache import LCKVCache
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
@@ -102,6 +110,9 @@ def test_counted_operations_of_prompts(layer_types: str, results: Results) -> No
         output = model.model.run(model.model.embed_tokens(tokens), cache, wanted=places[results])
         model.lm_head(output.last_hidden_state[:, -1:])
     assert counter.get_total_flops() == prompt_cost(SHAPE, blinded(compression), results=results).flops
+    if results is Results.ALL:  # of the other 15 tokens the head ran for none
+        others = 15 * 2 * SHAPE.hidden_size * SHAPE.vocab_size
+        assert 16 * reading_cost(SHAPE, blinded(compression)) == counter.get_total_flops() + others
     seeing = prompt_cost(SHAPE, compression, results=results)
     assert seeing.flops > counter.get_total_flops()
     fewer = prompt_cost(SHAPE, compression, passes=2, results=results)

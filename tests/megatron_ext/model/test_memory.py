@@ -232,6 +232,7 @@ RECOMPUTE: list[dict[str, Any]] = [
 ]
 DMC = DMCConfig(stage="retrofit")
 DMS = DMSConfig(stage="retrofit", window=3)
+ADAPTER = replace(DMS, decision_source="adapter")
 MODELS = {
     "plain": (SIZES, CompressionConfig("0_1_2_3")),
     "cla": (SIZES, CompressionConfig("0_0_2_2")),
@@ -245,13 +246,16 @@ MODELS = {
     "dmc without window": (SIZES, CompressionConfig("0_1_2_3", policy=replace(DMC, window=None))),
     "dms": (SIZES, CompressionConfig("0_1_2_3", policy=DMS)),
     "cla with dms": (SIZES, CompressionConfig("0_0_2_2", policy=DMS)),
-    "cla with an adapter": (
-        SIZES,
-        CompressionConfig("0_0_2_2", policy=replace(DMS, decision_source="adapter")),
-    ),
+    "cla with an adapter": (SIZES, CompressionConfig("0_0_2_2", policy=ADAPTER)),
     "mixed": (SIZES, CompressionConfig("0_1+0_2+1_2")),
     "two sources": (SIZES, CompressionConfig("0_1_1/0_1+0")),
     "mixed lckv with dmc": (SIZES, CompressionConfig("0_2_2+0_3+2", policy=DMC, forward_passes=2)),
+    "frozen cla": (SIZES, CompressionConfig("0_0_2_2", policy=ADAPTER)),
+    "frozen lckv, mixed": (SIZES, CompressionConfig("0_2_2+0_3+2", policy=ADAPTER, forward_passes=2)),
+    "frozen, query and key norm": (
+        replace(SIZES, qk_layernorm=True),
+        CompressionConfig("0_1_2_3", policy=ADAPTER),
+    ),
     "loss in chunks": (replace(SIZES, cross_entropy_chunk_size=16), CompressionConfig("0_1_2_3")),
 }
 
@@ -264,14 +268,16 @@ def measured_and_predicted(
     found = {}
     cases = [*product(("bf16",), kinds, MODELS.items()), *product(("fp32",), kinds[:1], MODELS.items())]
     for precision, recompute, (name, (sizes, compression)) in cases:
-        sized, train = model_of(sizes), replace(training(precision), **{**RECOMPUTE_NONE, **recompute})
+        trainable = "policy" if name.startswith("frozen") else "all"
+        settings = {**RECOMPUTE_NONE, **recompute, "trainable": trainable}
+        sized, train = model_of(sizes), replace(training(precision), **settings)
         step = Step.of(sized, compression, train, parallel)
         kept = kept_for_backward(compression, 4, range(4), recomputed_of_stage(train, range(4)))
         predicted = kept_bytes(kept, sized, compression, parallel, train)
         padded = padded_vocab_size(40, sized, parallel)
         predicted += loss_bytes(padded, sized, compression, parallel, train)[0]
-        # without data parallelism there are no sums that the output weight's gradient is added to
-        predicted += 4 * padded // parallel.tensor_model_parallel_size * sized.hidden_size
+        if trainable == "all":  # without data parallelism no sums that the output weight's gradient is added to
+            predicted += 4 * padded // parallel.tensor_model_parallel_size * sized.hidden_size
         found[f"{name}, {precision}, {recompute}"] = (step.saved_bytes(), predicted)
     return found
 

@@ -10,8 +10,14 @@ import pytest
 import torch
 
 from checkpoints_conversion.convert import megatron_to_hf
+from checkpoints_conversion.for_training import open_for_training
+from lckv_megatron.planning.inputs import find_teacher
+from lckv_megatron.planning.memory import rank_memory
+from lckv_megatron.planning.plan import Plan
+from lckv_megatron.planning.teacher import teacher_memory
 from megatron_ext.config import DistillationConfig, ParallelConfig, RunConfig
 from megatron_ext.errors import ConfigError
+from megatron_ext.parallel.process_groups import initialize
 from megatron_ext.training.teacher import build_teacher
 from megatron_ext.validation.distillation import distillation_problems
 from tests.lckv.losses.test_linear_distillation import coarser
@@ -192,6 +198,8 @@ def test_teachers_of_other_tokens_are_refused(
     run = student(request.getfixturevalue(kind), tmp_path / "reports.jsonl", **sections)
     with pytest.raises(ConfigError, match=message):
         run_on_ranks(1, train, run)
+    with pytest.raises(ConfigError, match=message):  # nothing but the settings is read
+        find_teacher(run, 1, run.model.vocab_size)
 
 
 @pytest.mark.parametrize("kind", ["teacher", "exported"])
@@ -209,6 +217,37 @@ def test_a_teacher_that_does_not_fit_the_stages_is_refused(
     message = r"distillation.teacher .*: parallel.pipeline_model_parallel_layout is .* it needs one E .* 4 t"
     with pytest.raises(ConfigError, match=message):
         run_on_ranks(2, train, run)
+    with pytest.raises(ConfigError, match=message):
+        find_teacher(run, 2, 97)
+
+
+@pytest.mark.parametrize("kind", ["teacher", "exported"])
+def test_what_a_teacher_costs_is_in_the_plan(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    run = student(request.getfixturevalue(kind), tmp_path / "reports.jsonl")
+    described = find_teacher(run, 1, 97)
+    assert described is not None
+    plan = Plan(run, 1, 97, utilisation=1.0, teacher=described)
+    alone = replace(plan, teacher=None)
+    teacher = plan.sizes.teacher
+    assert teacher is not None
+    (weights,) = run_on_ranks(1, weights_of_teacher, run)
+    assert (teacher.parameters, teacher.precision) == (weights, "fp32")
+    assert teacher_memory(plan, 0).weights == 4 * weights
+    assert rank_memory(plan, 0).state == rank_memory(alone, 0).state + 4 * weights
+    # a plain forward of the same sizes is a third of a plain step
+    third = alone.sizes.cost.plain_flops / 3
+    assert teacher.flops == pytest.approx(third)
+    assert plan.sizes.cost == alone.sizes.cost.plus(teacher.flops)
+
+
+def weights_of_teacher(run: RunConfig) -> int:
+    initialize(run.parallel, 1)
+    student = cast(Any, SimpleNamespace(vocab_size=97, padded_vocab_size=128))
+    teacher = build_teacher(run, student, open_for_training)
+    assert teacher is not None
+    return sum(weight.numel() for weight in teacher._stage.parameters())
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 import os
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lckv.policies.dms.config import DMSConfig
 from megatron_ext import atomic
 from megatron_ext.checkpointing.errors import (
     MismatchError,
@@ -241,10 +243,17 @@ def _without_space(run: RunConfig, free_bytes: int) -> tuple[str, str]:
         return error_of(run)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_space_for_the_first_checkpoint_is_looked_for_before_training(tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "trainable"), [("fp32", "all"), ("bf16", "all"), ("bf16", "policy")]
+)
+def test_space_for_the_first_checkpoint_is_looked_for_before_training(
+    tmp_path: Path, precision: str, trainable: str
+) -> None:
     saving = {"checkpoint": {"save": str(tmp_path)}, "model": {"hidden_size": 256}}
-    run = tiny_run(**saving, train={"train_iters": 3, "precision": precision})
+    run = tiny_run(**saving, train={"train_iters": 3, "precision": precision, "trainable": trainable})
+    if trainable == "policy":
+        adapter = DMSConfig(stage="retrofit", decision_source="adapter", window=3)
+        run = replace(run, compression=replace(run.compression, policy=adapter))
     small = logged_to(run, tmp_path / "small.jsonl")
     name, message = run_on_ranks(1, _without_space, small, 100_000)[0]
     assert name == "DiskFullError"
