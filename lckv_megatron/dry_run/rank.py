@@ -2,8 +2,9 @@
 
 Two steps run, of n and of n + 1 micro-batches, n being the pipeline's stages, or where micro-batches come to
 a stage several times, on their way or on a teacher's, those in flight and those that are prepared: from there
-on every further micro-batch adds the same. What a step of M does is the second step and M - n - 1 times the difference. The memory is that
-of the second step: the first has no moments yet, and more micro-batches do not lie in memory at a time.
+on every further micro-batch adds the same. What a step of M does is the second step and M - n - 1 times the
+difference. The memory is that of the second step: the first has no moments yet, and more micro-batches do not
+lie in memory at a time, but states of a teacher that wait, which are added.
 Documents are as long as rows: their lengths are numbers.
 """
 
@@ -27,21 +28,19 @@ from lckv_megatron.dry_run.memory import Curve, Kind, curve
 from lckv_megatron.dry_run.recorder import Recorder, Work, spanning
 from lckv_megatron.dry_run.replacements import Replacement, replaced
 from lckv_megatron.dry_run.stand_ins import gpu_kernels
+from lckv_megatron.dry_run.taught import PretendedTeacher, TeacherBytes, ticks_on
 from lckv_megatron.dry_run.world import pretended_world
 from lckv_megatron.memory_plan.requests import Request
 from lckv_megatron.memory_plan.trace import Trace
 from megatron_ext.config import RunConfig, TrainConfig
 from megatron_ext.data.batch import Batch
-from megatron_ext.model.block import SharedKVBlock
 from megatron_ext.model.build import build_stage, wrap
 from megatron_ext.parallel.process_groups import chunks_of_rank
 from megatron_ext.restoring.description import Description
-from megatron_ext.restoring.model import build_described
 from megatron_ext.schedule.ring import RingStage
-from megatron_ext.schedule.ticks import Ticks, ticks_of
+from megatron_ext.schedule.ticks import Ticks
 from megatron_ext.training.optimizer import build_optimizer
 from megatron_ext.training.step import train_step
-from megatron_ext.training.teacher import Teacher, terms_of
 
 Target = Literal["gpu", "cpu"]
 IN_SCHEDULE = ("forward", "backward", "schedule")
@@ -72,8 +71,7 @@ class RankRun:
     host: HostUse | None = None
     """Where activations go to the host."""
 
-    teacher_bytes: int = 0
-    """Of a teacher's weights, those left out that are the student's frozen ones."""
+    teacher: TeacherBytes | None = None
 
     trace: Trace | None = None
     """Where it was asked for."""
@@ -160,9 +158,11 @@ def _steps(program: "_Program", run: RunConfig, rank: int, recorder: Recorder) -
     replicas = parallel_state.get_data_parallel_world_size()
     wanted = run.train.global_batch_size // (run.train.micro_batch_size * replicas)
     ring = program.ticks(wanted)
-    rings = [each for each in (ring, program.ticks_of_teacher(wanted)) if each is not None]
-    stages = run.parallel.pipeline_model_parallel_size
-    most = max([each.in_flight + each.ahead for each in rings] or [stages])
+    of_teacher = None if program.teacher is None else program.teacher.ticks(wanted)
+    rings = [each for each in (ring, of_teacher) if each is not None]
+    most = max(
+        (each.in_flight + each.ahead for each in rings), default=run.parallel.pipeline_model_parallel_size
+    )
     few = min(wanted - 1, most)
     first = program.step(max(1, few), replicas)
     program.name_optimizer_state()
@@ -184,7 +184,7 @@ def _steps(program: "_Program", run: RunConfig, rank: int, recorder: Recorder) -
         micro_batch_seconds=_schedule_seconds(second) - (_schedule_seconds(first) if few else 0.0),
         ring_bubble=None if ring is None else ring.bubble,
         host=program.host_use(phases.values()),
-        teacher_bytes=program.teacher_bytes,
+        teacher=None if program.teacher is None else program.teacher.bytes,
     )
     return result, start
 
@@ -213,16 +213,7 @@ class _Program:
         self._run, self._recorder, self._cu_seqlens = run, recorder, cu_seqlens
         stage = build_stage(run.model, run.compression, run.parallel, run.train, vocab_size=vocab_size)
         self.parameters = sum(parameter.numel() for parameter in stage.parameters())
-        self.teacher, self.teacher_bytes, self._states_bytes = None, 0, 0
-        self._taught: SharedKVBlock | None = None
-        if described is not None:
-            its = build_described(described)
-            self._taught = its.decoder
-            self.teacher = Teacher(its, terms_of(run.train.distillation))
-            self.teacher_bytes = sum(parameter.nbytes for parameter in its.parameters())
-            if its.post_process and not its.pre_process:
-                tokens = run.parallel.tokens_of_rank(run.train.seq_length) * run.train.micro_batch_size
-                self._states_bytes = tokens * its.config.hidden_size * its.config.params_dtype.itemsize
+        self.teacher = None if described is None else PretendedTeacher(described, run)
         self.model = wrap(stage, run.parallel, run.train)
         for buffer in self.model.buffers:
             recorder.allocation(buffer.grad_data).kind = "gradients"
@@ -230,16 +221,12 @@ class _Program:
         self._optimizer, self._scheduler = build_optimizer(run.optimizer, run.parallel, run.train, self.model)
         self._name_new("optimizer")
         if self.teacher is not None:
-            self.teacher_bytes -= self.teacher.share_weights(stage, equal=_same_shape)
+            self.teacher.share_weights(stage)
         self._optimizer.step = spanning(recorder, "optimizer", self._optimizer.step)
 
     def ticks(self, micro_batches: int) -> Ticks | None:
         """The list of a step's work where micro-batches come to a stage several times."""
-        return _ticks(get_attr_wrapped_model(self.model, "decoder"), micro_batches)
-
-    def ticks_of_teacher(self, micro_batches: int) -> Ticks | None:
-        """The same of what its teacher does before."""
-        return None if self._taught is None else _ticks(self._taught, micro_batches, forward_only=True)
+        return ticks_on(get_attr_wrapped_model(self.model, "decoder"), micro_batches)
 
     def host_use(self, works: Collection[Work]) -> HostUse | None:
         """What a step of these works takes of the host."""
@@ -275,15 +262,16 @@ class _Program:
                 lambda sample: _batch(train, self._cu_seqlens).of_rank(chunks_of_rank(), reach),
                 train,
                 progress=0.5,
-                teach=self.teacher,
+                teach=None if self.teacher is None else self.teacher.teach,
             )
         return self._recorder.work
 
     def keep_waiting(self, micro_batches: int, start: int) -> None:
         """A teacher on several stages reads all micro-batches at first: states of so many more wait in the
         step that began with event `start`, until the student has read the last one."""
-        if micro_batches and self._states_bytes:
-            self._recorder.wait_for_forward(micro_batches * self._states_bytes, start)
+        waiting = 0 if self.teacher is None else micro_batches * self.teacher.waiting_bytes
+        if waiting:
+            self._recorder.wait_for_forward(waiting, start)
 
     def name_optimizer_state(self) -> None:
         """What the first step of the optimizer has made and kept."""
@@ -294,19 +282,6 @@ class _Program:
             its_phase = self._recorder.phases[allocation.phase].kind
             if allocation.kind is None and allocation.end is None and phase in (None, its_phase):
                 allocation.kind = kind
-
-
-def _ticks(decoder: SharedKVBlock, micro_batches: int, *, forward_only: bool = False) -> Ticks | None:
-    if not decoder.journey.circulates:
-        return None
-    config = decoder.config
-    return ticks_of(
-        config.placed, decoder.journey, micro_batches, config.pipeline_in_flight, forward_only=forward_only
-    )
-
-
-def _same_shape(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape
 
 
 def _samples(train: TrainConfig) -> Iterator[dict[str, Tensor]]:

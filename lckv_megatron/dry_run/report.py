@@ -42,6 +42,7 @@ def describe(ranks: Sequence[RankRun], machine: Machine, stages: int, model_flop
     usable = usable_bytes(machine.gpu.memory_bytes)
     yield f"dry run: memory at the peak of a step, on {machine.gpu.name}, {gib(usable)} of it usable"
     yield from table(memory_rows(ranks, machine))
+    yield from teacher_lines(ranks)
     yield ""
     yield f"dry run: collectives of a step, over {machine.network.name} between nodes"
     yield from table(collective_rows(ranks))
@@ -75,6 +76,17 @@ def memory_rows(ranks: Sequence[RankRun], machine: Machine) -> Iterator[tuple[st
             gib(rank.memory.peak_bytes),
             verdict(rank, machine),
         )
+
+
+def teacher_lines(ranks: Sequence[RankRun]) -> Iterator[str]:
+    """What of a teacher's weights is among the parameters."""
+    for rank in ranks:
+        if rank.teacher is not None:
+            own, shared = map(gib, rank.teacher)
+            yield (
+                f"parameters of rank {rank.rank}: {own} are the teacher's; {shared} are frozen ones of the "
+                "model that are assumed to be the teacher's, too"
+            )
 
 
 def collective_rows(ranks: Sequence[RankRun]) -> Iterator[tuple[str, ...]]:

@@ -48,8 +48,8 @@ def stage_lines(plan: Plan) -> Iterator[str]:
     shared = [teacher_memory(plan, number).shared for number in range(len(plan.stages))]
     if any(shared):
         yield (
-            f"teacher: {gib(max(shared))} of its weights are the student's frozen ones and in memory once, if "
-            "they are equal, as those of the model that the student was made of are."
+            f"teacher: {gib(max(shared))} of its weights are the student's frozen ones and in memory once, "
+            "assumed equal: the student was made of its teacher."
         )
 
 

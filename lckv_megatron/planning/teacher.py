@@ -1,5 +1,5 @@
-"""What the teacher of a run that distils takes on each rank: weights, hidden states that wait for the student,
-and the memory of its own forward."""
+"""What the teacher of a run that distils takes on each rank: weights, hidden states that wait for the
+student, and the memory of its own forward."""
 
 from dataclasses import dataclass, replace
 
@@ -10,8 +10,8 @@ from megatron_ext.model.parameters import StageParameters
 from megatron_ext.precision import precision
 
 _OF_WEIGHTS = (
-    "num_layers", "hidden_size", "ffn_size", "num_attention_heads", "query_groups", "head_dim", "qk_layernorm",
-    "add_qkv_bias", "untie_embeddings_and_output_weights",
+    "num_layers", "hidden_size", "ffn_size", "num_attention_heads", "query_groups", "head_dim",
+    "qk_layernorm", "add_qkv_bias", "untie_embeddings_and_output_weights",
 )  # fmt: skip
 
 

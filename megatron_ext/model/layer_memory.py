@@ -18,8 +18,8 @@ parallelism) keeps its output once more. Selective recompute leaves out logsumex
 (`core_attn`), and the MLP (`mlp`). What is kept for gradients of weights alone is not kept where these are
 frozen (`train.trainable: policy`): outputs of norms, in float32 and as inputs of matrices, the MLP's product,
 the output of attention that is computed again, what is mixed. Of parameters of the policy's own it is; so is
-the input of an MLP that is computed again. Fused are the kernels on a GPU, those of Transformer Engine, liger-kernel
-or PyTorch 2.9, and flash-attn; not fused what runs on a CPU. Dropout is not counted.
+the input of an MLP that is computed again. Fused are the kernels on a GPU, those of Transformer Engine,
+liger-kernel or PyTorch 2.9, and flash-attn; not fused what runs on a CPU. Dropout is not counted.
 """
 
 from lckv.config import CompressionConfig

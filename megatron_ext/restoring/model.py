@@ -55,6 +55,4 @@ def restore(
 def build_described(described: Description) -> SharedKVGPTModel:
     """This rank's stage of the model, with initial weights. Needs process groups."""
     run = described.run
-    return build_stage(
-        run.model, run.compression, run.parallel, run.train, vocab_size=described.vocab_size
-    )
+    return build_stage(run.model, run.compression, run.parallel, run.train, vocab_size=described.vocab_size)

@@ -54,9 +54,7 @@ def obstacle(run: RunConfig, vocab_size: int, teacher: Description) -> str | Non
             f"has a vocabulary of {teacher.vocab_size} tokens, the model one of {vocab_size}; take a "
             "teacher with the model's tokenizer."
         )
-    padded, own = (
-        padded_vocab_size(vocab_size, model, run.parallel) for model in (theirs.model, run.model)
-    )
+    padded, own = (padded_vocab_size(vocab_size, model, run.parallel) for model in (theirs.model, run.model))
     if padded != own:
         return (
             f"pads its vocabulary to {padded}, the model its own to {own}; set "

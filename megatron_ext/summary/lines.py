@@ -116,8 +116,8 @@ def _teacher_line(sizes: RunSizes) -> Iterator[str]:
         yield f"teacher               {path}: nothing of it is counted, since it cannot be used as it is"
         return
     yield (
-        f"teacher               {path}: {teacher.parameters:,} parameters in {teacher.precision}; its forward, "
-        f"{teacher.flops:.3e} FLOPs per token, is counted"
+        f"teacher               {path}: {teacher.parameters:,} parameters in {teacher.precision}; its "
+        f"forward, {teacher.flops:.3e} FLOPs per token, is counted"
     )
 
 

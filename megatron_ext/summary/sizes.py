@@ -132,8 +132,8 @@ def recomputed_layers(run: RunConfig) -> int:
 
 def cost_of(run: RunConfig, shape: ModelShape) -> TrainingCost:
     """Predicted FLOPs per token of a training step, or their mean where steps differ in passes or in maps.
-    A teacher is left out. Recomputation counts where whole layers are recomputed; that of selective recompute and of a loss in
-    chunks is left out."""
+    Recomputation counts where whole layers are recomputed; that of selective recompute and of a loss in
+    chunks is left out. So is a teacher."""
     layers = recomputed_layers(run)
     costs = [
         training_cost(

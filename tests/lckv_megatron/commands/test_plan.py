@@ -73,7 +73,11 @@ def built(argv: list[str]) -> tuple[int, tuple[int, ...], int]:
     sent = stage.decoder.payload_out(stage.decoder.visit).shape(
         run.train.seq_length, run.train.micro_batch_size
     )
-    return _count_parameters(stage.parameters()), sent, sum(parameter.numel() for parameter in stage.parameters())
+    return (
+        _count_parameters(stage.parameters()),
+        sent,
+        sum(parameter.numel() for parameter in stage.parameters()),
+    )
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,13 @@ CLA = (
     "--compression.layer_types",
     "_".join(f"{2 * (i // 2)}" for i in range(22)),
 )
+PLAIN = ("--model.num_layers", "22", "--compression.layer_types", "_".join(map(str, range(22))))
+LEARNING = ("--train.distillation.teacher", "teacher", "--model.cross_entropy_chunk_size", "32")
+ADAPTER = (
+    *("--compression.policy.name", "dms", "--compression.policy.stage", "retrofit"),
+    *("--compression.policy.window", "16", "--compression.policy.decision_source", "adapter"),
+    *("--train.trainable", "policy"),
+)
 CASES = (
     Case("llama_1b_lckv/pretrain.yaml"),
     Case("llama_1b_lckv/pretrain.yaml", options=("--train.recompute_granularity", "full")),
@@ -103,6 +110,8 @@ CASES = (
     Case("llama2_13b_lckv/pretrain.yaml", tensor=2),
     Case("llama2_13b_dmc/retrofit.yaml", tensor=2),
     Case("shared_map/uptrain.yaml", options=CLA),
+    Case("shared_map/uptrain.yaml", pipeline=2, options=(*CLA, *LEARNING), teacher=PLAIN),
+    Case("shared_map/uptrain.yaml", options=(*PLAIN, *ADAPTER, *LEARNING), teacher=PLAIN),
 )
 
 
@@ -232,9 +241,7 @@ def _samples(run: RunConfig, vocab_size: int) -> Iterator[dict[str, Tensor]]:
         number += shape[0]
 
 
-def predicted(
-    run: RunConfig, *, rank: int, world_size: int, teacher: Description | None = None
-) -> RankRun:
+def predicted(run: RunConfig, *, rank: int, world_size: int, teacher: Description | None = None) -> RankRun:
     """A step by the dry run. Needs a process without process groups."""
     return simulate(
         run,
@@ -256,6 +263,7 @@ def compare(case: Case) -> Iterator[dict[str, object]]:
         yield {
             "recipe": case.recipe,
             "options": " ".join(case.options),
+            "teacher": " ".join(case.teacher or ()),
             "tensor": case.tensor,
             "pipeline": case.pipeline,
             "rank": rank,

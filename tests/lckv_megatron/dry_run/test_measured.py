@@ -6,7 +6,7 @@ import pytest
 
 from lckv_megatron.dry_run.collectives import kind_of
 from lckv_megatron.dry_run.rank import RankRun
-from tests.lckv_megatron.dry_run.measured import Case, Measured, measured, predicted
+from tests.lckv_megatron.dry_run.measured import ADAPTER, LEARNING, Case, Measured, measured, predicted
 from tests.ranks import run_on_ranks
 
 TOLERANCE = 0.02
@@ -21,19 +21,16 @@ def small(layers: int, layer_types: str | None = None, *options: str) -> tuple[s
 PASSES = ("--compression.forward_passes", "2", "--compression.backward_passes", "2")
 RING = ("--parallel.context_parallel_communication", "ring")
 FULL = ("--train.recompute_granularity", "full")
-LEARNING = ("--train.distillation.teacher", "teacher", "--model.cross_entropy_chunk_size", "32")
 WIDE = ("--model.hidden_size", "512", "--train.precision", "fp32")
-ADAPTER = (
-    "--compression.policy.name dms --compression.policy.stage retrofit --compression.policy.window 16 "
-    "--compression.policy.decision_source adapter --train.trainable policy"
-).split()
 BOTH_SIDES = {
     "plain, recomputed": Case("demo/pretrain.yaml", options=small(3, "0_1_2", *FULL)),
     "merging": Case("llama2_13b_dmc/retrofit.yaml", options=small(2)),
     "lckv, TP 2": Case("llama2_13b_lckv/pretrain.yaml", tensor=2, options=small(4, "0_2_2_3", *PASSES)),
     "shared, DP 2": Case("llama_1b_lckv/pretrain.yaml", data=2, options=small(2, "0_0")),
     "shared, PP 2": Case("llama_1b_lckv/pretrain.yaml", pipeline=2, options=small(4, "0_1_1_1")),
-    "learning": Case("demo/pretrain.yaml", options=small(2, "0_0", *LEARNING), teacher=small(3, "0_1_2", *WIDE)),
+    "learning": Case(
+        "demo/pretrain.yaml", options=small(2, "0_0", *LEARNING), teacher=small(3, "0_1_2", *WIDE)
+    ),
     "learning, PP 2": Case(
         "demo/pretrain.yaml",
         pipeline=2,

@@ -276,7 +276,9 @@ def measured_and_predicted(
         predicted = kept_bytes(kept, sized, compression, parallel, train)
         padded = padded_vocab_size(40, sized, parallel)
         predicted += loss_bytes(padded, sized, compression, parallel, train)[0]
-        if trainable == "all":  # without data parallelism no sums that the output weight's gradient is added to
+        if (
+            trainable == "all"
+        ):  # without data parallelism no sums that the output weight's gradient is added to
             predicted += 4 * padded // parallel.tensor_model_parallel_size * sized.hidden_size
         found[f"{name}, {precision}, {recompute}"] = (step.saved_bytes(), predicted)
     return found

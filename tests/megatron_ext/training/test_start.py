@@ -243,9 +243,7 @@ def _without_space(run: RunConfig, free_bytes: int) -> tuple[str, str]:
         return error_of(run)
 
 
-@pytest.mark.parametrize(
-    ("precision", "trainable"), [("fp32", "all"), ("bf16", "all"), ("bf16", "policy")]
-)
+@pytest.mark.parametrize(("precision", "trainable"), [("fp32", "all"), ("bf16", "all"), ("bf16", "policy")])
 def test_space_for_the_first_checkpoint_is_looked_for_before_training(
     tmp_path: Path, precision: str, trainable: str
 ) -> None:
