@@ -218,8 +218,8 @@ def loss_bytes(
 ) -> tuple[int, int]:  # fmt: skip
     """What the last stage keeps of a micro-batch for the final norm and the loss, and what the loss needs
     besides while it is computed: the logits of a chunk in float32, their gradient in the model's precision
-    (of a student: both models' logits and probabilities in float32), and where sequence parallelism has
-    gathered the states, these.
+    (of a student: both models' logits, and as many numbers once more, in float32), and where sequence
+    parallelism has gathered the states, these.
 
     The gradient of the output weight is added to the sums that are there."""
     tokens = parallel.tokens_of_rank(train.seq_length) * train.micro_batch_size
@@ -229,7 +229,7 @@ def loss_bytes(
     states = tokens * model.hidden_size * number
     chunk = min(tokens, tokens_of_chunk(rows, asked=model.cross_entropy_chunk_size))
     copied = number if number < 4 else 0
-    of_logit = 4 + copied if train.distillation.teacher is None else 3 * 4
+    of_logit = 4 + copied if train.distillation.teacher is None else 4 * 4
     working = chunk * rows * of_logit + (states if parallel.sequence_parallel else 0)
     return round(norm) + states, working
 
