@@ -52,6 +52,9 @@ def beyond_vocabulary(top_k: int, vocab_size: int) -> str:
 
 def _no_model(teacher: str) -> Iterator[str]:
     """A place that holds nothing that can teach."""
+    if not teacher:  # as a path it would be the working directory
+        yield "train.distillation.teacher is empty; give the folder of a model, or null."
+        return
     path = Path(teacher)
     kind = kind_of(path)
     if kind in ("megatron", "huggingface"):

@@ -254,6 +254,7 @@ def weights_of_teacher(run: RunConfig) -> int:
     ("sections", "settings", "message"),
     [
         ({}, {"weight": 2.0}, "distillation.weight is 2.0, but there is no teacher; set train.distillation"),
+        ({}, {"teacher": ""}, "distillation.teacher is empty; give the folder of a model, or null."),
         ({}, {"teacher": "nowhere"}, "teacher is nowhere, which is no directory; give a checkpoint"),
         ({}, {"teacher": "EMPTY"}, "which holds no model; give a checkpoint, a directory of checkpoints, or"),
         ({}, {"teacher": "OLD"}, "is a checkpoint in Megatron's older layout, not a folder of this"),
@@ -283,7 +284,7 @@ def test_what_cannot_work_is_said_first(
     for name in ("MODEL/config.json", "OLD/mp_rank_00/model_optim_rng.pt", "EMPTY/notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
-    if settings.get("teacher", "nowhere") != "nowhere":
+    if settings.get("teacher") not in (None, "", "nowhere"):
         settings = {**settings, "teacher": str(tmp_path / settings["teacher"])}
     run = tiny_run(**sections)
     run = replace(run, train=replace(run.train, distillation=DistillationConfig(**settings)))
