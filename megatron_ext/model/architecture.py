@@ -35,7 +35,7 @@ def architecture(model: ModelConfig, compression: CompressionConfig, *, vocab_si
         "force_nodiag": compression.force_nodiag,
         "first_guess": compression.first_guess,
     }
-    if compression.family(model.num_layers).stored.lenders:  # other models' checkpoints stay as they are
+    if compression.family(model.num_layers).stored.any_mixed:  # other models' checkpoints stay as they are
         fields["mix_scaling_factor"] = compression.mix_scaling_factor
     return fields
 

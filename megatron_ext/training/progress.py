@@ -23,12 +23,17 @@ def si(value: float) -> str:
     return f"{value:.3g}"
 
 
+def _norm(value: float) -> str:
+    return f"{value:.2e}" if 0 < value < 0.001 else f"{value:.3f}"
+
+
 _SHOWN: dict[str, Callable[[float], str]] = {
     "lm_loss": lambda value: f"loss {value:.4f}",
+    "distillation_loss": lambda value: f"distillation {value:#.4g}",
     "validation_loss": lambda value: f"validation loss {value:.4f}",
     "validation_perplexity": lambda value: f"validation perplexity {value:.2f}",
     "learning_rate": lambda value: f"learning rate {value:.3e}",
-    "grad_norm": lambda value: f"gradient norm {value:.3f}",
+    "grad_norm": lambda value: f"gradient norm {_norm(value)}",
     "tokens_per_second": lambda value: f"{si(value)} tokens/s",
     "mfu": lambda value: f"MFU {100 * value:.1f} %",
     "current_memory_bytes": lambda value: f"memory {value / 2**30:.2f} GiB",
@@ -36,7 +41,14 @@ _SHOWN: dict[str, Callable[[float], str]] = {
     "save_stall_seconds": lambda value: f"stood still for saves {value:.2f} s",
 }
 _OF_MAP = "validation_loss/"
-_IN_BAR = ("lm_loss", "tokens_per_second", "mfu", "current_memory_bytes", "peak_memory_bytes")
+_IN_BAR = (
+    "lm_loss",
+    "distillation_loss",
+    "tokens_per_second",
+    "mfu",
+    "current_memory_bytes",
+    "peak_memory_bytes",
+)
 
 
 def step_line(values: Mapping[str, Value], names: tuple[str, ...] = tuple(_SHOWN)) -> str:

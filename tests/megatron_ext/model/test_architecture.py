@@ -44,3 +44,14 @@ def test_every_field_names_the_setting_behind_it() -> None:
     assert unknown == ["model.rope_scaling"], "whose fields are settings"
     assert setting_of("architecture.layer_types") == "compression.layer_types"
     assert setting_of("architecture.hidden_size") == "model.hidden_size"
+
+
+@pytest.mark.parametrize(
+    ("layer_types", "mixes"),
+    [("0_1+0_2_2", True), ("0_1_1+0_1", True), ("0_1_1/0_1", False), ("0_1_2_2", False)],
+)
+def test_the_factor_of_mixing_defines_a_model_that_mixes(layer_types: str, mixes: bool) -> None:
+    """In layers that mix into their own and in those that read a mixture."""
+    compression = CompressionConfig(layer_types=layer_types)
+    known = architecture(replace(ModelConfig(), num_layers=4), compression, vocab_size=7)
+    assert ("mix_scaling_factor" in known) == mixes

@@ -50,6 +50,8 @@ def test_si(value, text):
 def test_a_line_has_units_and_only_what_is_known():
     assert step_line(VALUES) == LINE
     assert step_line({"lm_loss": float("nan"), "mfu": "unknown", "other": 1}) == "loss nan"
+    learning = {"lm_loss": 2.0, "distillation_loss": 0.0001234567, "grad_norm": 0.00012345}
+    assert step_line(learning) == "loss 2.0000 | distillation 0.0001235 | gradient norm 1.23e-04"
     validation = {"validation_loss": 2.0, "validation_perplexity": 7.389}
     assert step_line(validation) == "validation loss 2.0000 | validation perplexity 7.39"
 
