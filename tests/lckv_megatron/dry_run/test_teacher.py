@@ -19,8 +19,8 @@ from tests.lckv_megatron.dry_run.measured import ADAPTER
 VOCAB = 4000
 BASE = (
     "--model.num_layers 4 --model.hidden_size 256 --model.num_query_groups 2 --model.num_attention_heads 8 "
-    f"--model.vocab_size {VOCAB} --model.cross_entropy_chunk_size 256 --data.mock true --train.precision bf16 "
-    "--train.seq_length 1024 --train.global_batch_size 16"
+    f"--model.vocab_size {VOCAB} --model.cross_entropy_chunk_size 256 --data.mock true "
+    "--train.precision bf16 --train.seq_length 1024 --train.global_batch_size 16"
 ).split()
 TWO_STAGES = ("--parallel.pipeline_model_parallel_size", "2")
 WIDE = ("--model.hidden_size", "512")
