@@ -115,7 +115,7 @@ def results(function: Any, arguments: tuple[Any, ...]) -> Any:
 
 def _work() -> Any:
     """One that is done: whoever keeps tensors until then lets them go."""
-    from torch._C._distributed_c10d import _create_work_from_future
+    from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]  # not in its stub
 
     done: torch.futures.Future[None] = torch.futures.Future()
     done.set_result(None)
