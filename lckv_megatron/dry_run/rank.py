@@ -142,7 +142,7 @@ def _of_gpu(
     run: RunConfig, teacher: Description | None, recorder: Recorder, machine: Machine
 ) -> Iterator[Replacement]:
     """What a GPU and its host have in place of this machine's."""
-    policies = {each.compression.policy.name: each.compression.policy for each in _runs(run, teacher)}
+    policies = {model.compression.policy.name: model.compression.policy for model in _runs(run, teacher)}
     yield from gpu_kernels(recorder, *(policy.build() for policy in policies.values()))
     yield from pretended_host(recorder, run.train, machine.tflops)
 
@@ -159,9 +159,9 @@ def _steps(program: "_Program", run: RunConfig, rank: int, recorder: Recorder) -
     wanted = run.train.global_batch_size // (run.train.micro_batch_size * replicas)
     ring = program.ticks(wanted)
     of_teacher = None if program.teacher is None else program.teacher.ticks(wanted)
-    rings = [each for each in (ring, of_teacher) if each is not None]
+    rings = [one for one in (ring, of_teacher) if one is not None]
     most = max(
-        (each.in_flight + each.ahead for each in rings), default=run.parallel.pipeline_model_parallel_size
+        (one.in_flight + one.ahead for one in rings), default=run.parallel.pipeline_model_parallel_size
     )
     few = min(wanted - 1, most)
     first = program.step(max(1, few), replicas)
