@@ -59,10 +59,10 @@ class MaskedBand(NamedTuple):
     ) -> Gradients:
         """Gradients of query, key and value from that of the output."""
         heads = _Heads(self, query, key, value)
-        gradient, *attended = (heads.of_queries(tensor) for tensor in (gradient, *whole[:2]))
-        whole = Partial(*attended)
-        dq = heads.new_of_queries(query.shape[-1]).zero_()
-        sums = _Sums(dq, torch.zeros_like(heads.key), torch.zeros_like(heads.value))
+        gradient, output, lse = map(heads.of_queries, (gradient, *whole[:2]))
+        whole = Partial(output, lse)
+        dq = heads.new_of_queries(query.shape[-1], torch.float32).zero_()
+        sums = _Sums(dq, *(torch.zeros_like(part, dtype=dq.dtype) for part in (heads.key, heads.value)))
         for block in heads.blocks():
             for part in block.masked():
                 sums.add(part, *part.backward(gradient, whole))
@@ -72,11 +72,12 @@ class MaskedBand(NamedTuple):
         gradient, whole = next(wide), whole._replace(output=next(wide))
         for strip in heads.strips():
             sums.add(strip, *strip.backward(gradient, whole))
-        return heads.by_row(dq), *(part.unflatten(0, key.shape[:2]) for part in sums[1:])
+        dk, dv = (part.unflatten(0, key.shape[:2]).to(key.dtype) for part in (sums.dk, sums.dv))
+        return heads.by_row(dq).to(query.dtype), dk, dv
 
 
 class _Sums(NamedTuple):
-    """Gradients of queries [m, r, q, d + e], keys [m, s, d + e] and values [m, s, d]."""
+    """Gradients of queries [m, r, q, d + e], keys [m, s, d + e] and values [m, s, d]; float32 or float64."""
 
     dq: Tensor
     dk: Tensor
@@ -174,7 +175,7 @@ class _Heads:
         self._batch = key.shape[:2]
         self.query, self.key, self.value = self.of_queries(query), key.flatten(0, 1), value.flatten(0, 1)
         extra = key.shape[-1] - value.shape[-1]
-        self.unbiased = tuple(without_bias(tensor, extra) for tensor in (self.query, self.key))
+        self.unbiased = without_bias(self.query, extra), without_bias(self.key, extra)
         """Query and key of d channels."""
         self.wide = widened(self.value, self.key)
         """The values with as many channels as keys."""
@@ -231,8 +232,8 @@ class _Heads:
 
     def problem(self, queries: slice, keys: slice, query: Tensor, key: Tensor, value: Tensor) -> Problem:
         """Of tensors [m, r, q, ...] and [m, s, ...]."""
-        of_keys = (tensor[:, None, keys].expand(-1, query.shape[1], -1, -1) for tensor in (key, value))
-        return Problem(query[:, :, queries], *of_keys, self.scale, causal=False)
+        key, value = (tensor[:, None, keys].expand(-1, query.shape[1], -1, -1) for tensor in (key, value))
+        return Problem(query[:, :, queries], key, value, self.scale, causal=False)
 
 
 class _Block:
