@@ -28,18 +28,21 @@ def choose_pair(query: Tensor) -> FlashPair:
 class AtenCPU:
     """CPU; float16, bfloat16, float32 and float64."""
 
-    def forward(self, problem: Problem) -> Partial:
-        """See `FlashPair`."""
+    def forward(self, problem: Problem, mask: Tensor | None = None) -> Partial:
+        """See `FlashPair`. `mask`: what is added to scores, [b or 1, h or 1, q, k] in float32 or the dtype of
+        queries, where as many heads have queries as keys and a row is one sequence."""
         if problem.sequences is not None:
             return forward_in_batches(self, problem)
         folded, query = _fold(problem), problem.query
         output, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(
-            *folded, 0.0, problem.causal, scale=problem.scale
+            *folded, 0.0, problem.causal, attn_mask=mask, scale=problem.scale
         )
         return Partial(output.reshape(query.shape), lse.reshape(query.shape[:-1]))
 
-    def backward(self, gradient: Tensor, problem: Problem, partial: Partial) -> Gradients:
-        """See `FlashPair`."""
+    def backward(
+        self, gradient: Tensor, problem: Problem, partial: Partial, mask: Tensor | None = None
+    ) -> Gradients:
+        """See `FlashPair`; `mask` is that of the forward."""
         if problem.sequences is not None:
             return backward_in_batches(self, gradient, problem, partial)
         folded = _fold(problem)
@@ -48,7 +51,7 @@ class AtenCPU:
             for tensor in (gradient, partial.output, partial.lse)
         )
         gradients = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
-            gradient, *folded, output, lse, 0.0, problem.causal, scale=problem.scale
+            gradient, *folded, output, lse, 0.0, problem.causal, attn_mask=mask, scale=problem.scale
         )
         return _unfold(gradients, problem)
 

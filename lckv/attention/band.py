@@ -33,25 +33,8 @@ from torch.nn.functional import pad
 
 from lckv.attention.causal import Causal, Rest, join
 from lckv.attention.flash_pair import FlashPair, Gradients, Partial, Problem
-from lckv.attention.pieces import attend_pieces, pieces_of
 from lckv.attention.sequences import layout_of
 from lckv.attention.unbiased import without_bias
-from lckv.attention.visibility import Visibility
-
-
-def attend_with_band(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visibility: Visibility,
-    scale: float,
-    width: int,
-    pair: FlashPair,
-) -> Tensor:
-    """[b, h, q, d]; 0 for queries that see nothing. `width`: w >= 2, newest keys that are seen without bias.
-    Documents are attended one by one."""
-    pieces = list(pieces_of(query, key, visibility))
-    return attend_pieces(query, key, value, pieces, _Banded(width, pair, scale))
 
 
 class _Rests(NamedTuple):
@@ -62,8 +45,8 @@ class _Rests(NamedTuple):
     below: Rest | None
 
 
-class _Banded(NamedTuple):
-    """A `pieces.Attention`: `width` newest keys without bias, those below with theirs."""
+class Banded(NamedTuple):
+    """A `pieces.Attention`: `width` w >= 2 newest keys without bias, those below with theirs."""
 
     width: int
     pair: FlashPair

@@ -19,7 +19,8 @@ query t. Where there are only the last q queries, the kernel's part has more key
 Each part's backward is given the output and the lse of the whole softmax and so returns exactly the gradients
 through its own keys. Nothing of size s x s is made.
 
-The newest keys: one (w = 1) is a dot product for each query (`frontier.py`), more are a band (`band.py`).
+The newest keys: one (w = 1) is a dot product for each query (`frontier.py`), more are a band (`band.py`), or
+masks where the kernel takes some (`masked_band.py`).
 
 Shapes: b rows, h query heads, g KV heads, s tokens, q <= s queries, d channels of a value, e extra channels
 of queries and keys; query [b, h, q, d + e], key [b, g, s, d + e], value [b, g, s, d]."""
@@ -29,11 +30,13 @@ from functools import partial
 
 from torch import Tensor
 
-from lckv.attention.band import attend_with_band
+from lckv.attention.band import Banded
 from lckv.attention.document_batches import attend_in_batches
 from lckv.attention.flash_pair import FlashPair
 from lckv.attention.frontier import attend_with_frontier
 from lckv.attention.key_bias import KeyBias
+from lckv.attention.masked_band import MaskedBand
+from lckv.attention.pieces import Attention, attend_pieces, pieces_of
 from lckv.attention.visibility import Visibility
 from lckv.errors import UnsupportedError
 
@@ -48,8 +51,10 @@ def attend_biased(
     dropout: float,
     key_bias: KeyBias,
     pair: FlashPair,
+    masks: bool = False,
 ) -> Tensor:
-    """Same contract as `reference.attend` with a key bias. Raises UnsupportedError for a window and for
+    """Same contract as `reference.attend` with a key bias. `masks`: of a band, on PyTorch's kernel for CPUs,
+    which takes masks and is not fast at triangles. Raises UnsupportedError for a window and for
     dropout, which it does not have."""
     if visibility.window is not None:
         asked = f"a sliding window of {visibility.window} tokens over keys that carry a bias"
@@ -59,9 +64,17 @@ def attend_biased(
         raise UnsupportedError(asked, "it must be 0, or choose a KV policy without such keys")
     if key_bias.age == 1:
         return attend_with_frontier(query, key, value, visibility, scale, pair)
-    documents = visibility.documents
+    width, documents = key_bias.age, visibility.documents
+    attention = MaskedBand(width, scale) if masks else Banded(width, pair, scale)
     if documents is None or query.shape[2] < key.shape[2]:
-        return attend_with_band(query, key, value, visibility, scale, key_bias.age, pair)
+        return attend_with_band(query, key, value, visibility, attention)
     rows = replace(visibility, documents=None)
-    attend = partial(attend_with_band, visibility=rows, scale=scale, width=key_bias.age, pair=pair)
+    attend = partial(attend_with_band, visibility=rows, attention=attention)
     return attend_in_batches(attend, query, key, value, documents)
+
+
+def attend_with_band(
+    query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, attention: Attention
+) -> Tensor:
+    """[b, h, q, d]; 0 for queries that see nothing. Documents are attended one by one."""
+    return attend_pieces(query, key, value, list(pieces_of(query, key, visibility)), attention)

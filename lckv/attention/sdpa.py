@@ -39,8 +39,9 @@ def attend(
     if key_bias is not None:
         pair = choose_pair(query)
         return attend_biased(
-            query, key, value, visibility, scale=scale, dropout=dropout, key_bias=key_bias, pair=pair
-        )
+            query, key, value, visibility, scale=scale, dropout=dropout, key_bias=key_bias, pair=pair,
+            masks=query.device.type == "cpu",
+        )  # fmt: skip
     cuts, longer = visibility.cuts(key.shape[2]), key.shape[2] > query.shape[2]
     # PyTorch's own function knows no documents, keeps the output twice where the first query sees nothing,
     # and on a CPU repeats the keys of grouped heads

@@ -129,12 +129,39 @@ def test_half_precision(dtype, key_bias):
         assert error < 2e-2
 
 
+@pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("key_bias", [FRONTIER, KeyBias(age=3), KeyBias(age=2, extra_channels=8)], ids=str)
-def test_gradients_by_finite_differences(key_bias):
+def test_gradients_by_finite_differences(key_bias, masks):
     inputs = tensors(1, 1, 2, 8, 4, biases=(-2.0, -0.1), extra=key_bias.extra_channels)
-    options = {"scale": 0.5, "dropout": 0.0, "key_bias": key_bias, "pair": AtenCPU()}
+    options = {"scale": 0.5, "dropout": 0.0, "key_bias": key_bias, "pair": AtenCPU(), "masks": masks}
     attend = partial(attend_biased, visibility=Visibility(), **options)
     assert torch.autograd.gradcheck(attend, inputs)
+
+
+class Products(TorchDispatchMode):
+    """Products of queries and keys that the kernel is given, and the channels of the keys with each mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.number, self.channels = 0, set()
+
+    def __torch_dispatch__(self, function, types_, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function == torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            query, key = args[:2]
+            self.number += query.shape[:-1].numel() * key.shape[2]
+            self.channels.add((kwargs.get("attn_mask") is not None, key.shape[3]))
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("width", [33, 129, 300])
+def test_masks_add_few_products_and_channels_where_keys_are_old_alone(width):
+    length, block = 1024, 192
+    inputs = tensors(1, 1, 2, length, 64, dtype=torch.float32, extra=8)
+    with Products() as products, torch.no_grad():
+        sdpa.attend(*inputs, Visibility(), scale=0.125, key_bias=KeyBias(width, 8))
+    assert products.number <= 2 * (length**2 + length * block) / 2
+    assert products.channels == {(True, 64), (False, 72)}
 
 
 class Largest(TorchDispatchMode):
@@ -153,7 +180,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("queries", [512, 300, 1])
-@pytest.mark.parametrize(("age", "most"), [(None, 1.0), (1, 1.0), (100, 1.2)])  # 5.12 chunks of 100
+@pytest.mark.parametrize(("age", "most"), [(None, 1.0), (1, 1.0), (100, 1.3)])  # masks of 64 x 163
 def test_nothing_of_length_times_length_is_made(age, most, queries):
     inputs = tensors(1, 1, 2, 512, dtype=torch.float32)
     with Largest() as largest:
