@@ -8,7 +8,6 @@ l layers that compute keys and values.
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from lckv.attention.pages import (
     list_work,
     work_on_host,
 )
+from lckv.attention.ring import ring_size, ring_slot
 from lckv.attention.visibility import Visibility
 from lckv.cache.page_tables import Integers
 from lckv.cache.paged_memory import PagedMemory
@@ -47,6 +47,7 @@ class OneToken:
         self._padded: dict[tuple[int, int | None], PaddedWork] = {}
         self._copies: dict[tuple[int, int | None, bool], tuple[Sequence[Tensor], CopiedPages] | None] = {}
         self._lengths: Tensor | None = None
+        self._ring_slot: Tensor | None = None
         self._no_kernel: bool | None = None  # of a model whose heads all have one size
 
     @property
@@ -76,7 +77,7 @@ class OneToken:
 
     def forget(self) -> None:
         """Ask the device again for what it may have changed."""
-        self._lengths = None
+        self._lengths = self._ring_slot = None
 
     def attend(
         self,
@@ -122,26 +123,37 @@ class OneToken:
     ) -> PagesAttended:
         """Attention of `query` [b, h, d] to the slots.
 
-        Of the a newest slots only the oldest one is so far behind the query that it may be hidden from it,
-        and not even that one where the query does not see itself:
-
-            a = 3      slots    0 1 2 3 4 5 6   query
-                                o o o o h n n     Q           o, n: seen; h: not seen if it is hidden
+        Of the a newest tokens only the oldest one is so far behind the query that it may be hidden from it,
+        and not even that one where the query does not see itself. It is in the slot that the query's own key
+        will have.
         """
-        stop, first = self.lengths[number], None
+        stop, first, without = self.lengths[number], None, None
         also = None
         if second is not None:
             also = Also(self._memory.pages_of(self._memory.number[second.layer]).table, second)
-        attend = partial(paged.attend_paged, query, self._memory.pages_of(number), scale=scale, also=also)
         if visibility.window is not None:
             first = stop - (visibility.window - 1)
-        if new.hides is None or key_bias is None or visibility.exclude_self:
-            return attend(self._work_of(number, visibility.window), first, stop)
-        after = (stop - (key_bias.age - 1)).clamp(min=0)
-        older = attend(self._work_of(number, None), None, (after - new.hides[0].long()).clamp(min=0))
-        if key_bias.age == 1:
-            return older
-        return paged.joined(older, attend(self._work_of(number, key_bias.age), after, stop))
+        if new.hides is not None and key_bias is not None and not visibility.exclude_self:
+            if size := ring_size(key_bias):
+                without = self._leaving(size).masked_fill(~new.hides[0], -1)
+            else:
+                stop = (stop - new.hides[0].long()).clamp(min=0)
+        return paged.attend_paged(
+            query,
+            self._memory.pages_of(number),
+            self._work_of(number, visibility.window),
+            first,
+            stop,
+            without,
+            scale=scale,
+            also=also,
+        )
+
+    def _leaving(self, size: int) -> Tensor:
+        """int64 [b, 1]: the slot of the token that leaves a ring of `size` when one more comes."""
+        if self._ring_slot is None:
+            self._ring_slot = ring_slot(self._memory.seen.index_select(0, self._rows), size)[:, None]
+        return self._ring_slot
 
     def _work_of(self, number: int, window: int | None) -> Work:
         """The chunks that hold what one token per row may see of a layer."""
