@@ -180,8 +180,8 @@ def _attend_copies(
         key.view(-1, channels).index_copy_(0, copied.place, new[0])
         value.view(-1, channels).index_copy_(0, copied.place, new[1])
     key, value = (tensor.view(heads, 1, copied.slots, channels) for tensor in (key, value))
-    if copied.seen is not None:
-        first, count = copied.seen.start, copied.seen.stop - copied.seen.start
+    first, count = copied.seen.start, copied.seen.stop - copied.seen.start
+    if count < copied.slots:
         key, value = key.narrow(2, first, count), value.narrow(2, first, count)
     return scaled_dot_product_attention(query, key, value, attn_mask=copied.mask, scale=scale)
 

@@ -92,13 +92,21 @@ class CopiedPages(NamedTuple):
     """Of a head, all its pages together."""
 
     mask: Tensor | None
-    """[b * g, 1, 1, slots], in the dtype of queries: -inf where a slot is not seen; None: see `seen`."""
+    """[b * g, 1, 1, slots of `seen`], in the dtype of queries: -inf where a slot is not seen; None: all are.
+    """
 
     place: Tensor
     """int64 [b * g]: where each head's new key goes in the copies, one head's slots behind the other's."""
 
-    seen: slice | None = None
-    """The slots that are seen, where they are the same of every head, and `mask` is None."""
+    seen: slice
+    """Slots beyond which nothing is seen of any head."""
+
+    def without(self, slot: Tensor, dtype: torch.dtype) -> "CopiedPages":
+        """Where one more slot of each head is not seen, int64 [b, g]; -1: all are. `dtype`: of queries."""
+        slots = torch.arange(self.seen.start, self.seen.stop, device=slot.device)
+        hidden = (slots == slot.reshape(-1, 1))[:, None, None]
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=slot.device) if self.mask is None else self.mask
+        return self._replace(mask=mask.masked_fill(hidden, -torch.inf))
 
 
 class PagesAttended(NamedTuple):
@@ -254,4 +262,4 @@ def copy_evenly(
     numbers = np.arange(slots)
     hidden = torch.from_numpy((numbers < lowest[:, None]) | (numbers >= highest[:, None])).to(device)
     mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
-    return copied, CopiedPages(slots, mask[:, None, None], place)
+    return copied, CopiedPages(slots, mask[:, None, None], place, slice(0, slots))

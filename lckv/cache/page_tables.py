@@ -107,10 +107,10 @@ class PageTables:
         """[l, b, g]: where each head's columns begin in the flattened table."""
         return self._begin[:, sequences]
 
-    def pages_at(self, sequences: Integers, columns: Integers) -> Pages:
-        """[l, b * g, n]: the pages of every layer at `columns` [b * g, n] of its heads; the last column's
+    def pages_at(self, layers: slice, sequences: Integers, columns: Integers) -> Pages:
+        """[l, b * g, n]: the pages of some layers at `columns` [b * g, n] of its heads; the last column's
         where there are not so many columns."""
-        owned = self._host[:, sequences]
+        owned = self._host[layers, sequences]
         owned = owned.reshape(len(owned), -1, owned.shape[-1])
         heads = np.arange(owned.shape[1])[:, None]
         return owned[:, heads, np.minimum(columns, owned.shape[-1] - 1)]
