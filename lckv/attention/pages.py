@@ -102,11 +102,14 @@ class CopiedPages(NamedTuple):
     """Slots beyond which nothing is seen of any head."""
 
     def without(self, slot: Tensor, dtype: torch.dtype) -> "CopiedPages":
-        """Where one more slot of each head is not seen, int64 [b, g]; -1: all are. `dtype`: of queries."""
-        slots = torch.arange(self.seen.start, self.seen.stop, device=slot.device)
-        hidden = (slots == slot.reshape(-1, 1))[:, None, None]
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=slot.device) if self.mask is None else self.mask
-        return self._replace(mask=mask.masked_fill(hidden, -torch.inf))
+        """Where one slot of each head that was seen is not, int64 [b, g]; -1: all are. Slot 0 was seen.
+        `dtype`: of queries."""
+        slot, mask = slot.reshape(-1, 1, 1, 1), self.mask
+        if mask is None:
+            width = self.seen.stop - self.seen.start
+            mask = torch.zeros(len(slot), 1, 1, width, dtype=dtype, device=slot.device)
+        hidden = torch.zeros(slot.shape, dtype=dtype, device=slot.device).masked_fill(slot >= 0, -torch.inf)
+        return self._replace(mask=mask.scatter(3, slot.clamp(min=0), hidden))
 
 
 class PagesAttended(NamedTuple):
@@ -260,6 +263,6 @@ def copy_evenly(
     if (lowest == lowest[0]).all() and (highest == highest[0]).all():
         return copied, CopiedPages(slots, None, place, slice(int(lowest[0]), int(highest[0])))
     numbers = np.arange(slots)
-    hidden = torch.from_numpy((numbers < lowest[:, None]) | (numbers >= highest[:, None])).to(device)
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+    hidden = (numbers < lowest[:, None]) | (numbers >= highest[:, None])
+    mask = torch.from_numpy(np.where(hidden, np.float32(-np.inf), np.float32(0))).to(device, dtype)
     return copied, CopiedPages(slots, mask[:, None, None], place, slice(0, slots))

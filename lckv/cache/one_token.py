@@ -154,8 +154,10 @@ class OneToken:
         if new.hides is None:
             return None
         if self._ring_slot is None:
-            self._ring_slot = ring_slot(self._memory.seen.index_select(0, self._rows), size)[:, None]
-        return self._ring_slot.masked_fill(~new.hides[0], -1)
+            seen = self._memory.seen.index_select(0, self._rows)
+            # Of rows that have not so many tokens, none leaves.
+            self._ring_slot = ring_slot(seen, size).masked_fill(seen < size, -1)[:, None]
+        return torch.where(new.hides[0], self._ring_slot, -1)
 
     def _work_of(self, number: int, window: int | None) -> Work:
         """The chunks that hold what one token per row may see of a layer."""

@@ -76,7 +76,8 @@ def together(layers: Sequence[Extension]) -> Extension:
     """Several layers' as one with more rows, those of the first layer first; without state."""
     if len(layers) == 1:
         return layers[0]._replace(state=None)
-    hides = [layer.hides for layer in layers if layer.hides is not None]
+    # Of the newest tokens in the cache, so many are old enough to be dropped when these come.
+    hides = [layer.hides[: len(layer.key)] for layer in layers if layer.hides is not None]
     return Extension(
         torch.cat([layer.key for layer in layers], 1),
         torch.cat([layer.value for layer in layers], 1),

@@ -35,6 +35,8 @@ def soft_bias(noisy: Tensor, context: TokenContext) -> Tensor:
 
 def hard_bias(logits: Tensor, context: TokenContext) -> Tensor:
     """[s, b, g]: `HIDDEN` for tokens that are dropped, 0 for others."""
+    if len(logits) == 1:  # nothing is decided yet about a token that none follows
+        return torch.zeros_like(logits)
     return about_the_token((logits > 0).float() * HIDDEN, context)
 
 
