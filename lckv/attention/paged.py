@@ -70,8 +70,8 @@ def attend_paged(
 ) -> PagesAttended:
     """softmax(scale * query key^T) value over slots first .. stop - 1 of each head but `without`; `query`
     [b, h, d], `first` (None: 0), `stop` and `without` (None: all) int64 [b, g]. `work` covers these slots;
-    others that it covers are not seen. Softmax is float32. `also`: the table of the other layer, of a query that reads two, which the kernel does
-    not."""
+    others that it covers are not seen. Softmax is float32. `also`: the table of the other layer, of a query
+    that reads two, which the kernel does not."""
     group, channels = query.shape[0] * query.shape[1] // stop.numel(), query.shape[2]
     if also is None and why_not_kernel(query.device.type, query.dtype, group, channels) is None:
         from lckv.attention.kernels.paged import attend_paged as fused

@@ -206,7 +206,8 @@ class OneToken:
         own = not visibility.exclude_self
         name = 0 if self._alike else number, visibility.window, own
         if name not in self._copies:
-            self._copies[name] = self._plan_copies(number, *self._range(number, visibility.window), own, dtype)
+            seen = self._range(number, visibility.window)
+            self._copies[name] = self._plan_copies(number, *seen, own, dtype)
         plan = self._copies[name]
         return None if plan is None else (plan[0][number if self._alike else 0], plan[1])
 

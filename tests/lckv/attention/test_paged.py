@@ -33,7 +33,9 @@ def close(found: PagesAttended, expected: PagesAttended, tolerance: float) -> No
     window=st.booleans(),
     gap=st.booleans(),
 )
-def test_equals_the_formula(lengths: list[list[int]], page_size: int, group: int, window: bool, gap: bool) -> None:
+def test_equals_the_formula(
+    lengths: list[list[int]], page_size: int, group: int, window: bool, gap: bool
+) -> None:
     slots = Slots(torch.tensor(lengths), page_size, group, 8, window=window, gap=gap)
     close(slots.attend(attend_paged), slots.by_formula(), 1e-5)
 
