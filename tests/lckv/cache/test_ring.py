@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lckv.attention import pages as attention_pages
 from lckv.attention.key_bias import HIDDEN, KeyBias
 from lckv.attention.visibility import Visibility
 from lckv.cache import paged_writing
@@ -56,6 +57,7 @@ class Text:
         self.key, self.value = torch.randn(2, *shape, CHANNELS, generator=generator)
         self.query = torch.randn(LONGEST, ROWS, HEADS * GROUP, CHANNELS, generator=generator)
         self.drops = torch.rand(shape, generator=generator) < 0.6
+        self.anything = torch.rand(age, *shape[1:], generator=generator) < 0.5
 
     def after(self, used: Sequence[int], counts: Sequence[int], before: Sequence[int]) -> Came:
         """The next `counts` tokens of rows that have `used`, behind so many columns of padding."""
@@ -64,7 +66,7 @@ class Text:
         query, bias = torch.zeros(width, ROWS, HEADS * GROUP, CHANNELS), torch.zeros(width, ROWS, HEADS)
         counted, tokens = torch.zeros(ROWS, width, dtype=torch.bool), []
         # Of tokens that there are not it does not matter what is said.
-        hides = torch.ones(self.age, ROWS, HEADS, dtype=torch.bool)
+        hides = self.anything.clone()
         for row, (start, count, column) in enumerate(zip(used, counts, before, strict=True)):
             new, columns = slice(start, start + count), slice(column, column + count)
             for part, whole in ((key, self.key), (value, self.value), (query, self.query)):
@@ -159,15 +161,18 @@ calls = st.lists(
 """Of each call and row, how many tokens come, and how much padding is in front of them."""
 
 
+@settings(max_examples=60)
 @given(
     age=st.integers(2, 6),
     page_size=st.sampled_from([0, 1, 3, 4]),
     exclude_self=st.booleans(),
+    most_copied=st.sampled_from([0.0, 1.25]),
     calls=calls,
     seed=st.integers(0, 9),
 )
-def test_any_pieces_are_those_of_a_list(age, page_size, exclude_self, calls, seed):
-    """`page_size` 0: the contiguous cache."""
+@example(5, 0, False, 0.0, [[(1, 0), (1, 0)], [(1, 2), (0, 0)]], 0)  # more columns than there is room for
+def test_any_pieces_are_those_of_a_list(age, page_size, exclude_self, most_copied, calls, seed):
+    """`page_size` 0: the contiguous cache. Pages are read side by side, or in chunks."""
     text, used, pages, sequences = Text(age, seed), [0] * ROWS, None, []
     if page_size:
         pages = paged(age, page_size)
@@ -178,7 +183,9 @@ def test_any_pieces_are_those_of_a_list(age, page_size, exclude_self, calls, see
         counts, before = zip(*call, strict=True)
         came = text.after(used, counts, before)
         if pages is not None or not cache.empty:
-            check_attention(text, cache, came, exclude_self=exclude_self)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(attention_pages, "_MOST_COPIED", most_copied)
+                check_attention(text, cache, came, exclude_self=exclude_self)
         cache.commit({0: came.extension}, came.counted)
         used = [start + count for start, count in zip(used, counts, strict=True)]
         if pages is None:
@@ -187,6 +194,7 @@ def test_any_pieces_are_those_of_a_list(age, page_size, exclude_self, calls, see
             check_paged(text, used, pages, sequences)
 
 
+@settings(max_examples=30)
 @given(
     age=st.integers(2, 6),
     page_size=st.sampled_from([1, 4]),
