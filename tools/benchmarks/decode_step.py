@@ -131,12 +131,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="CSV file")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
+    heads, kv_heads = options.heads
     table: list[dict[str, object]] = []
     for hidden in options.hidden_sizes:
         for tokens in options.tokens:
             # More steps than there are repeats: some are counted, and engines step once more per round.
             context = tokens + 2 * options.repeats + 16
-            sizes = Sizes(options.layers, hidden, *options.heads, VOCABULARY, 64, context)
+            sizes = Sizes(options.layers, hidden, heads, kv_heads, VOCABULARY, 64, context)
             for rows in options.rows:
                 table += measured(sizes, rows, tokens, options.repeats, options.models)
     if options.output:

@@ -161,7 +161,6 @@ calls = st.lists(
 """Of each call and row, how many tokens come, and how much padding is in front of them."""
 
 
-@settings(max_examples=60)
 @given(
     age=st.integers(2, 6),
     page_size=st.sampled_from([0, 1, 3, 4]),
