@@ -63,20 +63,21 @@ def attend_paged(
     work: Work,
     first: Tensor | None,
     stop: Tensor,
+    without: Tensor | None = None,
     *,
     scale: float,
     also: Also | None = None,
 ) -> PagesAttended:
-    """softmax(scale * query key^T) value over slots first .. stop - 1 of each head; `query` [b, h, d],
-    `first` (None: 0) and `stop` int64 [b, g]. `work` covers these slots; others that it covers are not seen.
-    Softmax is float32. `also`: the table of the other layer, of a query that reads two, which the kernel does
-    not."""
+    """softmax(scale * query key^T) value over slots first .. stop - 1 of each head but `without`; `query`
+    [b, h, d], `first` (None: 0), `stop` and `without` (None: all) int64 [b, g]. `work` covers these slots;
+    others that it covers are not seen. Softmax is float32. `also`: the table of the other layer, of a query
+    that reads two, which the kernel does not."""
     group, channels = query.shape[0] * query.shape[1] // stop.numel(), query.shape[2]
     if also is None and why_not_kernel(query.device.type, query.dtype, group, channels) is None:
         from lckv.attention.kernels.paged import attend_paged as fused
 
-        return fused(query, pages, work, first, stop, scale=scale)
-    return attend_in_torch(query, pages, work, first, stop, scale=scale, also=also)
+        return fused(query, pages, work, first, stop, without, scale=scale)
+    return attend_in_torch(query, pages, work, first, stop, without, scale=scale, also=also)
 
 
 def attend_in_torch(
@@ -85,6 +86,7 @@ def attend_in_torch(
     work: Work,
     first: Tensor | None,
     stop: Tensor,
+    without: Tensor | None = None,
     *,
     scale: float,
     also: Also | None = None,
@@ -99,9 +101,16 @@ def attend_in_torch(
 
     slots = torch.arange(count * page_size, device=query.device)
     grouped = query.reshape(heads, -1, channels)
-    hidden = slots >= (stop.flatten().index_select(0, work.head) - work.first_slot)[:, None]
+
+    def within(slot: Tensor) -> Tensor:
+        """Slots of heads [b, g], counted from the beginning of each chunk, [w, 1]."""
+        return (slot.flatten().index_select(0, work.head) - work.first_slot)[:, None]
+
+    hidden = slots >= within(stop)
     if first is not None:
-        hidden |= slots < (first.flatten().index_select(0, work.head) - work.first_slot)[:, None]
+        hidden |= slots < within(first)
+    if without is not None:
+        hidden |= slots == within(without)
     at_once = max(1, _BYTES_AT_ONCE // (len(slots) * channels * query.element_size()))
     parts = []
     for head, block, unseen in zip(
@@ -171,8 +180,8 @@ def _attend_copies(
         key.view(-1, channels).index_copy_(0, copied.place, new[0])
         value.view(-1, channels).index_copy_(0, copied.place, new[1])
     key, value = (tensor.view(heads, 1, copied.slots, channels) for tensor in (key, value))
-    if copied.seen is not None:
-        first, count = copied.seen.start, copied.seen.stop - copied.seen.start
+    first, count = copied.seen.start, copied.seen.stop - copied.seen.start
+    if count < copied.slots:
         key, value = key.narrow(2, first, count), value.narrow(2, first, count)
     return scaled_dot_product_attention(query, key, value, attn_mask=copied.mask, scale=scale)
 
@@ -190,15 +199,6 @@ def _merge(output: Tensor, total: Tensor, peak: Tensor, work: Work) -> PagesAtte
     )
     sum_output /= sum_total.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
     return PagesAttended(sum_output, top + sum_total.log())
-
-
-def joined(one: PagesAttended, other: PagesAttended) -> PagesAttended:
-    """Attention to the keys of both, which have none in common."""
-    lse = torch.logaddexp(one.lse, other.lse)
-    # Where nothing is seen, -inf - -inf must not become a NaN.
-    base = lse.clamp(min=torch.finfo(lse.dtype).min)
-    of_one, of_other = (part.output * (part.lse - base).exp()[..., None] for part in (one, other))
-    return PagesAttended(of_one + of_other, lse)
 
 
 def join(attended: PagesAttended, score: Tensor, value: Tensor) -> Tensor:

@@ -92,13 +92,24 @@ class CopiedPages(NamedTuple):
     """Of a head, all its pages together."""
 
     mask: Tensor | None
-    """[b * g, 1, 1, slots], in the dtype of queries: -inf where a slot is not seen; None: see `seen`."""
+    """[b * g, 1, 1, slots of `seen`], in the dtype of queries: -inf where a slot is not seen; None: all are.
+    """
 
     place: Tensor
     """int64 [b * g]: where each head's new key goes in the copies, one head's slots behind the other's."""
 
-    seen: slice | None = None
-    """The slots that are seen, where they are the same of every head, and `mask` is None."""
+    seen: slice
+    """Slots beyond which nothing is seen of any head."""
+
+    def without(self, slot: Tensor, dtype: torch.dtype) -> "CopiedPages":
+        """Where one slot of each head that was seen is not, int64 [b, g]; -1: all are. Slot 0 was seen.
+        `dtype`: of queries."""
+        slot, mask = slot.reshape(-1, 1, 1, 1), self.mask
+        if mask is None:
+            width = self.seen.stop - self.seen.start
+            mask = torch.zeros(len(slot), 1, 1, width, dtype=dtype, device=slot.device)
+        hidden = torch.zeros(slot.shape, dtype=dtype, device=slot.device).masked_fill(slot >= 0, -torch.inf)
+        return self._replace(mask=mask.scatter(3, slot.clamp(min=0), hidden))
 
 
 class PagesAttended(NamedTuple):
@@ -252,6 +263,6 @@ def copy_evenly(
     if (lowest == lowest[0]).all() and (highest == highest[0]).all():
         return copied, CopiedPages(slots, None, place, slice(int(lowest[0]), int(highest[0])))
     numbers = np.arange(slots)
-    hidden = torch.from_numpy((numbers < lowest[:, None]) | (numbers >= highest[:, None])).to(device)
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
-    return copied, CopiedPages(slots, mask[:, None, None], place)
+    hidden = (numbers < lowest[:, None]) | (numbers >= highest[:, None])
+    mask = torch.from_numpy(np.where(hidden, np.float32(-np.inf), np.float32(0))).to(device, dtype)
+    return copied, CopiedPages(slots, mask[:, None, None], place, slice(0, slots))

@@ -17,6 +17,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from lckv.attention.aten_pairs import choose_pair
 from lckv.attention.key_bias import KeyBias
 from lckv.attention.last_queries import attend_last
+from lckv.attention.ring import ring_place
 from lckv.attention.unbiased import without_bias
 from lckv.attention.visibility import Visibility
 from lckv.errors import UnsupportedError
@@ -39,7 +40,8 @@ class Past(NamedTuple):
     """[b, g, n, d]."""
 
     lengths: Tensor
-    """int64 [b, g]: slots in use, the first ones. Under a window slots are tokens, the newest last."""
+    """int64 [b, g]: slots in use, the first ones. Under a window slots are tokens, the newest last; else
+    `NewTokens.seen` says how they stand."""
 
     def with_second(self, other: "Past", second: Second) -> "Past":
         """What a layer reads that reads this one, whose slots hold the same tokens as those of `other`,
@@ -73,6 +75,10 @@ class NewTokens(NamedTuple):
 
     documents: Tensor | None = None
     """int64 [b, s]: the document of each, where none of them began in the past; None: one and the same."""
+
+    seen: Tensor | None = None
+    """int64 [b]: tokens before them, where the newest of these are a ring in front of the other slots
+    (`ring.py`); None: slots stand in order."""
 
 
 class Columns(NamedTuple):
@@ -276,12 +282,16 @@ def _visible_past(
     if new.counted is not None:
         before = new.counted.cumsum(1) - new.counted.long()
         ahead = before.gather(1, queries.expand(len(before), -1))
-    distance = lengths - slots + ahead[:, None, :, None]
+    ahead = ahead[:, None, :, None]
     if visibility.window is not None:
-        seen = seen & (distance < visibility.window)
+        seen = seen & (lengths - slots + ahead < visibility.window)
     if new.hides is not None and first_biased is not None:
         # [b, g, n]: each slot's place among the newest ones.
-        place = slots - past.lengths[..., None] + new.hides.shape[-1]
-        hidden = new.hides.gather(-1, place.clamp(0, new.hides.shape[-1] - 1)) & (place >= 0)
-        seen = seen & ~(hidden[:, :, None] & (distance >= first_biased))
+        age = new.hides.shape[-1]
+        if new.seen is None:
+            place = slots - past.lengths[..., None] + age
+        else:
+            place = ring_place(slots, new.seen[:, None, None], age).expand(*past.lengths.shape, -1)
+        hidden = new.hides.gather(-1, place.clamp(0, age - 1)) & (place >= 0)
+        seen = seen & ~(hidden[:, :, None] & ((age - place)[:, :, None] + ahead >= first_biased))
     return seen

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lckv.attention import past
 from lckv.attention.key_bias import KeyBias
+from lckv.attention.ring import ring_size
 from lckv.attention.visibility import Visibility
 from lckv.cache.base import KVCache
 from lckv.cache.layer_slots import LayerSlots
@@ -30,6 +31,7 @@ class ContiguousCache:
         """`layers` compute keys and values. `windows` holds those of them that only windowed layers read,
         with the window in tokens: older tokens are dropped."""
         self._layers = {layer: LayerSlots(policy, windows.get(layer)) for layer in layers}
+        self._in_order = ring_size(policy.traits.key_bias) == 0
         self._seen: Tensor | None = None
         self.columns = 0
         """Columns of the batch so far, padding included."""
@@ -82,6 +84,7 @@ class ContiguousCache:
             new.value.permute(1, 2, 0, 3),
             counted,
             None if new.hides is None else new.hides.permute(1, 2, 0),
+            seen=None if self._in_order else self._seen,
         )
         older = self._layers[layer].past
         if second is not None:
@@ -117,11 +120,11 @@ class ContiguousCache:
                 f"the cache holds layers {sorted(self._layers)}; keys and values of {sorted(extensions)} "
                 "came."
             )
-        for layer, extension in extensions.items():
-            self._layers[layer].write(extension, counted)
         key = next(iter(extensions.values())).key
         if self._seen is None:
             self._seen = torch.zeros(key.shape[1], dtype=torch.int64, device=key.device)
+        for layer, extension in extensions.items():
+            self._layers[layer].write(extension, counted, self._seen)
         self._seen = self._seen + (len(key) if counted is None else counted.sum(1))
         if counted is not None or self.counted is not None:
             before, now = (

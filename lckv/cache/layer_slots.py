@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lckv.attention import past
-from lckv.cache.edits import edit_of, newest_slots, stored_key
+from lckv.cache.edits import edit_of, stored_key
 from lckv.policies.base import Extension, KVPolicy
 
 _REVOCABLE = 32
@@ -50,8 +50,8 @@ class LayerSlots:
         tensors = (*(self._slots or ()), self._gone, self.state)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
-    def write(self, extension: Extension, counted: Tensor | None) -> None:
-        """Append the new tokens, and drop what is hidden."""
+    def write(self, extension: Extension, counted: Tensor | None, seen: Tensor) -> None:
+        """Take in new tokens of rows that have `seen` int64 [b], and drop what is hidden."""
         key, value = stored_key(extension.key.detach(), self._traits.key_bias), extension.value.detach()
         tokens, rows, heads, channels = value.shape
         if self._slots is None:
@@ -59,7 +59,7 @@ class LayerSlots:
             lengths = torch.zeros(rows, heads, dtype=torch.int64, device=key.device)
             self._slots = past.Past(empty.to(key.dtype), empty.clone(), lengths)
         lengths = self._slots.lengths
-        edit = edit_of(extension, self._traits.key_bias, counted, lengths)
+        edit = edit_of(extension, self._traits.key_bias, counted, lengths, seen)
         slots, written = edit.slots, edit.written
         shift = self._make_room(tokens, edit.lengths)
         if shift is not None:
@@ -69,8 +69,9 @@ class LayerSlots:
             slots = slots.masked_fill(~written, self._slots.key.shape[2] - 1)
         row, head = (torch.arange(number, device=key.device) for number in (rows, heads))
         for memory, new in ((self._slots.key, key), (self._slots.value, value)):
-            if edit.moved:
-                new = torch.cat((memory[row[:, None], head, newest_slots(edit, lengths)], new))
+            if edit.moved is not None:
+                moved = edit.moved.clamp(max=memory.shape[2] - 1)  # rows may have fewer slots than others
+                new = torch.cat((memory[row[:, None], head, moved], new))
             memory[row[:, None], head, slots] = new
         self.state = None if extension.state is None else extension.state.detach()
 

@@ -8,7 +8,6 @@ l layers that compute keys and values.
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -27,7 +26,9 @@ from lckv.attention.pages import (
     list_work,
     work_on_host,
 )
+from lckv.attention.ring import ring_size, ring_slot
 from lckv.attention.visibility import Visibility
+from lckv.cache.edits import stored_key
 from lckv.cache.page_tables import Integers
 from lckv.cache.paged_memory import PagedMemory
 from lckv.policies.base import Extension
@@ -47,6 +48,7 @@ class OneToken:
         self._padded: dict[tuple[int, int | None], PaddedWork] = {}
         self._copies: dict[tuple[int, int | None, bool], tuple[Sequence[Tensor], CopiedPages] | None] = {}
         self._lengths: Tensor | None = None
+        self._ring_slot: Tensor | None = None
         self._no_kernel: bool | None = None  # of a model whose heads all have one size
 
     @property
@@ -76,7 +78,7 @@ class OneToken:
 
     def forget(self) -> None:
         """Ask the device again for what it may have changed."""
-        self._lengths = None
+        self._lengths = self._ring_slot = None
 
     def attend(
         self,
@@ -93,14 +95,19 @@ class OneToken:
         channels = new.value.shape[-1]
         if self._no_kernel is None:
             self._no_kernel = paged.why_not_kernel_for(query, new.value) is not None
-        if (self._no_kernel or second is not None) and key_bias is None and not self._fixed:
-            copies = self._copies_of(number, visibility, query.dtype)
-            if copies is not None:
-                own = None if visibility.exclude_self else (new.key[0], new.value[0])
-                also = self._also_copied(second, visibility, query.dtype)
-                pages = self._memory.pages_of(number)
-                return paged.attend_copied(query, pages, *copies, own, scale=scale, also=also)
-        attended = self._attend_older(number, query[..., :channels], new, visibility, scale, key_bias, second)
+        query = query[..., :channels]
+        size = ring_size(key_bias)
+        without = self._leaving(new, size) if size and not visibility.exclude_self else None
+        copy = (self._no_kernel or second is not None) and not self._fixed and (key_bias is None or size > 0)
+        if copy and (copies := self._copies_of(number, visibility, query.dtype)) is not None:
+            owned, copied = copies
+            if without is not None:
+                copied = copied.without(without, query.dtype)
+            own = None if visibility.exclude_self else (stored_key(new.key[0], key_bias), new.value[0])
+            also = self._also_copied(second, visibility, query.dtype)
+            pages = self._memory.pages_of(number)
+            return paged.attend_copied(query, pages, owned, copied, own, scale=scale, also=also)
+        attended = self._attend_older(number, query, new, visibility, without, scale, second)
         if visibility.exclude_self:
             return attended.output.to(query.dtype)
         if key_bias is not None and not key_bias.extra_channels:
@@ -116,32 +123,41 @@ class OneToken:
         query: Tensor,
         new: Extension,
         visibility: Visibility,
+        without: Tensor | None,
         scale: float,
-        key_bias: KeyBias | None,
         second: Second | None,
     ) -> PagesAttended:
-        """Attention of `query` [b, h, d] to the slots.
-
-        Of the a newest slots only the oldest one is so far behind the query that it may be hidden from it,
-        and not even that one where the query does not see itself:
-
-            a = 3      slots    0 1 2 3 4 5 6   query
-                                o o o o h n n     Q           o, n: seen; h: not seen if it is hidden
-        """
+        """Attention of `query` [b, h, d] to the slots but `without`, int64 [b, g]."""
         stop, first = self.lengths[number], None
         also = None
         if second is not None:
             also = Also(self._memory.pages_of(self._memory.number[second.layer]).table, second)
-        attend = partial(paged.attend_paged, query, self._memory.pages_of(number), scale=scale, also=also)
         if visibility.window is not None:
             first = stop - (visibility.window - 1)
-        if new.hides is None or key_bias is None or visibility.exclude_self:
-            return attend(self._work_of(number, visibility.window), first, stop)
-        after = (stop - (key_bias.age - 1)).clamp(min=0)
-        older = attend(self._work_of(number, None), None, (after - new.hides[0].long()).clamp(min=0))
-        if key_bias.age == 1:
-            return older
-        return paged.joined(older, attend(self._work_of(number, key_bias.age), after, stop))
+        if without is None and new.hides is not None and not visibility.exclude_self:
+            stop = (stop - new.hides[0].long()).clamp(min=0)
+        return paged.attend_paged(
+            query,
+            self._memory.pages_of(number),
+            self._work_of(number, visibility.window),
+            first,
+            stop,
+            without,
+            scale=scale,
+            also=also,
+        )
+
+    def _leaving(self, new: Extension, size: int) -> Tensor | None:
+        """int64 [b, g]: the slot of the token that leaves a ring of `size` when `new` comes, if it is hidden
+        from that, else -1; None: none is. Of the newest tokens it is the only one that is old enough, and
+        where the query does not see itself, not even that one is."""
+        if new.hides is None:
+            return None
+        if self._ring_slot is None:
+            seen = self._memory.seen.index_select(0, self._rows)
+            # Of rows that have not so many tokens, none leaves.
+            self._ring_slot = ring_slot(seen, size).masked_fill(seen < size, -1)[:, None]
+        return torch.where(new.hides[0], self._ring_slot, -1)
 
     def _work_of(self, number: int, window: int | None) -> Work:
         """The chunks that hold what one token per row may see of a layer."""
@@ -190,9 +206,10 @@ class OneToken:
         own = not visibility.exclude_self
         name = 0 if self._alike else number, visibility.window, own
         if name not in self._copies:
-            self._copies[name] = self._plan_copies(*self._range(number, visibility.window), own, dtype)
+            seen = self._range(number, visibility.window)
+            self._copies[name] = self._plan_copies(number, *seen, own, dtype)
         plan = self._copies[name]
-        return None if plan is None else (plan[0][number], plan[1])
+        return None if plan is None else (plan[0][number if self._alike else 0], plan[1])
 
     def _also_copied(self, second: Second | None, visibility: Visibility, dtype: torch.dtype) -> Also | None:
         """The same pages of the other layer; as many, since it holds the same tokens."""
@@ -203,15 +220,16 @@ class OneToken:
         return Also(copies[0], second)
 
     def _plan_copies(
-        self, first: Integers, stop: Integers, own: bool, dtype: torch.dtype
+        self, number: int, first: Integers, stop: Integers, own: bool, dtype: torch.dtype
     ) -> tuple[Sequence[Tensor], CopiedPages] | None:
-        """The same for all layers."""
+        """The same for all layers, where they are alike, else for one."""
         memory, device = self._memory, self._rows.device
         plan = copy_evenly(first, stop, own=own, page_size=memory.page_size, dtype=dtype, device=device)
         if plan is None:
             return None
         columns, copied = plan
-        owned = memory.tables.pages_at(self._sequences, columns)
+        layers = slice(None) if self._alike else slice(number, number + 1)
+        owned = memory.tables.pages_at(layers, self._sequences, columns)
         return torch.from_numpy(owned.reshape(len(owned), -1)).to(device).unbind(0), copied
 
 

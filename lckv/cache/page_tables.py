@@ -77,10 +77,13 @@ class PageTables:
         heads: int,
         columns: int,
         rewritten: int = 0,
+        ring: int = 0,
     ) -> None:
         """`windows`: of each layer, the window in tokens beyond which nobody looks; None: everything is kept.
-        `rewritten`: so many of a head's newest slots may be written again when tokens come."""
-        self._pool, self._rewritten = pool, rewritten
+        When tokens come, so many of a head's last slots may be written again (`rewritten`), and so many of
+        its first ones (`ring`, for which no layer may have a window)."""
+        assert not ring or not any(windows), "a window gives back the slots of a ring"
+        self._pool, self._rewritten, self._ring = pool, rewritten, ring
         self.lengths = np.zeros((len(windows), sequences, heads), np.int64)
         """[l, all sequences, g]: slots so far."""
         kept = [_EVERYTHING if window is None else max(1, window - 1) for window in windows]
@@ -104,10 +107,10 @@ class PageTables:
         """[l, b, g]: where each head's columns begin in the flattened table."""
         return self._begin[:, sequences]
 
-    def pages_at(self, sequences: Integers, columns: Integers) -> Pages:
-        """[l, b * g, n]: the pages of every layer at `columns` [b * g, n] of its heads; the last column's
+    def pages_at(self, layers: slice, sequences: Integers, columns: Integers) -> Pages:
+        """[l, b * g, n]: the pages of some layers at `columns` [b * g, n] of its heads; the last column's
         where there are not so many columns."""
-        owned = self._host[:, sequences]
+        owned = self._host[layers, sequences]
         owned = owned.reshape(len(owned), -1, owned.shape[-1])
         heads = np.arange(owned.shape[1])[:, None]
         return owned[:, heads, np.minimum(columns, owned.shape[-1] - 1)]
@@ -139,9 +142,12 @@ class PageTables:
         freed = len(given_back) - int(self._is_shared(given_back).sum())
         copied = _NOWHERE
         if written and not self._shared.isdisjoint(sequences.tolist()):
-            first = (self.lengths[:, sequences] - self._rewritten) // self._page_size
-            first = np.maximum(np.maximum(old.first, new.first), first)
-            copied = self._positions(sequences, Columns(first, np.minimum(old.stop, new.stop)))
+            ring, last = self._rewritten_columns(self.lengths[:, sequences])
+            first = np.maximum(np.maximum(old.first, new.first), last)
+            last_ones = Columns(first, np.minimum(old.stop, new.stop))
+            copied = np.concatenate(
+                [self._positions(sequences, part) for part in (Columns(old.first, ring), last_ones)]
+            )
             copied = copied[self._is_shared(copied)]
         pages = len(taken) + len(copied) - freed
         return Growth(pages, sequences, lengths, copied, taken, given_back)
@@ -229,14 +235,21 @@ class PageTables:
         """Pages that a sequence takes, at most, which begins from a snapshot's first slots, `held` [l, 1, g],
         and takes in so many tokens."""
         old, new = self._columns(held), self._columns(held + tokens)
-        written = np.maximum(np.maximum(held - self._rewritten, 0) // self._page_size, new.first)
-        return int(np.maximum(new.stop - np.maximum(written, old.first), 0).sum())
+        ring, last = self._rewritten_columns(held)
+        last_ones = new.stop - np.maximum(np.maximum(last, new.first), old.first)
+        return int((ring + np.maximum(last_ones, 0)).sum())
 
     def fewest_tokens(self, lengths: Integers) -> int:
         """Fewest tokens that can be had of a sequence with `lengths` [l, 1, g] that keeps every token: what a
         window has dropped cannot be seen."""
         first = self._columns(lengths).first
         return int(np.where(first > 0, first * self._page_size + self._kept, 0).max())
+
+    def _rewritten_columns(self, lengths: Integers) -> tuple[Integers, Integers]:
+        """Where tokens that come after `lengths` slots are written: to columns in front of the first result,
+        and to those from the second one on, which is not smaller. Both like `lengths`."""
+        last = np.maximum(lengths - self._rewritten, 0) // self._page_size
+        return np.minimum(-(-self._ring // self._page_size), last), last
 
     def _columns(self, lengths: Integers) -> Columns:
         """The pages that hold what `lengths` slots leave to be seen."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lckv.attention.pages import Pages, pages_of_a_chunk
+from lckv.attention.ring import ring_size
 from lckv.cache.page_tables import Integers, PageTables
 from lckv.cache.pool import PagePool
 from lckv.policies.base import KVPolicy, TokenContext, unturned
@@ -37,13 +38,16 @@ class PagedMemory:
         self.windowed = bool(windows)
         """Whether some layers keep only the newest tokens."""
         chunk = pages_of_a_chunk(self.page_size, device.type)
+        key_bias = policy.traits.key_bias
+        ring = ring_size(key_bias)
         self.tables = PageTables(
             [windows.get(layer) for layer in self.number],
             pool,
             sequences=max_sequences,
             heads=kv_heads,
             columns=-(-max_tokens // (chunk * self.page_size)) * chunk,
-            rewritten=0 if policy.traits.key_bias is None else policy.traits.key_bias.age,
+            rewritten=int(key_bias is not None and ring == 0),
+            ring=ring,
         )
         self.lengths = torch.zeros(self.tables.lengths.shape, dtype=torch.int64, device=device)
         """int64 [l, b, g]: slots so far."""

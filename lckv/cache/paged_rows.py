@@ -13,6 +13,7 @@ from torch import Tensor
 from lckv.attention import past
 from lckv.attention.key_bias import KeyBias
 from lckv.attention.pages import Also, copy_pages
+from lckv.attention.ring import ring_size
 from lckv.attention.visibility import Visibility
 from lckv.cache.one_token import OneToken
 from lckv.cache.page_tables import Integers
@@ -37,6 +38,7 @@ class PagedRows:
             for array in (sequences, memory.tables.begin(sequences))
         )
         self._one = OneToken(memory, self._rows)
+        self._in_order = ring_size(memory.policy.traits.key_bias) == 0
         self._version = -1
 
     @property
@@ -85,7 +87,7 @@ class PagedRows:
         widest = int(self._columns.counts[number].max())
         row_bytes = max(1, widest) * self._memory.page_size * key[0, :, 0].numel() * key.element_size()
         step = max(1, _BYTES_AT_ONCE // row_bytes)
-        outputs = []
+        outputs, seen = [], None if self._in_order else self.seen
         for start in range(0, len(query), step):
             rows = slice(start, start + step)
             fresh = past.NewTokens(
@@ -93,6 +95,7 @@ class PagedRows:
                 value[rows],
                 None if counted is None else counted[rows],
                 None if new.hides is None else new.hides[:, rows].permute(1, 2, 0),
+                seen=None if seen is None else seen[rows],
             )
             older = self._gather(number, rows, widest, second)
             part = past.attend_past(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lckv.cache.edits import Edit, edit_of, newest_slots, stored_key
+from lckv.cache.edits import Edit, edit_of, stored_key
 from lckv.cache.paged_memory import PagedMemory
 from lckv.policies.base import Extension
 
@@ -20,10 +20,6 @@ class Placed(NamedTuple):
 
     layers: slice
     extension: Extension
-
-    before: Tensor
-    """int64 [l * b, g]: slots so far."""
-
     edit: Edit
 
 
@@ -35,13 +31,14 @@ def place(
     tokens, key_bias = len(extensions[0].key), memory.policy.traits.key_bias
     parts = [extensions] if tokens == 1 else [[extension] for extension in extensions]
     placed: list[Placed] = []
+    seen = memory.seen.index_select(0, rows)
     for part in parts:
         start = placed[-1].layers.stop if placed else 0
         layers, extension = slice(start, start + len(part)), together(part)
         before = memory.lengths[layers].index_select(1, rows).flatten(0, 1)
         repeated = None if counted is None else counted.repeat(len(part), 1)
-        edit = edit_of(extension, key_bias, repeated, before)
-        placed.append(Placed(layers, extension, before, edit))
+        edit = edit_of(extension, key_bias, repeated, before, seen.repeat(len(part)))
+        placed.append(Placed(layers, extension, edit))
     return placed
 
 
@@ -53,8 +50,8 @@ def write(memory: PagedMemory, begin: Tensor, part: Placed) -> None:
     begin = begin[part.layers].flatten(0, 1)
     page, at = _places(memory, begin, slots)
     key, value = stored_key(part.extension.key, key_bias), part.extension.value
-    if part.edit.moved:
-        old = _places(memory, begin, newest_slots(part.edit, part.before))[1]
+    if part.edit.moved is not None:
+        old = _places(memory, begin, part.edit.moved)[1]
         key, value = (
             # [m * l * b * g, d] to [m, l * b, g, d], in front of [s, l * b, g, d]
             torch.cat((pool.flatten(0, 1)[old.flatten()].unflatten(0, old.shape), new))
@@ -79,7 +76,8 @@ def together(layers: Sequence[Extension]) -> Extension:
     """Several layers' as one with more rows, those of the first layer first; without state."""
     if len(layers) == 1:
         return layers[0]._replace(state=None)
-    hides = [layer.hides for layer in layers if layer.hides is not None]
+    # Of the newest tokens in the cache, so many are old enough to be dropped when these come.
+    hides = [layer.hides[: len(layer.key)] for layer in layers if layer.hides is not None]
     return Extension(
         torch.cat([layer.key for layer in layers], 1),
         torch.cat([layer.value for layer in layers], 1),

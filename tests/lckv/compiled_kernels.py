@@ -111,6 +111,7 @@ class Paged:
     group: int
     page_size: int = 16
     window: bool = False
+    gap: bool = False
 
     module = paged
 
@@ -130,6 +131,7 @@ class Paged:
                 work,
                 torch.from_numpy(first)[:, None] if self.window else None,
                 torch.from_numpy(stop)[:, None],
+                torch.from_numpy(stop)[:, None] - 2 if self.gap else None,
                 scale=0.1,
             )
 
@@ -158,7 +160,7 @@ CASES: tuple[Pool | Paged | Rope, ...] = (
     Pool(torch.bfloat16, 128, 12),
     Pool(torch.float32, 256, LARGEST_KERNEL_WINDOW),
     Paged(torch.bfloat16, 128, 1, window=True),
-    Paged(torch.bfloat16, 256, 32),
+    Paged(torch.bfloat16, 256, 32, gap=True),
     Paged(torch.float16, 80, 8, page_size=1, window=True),
     Paged(torch.float32, 256, 32),
     Rope(torch.bfloat16, 128, 32),

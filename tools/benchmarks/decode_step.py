@@ -11,13 +11,17 @@ same sizes and random weights.
     paged         the same on pages, as the engine calls it, without its requests
     engine        the whole step of the engine
 
+With --models it is these on pages that are measured, beside transformers:
+
+    python -m tools.benchmarks.decode_step --models plain=plain NAME=MAP,POLICY:FIELD=VALUE --tokens 3000
+
 Kernels are operators that make or change tensors and call no other one; calls are all calls of operators.
 Seconds are those in which the process computed: medians of rounds in which all kinds take
 turns.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,19 +93,23 @@ def engine_step(subject: Subject, sizes: Sizes) -> Callable[[], object]:
     return engine.step
 
 
-def steps_of(sizes: Sizes, rows: int, tokens: int) -> dict[str, Callable[[], object]]:
-    """By the name of their kind."""
+def steps_of(
+    sizes: Sizes, rows: int, tokens: int, chosen: Sequence[RandomModel] = ()
+) -> dict[str, Callable[[], object]]:
+    """By the name of their kind. `chosen`: what is measured in place of the usual models, on pages."""
     prompts = random_tokens(sizes.vocab_size, rows, tokens)
     longer = random_tokens(sizes.vocab_size, rows, sizes.context)
     steps = {"transformers": transformers_step(sizes, prompts)}
-    for prefix, text in models().items():
-        model = RandomModel.parse(text).build(sizes, dtype=torch.float32, device=torch.device("cpu"))
-        subject = Subject(prefix, model, longer)
+    usual = {} if chosen else {prefix: RandomModel.parse(text) for prefix, text in models().items()}
+    for prefix, described in (usual or {f"{model.name} ": model for model in chosen}).items():
+        model = described.build(sizes, dtype=torch.float32, device=torch.device("cpu"))
         if not prefix:
             steps["contiguous"] = contiguous_step(model, prompts)
         of_prompts = committed(model, prompts)
+        subject = Subject(prefix, model, longer)
         steps[f"{prefix}paged"] = Decoding(subject, rows, of_prompts, max_tokens=sizes.context)
-        steps[f"{prefix}engine"] = engine_step(Subject(prefix, model, prompts), sizes)
+        if usual:
+            steps[f"{prefix}engine"] = engine_step(Subject(prefix, model, prompts), sizes)
     return steps
 
 
@@ -116,25 +124,31 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--tokens", type=int, nargs="+", default=[128], help="of each row, before the first step"
     )
+    parser.add_argument("--models", type=RandomModel.parse, nargs="+", default=[], help="NAME=MAP,POLICY")
+    parser.add_argument("--heads", type=int, nargs=2, default=[4, 2], help="of queries, and of keys")
     parser.add_argument("--repeats", type=int, default=41)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="CSV file")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
+    heads, kv_heads = options.heads
     table: list[dict[str, object]] = []
     for hidden in options.hidden_sizes:
         for tokens in options.tokens:
             # More steps than there are repeats: some are counted, and engines step once more per round.
-            sizes = Sizes(options.layers, hidden, 4, 2, VOCABULARY, 64, tokens + 2 * options.repeats + 16)
+            context = tokens + 2 * options.repeats + 16
+            sizes = Sizes(options.layers, hidden, heads, kv_heads, VOCABULARY, 64, context)
             for rows in options.rows:
-                table += measured(sizes, rows, tokens, options.repeats)
+                table += measured(sizes, rows, tokens, options.repeats, options.models)
     if options.output:
         write_csv(options.output, table)
 
 
-def measured(sizes: Sizes, rows: int, tokens: int, repeats: int) -> list[dict[str, object]]:
+def measured(
+    sizes: Sizes, rows: int, tokens: int, repeats: int, chosen: Sequence[RandomModel] = ()
+) -> list[dict[str, object]]:
     """A line for each kind of step."""
-    steps = steps_of(sizes, rows, tokens)
+    steps = steps_of(sizes, rows, tokens, chosen)
     seconds = median_seconds(steps, repeats=repeats, warmup=3, clock="cpu")
     lines: list[dict[str, object]] = []
     for name, step in steps.items():

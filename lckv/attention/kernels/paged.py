@@ -21,7 +21,14 @@ _MOST_PROGRAMS = 1024
 
 
 def attend_paged(
-    query: Tensor, pages: Pages, work: Work, first: Tensor | None, stop: Tensor, *, scale: float
+    query: Tensor,
+    pages: Pages,
+    work: Work,
+    first: Tensor | None,
+    stop: Tensor,
+    without: Tensor | None = None,
+    *,
+    scale: float,
 ) -> PagesAttended:
     """Same contract as `lckv.attention.paged.attend_paged`, where `why_not_kernel` says nothing."""
     rows, query_heads, channels = query.shape
@@ -45,9 +52,10 @@ def attend_paged(
         if len(work.head):
             _attend_chunk[(min(len(work.head), _MOST_PROGRAMS),)](
                 query, pages.key, pages.value, pages.table, work.head, work.first_slot, work.block,
-                work.bounds, stop if first is None else first.contiguous(), stop, part, part_lse,
-                scale, page_size, chunk_pages, heads, group, channels,
-                HAS_FIRST=first is not None, CHUNK=slots, SLOTS=tiles.slots, **sizes,
+                work.bounds, stop if first is None else first.contiguous(), stop,
+                stop if without is None else without.contiguous(), part, part_lse,
+                scale, page_size, chunk_pages, heads, group, channels, HAS_FIRST=first is not None,
+                HAS_WITHOUT=without is not None, CHUNK=slots, SLOTS=tiles.slots, **sizes,
             )  # fmt: skip
         _merge[(heads,)](part, part_lse, work.bounds, output, lse, group, channels, **sizes)
     return PagesAttended(output.view(query.shape), lse.view(query.shape[:-1]))
@@ -55,9 +63,9 @@ def attend_paged(
 
 @triton.jit
 def _attend_chunk(
-    query, key, value, table, head_of, first_slot_of, block_of, bounds, first, stop, output, lse,
+    query, key, value, table, head_of, first_slot_of, block_of, bounds, first, stop, without, output, lse,
     scale, page_size, chunk_pages, heads, group, channels,
-    HAS_FIRST: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_WITHOUT: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr,
     GROUP: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     member, channel = tl.arange(0, GROUP), tl.arange(0, CHANNELS)
@@ -72,6 +80,9 @@ def _attend_chunk(
         begin = end * 0
         if HAS_FIRST:
             begin = tl.load(first + head) - first_slot
+        gap = end
+        if HAS_WITHOUT:
+            gap = tl.load(without + head) - first_slot
         place = (head * group + member)[:, None] * channels + channel[None, :]
         queries = tl.load(query + place, inside, 0.0)
         peak = tl.full([GROUP], -float("inf"), tl.float32)
@@ -79,7 +90,7 @@ def _attend_chunk(
         mean = tl.zeros([GROUP, CHANNELS], tl.float32)
         for start in range(0, CHUNK, SLOTS):
             slot = start + tl.arange(0, SLOTS)
-            seen = (slot >= begin) & (slot < end) & (slot < CHUNK)
+            seen = (slot >= begin) & (slot < end) & (slot != gap) & (slot < CHUNK)
             page = tl.load(pages + slot // page_size, seen, 0).to(tl.int64)
             source = (page * page_size + slot % page_size)[:, None] * channels + channel[None, :]
             there = seen[:, None] & (channel < channels)[None, :]

@@ -7,6 +7,7 @@ Shapes: s tokens, b rows, h query heads, g KV heads, d channels of a head.
 import torch
 from torch import Tensor
 
+from lckv.policies.base import Rotate
 from lckv.policies.dms.config import EXTRA_CHANNELS
 
 
@@ -22,13 +23,13 @@ def of_first_head(of_heads: Tensor) -> Tensor:
     return of_heads[..., :1].expand_as(of_heads)
 
 
-def scale_borrowed(query: Tensor, kv_heads: int, factor: float) -> Tensor:
-    """Queries [s, b, h, d] with the borrowed channel times `factor`."""
+def scaled_around(rotate: Rotate, query: Tensor, kv_heads: int, factor: float) -> Tensor:
+    """Queries [s, b, h, d] rotated, with the borrowed channel times `factor` before and after."""
     if factor == 1.0:
-        return query
+        return rotate(query)
     factors = torch.ones(query.shape[2:], dtype=query.dtype, device=query.device)
     factors.view(kv_heads, -1, query.shape[3])[:, 0, -1] = factor
-    return query * factors
+    return rotate(query * factors) * factors
 
 
 def widened(heads: Tensor, last: Tensor | float) -> Tensor:

@@ -35,6 +35,8 @@ def soft_bias(noisy: Tensor, context: TokenContext) -> Tensor:
 
 def hard_bias(logits: Tensor, context: TokenContext) -> Tensor:
     """[s, b, g]: `HIDDEN` for tokens that are dropped, 0 for others."""
+    if len(logits) == 1:  # nothing is decided yet about a token that none follows
+        return torch.zeros_like(logits)
     return about_the_token((logits > 0).float() * HIDDEN, context)
 
 
@@ -64,11 +66,12 @@ def advance(state: Tensor, logits: Tensor, counted: Tensor | None) -> tuple[Tens
     The state holds the decisions of the newest W tokens, the newest last; with the first new one these are
     the decisions about the newest W + 1. `counted` is bool [s, b]; None: all."""
     state = state[..., 0]
-    drops = torch.where(logits > 0, _DROP, _KEEP)
+    drops = (logits > 0).float() * (_DROP - _KEEP) + _KEEP
     if counted is not None and len(counted) > 1:  # tokens first, in order
         order = (~counted).int().argsort(dim=0, stable=True)
         drops = drops.gather(0, order[..., None].expand_as(drops))
-    first = drops[:1].where(state[-1:] > 0, _KEEP)  # the first token of all decides about none
+    # The first token of all decides about none: behind a 0 it says _KEEP.
+    first = torch.minimum(drops[:1], state[-1:] + _KEEP)
     if counted is not None:
         first = first.where(counted.any(0)[:, None], 0.0)
     everything = torch.cat((state, first, drops[1:]))

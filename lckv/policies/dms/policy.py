@@ -17,7 +17,7 @@ from lckv.policies.base import (
 from lckv.policies.binary_decisions import decision_rate
 from lckv.policies.config import PolicyConfig
 from lckv.policies.dms import eviction
-from lckv.policies.dms.channels import decision_logits, of_first_head, scale_borrowed, widened
+from lckv.policies.dms.channels import decision_logits, of_first_head, scaled_around, widened
 from lckv.policies.dms.config import DMSConfig
 from lckv.policies.stages import StagedPolicy, fade
 
@@ -46,8 +46,7 @@ class DMSPolicy(StagedPolicy):
         if kv_heads is None or self.config.adapts:
             query = context.rotate(query)
         else:
-            query = context.rotate(scale_borrowed(query, kv_heads, factor))
-            query = scale_borrowed(query, kv_heads, factor)
+            query = scaled_around(context.rotate, query, kv_heads, factor)
         return widened(query, channels**0.5) if self.config.decides else query
 
     def keys_values(

@@ -27,13 +27,19 @@ class Slots:
         channels: int,
         *,
         window: bool = False,
+        gap: bool = False,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
     ) -> None:
-        """`lengths` int64 [b, g]; with a window, each head sees about its last third."""
+        """`lengths` int64 [b, g]; with a window, each head sees about its last third, and with a gap not the
+        one but last slot, or in the first row not the last one."""
         generator = torch.Generator().manual_seed(int(lengths.sum()) + page_size)
         heads = lengths.numel()
         self.first, self.stop, self.scale = (lengths * 2 // 3 if window else None), lengths, channels**-0.5
+        self.without = None
+        if gap:
+            self.without = lengths - 2
+            self.without[0] += 1
         chunk = pages_of_a_chunk(page_size, device)
         columns = (int(lengths.max()) // (chunk * page_size) + 1) * chunk
         owned = -(-lengths.flatten() // page_size)
@@ -68,8 +74,9 @@ class Slots:
 
     def attend(self, function: Callable[..., PagesAttended]) -> PagesAttended:
         device = self.query.device
-        first = None if self.first is None else self.first.to(device)
-        return function(self.query, self.pages, self.work, first, self.stop.to(device), scale=self.scale)
+        first, without = (None if part is None else part.to(device) for part in (self.first, self.without))
+        stop = self.stop.to(device)
+        return function(self.query, self.pages, self.work, first, stop, without, scale=self.scale)
 
     def by_formula(self) -> PagesAttended:
         """float64, head by head."""
@@ -80,7 +87,10 @@ class Slots:
         ):
             first = 0 if self.first is None else int(self.first.flatten()[head])
             owned = self.pages.table[row].long()
-            key, value = (pool[owned].flatten(0, 1)[first:length].double().cpu() for pool in self.pages[:2])
+            seen = [*range(first, length)]
+            if self.without is not None and (gap := int(self.without.flatten()[head])) in seen:
+                seen.remove(gap)
+            key, value = (pool[owned].flatten(0, 1)[seen].double().cpu() for pool in self.pages[:2])
             scores = heads[head] @ key.T * self.scale
             outputs[head], lses[head] = scores.softmax(-1) @ value, scores.logsumexp(-1)
         return PagesAttended(outputs.view(self.query.shape), lses.view(self.query.shape[:-1]))

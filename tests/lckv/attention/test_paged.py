@@ -4,7 +4,6 @@ on CUDA."""
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lckv.attention import paged
-from lckv.attention.paged import attend_in_torch, attend_paged, join, joined, why_not_kernel
+from lckv.attention.paged import attend_in_torch, attend_paged, join, why_not_kernel
 from lckv.attention.pages import PagesAttended, WorkOnHost, tiles_of_the_kernel
 from tests.lckv.attention.paged_slots import Slots
 from tests.ranks import run_on_ranks
@@ -32,9 +31,12 @@ def close(found: PagesAttended, expected: PagesAttended, tolerance: float) -> No
     page_size=st.sampled_from([1, 4, 16, 24, 256]),
     group=st.integers(1, 3),
     window=st.booleans(),
+    gap=st.booleans(),
 )
-def test_equals_the_formula(lengths: list[list[int]], page_size: int, group: int, window: bool) -> None:
-    slots = Slots(torch.tensor(lengths), page_size, group, 8, window=window)
+def test_equals_the_formula(
+    lengths: list[list[int]], page_size: int, group: int, window: bool, gap: bool
+) -> None:
+    slots = Slots(torch.tensor(lengths), page_size, group, 8, window=window, gap=gap)
     close(slots.attend(attend_paged), slots.by_formula(), 1e-5)
 
 
@@ -86,13 +88,6 @@ def test_one_more_key_joins() -> None:
     torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_two_parts_of_the_slots_are_joined() -> None:
-    slots = Slots(torch.tensor([[130, 20, 0, 3]]), 4, 2, 8)
-    cut = torch.tensor([[100, 20, 0, 0]])
-    attend = partial(attend_paged, slots.query, slots.pages, slots.work, scale=slots.scale)
-    close(joined(attend(None, cut), attend(cut, slots.stop)), slots.by_formula(), 1e-5)
-
-
 def test_why_not_kernel() -> None:
     assert "on cpu" in str(why_not_kernel("cpu", torch.float32, 4, 128))
     assert "float64" in str(why_not_kernel("cuda", torch.float64, 4, 128))
@@ -139,7 +134,7 @@ def test_kernel_interpreted(tmp_path: Path) -> None:
 def cuda_errors(dtype: torch.dtype, page_size: int) -> list[float]:
     assert why_not_kernel("cuda", dtype, 4, 64) is None
     lengths = torch.tensor([[3000, 17], [0, 700], [256, 257]])
-    slots = Slots(lengths, page_size, 4, 64, window=True, dtype=dtype, device="cuda")
+    slots = Slots(lengths, page_size, 4, 64, window=True, gap=True, dtype=dtype, device="cuda")
     found, expected = slots.attend(attend_paged), slots.by_formula()
     there = expected.lse > -torch.inf
     assert torch.equal(found.lse.cpu() > -torch.inf, there)

@@ -38,6 +38,14 @@ MERGING = {
     "window": 5,
     "target_compression_ratio": 2.0,
 }
+DROPPING = {
+    "name": "dms",
+    "stage": "finetune",
+    "decision_scale": 30.0,
+    "initial_decision_offset": 0.1,
+    "window": 4,
+}
+POLICIES = {"dense": DENSE, "dmc": MERGING, "dms": DROPPING}
 
 CASES = [
     (name, policy)
@@ -55,7 +63,7 @@ MIXED_CASES = [("mixed", "dense"), ("mixed cyclic", "dmc"), ("two sources", "den
     False
 )  # a test may be the first that asks for it in that mode, and others need gradients
 def model(name: str, policy: str = "dense", dtype: torch.dtype = torch.float32) -> LCKVLlamaForCausalLM:
-    """A random model; about half of the tokens are merged, and no decision is close."""
+    """A random model; about half of the tokens are merged or dropped, and no decision is close."""
     torch.manual_seed(0)
     layer_types = {**MAPS, **MIXING_MAPS}[name]
     config = LCKVLlamaConfig(
@@ -70,7 +78,7 @@ def model(name: str, policy: str = "dense", dtype: torch.dtype = torch.float32) 
         initializer_range=0.15,
         compression={
             "layer_types": layer_types,
-            "policy": DENSE if policy == "dense" else MERGING,
+            "policy": POLICIES[policy],
             "sliding_window": 5 if "s" in layer_types else None,
             "force_nodiag": name == "without self",
         },

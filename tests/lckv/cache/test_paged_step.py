@@ -54,7 +54,7 @@ def everything(cache: PagedCache, sequences: Sequence[int]) -> list[Tensor]:
     return [memory.lengths[:, sequences], memory.seen[sequences], *state, *of_slots]
 
 
-@pytest.mark.parametrize(("name", "policy"), [*CASES, *MIXED_CASES])
+@pytest.mark.parametrize(("name", "policy"), [*CASES, *MIXED_CASES, ("LCKV", "dms")])
 @pytest.mark.parametrize("rows", [3, 4], ids=["exact", "fixed"])
 def test_steps_equal_the_model_on_rows(name: str, policy: str, rows: int) -> None:
     cache, sequences = filled(name, policy)
@@ -78,7 +78,8 @@ def test_steps_equal_the_model_on_rows(name: str, policy: str, rows: int) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "policy"), [("plain", "dense"), ("LCKV", "dense"), ("sliding cyclic", "dense"), ("LCKV", "dmc")]
+    ("name", "policy"),
+    [("plain", "dense"), ("LCKV", "dense"), ("sliding cyclic", "dense"), ("LCKV", "dmc"), ("CLA", "dms")],
 )
 def test_a_captured_step_equals_the_eager_one_bit_for_bit(name: str, policy: str) -> None:
     """Operators of one step, on the same memory with what later plans say; none of them asks the device."""

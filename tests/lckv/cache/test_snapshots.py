@@ -196,8 +196,13 @@ class SharedWholeRequests(SharedRequests):
     built = model("CLA")
 
 
-for _machine in (SharedRequests, SharedWindowedRequests, SharedWholeRequests):
+class SharedLateRequests(SharedRequests):
+    built = model("LCKV", "dms")
+
+
+for _machine in (SharedRequests, SharedWindowedRequests, SharedWholeRequests, SharedLateRequests):
     _machine.TestCase.settings = settings(max_examples=8, stateful_step_count=20)
 TestSharedRequests = SharedRequests.TestCase
 TestSharedWindowedRequests = SharedWindowedRequests.TestCase
 TestSharedWholeRequests = SharedWholeRequests.TestCase
+TestSharedLateRequests = SharedLateRequests.TestCase

@@ -34,6 +34,13 @@ def test_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(capsys.readouterr().out.splitlines()) == len(rows)
 
 
+def test_chosen_models(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = f"--hidden-sizes 32 --heads 2 1 --layers 2 --tokens 9 --threads {torch.get_num_threads()}"
+    main([*sizes.split(), "--rows", "1", "--repeats", "1", "--models", "A=plain", "B=0_0,forgetful"])
+    steps = [line.split("tokens")[1].split("  ")[1] for line in capsys.readouterr().out.splitlines()]
+    assert steps == ["transformers", "A paged", "B paged"]
+
+
 def test_rows_say_what_the_page_says() -> None:
     now, before = (
         {
