@@ -1,9 +1,9 @@
 """Attention of new tokens to themselves and to what a cache holds of earlier ones.
 
 Where nothing but causality hides keys, many new tokens are the last queries of all tokens
-(`last_queries.py`), without a mask. Elsewhere queries are walked in blocks under a mask, so nothing of size
-(new tokens) x (all tokens) is made. It is what decoding and continued prompts use; a prompt without a past is
-ordinary attention (`backends.py`).
+(`last_queries.py`), and one new token sees all that there are, both without a mask. Elsewhere queries are
+walked in blocks under a mask, so nothing of size (new tokens) x (all tokens) is made. It is what decoding and
+continued prompts use; a prompt without a past is ordinary attention (`backends.py`).
 
 Shapes: b rows, h query heads, g KV heads, s new tokens, n slots, d channels of a head.
 """
@@ -43,17 +43,21 @@ class Past(NamedTuple):
     """int64 [b, g]: slots in use, the first ones. Under a window slots are tokens, the newest last; else
     `NewTokens.seen` says how they stand."""
 
+    even: bool = False
+    """Whether it is known, without asking the device, that all heads use all n slots, in order."""
+
     def with_second(self, other: "Past", second: Second) -> "Past":
         """What a layer reads that reads this one, whose slots hold the same tokens as those of `other`,
         too."""
-        return Past(*second.joined(self[:2], other[:2]), self.lengths)
+        return Past(*second.joined(self[:2], other[:2]), self.lengths, self.even and other.even)
 
     def newest(self, tokens: int) -> "Past":
         """The slots that hold the newest `tokens` of each row, and where rows differ in length, more."""
-        start = int(self.lengths.min()) - tokens
+        fewest = self.key.shape[2] if self.even else int(self.lengths.min())
+        start = fewest - tokens
         if start <= 0:
             return self
-        return Past(self.key[:, :, start:], self.value[:, :, start:], self.lengths - start)
+        return Past(self.key[:, :, start:], self.value[:, :, start:], self.lengths - start, self.even)
 
 
 class NewTokens(NamedTuple):
@@ -118,6 +122,9 @@ def attend_past(
     to its score as it is, and keys of the past have none. `columns`: for policies without bias; None: all
     slots are shown, and a window counts tokens. `places` int64 [b, q]: the new tokens of each row that have
     queries, [b, h, q, d + e], at least one; None: all. Scores are float32."""
+    if past.even and _sees_all(new, key_bias, columns):
+        with torch.autocast(query.device.type, enabled=False):
+            return _attend_one(query, new, past, visibility, scale, dropout)
     many = query.shape[2] >= _BLOCK and places is None and not torch.compiler.is_compiling()
     if many and visibility.window is not None and columns is None:
         past = past.newest(visibility.window - 1)
@@ -140,6 +147,29 @@ def attend_past(
             for block in _blocks(heads, places, new.key.shape[2], entries)
         ]
     return torch.cat(blocks, 2).unflatten(0, (rows, kv_heads)).flatten(1, 2).to(past.value.dtype)
+
+
+def _sees_all(new: NewTokens, key_bias: KeyBias | None, columns: Columns | None) -> bool:
+    """Whether there is one new token, from which nothing but a window or itself is hidden."""
+    alone = new.key.shape[2] == 1 and new.counted is None and new.documents is None
+    return alone and key_bias is None and columns is None
+
+
+def _attend_one(
+    query: Tensor, new: NewTokens, past: Past, visibility: Visibility, scale: float, dropout: float
+) -> Tensor:
+    """As `attend_past` of one new token in each row, [b, h, q, d], and of a past that is even."""
+    if visibility.window is not None:
+        past = past.newest(visibility.window - 1)
+    no_key, no_value = new.key[:, :, :0], new.value[:, :, :0]
+    own = (no_key, no_value) if visibility.exclude_self else (new.key, new.value)
+    query, key, value = _of_one_dtype(query, *own, past)
+    if key.shape[2] == 0:
+        return torch.zeros_like(query).to(past.value.dtype)
+    # The heads of a group see the same keys: as queries of one head they cost less.
+    heads = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    output = scaled_dot_product_attention(heads, key, value, scale=scale, dropout_p=dropout)
+    return output.unflatten(2, (-1, query.shape[2])).flatten(1, 2).to(past.value.dtype)
 
 
 def _blocks(
@@ -177,11 +207,12 @@ def _attend_unmasked(
     count, heads use different numbers of slots, or kernels without a mask do not take the heads."""
     if new.counted is not None or new.documents is not None or new.hides is not None:
         return None
-    fewest, most = torch.stack(past.lengths.aminmax()).tolist()
-    if fewest != most:
-        return None
-    in_use = Past(past.key[:, :, :most], past.value[:, :, :most], past.lengths)
-    query, key, value = _of_one_dtype(query, new.key, new.value, in_use)
+    if not past.even:
+        fewest, most = torch.stack(past.lengths.aminmax()).tolist()
+        if fewest != most:
+            return None
+        past = Past(past.key[:, :, :most], past.value[:, :, :most], past.lengths, even=True)
+    query, key, value = _of_one_dtype(query, new.key, new.value, past)
     try:
         pair = choose_pair(query)
     except UnsupportedError:

@@ -76,7 +76,12 @@ def _append(lengths: Tensor, kept: Tensor | None, tokens: int) -> Edit:
 
 
 def _edit_of_ring(
-    extension: Extension, size: int, counted: Tensor | None, kept: Tensor | None, lengths: Tensor, seen: Tensor
+    extension: Extension,
+    size: int,
+    counted: Tensor | None,
+    kept: Tensor | None,
+    lengths: Tensor,
+    seen: Tensor,
 ) -> Edit:
     """`size`: a. `kept` bool [s, b, g] of the new tokens, None: all; `seen` [b, 1]."""
     tokens, heads = len(extension.key), lengths.shape[1]

@@ -23,8 +23,9 @@ class LayerSlots:
         self._traits, self._window = policy.traits, window
         # One slot more than room for: where tokens go that are not written.
         self._slots: past.Past | None = None
-        # An upper bound, so that lengths are fetched from the device only when they might matter.
-        self._longest = 0
+        # An upper bound, so that lengths are fetched from the device only when they might matter; the length
+        # of every head while these are even.
+        self._longest, self._even = 0, policy.traits.keeps_every_token
         self._gone: Tensor | None = None  # int64 [b, g]: tokens that the window has dropped
         self.state: Tensor | None = None
         """What the KV policy keeps besides slots."""
@@ -33,8 +34,8 @@ class LayerSlots:
     def past(self) -> past.Past:
         """What is in use, and what might be."""
         assert self._slots is not None, "read before the first commit"
-        key, value, lengths = self._slots
-        return past.Past(key[:, :, : self._longest], value[:, :, : self._longest], lengths)
+        key, value, lengths, _ = self._slots
+        return past.Past(key[:, :, : self._longest], value[:, :, : self._longest], lengths, self._even)
 
     @property
     def tokens(self) -> Tensor:
@@ -47,7 +48,7 @@ class LayerSlots:
     @property
     def num_bytes(self) -> int:
         """Bytes allocated."""
-        tensors = (*(self._slots or ()), self._gone, self.state)
+        tensors = (*(self._slots or ())[:3], self._gone, self.state)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
     def write(self, extension: Extension, counted: Tensor | None, seen: Tensor) -> None:
@@ -58,6 +59,11 @@ class LayerSlots:
             empty = value.new_zeros(rows, heads, 1, channels)
             lengths = torch.zeros(rows, heads, dtype=torch.int64, device=key.device)
             self._slots = past.Past(empty.to(key.dtype), empty.clone(), lengths)
+        self.state = None if extension.state is None else extension.state.detach()
+        self._even = self._even and counted is None
+        if self._even:
+            self._append(key, value)
+            return
         lengths = self._slots.lengths
         edit = edit_of(extension, self._traits.key_bias, counted, lengths, seen)
         slots, written = edit.slots, edit.written
@@ -73,12 +79,19 @@ class LayerSlots:
                 moved = edit.moved.clamp(max=memory.shape[2] - 1)  # rows may have fewer slots than others
                 new = torch.cat((memory[row[:, None], head, moved], new))
             memory[row[:, None], head, slots] = new
-        self.state = None if extension.state is None else extension.state.detach()
+
+    def _append(self, key: Tensor, value: Tensor) -> None:
+        """The new tokens [s, b, g, d] of heads that stay even."""
+        assert self._slots is not None
+        self._make_room(len(key), self._slots.lengths + len(key))
+        written = min(len(key), self._longest)  # a window may be shorter
+        for memory, new in ((self._slots.key, key), (self._slots.value, value)):
+            memory[:, :, self._longest - written : self._longest] = new[-written:].permute(1, 2, 0, 3)
 
     def select_rows(self, index: Tensor) -> None:
         """Row i becomes what row `index[i]` was."""
         if self._slots is not None:
-            self._slots = past.Past(*(tensor[index] for tensor in self._slots))
+            self._slots = past.Past(*(tensor[index] for tensor in self._slots[:3]))
         if self._gone is not None:
             self._gone = self._gone[index]
         if self.state is not None:
@@ -100,7 +113,7 @@ class LayerSlots:
         """Forget the newest `tokens` (int64 [b]) of each row."""
         if self._slots is not None:
             lengths = (self._slots.lengths - tokens[:, None]).clamp(min=0)
-            self._slots = self._slots._replace(lengths=lengths)
+            self._slots, self._even = self._slots._replace(lengths=lengths), False
 
     def _make_room(self, tokens: int, lengths: Tensor) -> Tensor | None:
         """For up to `tokens` more slots per head, after which there are `lengths` [b, g]. Returns how many of
@@ -135,7 +148,7 @@ class LayerSlots:
 
 def _without_oldest(slots: past.Past, shift: Tensor) -> past.Past:
     """The same without the first `shift` [b, g] of each head's slots."""
-    key, value, lengths = slots
+    key, value, lengths, _ = slots
     places = torch.arange(key.shape[2], device=key.device)
     index = (places + shift[..., None]).clamp(max=key.shape[2] - 1)[..., None].expand_as(key)
     return past.Past(key.gather(2, index), value.gather(2, index), lengths - shift)
