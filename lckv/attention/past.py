@@ -8,6 +8,7 @@ continued prompts use; a prompt without a past is ordinary attention (`backends.
 Shapes: b rows, h query heads, g KV heads, s new tokens, n slots, d channels of a head.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -123,7 +124,7 @@ def attend_past(
     slots are shown, and a window counts tokens. `places` int64 [b, q]: the new tokens of each row that have
     queries, [b, h, q, d + e], at least one; None: all. Scores are float32."""
     if past.even and _sees_all(new, key_bias, columns):
-        with torch.autocast(query.device.type, enabled=False):
+        with _no_autocast(query.device.type):
             return _attend_one(query, new, past, visibility, scale, dropout)
     many = query.shape[2] >= _BLOCK and places is None and not torch.compiler.is_compiling()
     if many and visibility.window is not None and columns is None:
@@ -131,13 +132,13 @@ def attend_past(
     rows, kv_heads, older, _ = past.key.shape
     new_key = new.key
     if many and dropout == 0 and visibility.window is None and key_bias is None and columns is None:
-        with torch.autocast(query.device.type, enabled=False):
+        with _no_autocast(query.device.type):
             output = _attend_unmasked(query, new, past, visibility, scale)
         if output is not None:
             return output.to(past.value.dtype)
     if key_bias is not None:  # what a key's last channel says is said by the mask
         query, new_key = (without_bias(heads, key_bias.extra_channels) for heads in (query, new.key))
-    with torch.autocast(query.device.type, enabled=False):
+    with _no_autocast(query.device.type):
         query, key, value = _of_one_dtype(query, new_key, new.value, past)
         key, value = (tensor.flatten(0, 1)[:, None] for tensor in (key, value))
         heads = query.unflatten(1, (kv_heads, -1)).flatten(0, 1)
@@ -147,6 +148,11 @@ def attend_past(
             for block in _blocks(heads, places, new.key.shape[2], entries)
         ]
     return torch.cat(blocks, 2).unflatten(0, (rows, kv_heads)).flatten(1, 2).to(past.value.dtype)
+
+
+def _no_autocast(device: str) -> AbstractContextManager[object]:
+    """Nothing, which is cheaper, where there is none."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _sees_all(new: NewTokens, key_bias: KeyBias | None, columns: Columns | None) -> bool:
