@@ -47,6 +47,9 @@ class Past(NamedTuple):
     even: bool = False
     """Whether it is known, without asking the device, that all heads use all n slots, in order."""
 
+    spare: tuple[Tensor, Tensor] | None = None
+    """Keys and values [b, g, n + 1, d] in the same memory: the last place may be written."""
+
     def with_second(self, other: "Past", second: Second) -> "Past":
         """What a layer reads that reads this one, whose slots hold the same tokens as those of `other`,
         too."""
@@ -58,7 +61,18 @@ class Past(NamedTuple):
         start = fewest - tokens
         if start <= 0:
             return self
-        return Past(self.key[:, :, start:], self.value[:, :, start:], self.lengths - start, self.even)
+        key, value = (tensor[:, :, start:] for tensor in self[:2])
+        spare = None if self.spare is None else (self.spare[0][:, :, start:], self.spare[1][:, :, start:])
+        return Past(key, value, self.lengths - start, self.even, spare)
+
+    def and_one(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values [b, g, n + 1, d], those of one new token [b, g, 1, d] last. Nothing else is
+        copied where there is a spare place for keys of this dtype, and no gradient."""
+        if self.spare is None or torch.is_grad_enabled() or key.dtype != self.key.dtype:
+            return torch.cat((self.key, key), 2), torch.cat((self.value, value.to(self.value.dtype)), 2)
+        for memory, new in zip(self.spare, (key, value), strict=True):
+            memory[:, :, -1:] = new
+        return self.spare
 
 
 class NewTokens(NamedTuple):
@@ -167,11 +181,11 @@ def _attend_one(
     """As `attend_past` of one new token in each row, [b, h, q, d], and of a past that is even."""
     if visibility.window is not None:
         past = past.newest(visibility.window - 1)
-    no_key, no_value = new.key[:, :, :0], new.value[:, :, :0]
-    own = (no_key, no_value) if visibility.exclude_self else (new.key, new.value)
-    query, key, value = _of_one_dtype(query, *own, past)
+    key, value = past[:2] if visibility.exclude_self else past.and_one(new.key, new.value)
     if key.shape[2] == 0:
-        return torch.zeros_like(query).to(past.value.dtype)
+        return torch.zeros_like(query, dtype=past.value.dtype)
+    dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     # The heads of a group see the same keys: as queries of one head they cost less.
     heads = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
     output = scaled_dot_product_attention(heads, key, value, scale=scale, dropout_p=dropout)

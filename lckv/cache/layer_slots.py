@@ -34,8 +34,10 @@ class LayerSlots:
     def past(self) -> past.Past:
         """What is in use, and what might be."""
         assert self._slots is not None, "read before the first commit"
-        key, value, lengths, _ = self._slots
-        return past.Past(key[:, :, : self._longest], value[:, :, : self._longest], lengths, self._even)
+        key, value, lengths = self._slots[:3]
+        used, behind = self._longest, self._longest + 1
+        spare = (key[:, :, :behind], value[:, :, :behind]) if self._even else None
+        return past.Past(key[:, :, :used], value[:, :, :used], lengths, self._even, spare)
 
     @property
     def tokens(self) -> Tensor:
@@ -148,7 +150,7 @@ class LayerSlots:
 
 def _without_oldest(slots: past.Past, shift: Tensor) -> past.Past:
     """The same without the first `shift` [b, g] of each head's slots."""
-    key, value, lengths, _ = slots
+    key, value, lengths = slots[:3]
     places = torch.arange(key.shape[2], device=key.device)
     index = (places + shift[..., None]).clamp(max=key.shape[2] - 1)[..., None].expand_as(key)
     return past.Past(key.gather(2, index), value.gather(2, index), lengths - shift)

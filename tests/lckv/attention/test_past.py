@@ -167,12 +167,21 @@ def test_one_new_token_of_an_even_past_takes_no_mask(
     slots: int, exclude_self: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     query, new, _ = many(1, slots)
-    old = Past(*torch.randn(2, 2, 2, slots, 8), torch.full((2, 2), slots), even=True)
+    spare = torch.randn(2, 2, 2, slots + 1, 8)
+    old = Past(*spare[:, :, :, :slots], torch.full((2, 2), slots), even=True)
     visibility = Visibility(exclude_self, window)
     expected = plain(query, new, old, visibility, None)
     monkeypatch.setattr(past, "_attend_block", None)
-    output = past.attend_past(query, new, old, visibility, scale=0.3)
-    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+    for one, grad in (
+        (old, False),
+        (old._replace(spare=spare.unbind()), True),
+        (old._replace(spare=spare.unbind()), False),
+    ):
+        with torch.set_grad_enabled(grad):
+            output = past.attend_past(query, new, one, visibility, scale=0.3)
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+        is_written = one.spare is not None and not grad and not exclude_self
+        assert torch.equal(spare[0, :, :, -1:], new.key) == is_written
 
 
 @pytest.mark.parametrize(
