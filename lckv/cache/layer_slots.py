@@ -3,6 +3,8 @@
 Shapes: b rows, s new tokens, g KV heads, d channels of a head, n slots.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -16,13 +18,21 @@ _REVOCABLE = 32
 windowed layers keep as many tokens beyond their window."""
 
 
+class _Memory(NamedTuple):
+    """As `past.Past`, with more slots than are in use: one more than there is room for, where tokens go that
+    are not written."""
+
+    key: Tensor
+    value: Tensor
+    lengths: Tensor
+
+
 class LayerSlots:
     """Memory for the slots of one layer, and how many of them each head uses."""
 
     def __init__(self, policy: KVPolicy, window: int | None) -> None:
         self._traits, self._window = policy.traits, window
-        # One slot more than room for: where tokens go that are not written.
-        self._slots: past.Past | None = None
+        self._slots: _Memory | None = None
         # An upper bound, so that lengths are fetched from the device only when they might matter; the length
         # of every head while these are even.
         self._longest, self._even = 0, policy.traits.keeps_every_token
@@ -34,7 +44,7 @@ class LayerSlots:
     def past(self) -> past.Past:
         """What is in use, and what might be."""
         assert self._slots is not None, "read before the first commit"
-        key, value, lengths = self._slots[:3]
+        key, value, lengths = self._slots
         used, behind = self._longest, self._longest + 1
         spare = (key[:, :, :behind], value[:, :, :behind]) if self._even else None
         return past.Past(key[:, :, :used], value[:, :, :used], lengths, self._even, spare)
@@ -50,7 +60,7 @@ class LayerSlots:
     @property
     def num_bytes(self) -> int:
         """Bytes allocated."""
-        tensors = (*(self._slots or ())[:3], self._gone, self.state)
+        tensors = (*(self._slots or ()), self._gone, self.state)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
     def write(self, extension: Extension, counted: Tensor | None, seen: Tensor) -> None:
@@ -60,7 +70,7 @@ class LayerSlots:
         if self._slots is None:
             empty = value.new_zeros(rows, heads, 1, channels)
             lengths = torch.zeros(rows, heads, dtype=torch.int64, device=key.device)
-            self._slots = past.Past(empty.to(key.dtype), empty.clone(), lengths)
+            self._slots = _Memory(empty.to(key.dtype), empty.clone(), lengths)
         self.state = None if extension.state is None else extension.state.detach()
         self._even = self._even and counted is None
         if self._even:
@@ -93,7 +103,7 @@ class LayerSlots:
     def select_rows(self, index: Tensor) -> None:
         """Row i becomes what row `index[i]` was."""
         if self._slots is not None:
-            self._slots = past.Past(*(tensor[index] for tensor in self._slots[:3]))
+            self._slots = _Memory(*(tensor[index] for tensor in self._slots))
         if self._gone is not None:
             self._gone = self._gone[index]
         if self.state is not None:
@@ -148,9 +158,9 @@ class LayerSlots:
             self._slots = self._slots._replace(key=key, value=value)
 
 
-def _without_oldest(slots: past.Past, shift: Tensor) -> past.Past:
+def _without_oldest(slots: _Memory, shift: Tensor) -> _Memory:
     """The same without the first `shift` [b, g] of each head's slots."""
-    key, value, lengths = slots[:3]
+    key, value, lengths = slots
     places = torch.arange(key.shape[2], device=key.device)
     index = (places + shift[..., None]).clamp(max=key.shape[2] - 1)[..., None].expand_as(key)
-    return past.Past(key.gather(2, index), value.gather(2, index), lengths - shift)
+    return _Memory(key.gather(2, index), value.gather(2, index), lengths - shift)
