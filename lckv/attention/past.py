@@ -1,13 +1,14 @@
 """Attention of new tokens to themselves and to what a cache holds of earlier ones.
 
 Where nothing but causality hides keys, many new tokens are the last queries of all tokens
-(`last_queries.py`), without a mask. Elsewhere queries are walked in blocks under a mask, so nothing of size
-(new tokens) x (all tokens) is made. It is what decoding and continued prompts use; a prompt without a past is
-ordinary attention (`backends.py`).
+(`last_queries.py`), and one new token sees all that there are, both without a mask. Elsewhere queries are
+walked in blocks under a mask, so nothing of size (new tokens) x (all tokens) is made. It is what decoding and
+continued prompts use; a prompt without a past is ordinary attention (`backends.py`).
 
 Shapes: b rows, h query heads, g KV heads, s new tokens, n slots, d channels of a head.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -43,17 +44,35 @@ class Past(NamedTuple):
     """int64 [b, g]: slots in use, the first ones. Under a window slots are tokens, the newest last; else
     `NewTokens.seen` says how they stand."""
 
+    even: bool = False
+    """Whether it is known, without asking the device, that all heads use all n slots, in order."""
+
+    spare: tuple[Tensor, Tensor] | None = None
+    """Keys and values [b, g, n + 1, d] in the same memory: the last place may be written."""
+
     def with_second(self, other: "Past", second: Second) -> "Past":
         """What a layer reads that reads this one, whose slots hold the same tokens as those of `other`,
         too."""
-        return Past(*second.joined(self[:2], other[:2]), self.lengths)
+        return Past(*second.joined(self[:2], other[:2]), self.lengths, self.even and other.even)
 
     def newest(self, tokens: int) -> "Past":
         """The slots that hold the newest `tokens` of each row, and where rows differ in length, more."""
-        start = int(self.lengths.min()) - tokens
+        fewest = self.key.shape[2] if self.even else int(self.lengths.min())
+        start = fewest - tokens
         if start <= 0:
             return self
-        return Past(self.key[:, :, start:], self.value[:, :, start:], self.lengths - start)
+        key, value = (tensor[:, :, start:] for tensor in self[:2])
+        spare = None if self.spare is None else (self.spare[0][:, :, start:], self.spare[1][:, :, start:])
+        return Past(key, value, self.lengths - start, self.even, spare)
+
+    def and_one(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values [b, g, n + 1, d], those of one new token [b, g, 1, d] last. Nothing else is
+        copied where there is a spare place for keys of this dtype, and no gradient."""
+        if self.spare is None or torch.is_grad_enabled() or key.dtype != self.key.dtype:
+            return torch.cat((self.key, key), 2), torch.cat((self.value, value.to(self.value.dtype)), 2)
+        for memory, new in zip(self.spare, (key, value), strict=True):
+            memory[:, :, -1:] = new
+        return self.spare
 
 
 class NewTokens(NamedTuple):
@@ -118,19 +137,22 @@ def attend_past(
     to its score as it is, and keys of the past have none. `columns`: for policies without bias; None: all
     slots are shown, and a window counts tokens. `places` int64 [b, q]: the new tokens of each row that have
     queries, [b, h, q, d + e], at least one; None: all. Scores are float32."""
+    if past.even and _sees_all(new, key_bias, columns):
+        with _no_autocast(query.device.type):
+            return _attend_one(query, new, past, visibility, scale, dropout)
     many = query.shape[2] >= _BLOCK and places is None and not torch.compiler.is_compiling()
     if many and visibility.window is not None and columns is None:
         past = past.newest(visibility.window - 1)
     rows, kv_heads, older, _ = past.key.shape
     new_key = new.key
     if many and dropout == 0 and visibility.window is None and key_bias is None and columns is None:
-        with torch.autocast(query.device.type, enabled=False):
+        with _no_autocast(query.device.type):
             output = _attend_unmasked(query, new, past, visibility, scale)
         if output is not None:
             return output.to(past.value.dtype)
     if key_bias is not None:  # what a key's last channel says is said by the mask
         query, new_key = (without_bias(heads, key_bias.extra_channels) for heads in (query, new.key))
-    with torch.autocast(query.device.type, enabled=False):
+    with _no_autocast(query.device.type):
         query, key, value = _of_one_dtype(query, new_key, new.value, past)
         key, value = (tensor.flatten(0, 1)[:, None] for tensor in (key, value))
         heads = query.unflatten(1, (kv_heads, -1)).flatten(0, 1)
@@ -140,6 +162,34 @@ def attend_past(
             for block in _blocks(heads, places, new.key.shape[2], entries)
         ]
     return torch.cat(blocks, 2).unflatten(0, (rows, kv_heads)).flatten(1, 2).to(past.value.dtype)
+
+
+def _no_autocast(device: str) -> AbstractContextManager[object]:
+    """Nothing, which is cheaper, where there is none."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _sees_all(new: NewTokens, key_bias: KeyBias | None, columns: Columns | None) -> bool:
+    """Whether there is one new token, from which nothing but a window or itself is hidden."""
+    alone = new.key.shape[2] == 1 and new.counted is None and new.documents is None
+    return alone and key_bias is None and columns is None
+
+
+def _attend_one(
+    query: Tensor, new: NewTokens, past: Past, visibility: Visibility, scale: float, dropout: float
+) -> Tensor:
+    """As `attend_past` of one new token in each row, [b, h, q, d], and of a past that is even."""
+    if visibility.window is not None:
+        past = past.newest(visibility.window - 1)
+    key, value = past[:2] if visibility.exclude_self else past.and_one(new.key, new.value)
+    if key.shape[2] == 0:
+        return torch.zeros_like(query, dtype=past.value.dtype)
+    dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    # The heads of a group see the same keys: as queries of one head they cost less.
+    heads = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    output = scaled_dot_product_attention(heads, key, value, scale=scale, dropout_p=dropout)
+    return output.unflatten(2, (-1, query.shape[2])).flatten(1, 2).to(past.value.dtype)
 
 
 def _blocks(
@@ -177,11 +227,12 @@ def _attend_unmasked(
     count, heads use different numbers of slots, or kernels without a mask do not take the heads."""
     if new.counted is not None or new.documents is not None or new.hides is not None:
         return None
-    fewest, most = torch.stack(past.lengths.aminmax()).tolist()
-    if fewest != most:
-        return None
-    in_use = Past(past.key[:, :, :most], past.value[:, :, :most], past.lengths)
-    query, key, value = _of_one_dtype(query, new.key, new.value, in_use)
+    if not past.even:
+        fewest, most = torch.stack(past.lengths.aminmax()).tolist()
+        if fewest != most:
+            return None
+        past = Past(past.key[:, :, :most], past.value[:, :, :most], past.lengths, even=True)
+    query, key, value = _of_one_dtype(query, new.key, new.value, past)
     try:
         pair = choose_pair(query)
     except UnsupportedError:

@@ -3,6 +3,8 @@
 Shapes: b rows, s new tokens, g KV heads, d channels of a head, n slots.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -16,15 +18,24 @@ _REVOCABLE = 32
 windowed layers keep as many tokens beyond their window."""
 
 
+class _Memory(NamedTuple):
+    """As `past.Past`, with more slots than are in use: one more than there is room for, where tokens go that
+    are not written."""
+
+    key: Tensor
+    value: Tensor
+    lengths: Tensor
+
+
 class LayerSlots:
     """Memory for the slots of one layer, and how many of them each head uses."""
 
     def __init__(self, policy: KVPolicy, window: int | None) -> None:
         self._traits, self._window = policy.traits, window
-        # One slot more than room for: where tokens go that are not written.
-        self._slots: past.Past | None = None
-        # An upper bound, so that lengths are fetched from the device only when they might matter.
-        self._longest = 0
+        self._slots: _Memory | None = None
+        # An upper bound, so that lengths are fetched from the device only when they might matter; the length
+        # of every head while these are even.
+        self._longest, self._even = 0, policy.traits.keeps_every_token
         self._gone: Tensor | None = None  # int64 [b, g]: tokens that the window has dropped
         self.state: Tensor | None = None
         """What the KV policy keeps besides slots."""
@@ -34,7 +45,9 @@ class LayerSlots:
         """What is in use, and what might be."""
         assert self._slots is not None, "read before the first commit"
         key, value, lengths = self._slots
-        return past.Past(key[:, :, : self._longest], value[:, :, : self._longest], lengths)
+        used, behind = self._longest, self._longest + 1
+        spare = (key[:, :, :behind], value[:, :, :behind]) if self._even else None
+        return past.Past(key[:, :, :used], value[:, :, :used], lengths, self._even, spare)
 
     @property
     def tokens(self) -> Tensor:
@@ -57,7 +70,12 @@ class LayerSlots:
         if self._slots is None:
             empty = value.new_zeros(rows, heads, 1, channels)
             lengths = torch.zeros(rows, heads, dtype=torch.int64, device=key.device)
-            self._slots = past.Past(empty.to(key.dtype), empty.clone(), lengths)
+            self._slots = _Memory(empty.to(key.dtype), empty.clone(), lengths)
+        self.state = None if extension.state is None else extension.state.detach()
+        self._even = self._even and counted is None
+        if self._even:
+            self._append(key, value)
+            return
         lengths = self._slots.lengths
         edit = edit_of(extension, self._traits.key_bias, counted, lengths, seen)
         slots, written = edit.slots, edit.written
@@ -73,12 +91,19 @@ class LayerSlots:
                 moved = edit.moved.clamp(max=memory.shape[2] - 1)  # rows may have fewer slots than others
                 new = torch.cat((memory[row[:, None], head, moved], new))
             memory[row[:, None], head, slots] = new
-        self.state = None if extension.state is None else extension.state.detach()
+
+    def _append(self, key: Tensor, value: Tensor) -> None:
+        """The new tokens [s, b, g, d] of heads that stay even."""
+        assert self._slots is not None
+        self._make_room(len(key), self._slots.lengths + len(key))
+        written = min(len(key), self._longest)  # a window may be shorter
+        for memory, new in ((self._slots.key, key), (self._slots.value, value)):
+            memory[:, :, self._longest - written : self._longest] = new[-written:].permute(1, 2, 0, 3)
 
     def select_rows(self, index: Tensor) -> None:
         """Row i becomes what row `index[i]` was."""
         if self._slots is not None:
-            self._slots = past.Past(*(tensor[index] for tensor in self._slots))
+            self._slots = _Memory(*(tensor[index] for tensor in self._slots))
         if self._gone is not None:
             self._gone = self._gone[index]
         if self.state is not None:
@@ -100,7 +125,7 @@ class LayerSlots:
         """Forget the newest `tokens` (int64 [b]) of each row."""
         if self._slots is not None:
             lengths = (self._slots.lengths - tokens[:, None]).clamp(min=0)
-            self._slots = self._slots._replace(lengths=lengths)
+            self._slots, self._even = self._slots._replace(lengths=lengths), False
 
     def _make_room(self, tokens: int, lengths: Tensor) -> Tensor | None:
         """For up to `tokens` more slots per head, after which there are `lengths` [b, g]. Returns how many of
@@ -133,9 +158,9 @@ class LayerSlots:
             self._slots = self._slots._replace(key=key, value=value)
 
 
-def _without_oldest(slots: past.Past, shift: Tensor) -> past.Past:
+def _without_oldest(slots: _Memory, shift: Tensor) -> _Memory:
     """The same without the first `shift` [b, g] of each head's slots."""
     key, value, lengths = slots
     places = torch.arange(key.shape[2], device=key.device)
     index = (places + shift[..., None]).clamp(max=key.shape[2] - 1)[..., None].expand_as(key)
-    return past.Past(key.gather(2, index), value.gather(2, index), lengths - shift)
+    return _Memory(key.gather(2, index), value.gather(2, index), lengths - shift)

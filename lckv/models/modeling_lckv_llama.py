@@ -42,7 +42,7 @@ from lckv.models.logits import (
     loss_without_logits,
     share_of_batch,
 )
-from lckv.models.outputs import LCKVModelOutput, LCKVOutput
+from lckv.models.outputs import LCKVModelOutput, LCKVOutput, RunOutput
 from lckv.models.planned_layers import HiddenStates, PlannedLayers
 from lckv.models.tokens import Given, Layout, documents_of, positions
 from lckv.models.wanted import Wanted, check_needs, newest_columns, results_of
@@ -171,10 +171,14 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
             function=None if function is None else AttentionFunction(function, mask, asked.of_attention),
             wanted=None if whole else newest_columns(embedded, states_to_keep),
         )
-        fields = {name: value for name, value in output.items() if name != "passes"}
-        fields["last_hidden_state"] = kept_states(fields["last_hidden_state"], states_to_keep)
-        output = LCKVModelOutput(**fields, past_key_values=past_key_values)
-        return output if asked.return_dict else output.to_tuple()
+        result = LCKVModelOutput(
+            kept_states(output.last_hidden_state, states_to_keep),
+            past_key_values,
+            output.hidden_states,
+            auxiliary_loss=output.auxiliary_loss,
+            statistics=output.statistics,
+        )
+        return result if asked.return_dict else result.to_tuple()
 
     def _cache(self, given: LCKVCache | None, use_cache: bool | None) -> LCKVCache | None:
         """The cache to read and to fill, if any."""
@@ -209,7 +213,7 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         output_hidden_states: bool | int | list[int] | None = None,
         function: AttentionFunction | None = None,
         wanted: Tensor | None = None,
-    ) -> LCKVModelOutput:
+    ) -> RunOutput:
         """Run the layers on embedded tokens [b, s, hidden] with any cache, which takes them in. `counted`
         bool [b, s]: not padding, or `layout`: all that there is to say of it; `iteration`: for maps that
         iterate, default the configuration's m + b passes; `function`: of others, for attention; `wanted`
@@ -243,21 +247,18 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         last = self.norm(hidden_states)
         if cache is not None:
             cache.commit(layers.kept, layout.counted)
-        output = LCKVModelOutput(last_hidden_state=last, passes=state.passes)
-        if chosen:
-            output.hidden_states = states.all(last)
-        if layers.statistics:
-            self._report(output, layers.statistics)
-        return output
+        auxiliary_loss, by_name = self._report(layers.statistics) if layers.statistics else (None, None)
+        return RunOutput(last, states.all(last) if chosen else None, auxiliary_loss, by_name, state.passes)
 
-    def _report(self, output: LCKVModelOutput, statistics: Mapping[int, Statistics]) -> None:
-        """What the KV policy, or errors between passes, say of the statistics of each layer that reports."""
+    def _report(self, statistics: Mapping[int, Statistics]) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The auxiliary loss, and what the KV policy, or errors between passes, say of the statistics of each
+        layer that reports."""
         of_layers = [statistics[layer] for layer in self.reporting_layers]
         # Of each statistic [layers, b, g].
         stacked = [torch.stack(tensors) for tensors in zip(*of_layers, strict=True)]
-        output.statistics = dict(statistics_by_name(self.reporter, [tensor.detach() for tensor in stacked]))
+        by_name = dict(statistics_by_name(self.reporter, [tensor.detach() for tensor in stacked]))
         loss = self.reporter.auxiliary_loss([tensor.mean((0, 2)) for tensor in stacked], 1.0)
-        output.auxiliary_loss = None if loss is None else loss.mean()
+        return None if loss is None else loss.mean(), by_name
 
     def iterates(self, tokens: int) -> bool:
         """Whether layers run more than once over so many new tokens. One token sees only older ones in cyclic

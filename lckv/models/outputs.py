@@ -4,11 +4,24 @@ Shapes: b rows, s new tokens, g KV heads.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 from transformers.modeling_outputs import ModelOutput
 
 from lckv.models.cache import LCKVCache
+
+
+class RunOutput(NamedTuple):
+    """What running the layers gives; fields as in `LCKVModelOutput`."""
+
+    last_hidden_state: Tensor
+    hidden_states: tuple[Tensor | None, ...] | None
+    auxiliary_loss: Tensor | None
+    statistics: dict[str, Tensor] | None
+
+    passes: int
+    """That were run over the iterated groups of layers."""
 
 
 @dataclass
@@ -29,8 +42,6 @@ class LCKVModelOutput(ModelOutput):
     """What the KV policy reports, by name: each float32 [layers that compute keys and values, b, g]; or
     errors between passes, of layers that a layer below them reads. None where there is nothing to report, and
     with a cache."""
-    passes: int | None = None
-    """Passes that were run over the iterated groups of layers; given by `run` only."""
 
 
 @dataclass

@@ -160,6 +160,49 @@ def test_many_new_tokens_take_no_mask(exclude_self: bool, monkeypatch: pytest.Mo
     assert past.attend_past(query.bfloat16(), new, old, Visibility(), scale=0.3).dtype == torch.float32
 
 
+@pytest.mark.parametrize("window", [None, 1, 2, 4, 9])
+@pytest.mark.parametrize("exclude_self", [False, True])
+@pytest.mark.parametrize("slots", [0, 1, 5])
+def test_one_new_token_of_an_even_past_takes_no_mask(
+    slots: int, exclude_self: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, new, _ = many(1, slots)
+    spare = torch.randn(2, 2, 2, slots + 1, 8)
+    old = Past(*spare[:, :, :, :slots], torch.full((2, 2), slots), even=True)
+    visibility = Visibility(exclude_self, window)
+    expected = plain(query, new, old, visibility, None)
+    monkeypatch.setattr(past, "_attend_block", None)
+    for one, grad in (
+        (old, False),
+        (old._replace(spare=spare.unbind()), True),
+        (old._replace(spare=spare.unbind()), False),
+    ):
+        with torch.set_grad_enabled(grad):
+            output = past.attend_past(query, new, one, visibility, scale=0.3)
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+        is_written = one.spare is not None and not grad and not exclude_self
+        assert torch.equal(spare[0, :, :, -1:], new.key) == is_written
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({"counted": torch.tensor([[True], [False]])}, {}),
+        ({"documents": torch.zeros(2, 1, dtype=torch.int64)}, {}),
+        ({}, {"columns": past.Columns(torch.ones(2, 2, 5, dtype=torch.int64), None)}),
+        ({}, {"key_bias": KeyBias()}),
+    ],
+    ids=["padding", "documents", "columns", "bias"],
+)
+def test_what_one_new_token_takes_a_mask_for(
+    changes: dict, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, new, _ = many(1, 5, **changes)
+    old = Past(*torch.randn(2, 2, 2, 5, 8), torch.full((2, 2), 5), even=True)
+    monkeypatch.setattr(past, "_attend_one", None)
+    past.attend_past(query, new, old, **{"visibility": Visibility(), "scale": 0.3, **options})
+
+
 @pytest.mark.parametrize(
     ("changes", "lengths", "options"),
     [

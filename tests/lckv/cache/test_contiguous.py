@@ -185,6 +185,45 @@ def test_tokens_of_a_window_are_moved_seldom(monkeypatch: pytest.MonkeyPatch) ->
         assert cache.num_bytes <= 2 * 2 * 2 * (window + 64 + window // 4) * 4 * 4 + 2 * 2 * 2 * 8
 
 
+@given(
+    window=st.sampled_from([None, 1, 3, 40]),
+    exclude_self=st.booleans(),
+    calls=st.lists(st.integers(1, 120), min_size=1, max_size=6),
+    then=st.sampled_from(["padding", "rows", "forgotten"]),
+)
+def test_rows_without_padding_are_as_rows_of_which_all_tokens_count(window, exclude_self, calls, then):
+    visibility, windows = Visibility(exclude_self, window), {} if window is None else {0: window}
+    caches = [ContiguousCache([0], DenseConfig().build(), windows) for _ in range(2)]
+
+    def call(tokens: int, counted: list[Tensor | None], seed: int) -> None:
+        new = dense(tokens, seed=seed)
+        query = torch.randn(2, 4, tokens, 4, generator=torch.Generator().manual_seed(seed))
+        if not caches[0].empty:
+            output, expected = (
+                cache.attend(0, query, new, real, visibility, scale=0.5, key_bias=None)
+                for cache, real in zip(caches, counted, strict=True)
+            )
+            torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
+        for cache, real in zip(caches, counted, strict=True):
+            cache.commit({0: new}, real)
+
+    for seed, tokens in enumerate(calls):
+        call(tokens, [None, torch.ones(2, tokens, dtype=torch.bool)], seed)
+    assert caches[0]._layers[0].past.even
+    assert not caches[1]._layers[0].past.even
+    if then == "padding":
+        call(3, [torch.tensor([[True] * 3, [False, True, True]])] * 2, 7)
+    for cache in caches:
+        if then == "rows":
+            cache.select_rows(torch.tensor([1, 1]))
+        if then == "forgotten":
+            cache.drop_newest(1)
+    assert caches[0]._layers[0].past.even == (then == "rows")
+    call(1, [None, None], 8)
+    call(2, [None, None], 9)
+    call(1, [None, None], 10)
+
+
 def test_gradients_end_here() -> None:
     extension = Extension(*(tensor.requires_grad_() for tensor in dense(3)[:2]))
     cache = ContiguousCache([0], DenseConfig().build(), {})
