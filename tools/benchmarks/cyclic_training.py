@@ -20,11 +20,12 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lckv.config import CompressionConfig
 from lckv.cost import ModelShape, training_cost
@@ -41,6 +42,7 @@ MAPS = {
     "sandwich-middle": "0_3_3_3_3_3_3_7",
     "two groups": "0_3_3_3_6_6_6_7",
 }
+_MAP = "lckv w=2"
 _LAYERS, _MOST_PASSES, _TOLERANCE = 8, 32, 1e-3
 _PLAIN_EVERY = 25
 """Steps between two of the plain model, whose time is the unit."""
@@ -63,6 +65,9 @@ class Cell:
 
     share: float = 1.0
     """Of the grid's steps."""
+
+    fp8: bool = False
+    """Weights and inputs of the linear maps are rounded to FP8 in passes without gradient."""
 
     seed: int = 1
 
@@ -93,6 +98,7 @@ class Sizes:
     hidden_size: int
     rows: int
     length: int
+    learning_rate: float = 3e-3
 
     def shape(self) -> ModelShape:
         """For `lckv.cost`."""
@@ -109,52 +115,74 @@ class Sizes:
         )
 
 
-def grid() -> Iterator[Cell]:
-    """All cells, those first that answer most."""
-    lckv = "lckv w=2"
-    first = [
-        Cell("plain", 0, 1),
-        Cell(lckv, 1, 1),
-        Cell(lckv, 7, 2),
-        Cell(lckv, 1, 1, first_guess=True),
-        Cell(lckv, 1, 2),
-        Cell(lckv, 0, 1, first_guess=True),
-        Cell(lckv, 1, 2, first_guess=True),
-    ]
-    yield from first
-    yield from (replace(cell, seed=2) for cell in first)
-    yield Cell(lckv, 3, 1, schedule="random", least=1)
-    yield Cell(lckv, 7, 2, share=round(1.081 / 2.805, 3))  # the operations of 1, 1
-    yield Cell(lckv, 7, 2, first_guess=True)
-    yield Cell(lckv, 2, 1)
-    yield Cell(lckv, 3, 1)
-    yield Cell(lckv, 1, 1, agreement=0.1)
-    yield Cell(lckv, 5, 1)
-    yield Cell(lckv, 5, 1, schedule="falling", least=1)
-    yield Cell(lckv, 5, 1, schedule="rising", least=1)
-    for name in ("sandwich-middle", "lckv w=4", "two groups"):
-        yield Cell(name, 1, 1)
+def grid(sizes: Sizes) -> Iterator[Cell]:
+    """All cells, those first that answer most; each of them with two seeds."""
+    for part in (_equal_tokens(), _equal_operations(sizes), _more_settings()):
+        cells = list(part)
+        for seed in (1, 2):
+            yield from (replace(cell, seed=seed) for cell in cells)
+
+
+def _equal_tokens() -> Iterator[Cell]:
+    yield Cell("plain", 0, 1)
+    yield from (Cell(_MAP, m, b) for m, b in ((7, 2), (1, 1), (1, 2), (2, 1), (3, 1), (5, 1)))
+    yield from (Cell(_MAP, m, b, first_guess=True) for m, b in ((1, 1), (0, 1), (1, 2)))
+
+
+def _equal_operations(sizes: Sizes) -> Iterator[Cell]:
+    """Fewer steps, so that they cost what 1, 1 does in all steps."""
+    cheap = _operations(Cell(_MAP, 1, 1), sizes)
+    for m, b in ((7, 2), (1, 2), (2, 1), (3, 1), (5, 1)):
+        cell = Cell(_MAP, m, b)
+        yield replace(cell, share=round(cheap / _operations(cell, sizes), 3))
+
+
+def _operations(cell: Cell, sizes: Sizes) -> float:
+    """Of a step, in plain steps."""
+    return training_cost(sizes.shape(), cell.compression).ratio
+
+
+def _more_settings() -> Iterator[Cell]:
+    yield Cell(_MAP, 3, 1, schedule="random", least=1)
+    yield Cell(_MAP, 1, 1, agreement=0.1)
+    yield Cell(_MAP, 5, 1, schedule="falling", least=1)
+    yield Cell(_MAP, 5, 1, schedule="rising", least=1)
+    yield Cell(_MAP, 7, 2, fp8=True)
+    yield from (Cell(name, 1, 1) for name in ("sandwich-middle", "lckv w=4", "two groups"))
+    yield from (Cell(_MAP, m, b, first_guess=True) for m, b in ((7, 2), (2, 1), (3, 1), (5, 1)))
 
 
 HEAD = (
-    "map", "m, b", "settings", "seeds", "FLOPs", "CPU time", "exact", "1 pass", "2 passes", "twice as long",
-    "passes",
+    "map", "m, b", "settings", "seeds", "FLOPs", "CPU", "exact", "to 7, 2", "1 pass", "2 passes",
+    "twice as long", "passes",
 )  # fmt: skip
 
 
 def table(path: Path) -> list[str]:
-    """Lines of Markdown: a cell each, in the order of the grid; means over seeds."""
+    """Lines of Markdown: a cell each, in the order of the rows; means over seeds. How far the exact loss is
+    from that of the published passes is given for each seed. ValueError for rows of several sizes."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
+    sizes = {tuple(row[name] for name in ("hidden_size", "rows", "length", "learning_rate")) for row in rows}
+    if len(sizes) > 1:
+        raise ValueError(f"{path} has rows of {len(sizes)} sizes or learning rates; give each its own file")
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in rows:
-        settings = ("map", "m", "b", "first_guess", "agreement", "schedule", "least", "share")
+        settings = ("map", "m", "b", "first_guess", "agreement", "schedule", "least", "share", "fp8")
         groups.setdefault(tuple(row[name] for name in settings), []).append(row)
+    published = {row["seed"]: float(row["loss_exact"]) for row in rows if _is_published(row)}
     lines = [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
-    return [*lines, *(f"| {' | '.join(_cells(group))} |" for group in groups.values())]
+    return [*lines, *(f"| {' | '.join(_cells(group, published))} |" for group in groups.values())]
 
 
-def _cells(group: list[dict[str, str]]) -> Iterator[str]:
+def _is_published(row: dict[str, str]) -> bool:
+    """Whether it was trained as LCKV was published."""
+    cell = Cell(_MAP, 7, 2, seed=int(row["seed"]))
+    return all(row[name] == str(value) for name, value in asdict(cell).items())
+
+
+def _cells(group: list[dict[str, str]], published: dict[str, float]) -> Iterator[str]:
+    """Of a line. `published`: exact loss for each seed."""
     first = group[0]
     settings = []
     if first["first_guess"] == "True":
@@ -165,6 +193,8 @@ def _cells(group: list[dict[str, str]]) -> Iterator[str]:
         settings.append(f"m {first['schedule']} from {first['least']}")
     if float(first["share"]) != 1:
         settings.append(f"{float(first['share']):.0%} of the steps")
+    if first["fp8"] == "True":
+        settings.append("FP8")
     is_plain = first["map"] == "plain"
     yield first["map"]
     yield "-" if is_plain else f"{first['m']}, {first['b']}"
@@ -180,6 +210,11 @@ def _cells(group: list[dict[str, str]]) -> Iterator[str]:
     for name, form in columns.items():
         value = statistics.mean(float(row[name]) for row in group)
         yield "-" if is_plain and name in iterated else format(value, form)
+        if name == "loss_exact":
+            yield ", ".join(
+                f"{float(row[name]) - published[row['seed']]:+.3f}" if row["seed"] in published else "?"
+                for row in sorted(group, key=lambda row: row["seed"])
+            )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -196,6 +231,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hidden-size", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--rows", type=int, default=2, help="texts of a step (default: %(default)s)")
     parser.add_argument("--length", type=int, default=256, help="bytes of each (default: %(default)s)")
+    parser.add_argument(
+        "--learning-rate", type=float, default=3e-3, help="the highest (default: %(default)s)"
+    )
     parser.add_argument("--cells", type=int, help="train at most so many now (default: all that are left)")
     parser.add_argument("--held-out", type=int, default=24, help="texts to measure (default: %(default)s)")
     options = parser.parse_args(argv)
@@ -204,11 +242,11 @@ def main(argv: list[str] | None = None) -> None:
         return
     if options.text is None or options.output is None:
         parser.error("--text and --output are needed, or --table")
-    sizes = Sizes(options.steps, options.hidden_size, options.rows, options.length)
+    sizes = Sizes(options.steps, options.hidden_size, options.rows, options.length, options.learning_rate)
     everything = b"".join(path.read_bytes() for path in options.text)
     tokens = torch.frombuffer(bytearray(everything), dtype=torch.uint8).long()
     held_out = options.held_out * options.length
-    wanted = (cell for cell in grid() if not _is_there(options.output, _key(cell, sizes)))
+    wanted = (cell for cell in grid(sizes) if not _is_there(options.output, _key(cell, sizes)))
     for cell in islice(wanted, options.cells):
         measured = trained(cell, sizes, tokens[:-held_out], tokens[-held_out:])
         row = _key(cell, sizes) | measured | setting("cpu")
@@ -241,9 +279,15 @@ def _append(path: Path, row: dict[str, object]) -> None:
 def trained(cell: Cell, sizes: Sizes, training: Tensor, held_out: Tensor) -> dict[str, object]:
     """Train the model of a cell; what it cost and what it can."""
     plain, model = (new_model(it, sizes) for it in (Cell("plain", 0, 1, seed=cell.seed), cell))
+    if cell.fp8:
+        round_passes_without_gradient(model)
     steps = round(cell.share * sizes.steps)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=sizes.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=sizes.learning_rate, total_steps=steps, pct_start=0.1
+    )
     batches = batches_of(training, sizes, cell.seed)
     seconds: list[float] = []
     plain_seconds: list[float] = []
@@ -302,6 +346,27 @@ def batches_of(tokens: Tensor, sizes: Sizes, seed: int) -> Iterator[Tensor]:
     for _ in count():
         starts = torch.randint(len(tokens) - sizes.length, (sizes.rows,), generator=generator).tolist()
         yield torch.stack([tokens[start : start + sizes.length] for start in starts])
+
+
+def round_passes_without_gradient(model: LCKVLlamaForCausalLM) -> None:
+    """From now on linear maps of the layers compute in such passes, while the model is in training mode, with
+    weights and inputs as FP8 (e4m3) represents them, each tensor with a scale of its own."""
+
+    def rounded(module: nn.Linear, states: Tensor) -> Tensor:
+        weight = module.weight
+        if module.training and not torch.is_grad_enabled():
+            states, weight = _to_fp8(states), _to_fp8(weight)
+        return nn.functional.linear(states, weight, module.bias)
+
+    for module in model.model.layers.modules():
+        if isinstance(module, nn.Linear):
+            module.forward = partial(rounded, module)  # type: ignore[method-assign]
+
+
+def _to_fp8(tensor: Tensor) -> Tensor:
+    kind = torch.float8_e4m3fn
+    scale = tensor.abs().amax().clamp(min=1e-12) / torch.finfo(kind).max
+    return (tensor / scale).to(kind).to(tensor.dtype) * scale
 
 
 def _backward(model: LCKVLlamaForCausalLM, batch: Tensor) -> None:
