@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -42,7 +42,7 @@ def draw_front(marks: Sequence[Mark], *, seeds: str) -> Figure:
     """The diagram; `seeds` says what error bars are."""
     figure = Figure(figsize=(10.5, 6.6), dpi=140, layout="constrained")
     axes = figure.add_subplot()
-    front = sorted((mark for mark in marks if mark.on_front), key=lambda mark: mark.kv_bytes)
+    front = _front_of(marks)
     axes.step(
         [mark.kv_bytes for mark in front],
         [mark.loss for mark in front],
@@ -73,7 +73,8 @@ def _add_labels(figure: Figure, axes: Axes, marks: Sequence[Mark]) -> None:
     figure.draw_without_rendering()  # only now it is known where the points lie on the page
     scale = figure.dpi / 72
     renderer = FigureCanvasAgg(figure).get_renderer()
-    taken = [_around(axes.transData.transform((mark.kv_bytes, mark.loss)), 5 * scale) for mark in marks]
+    taken = [_drawn(axes, [(mark.kv_bytes, mark.loss)], 5 * scale) for mark in marks]
+    taken += [_drawn(axes, line, 2 * scale) for line in _lines(marks)]
     for mark in sorted(marks, key=lambda mark: (not mark.on_front, mark.kv_bytes)):
         label = axes.annotate(
             mark.name, (mark.kv_bytes, mark.loss), xytext=(0, 0), textcoords="offset points", fontsize=8.5,
@@ -113,5 +114,21 @@ def _cost(box: Bbox, taken: Sequence[Bbox], inside: Bbox, distance: int) -> floa
     return covered + outside + distance / 10
 
 
-def _around(place: Any, radius: float) -> Bbox:
-    return Bbox.from_extents(place[0] - radius, place[1] - radius, place[0] + radius, place[1] + radius)
+def _lines(marks: Sequence[Mark]) -> Iterator[list[tuple[float, float]]]:
+    """Both ends of error bars, and of the front's steps."""
+    for mark in marks:
+        yield [(mark.kv_bytes, mark.loss - mark.spread), (mark.kv_bytes, mark.loss + mark.spread)]
+    for mark, right in pairwise(_front_of(marks)):
+        yield [(mark.kv_bytes, mark.loss), (right.kv_bytes, mark.loss)]
+        yield [(right.kv_bytes, mark.loss), (right.kv_bytes, right.loss)]
+
+
+def _front_of(marks: Sequence[Mark]) -> list[Mark]:
+    return sorted((mark for mark in marks if mark.on_front), key=lambda mark: mark.kv_bytes)
+
+
+def _drawn(axes: Axes, points: Sequence[tuple[float, float]], radius: float) -> Bbox:
+    """The box in pixels round points of the diagram."""
+    places = axes.transData.transform(points)
+    (left, bottom), (right, top) = places.min(0) - radius, places.max(0) + radius
+    return Bbox.from_extents(left, bottom, right, top)

@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
     parser.add_argument(
-        "--tokens", type=int, nargs="+", default=[128], help="of each row, before the first step"
+        "--tokens", type=int, nargs="+", default=[128, 2048], help="of each row, before the first step"
     )
     parser.add_argument("--models", type=RandomModel.parse, nargs="+", default=[], help="NAME=MAP,POLICY")
     parser.add_argument("--heads", type=int, nargs=2, default=[4, 2], help="of queries, and of keys")

@@ -173,25 +173,29 @@ def inference(load: Load) -> Iterator[Line]:
 def decoding(load: Load) -> Iterator[Line]:
     """Steps of decoding."""
     steps = load("decode_step")
-    sizes = [{"hidden_size": size, "rows": rows} for size in ("64", "256") for rows in ("1", "8")]
-    for step, title in (("paged", "plain map on pages"), ("engine", "plain map, all of the engine's step")):
-        ratios = ", ".join(times(steps.value("ratio_to_transformers", step=step, **where)) for where in sizes)
-        title = f"decoding step of width 64, 256, each with 1, 8 rows: {title}"
-        yield title, ratios, "transformers' Llama", _SAME_PRODUCTS, steps.name
-    ratios = ", ".join(
-        times(
-            steps.value("cpu_milliseconds", step="paged", **where)
-            / steps.value("cpu_milliseconds", step="contiguous", **where)
-        )
-        for where in sizes
-    )
-    yield (
-        "the same on pages",
-        ratios,
-        "contiguous cache of the Hugging Face model",
-        _SAME_PRODUCTS,
-        steps.name,
-    )
+    few = [
+        {"hidden_size": size, "rows": rows, "tokens": "128"} for size in ("64", "256") for rows in ("1", "8")
+    ]
+    many = [{"hidden_size": "256", "rows": rows, "tokens": "2048"} for rows in ("1", "8")]
+    for step, how in (
+        ("contiguous", "Hugging Face model and its cache"),
+        ("paged", "on pages"),
+        ("engine", "all of the engine's step"),
+    ):
+        for sizes, where in (
+            (few, "width 64, 256, each with 1, 8 rows"),
+            (many, "1, 8 rows behind 2,048 tokens"),
+        ):
+            ratios = ", ".join(
+                times(steps.value("ratio_to_transformers", step=step, **size)) for size in sizes
+            )
+            yield (
+                f"decoding step of {where}: {how}",
+                ratios,
+                "transformers' Llama",
+                _SAME_PRODUCTS,
+                steps.name,
+            )
     guessed = load("speculation")
     for text, meaning in (("edit", "repeats its prompt"), ("article", "does not repeat its prompt")):
         where = {"map": "plain", "text": text, "speculation_tokens": "8"}
