@@ -53,8 +53,8 @@ def test_rows_say_what_the_page_says() -> None:
         }
         for name in ("decode_step", "decode_step_before")
     )
-    assert now.keys() == before.keys()
-    steps = [name for name in now if name[2].endswith(("paged", "engine"))]
+    assert before.keys() <= now.keys()  # policies have been added since
+    steps = [name for name in before if name[2].endswith(("paged", "engine"))]
     assert all(now[name][0] < 0.8 * before[name][0] for name in steps)
     ratios, before_ratios = ([rows[name][1] for name in steps] for rows in (now, before))
     assert mean(ratios) < 0.8 * mean(before_ratios)
