@@ -182,20 +182,13 @@ def decoding(load: Load) -> Iterator[Line]:
         ("paged", "on pages"),
         ("engine", "all of the engine's step"),
     ):
-        for sizes, where in (
+        for sizes, of in (
             (few, "width 64, 256, each with 1, 8 rows"),
             (many, "1, 8 rows behind 2,048 tokens"),
         ):
-            ratios = ", ".join(
-                times(steps.value("ratio_to_transformers", step=step, **size)) for size in sizes
-            )
-            yield (
-                f"decoding step of {where}: {how}",
-                ratios,
-                "transformers' Llama",
-                _SAME_PRODUCTS,
-                steps.name,
-            )
+            values = (steps.value("ratio_to_transformers", step=step, **size) for size in sizes)
+            title = f"decoding step of {of}: {how}"
+            yield title, ", ".join(map(times, values)), "transformers' Llama", _SAME_PRODUCTS, steps.name
     guessed = load("speculation")
     for text, meaning in (("edit", "repeats its prompt"), ("article", "does not repeat its prompt")):
         where = {"map": "plain", "text": text, "speculation_tokens": "8"}
