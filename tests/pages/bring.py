@@ -2,7 +2,6 @@
 
 import json
 import random
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +43,6 @@ TINY: dict[str, Any] = {
     "logging": {"log_interval": 1},
 }
 """A run of seconds on one process."""
-
-
-def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
-
-
-FREE_PORT = free_port()
 
 
 def model_on_hub(folder: Path, **settings: Any) -> None:

@@ -9,8 +9,6 @@ import shlex
 import subprocess
 import textwrap
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +19,6 @@ from _pytest.mark.structures import ParameterSet
 
 from tests.pages.blocks import blocks_of, commands_outside_bash, substituted, without
 from tests.pages.bring import (
-    FREE_PORT,
     TINY,
     bring_cluster_data,
     bring_dmc,
@@ -32,6 +29,8 @@ from tests.pages.bring import (
 from tests.pages.stand_ins import CLUSTER, REPLACED, ROOT, stand_ins
 
 BLOCK_SECONDS = 400
+ANY_PORT, SERVED = "--port 0", "localhost:$SERVED_PORT"
+"""A server takes any port that is free, and says which; commands after it get that from the shell."""
 Environments = dict[bool, dict[str, str]]
 """Of warm (False) and of cold (True) programs."""
 
@@ -97,7 +96,7 @@ PAGES = [
             "0_1_2_..._39": "0_0_2_2",
             "DMC_FOLDER": "models/dmc --vocab-size 61",
             "wiki.txt": "held_out.txt",
-            "8000": str(FREE_PORT),
+            "--port 8000": ANY_PORT,
         },
         not_run={
             "lckv-megatron evaluate": "downloads benchmarks; its own test runs it with a local one",
@@ -140,7 +139,8 @@ PAGES = [
             "--nproc-per-node 8": "--nproc-per-node 1",
             "retrofit.yaml\n": f"retrofit.yaml {TINY_MODEL}\n",
             "--memory 40GiB --context 4096": "--memory 1MiB --context 64",
-            "8000": str(FREE_PORT),
+            "--port 8000": ANY_PORT,
+            "localhost:8000": SERVED,
         },
     ),
     Page(
@@ -153,7 +153,8 @@ PAGES = [
             "--memory 40GiB --context 4096": "--memory 1MiB --context 32",
             '"max_tokens": 64': '"max_tokens": 8',
             "The key-value cache of a language model": "THE CACHE",
-            "8000": str(FREE_PORT),
+            "--port 8000": ANY_PORT,
+            "localhost:8000": SERVED,
         },
     ),
     Page(
@@ -198,7 +199,7 @@ class Shell:
     """Runs the blocks of a page. One that serves goes on in the background until the page ends."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
-        self._started = {"cwd": folder, "env": environment, "text": True}
+        self._folder, self._environment = folder, dict(environment)
         self._server: subprocess.Popen[str] | None = None
 
     def run(self, text: str) -> None:
@@ -210,14 +211,24 @@ class Shell:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             timeout=BLOCK_SECONDS,
-            **self._started,
+            cwd=self._folder,
+            env=self._environment,
+            text=True,
         )
         assert done.returncode == 0, f"{text}\n{done.stdout}"
 
     def _serve(self, command: str) -> None:
         assert self._server is None
-        self._server = subprocess.Popen(["bash", "-c", f"exec {command}"], **self._started)
-        wait_for(f"http://localhost:{FREE_PORT}/health", self._server)
+        said = self._folder / "serve.log"
+        with said.open("w") as log:
+            self._server = subprocess.Popen(
+                ["bash", "-c", f"exec {command}"],
+                stderr=log,
+                cwd=self._folder,
+                env=self._environment,
+                text=True,
+            )
+        self._environment["SERVED_PORT"] = port_of(self._server, said)
 
     def end(self) -> None:
         """Stop the server, which must end well."""
@@ -226,17 +237,15 @@ class Shell:
             assert self._server.wait(BLOCK_SECONDS) == 0
 
 
-def wait_for(url: str, server: subprocess.Popen[str]) -> None:
-    """Until the server answers."""
-    for _ in range(10 * BLOCK_SECONDS):
-        assert server.poll() is None, "the server has ended"
-        try:
-            urllib.request.urlopen(url).close()
-        except urllib.error.URLError:
-            time.sleep(0.1)
-        else:
-            return
-    pytest.fail(f"no answer from {url}")
+def port_of(server: "subprocess.Popen[str]", said: Path) -> str:
+    """Where the server listens, as soon as it says so."""
+    deadline = time.monotonic() + BLOCK_SECONDS
+    while time.monotonic() < deadline:
+        if line := re.search(r"serving .* at http://\S+:(\d+)/v1", said.read_text(encoding="utf-8")):
+            return line[1]
+        assert server.poll() is None, f"the server has ended\n{said.read_text(encoding='utf-8')}"
+        time.sleep(0.1)
+    pytest.fail(f"the server does not serve\n{said.read_text(encoding='utf-8')}")
 
 
 def test_what_is_not_run_itself_is_named_with_its_reason() -> None:

@@ -42,6 +42,7 @@ MAPS = {
     "sandwich-middle": "0_3_3_3_3_3_3_7",
     "two groups": "0_3_3_3_6_6_6_7",
 }
+SEEDS = (1, 2)
 _MAP = "lckv w=2"
 _LAYERS, _MOST_PASSES, _TOLERANCE = 8, 32, 1e-3
 _PLAIN_EVERY = 25
@@ -119,7 +120,7 @@ def grid(sizes: Sizes) -> Iterator[Cell]:
     """All cells, those first that answer most; each of them with two seeds."""
     for part in (_equal_tokens(), _equal_operations(sizes), _more_settings()):
         cells = list(part)
-        for seed in (1, 2):
+        for seed in SEEDS:
             yield from (replace(cell, seed=seed) for cell in cells)
 
 
@@ -235,6 +236,7 @@ def main(argv: list[str] | None = None) -> None:
         "--learning-rate", type=float, default=3e-3, help="the highest (default: %(default)s)"
     )
     parser.add_argument("--cells", type=int, help="train at most so many now (default: all that are left)")
+    parser.add_argument("--seed", type=int, choices=SEEDS, help="train cells of this seed alone")
     parser.add_argument("--held-out", type=int, default=24, help="texts to measure (default: %(default)s)")
     options = parser.parse_args(argv)
     if options.table is not None:
@@ -246,7 +248,11 @@ def main(argv: list[str] | None = None) -> None:
     everything = b"".join(path.read_bytes() for path in options.text)
     tokens = torch.frombuffer(bytearray(everything), dtype=torch.uint8).long()
     held_out = options.held_out * options.length
-    wanted = (cell for cell in grid(sizes) if not _is_there(options.output, _key(cell, sizes)))
+    wanted = (
+        cell
+        for cell in grid(sizes)
+        if options.seed in (None, cell.seed) and not _is_there(options.output, _key(cell, sizes))
+    )
     for cell in islice(wanted, options.cells):
         measured = trained(cell, sizes, tokens[:-held_out], tokens[-held_out:])
         row = _key(cell, sizes) | measured | setting("cpu")

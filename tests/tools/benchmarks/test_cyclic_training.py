@@ -41,6 +41,9 @@ def test_cells_are_trained_measured_and_not_trained_again(tmp_path: Path) -> Non
     assert plain["loss_exact"] == plain["loss_zeros_1"]
     assert plain["loss_guess_1"] == "nan"
     assert {row["tokens"] for row in rows} == {"16"}
+    main([*words, "--cells", "1", "--seed", "2"])
+    *_, last = csv.DictReader(output.read_text().splitlines())
+    assert (last["map"], last["seed"]) == ("plain", "2")
 
 
 def test_every_cell_can_be_trained_and_is_there_once() -> None:
