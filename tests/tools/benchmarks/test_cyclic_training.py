@@ -8,17 +8,10 @@ import pytest
 import torch
 
 from lckv.cost import training_cost
-from tools.benchmarks.cyclic_training import (
-    MAPS,
-    Cell,
-    Sizes,
-    grid,
-    main,
-    new_model,
-    round_passes_without_gradient,
-    table,
-    trained,
-)
+from tools.benchmarks.cyclic.grid import MAPS, Cell, Sizes, grid
+from tools.benchmarks.cyclic.models import new_model, round_passes_without_gradient, trained
+from tools.benchmarks.cyclic.table import table
+from tools.benchmarks.cyclic_training import main
 
 ROOT = Path(__file__).resolve().parents[3]
 SIZES = Sizes(steps=800, hidden_size=256, rows=1, length=192, learning_rate=0.001)
