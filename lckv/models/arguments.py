@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lckv.models.cache import CACHE_NAME
 from lckv.models.packing import Packing
 
 OF_LOSS = ("num_items_in_batch", "ignore_index", "shift_labels")
@@ -72,7 +73,7 @@ def check_cache_position(cache_position: Tensor | None, older: int, tokens: int)
     expected = torch.arange(older, older + tokens, device=cache_position.device)
     if cache_position.shape != expected.shape or bool((cache_position != expected).any()):
         raise ValueError(
-            f"cache_position is {_shown(cache_position)}; behind {older} columns in past_key_values the "
+            f"cache_position is {_shown(cache_position)}; behind {older} columns in {CACHE_NAME} the "
             f"{tokens} new ones are {older} .. {older + tokens - 1}: leave it out."
         )
 
@@ -114,7 +115,7 @@ def chosen_states(output_hidden_states: Any, count: int) -> frozenset[int]:
 
 
 def _names() -> Iterator[str]:
-    yield from ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
+    yield from ("input_ids", "attention_mask", "position_ids", CACHE_NAME, "inputs_embeds")
     yield from ("labels (with a head)", "use_cache", "logits_to_keep (with a head)", "output_hidden_states")
     yield from ("states_to_keep (without a head)", "return_dict", "cache_position")
     yield from (*OF_LOSS, *_PACKING, *_REFUSED)

@@ -1,13 +1,20 @@
 """The cache that Hugging Face's `generate` carries along:
 one entry per layer that computes keys and values."""
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 from transformers import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lckv.cache.contiguous import ContiguousCache
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""What transformers calls a cache from 5.24 on, and before. The models take it under either name."""
+CACHE_NAME = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in CACHE_NAMES)
+"""What the installed version calls it: the name in what models return."""
 
 
 class LCKVCache(Cache):
@@ -32,7 +39,7 @@ class LCKVCache(Cache):
             own, theirs = getattr(self._config, name), getattr(config, name)
             if own != theirs:
                 raise ValueError(
-                    f"past_key_values is the cache of a model whose {name} is {own}; this model's is "
+                    f"{CACHE_NAME} is the cache of a model whose {name} is {own}; this model's is "
                     f"{theirs}: pass an LCKVCache(model.config), or None."
                 )
 
@@ -99,6 +106,19 @@ class LCKVCache(Cache):
         return not self.slots.empty
 
     @property
+    def is_linear(self) -> list[bool]:
+        """It has columns. `generate` counts none where every layer keeps a state instead, and there are no
+        layers of transformers' kinds here to ask."""
+        return [False]
+
+    @property
     def is_croppable(self) -> bool:
         """Whether the newest tokens can be forgotten again: only where every token is kept."""
         return self._croppable
+
+
+def given_cache(cache: LCKVCache | None, past_key_values: LCKVCache | None) -> LCKVCache | None:
+    """The one that was given, under either of its names. Raises ValueError for two."""
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError("cache and past_key_values are two names of one argument: leave one of them out.")
+    return past_key_values if cache is None else cache

@@ -52,6 +52,7 @@ class LCKVLlamaConfig(PreTrainedConfig):
 
     model_type = "lckv-llama"
     keys_to_ignore_at_inference = [  # noqa: RUF012 - transformers reads it
+        "cache",
         "past_key_values",
         "auxiliary_loss",
         "statistics",

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lckv.models.cache import CACHE_NAME
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 
 OWN = {"eager": "reference", "sdpa": "sdpa", "flash_attention_2": "flash"}
@@ -59,11 +60,11 @@ def obstacle_to_functions(config: LCKVLlamaConfig) -> str | None:
     return next(_obstacles(config), None)
 
 
-def check_no_cache(name: str, use_cache: bool | None, past_key_values: object) -> None:
+def check_no_cache(name: str, use_cache: bool | None, cache: object) -> None:
     """Raises ValueError where a cache is asked for: functions of others have none of this model's."""
-    if use_cache or past_key_values is not None:
+    if use_cache or cache is not None:
         raise ValueError(
-            f"{'use_cache is set' if past_key_values is None else 'past_key_values is given'}, but "
+            f"{'use_cache is set' if cache is None else f'{CACHE_NAME} is given'}, but "
             f"attn_implementation is {name!r}, a function that does not read this model's cache: pass "
             f"use_cache=False, or set attn_implementation to one of {', '.join(OWN)}."
         )
@@ -79,7 +80,7 @@ def mask_for(
         "input_embeds": embedded,  # the name until transformers 5.2
         "attention_mask": attention_mask,
         "cache_position": position_ids[0],
-        "past_key_values": None,
+        CACHE_NAME: None,
         "position_ids": position_ids,
     }
     return create_causal_mask(**{name: value for name, value in offered.items() if name in _OF_MASK})

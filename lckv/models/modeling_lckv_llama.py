@@ -24,7 +24,7 @@ from lckv.models.arguments import (
     chosen_states,
     read_arguments,
 )
-from lckv.models.cache import LCKVCache
+from lckv.models.cache import CACHE_NAME, CACHE_NAMES, LCKVCache, given_cache
 from lckv.models.configuration_lckv_llama import LCKVLlamaConfig
 from lckv.models.interface import (
     AttentionFunction,
@@ -74,7 +74,7 @@ class LCKVLlamaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LCKVLlamaDecoderLayer"]  # noqa: RUF012 - transformers reads it
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 - transformers reads it
+    _skip_keys_device_placement = [*CACHE_NAMES]  # noqa: RUF012 - transformers reads it
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -126,6 +126,7 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         states_to_keep: int = 0,
+        cache: LCKVCache | None = None,
         **kwargs: Any,
     ) -> LCKVModelOutput | tuple[Any, ...]:
         """`input_ids` int64 [b, s] or `inputs_embeds` [b, s, hidden]; `attention_mask` [b, older + s], 0 for
@@ -133,21 +134,23 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         int64 [b, s], default the tokens' columns, where restarting from 0 begins another sequence in the
         same row; `output_hidden_states`: all, or those at an index or list of them; `states_to_keep`: columns
         at the end that `last_hidden_state` is wanted of, 0 for all. In evaluation layers above all keys and
-        values run for these alone. Further arguments: `lckv.models.arguments`.
+        values run for these alone. `cache` is `past_key_values`, as transformers calls it from 5.24 on.
+        Further arguments: `lckv.models.arguments`.
 
         Raises ValueError for what contradicts the cache, the sharing map or the KV policy, and TypeError for
         an argument of another name."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds.")
+        cache = given_cache(cache, past_key_values)
         function = attention_function(self.config, self.function_obstacle)
         asked = read_arguments(kwargs, self.config, attention_function=function)
         embedded = self.embed_tokens(check_tokens(input_ids)) if inputs_embeds is None else inputs_embeds
         check_embedded(embedded, self.config.hidden_size)
         if function is not None:
-            check_no_cache(function, use_cache, past_key_values)
+            check_no_cache(function, use_cache, cache)
             use_cache = False
-        past_key_values = self._cache(past_key_values, use_cache)
-        slots = None if past_key_values is None else past_key_values.slots
+        cache = self._cache(cache, use_cache)
+        slots = None if cache is None else cache.slots
         older, tokens = 0 if slots is None else slots.columns, embedded.shape[1]
         check_cache_position(asked.cache_position, older, tokens)
         given = Given(attention_mask, position_ids, asked.packing)
@@ -173,7 +176,7 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         )
         result = LCKVModelOutput(
             kept_states(output.last_hidden_state, states_to_keep),
-            past_key_values,
+            cache,
             output.hidden_states,
             auxiliary_loss=output.auxiliary_loss,
             statistics=output.statistics,
@@ -184,7 +187,7 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         """The cache to read and to fill, if any."""
         if given is not None and not isinstance(given, LCKVCache):
             raise ValueError(
-                f"past_key_values is a {type(given).__name__}; this model keeps one entry per layer that "
+                f"{CACHE_NAME} is a {type(given).__name__}; this model keeps one entry per layer that "
                 "computes keys and values: pass an LCKVCache(model.config), or None."
             )
         if use_cache is None:
@@ -193,7 +196,7 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
             return None
         if self.training and torch.is_grad_enabled():
             raise ValueError(
-                "use_cache is set, or past_key_values given, in training; what is in a cache has no "
+                f"use_cache is set, or {CACHE_NAME} given, in training; what is in a cache has no "
                 "gradient, and a KV policy decides without noise there: leave them out, or call model.eval()."
             )
         if given is None:
@@ -338,6 +341,7 @@ class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool = False,
+        cache: LCKVCache | None = None,
         **kwargs: Any,
     ) -> LCKVOutput | tuple[Any, ...]:
         """As `LCKVLlamaModel`; `labels` int64 [b, s] are shifted inside, -100 is ignored; `logits_to_keep`:
@@ -348,14 +352,15 @@ class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
         of_loss = {name: value for name, value in given_to_loss.items() if value is not None}
         check_labels(labels, of_loss)
         check_skip_logits(skip_logits, labels, self.lm_head, self.config.vocab_size)
-        if labels is not None and use_cache is None and past_key_values is None:
+        cache = given_cache(cache, past_key_values)
+        if labels is not None and use_cache is None and cache is None:
             use_cache = False
         return_dict = kwargs.pop("return_dict", None)
         output = self.model(
             input_ids,
             attention_mask,
             position_ids,
-            past_key_values,
+            cache,
             inputs_embeds,
             use_cache,
             return_dict=True,
@@ -378,7 +383,7 @@ class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
         result = LCKVOutput(
             loss,
             logits,
-            output.past_key_values,
+            getattr(output, CACHE_NAME),
             output.hidden_states,
             auxiliary_loss=output.auxiliary_loss,
             statistics=output.statistics,
@@ -420,6 +425,8 @@ class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
                 f"{self.model.policy.name} (compression.policy), since it does not keep every token in a "
                 "slot of its own: leave out assistant_model and prompt_lookup_num_tokens."
             )
-        given = model_kwargs.get("past_key_values")
+        given = given_cache(*(model_kwargs.pop(name, None) for name in CACHE_NAMES))
         if given is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = LCKVCache(self.config)
+            given = LCKVCache(self.config)
+        if given is not None:
+            model_kwargs[CACHE_NAME] = given

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
-from transformers.modeling_outputs import ModelOutput
-
-from lckv.models.cache import LCKVCache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 
 class RunOutput(NamedTuple):
@@ -25,17 +23,14 @@ class RunOutput(NamedTuple):
 
 
 @dataclass
-class LCKVModelOutput(ModelOutput):
-    """What the decoder returns; fields that were not asked for are None."""
+class LCKVModelOutput(BaseModelOutputWithPast):
+    """What the decoder returns: transformers' fields and two more. Those that were not asked for are None.
 
-    last_hidden_state: Tensor | None = None
-    """[b, s, hidden], normalised."""
-    past_key_values: LCKVCache | None = None
-    hidden_states: tuple[Tensor | None, ...] | None = None
-    """[b, s, hidden] of the embedding, of every layer in the pass that counts, the last one normalised. None
-    in the place of one that was not asked for."""
-    attentions: None = None
-    """Never: attention weights are not in memory as a whole."""
+    `last_hidden_state` [b, s, hidden] is normalised. `cache` is an `LCKVCache` (`past_key_values` before
+    transformers 5.24). `hidden_states`: [b, s, hidden] of the embedding, of every layer in the pass that
+    counts, the last one normalised; None in the place of one that was not asked for. `attentions` is None:
+    attention weights are not in memory as a whole."""
+
     auxiliary_loss: Tensor | None = None
     """float32 []: the KV policy's, or that of errors between passes (`lckv.pass_errors`), mean over rows."""
     statistics: dict[str, Tensor] | None = None
@@ -45,17 +40,11 @@ class LCKVModelOutput(ModelOutput):
 
 
 @dataclass
-class LCKVOutput(ModelOutput):
-    """What the language model returns; fields that were not asked for are None."""
+class LCKVOutput(CausalLMOutputWithPast):
+    """What the language model returns: transformers' fields, and those of `LCKVModelOutput`.
 
-    loss: Tensor | None = None
-    """float32 []: mean cross-entropy of the shifted labels in nats;
-    in training with a policy that has one, plus `auxiliary_loss`."""
-    logits: Tensor | None = None
-    """[b, s, vocabulary]; None where they were to be skipped."""
-    past_key_values: LCKVCache | None = None
-    hidden_states: tuple[Tensor | None, ...] | None = None
-    """See `LCKVModelOutput`, as all that follow."""
-    attentions: None = None
+    `loss` float32 []: mean cross-entropy of the shifted labels in nats; in training with a policy that has
+    one, plus `auxiliary_loss`. `logits` [b, s, vocabulary]; None where they were to be skipped."""
+
     auxiliary_loss: Tensor | None = None
     statistics: dict[str, Tensor] | None = None

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from lckv.attention.visibility import Documents
 from lckv.cache.contiguous import ContiguousCache
+from lckv.models.cache import CACHE_NAME
 from lckv.models.packing import Packing
 from lckv.policies.base import KVPolicy
 
@@ -59,7 +60,7 @@ class Given(NamedTuple):
         starts = self.packing.starts(rows, tokens, new_tokens.device)
         if older and starts is not None:
             raise ValueError(
-                f"{self.packing.given[0]} is given with past_key_values that hold {older} columns; packed "
+                f"{self.packing.given[0]} is given with {CACHE_NAME}, which holds {older} columns; packed "
                 "sequences begin in a batch of their own: leave one of them out."
             )
         if torch.compiler.is_compiling() and policy.traits.keeps_every_token:
@@ -140,19 +141,19 @@ class Given(NamedTuple):
         if reveals:
             raise ValueError(
                 f"attention_mask shows {_place(revealed)}, which was padding when it came, so that "
-                "past_key_values hold nothing of it: give 0 there, or start again without past_key_values."
+                f"{CACHE_NAME} holds nothing of it: give 0 there, or start again without {CACHE_NAME}."
             )
         if restarts:
             raise ValueError(
                 f"position_ids: {_place(again)} of the new tokens begins another sequence at position 0, but "
-                "past_key_values hold tokens of the row that the attention_mask shows; hide them, count on "
-                "from them, or start without past_key_values."
+                f"{CACHE_NAME} holds tokens of the row that the attention_mask shows; hide them, count on "
+                f"from them, or start without {CACHE_NAME}."
             )
         if hides and not policy.traits.keeps_every_token:
             raise ValueError(
-                f"attention_mask hides {_place(hidden)}, which past_key_values hold; the KV policy "
+                f"attention_mask hides {_place(hidden)}, which {CACHE_NAME} holds; the KV policy "
                 f"{policy.name} merges or drops tokens, so that no single one can be hidden any more: give 1 "
-                "there, or start again without past_key_values."
+                f"there, or start again without {CACHE_NAME}."
             )
         if not whole and not policy.traits.keeps_every_token:
             _has_holes(new, policy, training=False)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.utils import TransformersKwargs
 
-from lckv.models.cache import LCKVCache
+from lckv.models.cache import CACHE_NAME, CACHE_NAMES, LCKVCache
 from lckv.models.outputs import LCKVModelOutput, LCKVOutput
 from lckv.policies.dmc.config import DMCConfig
 from tests.lckv.models.test_modeling import any_model
@@ -26,6 +26,7 @@ SAME: dict[str, list[Any]] = {
     "attention_mask": [None, torch.ones(2, 6), torch.ones(2, 6, dtype=torch.bool)],
     "position_ids": [None, torch.arange(6)[None], torch.arange(6).expand(2, -1), torch.arange(6)[None] + 7],
     "past_key_values": [None],
+    "cache": [None],
     "inputs_embeds": [None],
     "use_cache": [None, False, True],
     "output_hidden_states": [None, False],
@@ -55,7 +56,10 @@ OTHERS: dict[str, list[Any]] = {
 REFUSED: dict[str, list[tuple[Any, str]]] = {
     "attention_mask": [(torch.ones(2, 1, 6, 6), r"attention_mask has shape \[2, 1, 6, 6\]; it must be")],
     "position_ids": [(torch.arange(5)[None], r"position_ids has shape \[1, 5\]; it must be \[2, 6\]")],
-    "past_key_values": [((), r"past_key_values is a tuple; .* pass an LCKVCache\(model.config\)")],
+    **{
+        name: [((), rf"{CACHE_NAME} is a tuple; .* pass an LCKVCache\(model.config\)")]
+        for name in CACHE_NAMES
+    },
     "inputs_embeds": [(torch.zeros(2, 6, 32), "give either input_ids or inputs_embeds")],
     "output_hidden_states": [(9, "output_hidden_states is 9; there are [4-6] hidden states, 0 .. [3-5]")],
     "output_attentions": [(True, "output_attentions is True: attention weights are never .* leave it out")],
@@ -224,7 +228,7 @@ def test_tokens_of_another_shape() -> None:
 def test_a_cache_of_another_model() -> None:
     cache = LCKVCache(model(SHARED).config)
     with pytest.raises(
-        ValueError, match=r"past_key_values is the cache of a model whose compression is .*0_0_2_2"
+        ValueError, match=rf"{CACHE_NAME} is the cache of a model whose compression is .*0_0_2_2"
     ):
         model(CYCLIC)(IDS, past_key_values=cache)
     with pytest.raises(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lckv.models.cache import LCKVCache
+from lckv.models.cache import CACHE_NAME, CACHE_NAMES, LCKVCache
 from lckv.policies.dmc.config import DMCConfig
 from tests.lckv.models.tiny import (
     CYCLIC,
@@ -41,6 +41,31 @@ def test_empty() -> None:
     assert repr(cache) == "LCKVCache(0 columns, 0 bytes)"
     with pytest.raises(ValueError, match="the cache is empty: it knows of no rows yet"):
         _ = cache.slots.seen
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_it_is_given_under_the_name_of_any_version_of_transformers(name: str) -> None:
+    one, ids = model(CYCLIC), tokens(2, 9)
+    with torch.no_grad():
+        cache = one(ids[:, :6])[CACHE_NAME]
+        first = one.lm_head(one.model(ids[:, 6:7], **{name: cache}).last_hidden_state)
+        rest = one(ids[:, 7:], **{name: cache}).logits
+        close(torch.cat((first, rest), 1), one(ids, use_cache=False).logits[:, 6:], 1e-4)
+    whole = one.generate(ids, max_new_tokens=4, do_sample=False)
+    cache = LCKVCache(one.config)
+    given = {name: cache, "do_sample": False, "return_dict_in_generate": True}
+    output = one.generate(ids, max_new_tokens=1, **given)
+    assert output[CACHE_NAME] is cache
+    assert torch.equal(one.generate(output.sequences, max_new_tokens=3, **given).sequences, whole)
+
+
+def test_two_caches_are_one_too_many() -> None:
+    one, cache = model(SHARED), filled(SHARED)
+    with torch.no_grad():
+        one(tokens(2, 1), cache=cache, past_key_values=cache)
+    for called in (one, one.model):
+        with pytest.raises(ValueError, match="cache and past_key_values are two names of one argument"):
+            called(tokens(2, 1), cache=cache, past_key_values=filled(SHARED))
 
 
 def test_filled_and_forgotten() -> None:

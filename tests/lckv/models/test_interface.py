@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lckv.models  # noqa: F401
+from lckv.models.cache import CACHE_NAME
 from lckv.models.layers import LCKVLlamaAttention
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from lckv.policies.dmc.config import DMCConfig
@@ -183,7 +184,7 @@ def test_functions_of_others_have_no_cache() -> None:
         ValueError, match=r"use_cache is set, but attn_implementation is 'of_transformers', .*use_c"
     ):
         one(IDS, use_cache=True)
-    with pytest.raises(ValueError, match="past_key_values is given, but attn_implementation"):
+    with pytest.raises(ValueError, match=f"{CACHE_NAME} is given, but attn_implementation"):
         one.generate(IDS, max_new_tokens=2)
     assert one(IDS).past_key_values is None
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lckv.models.cache import CACHE_NAME
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from lckv.policies.dmc.config import DMCConfig
 from tests.lckv.models.tiny import (
@@ -234,7 +235,7 @@ def test_merging_models_say_what_is_wrong(layer_types: str | None) -> None:
         one(IDS, attention_mask=MASK)
     cache = one(IDS[:, :4]).past_key_values
     with pytest.raises(
-        ValueError, match=r"attention_mask hides column 2 of row 0, .* start again without past_ke"
+        ValueError, match=rf"attention_mask hides column 2 of row 0, .* start again without {CACHE_NAME}"
     ):
         one(IDS[:, 4:5], attention_mask=MASK[:, :5], past_key_values=cache)
     assert cache.get_seq_length() == 4

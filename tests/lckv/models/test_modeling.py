@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lckv.models.cache import LCKVCache
+from lckv.models.cache import CACHE_NAME, LCKVCache
 from lckv.models.layers import Tokens
 from lckv.models.modeling_lckv_llama import Iteration, LCKVLlamaForCausalLM, LCKVLlamaModel
 from lckv.models.tokens import Layout
@@ -213,7 +213,7 @@ def test_a_map_that_hides_every_own_position() -> None:
 def test_outputs() -> None:
     one, ids = model(CYCLIC), tokens(2, 6)
     output = one(ids)
-    assert list(output.keys()) == ["logits", "past_key_values"]
+    assert list(output.keys()) == ["logits", CACHE_NAME]
     assert output.past_key_values.get_seq_length() == 6
     assert list(one(ids, use_cache=False).keys()) == ["logits"]
     with_loss = one(ids, labels=ids)
@@ -312,7 +312,7 @@ def test_cache_of_another_kind() -> None:
     from transformers import DynamicCache
 
     with pytest.raises(
-        ValueError, match=r"past_key_values is a DynamicCache; .*pass an LCKVCache\(model.config\), or None"
+        ValueError, match=rf"{CACHE_NAME} is a DynamicCache; .*pass an LCKVCache\(model.config\), or None"
     ):
         model()(tokens(1, 3), past_key_values=DynamicCache())
 
@@ -330,7 +330,7 @@ def test_no_cache_in_training(asked: dict) -> None:
     one, ids = model(SHARED).train(), tokens(1, 4)
     if "past_key_values" in asked:
         asked = {"past_key_values": LCKVCache(one.config)}
-    with pytest.raises(ValueError, match="use_cache is set, or past_key_values given, in training"):
+    with pytest.raises(ValueError, match=f"use_cache is set, or {CACHE_NAME} given, in training"):
         one(ids, **asked)
     assert one(ids).past_key_values is None
     with (

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from lckv.models.cache import LCKVCache
+from lckv.models.cache import CACHE_NAME, LCKVCache
 from lckv.models.packing import Packing
 from lckv.models.tokens import Given, Layout, documents_of, positions
 from lckv.policies.dense.config import DenseConfig
@@ -95,7 +95,7 @@ def test_what_the_cache_holds() -> None:
             bools("1011", "1111"),
             1,
             {"cache": 3, "policy": MERGES},
-            "attention_mask hides column 1 of row 0, which past_key_values hold; the KV policy dmc .* give 1",
+            f"attention_mask hides column 1 of row 0, which {CACHE_NAME} holds; the KV policy dmc .* give 1",
         ),
         (
             bools("1111", "1111"),
@@ -119,7 +119,7 @@ def test_what_the_cache_holds() -> None:
             None,
             2,
             {"cache": 3, "seq_idx": torch.zeros(2, 2)},
-            "seq_idx is given with past_key_values that hold 3 columns; packed sequences begin in a batch of",
+            f"seq_idx is given with {CACHE_NAME}, which holds 3 columns; packed sequences begin in a batch",
         ),
         (None, 3, {"position_ids": torch.zeros(3, 2, 3)}, r"position_ids has shape \[3, 2, 3\]; it must"),
         (None, 3, {"max_length_q": 3}, "max_length_q is 3, but no sequence boundaries are given; give"),
