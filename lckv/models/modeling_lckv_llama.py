@@ -329,6 +329,11 @@ class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
         self.model = LCKVLlamaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+        # The head is split with the decoder, or not at all.
+        if config.base_model_tp_plan is None:
+            self._tp_plan = {}
+        if config.base_model_pp_plan is None:
+            self._pp_plan = {}
 
     def forward(
         self,

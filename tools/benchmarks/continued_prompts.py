@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lckv.generation.forward import Forward
-from lckv.models.cache import LCKVCache
+from lckv.models.cache import CACHE_NAME, LCKVCache
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from lckv.sharing.early_exit import Results
 from lckv_megatron.measuring.admission import cache_for
@@ -33,10 +33,10 @@ def transformers_call(sizes: Sizes, past: Tensor, new: Tensor) -> Callable[[], o
     from transformers import DynamicCache
 
     llama, cache = transformers_llama(sizes), DynamicCache()
-    llama(past, past_key_values=cache, logits_to_keep=1)
+    llama(past, **{CACHE_NAME: cache}, logits_to_keep=1)
 
     def call() -> None:
-        llama(new, past_key_values=cache, logits_to_keep=1)
+        llama(new, **{CACHE_NAME: cache}, logits_to_keep=1)
         cache.crop(-new.shape[1])
 
     return call
@@ -45,10 +45,10 @@ def transformers_call(sizes: Sizes, past: Tensor, new: Tensor) -> Callable[[], o
 def own_call(model: LCKVLlamaForCausalLM, past: Tensor, new: Tensor) -> Callable[[], object]:
     """The Hugging Face model, called in the same way."""
     cache = LCKVCache(model.config)
-    model(past, past_key_values=cache, logits_to_keep=1)
+    model(past, cache=cache, logits_to_keep=1)
 
     def call() -> None:
-        model(new, past_key_values=cache, logits_to_keep=1)
+        model(new, cache=cache, logits_to_keep=1)
         cache.crop(-new.shape[1])
 
     return call

@@ -30,6 +30,7 @@ import torch
 from lckv.generation.config import EngineConfig
 from lckv.generation.engine import Engine
 from lckv.generation.sampling import SamplingParams
+from lckv.models.cache import CACHE_NAME
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 from lckv_megatron.measuring.admission import cache_for, committed
 from lckv_megatron.measuring.measures import Decoding
@@ -58,18 +59,18 @@ def transformers_step(sizes: Sizes, tokens: torch.Tensor) -> Callable[[], object
 def contiguous_step(model: LCKVLlamaForCausalLM, tokens: torch.Tensor) -> Callable[[], object]:
     """A step of this project's model as `generate` calls it."""
     with torch.inference_mode():
-        cache = model(tokens[:, :1], use_cache=True).past_key_values
+        cache = model(tokens[:, :1], use_cache=True)[CACHE_NAME]
     return _greedy(model, cache, tokens[:, 1:])
 
 
 def _greedy(model: Any, cache: Any, tokens: torch.Tensor) -> Callable[[], object]:
     with torch.inference_mode():
-        logits = model(tokens, past_key_values=cache, use_cache=True).logits
+        logits = model(tokens, **{CACHE_NAME: cache}, use_cache=True).logits
     newest = [logits[:, -1].argmax(-1)]
 
     @torch.inference_mode()
     def step() -> list[int]:
-        logits = model(newest[0][:, None], past_key_values=cache, use_cache=True).logits
+        logits = model(newest[0][:, None], **{CACHE_NAME: cache}, use_cache=True).logits
         newest[0] = logits[:, -1].argmax(-1)
         return newest[0].tolist()
 

@@ -212,6 +212,8 @@ def test_plans(layer_types: str | None, policy: DMCConfig | None, splits: bool, 
     one = config(layer_types, policy)
     assert (one.base_model_tp_plan is not None, one.base_model_pp_plan is not None) == (splits, stages)
     assert not {"base_model_tp_plan", "base_model_pp_plan"} & {*one.to_dict()}
+    with_head = LCKVLlamaForCausalLM(one)
+    assert ("lm_head" in with_head._tp_plan, "lm_head" in with_head._pp_plan) == (splits, stages)
 
 
 def test_stages_of_others() -> None:
