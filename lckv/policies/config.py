@@ -83,7 +83,8 @@ class Traits:
     which must be on the same rank."""
 
     windows: bool = True
-    """Whether layers may have a sliding window."""
+    """Whether layers may have a sliding window. Not where keys carry a bias: caches find what a window leaves
+    behind by counting slots, and drop none of these before."""
 
     shares: bool = True
     """Whether other layers may read a layer's keys and values."""
@@ -98,6 +99,13 @@ class Traits:
     reach: Reach | None = None
     """How far around a token the policy looks. None: not known, so that rows cannot be cut into parts
     (context parallelism)."""
+
+    def __post_init__(self) -> None:
+        if self.windows and self.key_bias is not None:
+            raise ValueError(
+                "windows is true, and key_bias is set: caches cannot drop keys and keep a sliding window at "
+                "once. Say windows=False; runs with such a map are then refused."
+            )
 
     @property
     def token_wise(self) -> bool:

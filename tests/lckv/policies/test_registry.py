@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from lckv.attention.key_bias import KeyBias
 from lckv.errors import SettingError
 from lckv.policies import registry
+from lckv.policies.config import Traits
 from lckv.policies.dense.config import DenseConfig
 from lckv.policies.registry import VARIABLE, config_class, config_classes
 
@@ -72,3 +74,9 @@ def test_what_is_no_policy(
     registry._config_classes.cache_clear()
     with pytest.raises(ValueError, match=said):
         config_classes()
+
+
+def test_keys_with_a_bias_and_windows_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="windows is true, and key_bias is set: .* Say windows=False"):
+        Traits(KeyBias())
+    assert not Traits(KeyBias(), windows=False).keeps_every_token
