@@ -77,6 +77,6 @@ def test_what_is_no_policy(
 
 
 def test_keys_with_a_bias_and_windows_exclude_each_other() -> None:
-    with pytest.raises(ValueError, match="windows is true, and key_bias is set: .* Say windows=False"):
+    with pytest.raises(ValueError, match=r"windows is true, and key_bias is set: .* Say windows=False"):
         Traits(KeyBias())
     assert not Traits(KeyBias(), windows=False).keeps_every_token
