@@ -89,6 +89,7 @@ def training(load: Load) -> Iterator[Line]:
     for model, title in (
         ("lckv", "LCKV, w = 2, m = 7, b = 2, 8 layers"),
         ("lckv m3 b1", "the same, m = 3, b = 1"),
+        ("lckv m1 b1 guess", "the same, m = 1, b = 1, with a first guess"),
         ("sandwich-middle", "sandwich-middle, m = 7, b = 2"),
         ("cla", "CLA"),
         ("yoco", "YOCO"),

@@ -35,6 +35,9 @@ MAPS = {
     "yoco": CompressionConfig(layer_types="0s_1s_2s_3s_4_4_4_4", sliding_window=128),
     "lckv": CompressionConfig(layer_types="0_6_6_6_6_6_6_7"),
     "lckv m3 b1": CompressionConfig(layer_types="0_6_6_6_6_6_6_7", forward_passes=3, backward_passes=1),
+    "lckv m1 b1 guess": CompressionConfig(
+        layer_types="0_6_6_6_6_6_6_7", forward_passes=1, backward_passes=1, first_guess=True
+    ),
     "sandwich-middle": CompressionConfig(layer_types="0_3_3_3_3_3_3_7"),
 }
 WITH_POLICIES = ("plain", "cla", "sandwich-middle")
