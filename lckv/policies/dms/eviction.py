@@ -60,7 +60,8 @@ def without_borders(logits: Tensor, context: TokenContext) -> Tensor:
     documents, the first token may follow those of a cache, and then decides about the newest one.)"""
     if context.documents is None:
         return logits
-    begins = context.begins(*logits.shape[:2], logits.device)
+    tokens, rows, _ = logits.shape
+    begins = context.begins(tokens, rows, logits.device)
     return logits.masked_fill(begins[..., None], -1.0)
 
 
