@@ -78,7 +78,8 @@ class ContiguousCache:
         second: Second | None = None,
         columns: past.Columns | None = None,
     ) -> Tensor:
-        """See `KVCache`. A window counts tokens, or with `columns` columns."""
+        """See `KVCache`. A window counts tokens, or with `columns` columns. What is held may be of another
+        dtype than `query`, as where only some calls are under autocast."""
         tokens = past.NewTokens(
             new.key.permute(1, 2, 0, 3),
             new.value.permute(1, 2, 0, 3),
@@ -89,9 +90,10 @@ class ContiguousCache:
         older = self._layers[layer].past
         if second is not None:
             older = older.with_second(self._layers[second.layer].past, second)
-        return past.attend_past(
+        attended = past.attend_past(
             query, tokens, older, visibility, scale=scale, key_bias=key_bias, columns=columns, places=places
         )
+        return attended.to(query.dtype)
 
     def under(self, shown: Tensor | None) -> KVCache:
         """This cache as a batch of columns: new tokens see only those that are `shown` (bool [b, columns];

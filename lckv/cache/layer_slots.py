@@ -90,7 +90,7 @@ class LayerSlots:
             if edit.moved is not None:
                 moved = edit.moved.clamp(max=memory.shape[2] - 1)  # rows may have fewer slots than others
                 new = torch.cat((memory[row[:, None], head, moved], new))
-            memory[row[:, None], head, slots] = new
+            memory[row[:, None], head, slots] = new.to(memory.dtype)
 
     def _append(self, key: Tensor, value: Tensor) -> None:
         """The new tokens [s, b, g, d] of heads that stay even."""

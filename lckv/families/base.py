@@ -206,7 +206,7 @@ def _with_policy(compression: CompressionConfig, config: Mapping[str, Any]) -> C
         raise ModelError(str(error)) from error
     if policy is None:
         return compression
-    if compression.policy.name not in (DenseConfig.name, policy.name):
+    if compression.policy.name != DenseConfig.name and compression.policy != policy:
         raise ModelError(
             f"compression.policy.name is {compression.policy.name}, and "
             f"{', '.join(name for name in _fields_of_policy(config) if name in config)} are fields of "

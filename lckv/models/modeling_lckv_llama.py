@@ -250,17 +250,24 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
         last = self.norm(hidden_states)
         if cache is not None:
             cache.commit(layers.kept, layout.counted)
-        auxiliary_loss, by_name = self._report(layers.statistics) if layers.statistics else (None, None)
+        auxiliary_loss, by_name = None, None
+        if layers.statistics:
+            auxiliary_loss, by_name = self._report(layers.statistics, layout.counted)
         return RunOutput(last, states.all(last) if chosen else None, auxiliary_loss, by_name, state.passes)
 
-    def _report(self, statistics: Mapping[int, Statistics]) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """The auxiliary loss, and what the KV policy, or errors between passes, say of the statistics of each
-        layer that reports."""
+    def _report(
+        self, statistics: Mapping[int, Statistics], counted: Tensor | None
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The auxiliary loss, the mean of rows with tokens, and what the KV policy, or errors between passes,
+        say of the statistics of each layer that reports. `counted` bool [b, s]; None: all."""
         of_layers = [statistics[layer] for layer in self.reporting_layers]
         # Of each statistic [layers, b, g].
         stacked = [torch.stack(tensors) for tensors in zip(*of_layers, strict=True)]
         by_name = dict(statistics_by_name(self.reporter, [tensor.detach() for tensor in stacked]))
         loss = self.reporter.auxiliary_loss([tensor.mean((0, 2)) for tensor in stacked], 1.0)
+        if loss is not None and counted is not None:  # rows of padding have nothing that could be too little
+            there = counted.any(1)
+            return (loss * there).sum() / there.sum().clamp(min=1), by_name
         return None if loss is None else loss.mean(), by_name
 
     def iterates(self, tokens: int) -> bool:

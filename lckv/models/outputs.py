@@ -32,7 +32,8 @@ class LCKVModelOutput(BaseModelOutputWithPast):
     attention weights are not in memory as a whole."""
 
     auxiliary_loss: Tensor | None = None
-    """float32 []: the KV policy's, or that of errors between passes (`lckv.pass_errors`), mean over rows."""
+    """float32 []: the KV policy's, or that of errors between passes (`lckv.pass_errors`), mean over the rows
+    that have tokens."""
     statistics: dict[str, Tensor] | None = None
     """What the KV policy reports, by name: each float32 [layers that compute keys and values, b, g]; or
     errors between passes, of layers that a layer below them reads. None where there is nothing to report, and

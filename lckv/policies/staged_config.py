@@ -54,13 +54,13 @@ class StagedConfig(PolicyConfig, ABC):
         if self.stage not in STAGES:
             yield Problem("stage", repr(self.stage), f"it must be one of {', '.join(STAGES)}")
         if not 1 <= self.target_compression_ratio < math.inf:
-            obstacle = "it must be at least 1: it is tokens per slot"
+            obstacle = "it must be at least 1, and finite: it is tokens per slot"
             yield Problem("target_compression_ratio", self.target_compression_ratio, obstacle)
         if not 0 < self.temperature < math.inf:
-            obstacle = "it must be greater than 0. The published value is 0.1"
+            obstacle = "it must be greater than 0, and finite. The published value is 0.1"
             yield Problem("temperature", self.temperature, obstacle)
         if not 0 <= self.loss_weight < math.inf:
-            yield Problem("loss_weight", self.loss_weight, "it must be at least 0")
+            yield Problem("loss_weight", self.loss_weight, "it must be at least 0, and finite")
 
     def obstacle_to_leaving(self, after: PolicyConfig) -> str | None:
         """A model with decisions is not the same function without them, its channel being in use."""

@@ -86,13 +86,13 @@ class DMCConfig(StagedConfig):
         if not 0 < self.initial_decision_bias < math.inf:
             obstacle = (
                 "it must be greater than 0, or every token would be merged from the start, all into the "
-                "first one. The published value is 5"
+                "first one, and finite. The published value is 5"
             )
             yield Problem("initial_decision_bias", self.initial_decision_bias, obstacle)
         if self.window is not None and self.window < 1:
             yield Problem("window", self.window, "it must be at least 1 token, or null for no window")
         if self.eps is not None and not 0 < self.eps < math.inf:
-            obstacle = "it must be greater than 0, or null for the epsilon of the model's dtype"
+            obstacle = "it must be greater than 0, and finite, or null for the epsilon of the model's dtype"
             yield Problem("eps", self.eps, obstacle)
 
     def state_numbers(self, head_dim: int) -> int:

@@ -131,12 +131,12 @@ class DMSConfig(StagedConfig):
             obstacle = "it must be at least 1 token. The published value is 512"
             yield Problem("window", self.window, obstacle)
         if not 0 < self.decision_scale < math.inf:
-            obstacle = "it must be greater than 0. The published value is 100"
+            obstacle = "it must be greater than 0, and finite. The published value is 100"
             yield Problem("decision_scale", self.decision_scale, obstacle)
         if not 0 < self.initial_decision_offset < math.inf:
             obstacle = (
-                "it must be greater than 0, or every token would be dropped from the start. The published "
-                "value is 5"
+                "it must be greater than 0, or every token would be dropped from the start, and finite. The "
+                "published value is 5"
             )
             yield Problem("initial_decision_offset", self.initial_decision_offset, obstacle)
 

@@ -55,6 +55,16 @@ def about_the_token(decisions: Tensor, context: TokenContext) -> Tensor:
     return torch.cat((decisions, none)).gather(0, following[..., None].expand(-1, -1, heads))
 
 
+def without_borders(logits: Tensor, context: TokenContext) -> Tensor:
+    """Decision logits [s, b, g] with which tokens that begin documents drop nothing. (Where there are no
+    documents, the first token may follow those of a cache, and then decides about the newest one.)"""
+    if context.documents is None:
+        return logits
+    tokens, rows, _ = logits.shape
+    begins = context.begins(tokens, rows, logits.device)
+    return logits.masked_fill(begins[..., None], -1.0)
+
+
 def fresh_state(window: int, logits: Tensor) -> Tensor:
     """The state [W, b, g, 1] before the first token."""
     return torch.zeros(window, *logits.shape[1:], 1, device=logits.device)

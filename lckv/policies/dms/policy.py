@@ -74,10 +74,11 @@ class DMSPolicy(StagedPolicy):
         if not self.config.decides:
             return Extension(*self.keys_values(key, value, None, context)[0])
         logits = self._logits(read, key)
+        bias = eviction.hard_bias(logits, context)
         if state is None:
             state = eviction.fresh_state(self.config.window, logits)
-        hides, state = eviction.advance(state, logits, context.counted)
-        wide = widened(context.rotate(key), eviction.hard_bias(logits, context))
+        hides, state = eviction.advance(state, eviction.without_borders(logits, context), context.counted)
+        wide = widened(context.rotate(key), bias)
         return Extension(wide, value, hides, state)
 
     @property

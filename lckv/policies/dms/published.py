@@ -58,7 +58,8 @@ def from_config(config: Mapping[str, Any]) -> DMSConfig | None:
             problems.append(Problem(name, repr(value), "it must be a number above 0"))
         else:
             numbers[ours] = float(value)
-    name, window = _WINDOW[0], config.get(_WINDOW[0], _WINDOW[1])
+    name, default = _WINDOW
+    window = default if config.get(name) is None else config[name]
     if type(window) is not int or window < 1:
         problems.append(Problem(name, repr(window), "it must be a number of tokens, at least 1"))
     if problems:

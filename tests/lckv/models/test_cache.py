@@ -242,3 +242,21 @@ def test_a_step_waits_for_the_device_once(policy: DMCConfig | None, monkeypatch:
             )
     assert waits.count("tolist") == 5
     assert [name for name in waits if name != "tolist"] in ([], ["__int__"], ["__int__"] * 2)
+
+
+@pytest.mark.parametrize("policy", [None, MERGING])
+@pytest.mark.parametrize("padding", [0, 2])
+@pytest.mark.parametrize("autocast", [(True, False), (False, True)], ids=["first", "later"])
+def test_only_some_calls_are_under_autocast(
+    policy: DMCConfig | None, padding: int, autocast: tuple[bool, bool]
+) -> None:
+    one, ids, cache = model(SHARED, policy), tokens(2, 9), None
+    mask = torch.ones(2, 9, dtype=torch.int64)
+    mask[1, :padding] = 0
+    with torch.no_grad():
+        expected = one(ids, attention_mask=mask).logits
+        for number, (start, stop) in enumerate(((0, 6), (6, 7), (7, 9))):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast[min(number, 1)]):
+                output = one(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache)
+            cache = output.past_key_values
+            close(output.logits.float()[:, -1], expected[:, stop - 1], 0.1)

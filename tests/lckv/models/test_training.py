@@ -94,6 +94,14 @@ def test_auxiliary_loss() -> None:
     assert gradient.view(2, 8, -1)[:, :-1].count_nonzero() == 0
 
 
+def test_a_row_of_padding_costs_nothing() -> None:
+    one, ids = model(SHARED, RETROFIT).train(), tokens(2, 12)
+    mask = torch.tensor([[1] * 12, [0] * 12])
+    output = one(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
+    close(output.auxiliary_loss, torch.relu(0.75 - output.statistics["merge_rate"][:, 0].mean()))
+    assert one(ids, attention_mask=torch.zeros_like(mask)).auxiliary_loss == 0
+
+
 def test_auxiliary_loss_of_accumulated_micro_batches() -> None:
     """The sum of losses is the loss of the whole batch: each row's share is that of its targets."""
     one, ids = model(SHARED, MERGING).train(), tokens(2, 12)

@@ -176,7 +176,7 @@ CASES = [
         "compression.layer_types is '0_1'; it has 2 entries but the model has 8 layers",
     ),
     ({"compression.backward_passes": 0}, 1, "compression.backward_passes is 0; it must be at least 1."),
-    (dmc(temperature=0), 1, "compression.policy.temperature is 0.0; it must be greater than 0."),
+    (dmc(temperature=0), 1, "compression.policy.temperature is 0.0; it must be greater than 0, and finite."),
     (
         dmc() | {"model.kv_channels": 2},
         1,

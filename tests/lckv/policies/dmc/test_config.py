@@ -30,11 +30,11 @@ def test_the_defaults_are_the_published_ones_and_have_no_problems():
         ({"target_compression_ratio": 0.5}, "target_compression_ratio is 0.5; it must be at least 1"),
         ({"target_compression_ratio": math.nan}, "target_compression_ratio is nan; it must be at least 1"),
         ({"initial_decision_bias": 0.0}, "initial_decision_bias is 0.0; it must be greater than 0"),
-        ({"temperature": 0.0}, "temperature is 0.0; it must be greater than 0"),
+        ({"temperature": 0.0}, "temperature is 0.0; it must be greater than 0, and finite."),
         ({"temperature": -1.0}, "temperature is -1.0; it must be greater than 0"),
         ({"window": 0}, "window is 0; it must be at least 1 token, or null for no window."),
-        ({"eps": 0.0}, "eps is 0.0; it must be greater than 0, or null"),
-        ({"loss_weight": -1.0}, "loss_weight is -1.0; it must be at least 0."),
+        ({"eps": 0.0}, "eps is 0.0; it must be greater than 0, and finite, or null"),
+        ({"loss_weight": -1.0}, "loss_weight is -1.0; it must be at least 0, and finite."),
     ],
 )
 def test_odd_settings_are_named(change, message):

@@ -39,18 +39,25 @@ def test_what_follows_for_attention_and_caches() -> None:
     ("changes", "said"),
     [
         ({"stage": "early"}, "stage is 'early'; it must be one of zero_out, retrofit, finetune."),
-        ({"target_compression_ratio": 0.5}, "target_compression_ratio is 0.5; it must be at least 1: it is"),
+        (
+            {"target_compression_ratio": 0.5},
+            "target_compression_ratio is 0.5; it must be at least 1, and finite: it is",
+        ),
         ({"initial_compression_ratio": 9.0}, "initial_compression_ratio is 9.0; it must be from 1 to target"),
         ({"ramp": 0.0}, "ramp is 0.0; it must be above 0 and at most 1"),
         ({"ramp": float("nan")}, "ramp is nan; it must be above 0 and at most 1"),
         ({"window": 0}, "window is 0; it must be at least 1 token. The published value is 512."),
         (
             {"decision_scale": 0.0},
-            "decision_scale is 0.0; it must be greater than 0. The published value is 100",
+            "decision_scale is 0.0; it must be greater than 0, and finite. The published value is 100",
         ),
+        ({"decision_scale": float("inf")}, "decision_scale is inf; it must be greater than 0, and finite."),
         ({"initial_decision_offset": -1.0}, "initial_decision_offset is -1.0; it must be greater than 0, or"),
-        ({"temperature": 0.0}, "temperature is 0.0; it must be greater than 0. The published value is 0.1"),
-        ({"loss_weight": -1.0}, "loss_weight is -1.0; it must be at least 0"),
+        (
+            {"temperature": 0.0},
+            "temperature is 0.0; it must be greater than 0, and finite. The published value is 0.1",
+        ),
+        ({"loss_weight": -1.0}, "loss_weight is -1.0; it must be at least 0, and finite."),
         (
             {"decision_source": "key"},
             "decision_source is 'key'; it must be one of borrowed_channel, adapter",

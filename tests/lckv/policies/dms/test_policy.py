@@ -117,6 +117,18 @@ def test_the_first_token_of_a_document_decides_about_none() -> None:
     assert (eviction.hard_bias(logits, facts) < 0).flatten().tolist() == [True, True, False] * 2
 
 
+def test_a_cache_keeps_the_last_token_of_a_document() -> None:
+    """Also where that one is still among the newest W + 1 when the next tokens come."""
+    says = torch.ones(6, 1, 1, CHANNELS)  # every decision is to drop
+    facts = TokenContext(Turn(rotation(torch.zeros(6, 1, 1), inverse_frequencies(CHANNELS, 1e4))))
+    drops = DMSPolicy(replace(POLICY.config, decision_scale=1.0, initial_decision_offset=0.5))
+    packed = drops.extend(None, says, says, says, replace(facts, documents=Documents.at((0, 4, 6), "cpu")))
+    following = drops.extend(packed.state, says, says, says, facts)
+    # Tokens 2 .. 5, of which 3 is the last of its document.
+    assert following.hides is not None
+    assert following.hides.flatten().tolist() == [True, False, True, True]
+
+
 def test_logits_that_are_not_finite_are_seen() -> None:
     query, key, value = (tensor.detach().clone() for tensor in drawn())
     query[3, 1, 3, -1] = torch.nan

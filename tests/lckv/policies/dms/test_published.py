@@ -57,6 +57,7 @@ def test_fields_of_the_published_model() -> None:
         expected, decision_source="adapter", decisions_per="layer"
     )
     assert policy_of(plain()) != expected
+    assert policy_of(plain(**(PUBLISHED | dict.fromkeys(("dms_window_size", "dms_alpha_per"))))) == expected
     decoder = describe(plain(**PUBLISHED, dms_preallocate_for_tokens=4096, dms_alpha_per="head"), {})
     assert decoder.compression.policy == expected
     family = export_family(decoder)
@@ -94,3 +95,8 @@ def test_fields_of_two_policies() -> None:
         ModelError, match=r"compression\.policy\.name is dmc, and dms_cr are fields of dms; remove"
     ):
         describe(both, {})
+    deciding = describe(plain(dms_cr=4, dms_window_size=7), {})
+    once = export_family(deciding).write_config(deciding)
+    assert describe(once | {"dms_cr": 4, "dms_window_size": 7}, {}).compression.policy.window == 7
+    with pytest.raises(ModelError, match=r"compression\.policy\.name is dms, and dms_cr are fields of dms"):
+        describe(once | {"dms_cr": 8}, {})
