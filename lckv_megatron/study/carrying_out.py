@@ -34,8 +34,8 @@ class CarryingOut:
         processes: int = 1,
         others: Sequence[Subject] = (),
     ) -> None:
-        """`processes`: of each run. `others`: of the study, too, which are left alone now; where they have been
-        measured, speeds are compared with theirs. Raises ConfigError for a folder with other rows."""
+        """`processes`: of each run. `others`: of the study, too, which are left alone now; where they have
+        been measured, speeds are compared with theirs. Raises ConfigError for a folder with other rows."""
         self._study, self._subjects, self._folder, self._processes = study, subjects, folder, processes
         self._everyone = (*subjects, *others)
         self._rows: dict[str, Row] = read_rows(folder / ROWS)

@@ -52,7 +52,10 @@ class Training:
     def key(self) -> str:
         """The same for runs that compute the same: from the data, and all settings but those of checkpoints
         and logging. Defaults are left out, so that a new setting changes no key."""
-        parent, teacher = None if self.parent is None else self.parent.key, self.run.train.distillation.teacher
+        parent, teacher = (
+            None if self.parent is None else self.parent.key,
+            self.run.train.distillation.teacher,
+        )
         read = {"parent": parent, "datasets": dict(self.datasets)}
         if teacher is not None:
             read["teacher"] = _state(Path(teacher))
