@@ -56,7 +56,7 @@ class Training:
             None if self.parent is None else self.parent.key,
             self.run.train.distillation.teacher,
         )
-        read = {"parent": parent, "datasets": dict(self.datasets)}
+        read: dict[str, object] = {"parent": parent, "datasets": dict(self.datasets)}
         if teacher is not None:
             read["teacher"] = _state(Path(teacher))
         return _hash({**_chosen(self.run), **read})
