@@ -55,9 +55,7 @@ class LayerTypesFamily:
         Raises SettingError with what is wrong and the way out.
         """
         if isinstance(written, str) and written.lstrip().startswith("["):
-            written = [
-                text.strip() for text in written.strip().removeprefix("[").removesuffix("]").split(",")
-            ]
+            written = _texts_of_list(written)
         if written is None or (isinstance(written, str) and "|" not in written):
             return cls((LayerTypes.parse(written, num_layers),))
         if isinstance(written, str):
@@ -177,10 +175,22 @@ class LayerTypesFamily:
         return self.alternatives or [layer_types.layers for layer_types in self.maps]
 
 
+def _texts_of_list(text: str) -> list[str]:
+    inner = text.strip().removeprefix("[")
+    if not inner.endswith("]"):
+        raise _misfit(text, "it begins with a bracket, as a list of maps, and does not end with one: add ']'")
+    inner = inner.removesuffix("]")
+    return [one.strip() for one in inner.split(",")] if inner.strip() else []
+
+
 def _read_list(texts: Sequence[str], num_layers: int) -> tuple[LayerTypes, ...]:
     if not texts:
         raise _misfit("[]", "the list is empty: give at least one map, or null for a plain model")
     for text in texts:
+        if not isinstance(text, str):
+            raise _misfit(
+                str(text), "it stands in the list and is no text: give sharing maps, such as 0_0_2_2"
+            )
         if "|" in text:
             raise _misfit(
                 text,

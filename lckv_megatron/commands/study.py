@@ -20,6 +20,7 @@ The command can be given again: it goes on where it was. In the output folder ar
 """
 
 import argparse
+import contextlib
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,8 +33,11 @@ from lckv_megatron.study.jobs import Slots
 from lckv_megatron.study.trainings import Subject, subjects_of, trainings_of
 from lckv_megatron.tables import table
 from megatron_ext.arguments import ProgramParser, positive
+from megatron_ext.checkpointing.errors import FolderInUseError, UnwritableFolderError
+from megatron_ext.checkpointing.lock import FolderLock, Purpose
 from megatron_ext.console import exit_status, set_up_logging
 from megatron_ext.errors import ConfigError
+from megatron_ext.signals import deferred
 
 logger = logging.getLogger(__name__)
 
@@ -73,15 +77,17 @@ def _parser() -> argparse.ArgumentParser:
         "--hours", type=float, default=24.0, help="after which a program is ended (default: %(default)g)"
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--dry-run", action="store_true", help="say what would be run, and run nothing")
+    what.add_argument(
+        "--dry-run", action="store_true", help="say what would be run and what cannot work; run nothing"
+    )
     what.add_argument(
         "--rows-only", action="store_true", help="write table and picture of the rows that are there"
     )
     return parser
 
 
-def chosen(study: Study, options: argparse.Namespace) -> list[Subject]:
-    """The models with the seeds that were asked for. Raises ConfigError."""
+def chosen(study: Study, options: argparse.Namespace) -> tuple[list[Subject], list[Subject]]:
+    """The models with the seeds that were asked for, and the others. Raises ConfigError."""
     names = [entry.name for entry in study.models]
     for what, wanted, known in (("--models", options.models, names), ("--seeds", options.seeds, study.seeds)):
         if unknown := [value for value in wanted or () if value not in known]:
@@ -89,13 +95,12 @@ def chosen(study: Study, options: argparse.Namespace) -> list[Subject]:
                 f"{what} has {', '.join(map(str, unknown))}; {options.study} has "
                 f"{', '.join(map(str, known))}."
             )
-    subjects = subjects_of(study)
-    return [
-        subject
-        for subject in subjects
-        if (not options.models or subject.entry.name in options.models)
-        and (not options.seeds or subject.seed in options.seeds)
-    ]
+    asked, others = list[Subject](), list[Subject]()
+    for subject in subjects_of(study):
+        of_models = not options.models or subject.entry.name in options.models
+        of_seeds = not options.seeds or subject.seed in options.seeds
+        (asked if of_models and of_seeds else others).append(subject)
+    return asked, others
 
 
 def slots_of(options: argparse.Namespace) -> Slots:
@@ -128,28 +133,49 @@ def plan_lines(subjects: Sequence[Subject]) -> Iterator[str]:
     yield f"{len(runs)} runs for {len(subjects)} rows, {sum(run.flops for run in runs):.3g} FLOPs in all"
 
 
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Be the only program that writes into `folder`. Raises ConfigError."""
+    advice = "Two studies would write over each other's rows: wait for that one or end it, or give another"
+    lock = FolderLock(folder, purpose=Purpose(f"--output: {folder}", f"{advice} --output"))
+    try:
+        lock.take()
+    except FolderInUseError as error:
+        raise ConfigError(f"{error}.") from None
+    except UnwritableFolderError as error:
+        raise ConfigError(f"--output {folder} cannot be written: {error.__cause__}.") from error
+    try:
+        yield
+    finally:
+        with deferred():
+            lock.release()
+
+
 def carry_out(options: argparse.Namespace) -> None:
     """The program. Raises ConfigError before anything runs, and ArithmeticError where a run has failed."""
     slots = slots_of(options)
     study = read_study(options.study)
-    subjects = chosen(study, options)
+    subjects, others = chosen(study, options)
     if options.dry_run:
         print("\n".join(plan_lines(subjects)))
+        check(subjects, study.measure, options.processes_per_run)
         return
     if options.rows_only:
         check_rows_are_here(options.output)
     else:
         check(subjects, study.measure, options.processes_per_run)
-    options.output.mkdir(parents=True, exist_ok=True)
-    work = CarryingOut(study, subjects, options.output, processes=options.processes_per_run)
-    if options.rows_only:
-        work.write()
-    else:
-        runs, rows = len(work.untrained), len(work.unmeasured)
-        logger.info("%d rows are there, %d runs and %d rows are to come", len(subjects) - rows, runs, rows)
-        failures = work.run(slots, logger.info)
-        if failures:
-            raise _FailedError("\n".join(map(str, failures)))
+    with held(options.output):
+        work = CarryingOut(
+            study, subjects, options.output, processes=options.processes_per_run, others=others
+        )
+        if options.rows_only:
+            work.write()
+        else:
+            runs, rows = len(work.untrained), len(work.unmeasured)
+            there = len(subjects) - rows
+            logger.info("%d rows are there, %d runs and %d rows are to come", there, runs, rows)
+            if failures := work.run(slots, logger.info):
+                raise _FailedError("\n".join(map(str, failures)))
     print(*(options.output / name for name in (ROWS, TABLE, PICTURE)), sep="\n")
 
 

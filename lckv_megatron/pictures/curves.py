@@ -11,6 +11,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from lckv_megatron.pictures.end_labels import EndLabel, add_end_labels
 from lckv_megatron.pictures.heat_map import Cells, draw_heat_map, last_statistics
+from lckv_megatron.pictures.names import as_written
 from lckv_megatron.pictures.runs import X_LABELS, Run
 from lckv_megatron.pictures.smoothing import FEWEST_POINTS, exponential, trend
 from megatron_ext.errors import ConfigError
@@ -162,7 +163,7 @@ def heat_maps(runs: Sequence[Run]) -> list[Panel]:
 
 
 def _heat_map(run: Run, name: str, cells: Cells) -> Panel:
-    title, label = f"{run.name}: {name} at the end", name.replace("_", " ")
+    title, label = f"{as_written(run.name)}: {name} at the end", name.replace("_", " ")
     return Panel(title, (), lambda axes, _runs, _style: draw_heat_map(axes, cells, label), over_time=False)
 
 
@@ -204,9 +205,8 @@ def plot(runs: Sequence[Run], style: Style) -> Figure:
     handles = [
         figure.axes[0].plot([], [], color=f"C{index % 10}", linewidth=3)[0] for index in range(len(runs))
     ]
-    figure.legend(
-        handles, [run.name for run in runs], loc="outside upper left", ncols=min(4, len(runs)), frameon=False
-    )
+    names = [as_written(run.name) for run in runs]
+    figure.legend(handles, names, loc="outside upper left", ncols=min(4, len(runs)), frameon=False)
     add_end_labels(figure, labels)
     return figure
 

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
+from lckv_megatron.pictures.names import as_written
+
 LOOK: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.grid": True,
@@ -77,7 +79,8 @@ def _add_labels(figure: Figure, axes: Axes, marks: Sequence[Mark]) -> None:
     taken += [_drawn(axes, line, 2 * scale) for line in _lines(marks)]
     for mark in sorted(marks, key=lambda mark: (not mark.on_front, mark.kv_bytes)):
         label = axes.annotate(
-            mark.name, (mark.kv_bytes, mark.loss), xytext=(0, 0), textcoords="offset points", fontsize=8.5,
+            as_written(mark.name), (mark.kv_bytes, mark.loss), xytext=(0, 0),
+            textcoords="offset points", fontsize=8.5,
             color=_FRONT if mark.on_front else "0.35", zorder=4,
             arrowprops={"arrowstyle": "-", "color": "0.75", "linewidth": 0.6, "shrinkB": 4},
         )  # fmt: skip

@@ -18,6 +18,7 @@ from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
 
 from lckv.sharing.layer_types import LayerTypes
 from lckv.sharing.plan import layer_groups
+from lckv_megatron.pictures.names import as_written
 
 INCH = 0.4
 """Inches of a unit; a layer is one unit high."""
@@ -188,7 +189,7 @@ def _draw_map(axes: Axes, drawn: Titled, passes: str) -> None:
     axes.text(
         BOX_WIDTH / 2,
         len(layer_types) + 0.05,
-        drawn.title,
+        as_written(drawn.title),
         ha="center",
         va="bottom",
         fontsize=10,

@@ -1,6 +1,7 @@
 """Carries a study out: trains what is not trained, measures what is not measured, writes what is known."""
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -25,10 +26,18 @@ class CarryingOut:
     """A study whose runs lie in a folder."""
 
     def __init__(
-        self, study: Study, subjects: Sequence[Subject], folder: Path, *, processes: int = 1
+        self,
+        study: Study,
+        subjects: Sequence[Subject],
+        folder: Path,
+        *,
+        processes: int = 1,
+        others: Sequence[Subject] = (),
     ) -> None:
-        """`processes`: of each run. Raises ConfigError for a folder with other rows."""
+        """`processes`: of each run. `others`: of the study, too, which are left alone now; where they have
+        been measured, speeds are compared with theirs. Raises ConfigError for a folder with other rows."""
         self._study, self._subjects, self._folder, self._processes = study, subjects, folder, processes
+        self._everyone = (*subjects, *others)
         self._rows: dict[str, Row] = read_rows(folder / ROWS)
 
     @property
@@ -73,13 +82,15 @@ class CarryingOut:
         from lckv_megatron.pictures.front import LOOK, Mark, draw_front
 
         front = {point.model for point in front_of(points)}
+        drawn = [point for point in points if math.isfinite(point.loss)]
         marks = [
             Mark(point.model, point.kv_bytes, point.loss, point.spread, point.model in front)
-            for point in points
+            for point in drawn
         ]
-        seeds = (
-            "Bars: the range over seeds." if any(len(point.losses) > 1 for point in points) else "One seed."
-        )
+        bars = any(len(point.losses) > 1 for point in drawn)
+        seeds = "Bars: the range over seeds." if bars else "One seed."
+        if lost := len(points) - len(drawn):
+            seeds += f" Not drawn: {lost}, whose loss is not finite."
         write_picture(partial(draw_front, marks, seeds=seeds), LOOK, self._folder / PICTURE)
 
     def _place(self, run: Training) -> Path:
@@ -175,27 +186,39 @@ class CarryingOut:
         return float(json.loads((self._place(run) / "trained.json").read_bytes())["seconds"])
 
     def _speed_job(self) -> Job | None:
-        """Of the models with the first seed, where they are all here and one of them has no speed."""
+        """Of the models with the first seed that have rows, the one that they are compared with among them;
+        None where those that are asked for are not all here, or these very models have been compared so."""
         first = [*self._of_first_seed()]
-        rows = [self._rows.get(subject.key, {}) for subject in first]
+        asked = [subject for subject in self._subjects if subject.seed == self._study.seeds[0]]
         folders = {subject.key: self._huggingface_of(subject) for subject in first}
-        if all(row.get("tokens_per_second") for row in rows) or not all(
-            (folder / "config.json").is_file() for folder in folders.values()
+        if (
+            not first
+            or first[0].entry.name != self._study.budget.model
+            or any(subject.key not in folders for subject in asked)
+            or not all((folder / "config.json").is_file() for folder in folders.values())
         ):
             return None
-        output = self._folder / "speed.json"
+        output, place = self._folder / "speed.json", self._folder / "speed_task.json"
         task = SpeedTask(
             {key: str(path) for key, path in folders.items()}, asdict(self._study.measure), str(output)
         )
-        write_file(self._folder / "speed_task.json", json.dumps(asdict(task)).encode())
-        command = [sys.executable, "-m", "lckv_megatron.study.speed", str(self._folder / "speed_task.json")]
+        have_speeds = all(self._rows[key].get("tokens_per_second") for key in folders)
+        if have_speeds and output.exists() and _compares_the_same(place, task):
+            return None
+        output.unlink(missing_ok=True)
+        write_file(place, json.dumps(asdict(task)).encode())
+        command = [sys.executable, "-m", "lckv_megatron.study.speed", str(place)]
         return Job(
             "speed", command, self._folder / "speed_log.txt", (), lambda _: self._take_in_speeds(output)
         )
 
     def _of_first_seed(self) -> Iterator[Subject]:
         """The model that others are compared with comes first."""
-        of_seed = [subject for subject in self._subjects if subject.seed == self._study.seeds[0]]
+        of_seed = [
+            subject
+            for subject in self._everyone
+            if subject.seed == self._study.seeds[0] and subject.key in self._rows
+        ]
         yield from (subject for subject in of_seed if subject.entry.name == self._study.budget.model)
         yield from (subject for subject in of_seed if subject.entry.name != self._study.budget.model)
 
@@ -206,6 +229,16 @@ class CarryingOut:
     def _take_in_speeds(self, output: Path) -> None:
         for key, columns in json.loads(output.read_bytes()).items():
             self._rows[key] |= {name: f"{value:.6g}" for name, value in columns.items()}
+
+
+def _compares_the_same(place: Path, task: SpeedTask) -> bool:
+    """Whether the task in the file `place` is of the same models, measured in the same way."""
+    try:
+        before = SpeedTask(**json.loads(place.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return False
+    mine = json.loads(json.dumps(task.measure))  # a tuple becomes a list
+    return before.folders.keys() == task.folders.keys() and before.measure == mine
 
 
 def check_rows_are_here(folder: Path) -> None:

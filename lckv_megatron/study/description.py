@@ -45,7 +45,8 @@ class Measurement:
     """The loss is that of the first so many tokens. Default: all."""
 
     context: int | None = None
-    """Tokens of a window of the loss, and of a sequence in the cache. Default: train.seq_length."""
+    """Tokens of a window of the loss, and of a sequence in the cache. Default: one less than the models
+    take."""
 
     stride: int | None = None
     """New tokens of further windows. Default: measure.context."""
@@ -186,9 +187,11 @@ def _entries(models: Tree, folder: Path, problems: list[str]) -> Iterator[Entry]
 
 def _entry(name: str, tree: Tree, folder: Path) -> Entry:
     place = f"models: {name}"
+    if not name or not name.isprintable():
+        raise ConfigError(f"models has the name {name!r}; give a model a name in one line.")
     _refuse_others(tree, _OF_MODEL, place)
     settings = _mapping(tree.get("settings"), f"{place}: settings")
-    checkpoints = tuple(folder / text for text in _texts(tree, "checkpoints"))
+    checkpoints = tuple(folder / text for text in _checkpoints(tree, place))
     if checkpoints and (settings or "stages" in tree):
         raise ConfigError(
             f"{place} has checkpoints beside settings or stages; a model that is there says all of itself."
@@ -207,6 +210,17 @@ def _entry(name: str, tree: Tree, folder: Path) -> Entry:
     if abs(total - 1) > _SHARE_TOLERANCE:
         raise ConfigError(f"{place}: the shares of its stages add up to {total:g}; they must be 1 together.")
     return Entry(name, settings, stages, checkpoints, export)
+
+
+def _checkpoints(tree: Tree, place: str) -> Sequence[str]:
+    """Folders; none where the model is trained here."""
+    if "checkpoints" not in tree:
+        return ()
+    value = tree["checkpoints"]
+    texts = [value] if isinstance(value, str) else value
+    if not (isinstance(texts, list) and texts and all(isinstance(text, str) and text for text in texts)):
+        raise ConfigError(f"{place}: checkpoints is {value!r}; it must be a list of folders.")
+    return texts
 
 
 def _stage(tree: Tree, place: str, *, alone: bool) -> Stage:
@@ -243,6 +257,12 @@ def _problems(top: _Top, entries: Sequence[Entry]) -> Iterator[str]:
     wrong = [seed for seed in top.seeds if not seed.isdecimal()]
     if wrong or len({*top.seeds}) < len(top.seeds) or not top.seeds:
         yield f"seeds is {[*top.seeds]}; it must be a list of different whole numbers."
+    for entry in entries:
+        if len(entry.checkpoints) > len(top.seeds):
+            yield (
+                f"models: {entry.name}: checkpoints has {len(entry.checkpoints)} folders, one for each seed, "
+                f"and seeds has {len(top.seeds)}: give as many seeds, or leave some folders out."
+            )
     for name in ("sequences", "repeats", "max_tokens", "context", "stride", "prefill_chunk"):
         value = getattr(top.measure, name)
         if value is not None and value < 1:

@@ -2,9 +2,11 @@
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron_ext.atomic import write_file
@@ -30,7 +32,20 @@ def read_rows(path: Path) -> dict[str, Row]:
             raise ConfigError(
                 f"{path} is not a table of this program: its columns are {reader.fieldnames}; move it away."
             )
-        return {row["key"]: row for row in reader}
+        return {row["key"]: row for row in map(partial(_checked, path, reader), reader)}
+
+
+def _checked(path: Path, reader: "csv.DictReader[str]", row: Row) -> Row:
+    """The row, if a point can be made of it."""
+    try:
+        if None not in row.values() and None not in row and row["key"]:
+            float(row["loss"]), float(row["kv_bytes_per_token"])
+            return row
+    except ValueError:
+        pass
+    raise ConfigError(
+        f"{path}, line {reader.line_num}, is no row with a key, a loss and bytes of cache: mend or delete it."
+    )
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
@@ -88,9 +103,11 @@ def points_of(rows: Iterable[Row]) -> list[Point]:
 
 
 def front_of(points: Sequence[Point]) -> list[Point]:
-    """Those that no other beats in bytes without losing in loss, or the reverse; the smallest cache first."""
+    """Those that no other beats in bytes without losing in loss, or the reverse; the smallest cache first. A
+    loss that is not finite beats none."""
     front: list[Point] = []
-    for point in sorted(points, key=lambda point: (point.kv_bytes, point.loss)):
+    finite = [point for point in points if math.isfinite(point.loss)]
+    for point in sorted(finite, key=lambda point: (point.kv_bytes, point.loss)):
         if not front or point.loss < front[-1].loss:
             front.append(point)
     return front
@@ -109,7 +126,7 @@ def table_of(points: Sequence[Point], reference: str) -> Iterator[str]:
         spread = f" ± {point.spread:.4f}" if len(point.losses) > 1 else ""
         rows.append(
             (
-                point.model,
+                point.model.replace("|", r"\|"),
                 "yes" if point.model in front else "",
                 f"{point.kv_bytes:,.0f}",
                 f"{point.loss:.4f}{spread}",

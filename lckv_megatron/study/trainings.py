@@ -1,5 +1,6 @@
 """The runs of a study: what each model's stages are, for how long, and which of them several models share."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -8,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lckv_megatron.planning.inputs import dataset_contents, find_vocab_size
+from lckv.errors import ModelError
+from lckv_megatron.planning.inputs import dataset_contents, find_teacher, find_vocab_size
 from lckv_megatron.study.description import Entry, Measurement, Study, Tree
 from megatron_ext.command_line import config_to_dict
 from megatron_ext.config import RunConfig
@@ -17,10 +19,10 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.model.cost import model_shape
 from megatron_ext.model.parameters import padded_vocab_size
 from megatron_ext.settings import read
-from megatron_ext.summary.sizes import cost_of
+from megatron_ext.summary.sizes import TeacherSizes, cost_of
 
-_OWN = ("checkpoint.save", "checkpoint.load", "checkpoint.finetune", "train.train_iters", "train.seed",
-        "logging.metrics_file")  # fmt: skip
+_OWN = ("checkpoint.save", "checkpoint.load", "checkpoint.finetune", "checkpoint.resume", "train.train_iters",
+        "train.seed", "logging.metrics_file", "logging.progress_bar")  # fmt: skip
 """Settings that the study gives each run."""
 
 _OF_SPEED = ("repeats", "clock")
@@ -50,8 +52,14 @@ class Training:
     def key(self) -> str:
         """The same for runs that compute the same: from the data, and all settings but those of checkpoints
         and logging. Defaults are left out, so that a new setting changes no key."""
-        parent = None if self.parent is None else self.parent.key
-        return _hash({**_chosen(self.run), "parent": parent, "datasets": dict(self.datasets)})
+        parent, teacher = (
+            None if self.parent is None else self.parent.key,
+            self.run.train.distillation.teacher,
+        )
+        read: dict[str, object] = {"parent": parent, "datasets": dict(self.datasets)}
+        if teacher is not None:
+            read["teacher"] = _state(Path(teacher))
+        return _hash({**_chosen(self.run), **read})
 
     @property
     def chain(self) -> "tuple[Training, ...]":
@@ -87,7 +95,11 @@ class Subject:
     @property
     def key(self) -> str:
         """By which its row is known."""
-        of_weights = _state(self.checkpoint) if self.training is None else self.training.key
+        if self.training is not None:
+            of_weights: object = self.training.key
+        else:
+            assert self.checkpoint is not None
+            of_weights = _state(self.checkpoint)
         return _hash([of_weights, self.entry.export, self.measured])
 
 
@@ -120,9 +132,8 @@ def trainings_of(subjects: list[Subject]) -> list[Training]:
     return [*{training.key: training for chain in chains for training in chain}.values()]
 
 
-def _state(checkpoint: Path | None) -> list[object]:
+def _state(checkpoint: Path) -> list[object]:
     """What changes where other weights are put into a folder."""
-    assert checkpoint is not None
     files = sorted(checkpoint.iterdir()) if checkpoint.is_dir() else []
     states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return [str(checkpoint), states]
@@ -169,19 +180,40 @@ class _Unit:
     """What a model may use, from the model that the study measures budgets by."""
 
     def __init__(self, study: Study) -> None:
-        run = run_of(study, study.entry(study.budget.model), 0, seed=study.seeds[0], iterations=1)
-        self._equal, self._vocab_size = study.budget.equal, find_vocab_size(run)
-        self._total = study.budget.iterations * self._step(run)
+        entry = study.entry(study.budget.model)
+        run = run_of(study, entry, 0, seed=study.seeds[0], iterations=1)
+        self._equal = study.budget.equal
+        self._vocab_sizes: dict[object, int] = {}
+        self._teachers: dict[object, float] = {}
+        with _named(study, entry):
+            self._total = study.budget.iterations * self._step(run)
 
     def iterations(self, run: RunConfig, share: float) -> int:
         """Steps of a run that make this share of the budget; at least one."""
         return max(1, round(share * self._total / self._step(run)))
 
     def flops_per_token(self, run: RunConfig) -> float:
-        """Of a training step."""
-        vocab = padded_vocab_size(self._vocab_size, run.model, run.parallel)
-        shape = model_shape(run.model, vocab_size=vocab, seq_length=run.train.seq_length)
-        return cost_of(run, shape).model_flops
+        """Of a training step, with a teacher's forward."""
+        vocab_size = self._vocab_size(run)
+        padded = padded_vocab_size(vocab_size, run.model, run.parallel)
+        shape = model_shape(run.model, vocab_size=padded, seq_length=run.train.seq_length)
+        return cost_of(run, shape).model_flops + self._teacher_flops(run, vocab_size)
+
+    def _vocab_size(self, run: RunConfig) -> int:
+        key = (run.model.vocab_size, run.data)
+        if key not in self._vocab_sizes:
+            self._vocab_sizes[key] = find_vocab_size(run)
+        return self._vocab_sizes[key]
+
+    def _teacher_flops(self, run: RunConfig, vocab_size: int) -> float:
+        key = (run.train.distillation.teacher, run.train.seq_length, run.parallel, vocab_size)
+        if key not in self._teachers:
+            teacher = find_teacher(run, run.parallel.replica_size, vocab_size)
+            self._teachers[key] = 0.0
+            if teacher is not None:
+                sizes = TeacherSizes.of(teacher.run, vocab_size=vocab_size, seq_length=run.train.seq_length)
+                self._teachers[key] = sizes.flops
+        return self._teachers[key]
 
     def _step(self, run: RunConfig) -> float:
         tokens = _tokens_of_step(run)
@@ -192,13 +224,24 @@ def _chain(study: Study, entry: Entry, seed: int, unit: _Unit, made: dict[str, T
     last: Training | None = None
     for number, stage in enumerate(entry.stages):
         probe = run_of(study, entry, number, seed=seed, iterations=1)
-        iterations = unit.iterations(probe, stage.share)
+        with _named(study, entry):
+            iterations = unit.iterations(probe, stage.share)
+            flops = unit.flops_per_token(probe)
         run = run_of(study, entry, number, seed=seed, iterations=iterations)
         tokens = iterations * _tokens_of_step(run)
-        training = Training(run, last, tokens * unit.flops_per_token(run), tokens, dataset_contents(run))
+        training = Training(run, last, tokens * flops, tokens, dataset_contents(run))
         last = made.setdefault(training.key, training)
     assert last is not None
     return last
+
+
+@contextlib.contextmanager
+def _named(study: Study, entry: Entry) -> Iterator[None]:
+    """Errors of settings say which model has them."""
+    try:
+        yield
+    except (ConfigError, ModelError) as error:
+        raise ConfigError(f"{study.path}: models: {entry.name}: {error}") from error
 
 
 def _tokens_of_step(run: RunConfig) -> int:

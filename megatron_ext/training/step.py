@@ -118,9 +118,15 @@ def require_finite(
     if result.policy is not None:
         result.policy.require_finite(iteration, samples)
     if not all(map(math.isfinite, (result.lm_loss, result.objective, result.grad_norm))):
+        teacher = ""
+        if train.distillation.teacher is not None and math.isfinite(result.lm_loss):
+            teacher = (
+                f" The loss with what is learned from the teacher is {result.objective}: where that alone is "
+                f"not finite, look at train.distillation.teacher, {train.distillation.teacher}."
+            )
         raise NonFiniteLossError(
             f"iteration {iteration}: the loss is {result.lm_loss} and the gradient norm {result.grad_norm} "
-            f"({samples}). Nothing was saved after the last checkpoint. Resume from it with a lower "
+            f"({samples}).{teacher} Nothing was saved after the last checkpoint. Resume from it with a lower "
             "optimizer.lr or other data, or set train.check_for_nan_in_loss to false to go on regardless."
         )
 

@@ -15,6 +15,12 @@ def distillation_problems(run: RunConfig) -> Iterator[str]:
         yield from _idle(settings)
         return
     yield from _no_model(settings.teacher)
+    save = run.checkpoint.save
+    if settings.teacher and save is not None and Path(settings.teacher).resolve() == Path(save).resolve():
+        yield (
+            f"train.distillation.teacher is {settings.teacher}, and so is checkpoint.save: the run would "
+            "learn from its own newest checkpoint once it goes on; give another checkpoint.save."
+        )
     for name in ("weight", "lm_loss_weight"):
         value = getattr(settings, name)
         if not 0 <= value < float("inf"):

@@ -26,6 +26,7 @@ def evaluated_map_problems(run: RunConfig) -> Iterator[str]:
             f"{_NAME} is {', '.join(asked)} and train.eval_interval is {run.train.eval_interval}, so that "
             "nothing is evaluated: set the latter, or leave the former out."
         )
+    seen = set[LayerTypes]()
     for text in asked:
         try:
             layer_types = LayerTypes.parse(text, layers)
@@ -36,6 +37,6 @@ def evaluated_map_problems(run: RunConfig) -> Iterator[str]:
             yield (
                 f"{_NAME} has {text}, which is no map of compression.layer_types, {family}: give one that is."
             )
-        if asked.count(text) > 1:
-            yield f"{_NAME} has {text} more than once: leave one."
-            return
+        if layer_types in seen:
+            yield f"{_NAME} has {layer_types} more than once: leave one."
+        seen.add(layer_types)

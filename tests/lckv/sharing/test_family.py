@@ -126,6 +126,9 @@ def test_both_ways_of_writing_a_list() -> None:
         (["0_0_2", "0_1_2", "0_0_2"], "layer_types is '0_0_2'; it stands in the list more than once"),
         (["0_0_2", "0_1"], "it has 2 entries but the model has 3 layers"),
         ([], r"the list is empty: give at least one map"),
+        ("[]", r"the list is empty: give at least one map"),
+        ("[0_0_2, 0_1_2", r"begins with a bracket, as a list of maps, and does not end with one: add '\]'"),
+        ([0], "layer_types is '0'; it stands in the list and is no text"),
     ],
 )
 def test_what_is_no_family(written: str | list[str], said: str) -> None:

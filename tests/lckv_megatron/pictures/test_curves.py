@@ -46,6 +46,12 @@ def legend(figure) -> list[str]:
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
+def test_names_are_drawn_as_they_are_written(tmp_path):
+    for name in ("$x_{ a$", "$b$"):
+        make_run(tmp_path / name)
+    assert main([str(tmp_path / "$x_{ a$"), str(tmp_path / "$b$"), "--output", str(tmp_path / "a.png")]) == 0
+
+
 def test_a_picture_of_two_runs(tmp_path, capsys):
     make_run(tmp_path / "plain")
     make_run(tmp_path / "lckv", [*reports(), '{"iteration": 6, "lm_'])  # still being written

@@ -71,6 +71,13 @@ def test_a_circle_of_files(tmp_path: Path) -> None:
             {},
             "models: b has checkpoints beside settings or stages",
         ),
+        ({"a": {}, "b": {"checkpoints": []}}, {}, r"b: checkpoints is \[\]; it must be a list of folders"),
+        ({"a": {}, "b": {"checkpoints": None}}, {}, "b: checkpoints is None; it must be a list of folders"),
+        ({"a": {}, "b": {"checkpoints": [None]}}, {}, r"checkpoints is \[None\]; it must be a list of"),
+        ({"a": {}, "b": {"checkpoints": {"x": 1}}}, {}, r"checkpoints is \{'x': '1'\}; it must be a list"),
+        ({"a": {}, "b": {"checkpoints": ["x", "y"]}}, {}, "checkpoints has 2 folders, one for each seed"),
+        ({"a": {}, "": {}}, {}, "models has the name ''; give a model a name in one line"),
+        ({"a": {}, "b\nc": {}}, {}, r"models has the name 'b\\nc'"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(

@@ -50,6 +50,25 @@ def test_the_table() -> None:
     assert dict(zip(cells[0], cells[3], strict=True))["decoding"] == "-"
 
 
+def test_a_loss_that_is_not_finite_beats_none() -> None:
+    rows = [*ROWS, row("broken", 1, 10, float("nan")), row("a|b", 1, 40, float("inf"))]
+    points = points_of(rows)
+    assert [point.model for point in front_of(points)] == ["small", "plain"]
+    lines = [*table_of(points, "plain")]
+    assert lines[-1].startswith("| broken |  | 10 | nan |") and lines[-2].startswith(
+        r"| a\|b |  | 40 | inf |"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "line"), [({"loss": ""}, 3), ({"kv_bytes_per_token": "x"}, 3), ({"key": ""}, 3)]
+)
+def test_rows_that_are_none_are_refused(change: Row, line: int, tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.csv", [ROWS[0], ROWS[1] | change])
+    with pytest.raises(ConfigError, match=f"rows.csv, line {line}, is no row with a key, a loss and bytes"):
+        read_rows(tmp_path / "rows.csv")
+
+
 def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.csv", ROWS)
     read = read_rows(tmp_path / "rows.csv")
@@ -73,6 +92,15 @@ def test_the_front_is_what_no_other_beats(places: list[tuple[int, int]]) -> None
         )
         twin = any((other.kv_bytes, other.loss) == (point.kv_bytes, point.loss) for other in front)
         assert twin == (not beaten)
+
+
+def test_names_are_drawn_as_they_are_written() -> None:
+    marks = [Mark(name, 10.0, 2.0, 0.0, True) for name in ("$x_{ a$", "$aaa$", "aaa")]
+    figure = draw_front(marks, seeds="One seed.")
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    (axes,) = figure.axes
+    _, dollars, letters = (Text.get_window_extent(text, renderer).width for text in axes.texts)
+    assert dollars > 1.3 * letters
 
 
 def test_names_in_the_picture_cover_nothing() -> None:

@@ -15,6 +15,7 @@ from lckv_megatron.study.trainings import Subject, subjects_of, trainings_of
 from megatron_ext.config import RunConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.cost import model_shape
+from tests.lckv.models.tiny import model
 from tests.lckv_megatron.study.studies import PLAIN, study
 from tests.megatron_ext.data.builders import write_dataset
 
@@ -104,6 +105,43 @@ def test_a_run_is_known_by_its_data_too(tmp_path: Path) -> None:
     first = by_name(read)["plain"].key
     write_dataset(tmp_path / "data", [[5, 6, 8]] * 40)
     assert by_name(read)["plain"].key != first
+
+
+@pytest.mark.parametrize(("section", "key"), [("checkpoint", "resume"), ("logging", "progress_bar")])
+def test_what_the_study_sets_cannot_be_set(section: str, key: str, tmp_path: Path) -> None:
+    read = study(tmp_path, {"plain": {"settings": {section: {key: "x"}}}})
+    with pytest.raises(ConfigError, match=f"{section}.{key} cannot be set: the study gives it to each run"):
+        subjects_of(read)
+
+
+def test_a_map_that_does_not_fit_is_told_with_its_model(tmp_path: Path) -> None:
+    models = {"plain": {}, "b": {"settings": {"compression": {"layer_types": "0_0_9_2"}}}}
+    with pytest.raises(ConfigError, match="models: b: layer_types is '0_0_9_2'; entry 2"):
+        subjects_of(study(tmp_path, models))
+
+
+def test_a_model_costs_what_its_own_vocabulary_makes_of_it(tmp_path: Path) -> None:
+    models = {"plain": {}, "wide": {"settings": {"model": {"vocab_size": 96_000}}}}
+    subjects = by_name(study(tmp_path, models))
+    wide = subjects["wide"].training
+    assert wide is not None and wide.run.train.train_iters < 5
+
+
+def test_a_teacher_is_part_of_the_budget_and_of_the_run(tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    model(vocab_size=96, max_position_embeddings=32).save_pretrained(teacher)
+    settings: dict[str, Any] = {"train": {"distillation": {"teacher": str(teacher)}}}
+    models: dict[str, Any] = {"plain": {}, "taught": {"settings": settings}}
+    before = by_name(study(tmp_path, models))
+    plain, taught = (before[name].training for name in models)
+    assert plain is not None and taught is not None
+    assert 60 < taught.run.train.train_iters < 95  # a forward of such a model is about a third of a step
+    assert taught.all_flops == pytest.approx(plain.all_flops, rel=0.01)
+    (teacher / "notes.txt").write_text("other weights")
+    assert by_name(study(tmp_path, models))["taught"].key != before["taught"].key
+    settings["model"] = {"vocab_size": 95}
+    with pytest.raises(ConfigError, match=r"taught: train.distillation.teacher .* has a vocabulary of 96"):
+        subjects_of(study(tmp_path, models))
 
 
 def test_models_that_are_the_same(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from lckv_megatron.planning.teacher import teacher_memory
 from megatron_ext.config import DistillationConfig, ParallelConfig, RunConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.parallel.process_groups import initialize
+from megatron_ext.training.step import NonFiniteLossError, StepResult, require_finite
 from megatron_ext.training.teacher import build_teacher
 from megatron_ext.validation.distillation import distillation_problems
 from tests.lckv.losses.test_linear_distillation import coarser
@@ -267,6 +268,11 @@ def weights_of_teacher(run: RunConfig) -> int:
             "top_k is 98 and the vocabulary has 97 tokens; set the former to at most that, or leave it out",
         ),
         (
+            {"checkpoint": {"save": "MODEL/../MODEL"}},
+            {"teacher": "MODEL"},
+            "and so is checkpoint.save: the run would learn from its own newest checkpoint",
+        ),
+        (
             {"model": {"cross_entropy_backend": "liger"}},
             {"teacher": "MODEL"},
             "model.cross_entropy_backend is liger; the loss of distillation",
@@ -286,10 +292,22 @@ def test_what_cannot_work_is_said_first(
         (tmp_path / name).touch()
     if settings.get("teacher") not in (None, "", "nowhere"):
         settings = {**settings, "teacher": str(tmp_path / settings["teacher"])}
+    if "checkpoint" in sections:
+        sections = {"checkpoint": {"save": str(tmp_path / sections["checkpoint"]["save"])}}
     run = tiny_run(**sections)
     run = replace(run, train=replace(run.train, distillation=DistillationConfig(**settings)))
     (problem,) = distillation_problems(run)
     assert message in problem
+
+
+@pytest.mark.parametrize(("loss", "named"), [(4.0, True), (float("nan"), False)])
+def test_a_teacher_that_is_not_finite_is_named(loss: float, named: bool, tmp_path: Path) -> None:
+    run = student("OLD", tmp_path / "reports.jsonl")
+    result = StepResult(loss, float("nan"), 96, float("nan"), 1e-3, (), None)
+    with pytest.raises(NonFiniteLossError) as raised:
+        require_finite(result, 3, run.train, str)
+    said = "The loss with what is learned from the teacher is nan: where that alone is not finite, look at"
+    assert (f"{said} train.distillation.teacher, OLD." in str(raised.value)) == named
 
 
 def test_what_shows_later_only(tmp_path: Path) -> None:

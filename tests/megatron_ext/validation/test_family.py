@@ -38,7 +38,7 @@ ASKED = "train.eval_layer_types"
             ),
         ),
         (
-            {ASKED: ["0_0_0_0", "0_0_0_0"]},
+            {ASKED: ["0_0_0_0", "0_0_00_0"]},
             "train.eval_layer_types has 0_0_0_0 more than once: leave one.",
         ),
         (
