@@ -59,10 +59,10 @@ class Continuation:
         """`prompt` of any length goes through the cache `prefill_chunk` tokens at a time when the first text
         is asked for.
 
-        Raises ValueError for settings that name tokens which the model does not have, and for those that only
-        the engine follows.
+        Raises ValueError for settings that make no sense or name tokens which the model does not have, and
+        for those that only the engine follows.
         """
-        problems = list(unknown_tokens(params, model.config.vocab_size))
+        problems = params.problems() or list(unknown_tokens(params, model.config.vocab_size))
         problems += [
             f"{name} must be None here; the engine (`Engine`) follows it."
             for name in ("prompt_logprobs", "grammar")
