@@ -3,6 +3,7 @@ attention sinks and a window (`lckv/cache/streaming.py`)."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from math import isfinite
 from random import Random
 from typing import Any
 
@@ -14,6 +15,7 @@ from lckv.generation.detokenize import AnswerText
 from lckv.generation.limits import end_tokens, unknown_tokens
 from lckv.generation.sampling import SamplingParams, sample
 from lckv.generation.token_bytes import TokenBytes
+from lckv.generation.verification import NOT_FINITE
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 
 
@@ -83,11 +85,14 @@ class Continuation:
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[str]:
-        """Pieces of the text, as soon as they are certain."""
+        """Pieces of the text, as soon as they are certain. Raises ArithmeticError for logits that are no
+        numbers."""
         params = self._params
         generator = Random() if params.seed is None else Random(str(params.seed))
         logits = self._prefill()
         while self.finish_reason is None:
+            if not isfinite(float(logits.amax())):
+                raise ArithmeticError(NOT_FINITE)
             previous = list(self._seen) if params.repetition_penalty != 1 else []
             (choice,) = sample(logits, [params], [generator], [previous], [self._answered])
             self._seen[choice.token] = None
