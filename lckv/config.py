@@ -255,8 +255,8 @@ class CompressionConfig:
             yield Problem(
                 "first_guess_loss_coefficient",
                 coefficient,
-                f"there is no first guess, whose error it weighs: leave it at {_FIRST_GUESS_LOSS_COEFFICIENT}, "
-                "or set first_guess to true",
+                "there is no first guess, whose error it weighs: leave it at "
+                f"{_FIRST_GUESS_LOSS_COEFFICIENT}, or set first_guess to true",
             )
         on = [name for name in ("first_guess", "agreement_loss_coefficient") if getattr(self, name)]
         for name in on:

@@ -13,9 +13,7 @@ from torch.nn.functional import pad
 from lckv.losses.linear_cross_entropy import linear_cross_entropy
 
 
-def kept_states(
-    hidden_states: Tensor, logits_to_keep: int | Tensor, name: str = "logits_to_keep"
-) -> Tensor:
+def kept_states(hidden_states: Tensor, logits_to_keep: int | Tensor, name: str = "logits_to_keep") -> Tensor:
     """The states of [b, s, hidden] whose logits are wanted: of the last so many tokens (0: all), of tokens
     at indices int64 [n], of each row's own ones int64 [b, n], or those marked in bool [b, s], then as [n,
     hidden]. `name`: what the caller calls the argument.

@@ -423,9 +423,9 @@ class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
             )
         if generation_config.assistant_early_exit is not None:
             raise ValueError(
-                f"assistant_early_exit is {generation_config.assistant_early_exit}; the first layers alone are "
-                "no model with this one's sharing map and cache: leave it out, or give assistant_model or "
-                "prompt_lookup_num_tokens."
+                f"assistant_early_exit is {generation_config.assistant_early_exit}; the first layers alone "
+                "are no model with this one's sharing map and cache: leave it out, or give assistant_model "
+                "or prompt_lookup_num_tokens."
             )
         if (
             generation_mode == GenerationMode.ASSISTED_GENERATION

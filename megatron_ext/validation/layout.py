@@ -87,8 +87,8 @@ def rope_problems(model: ModelConfig) -> Iterator[str]:
             continue
         if (entry.name, value) != ("factor", USUAL_FACTOR):
             yield (
-                f"model.rope_scaling.{entry.name} is {value}; the type {scaling.type} does not have it: leave it "
-                "out, or set model.rope_scaling.type to one that has."
+                f"model.rope_scaling.{entry.name} is {value}; the type {scaling.type} does not have it: "
+                "leave it out, or set model.rope_scaling.type to one that has."
             )
     if heads > 0:
         problems = scaling_problems(scaling.scaling, model.head_dim, model.rotary_base)

@@ -152,6 +152,16 @@ CASES = [
         "model.rope_scaling.long_factor is a list of 0 numbers; it must have one for each pair of a head's",
     ),
     (
+        {"optimizer.lr_wsd_decay_iters": 50},
+        1,
+        "optimizer.lr_wsd_decay_iters is 50 and optimizer.lr_decay_style is cosine, which does not read it",
+    ),
+    (
+        {"optimizer.lr_decay_style": "linear", "optimizer.lr_wsd_decay_style": "cosine"},
+        1,
+        "optimizer.lr_wsd_decay_style is cosine and optimizer.lr_decay_style is linear, which does not read",
+    ),
+    (
         {"model.rope_scaling.factor": 4},
         1,
         "model.rope_scaling.factor is 4.0; the type none does not have it: leave it out, or set",
