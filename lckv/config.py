@@ -15,6 +15,7 @@ from lckv.sharing.layer_types import LayerType, LayerTypes
 from lckv.sharing.plan import Step, iteration_plan
 
 _MIX_SCALING_FACTOR = 35.0
+_FIRST_GUESS_LOSS_COEFFICIENT = 0.1
 """The published one."""
 
 
@@ -64,7 +65,7 @@ class CompressionConfig:
     group's input states; false: with zeros (as published). The map adds weights to each layer that a layer
     below it reads, begins at zero, and is trained on the last pass's keys and values alone."""
 
-    first_guess_loss_coefficient: float = 0.1
+    first_guess_loss_coefficient: float = _FIRST_GUESS_LOSS_COEFFICIENT
     """Weight of the first guess's relative squared error in the loss. It trains the guess and nothing
     else."""
 
@@ -249,6 +250,14 @@ class CompressionConfig:
         for name in ("first_guess_loss_coefficient", "agreement_loss_coefficient"):
             if not 0 <= getattr(self, name) < math.inf:
                 yield Problem(name, getattr(self, name), "it must be at least 0, and finite")
+        coefficient = self.first_guess_loss_coefficient
+        if not self.first_guess and coefficient != _FIRST_GUESS_LOSS_COEFFICIENT and coefficient >= 0:
+            yield Problem(
+                "first_guess_loss_coefficient",
+                coefficient,
+                "there is no first guess, whose error it weighs: leave it at "
+                f"{_FIRST_GUESS_LOSS_COEFFICIENT}, or set first_guess to true",
+            )
         on = [name for name in ("first_guess", "agreement_loss_coefficient") if getattr(self, name)]
         for name in on:
             if layer_types.only is None:

@@ -12,8 +12,8 @@ from typing import Literal
 from lckv.config import CompressionConfig
 from lckv.rope_scaling import SCALINGS, LongRopeScaling, Scaling
 
-_USUAL_FACTOR = 8.0
-"""Of Llama 3.1."""
+USUAL_FACTOR = 8.0
+"""Of Llama 3.1. Earlier versions saved it as the factor of runs without scaling, too."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class RopeScalingConfig:
         kind = SCALINGS[self.type]
         given = {entry.name: getattr(self, entry.name) for entry in fields(kind)}
         if given["factor"] is None and kind is not LongRopeScaling:
-            given["factor"] = _USUAL_FACTOR
+            given["factor"] = USUAL_FACTOR
         return kind(**given)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lckv.generation.constraints import AllowedTokens
 from lckv.generation.draws import Uniform
+from lckv.generation.factors import RANGE, is_factor, is_finite
 from lckv.generation.grammar import Grammar
 from lckv.generation.penalties import (
     MOST_BIAS,
@@ -102,25 +103,25 @@ class SamplingParams:
         rules: tuple[tuple[str, bool, str], ...] = (
             (
                 "temperature",
-                _finite(self.temperature) and self.temperature >= 0,
-                "a finite number of at least 0 (0: greedy)",
+                is_factor(self.temperature) or (is_finite(self.temperature) and self.temperature == 0),
+                f"0 (greedy), or {RANGE}",
             ),
             (
                 "top_k",
                 self.top_k is None or (_whole(self.top_k) and self.top_k >= 1),
                 "an integer of at least 1, or None",
             ),
-            ("top_p", _finite(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", _finite(self.min_p) and 0 <= self.min_p <= 1, "at least 0 and at most 1"),
+            ("top_p", is_finite(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", is_finite(self.min_p) and 0 <= self.min_p <= 1, "at least 0 and at most 1"),
             (
                 "repetition_penalty",
-                _finite(self.repetition_penalty) and self.repetition_penalty > 0,
-                "a finite number above 0 (1: no penalty)",
+                is_factor(self.repetition_penalty),
+                f"{RANGE} (1: no penalty)",
             ),
             *(
                 (
                     name,
-                    _finite(value := getattr(self, name)) and abs(value) <= MOST_PENALTY,
+                    is_finite(value := getattr(self, name)) and abs(value) <= MOST_PENALTY,
                     f"a number from -{MOST_PENALTY:g} to {MOST_PENALTY:g} (0: no penalty)",
                 )
                 for name in ("presence_penalty", "frequency_penalty")
@@ -298,13 +299,9 @@ def _shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _biases(value: object) -> bool:
     return isinstance(value, Mapping) and all(
-        _whole(token) and _finite(bias) and abs(bias) <= MOST_BIAS for token, bias in value.items()
+        _whole(token) and is_finite(bias) and abs(bias) <= MOST_BIAS for token, bias in value.items()
     )
 
 

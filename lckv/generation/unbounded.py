@@ -3,6 +3,7 @@ attention sinks and a window (`lckv/cache/streaming.py`)."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from math import isfinite
 from random import Random
 from typing import Any
 
@@ -14,6 +15,7 @@ from lckv.generation.detokenize import AnswerText
 from lckv.generation.limits import end_tokens, unknown_tokens
 from lckv.generation.sampling import SamplingParams, sample
 from lckv.generation.token_bytes import TokenBytes
+from lckv.generation.verification import NOT_FINITE
 from lckv.models.modeling_lckv_llama import LCKVLlamaForCausalLM
 
 
@@ -59,10 +61,10 @@ class Continuation:
         """`prompt` of any length goes through the cache `prefill_chunk` tokens at a time when the first text
         is asked for.
 
-        Raises ValueError for settings that name tokens which the model does not have, and for those that only
-        the engine follows.
+        Raises ValueError for settings that make no sense or name tokens which the model does not have, and
+        for those that only the engine follows.
         """
-        problems = list(unknown_tokens(params, model.config.vocab_size))
+        problems = params.problems() or list(unknown_tokens(params, model.config.vocab_size))
         problems += [
             f"{name} must be None here; the engine (`Engine`) follows it."
             for name in ("prompt_logprobs", "grammar")
@@ -83,11 +85,14 @@ class Continuation:
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[str]:
-        """Pieces of the text, as soon as they are certain."""
+        """Pieces of the text, as soon as they are certain. Raises ArithmeticError for logits that are no
+        numbers."""
         params = self._params
         generator = Random() if params.seed is None else Random(str(params.seed))
         logits = self._prefill()
         while self.finish_reason is None:
+            if not isfinite(float(logits.amax())):
+                raise ArithmeticError(NOT_FINITE)
             previous = list(self._seen) if params.repetition_penalty != 1 else []
             (choice,) = sample(logits, [params], [generator], [previous], [self._answered])
             self._seen[choice.token] = None

@@ -19,7 +19,8 @@ from lckv.generation.jobs import Job
 from lckv.generation.requests import TokenEvent
 from lckv.generation.sampling import Choice, sample
 
-_NOT_FINITE = "the model's logits are not finite; are its weights and dtype right?"
+NOT_FINITE = "the model's logits are not finite; are its weights and dtype right?"
+"""What is said of a model that gives no token."""
 
 
 class Verified(NamedTuple):
@@ -76,7 +77,7 @@ def verify(drafts: Mapping[Job, Sequence[int]], logits: Tensor) -> list[Verified
     )
     for row, (place, right) in enumerate(zip(places, finite, strict=True)):
         if not (right and place.job.prompt_is_finite):
-            problems[row] = _NOT_FINITE
+            problems[row] = NOT_FINITE
     results, start = [], 0
     for job, draft in drafts.items():
         stop = start + len(draft) + 1

@@ -13,17 +13,16 @@ from torch.nn.functional import pad
 from lckv.losses.linear_cross_entropy import linear_cross_entropy
 
 
-def kept_states(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+def kept_states(hidden_states: Tensor, logits_to_keep: int | Tensor, name: str = "logits_to_keep") -> Tensor:
     """The states of [b, s, hidden] whose logits are wanted: of the last so many tokens (0: all), of tokens
     at indices int64 [n], of each row's own ones int64 [b, n], or those marked in bool [b, s], then as [n,
-    hidden].
+    hidden]. `name`: what the caller calls the argument.
 
     Raises ValueError for what is none of these."""
-    if isinstance(logits_to_keep, int):
-        if logits_to_keep < 0:
+    if not isinstance(logits_to_keep, Tensor):
+        if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise ValueError(
-                f"logits_to_keep is {logits_to_keep}; it must be the number of tokens at the "
-                "end, or 0 for all."
+                f"{name} is {logits_to_keep!r}; it must be the number of tokens at the end, or 0 for all."
             )
         return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
     shape = tuple(logits_to_keep.shape)

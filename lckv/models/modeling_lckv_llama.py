@@ -175,7 +175,7 @@ class LCKVLlamaModel(LCKVLlamaPreTrainedModel):
             wanted=None if whole else newest_columns(embedded, states_to_keep),
         )
         result = LCKVModelOutput(
-            kept_states(output.last_hidden_state, states_to_keep),
+            kept_states(output.last_hidden_state, states_to_keep, "states_to_keep"),
             cache,
             output.hidden_states,
             auxiliary_loss=output.auxiliary_loss,
@@ -376,7 +376,7 @@ class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
             inputs_embeds,
             use_cache,
             return_dict=True,
-            states_to_keep=logits_to_keep if isinstance(logits_to_keep, int) else 0,
+            states_to_keep=max(0, logits_to_keep) if isinstance(logits_to_keep, int) else 0,
             **kwargs,
         )
         states = kept_states(output.last_hidden_state, logits_to_keep)
@@ -427,6 +427,12 @@ class LCKVLlamaForCausalLM(LCKVLlamaPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"cache_implementation is {generation_config.cache_implementation!r}; this model has a cache "
                 "of its own kind, which is small already: leave it out."
+            )
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                f"assistant_early_exit is {generation_config.assistant_early_exit}; the first layers alone "
+                "are no model with this one's sharing map and cache: leave it out, or give assistant_model "
+                "or prompt_lookup_num_tokens."
             )
         if (
             generation_mode == GenerationMode.ASSISTED_GENERATION

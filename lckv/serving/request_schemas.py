@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lckv.generation.factors import LEAST, MOST, RANGE
 from lckv.generation.penalties import MOST_BIAS, MOST_PENALTY
 from lckv.generation.sampling import MAX_LOGPROBS
 from lckv.serving.accepted import ACCEPTED_OF_STREAMS
@@ -99,7 +100,8 @@ def _of_both(limits: ServingLimits) -> dict[str, Schema]:
             f"Answers to each prompt; at most {limits.answers} to all.",
         ),
         "temperature": _optional(
-            {**number, "minimum": 0, "default": 1}, "Logits are divided by it; 0: the likeliest token."
+            {**number, "minimum": 0, "maximum": MOST, "default": 1},
+            f"Logits are divided by it, {RANGE}; 0: the likeliest token.",
         ),
         "top_p": _optional(
             {**number, "exclusiveMinimum": 0, "maximum": 1, "default": 1},
@@ -113,7 +115,7 @@ def _of_both(limits: ServingLimits) -> dict[str, Schema]:
             "Only tokens so probable, relative to the likeliest one.",
         ),
         "repetition_penalty": _optional(
-            {**number, "exclusiveMinimum": 0, "default": 1},
+            {**number, "minimum": LEAST, "maximum": MOST, "default": 1},
             "Above 1: tokens of prompt and answer become less probable.",
         ),
         "presence_penalty": _optional(penalty, "Above 0: less of tokens that the answer has."),

@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from lckv.generation.factors import RANGE, is_factor
 from lckv_megatron.checkpoint_options import (
     add_layout_options,
     add_load_option,
@@ -48,10 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def sample(options: argparse.Namespace) -> None:
     """Print the continued prompt from rank 0."""
-    if options.temperature < 0 or options.top_k < 0 or options.new_tokens < 1:
+    if options.temperature != 0 and not is_factor(options.temperature):
         raise ConfigError(
-            f"--temperature is {options.temperature}, --top-k {options.top_k}, --new-tokens "
-            f"{options.new_tokens}; they must be at least 0, 0 and 1."
+            f"--temperature is {options.temperature}; it must be 0 (the likeliest token), or {RANGE}."
+        )
+    if options.top_k < 0 or options.new_tokens < 1:
+        raise ConfigError(
+            f"--top-k is {options.top_k}, --new-tokens {options.new_tokens}; they must be at least 0 and 1."
         )
     check_text(options.prompt, "--prompt")
     check_checkpoint(options.load)

@@ -3,10 +3,11 @@ are checked without torch."""
 
 import math
 from collections.abc import Iterator
+from dataclasses import fields
 
 from lckv.config import CompressionConfig
 from lckv.rope_scaling import scaling_problems
-from megatron_ext.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_ext.config import USUAL_FACTOR, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.placement import Placement, place
 from megatron_ext.precision import Precision, precision
@@ -15,11 +16,6 @@ from megatron_ext.validation.passes import pass_problems
 from megatron_ext.validation.policy import policy_layout_problems, policy_problems, trainable_problems
 from megatron_ext.validation.rules import above_zero, at_least, fraction, multiple
 
-_OF_ONE_SCALING = (
-    "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "short_factor",
-    "long_factor",
-)  # fmt: skip
-"""Settings of `model.rope_scaling` that have a value only where they are set."""
 RECOMPUTE_MODULES = ("core_attn", "mlp")
 
 
@@ -85,12 +81,14 @@ def rope_problems(model: ModelConfig) -> Iterator[str]:
                 "channels."
             )
     scaling = model.rope_scaling
-    for name in _OF_ONE_SCALING:
-        value = getattr(scaling, name)
-        if value not in (None, ()) and not hasattr(scaling.scaling, name):
+    for entry in fields(scaling):
+        value = getattr(scaling, entry.name)
+        if entry.name == "type" or value == entry.default or hasattr(scaling.scaling, entry.name):
+            continue
+        if (entry.name, value) != ("factor", USUAL_FACTOR):
             yield (
-                f"model.rope_scaling.{name} is {value}; the type {scaling.type} does not have it: leave it "
-                "out, or set model.rope_scaling.type to one that has."
+                f"model.rope_scaling.{entry.name} is {value}; the type {scaling.type} does not have it: "
+                "leave it out, or set model.rope_scaling.type to one that has."
             )
     if heads > 0:
         problems = scaling_problems(scaling.scaling, model.head_dim, model.rotary_base)

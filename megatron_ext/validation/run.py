@@ -103,11 +103,23 @@ def _optimizer(optimizer: OptimizerConfig) -> Iterator[str]:
     yield from at_least("optimizer", optimizer, 1, "lr_decay_iters", "lr_wsd_decay_iters")
     yield from fraction("optimizer", optimizer, "adam_beta1", "adam_beta2")
     yield from at_least("optimizer", optimizer, 0, "min_lr")
+    yield from _idle_decay(optimizer)
     if optimizer.min_lr > optimizer.lr > 0:
         yield (
             f"optimizer.min_lr is {optimizer.min_lr} and optimizer.lr is {optimizer.lr}; the former must be "
             "at most the latter."
         )
+
+
+def _idle_decay(optimizer: OptimizerConfig) -> Iterator[str]:
+    """Settings of the decay of WSD, which another schedule does not have."""
+    for name in ("lr_wsd_decay_iters", "lr_wsd_decay_style"):
+        value = getattr(optimizer, name)
+        if optimizer.lr_decay_style != "WSD" and value != getattr(OptimizerConfig, name):
+            yield (
+                f"optimizer.{name} is {value} and optimizer.lr_decay_style is {optimizer.lr_decay_style}, "
+                "which does not read it: set the latter to WSD, or leave the former out."
+            )
 
 
 def _schedule(optimizer: OptimizerConfig, train: TrainConfig) -> Iterator[str]:

@@ -91,12 +91,17 @@ ONE_PASS = (
     "agreement_loss_coefficient is 0.1; there is one pass, so that none is before the last: raise "
     "forward_passes or backward_passes, or set it to 0."
 )
+NO_GUESS = (
+    "first_guess_loss_coefficient is 0.5; there is no first guess, whose error it weighs: leave it at 0.1, "
+    "or set first_guess to true."
+)
 NEGATIVE = "first_guess_loss_coefficient is -1.0; it must be at least 0, and finite."
 MERGING = DMCConfig(stage="finetune")
 PROBLEMS = [
     (CompressionConfig(layer_types="0_0", first_guess=True), NOT_CYCLIC),
     (CompressionConfig(layer_types="1_1", first_guess=True, policy=MERGING), DROPS_TOKENS),
     (CompressionConfig(layer_types="1_1", first_guess_loss_coefficient=-1.0), NEGATIVE),
+    (CompressionConfig(layer_types="1_1", first_guess_loss_coefficient=0.5), NO_GUESS),
     (CompressionConfig("1_1", forward_passes=0, backward_passes=1, agreement_loss_coefficient=0.1), ONE_PASS),
 ]
 

@@ -200,16 +200,19 @@ def test_more_logprobs_than_the_vocabulary_has_are_all() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "relation"),
     [
-        ("temperature", -0.1, "a finite number of at least 0 (0: greedy)"),
-        ("temperature", float("nan"), "a finite number of at least 0 (0: greedy)"),
-        ("temperature", "1", "a finite number of at least 0 (0: greedy)"),
+        ("temperature", -0.1, "0 (greedy), or from 1e-15 to 1e+15"),
+        ("temperature", float("nan"), "0 (greedy), or from 1e-15 to 1e+15"),
+        ("temperature", 1e-38, "0 (greedy), or from 1e-15 to 1e+15"),
+        ("temperature", 1e39, "0 (greedy), or from 1e-15 to 1e+15"),
+        ("temperature", "1", "0 (greedy), or from 1e-15 to 1e+15"),
         ("top_k", 0, "an integer of at least 1, or None"),
         ("top_k", 2.0, "an integer of at least 1, or None"),
         ("top_p", 0.0, "above 0 and at most 1"),
         ("top_p", 1.1, "above 0 and at most 1"),
         ("min_p", -0.1, "at least 0 and at most 1"),
-        ("repetition_penalty", 0.0, "a finite number above 0 (1: no penalty)"),
-        ("repetition_penalty", float("inf"), "a finite number above 0 (1: no penalty)"),
+        ("repetition_penalty", 0.0, "from 1e-15 to 1e+15 (1: no penalty)"),
+        ("repetition_penalty", float("inf"), "from 1e-15 to 1e+15 (1: no penalty)"),
+        ("repetition_penalty", 1e-40, "from 1e-15 to 1e+15 (1: no penalty)"),
         ("seed", 1.5, "an integer, or None"),
         ("presence_penalty", 2.1, "a number from -2 to 2 (0: no penalty)"),
         ("frequency_penalty", float("nan"), "a number from -2 to 2 (0: no penalty)"),
@@ -229,6 +232,25 @@ def test_more_logprobs_than_the_vocabulary_has_are_all() -> None:
 )
 def test_what_is_wrong_with_settings_is_said(field: str, value: Any, relation: str) -> None:
     assert SamplingParams(**{field: value}).problems() == [f"{field} is {value!r}; it must be {relation}."]
+
+
+def test_an_integer_that_no_double_holds_is_none_of_the_numbers() -> None:
+    huge = 10**400
+    wrong = SamplingParams(temperature=huge, logit_bias={1: huge}, presence_penalty=huge).problems()
+    assert [problem.split()[0] for problem in wrong] == ["temperature", "presence_penalty", "logit_bias"]
+
+
+@pytest.mark.parametrize("temperature", [1e-15, 1e15])
+@pytest.mark.parametrize("penalty", [1e-15, 1e15])
+def test_at_the_ends_of_the_ranges_tokens_are_tokens(temperature: float, penalty: float) -> None:
+    params = SamplingParams(
+        temperature=temperature, repetition_penalty=penalty, logit_bias={0: 100, 1: -100}, top_p=0.9
+    )
+    assert params.problems() == []
+    (left,) = filtered(_logits(1), [params], [[0, 1, 2, 3]])
+    assert left.softmax(-1).isfinite().all()
+    (choice,) = sample(_logits(1), [params], [Random(1)], [[0, 1, 2, 3]])
+    assert 0 <= choice.token < VOCABULARY
 
 
 def test_right_settings_have_no_problems_and_wrong_ones_are_all_named() -> None:

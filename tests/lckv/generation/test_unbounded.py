@@ -43,6 +43,17 @@ def test_tokens_that_the_model_does_not_have_are_refused(tmp_path: Path) -> None
             Continuation(model, tokenizer, cache, [1], params)
     with pytest.raises(ValueError, match="prompt_logprobs must be None here; the engine"):
         Continuation(model, tokenizer, cache, [1], SamplingParams(prompt_logprobs=0))
+    with pytest.raises(ValueError, match=r"temperature is -1\.0; it must be 0 \(greedy\)"):
+        Continuation(model, tokenizer, cache, [1], SamplingParams(temperature=-1.0))
+
+
+def test_logits_that_are_no_numbers_are_an_error(tmp_path: Path) -> None:
+    model = save_folder(tmp_path)
+    _, tokenizer = load_model(tmp_path)
+    model.model.norm.weight.data.fill_(float("nan"))
+    cache = streaming_cache(model, sinks=1, window=30)
+    with pytest.raises(ArithmeticError, match="the model's logits are not finite"):
+        list(Continuation(model, tokenizer, cache, [1], SamplingParams(0.0, max_new_tokens=2)))
 
 
 def test_the_end_of_a_document_ends_it(tmp_path: Path) -> None:

@@ -176,6 +176,7 @@ def test_logits_to_keep() -> None:
         close(one(IDS, logits_to_keep=asked).logits, expected)
     for wrong, message in (
         (-1, "logits_to_keep is -1; it must be the number of tokens"),
+        (slice(-2, None), r"logits_to_keep is slice\(-2, None, None\); it must be the number of tokens"),
         (
             torch.ones(3, 2),
             r"logits_to_keep is a tensor \[3, 2\] of torch.float32; for 2 rows of 6 tokens it",

@@ -112,6 +112,13 @@ def test_assisted_decoding_is_refused_where_tokens_are_merged() -> None:
         generate(one, tokens(1, 6), prompt_lookup_num_tokens=2)
 
 
+def test_the_first_layers_alone_are_no_assistant() -> None:
+    one = model(SHARED)
+    with pytest.raises(ValueError, match=r"assistant_early_exit is 1; the first layers alone .*leave it out"):
+        generate(one, tokens(1, 6), assistant_early_exit=1)
+    assert one.config.num_hidden_layers == len(one.model.layers)
+
+
 @pytest.mark.parametrize("implementation", ["static", "offloaded"])
 def test_other_caches_are_refused(implementation: str) -> None:
     with pytest.raises(

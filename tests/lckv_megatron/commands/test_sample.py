@@ -58,10 +58,17 @@ def greedy_and_likeliest() -> bool:
     return continue_tokens(stage, [1, 2, 3], **options) == [int(logits[0, -1].argmax())]
 
 
-@pytest.mark.parametrize("option", ["--temperature=-1", "--top-k=-1", "--new-tokens=0", "--new_tokens=0"])
+@pytest.mark.parametrize("option", ["--top-k=-1", "--new-tokens=0", "--new_tokens=0"])
 def test_impossible_options(option: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["--load", "nowhere", "--prompt", "x", option]) == 2
-    assert "they must be at least 0, 0 and 1" in capfd.readouterr().err
+    assert "they must be at least 0 and 1" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("temperature", ["-1.0", "nan", "inf", "1e-40"])
+def test_impossible_temperatures(temperature: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--load", "nowhere", "--prompt", "x", f"--temperature={temperature}"]) == 2
+    expected = f"--temperature is {temperature}; it must be 0 (the likeliest token), or from 1e-15 to 1e+15."
+    assert expected in capfd.readouterr().err
 
 
 def test_a_run_without_tokenizer_needs_one() -> None:

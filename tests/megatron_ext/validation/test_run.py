@@ -152,6 +152,26 @@ CASES = [
         "model.rope_scaling.long_factor is a list of 0 numbers; it must have one for each pair of a head's",
     ),
     (
+        {"optimizer.lr_wsd_decay_iters": 50},
+        1,
+        "optimizer.lr_wsd_decay_iters is 50 and optimizer.lr_decay_style is cosine, which does not read it",
+    ),
+    (
+        {"optimizer.lr_decay_style": "linear", "optimizer.lr_wsd_decay_style": "cosine"},
+        1,
+        "optimizer.lr_wsd_decay_style is cosine and optimizer.lr_decay_style is linear, which does not read",
+    ),
+    (
+        {"model.rope_scaling.factor": 4},
+        1,
+        "model.rope_scaling.factor is 4.0; the type none does not have it: leave it out, or set",
+    ),
+    (
+        {"model.rope_scaling.type": "yarn", "model.rope_scaling.high_freq_factor": 5},
+        1,
+        "model.rope_scaling.high_freq_factor is 5.0; the type yarn does not have it: leave it out, or set",
+    ),
+    (
         {"model.rope_scaling.type": "linear", "model.rope_scaling.mscale": 1},
         1,
         "model.rope_scaling.mscale is 1.0; the type linear does not have it: leave it out, or set",
@@ -754,3 +774,8 @@ def test_validation_needs_no_torch():
         "problems(RunConfig(), 8); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_settings_that_earlier_versions_saved_are_right() -> None:
+    """They have the usual factor where there is no scaling."""
+    assert problems(run_with({"model.rope_scaling.factor": 8}), 1) == []
