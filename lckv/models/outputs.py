@@ -31,6 +31,7 @@ class LCKVModelOutput(BaseModelOutputWithPast):
     counts, the last one normalised; None in the place of one that was not asked for. `attentions` is None:
     attention weights are not in memory as a whole."""
 
+    hidden_states: tuple[Tensor | None, ...] | None = None  # type: ignore[assignment]  # keeps its place
     auxiliary_loss: Tensor | None = None
     """float32 []: the KV policy's, or that of errors between passes (`lckv.pass_errors`), mean over the rows
     that have tokens."""
@@ -47,5 +48,6 @@ class LCKVOutput(CausalLMOutputWithPast):
     `loss` float32 []: mean cross-entropy of the shifted labels in nats; in training with a policy that has
     one, plus `auxiliary_loss`. `logits` [b, s, vocabulary]; None where they were to be skipped."""
 
+    hidden_states: tuple[Tensor | None, ...] | None = None  # type: ignore[assignment]
     auxiliary_loss: Tensor | None = None
     statistics: dict[str, Tensor] | None = None
