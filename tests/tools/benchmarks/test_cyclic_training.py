@@ -113,6 +113,6 @@ def test_a_line_has_means_and_what_separates_each_seed_from_the_published_passes
     path.write_text(another)
     with pytest.raises(ValueError, match="rows of 2 sizes or learning rates; give each its own file"):
         table(path)
-    assert published.startswith("| lckv w=2 | 7, 2 | - | 1, 2 | 1.50 | 1.50 | 2.1000 | +0.000, +0.000 |")
-    assert cheap.startswith("| lckv w=2 | 1, 1 | - | 1, 2 | 1.50 | 1.50 | 2.1000 | +0.100, -0.100 |")
-    assert rounded.startswith("| lckv w=2 | 7, 2 | FP8 | 3 | 1.50 | 1.50 | 2.0000 | ? |")
+    assert published.startswith("| lckv w=2 | 7, 2 | - | 1.50 | 1.50 | 2.100 | +0.000, +0.000 |")
+    assert cheap.startswith("| lckv w=2 | 1, 1 | - | 1.50 | 1.50 | 2.100 | +0.100, -0.100 |")
+    assert rounded.startswith("| lckv w=2 | 7, 2 | FP8 | 1.50 | 1.50 | 2.000 | ? |")
