@@ -37,16 +37,16 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--text", type=Path, nargs="+", help="files to train on")
     parser.add_argument("--output", type=Path, help="CSV file, which rows are appended to")
-    parser.add_argument("--steps", type=int, default=500, help="training steps (default: %(default)s)")
-    parser.add_argument("--hidden-size", type=int, default=128, help="default: %(default)s")
-    parser.add_argument("--rows", type=int, default=2, help="texts of a step (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=256, help="bytes of each (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=600, help="training steps (default: %(default)s)")
+    parser.add_argument("--hidden-size", type=int, default=256, help="default: %(default)s")
+    parser.add_argument("--rows", type=int, default=1, help="texts of a step (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=192, help="bytes of each (default: %(default)s)")
     parser.add_argument(
-        "--learning-rate", type=float, default=3e-3, help="the highest (default: %(default)s)"
+        "--learning-rate", type=float, default=1e-3, help="the highest (default: %(default)s)"
     )
     parser.add_argument("--cells", type=int, help="train at most so many now (default: all that are left)")
     parser.add_argument("--seed", type=int, choices=SEEDS, help="train cells of this seed alone")
-    parser.add_argument("--held-out", type=int, default=24, help="texts to measure (default: %(default)s)")
+    parser.add_argument("--held-out", type=int, default=48, help="texts to measure (default: %(default)s)")
     options = parser.parse_args(argv)
     if options.table is not None:
         print("\n".join(table(options.table)))

@@ -69,7 +69,7 @@ class Sizes:
     hidden_size: int
     rows: int
     length: int
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
 
     def shape(self) -> ModelShape:
         """For `lckv.cost`."""
