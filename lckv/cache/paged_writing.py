@@ -46,7 +46,8 @@ def write(memory: PagedMemory, begin: Tensor, part: Placed) -> None:
     """Write to the pages that the tables have by now. `begin` int64 [l, b, g]: where the rows' columns begin
     in the flattened table."""
     key_bias, written = memory.policy.traits.key_bias, part.edit.written
-    slots = part.edit.slots if written is None else part.edit.slots.clamp(min=0)
+    # What is not written has no place, not even where the tables end.
+    slots = part.edit.slots if written is None else part.edit.slots.where(written, 0)
     begin = begin[part.layers].flatten(0, 1)
     page, at = _places(memory, begin, slots)
     key, value = stored_key(part.extension.key, key_bias), part.extension.value

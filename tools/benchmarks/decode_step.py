@@ -45,7 +45,7 @@ VOCABULARY = 4096
 
 def models() -> dict[str, str]:
     """As `RandomModel.parse` takes them, by what is put before the name of a kind."""
-    merging = {f"{name.upper()} ": f"plain,{name}" for name in merging_policies()}
+    merging = {f"{name.upper()} ": f"plain,{text}" for name, text in merging_policies().items()}
     return {"": "plain", "LCKV ": "lckv"} | merging
 
 

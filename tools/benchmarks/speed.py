@@ -93,7 +93,10 @@ def training(load: Load) -> Iterator[Line]:
         ("sandwich-middle", "sandwich-middle, m = 7, b = 2"),
         ("cla", "CLA"),
         ("yoco", "YOCO"),
-        *((name, name.removeprefix("plain x ").upper()) for name in steps.names("model", "plain x ")),
+        *(
+            (name, name.removeprefix("plain x ").partition(":")[0].upper())
+            for name in steps.names("model", "plain x ")
+        ),
     ):
         ratio, least = (steps.value(column, model=model) for column in ("ratio_to_plain", "predicted_ratio"))
         yield f"step of {title}", times(ratio), "plain map", f"{times(least)}: operations", steps.name

@@ -51,7 +51,8 @@ def kinds() -> dict[str, Kind]:
     """By name."""
     plain, blind = CompressionConfig(), CompressionConfig(force_nodiag=True)
     compressions = {"plain": plain, "excluded self": blind}
-    compressions |= {name: CompressionConfig(policy=policy_of(name)) for name in merging_policies()}
+    policies = {name: policy_of(text) for name, text in merging_policies().items()}
+    compressions |= {name: CompressionConfig(policy=policy) for name, policy in policies.items()}
     return {
         f"{name}, {documents} documents" if documents > 1 else name: Kind(compression, documents)
         for name, compression in compressions.items()

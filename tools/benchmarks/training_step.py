@@ -54,6 +54,12 @@ def kinds_of(policies: Sequence[str]) -> dict[str, CompressionConfig]:
     return {**MAPS, **both}
 
 
+def policies_at_work(seq_length: int) -> list[str]:
+    """Those that merge or drop something of a text of `seq_length` tokens."""
+    biases = {text: policy_of(text).traits.key_bias for text in merging_policies().values()}
+    return [text for text, bias in biases.items() if bias is not None and bias.age < seq_length]
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What is timed."""
@@ -150,9 +156,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--policies",
         nargs="*",
-        default=merging_policies(),
         metavar="NAME[:FIELD=VALUE...]",
-        help="KV policies to time too (default: all that merge or drop)",
+        help="KV policies to time too (default: all that merge or drop something of texts so short)",
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
@@ -174,7 +179,8 @@ def main(argv: list[str] | None = None) -> None:
         sizes.vocab_size, (sizes.micro_batch_size, sizes.seq_length), device=device_of_rank()
     )
     steps = {"megatron GPTModel": megatron_step(sizes, tokens)}
-    kinds = kinds_of(options.policies)
+    policies = options.policies
+    kinds = kinds_of(policies_at_work(sizes.seq_length) if policies is None else policies)
     steps |= {name: shared_step(sizes, compression, tokens) for name, compression in kinds.items()}
     measured = median_seconds(steps, repeats=options.repeats, clock=options.clock)
     shape = model_shape(sizes.model, vocab_size=sizes.vocab_size, seq_length=sizes.seq_length)

@@ -246,6 +246,20 @@ def test_a_ring_that_a_snapshot_holds_is_copied_before_it_is_written(cut: int) -
     check_paged(text, [cut], pages, rows[:1])
 
 
+@pytest.mark.parametrize("age", [61, 513])
+def test_a_cache_that_is_shorter_than_the_ring(age: int) -> None:
+    """Nothing is ever behind the ring; where that would be, tables have ended, or are another head's."""
+    text, pages = Text(age), paged(age, 4)
+    rows, used = [pages.open() for _ in range(ROWS + 1)][1:], 0
+    for tokens in (9, 1, 30, 1, 1, 18):
+        came = text.after([used] * ROWS, [tokens] * ROWS, [0] * ROWS)
+        check_attention(text, pages.rows(rows), came, exclude_self=False)
+        pages.rows(rows).commit({0: came.extension}, None)
+        used += tokens
+        check_paged(text, [used] * ROWS, pages, rows)
+    assert used == LONGEST
+
+
 @pytest.mark.parametrize("age", [2, 17, 513])
 def test_one_more_token_writes_two_slots_of_a_head_at_most(age: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the window: of old tokens only the one that leaves it is written again."""
