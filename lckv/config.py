@@ -15,8 +15,8 @@ from lckv.sharing.layer_types import LayerType, LayerTypes
 from lckv.sharing.plan import Step, iteration_plan
 
 _MIX_SCALING_FACTOR = 35.0
-_FIRST_GUESS_LOSS_COEFFICIENT = 0.1
 """The published one."""
+_FIRST_GUESS_LOSS_COEFFICIENT = 0.1
 
 
 class Sight(NamedTuple):
